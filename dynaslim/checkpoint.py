@@ -1,0 +1,192 @@
+"""Checkpoints: one safetensors file that says itself what it is.
+
+The tensors are the network's state dict; the file's metadata holds one JSON object under
+`dynaslim`: format and version, spec, class names, preprocessing, metrics, recipe, and a SHA-256
+over all of it and the tensors. Reading rebuilds the network without being told its name, and runs
+no code from the file. Writing is atomic.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dynaslim._files import write_atomic
+from dynaslim.errors import CheckpointError, UsageError
+from dynaslim.nn.net import SlimNet
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.spec import NetSpec
+from dynaslim.zoo import get_spec
+
+FORMAT: Final = "dynaslim-checkpoint"
+VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network and what is needed to use it and to know where it came from."""
+
+    net: SlimNet
+    class_names: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        spec = self.net.spec
+        if self.class_names is not None and len(self.class_names) != spec.num_classes:
+            raise UsageError(
+                f"{len(self.class_names)} class names do not fit {spec.num_classes} classes"
+            )
+        if self.preprocessing is not None and self.preprocessing.channels != spec.in_channels:
+            raise UsageError(
+                f"preprocessing for {self.preprocessing.channels} channels does not fit a network "
+                f"of {spec.in_channels} input channels"
+            )
+
+
+def create_model(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> SlimNet:
+    """A new network from the zoo, with random weights.
+
+    Raises:
+        UsageError: for an unknown name or a class count below 1.
+    """
+    return SlimNet(get_spec(name, num_classes=num_classes), device=device, dtype=dtype)
+
+
+def save(path: str | Path, checkpoint: Checkpoint) -> Path:
+    """Write a checkpoint, whole or not at all.
+
+    Raises:
+        CheckpointError: if a weight or a BN statistic is not finite.
+        OSError: if the file cannot be written; an older one of that name is left as it was.
+    """
+    tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.net.state_dict().items()}
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{path}: not saved, {name} has values that are not finite")
+    pre = checkpoint.preprocessing
+    meta = {
+        "format": FORMAT,
+        "version": VERSION,
+        "spec": checkpoint.net.spec.to_dict(),
+        "class_names": checkpoint.class_names,
+        "preprocessing": None if pre is None else pre.to_dict(),
+        "metrics": dict(checkpoint.metrics),
+        "recipe": dict(checkpoint.recipe),
+    }
+    # through JSON once, so that what is hashed is what a reader will hash (tuples become lists)
+    meta = json.loads(json.dumps(meta, allow_nan=False))
+    meta["sha256"] = _digest(meta, tensors)
+    return write_atomic(path, safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
+
+
+def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
+    """Read a checkpoint that `save` wrote; the network comes back in evaluation mode.
+
+    Raises:
+        CheckpointError: if the file is missing, truncated, altered, of another format or of a
+            newer version, or its tensors do not fit its spec.
+    """
+    meta, tensors = _read_verified(Path(path))
+    try:
+        spec = NetSpec.from_dict(meta["spec"])
+        names = meta["class_names"]
+        pre = meta["preprocessing"]
+        net = SlimNet(spec, device="meta")
+        _check_tensors(path, net, tensors)
+        net.load_state_dict({k: v.to(device) for k, v in tensors.items()}, assign=True)
+        for parameter in net.parameters():
+            parameter.requires_grad_(True)
+        return Checkpoint(
+            net=net.eval(),
+            class_names=None if names is None else tuple(names),
+            preprocessing=None if pre is None else Preprocessing.from_dict(pre),
+            metrics=meta["metrics"],
+            recipe=meta["recipe"],
+        )
+    except (UsageError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: its description is not valid: {error}") from None
+
+
+def load(
+    path: str | Path, *, num_classes: int | None = None, device: torch.device | str = "cpu"
+) -> SlimNet:
+    """The network of a checkpoint, in evaluation mode; see `read` for what else is in it.
+
+    Raises:
+        CheckpointError: as `read`, and if `num_classes` is given and is not the checkpoint's.
+    """
+    net = read(path, device=device).net
+    if num_classes is not None and num_classes != net.spec.num_classes:
+        raise CheckpointError(
+            f"{path}: has {net.spec.num_classes} classes, not the {num_classes} asked for"
+        )
+    return net
+
+
+def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    described = {key: value for key, value in meta.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {what}; expected a checkpoint (.safetensors)")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            header = file.metadata() or {}
+            if "dynaslim" not in header:
+                raise CheckpointError(f"{path}: a safetensors file, but not a dynaslim checkpoint")
+            meta = json.loads(header["dynaslim"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint, truncated or of another format ({error}); a "
+            f"released DS-Net file is read with: dynaslim import-official {path} OUT"
+        ) from None
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: not a dynaslim checkpoint")
+    version = meta.get("version")
+    if version != VERSION:
+        raise CheckpointError(
+            f"{path}: checkpoint version {version}, this dynaslim reads version {VERSION}; "
+            f"install the dynaslim that wrote it or a newer one"
+        )
+    if meta.get("sha256") != _digest(meta, tensors):
+        raise CheckpointError(f"{path}: its content does not match its SHA-256: altered or damaged")
+    return meta, tensors
+
+
+def _check_tensors(path: str | Path, net: SlimNet, tensors: Mapping[str, Tensor]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path}: has no tensor {name} of shape {shape}")
+        if tuple(tensors[name].shape) != shape:
+            got = tuple(tensors[name].shape)
+            raise CheckpointError(f"{path}: {name} has shape {got}, its spec needs {shape}")
+    extra = sorted(set(tensors) - set(expected))
+    if extra:
+        raise CheckpointError(f"{path}: has a tensor {extra[0]} that its spec does not have")

@@ -1,0 +1,30 @@
+"""The errors a user can cause: one line each, naming the value and what would be right."""
+
+
+class DynaslimError(ValueError):
+    """Something given to dynaslim is wrong; the message says what and what would be right.
+
+    The command line prints the message without a traceback and leaves with `exit_code`.
+    """
+
+    exit_code = 1
+
+
+class UsageError(DynaslimError):
+    """The request itself is wrong: an unknown name, a route that the network does not have."""
+
+    exit_code = 2
+
+
+class CheckpointError(DynaslimError):
+    """A checkpoint cannot be read, or is not what it says it is."""
+
+
+class DataError(DynaslimError):
+    """Images or labels cannot be read, or do not fit the network."""
+
+
+class MissingExtraError(DynaslimError, ImportError):
+    """An optional dependency is not installed; the message has the pip line that installs it."""
+
+    exit_code = 2

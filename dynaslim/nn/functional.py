@@ -1,0 +1,154 @@
+"""Slice-able operations as pure functions: the width in use is an argument, never a state.
+
+Shape suffixes: B rows, C channels in use, H W pixels, K choices of a gate, k kernel,
+M channels of the whole (widest) layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class SoftWidth(NamedTuple):
+    """A width that a gate chose for every row: `gate_BK` one-hot (or soft) over BN slots.
+
+    Layers run at the widest of the choices; the BN behind them zeroes what a row does not use.
+    """
+
+    gate_BK: Tensor
+    slots: tuple[int, ...]
+
+
+AnyWidth = int | SoftWidth
+"""The width that a layer is to use, as its BN slot: one for the whole batch, or one per row."""
+
+
+def slim_conv2d(
+    x_BCHW: Tensor,
+    weight_MCkk: Tensor,
+    out_channels: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution by the first `out_channels` filters over the first `x.shape[1]` channels each.
+
+    x (B, C, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)), padded by half the
+    kernel. `groups` is that of the whole layer: 1, or the number of its channels (depthwise),
+    where `out_channels` must be C.
+
+    Raises:
+        ValueError: if the layer has fewer channels than asked, or groups are neither kind.
+    """
+    width_in, layer_out = x_BCHW.shape[1], weight_MCkk.shape[0]
+    if groups == 1:
+        if width_in > weight_MCkk.shape[1] or out_channels > layer_out:
+            raise ValueError(
+                f"slim_conv2d: {width_in} -> {out_channels} channels asked of a layer "
+                f"of {weight_MCkk.shape[1]} -> {layer_out}"
+            )
+        weight = weight_MCkk[:out_channels, :width_in]
+    elif groups == layer_out:
+        if out_channels != width_in or out_channels > layer_out:
+            raise ValueError(
+                f"slim_conv2d: a depthwise layer of {layer_out} channels got {width_in} "
+                f"and was asked for {out_channels}"
+            )
+        weight, groups = weight_MCkk[:out_channels], out_channels
+    else:
+        raise ValueError(f"slim_conv2d: groups {groups} is neither 1 nor {layer_out} (depthwise)")
+    return F.conv2d(
+        x_BCHW, weight, stride=stride, padding=weight_MCkk.shape[-1] // 2, groups=groups
+    )
+
+
+def slim_linear(
+    x_BC: Tensor, weight_MC: Tensor, out_features: int, bias_M: Tensor | None = None
+) -> Tensor:
+    """Linear layer by the first `out_features` rows over the first `x.shape[1]` columns.
+
+    x (B, C) -> (B, out_features).
+    """
+    bias = None if bias_M is None else bias_M[:out_features]
+    return F.linear(x_BC, weight_MC[:out_features, : x_BC.shape[1]], bias)
+
+
+def slim_batch_norm(
+    x_BCHW: Tensor,
+    mean_C: Tensor,
+    var_C: Tensor,
+    weight_M: Tensor,
+    bias_M: Tensor,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation with one width's own statistics and the shared scale and shift, sliced.
+
+    In training the batch's statistics are used and the running ones updated in place.
+    """
+    channels = mean_C.shape[0]
+    return F.batch_norm(
+        x_BCHW,
+        mean_C,
+        var_C,
+        weight_M[:channels],
+        bias_M[:channels],
+        training=training,
+        momentum=momentum,
+        eps=eps,
+    )
+
+
+def gated_batch_norm(
+    x_BCHW: Tensor,
+    mean_KM: Tensor,
+    var_KM: Tensor,
+    weight_M: Tensor,
+    bias_M: Tensor,
+    gate_BK: Tensor,
+    ends: Sequence[int],
+    *,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation of every row by the running statistics of the width its gate chose.
+
+    `ends` are the channels of each choice. Scale and shift are tables that are zero beyond them,
+    so this is the mask too: with one-hot gates a row equals the sliced network's, and the gradient
+    of an option is the difference that the option would make.
+    """
+    channels = x_BCHW.shape[1]
+    scale_KC = weight_M[:channels] * torch.rsqrt(var_KM[:, :channels] + eps)
+    shift_KC = bias_M[:channels] - mean_KM[:, :channels] * scale_KC
+    ends_K1 = torch.tensor(ends, device=x_BCHW.device)[:, None]
+    mask_KC = torch.arange(channels, device=x_BCHW.device) < ends_K1
+    # `where`, not a product: statistics beyond a width are never written and must not leak in
+    scale_BC = gate_BK @ torch.where(mask_KC, scale_KC, 0.0)
+    shift_BC = gate_BK @ torch.where(mask_KC, shift_KC, 0.0)
+    return x_BCHW * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]
+
+
+def argmax_one_hot(logits_BK: Tensor) -> Tensor:
+    """The evaluation gate: one-hot of the highest logit, ties to the cheaper choice. No noise."""
+    # argmax does not promise which of equal values it returns; the first True of a comparison does
+    best_BK = logits_BK == logits_BK.amax(dim=1, keepdim=True)
+    first_BK = best_BK & (best_BK.cumsum(dim=1) == 1)
+    return first_BK.to(logits_BK.dtype)
+
+
+def gumbel_one_hot(logits_BK: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:
+    """The training gate: a one-hot sample with the gradient of the Gumbel-softmax (arXiv 1611.01144).
+
+    Forward exactly one-hot, backward that of softmax((logits + noise) / tau) (straight-through).
+    """
+    noise_BK = torch.empty_like(logits_BK).exponential_(generator=generator).log().neg()
+    soft_BK = torch.softmax((logits_BK + noise_BK) / tau, dim=1)
+    hard_BK = argmax_one_hot(soft_BK.detach())
+    # (soft - soft.detach()) is exactly zero, so the forward value stays exactly one-hot
+    return hard_BK + (soft_BK - soft_BK.detach())

@@ -1,0 +1,79 @@
+"""The double-headed gate: an attention head on the channels and a slimming head over widths.
+
+Suffixes: B rows, C channels in use, R hidden width, K choices.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from dynaslim.nn.functional import slim_linear
+from dynaslim.spec import Attention
+
+
+class Gate(nn.Module):
+    """Global average pool, hidden layer, then up to two heads (arXiv 2103.13258, section 3.3).
+
+    The attention head scales the features channel by channel: by a sigmoid, or by `1 + tanh` with
+    zero-initialised weights, which starts as the identity. The slimming head, where `choices` is
+    not 0, gives one logit per choice; it is bias-free and reads the hidden layer, as released.
+    Both are linear layers on pooled features: equal to the paper's 1x1 convolutions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden: int,
+        choices: int,
+        attention: Attention,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.reduce_weight = parameter(hidden, channels)
+        self.reduce_bias = parameter(hidden)
+        self.expand_weight = parameter(channels, hidden)
+        self.expand_bias = parameter(channels)
+        self.slimming_weight = parameter(choices, hidden) if choices else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Hidden layer as `torch.nn.Linear`; a slimming head that starts without a preference."""
+        hidden, channels = self.reduce_weight.shape
+        nn.init.uniform_(self.reduce_weight, -1 / math.sqrt(channels), 1 / math.sqrt(channels))
+        nn.init.zeros_(self.reduce_bias)
+        if self.attention == "one_plus_tanh":
+            nn.init.zeros_(self.expand_weight)
+        else:
+            nn.init.uniform_(self.expand_weight, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
+        nn.init.zeros_(self.expand_bias)
+        if self.slimming_weight is not None:
+            nn.init.normal_(self.slimming_weight, std=0.01)
+
+    def forward(self, x_BCHW: Tensor, *, decide: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The scaled features and, if asked to `decide`, the slimming logits (B, K)."""
+        channels = x_BCHW.shape[1]
+        hidden_BR = torch.relu(
+            slim_linear(
+                x_BCHW.mean((2, 3)), self.reduce_weight, len(self.reduce_bias), self.reduce_bias
+            )
+        )
+        scale_BC = slim_linear(hidden_BR, self.expand_weight, channels, self.expand_bias)
+        if self.attention == "sigmoid":
+            scale_BC = torch.sigmoid(scale_BC)
+        else:
+            scale_BC = 1.0 + torch.tanh(scale_BC)
+        logits_BK = None
+        if decide:
+            assert self.slimming_weight is not None, "this block has no slimming head"
+            logits_BK = slim_linear(hidden_BR, self.slimming_weight, len(self.slimming_weight))
+        return x_BCHW * scale_BC[:, :, None, None], logits_BK

@@ -1,0 +1,55 @@
+"""What happens to a picture before it is a network's input, as data that a checkpoint carries."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dynaslim.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize the shorter side, crop the centre, scale to 0..1, normalise per channel."""
+
+    image_size_px: int
+    """Side of the square that the network sees."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Per channel, of values in 0..1; their number is the network's input channels (1 or 3)."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Per channel, of values in 0..1."""
+    crop_fraction: float = 1.0
+    """Part of the resized shorter side that the crop keeps (0.875 is usual for ImageNet)."""
+
+    def __post_init__(self) -> None:
+        if self.image_size_px < 1:
+            raise UsageError(f"image_size_px {self.image_size_px}: must be at least 1")
+        if not 0 < self.crop_fraction <= 1:
+            raise UsageError(f"crop_fraction {self.crop_fraction}: must be above 0 and at most 1")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
+            raise UsageError(
+                f"mean {self.mean} and std {self.std}: give one value per channel, 1 or 3"
+            )
+        if min(self.std) <= 0:
+            raise UsageError(f"std {self.std}: must be positive")
+
+    @property
+    def channels(self) -> int:
+        """Input channels: 1 (grey) or 3 (RGB)."""
+        return len(self.mean)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """Rebuild from `to_dict`; raises `UsageError` for anything else."""
+        try:
+            fields = dict(data)
+            for name in ("mean", "std"):
+                fields[name] = tuple(map(float, fields[name]))
+            return cls(**fields)
+        except (TypeError, KeyError, ValueError) as error:
+            raise UsageError(f"not a preprocessing description: {error}") from None

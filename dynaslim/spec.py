@@ -1,0 +1,385 @@
+"""What a dynamic slimmable network is, as frozen data: stages, widths, gates and routes.
+
+No torch here. A `NetSpec` is the only description of an architecture: the modules
+(`dynaslim.nn`), the costs (`dynaslim.cost`) and the checkpoints are all read from it.
+
+Words: a *width* is how many leading channels a layer uses; a *stage* is a run of blocks that
+share one width; a *route* is one width per stage; a *segment* is what lies between two gates.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+from dynaslim.errors import UsageError
+
+BlockKind = Literal["conv", "depthwise_separable", "inverted_residual", "basic", "bottleneck"]
+Activation = Literal["relu", "relu6", "silu"]
+Attention = Literal["sigmoid", "one_plus_tanh"]
+
+LARGEST: Final = -1
+"""Width index of the teacher: the last width of every stage, trunk included."""
+
+# A gate sits after the depthwise convolution of the first block of its stage, or, where two
+# tensors would have to cross it there (residual blocks), at the entrance of that block.
+GATE_AT_ENTRANCE: Final[Mapping[str, bool]] = {
+    "depthwise_separable": False,
+    "inverted_residual": False,
+    "basic": True,
+    "bottleneck": True,
+}
+
+
+class Width(NamedTuple):
+    """A width in use: so many leading channels, normalised by BN statistics number `slot`."""
+
+    channels: int
+    slot: int
+
+
+@dataclass(frozen=True)
+class Route:
+    """One width (a number of channels) per stage; a value: hashable, comparable, sortable."""
+
+    widths: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return "-".join(map(str, self.widths))
+
+    def __lt__(self, other: Route) -> bool:
+        return self.widths < other.widths
+
+    @classmethod
+    def parse(cls, text: str) -> Route:
+        """Read what `str(route)` writes, such as `16-32-48-96-224-736`."""
+        try:
+            return cls(tuple(int(part) for part in text.split("-")))
+        except ValueError:
+            raise UsageError(
+                f"route {text!r}: expected channel counts joined by '-', such as 16-32-48"
+            ) from None
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """A gate: `choices` are the width indices it picks from, in rising order (its routing space)."""
+
+    choices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """A run of blocks with one width. The first block has the stride, the rest have stride 1.
+
+    `widths` are output channels, rising. `expansion` is the ratio of inner to input channels in an
+    `inverted_residual` block, and of output to inner channels in a `bottleneck`.
+    `max_pool` adds a 3x3 max pool of stride 2 behind a `conv` stage (the ResNet stem).
+    """
+
+    widths: tuple[int, ...]
+    block: BlockKind = "depthwise_separable"
+    blocks: int = 1
+    kernel: int = 3
+    stride: int = 1
+    expansion: int = 1
+    max_pool: bool = False
+    gate: GateSpec | None = None
+
+
+@dataclass(frozen=True)
+class NetSpec:
+    """A whole network: stages in order (the stem is the first), pooling and a linear classifier.
+
+    Stages before the first gate are the *trunk*; they keep their first width on every route.
+    Stages from a gate to the next are governed by it: they share its width index, unless they
+    have one width only. `attention_at` says which blocks have an attention head: all, or the
+    gated ones. The hidden width of a gate is `round(reduction * largest input width of its block)`.
+
+    Raises:
+        UsageError: where the parts do not fit together.
+    """
+
+    name: str
+    stages: tuple[StageSpec, ...]
+    num_classes: int = 1000
+    in_channels: int = 3
+    activation: Activation = "silu"
+    attention: Attention = "sigmoid"
+    attention_at: Literal["all", "gated"] = "all"
+    reduction: float = 0.25
+
+    def __post_init__(self) -> None:
+        self._check(bool(self.stages), "a network needs at least one stage")
+        self._check(self.num_classes >= 1, f"num_classes {self.num_classes}: must be at least 1")
+        self._check(self.in_channels >= 1, f"in_channels {self.in_channels}: must be at least 1")
+        self._check(self.reduction > 0, f"reduction {self.reduction}: must be positive")
+        for field, kind in (("activation", Activation), ("attention", Attention)):
+            value = getattr(self, field)
+            self._check(value in get_args(kind), f"{field} {value!r}: choose from {get_args(kind)}")
+        self._check(
+            self.attention_at in ("all", "gated"),
+            f"attention_at {self.attention_at!r}: choose from ('all', 'gated')",
+        )
+        for number, stage in enumerate(self.stages):
+            self._check_stage(number, stage)
+
+    def _check(self, fine: bool, message: str) -> None:
+        if not fine:
+            raise UsageError(f"spec {self.name!r}: {message}")
+
+    def _check_stage(self, number: int, stage: StageSpec) -> None:
+        at = f"stage {number}"
+        widths = stage.widths
+        self._check(bool(widths) and widths[0] >= 1, f"{at}: needs positive widths, got {widths}")
+        self._check(_rising(widths), f"{at}: widths {widths} must rise")
+        self._check(stage.block in get_args(BlockKind), f"{at}: unknown block {stage.block!r}")
+        self._check(number > 0 or stage.block == "conv", f"{at}: the stem must be a 'conv'")
+        self._check(stage.blocks >= 1, f"{at}: needs at least one block")
+        self._check(stage.kernel % 2 == 1, f"{at}: kernel {stage.kernel} must be odd")
+        self._check(stage.stride >= 1, f"{at}: stride {stage.stride} must be at least 1")
+        self._check(
+            stage.block != "bottleneck" or all(w % stage.expansion == 0 for w in widths),
+            f"{at}: bottleneck widths {widths} must be multiples of {stage.expansion}",
+        )
+        self._check(
+            not stage.max_pool or stage.block == "conv", f"{at}: only a 'conv' stage has a max pool"
+        )
+        if stage.gate is not None:
+            choices = stage.gate.choices
+            self._check(stage.block in GATE_AT_ENTRANCE, f"{at}: a {stage.block!r} has no gate")
+            self._check(
+                bool(choices) and _rising(choices) and choices[0] >= 0,
+                f"{at}: gate choices {choices} must be rising width indices",
+            )
+            self._check(
+                choices[-1] < len(widths),
+                f"{at}: gate choice {choices[-1]} is out of range, the stage has "
+                f"{len(widths)} widths (0 to {len(widths) - 1})",
+            )
+        if self.governor(number) is not None and len(widths) > 1:
+            self._check(
+                len(widths) == self.num_widths,
+                f"{at}: has {len(widths)} widths, but the gated stages have {self.num_widths}",
+            )
+        self._check(
+            stage.gate is None or len(widths) == self.num_widths,
+            f"{at}: gated stages need the same number of widths",
+        )
+
+    # -- gates and segments -------------------------------------------------------------------
+
+    @cached_property
+    def gated_stages(self) -> tuple[int, ...]:
+        """Stage numbers that hold a gate, in order."""
+        return tuple(s for s, stage in enumerate(self.stages) if stage.gate is not None)
+
+    @cached_property
+    def gates(self) -> tuple[GateSpec, ...]:
+        """The gates in order."""
+        return tuple(stage.gate for stage in self.stages if stage.gate is not None)
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the network: the trunk and one behind each gate."""
+        return len(self.gates) + 1
+
+    @property
+    def num_widths(self) -> int:
+        """Widths that a gate's stage has; 1 for a network without gates."""
+        return len(self.stages[self.gated_stages[0]].widths) if self.gated_stages else 1
+
+    def governor(self, stage: int) -> int | None:
+        """Number of the gate that governs a stage, or None in the trunk."""
+        before = sum(1 for s in self.gated_stages if s <= stage)
+        return before - 1 if before else None
+
+    # -- widths -------------------------------------------------------------------------------
+
+    @cached_property
+    def teacher_apart(self) -> bool:
+        """Whether the largest sub-network lies off every route (its trunk is wider than theirs)."""
+        return any(
+            self.governor(s) is None and len(stage.widths) > 1
+            for s, stage in enumerate(self.stages)
+        )
+
+    def num_slots(self, stage: int) -> int:
+        """How many sets of BN statistics the layers of a stage's width keep.
+
+        One per width, as released; and one more for the teacher where it would share a set with
+        a route though it feeds it from a wider trunk, which makes the two distributions differ.
+        """
+        widths = len(self.stages[stage].widths)
+        shared = self.governor(stage) is not None or widths == 1
+        return widths + (1 if self.teacher_apart and shared else 0)
+
+    def width(self, stage: int, index: int) -> Width:
+        """The width of a stage for a width index of its gate (`LARGEST` for the teacher)."""
+        widths = self.stages[stage].widths
+        if index == LARGEST:
+            return Width(widths[-1], self.num_slots(stage) - 1)
+        if self.governor(stage) is None or len(widths) == 1:
+            index = 0
+        return Width(widths[index], index)
+
+    def slot_widths(self, stage: int) -> tuple[int, ...]:
+        """Channels behind each BN slot of a stage."""
+        widths = self.stages[stage].widths
+        return widths + (widths[-1],) * (self.num_slots(stage) - len(widths))
+
+    # -- routes -------------------------------------------------------------------------------
+
+    def route_at(self, indices: Sequence[int]) -> Route:
+        """The route that takes width index `indices[g]` behind gate g.
+
+        Raises:
+            UsageError: for a wrong number of indices or one out of range.
+        """
+        if len(indices) != len(self.gates):
+            raise UsageError(
+                f"indices {tuple(indices)}: {self.name} has {len(self.gates)} gates, "
+                f"give one width index for each"
+            )
+        for index in indices:
+            if not 0 <= index < self.num_widths:
+                raise UsageError(
+                    f"indices {tuple(indices)}: width indices of {self.name} "
+                    f"are 0 to {self.num_widths - 1}"
+                )
+        widths = []
+        for number in range(len(self.stages)):
+            gate = self.governor(number)
+            widths.append(self.width(number, 0 if gate is None else indices[gate]).channels)
+        return Route(tuple(widths))
+
+    @cached_property
+    def routes(self) -> tuple[Route, ...]:
+        """The uniform routes, cheapest first: width index k behind every gate."""
+        return tuple(self.route_at((k,) * len(self.gates)) for k in range(self.num_widths))
+
+    @cached_property
+    def routing_space(self) -> tuple[Route, ...]:
+        """Every route that the gates can take: all combinations of their choices."""
+        combos = itertools.product(*(gate.choices for gate in self.gates))
+        return tuple(self.route_at(combo) for combo in combos)
+
+    @cached_property
+    def largest(self) -> Route:
+        """The last width everywhere: the stage-I teacher, on a route or not."""
+        return Route(tuple(stage.widths[-1] for stage in self.stages))
+
+    @property
+    def smallest(self) -> Route:
+        """The cheapest route."""
+        return self.routes[0]
+
+    def segment_indices(self, route: Route) -> tuple[int, ...]:
+        """Width index that each segment takes on a route: the trunk's, then one behind each gate.
+
+        The trunk has index 0 on every route; a teacher that lies off the routes is `LARGEST`
+        in all segments.
+
+        Raises:
+            UsageError: if the route is none of this network's; the message names the stage.
+        """
+        if self.teacher_apart and route == self.largest:
+            return (LARGEST,) * self.num_segments
+        label = f"route {route.widths}"
+        if len(route.widths) != len(self.stages):
+            raise UsageError(
+                f"{label}: {self.name} has {len(self.stages)} stages, "
+                f"a route has one width for each, such as {self.smallest.widths}"
+            )
+        indices = [0]
+        for number, (stage, channels) in enumerate(zip(self.stages, route.widths, strict=True)):
+            if stage.gate is not None:
+                if channels in stage.widths:
+                    indices.append(stage.widths.index(channels))
+                    continue
+                allowed, why = stage.widths, ""
+            else:
+                allowed = (self.width(number, indices[-1]).channels,)
+                why = " on a route" if self.governor(number) is None else " behind that gate"
+            if channels not in allowed:
+                which = ", ".join(map(str, allowed))
+                raise UsageError(f"{label}: stage {number} allows {which}{why}, not {channels}")
+        return tuple(indices)
+
+    def coerce_route(self, route: Route | Sequence[int]) -> Route:
+        """A checked `Route` from a route or from its widths."""
+        checked = route if isinstance(route, Route) else Route(tuple(route))
+        self.segment_indices(checked)
+        return checked
+
+    # -- sizes and changes --------------------------------------------------------------------
+
+    @cached_property
+    def total_stride(self) -> int:
+        """Input pixels per pixel of the last feature map; the smallest image side allowed."""
+        return math.prod(stage.stride * (2 if stage.max_pool else 1) for stage in self.stages)
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise `UsageError` for an image that is smaller than the network's total stride."""
+        if min(height, width) < self.total_stride:
+            raise UsageError(
+                f"image size {height}x{width} px: {self.name} divides it by {self.total_stride}, "
+                f"so each side must be at least {self.total_stride} px"
+            )
+
+    def replace(self, **changes: Any) -> NetSpec:
+        """A copy with fields replaced, for example `spec.replace(num_classes=10)`."""
+        return dataclasses.replace(self, **changes)
+
+    def with_choices(self, *choices: Sequence[int]) -> NetSpec:
+        """A copy with another routing space: one sequence of width indices per gate.
+
+        One sequence alone is taken for every gate.
+        """
+        if len(choices) == 1:
+            choices = choices * len(self.gates)
+        if len(choices) != len(self.gates):
+            raise UsageError(
+                f"spec {self.name!r}: {len(self.gates)} gates, but {len(choices)} sets of choices"
+            )
+        new = iter(choices)
+        stages = tuple(
+            stage
+            if stage.gate is None
+            else dataclasses.replace(stage, gate=GateSpec(tuple(next(new))))
+            for stage in self.stages
+        )
+        return self.replace(stages=stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back to an equal spec."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> NetSpec:
+        """Rebuild a spec from `to_dict`.
+
+        Raises:
+            UsageError: for unknown or missing fields, or values of another type.
+        """
+        try:
+            fields = dict(data)
+            stages = []
+            for raw in fields.pop("stages"):
+                stage = dict(raw)
+                gate = stage.pop("gate", None)
+                stage["widths"] = tuple(map(int, stage["widths"]))
+                choices = None if gate is None else GateSpec(tuple(map(int, gate["choices"])))
+                stages.append(StageSpec(**stage, gate=choices))
+            return cls(**fields, stages=tuple(stages))
+        except (TypeError, KeyError, AttributeError) as error:
+            raise UsageError(f"not a network spec: {error}") from None
+
+
+def _rising(values: Sequence[int]) -> bool:
+    return all(a < b for a, b in itertools.pairwise(values))

@@ -1,0 +1,150 @@
+"""The architectures by name: one explicit dict of specs. Adding an entry adds it to the tests."""
+
+from __future__ import annotations
+
+import difflib
+from types import MappingProxyType
+from typing import Final
+
+from dynaslim.errors import UsageError
+from dynaslim.spec import GateSpec, NetSpec, StageSpec
+
+
+def _conv(*widths: int, kernel: int = 3, stride: int = 1, max_pool: bool = False) -> StageSpec:
+    return StageSpec(widths, block="conv", kernel=kernel, stride=stride, max_pool=max_pool)
+
+
+def _ds_mbnet() -> NetSpec:
+    """DS-MBNet exactly as released (arXiv 2103.13258): a slimmable MobileNetV1, 7.68 M parameters.
+
+    The release cuts the routing space to (0, 1, 2, 3); here it spans all 14 widths.
+    """
+    return NetSpec(
+        name="ds_mbnet",
+        stages=(
+            _conv(16, 24, stride=2),
+            StageSpec((32, 88)),
+            StageSpec((48, 168), blocks=2, stride=2),
+            StageSpec((96, 264), blocks=2, stride=2),
+            StageSpec(
+                tuple(range(224, 641, 32)), blocks=6, stride=2, gate=GateSpec((0, 4, 9, 13))
+            ),
+            StageSpec(tuple(range(736, 1153, 32)), blocks=2, stride=2),
+        ),
+    )
+
+
+def _ds_mbnet_tiny() -> NetSpec:
+    """The shape of DS-MBNet for 32x32 input, 1.0 to 3.9 M MAdds: trains in minutes on a CPU."""
+    return NetSpec(
+        name="ds_mbnet_tiny",
+        stages=(
+            _conv(12, 16, stride=2),
+            StageSpec((24, 40)),
+            StageSpec((40, 64), blocks=2),
+            StageSpec((64, 96, 128, 160), blocks=2, stride=2, gate=GateSpec((0, 1, 2, 3))),
+            StageSpec((128, 192, 256, 320), blocks=2, stride=2),
+        ),
+        num_classes=10,
+    )
+
+
+def _ds_resnet50() -> NetSpec:
+    """DS-ResNet-50 (arXiv 2103.13258, section 4; not released): ratios 1/4 to 1, four gates.
+
+    The paper leaves open where a gate sits. Here it is the stage's entrance, where one tensor
+    crosses; routes are all combinations, 4^4.
+    """
+
+    def stage(width: int, blocks: int, stride: int) -> StageSpec:
+        widths = tuple(width * quarter // 4 for quarter in (1, 2, 3, 4))
+        gate = GateSpec((0, 1, 2, 3))
+        return StageSpec(widths, "bottleneck", blocks, stride=stride, expansion=4, gate=gate)
+
+    return NetSpec(
+        name="ds_resnet50",
+        stages=(
+            _conv(64, kernel=7, stride=2, max_pool=True),
+            stage(256, 3, 1),
+            stage(512, 4, 2),
+            stage(1024, 6, 2),
+            stage(2048, 3, 2),
+        ),
+        activation="relu",
+        attention="one_plus_tanh",
+        attention_at="gated",
+        reduction=1 / 16,
+    )
+
+
+def _ds_mobilenet_v2() -> NetSpec:
+    """A dynamic slimmable MobileNetV2 (arXiv 1801.04381): inverted residuals, two gates.
+
+    The first block of a stage has no shortcut, so one tensor crosses the gate behind its
+    depthwise convolution. The widest route is MobileNetV2 1.0 but for its trunk.
+    """
+
+    def stage(
+        *widths: int, blocks: int, stride: int = 1, expansion: int = 6, gated: bool = False
+    ) -> StageSpec:
+        gate = GateSpec(tuple(range(len(widths)))) if gated else None
+        return StageSpec(
+            widths, "inverted_residual", blocks, stride=stride, expansion=expansion, gate=gate
+        )
+
+    return NetSpec(
+        name="ds_mobilenet_v2",
+        stages=(
+            _conv(16, 32, stride=2),
+            stage(8, 16, blocks=1, expansion=1),
+            stage(16, 24, blocks=2, stride=2),
+            stage(24, 32, blocks=3, stride=2),
+            stage(32, 40, 48, 64, blocks=4, stride=2, gated=True),
+            stage(48, 64, 80, 96, blocks=3),
+            stage(80, 104, 128, 160, blocks=3, stride=2, gated=True),
+            stage(160, 208, 256, 320, blocks=1),
+            _conv(640, 832, 1024, 1280, kernel=1),
+        ),
+        activation="relu6",
+    )
+
+
+def _ds_resnet_cifar() -> NetSpec:
+    """A residual network of basic blocks for 32x32 input (ResNet-20's shape), two gates."""
+
+    def stage(*widths: int, stride: int) -> StageSpec:
+        return StageSpec(widths, "basic", 3, stride=stride, gate=GateSpec((0, 1, 2, 3)))
+
+    return NetSpec(
+        name="ds_resnet_cifar",
+        stages=(
+            _conv(16),
+            StageSpec((16,), "basic", 3),
+            stage(16, 32, 48, 64, stride=2),
+            stage(32, 64, 96, 128, stride=2),
+        ),
+        num_classes=10,
+        activation="relu",
+        attention="one_plus_tanh",
+        attention_at="gated",
+    )
+
+
+_ENTRIES = (_ds_mbnet, _ds_mbnet_tiny, _ds_mobilenet_v2, _ds_resnet50, _ds_resnet_cifar)
+
+ZOO: Final = MappingProxyType({spec.name: spec for spec in (entry() for entry in _ENTRIES)})
+"""Name -> spec of every architecture that `create_model` knows."""
+
+
+def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:
+    """The spec of a zoo entry, with another number of classes if asked.
+
+    Raises:
+        UsageError: for an unknown name (the message lists the known ones) or a class count below 1.
+    """
+    if name not in ZOO:
+        close = difflib.get_close_matches(name, ZOO, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise UsageError(f"model {name!r} is unknown: {hint}choose from {', '.join(ZOO)}")
+    spec = ZOO[name]
+    return spec if num_classes is None else spec.replace(num_classes=num_classes)
