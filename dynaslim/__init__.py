@@ -1,0 +1,94 @@
+"""dynaslim: dynamic slimmable networks, sliced for real.
+
+One trained network, and for every image only as much of it as that image needs.
+
+    net = dynaslim.load("checkpoint.safetensors")   # or dynaslim.create_model("ds_mbnet")
+    logits = net(x, net.spec.smallest)              # one route for the whole batch
+    engine = dynaslim.Engine(net)
+    logits, routes, madds = engine(x)               # every image along its own route
+
+Names are imported on first use, so `import dynaslim` costs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynaslim.checkpoint import Checkpoint, create_model, load, read, save
+    from dynaslim.cost import CostTable, madds, params
+    from dynaslim.data import load_images, open_source
+    from dynaslim.evaluation import Evaluation, evaluate
+    from dynaslim.interop.official import from_official
+    from dynaslim.nn import GatedOutput, SlimNet
+    from dynaslim.preprocessing import Preprocessing
+    from dynaslim.runtime import Engine, RoutedOutput
+    from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
+    from dynaslim.zoo import ZOO, get_spec
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Checkpoint": "dynaslim.checkpoint",
+    "CostTable": "dynaslim.cost",
+    "Engine": "dynaslim.runtime",
+    "Evaluation": "dynaslim.evaluation",
+    "GateSpec": "dynaslim.spec",
+    "GatedOutput": "dynaslim.nn",
+    "NetSpec": "dynaslim.spec",
+    "Preprocessing": "dynaslim.preprocessing",
+    "Route": "dynaslim.spec",
+    "RoutedOutput": "dynaslim.runtime",
+    "SlimNet": "dynaslim.nn",
+    "StageSpec": "dynaslim.spec",
+    "ZOO": "dynaslim.zoo",
+    "create_model": "dynaslim.checkpoint",
+    "evaluate": "dynaslim.evaluation",
+    "from_official": "dynaslim.interop.official",
+    "get_spec": "dynaslim.zoo",
+    "load": "dynaslim.checkpoint",
+    "load_images": "dynaslim.data",
+    "madds": "dynaslim.cost",
+    "open_source": "dynaslim.data",
+    "params": "dynaslim.cost",
+    "read": "dynaslim.checkpoint",
+    "save": "dynaslim.checkpoint",
+}
+
+__all__ = [
+    "ZOO",
+    "Checkpoint",
+    "CostTable",
+    "Engine",
+    "Evaluation",
+    "GateSpec",
+    "GatedOutput",
+    "NetSpec",
+    "Preprocessing",
+    "Route",
+    "RoutedOutput",
+    "SlimNet",
+    "StageSpec",
+    "create_model",
+    "evaluate",
+    "from_official",
+    "get_spec",
+    "load",
+    "load_images",
+    "madds",
+    "open_source",
+    "params",
+    "read",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynaslim' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value  # before a submodule of that name can take its place
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -24,6 +24,10 @@ class DataError(DynaslimError):
     """Images or labels cannot be read, or do not fit the network."""
 
 
+class TrainingError(DynaslimError):
+    """Training cannot go on: a loss is not finite, or the recipe does not fit the data."""
+
+
 class MissingExtraError(DynaslimError, ImportError):
     """An optional dependency is not installed; the message has the pip line that installs it."""
 

@@ -8,6 +8,7 @@ that the loader accepts; anything else in the pickle is refused by name.
 from __future__ import annotations
 
 import argparse
+import io
 import pickletools
 import re
 import warnings
@@ -75,8 +76,8 @@ def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of pickle protocols that are refused anyway
             content: Any = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:  # the restricted loader raises many kinds for damaged files
-        raise CheckpointError(f"{path}: {_refusal(source, str(error))}") from None
+    except Exception:  # the restricted loader raises many kinds for damaged files
+        raise CheckpointError(f"{path}: {_refusal(source)}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     key = "state_dict_ema" if ema else "state_dict"
@@ -89,12 +90,11 @@ def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 
-def _refusal(source: Path, message: str) -> str:
+def _refusal(source: Path) -> str:
     foreign = [name for name in _pickled_names(source) if not _harmless(name)]
     if foreign:
         return f"refused: its pickle asks for {foreign[0]}, and only tensors are read from it"
-    detail = message.strip().splitlines()[0][:120] if "GLOBAL" not in message else "refused"
-    return f"not a readable torch checkpoint, or truncated ({detail})"
+    return "not a readable torch checkpoint: truncated, damaged or of another format"
 
 
 def _harmless(name: str) -> bool:
@@ -114,14 +114,16 @@ def _pickled_names(source: Path) -> list[str]:
                 content = archive.read(inner[0]) if inner else b""
         else:
             content = source.read_bytes()
+        stream = io.BytesIO(content)
         strings: list[str] = []
-        for opcode, argument, _ in pickletools.genops(content):
-            if opcode.name in ("GLOBAL", "INST"):
-                names.append(str(argument).replace(" ", "."))
-            elif opcode.name == "STACK_GLOBAL":
-                names.append(".".join(strings[-2:]))
-            elif isinstance(argument, str):
-                strings.append(argument)
+        while stream.tell() < len(content):  # older files hold several pickles in a row
+            for opcode, argument, _ in pickletools.genops(stream):
+                if opcode.name in ("GLOBAL", "INST"):
+                    names.append(str(argument).replace(" ", "."))
+                elif opcode.name == "STACK_GLOBAL":
+                    names.append(".".join(strings[-2:]))
+                elif isinstance(argument, str):
+                    strings.append(argument)
     except Exception:  # pickletools and zipfile raise many kinds for damage; keep what was found
         return names
     return names

@@ -136,10 +136,7 @@ def gated_batch_norm(
 
 def argmax_one_hot(logits_BK: Tensor) -> Tensor:
     """The evaluation gate: one-hot of the highest logit, ties to the cheaper choice. No noise."""
-    # argmax does not promise which of equal values it returns; the first True of a comparison does
-    best_BK = logits_BK == logits_BK.amax(dim=1, keepdim=True)
-    first_BK = best_BK & (best_BK.cumsum(dim=1) == 1)
-    return first_BK.to(logits_BK.dtype)
+    return F.one_hot(logits_BK.argmax(1), logits_BK.shape[1]).to(logits_BK.dtype)
 
 
 def gumbel_one_hot(logits_BK: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:

@@ -166,7 +166,8 @@ class SlimNet(nn.Module):
 
     # -- the whole ----------------------------------------------------------------------------
 
-    def _check_input(self, x: Tensor) -> None:
+    def check_input(self, x: Tensor) -> None:
+        """Raise `ValueError` unless x is a batch of images that the network takes."""
         if x.ndim != 4 or x.shape[1] != self.spec.in_channels:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: {self.spec.name} takes "
@@ -176,7 +177,7 @@ class SlimNet(nn.Module):
 
     @torch.compiler.disable
     def _resolve(self, x: Tensor, route: Route | Sequence[int]) -> Program:
-        self._check_input(x)
+        self.check_input(x)
         route = route if isinstance(route, Route) else Route(tuple(route))
         return _program(self.spec.segment_indices(route))
 
@@ -197,6 +198,26 @@ class SlimNet(nn.Module):
         """
         return self._resolve(x, route)(self, x, dropout_mask)
 
+    def forward_many(self, x: Tensor, routes: Sequence[Route]) -> list[Tensor]:
+        """Static forward along several routes -> logits (B, classes) of each, in order.
+
+        Segments that routes share from the images on (the trunk above all) run once, with equal
+        results and gradients. In training mode BN's running statistics there take one update.
+
+        Raises:
+            As `forward`.
+        """
+        self.check_input(x)
+        paths = [self.spec.segment_indices(route) for route in routes]
+        done: dict[tuple[int, ...], Tensor] = {(): x}
+        for path in paths:
+            for number, index in enumerate(path):
+                here = path[: number + 1]
+                if here not in done:
+                    before = done[path[:number]]
+                    done[here] = self.segment(number, before, index, decide=False).features
+        return [done[path] for path in paths]
+
     def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:
         """Gated forward: every row masked to the widths its gates choose, differentiable.
 
@@ -209,7 +230,7 @@ class SlimNet(nn.Module):
         """
         if self.training:
             raise RuntimeError("forward_gated uses running statistics: call net.eval() first")
-        self._check_input(x)
+        self.check_input(x)
         gate_logits: list[Tensor] = []
         gates: list[Tensor] = []
         choice: int | Tensor = 0

@@ -1,0 +1,5 @@
+"""Running a network routed: the product."""
+
+from dynaslim.runtime.engine import Engine, RoutedOutput
+
+__all__ = ["Engine", "RoutedOutput"]

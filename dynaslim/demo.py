@@ -1,0 +1,138 @@
+"""The demo: both stages on real images that ship with the package, and what comes of it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from dynaslim import __version__
+from dynaslim._files import write_atomic
+from dynaslim.checkpoint import Checkpoint, create_model, save
+from dynaslim.data import MemoryImages, load_images, open_source
+from dynaslim.data.memory import channel_statistics
+from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.progress import progress
+from dynaslim.report.plots import evaluation_figure
+from dynaslim.train import GateRecipe, SupernetRecipe, train_gate, train_supernet
+from dynaslim.train.step import GateLosses, SupernetLosses
+
+DATA: Final = Path(__file__).parent / "data" / "fashion_mnist_mini"
+MODEL: Final = "ds_mbnet_tiny"
+IMAGE_SIZE_PX: Final = 32
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo measured and the files it wrote."""
+
+    evaluation: Evaluation
+    seconds: float
+    files: dict[str, Path]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "model": MODEL,
+            **self.evaluation.to_dict(),
+            "seconds": round(self.seconds, 1),
+            "files": {label: str(path) for label, path in self.files.items()},
+        }
+
+
+def run_demo(
+    out: Path,
+    *,
+    epochs: int,
+    gate_epochs: int,
+    seed: int,
+    train_images: int | None = None,
+) -> Demo:
+    """Train, evaluate and save in folder `out`; `train_images` takes only the first so many.
+
+    Raises:
+        UsageError: for a recipe that makes no sense.
+        OSError: if the folder cannot be written; found out before training.
+    """
+    stage1 = SupernetRecipe(epochs=epochs, seed=seed)
+    # nine of ten images are easy here, and the paper's weights, set for ImageNet, send all of them
+    # along the cheapest route; the labels weigh the same, and compute is cheaper
+    stage2 = GateRecipe(
+        epochs=gate_epochs, lr=0.3, weight_decay=0.0, easy_share=0.5, cost_weight=0.1, seed=seed
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "recipe.json", _json({"supernet": asdict(stage1), "gate": asdict(stage2)}))
+
+    start = time.monotonic()
+    train = _load("train", Preprocessing(IMAGE_SIZE_PX, mean=(0.0,) * 3, std=(1.0,) * 3))
+    mean, std = channel_statistics(train)
+    preprocessing = Preprocessing(IMAGE_SIZE_PX, mean=mean, std=std)
+    test = _load("test", preprocessing)
+    if train_images is not None:
+        train = train.subset(torch.arange(train_images))
+
+    torch.manual_seed(seed)  # the initial weights; all other randomness is seeded by its step
+    live = create_model(MODEL, num_classes=len(train.class_names))
+    with progress("stage I: supernet", stage1.epochs * (len(train) // stage1.batch_size)) as bar:
+
+        def supernet_note(done: int, total: int, losses: SupernetLosses | GateLosses) -> None:
+            assert isinstance(losses, SupernetLosses)
+            bar.advance(
+                note=f"loss largest {losses.largest:.2f}, smallest {losses.smallest:.2f}"
+            )
+
+        net = train_supernet(live, train, preprocessing, stage1, on_step=supernet_note)
+    with progress("stage II: gate", stage2.epochs * (len(train) // stage2.batch_size)) as bar:
+
+        def gate_note(done: int, total: int, losses: SupernetLosses | GateLosses) -> None:
+            assert isinstance(losses, GateLosses)
+            bar.advance(note=f"loss {losses.classification:.2f}, {losses.mean_madds / 1e6:.2f} M")
+
+        train_gate(net, train, preprocessing, stage2, on_step=gate_note)
+    with progress("evaluating", len(test)) as bar:
+        result = evaluate(net, test, preprocessing, on_batch=bar.advance)
+
+    files = {
+        "checkpoint": out / "checkpoint.safetensors",
+        "results": out / "results.json",
+        "picture": out / "accuracy.png",
+    }
+    save(
+        files["checkpoint"],
+        Checkpoint(
+            net=net,
+            class_names=train.class_names,
+            preprocessing=preprocessing,
+            metrics=result.to_dict(),
+            recipe={"supernet": asdict(stage1), "gate": asdict(stage2)},
+        ),
+    )
+    picture = evaluation_figure(
+        net.spec, result, test, title=f"{MODEL} on Fashion-MNIST (2,000 test images)"
+    )
+    write_atomic(files["picture"], picture)
+    done = Demo(result, time.monotonic() - start, files)
+    environment = {
+        "dynaslim": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    write_atomic(files["results"], _json({**done.to_dict(), "environment": environment}))
+    return done
+
+
+def _load(split: str, preprocessing: Preprocessing) -> MemoryImages:
+    source = open_source(DATA, split)
+    with progress(f"reading {split} images", len(source)) as bar:
+        return load_images(source, preprocessing, on_image=bar.advance)
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

@@ -1,0 +1,138 @@
+"""What several tests need: networks with lively weights, and small data on disk."""
+
+import io
+import os
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from dynaslim.nn import SlimNet
+from dynaslim.nn.functional import slim_linear
+from dynaslim.nn.gate import Gate
+from dynaslim.nn.layers import SlimBatchNorm2d
+from dynaslim.spec import GateSpec, NetSpec, StageSpec
+from dynaslim.zoo import ZOO
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+needs_shared = pytest.mark.skipif(
+    not SHARED.is_dir(), reason="the folder ../shared with reference files is not here"
+)
+
+ZOO_NAMES = sorted(ZOO)
+
+
+def micro_spec(**changes: object) -> NetSpec:
+    """Two gates, a teacher apart from the routes, few channels: for tests that need no more."""
+    spec = NetSpec(
+        "micro",
+        (
+            StageSpec((4, 6), block="conv", stride=2),
+            StageSpec((4, 8, 12), gate=GateSpec((0, 2))),
+            StageSpec((6, 8, 10), stride=2, gate=GateSpec((0, 1, 2))),
+        ),
+        num_classes=5,
+    )
+    return spec.replace(**changes)
+
+
+def lively(spec: NetSpec, seed: int = 0, image_size: int | None = None) -> SlimNet:
+    """A network in evaluation mode whose every number matters and whose gates disagree.
+
+    BN statistics differ per width and are far from (0, 1); the slimming heads are turned so that
+    rows of noise spread over the choices (fresh ones all look alike to a gate).
+    """
+    torch.manual_seed(seed)
+    net = SlimNet(spec).eval()
+    for module in net.modules():
+        if isinstance(module, SlimBatchNorm2d):
+            module.running_mean.normal_(0, 0.1)
+            module.running_var.uniform_(0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.3)
+            nn.init.uniform_(module.weight, 0.7, 1.3)
+        if isinstance(module, Gate):
+            nn.init.normal_(module.expand_weight, std=0.3)
+            nn.init.normal_(module.reduce_bias, std=0.3)
+    x = noise(spec, 32, image_size=image_size, seed=seed + 1)
+    gated = [m for m in net.modules() if isinstance(m, Gate) and m.slimming_weight is not None]
+    for gate in gated:
+        _spread(net, gate, x)
+    return net
+
+
+def _spread(net: SlimNet, gate: Gate, x: torch.Tensor) -> None:
+    """Centre the gate's logits on the rows of x, so that its choices vary."""
+    seen = []
+    handle = gate.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0]))
+    with torch.no_grad():
+        net(x, net.spec.smallest)
+        handle.remove()
+        hidden = torch.relu(
+            slim_linear(
+                seen[0].mean((2, 3)), gate.reduce_weight, len(gate.reduce_bias), gate.reduce_bias
+            )
+        )
+        weight = gate.slimming_weight
+        nn.init.normal_(weight)
+        mean = hidden.mean(0)
+        weight -= (weight @ mean)[:, None] * mean / (mean @ mean)
+        weight *= 3 / (hidden @ weight.T).std()
+
+
+def noise(spec: NetSpec, rows: int, *, image_size: int | None = None, seed: int = 0) -> torch.Tensor:
+    """Rows of noise that differ in level and roughness."""
+    size = image_size or max(32, spec.total_stride)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, spec.in_channels, size, size, generator=generator)
+    level = torch.randn(rows, spec.in_channels, 1, 1, generator=generator)
+    return x * torch.rand(rows, 1, 1, 1, generator=generator) * 2 + level
+
+
+def png(seed: int = 0, size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:
+    """An encoded picture of noise."""
+    rng = np.random.default_rng(seed)
+    shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_parquet(folder: Path, images: list[bytes], classes: int, split: str = "test") -> Path:
+    """A parquet file of images with rising labels, as the hub has them."""
+    features = datasets.Features(
+        {
+            "image": datasets.Image(decode=True),
+            "label": datasets.ClassLabel(names=[f"class {n}" for n in range(classes)]),
+        }
+    )
+    rows = {
+        "image": [{"bytes": image, "path": None} for image in images],
+        "label": [n % classes for n in range(len(images))],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{split}.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
+    return path
+
+
+def ddp_worker(rank: int, port: int, folder: str) -> None:
+    """One of two gloo processes: gradients of its half of a batch, averaged by DDP."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    spec = micro_spec()
+    net = lively(spec)
+    for parameter in net.slimming_parameters():
+        parameter.requires_grad_(False)
+    wrapped = nn.parallel.DistributedDataParallel(net)  # eval mode: BN does not tie rows together
+    x = noise(spec, 8)[rank * 4 : rank * 4 + 4]
+    for route in (spec.largest, spec.routes[0]):
+        wrapped(x, route).square().mean().backward()
+    if rank == 0:
+        torch.save([p.grad for p in net.parameters()], f"{folder}/grads.pt")
+    torch.distributed.destroy_process_group()

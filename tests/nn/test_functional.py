@@ -1,0 +1,115 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dynaslim.nn.functional import (
+    argmax_one_hot,
+    gated_batch_norm,
+    gumbel_one_hot,
+    slim_batch_norm,
+    slim_conv2d,
+    slim_linear,
+)
+
+
+def test_slim_conv2d_is_the_leading_block():
+    x, weight = torch.randn(2, 5, 9, 9), torch.randn(8, 7, 3, 3)
+    out = slim_conv2d(x, weight, 4, stride=2)
+    assert torch.equal(out, F.conv2d(x, weight[:4, :5].contiguous(), stride=2, padding=1))
+
+
+def test_slim_conv2d_depthwise():
+    x, weight = torch.randn(2, 5, 9, 9), torch.randn(8, 1, 3, 3)
+    out = slim_conv2d(x, weight, 5, groups=8)
+    assert torch.equal(out, F.conv2d(x, weight[:5].contiguous(), padding=1, groups=5))
+
+
+@pytest.mark.parametrize(
+    ("channels", "out", "groups", "message"),
+    [
+        (9, 4, 1, "9 -> 4 channels asked of a layer of 8 -> 8"),
+        (8, 9, 1, "8 -> 9 channels asked"),
+        (5, 4, 8, "got 5 and was asked for 4"),
+        (8, 8, 2, "groups 2 is neither 1 nor 8"),
+    ],
+)
+def test_slim_conv2d_refuses(channels, out, groups, message):
+    weight = torch.randn(8, 1 if groups == 8 else 8, 3, 3)
+    with pytest.raises(ValueError, match=message):
+        slim_conv2d(torch.randn(1, channels, 4, 4), weight, out, groups=groups)
+
+
+def test_slim_linear_is_the_leading_block():
+    x, weight, bias = torch.randn(2, 5), torch.randn(8, 7), torch.randn(8)
+    torch.testing.assert_close(
+        slim_linear(x, weight, 4, bias), x @ weight[:4, :5].T + bias[:4]
+    )
+
+
+def test_gated_batch_norm_is_each_rows_own_and_ignores_junk_beyond():
+    x = torch.randn(3, 4, 2, 2)
+    mean, var = torch.randn(2, 4), torch.rand(2, 4) + 0.5
+    weight, bias = torch.randn(4), torch.randn(4)
+    mean[0, 2:] = float("nan")  # the narrow set's values beyond its width
+    var[0, 2:] = float("inf")
+    gate = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    out = gated_batch_norm(x, mean, var, weight, bias, gate, [2, 4], eps=1e-5)
+    for row, (slot, channels) in enumerate([(0, 2), (1, 4), (0, 2)]):
+        alone = slim_batch_norm(
+            x[row : row + 1, :channels],
+            mean[slot, :channels],
+            var[slot, :channels],
+            weight,
+            bias,
+            training=False,
+            momentum=0.0,
+            eps=1e-5,
+        )
+        torch.testing.assert_close(out[row : row + 1, :channels], alone)
+        assert torch.equal(out[row, channels:], torch.zeros_like(out[row, channels:]))
+
+
+def test_gated_batch_norm_gradients():
+    torch.manual_seed(0)
+    double = {"dtype": torch.float64, "requires_grad": True}
+    x, gate = torch.randn(2, 3, 2, 2, **double), torch.rand(2, 2, **double)
+    weight, bias = torch.randn(3, **double), torch.randn(3, **double)
+    mean, var = torch.randn(2, 3).double(), torch.rand(2, 3).double() + 0.5
+    assert torch.autograd.gradcheck(
+        lambda x, gate, w, b: gated_batch_norm(x, mean, var, w, b, gate, [2, 3], eps=1e-5),
+        (x, gate, weight, bias),
+    )
+
+
+def test_argmax_one_hot_takes_the_cheaper_of_ties():
+    logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0], [-1.0, -2.0, 5.0]])
+    expected = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    assert torch.equal(argmax_one_hot(logits), expected)
+
+
+def test_gumbel_one_hot_is_one_hot_and_samples_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0]).repeat(20_000, 1)
+    gates = gumbel_one_hot(logits, 1.0, torch.Generator().manual_seed(0))
+    assert torch.equal(gates.sum(1), torch.ones(len(gates)))
+    assert set(gates.unique().tolist()) == {0.0, 1.0}
+    # 4 standard deviations of a share over 20,000 draws are 0.014
+    torch.testing.assert_close(gates.mean(0), logits[0].softmax(0), atol=0.014, rtol=0)
+
+
+def test_gumbel_one_hot_is_a_function_of_its_generator():
+    logits = torch.zeros(64, 4)
+    draws = [gumbel_one_hot(logits, 1.0, torch.Generator().manual_seed(s)) for s in (7, 7, 8)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_gumbel_one_hot_has_the_soft_gradient():
+    logits = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(3, dtype=torch.float64)
+    (gumbel_one_hot(logits, 0.7, torch.Generator().manual_seed(1)) @ values).sum().backward()
+
+    noise = torch.empty_like(logits).exponential_(generator=torch.Generator().manual_seed(1))
+    again = logits.detach().clone().requires_grad_()
+    soft = ((again - noise.log()) / 0.7).softmax(1)
+    (soft @ values).sum().backward()
+    torch.testing.assert_close(logits.grad, again.grad)

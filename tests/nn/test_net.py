@@ -1,0 +1,282 @@
+import itertools
+import socket
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from helpers import ZOO_NAMES, ddp_worker, lively, micro_spec, noise
+from torch import nn
+
+from dynaslim.errors import UsageError
+from dynaslim.nn import SlimNet, argmax_one_hot
+from dynaslim.nn.layers import SlimBatchNorm2d
+from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
+from dynaslim.zoo import ZOO, get_spec
+
+
+def forced(spec, indices):
+    """A `choose` that sends row b along width indices `indices[b]`."""
+
+    def choose(logits, gate):
+        picks = [spec.gates[gate].choices.index(row[gate]) for row in indices]
+        return nn.functional.one_hot(torch.tensor(picks), logits.shape[1]).to(logits.dtype)
+
+    return choose
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_gated_equals_static_for_every_route(name):
+    """One row per route of the routing space in one gated batch, against each route alone."""
+    spec = ZOO[name].replace(num_classes=10)
+    net = lively(spec)
+    combinations = list(itertools.product(*(gate.choices for gate in spec.gates)))
+    x = noise(spec, len(combinations))
+    with torch.inference_mode():
+        gated = net.forward_gated(x, forced(spec, combinations)).logits
+        static = torch.cat(
+            [net(x[b : b + 1], spec.route_at(c)) for b, c in enumerate(combinations)]
+        )
+    scale = static.abs().max()
+    torch.testing.assert_close(gated / scale, static / scale, atol=2e-5, rtol=0)
+    # the comparison means something: routes give different answers to the same image
+    with torch.inference_mode():
+        answers = torch.cat([net(x[:1], route) for route in spec.routes])
+    assert (answers[0] - answers[1:]).abs().amax(1).min() > 1e-3 * scale
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_gated_equals_static_for_all_widths_when_all_are_choices(name):
+    """Also widths that the default routing space leaves out."""
+    spec = ZOO[name].with_choices(range(ZOO[name].num_widths)).replace(num_classes=10)
+    net = lively(spec)
+    uniform = [(k,) * len(spec.gates) for k in range(spec.num_widths)]
+    x = noise(spec, len(uniform))
+    with torch.inference_mode():
+        gated = net.forward_gated(x, forced(spec, uniform)).logits
+        static = torch.cat([net(x[b : b + 1], spec.routes[b]) for b in range(len(uniform))])
+    scale = static.abs().max()
+    torch.testing.assert_close(gated / scale, static / scale, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_no_state_between_calls(name):
+    spec = ZOO[name].replace(num_classes=10)
+    net = lively(spec)
+    x = noise(spec, 2)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with torch.inference_mode():
+        first = net(x, spec.routes[0])
+        other = net(x, spec.largest)
+        net.forward_gated(x, lambda logits, _: argmax_one_hot(logits))
+        again = net(x, spec.routes[0])
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_forward_many_equals_one_by_one(name):
+    spec = ZOO[name].replace(num_classes=10)
+    net = lively(spec)
+    x = noise(spec, 2)
+    routes = (spec.largest, *spec.routes[::3], spec.smallest)
+    with torch.inference_mode():
+        for many, route in zip(net.forward_many(x, routes), routes, strict=True):
+            assert torch.equal(many, net(x, route))
+
+
+def test_forward_many_has_the_gradients_of_separate_passes():
+    spec = micro_spec()
+    net = lively(spec).train().double()
+    x = noise(spec, 8).double()
+    routes = (spec.routes[0], spec.routes[2], spec.largest)
+    sum(out.square().sum() for out in net.forward_many(x, routes)).backward()
+    shared = [p.grad.clone() for p in net.parameters() if p.grad is not None]
+    net.zero_grad()
+    for route in routes:
+        net(x, route).square().sum().backward()
+    separate = [p.grad for p in net.parameters() if p.grad is not None]
+    torch.testing.assert_close(shared, separate)
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_gated_forward_is_differentiable_through_its_gates(name):
+    spec = ZOO[name].replace(num_classes=10)
+    net = lively(spec)
+    net.requires_grad_(False)
+    for head in net.slimming_parameters():
+        head.requires_grad_(True)
+    out = net.forward_gated(noise(spec, 3), lambda logits, _: logits.softmax(1))
+    assert len(out.gates) == len(out.gate_logits) == len(spec.gates)
+    assert len(net.slimming_parameters()) == len(spec.gates)
+    out.logits.square().sum().backward()
+    for head in net.slimming_parameters():
+        assert torch.isfinite(head.grad).all()
+        assert head.grad.abs().max() > 0
+
+
+def test_gradient_of_a_soft_gate_is_right():
+    """Against finite differences, through both gates of a small network."""
+    spec = micro_spec()
+    net = lively(spec).double()
+    x = noise(spec, 2, image_size=8).double()
+    start = [torch.rand(2, len(g.choices), dtype=torch.float64) for g in spec.gates]
+
+    def run(*gates):
+        return net.forward_gated(x, lambda _, number: gates[number]).logits
+
+    assert torch.autograd.gradcheck(run, [gate.requires_grad_() for gate in start])
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_builds_and_runs_on_meta(name):
+    spec = ZOO[name]
+    with torch.device("meta"):
+        net = SlimNet(spec)
+        assert all(t.is_meta for t in (*net.parameters(), *net.buffers()))
+        out = net(torch.empty(2, 3, 64, 64), spec.routes[1])
+    assert out.shape == (2, spec.num_classes)
+    assert out.is_meta
+    assert SlimNet(spec, device="meta", dtype=torch.bfloat16).classifier.weight.dtype == (
+        torch.bfloat16
+    )
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_bfloat16_is_close_to_float32(name):
+    spec = ZOO[name].replace(num_classes=10)
+    net = lively(spec)
+    x = noise(spec, 4)
+    with torch.inference_mode():
+        exact = net(x, spec.routes[1])
+        half = net.bfloat16()(x.bfloat16(), spec.routes[1])
+        gated = net.forward_gated(
+            x.bfloat16(), forced(spec, [(spec.gates[0].choices[-1],) * len(spec.gates)] * 4)
+        ).logits
+    assert half.dtype == gated.dtype == torch.bfloat16
+    # bfloat16 has 8 bits; over 50 layers the error grows but stays far below the signal
+    assert (half.float() - exact).norm() < 0.15 * exact.norm()
+
+
+@pytest.mark.parametrize("name", ZOO_NAMES)
+def test_channels_last(name):
+    spec = ZOO[name].replace(num_classes=10)
+    net = lively(spec)
+    x = noise(spec, 2)
+    with torch.inference_mode():
+        expected = net(x, spec.routes[1])
+        net = net.to(memory_format=torch.channels_last)
+        out = net(x.to(memory_format=torch.channels_last), spec.routes[1])
+    scale = expected.abs().max()
+    torch.testing.assert_close(out / scale, expected / scale, atol=2e-5, rtol=0)
+
+
+def _count_graphs():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    return graphs, backend
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiles_every_route_without_falling_back(fullgraph):
+    """Dynamo gives up on a code object after 8 recompilations; each route has one of its own."""
+    torch.compiler.reset()
+    widths = tuple(range(4, 15))
+    spec = NetSpec(
+        "many-widths",
+        (StageSpec((4, 6), block="conv"), StageSpec(widths, gate=GateSpec((0, 10)))),
+        num_classes=3,
+    )
+    net = lively(spec)
+    x = noise(spec, 2)
+    routes = (*spec.routes, spec.largest)
+    assert len(routes) > torch._dynamo.config.recompile_limit
+    graphs, backend = _count_graphs()
+    compiled = torch.compile(net, backend=backend, fullgraph=fullgraph)
+    with torch.no_grad():
+        for route in routes:
+            torch.testing.assert_close(compiled(x, route), net(x, route))
+        assert len(graphs) == len(routes)
+        for route in routes:
+            compiled(x, route)
+    assert len(graphs) == len(routes)  # the second round compiled nothing
+
+
+def test_compiles_with_inductor():
+    torch.compiler.reset()
+    spec = micro_spec()
+    net = lively(spec)
+    x = noise(spec, 3)
+    compiled = torch.compile(net, fullgraph=True)
+    route = spec.routes[1]
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, route), net(x, route), atol=1e-5, rtol=1e-4)
+
+
+def test_training_updates_only_the_statistics_of_its_width():
+    spec = micro_spec()
+    net = SlimNet(spec).train()
+    net(noise(spec, 8), spec.routes[1])
+    last = [m for m in net.modules() if isinstance(m, SlimBatchNorm2d)][-1]
+    assert last.num_batches_tracked.tolist() == [0, 1, 0, 0]
+    assert (last.running_mean[1, :8] != 0).all()
+    assert (last.running_mean[1, 8:] == 0).all()
+    for untouched in (0, 2, 3):
+        assert (last.running_mean[untouched] == 0).all()
+
+
+def test_one_plus_tanh_attention_starts_as_the_identity():
+    net = SlimNet(get_spec("ds_resnet_cifar"))
+    gate = net.stages[2][0].gate
+    x = torch.randn(2, 16, 4, 4)
+    assert torch.equal(gate(x)[0], x)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((2, 1, 32, 32), r"shape \(2, 1, 32, 32\): ds_mbnet_tiny takes \(rows, 3"),
+        ((3, 32, 32), r"shape \(3, 32, 32\)"),
+        ((2, 3, 4, 32), "4x32 px: ds_mbnet_tiny divides it by 8"),
+    ],
+)
+def test_input_that_does_not_fit(shape, message):
+    net = SlimNet(get_spec("ds_mbnet_tiny")).eval()
+    with pytest.raises(ValueError, match=message):
+        net(torch.zeros(shape), net.spec.smallest)
+    with pytest.raises(ValueError, match=message):
+        net.forward_gated(torch.zeros(shape), lambda logits, _: argmax_one_hot(logits))
+
+
+def test_foreign_route():
+    net = SlimNet(get_spec("ds_mbnet_tiny")).eval()
+    with pytest.raises(UsageError, match="stage 3 allows 48, 80, 112, 144, not 50"):
+        net(torch.zeros(1, 3, 32, 32), Route((12, 24, 48, 50, 96)))
+
+
+def test_gated_forward_needs_running_statistics():
+    net = SlimNet(micro_spec())
+    with pytest.raises(RuntimeError, match=r"net\.eval"):
+        net.forward_gated(torch.zeros(1, 3, 16, 16), lambda logits, _: argmax_one_hot(logits))
+
+
+def test_distributed_data_parallel_averages_gradients(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(ddp_worker, (port, str(tmp_path)), nprocs=2)
+    spec = micro_spec()
+    net = lively(spec)
+    for parameter in net.slimming_parameters():
+        parameter.requires_grad_(False)
+    for route in (spec.largest, spec.routes[0]):
+        net(noise(spec, 8), route).square().mean().backward()
+    distributed = torch.load(tmp_path / "grads.pt", weights_only=True)
+    for ours, theirs in zip((p.grad for p in net.parameters()), distributed, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-5)
