@@ -1,7 +1,8 @@
 """The command line: a table of verbs. Each verb is a typed function, callable from a test.
 
 Its signature makes its flags, its docstring the help. Bodies import what they need, so that help
-needs no torch. Exit codes: 0 done, 1 failed, 2 bad usage; a user's mistake gets one line, no traceback.
+needs no torch. Exit codes: 0 done, 1 failed, 2 bad usage; a user's mistake gets one line and no
+traceback.
 """
 
 from __future__ import annotations
@@ -34,7 +35,12 @@ def models(*, json: bool = False) -> None:
     from dynaslim.zoo import ZOO
 
     rows = [
-        {"model": name, "params": params(spec), "routes": len(spec.routes), "gates": len(spec.gates)}
+        {
+            "model": name,
+            "params": params(spec),
+            "routes": len(spec.routes),
+            "gates": len(spec.gates),
+        }
         for name, spec in ZOO.items()
     ]
     if json:
@@ -207,7 +213,9 @@ VERBS: Final = {
         evaluate, "measure", "dynaslim evaluate runs/demo/checkpoint.safetensors --data PATH"
     ),
     "import-official": Verb(
-        import_official, "convert", "dynaslim import-official model_best.pth.tar ds_mbnet.safetensors"
+        import_official,
+        "convert",
+        "dynaslim import-official model_best.pth.tar ds_mbnet.safetensors",
     ),
 }
 

@@ -176,7 +176,7 @@ def madds(
 
 
 def params(spec: NetSpec, route: Route | None = None) -> int:
-    """Parameters of the whole supernet with its gates, or of the sub-network along a route alone."""
+    """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
     if route is None:
         largest = layer_costs(spec, spec.largest, spec.total_stride)
         return sum(layer.params for layer in largest)
@@ -226,7 +226,7 @@ class CostTable:
         return total
 
     def expected(self, gates: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Cost per image (B,) of one-hot or soft gates, one (B, K) tensor per gate; differentiable.
+        """Cost per image (B,) of one-hot or soft gates, one (B, K) tensor each; differentiable.
 
         Consecutive gates enter as gᵀ·M·g', so the gradient of an option is what switching to it
         would change, which the product of two width sums is not.

@@ -81,16 +81,14 @@ def run_demo(
     live = create_model(MODEL, num_classes=len(train.class_names))
     with progress("stage I: supernet", stage1.epochs * (len(train) // stage1.batch_size)) as bar:
 
-        def supernet_note(done: int, total: int, losses: SupernetLosses | GateLosses) -> None:
+        def supernet_note(_done: int, _total: int, losses: SupernetLosses | GateLosses) -> None:
             assert isinstance(losses, SupernetLosses)
-            bar.advance(
-                note=f"loss largest {losses.largest:.2f}, smallest {losses.smallest:.2f}"
-            )
+            bar.advance(note=f"loss largest {losses.largest:.2f}, smallest {losses.smallest:.2f}")
 
         net = train_supernet(live, train, preprocessing, stage1, on_step=supernet_note)
     with progress("stage II: gate", stage2.epochs * (len(train) // stage2.batch_size)) as bar:
 
-        def gate_note(done: int, total: int, losses: SupernetLosses | GateLosses) -> None:
+        def gate_note(_done: int, _total: int, losses: SupernetLosses | GateLosses) -> None:
             assert isinstance(losses, GateLosses)
             bar.advance(note=f"loss {losses.classification:.2f}, {losses.mean_madds / 1e6:.2f} M")
 

@@ -70,7 +70,9 @@ def progress(label: str, total: int) -> Iterator[Bar]:
 
         class _Bar:
             def advance(self, steps: int = 1, note: str = "") -> None:
-                extra = {"note": note} if note else {}
-                bars.update(task, advance=steps, **extra)
+                if note:
+                    bars.update(task, advance=steps, note=note)
+                else:
+                    bars.update(task, advance=steps)
 
         yield _Bar()

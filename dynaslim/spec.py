@@ -68,7 +68,7 @@ class Route:
 
 @dataclass(frozen=True)
 class GateSpec:
-    """A gate: `choices` are the width indices it picks from, in rising order (its routing space)."""
+    """A gate: `choices` are the width indices it picks from, rising (its routing space)."""
 
     choices: tuple[int, ...]
 

@@ -26,9 +26,7 @@ def _ds_mbnet() -> NetSpec:
             StageSpec((32, 88)),
             StageSpec((48, 168), blocks=2, stride=2),
             StageSpec((96, 264), blocks=2, stride=2),
-            StageSpec(
-                tuple(range(224, 641, 32)), blocks=6, stride=2, gate=GateSpec((0, 4, 9, 13))
-            ),
+            StageSpec(tuple(range(224, 641, 32)), blocks=6, stride=2, gate=GateSpec((0, 4, 9, 13))),
             StageSpec(tuple(range(736, 1153, 32)), blocks=2, stride=2),
         ),
     )

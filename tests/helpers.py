@@ -66,25 +66,31 @@ def lively(spec: NetSpec, seed: int = 0, image_size: int | None = None) -> SlimN
 
 
 def _spread(net: SlimNet, gate: Gate, x: torch.Tensor) -> None:
-    """Centre the gate's logits on the rows of x, so that its choices vary."""
+    """Centre the gate's logits on the rows of x along several routes, so that choices vary."""
     seen = []
     handle = gate.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[0]))
     with torch.no_grad():
-        net(x, net.spec.smallest)
+        for index in net.spec.gates[0].choices:
+            net(x, net.spec.routes[index])
         handle.remove()
-        hidden = torch.relu(
-            slim_linear(
-                seen[0].mean((2, 3)), gate.reduce_weight, len(gate.reduce_bias), gate.reduce_bias
-            )
+        bias = gate.reduce_bias
+        hidden = torch.stack(
+            [
+                torch.relu(slim_linear(f.mean((2, 3)), gate.reduce_weight, len(bias), bias))
+                for f in seen
+            ]
         )
         weight = gate.slimming_weight
         nn.init.normal_(weight)
-        mean = hidden.mean(0)
-        weight -= (weight @ mean)[:, None] * mean / (mean @ mean)
+        # orthogonal to the mean of each route, so that no choice wins on average along any
+        means = torch.linalg.qr(hidden.mean(1).T).Q
+        weight -= weight @ means @ means.T
         weight *= 3 / (hidden @ weight.T).std()
 
 
-def noise(spec: NetSpec, rows: int, *, image_size: int | None = None, seed: int = 0) -> torch.Tensor:
+def noise(
+    spec: NetSpec, rows: int, *, image_size: int | None = None, seed: int = 0
+) -> torch.Tensor:
     """Rows of noise that differ in level and roughness."""
     size = image_size or max(32, spec.total_stride)
     generator = torch.Generator().manual_seed(seed)

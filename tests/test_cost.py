@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from helpers import ZOO_NAMES, micro_spec, needs_shared, SHARED
+from helpers import SHARED, ZOO_NAMES, micro_spec, needs_shared
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaslim.cost import CostTable, madds, params

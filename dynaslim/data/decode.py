@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dynaslim.errors import DataError
 from dynaslim.preprocessing import Preprocessing
@@ -23,7 +23,7 @@ def decode_image(content: bytes, preprocessing: Preprocessing, where: str) -> np
             image = ImageOps.exif_transpose(opened)
             image = image.convert("RGB" if preprocessing.channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise DataError(f"{where}: not an image that can be decoded ({reason})") from None
     scale = size / preprocessing.crop_fraction / min(image.size)
     resized = (max(size, round(image.width * scale)), max(size, round(image.height * scale)))

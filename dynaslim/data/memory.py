@@ -34,7 +34,7 @@ class MemoryImages:
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """(uint8 images, labels) in the given order (by default as stored)."""
         indices = torch.arange(len(self)) if order is None else order
-        for rows in indices.split(batch_size):
+        for rows in torch.split(indices, batch_size):
             if len(rows) == batch_size or not drop_last:
                 yield self.images_NCSS[rows], self.labels_N[rows]
 

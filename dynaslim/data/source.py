@@ -58,8 +58,8 @@ def open_source(path: str | Path, split: str = "test") -> ImageSource:
     """Open a split of a data set; nothing is decoded yet.
 
     `path` is a parquet file, a folder of parquet files (`train*.parquet`, `test*.parquet`), a
-    folder of images (`[split/]class/file`) or the name of a data set on the hub. `split` "test" also
-    takes one called validation; a set with one split only is taken as it is.
+    folder of images (`[split/]class/file`) or the name of a data set on the hub. `split` "test"
+    also takes one called validation; a set with one split only is taken as it is.
 
     Raises:
         DataError: if there is nothing there, no such split, or no image and label columns.

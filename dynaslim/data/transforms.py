@@ -12,11 +12,10 @@ from dynaslim.preprocessing import Preprocessing
 
 def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 pixels -> float32 of mean 0 and standard deviation 1 per channel."""
-    shape = (1, preprocessing.channels, 1, 1)
-    options = {"device": images_BCSS.device, "dtype": torch.float32}
-    mean = torch.tensor(preprocessing.mean, **options).mul(255).view(shape)
-    std = torch.tensor(preprocessing.std, **options).mul(255).view(shape)
-    return (images_BCSS.float() - mean) / std
+    statistics = torch.tensor((preprocessing.mean, preprocessing.std), device=images_BCSS.device)
+    mean, std = statistics.mul(255).view(2, 1, preprocessing.channels, 1, 1)
+    x: Tensor = (images_BCSS.float() - mean) / std
+    return x
 
 
 class Augment:

@@ -98,7 +98,10 @@ def _refusal(source: Path) -> str:
 
 
 def _harmless(name: str) -> bool:
-    return name.split(".")[0] == "torch" or name in ("collections.OrderedDict", "argparse.Namespace")
+    return name.split(".")[0] == "torch" or name in (
+        "collections.OrderedDict",
+        "argparse.Namespace",
+    )
 
 
 def _pickled_names(source: Path) -> list[str]:
@@ -154,9 +157,8 @@ def net_from_official(state: Mapping[str, Tensor], source: str | Path) -> SlimNe
         # 1x1 convolutions of the gates are linear layers here
         flat = value[..., 0, 0] if value.ndim == into.ndim + 2 else value
         if flat.shape != into.shape:
-            raise CheckpointError(
-                f"{source}: {key} has shape {tuple(value.shape)}, DS-MBNet needs {tuple(into.shape)}"
-            )
+            got, needed = tuple(value.shape), tuple(into.shape)
+            raise CheckpointError(f"{source}: {key} has shape {got}, DS-MBNet needs {needed}")
         into.copy_(flat)
         unread.discard(key)
 
@@ -178,9 +180,7 @@ def net_from_official(state: Mapping[str, Tensor], source: str | Path) -> SlimNe
     return net
 
 
-def _take_batch_norm(
-    take: Callable[[str, Tensor], None], prefix: str, bn: SlimBatchNorm2d
-) -> None:
+def _take_batch_norm(take: Callable[[str, Tensor], None], prefix: str, bn: SlimBatchNorm2d) -> None:
     channels = bn.slot_channels
     for slot, width in enumerate(channels):
         # the first slot of that width: the release gives the teacher those of the last width
@@ -194,7 +194,7 @@ def _take_batch_norm(
 
 
 def _released_name(name: str) -> str:
-    """The release's name of one of our modules: stages.1.0.depthwise.bn -> blocks.0.first_block.bn1."""
+    """The release's name of a module: stages.1.0.depthwise.bn -> blocks.0.first_block.bn1."""
     if name.startswith("stages.0."):
         return {"conv": "conv_stem", "bn": "bn1"}.get(name.rsplit(".", 1)[1], "")
     found = re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.+)", name)

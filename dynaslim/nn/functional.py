@@ -140,7 +140,7 @@ def argmax_one_hot(logits_BK: Tensor) -> Tensor:
 
 
 def gumbel_one_hot(logits_BK: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:
-    """The training gate: a one-hot sample with the gradient of the Gumbel-softmax (arXiv 1611.01144).
+    """The training gate: a one-hot sample with the Gumbel-softmax's gradient (arXiv 1611.01144).
 
     Forward exactly one-hot, backward that of softmax((logits + noise) / tau) (straight-through).
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import FunctionType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,14 @@ class SegmentOutput(NamedTuple):
 
     features: Tensor
     gate_logits: Tensor | None
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _outside_compiler(*, recursive: bool) -> Callable[[F], F]:
+    """`torch.compiler.disable` with types."""
+    return cast(Callable[[F], F], torch.compiler.disable(recursive=recursive))  # type: ignore[no-untyped-call]
 
 
 Program = Callable[["SlimNet", Tensor, Tensor | None], Tensor]
@@ -175,7 +183,7 @@ class SlimNet(nn.Module):
             )
         self.spec.check_image_size(x.shape[2], x.shape[3])
 
-    @torch.compiler.disable
+    @_outside_compiler(recursive=True)
     def _resolve(self, x: Tensor, route: Route | Sequence[int]) -> Program:
         self.check_input(x)
         route = route if isinstance(route, Route) else Route(tuple(route))
@@ -183,7 +191,7 @@ class SlimNet(nn.Module):
 
     # Each route's program has a code object of its own and this dispatcher is left to Python:
     # torch.compile gives up on a code object after 8 shapes or constants, silently.
-    @torch.compiler.disable(recursive=False)
+    @_outside_compiler(recursive=False)
     def forward(
         self, x: Tensor, route: Route | Sequence[int], *, dropout_mask: Tensor | None = None
     ) -> Tensor:

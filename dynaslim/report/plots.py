@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from dynaslim.data.memory import MemoryImages
 from dynaslim.evaluation import Evaluation
@@ -32,7 +33,7 @@ def evaluation_figure(
     shares = result.dynamic.route_shares
     rows = len(shares)
     figure = Figure(figsize=(10, 4.4 + 1.15 * rows), layout="constrained")
-    upper, lower = figure.subfigures(2, 1, height_ratios=[4.4, 1.15 * rows])
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.4, 1.15 * rows])[:, 0]
     figure.suptitle(title, fontsize=13)
     _accuracy_axes(upper.subplots(), result)
 
@@ -63,9 +64,8 @@ def _accuracy_axes(axes: Axes, result: Evaluation) -> None:
     x = [route.madds / 1e6 for route in result.routes]
     y = [route.top1 * 100 for route in result.routes]
     axes.plot(x, y, "o-", color=BLUE, label="one route for all images")
-    for number, (a, b) in enumerate(zip(x, y, strict=True)):
+    for a, b in zip(x, y, strict=True):
         axes.annotate(f"{b:.1f}", (a, b), (0, 8), textcoords="offset points", ha="center")
-        del number
     point = (result.dynamic.mean_madds / 1e6, result.dynamic.top1 * 100)
     axes.plot(*point, "*", color=ORANGE, markersize=16, label="dynamic: the gate chooses")
     axes.annotate(f"{point[1]:.1f}", point, (0, 11), textcoords="offset points", ha="center")
@@ -90,9 +90,7 @@ def _strip(axes: Axes, images: MemoryImages, result: Evaluation, rows: torch.Ten
         name = images.class_names[int(images.labels_N[row])]
         colour = "0.35" if right else ORANGE
         axes.add_patch(_frame(left, 2, size, colour))
-        axes.text(
-            left + size / 2, size + 6, name, ha="center", va="top", fontsize=7, color=colour
-        )
+        axes.text(left + size / 2, size + 6, name, ha="center", va="top", fontsize=7, color=colour)
     if not len(rows):
         axes.text(step * _EXAMPLES / 2, size / 2, "no image took this route", ha="center")
     axes.imshow(canvas, interpolation="nearest")
@@ -102,7 +100,5 @@ def _strip(axes: Axes, images: MemoryImages, result: Evaluation, rows: torch.Ten
         spine.set_visible(False)
 
 
-def _frame(left: float, top: float, size: int, colour: str):  # type: ignore[no-untyped-def]
-    from matplotlib.patches import Rectangle
-
+def _frame(left: float, top: float, size: int, colour: str) -> Rectangle:
     return Rectangle((left - 0.5, top - 0.5), size, size, fill=False, ec=colour, lw=1.5)

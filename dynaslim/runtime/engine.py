@@ -86,11 +86,9 @@ class Engine:
                     picks_BG[members, number - 1] = pick
                     order = pick.argsort(stable=True)
                     counts = torch.bincount(pick, minlength=len(gate.choices)).tolist()
-                    for option, part in enumerate(order.split(counts)):
+                    for option, part in enumerate(torch.split(order, counts)):
                         if len(part):
-                            out = self.net.segment(
-                                number, features[part], gate.choices[option]
-                            )
+                            out = self.net.segment(number, features[part], gate.choices[option])
                             arrived[option].append((members[part], *out))
                 buckets = [_join(parts) for parts in arrived if parts]
             for members, logits, _ in buckets:
@@ -116,5 +114,7 @@ def _join(
     if len(parts) == 1:
         return parts[0]
     members, features, gate_logits = zip(*parts, strict=True)
-    logits = None if gate_logits[0] is None else torch.cat([g for g in gate_logits if g is not None])
+    logits = (
+        None if gate_logits[0] is None else torch.cat([g for g in gate_logits if g is not None])
+    )
     return torch.cat(members), torch.cat(features), logits

@@ -55,14 +55,14 @@ def train_supernet(
         nesterov=recipe.momentum > 0,
     )
     schedule = _cosine(optimizer, total, round(recipe.warmup_share * total))
-    augment = Augment(
-        preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror
-    )
+    augment = Augment(preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror)
     heads = set(net.slimming_parameters())
     net.train()
     with _only_trainable(net, [p for p in net.parameters() if p not in heads]):
         for step, (x, labels) in enumerate(
-            _batches(images, preprocessing, augment, recipe.batch_size, per_epoch, total, recipe.seed)
+            _batches(
+                images, preprocessing, augment, recipe.batch_size, per_epoch, total, recipe.seed
+            )
         ):
             routes = sandwich_routes(
                 net.spec,
@@ -117,16 +117,16 @@ def train_gate(
         heads, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
     )
     schedule = _cosine(optimizer, total, 0)
-    augment = Augment(
-        preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror
-    )
+    augment = Augment(preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror)
     size = preprocessing.image_size_px
     table = CostTable.from_madds(net.spec, size)
     scale = recipe.cost_scale_madds or float(madds(net.spec, net.spec.routing_space[-1], size))
     net.eval()
     with _only_trainable(net, heads):
         for step, (x, labels) in enumerate(
-            _batches(images, preprocessing, augment, recipe.batch_size, per_epoch, total, recipe.seed)
+            _batches(
+                images, preprocessing, augment, recipe.batch_size, per_epoch, total, recipe.seed
+            )
         ):
             losses = gate_step(
                 net,

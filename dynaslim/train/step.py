@@ -45,9 +45,7 @@ def make_teacher(net: SlimNet, decay: float) -> AveragedModel:
     The decay warms up, (1 + t) / (10 + t), so that a short run's average is not its beginning.
     """
 
-    def update(
-        averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int
-    ) -> None:
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
         if not averaged[0].is_floating_point():  # BN's batch counters
             for ours, theirs in zip(averaged, current, strict=True):
                 ours.copy_(theirs)
@@ -84,6 +82,7 @@ def supernet_step(
         TrainingError: if a loss is not finite; the optimizer has not stepped.
     """
     averaged = teacher.module
+    assert isinstance(averaged, SlimNet)
     with torch.no_grad():
         teacher_logits = averaged.forward_many(x_BCHW, (routes.largest, *routes.randoms))
         target_largest = teacher_logits[0].softmax(1)
@@ -94,7 +93,7 @@ def supernet_step(
     logits = net(x_BCHW, routes.largest, dropout_mask=mask)
     loss = F.cross_entropy(logits, labels_B, label_smoothing=label_smoothing)
     largest = _finite(loss, "the largest network", step)
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
 
     # the other routes share their trunk, so they run together and go backward as one sum
     *random_logits, smallest_logits = net.forward_many(x_BCHW, (*routes.randoms, routes.smallest))
@@ -102,7 +101,7 @@ def supernet_step(
     losses.append(soft_cross_entropy(smallest_logits, target_ensemble))
     names = [f"route {route}" for route in (*routes.randoms, routes.smallest)]
     values = [_finite(loss, name, step) for loss, name in zip(losses, names, strict=True)]
-    torch.stack(losses).sum().backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(losses)
 
     optimizer.step()
     teacher.update_parameters(net)
@@ -167,7 +166,7 @@ def gate_step(
     optimizer.zero_grad()
     loss = classification + sgs_weight * sgs + cost_weight * cost
     _finite(loss, "the gates", step)
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()
     return GateLosses(
         float(classification.detach()),

@@ -112,7 +112,9 @@ def test_crafted_pickle_is_refused_by_name_and_not_run(tmp_path, kind):
         path.write_bytes(pickle.dumps(content, protocol=int(kind[-1])))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
-    with pytest.raises(CheckpointError, match=r"evil.pth.tar: refused: its pickle asks for posix.mkdir"):
+    with pytest.raises(
+        CheckpointError, match=r"evil.pth.tar: refused: its pickle asks for posix.mkdir"
+    ):
         from_official(path)
     assert not (tmp_path / "executed").exists()
     # the crafted file does what it says it does, so the test above can fail

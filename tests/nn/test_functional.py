@@ -41,9 +41,7 @@ def test_slim_conv2d_refuses(channels, out, groups, message):
 
 def test_slim_linear_is_the_leading_block():
     x, weight, bias = torch.randn(2, 5), torch.randn(8, 7), torch.randn(8)
-    torch.testing.assert_close(
-        slim_linear(x, weight, 4, bias), x @ weight[:4, :5].T + bias[:4]
-    )
+    torch.testing.assert_close(slim_linear(x, weight, 4, bias), x @ weight[:4, :5].T + bias[:4])
 
 
 def test_gated_batch_norm_is_each_rows_own_and_ignores_junk_beyond():

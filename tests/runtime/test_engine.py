@@ -21,7 +21,7 @@ def _close(a, b):
 def test_routed_equals_one_at_a_time_static_and_gated(name):
     spec = ZOO[name].replace(num_classes=10)
     engine = Engine(lively(spec))
-    x = noise(spec, 13)
+    x = noise(spec, 15)
     out = engine(x)
     routes = [engine.route_of(row) for row in out.routes]
     assert len(set(routes)) >= 3, "the test needs rows that take different routes"
@@ -46,9 +46,7 @@ def test_madds_are_those_of_the_route_taken(name):
     engine = Engine(lively(spec))
     out = engine(noise(spec, 7))
     size = max(32, spec.total_stride)
-    expected = [
-        madds(spec, engine.route_of(row), size, slimming_heads=True) for row in out.routes
-    ]
+    expected = [madds(spec, engine.route_of(row), size, slimming_heads=True) for row in out.routes]
     assert out.madds.tolist() == expected
 
 

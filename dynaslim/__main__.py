@@ -1,0 +1,5 @@
+"""`python -m dynaslim` is the `dynaslim` command."""
+
+from dynaslim.cli import main
+
+main()

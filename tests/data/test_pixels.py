@@ -1,0 +1,108 @@
+import io
+
+import numpy as np
+import pytest
+import torch
+from helpers import png
+from PIL import Image
+
+from dynaslim.data.decode import decode_image
+from dynaslim.data.transforms import Augment, normalise
+from dynaslim.errors import DataError, UsageError
+from dynaslim.preprocessing import Preprocessing
+
+
+def test_pixels_of_the_right_size_are_untouched():
+    content = png(size=(32, 32), mode="RGB")
+    pixels = decode_image(content, Preprocessing(32), "x")
+    assert np.array_equal(pixels, np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1))
+
+
+def test_shorter_side_then_centre_crop():
+    wide = Image.new("RGB", (60, 20))
+    wide.paste((255, 0, 0), (20, 0, 40, 20))  # the middle third is red
+    buffer = io.BytesIO()
+    wide.save(buffer, "PNG")
+    pixels = decode_image(buffer.getvalue(), Preprocessing(20), "x")
+    assert pixels.shape == (3, 20, 20)
+    assert (pixels[0] == 255).all()
+    assert (pixels[1:] == 0).all()
+
+
+def test_crop_fraction_cuts_the_border():
+    framed = Image.new("L", (40, 40), 255)
+    framed.paste(0, (5, 5, 35, 35))
+    buffer = io.BytesIO()
+    framed.save(buffer, "PNG")
+    grey = Preprocessing(30, mean=(0.5,), std=(0.5,), crop_fraction=0.75)
+    assert (decode_image(buffer.getvalue(), grey, "x") == 0).all()
+
+
+def test_grey_and_colour_channels():
+    assert decode_image(png(), Preprocessing(28), "x").shape == (3, 28, 28)
+    grey = Preprocessing(28, mean=(0.5,), std=(0.5,))
+    assert decode_image(png(mode="RGB"), grey, "x").shape == (1, 28, 28)
+
+
+def test_exif_orientation_is_followed():
+    image = Image.new("RGB", (20, 20))
+    image.paste((255, 255, 255), (0, 0, 20, 10))  # white above
+    exif = Image.Exif()
+    exif[0x0112] = 3  # stored upside down
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", exif=exif)
+    pixels = decode_image(buffer.getvalue(), Preprocessing(20), "x")
+    assert pixels[0, 0, 0] == 0
+    assert pixels[0, -1, 0] == 255
+
+
+@pytest.mark.parametrize("content", [b"", b"GIF89a", png()[:40], png()[:200], b"\x00" * 1000])
+def test_not_an_image(content):
+    with pytest.raises(DataError, match=r"here\.png: not an image that can be decoded"):
+        decode_image(content, Preprocessing(32), "here.png")
+
+
+def test_decompression_bomb(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match=r"bomb.png: not an image .*exceeds limit"):
+        decode_image(png(size=(30, 30)), Preprocessing(32), "bomb.png")
+
+
+def test_normalise():
+    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    out = normalise(pixels, Preprocessing(2, mean=(0.5, 0.0, 1.0), std=(0.5, 1.0, 2.0)))
+    assert out[:, :, 0, 0].tolist() == [[-1.0, 0.0, -0.5], [1.0, 1.0, 0.0]]
+
+
+def test_augmentation_is_a_function_of_its_seed():
+    x = torch.randn(8, 3, 32, 32)
+    augment = Augment(32)
+    state = torch.random.get_rng_state()
+    first, again, other = (augment(x, seed) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.shape == x.shape
+    # nothing outside is disturbed, so that a training step's randomness stays its own
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.equal(Augment(32, shift_px=0, mirror=False)(x, 1), x)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_size_px": 0}, "image_size_px 0"),
+        ({"crop_fraction": 1.5}, "crop_fraction 1.5"),
+        ({"mean": (0.5,)}, "one value per channel"),
+        ({"std": (1.0, 0.0, 1.0)}, "must be positive"),
+    ],
+)
+def test_preprocessing_checks_itself(change, message):
+    with pytest.raises(UsageError, match=message):
+        Preprocessing(**{"image_size_px": 32, **change})
+
+
+def test_preprocessing_survives_json():
+    pre = Preprocessing(64, mean=(0.1,), std=(0.2,), crop_fraction=0.9)
+    assert Preprocessing.from_dict(pre.to_dict()) == pre
+    with pytest.raises(UsageError, match="not a preprocessing"):
+        Preprocessing.from_dict({"size": 3})

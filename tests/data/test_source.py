@@ -1,0 +1,163 @@
+import pytest
+import torch
+from helpers import png, write_parquet
+
+from dynaslim.data import load_images, open_source
+from dynaslim.data.memory import MemoryImages, channel_statistics
+from dynaslim.demo import DATA
+from dynaslim.errors import DataError
+from dynaslim.preprocessing import Preprocessing
+
+
+def _folder(root, split=None):
+    for number, name in enumerate(["cat", "dog"]):
+        folder = root / split / name if split else root / name
+        folder.mkdir(parents=True)
+        for n in range(3):
+            (folder / f"{n}.png").write_bytes(png(number * 3 + n))
+    return root
+
+
+def test_shipped_images():
+    for split, count in (("train", 10_000), ("test", 2_000)):
+        source = open_source(DATA, split)
+        assert len(source) == count
+        assert source.class_names[0] == "T-shirt/top"
+    assert (DATA / "LICENSE").read_text().startswith("The MIT License")
+
+
+def test_parquet_file_and_folder_agree(tmp_path):
+    images = [png(n) for n in range(4)]
+    path = write_parquet(tmp_path / "set", images, 2)
+    for where in (path, path.parent):
+        source = open_source(where, "test")
+        assert source.class_names == ("class 0", "class 1")
+        assert [(content, label) for _, content, label in source] == [
+            (image, n % 2) for n, image in enumerate(images)
+        ]
+
+
+def test_splits_of_a_parquet_folder(tmp_path):
+    write_parquet(tmp_path, [png(0)], 1, "train")
+    write_parquet(tmp_path, [png(1)] * 2, 1, "validation-00000-of-00001")
+    assert len(open_source(tmp_path, "train")) == 1
+    assert len(open_source(tmp_path, "test")) == 2  # validation stands in
+    with pytest.raises(DataError, match=r"has no split 'extra', only 'train', 'validation'"):
+        open_source(tmp_path, "extra")
+
+
+@pytest.mark.parametrize("split", [None, "test"])
+def test_image_folder(tmp_path, split):
+    source = open_source(_folder(tmp_path, split), "test")
+    assert source.class_names == ("cat", "dog")
+    assert len(source) == 6
+    where, content, label = next(iter(source))
+    assert where.endswith("cat/0.png")
+    assert content == png(0)
+    assert label == 0
+
+
+def test_folder_of_one_class_keeps_its_labels(tmp_path):
+    (tmp_path / "only").mkdir()
+    (tmp_path / "only" / "a.png").write_bytes(png())
+    assert open_source(tmp_path).class_names == ("only",)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(DataError, match="no/such/folder: no such file or folder"):
+        open_source("no/such/folder")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: holds no images; expected class folders"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(DataError, match=r"expected a .parquet file or a folder"):
+        open_source(tmp_path / "notes.txt")
+
+
+def test_hub_name_that_cannot_be_had():
+    with pytest.raises(DataError, match="no-such-set: no such file or folder, and not to be had"):
+        open_source("no-such-set")
+
+
+def test_hub_name_goes_to_the_hub(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(name):
+        asked.append(name)
+        features = datasets.Features(
+            {"img": datasets.Image(), "fine": datasets.ClassLabel(names=["a", "b"])}
+        )
+        rows = {"img": [{"bytes": png(), "path": None}], "fine": [1]}
+        return datasets.DatasetDict(test=datasets.Dataset.from_dict(rows, features=features))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    source = open_source("owner/pictures")
+    assert asked == ["owner/pictures"]
+    assert next(iter(source)) == ("owner/pictures [test] row 0", png(), 1)
+
+
+def test_damaged_parquet(tmp_path):
+    path = write_parquet(tmp_path, [png()], 1)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(DataError, match=r"test.parquet: cannot be read as parquet"):
+        open_source(path)
+
+
+def test_table_without_images_or_labels(tmp_path):
+    import datasets
+
+    datasets.Dataset.from_dict({"label": [1, 2]}).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="has no image column, only label"):
+        open_source(tmp_path)
+    features = datasets.Features({"image": datasets.Image()})
+    rows = {"image": [{"bytes": png(), "path": None}]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="has no label column"):
+        open_source(tmp_path)
+
+
+def test_image_that_does_not_decode_is_named(tmp_path):
+    root = _folder(tmp_path / "folder", "test")
+    broken = root / "test" / "dog" / "1.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    with pytest.raises(DataError, match=r"test/dog/1.png: not an image that can be decoded"):
+        load_images(open_source(root), Preprocessing(32))
+    path = write_parquet(tmp_path / "table", [png(), b"no image"], 2)
+    with pytest.raises(DataError, match=r"\[test\] row 1: not an image .*unknown format"):
+        load_images(open_source(path), Preprocessing(32))
+
+
+def test_label_out_of_range_is_named(tmp_path):
+    import datasets
+
+    rows = {"image": [{"bytes": png(), "path": None}] * 2, "label": [0, -1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match="row 1: label -1 is none of the 1 classes"):
+        load_images(open_source(tmp_path), Preprocessing(32))
+
+
+def test_load_images_counts_and_statistics(tmp_path):
+    path = write_parquet(tmp_path, [png(n) for n in range(5)], 5)
+    calls = []
+    images = load_images(open_source(path), Preprocessing(32), on_image=lambda: calls.append(1))
+    assert images.images_NCSS.shape == (5, 3, 32, 32)
+    assert images.images_NCSS.dtype == torch.uint8
+    assert images.labels_N.tolist() == [0, 1, 2, 3, 4]
+    assert len(calls) == 5
+    mean, std = channel_statistics(images)
+    floats = images.images_NCSS.double().div(255).transpose(0, 1).flatten(1)
+    assert mean == pytest.approx(floats.mean(1).tolist(), abs=1e-4)
+    assert std == pytest.approx(floats.std(1, unbiased=False).tolist(), abs=1e-4)
+
+
+def test_batches_cover_everything_once():
+    images = MemoryImages(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.arange(10), ("a",))
+    order = torch.randperm(10)
+    labels = [y for _, y in images.batches(4, order)]
+    assert [len(y) for y in labels] == [4, 4, 2]
+    assert torch.equal(torch.cat(labels), order)
+    assert [len(y) for _, y in images.batches(4, drop_last=True)] == [4, 4]
+    assert images.subset(torch.tensor([3, 5])).labels_N.tolist() == [3, 5]

@@ -1,0 +1,186 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import lively, micro_spec, png, write_parquet
+
+from dynaslim import cli
+from dynaslim.checkpoint import Checkpoint, load, read, save
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.zoo import ZOO
+
+
+@pytest.fixture
+def micro(tmp_path):
+    """A checkpoint of five classes and a parquet folder that fits it."""
+    net = lively(micro_spec(), image_size=16)
+    path = save(tmp_path / "micro.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
+    write_parquet(tmp_path / "data", [png(n) for n in range(20)], 5)
+    return path, tmp_path / "data"
+
+
+def _fails(capsys, argv, code, message):
+    assert cli.run([str(a) for a in argv]) == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert out == ""
+
+
+def test_help_is_fast_and_needs_no_torch():
+    script = (
+        "import sys, dynaslim.cli as cli; code = cli.run(['--help']); "
+        "assert not {'torch', 'numpy', 'jsonargparse'} & set(sys.modules); sys.exit(code)"
+    )
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(times) < 0.5
+    for verb in cli.VERBS.values():
+        assert verb.example in done.stdout
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_every_verb_has_help_and_needs_no_torch_for_it(verb):
+    script = (
+        f"import sys, dynaslim.cli as cli; code = cli.run(['{verb}', '--help']); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert cli.VERBS[verb].example in " ".join(done.stdout.split())
+
+
+def test_info_json_of_ds_mbnet(capsys):
+    assert cli.run(["info", "ds_mbnet", "--image-size", "224", "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert set(data) == {"model", "params", "image_size_px", "routes", "largest"}
+    assert data["model"] == "ds_mbnet"
+    assert data["image_size_px"] == 224
+    assert len(data["routes"]) == 14
+    assert set(data["routes"][0]) == set(data["largest"]) == {"widths", "madds", "params"}
+    assert data["routes"][0]["widths"] == [16, 32, 48, 96, 224, 736]
+    assert data["routes"][0]["madds"] / 1e6 == pytest.approx(132.89, abs=0.01)
+    assert data["params"] == 7_676_204
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_info_and_models_for_a_person(name, capsys):
+    assert cli.run(["info", name]) == 0
+    out = capsys.readouterr().out
+    for route in ZOO[name].routes:
+        assert str(route) in out
+    assert cli.run(["models"]) == 0
+    assert name in capsys.readouterr().out
+    assert cli.run(["models", "--json"]) == 0
+    assert name in [row["model"] for row in json.loads(capsys.readouterr().out)["models"]]
+
+
+def test_info_of_a_checkpoint(micro, capsys):
+    path, _ = micro
+    assert cli.run(["info", str(path), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["model"] == "micro"
+    assert data["image_size_px"] == 16
+
+
+def test_evaluate(micro, capsys):
+    path, folder = micro
+    assert cli.run(["evaluate", str(path), "--data", str(folder), "--json"]) == 0
+    out, _ = capsys.readouterr()
+    data = json.loads(out)  # one JSON object and nothing else
+    assert data["images"] == 20
+    assert [r["widths"] for r in data["routes"]] == [list(r.widths) for r in micro_spec().routes]
+    assert data["dynamic"]["mean_madds"] > 0
+    assert cli.run(["evaluate", str(path), "--data", str(folder)]) == 0
+    out, _ = capsys.readouterr()
+    assert "dynamic (gate)" in out
+    assert "4-4-6" in out
+
+
+def test_import_official_writes_a_checkpoint(tmp_path, capsys, monkeypatch):
+    from dynaslim.interop import official
+
+    net = lively(ZOO["ds_mbnet"].replace(num_classes=3))
+    monkeypatch.setattr(official, "from_official", lambda path, ema: net)
+    out = tmp_path / "deep" / "net.safetensors"
+    assert cli.run(["import-official", "model_best.pth.tar", str(out), "--ema"]) == 0
+    assert "ds_mbnet, 3 classes" in capsys.readouterr().out
+    assert torch.equal(load(out).classifier.weight, net.classifier.weight)
+    assert read(out).recipe == {"imported_from": "model_best.pth.tar", "weights": "ema"}
+
+
+def test_bad_usage(capsys, micro):
+    path, folder = micro
+    _fails(capsys, ["evalute"], 2, "'evalute' is not a verb; did you mean evaluate?")
+    _fails(capsys, ["info", "ds_mbnt"], 2, "did you mean ds_mbnet?")
+    _fails(capsys, ["info", "ds_mbnet", "--image-size", "16"], 2, "16x16 px")
+    _fails(capsys, ["evaluate", path, "--data", folder, "--batch-size", "0"], 2, "--batch-size 0")
+    assert cli.run([]) == 2
+    for argv in (["info"], ["info", "ds_mbnet", "--nonsense"], ["evaluate", str(path)]):
+        capsys.readouterr()
+        assert cli.run(argv) == 2
+        assert "usage: dynaslim" in capsys.readouterr().err
+
+
+def test_files_that_fail(capsys, micro, tmp_path):
+    path, folder = micro
+    missing = tmp_path / "no.safetensors"
+    _fails(capsys, ["evaluate", missing, "--data", folder], 1, f"{missing}: no such file")
+    _fails(capsys, ["evaluate", path, "--data", "no/where"], 1, "no/where: no such file")
+    (tmp_path / "empty").mkdir()
+    _fails(capsys, ["evaluate", path, "--data", tmp_path / "empty"], 1, "holds no images")
+    write_parquet(tmp_path / "seven", [png()] * 7, 7)
+    _fails(
+        capsys,
+        ["evaluate", path, "--data", tmp_path / "seven"],
+        1,
+        "seven: has 7 classes, the network has 5",
+    )
+    bare = save(tmp_path / "bare.safetensors", Checkpoint(lively(micro_spec())))
+    _fails(capsys, ["evaluate", bare, "--data", folder], 1, "bare.safetensors: does not say how")
+    evil = tmp_path / "evil.pth"
+    evil.write_bytes(b"x")
+    out = tmp_path / "out.safetensors"
+    _fails(capsys, ["import-official", evil, out], 1, "evil.pth: not a readable torch checkpoint")
+    assert not out.exists()
+
+
+def test_broken_image_is_named(capsys, micro, tmp_path):
+    path, _ = micro
+    write_parquet(tmp_path / "broken", [png(), b"x", png(), png(), png()], 5)
+    assert cli.run(["evaluate", str(path), "--data", str(tmp_path / "broken")]) == 1
+    err = capsys.readouterr().err
+    assert "[test] row 1: not an image that can be decoded" in err
+    assert "Traceback" not in err
+
+
+def test_unwritable_folder_is_found_out_before_training(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    _fails(capsys, ["demo", "--out", tmp_path / "file" / "x"], 1, "Not a directory")
+    _fails(capsys, ["demo", "--out", tmp_path / "d", "--epochs", "0"], 2, "epochs 0")
+    assert not (tmp_path / "d").exists()
+
+
+def test_ctrl_c_is_clean(capsys, monkeypatch):
+    def interrupted():
+        """Wait."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.VERBS, "models", cli.Verb(interrupted, "look", "dynaslim models"))
+    _fails(capsys, ["models"], 130, "interrupted")
+
+
+def test_reader_that_goes_away():
+    command = f"{sys.executable} -m dynaslim info ds_mbnet --json | head -c 20"
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("{")

@@ -1,0 +1,101 @@
+import json
+
+import pytest
+import torch
+from helpers import lively, micro_spec
+
+from dynaslim import Engine
+from dynaslim.cost import madds
+from dynaslim.data.memory import MemoryImages
+from dynaslim.data.transforms import normalise
+from dynaslim.errors import DataError, UsageError
+from dynaslim.evaluation import evaluate
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.spec import NetSpec, StageSpec
+from dynaslim.zoo import get_spec
+
+PRE = Preprocessing(16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def _images(count, classes=5):
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
+    pixels = pixels // torch.randint(1, 8, (count, 1, 1, 1), generator=generator).to(torch.uint8)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    return MemoryImages(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
+
+
+def test_numbers_are_those_of_plain_loops():
+    """Uneven last batch; top-5 of six classes; every image looked at alone."""
+    spec = micro_spec(num_classes=6)
+    net = lively(spec, image_size=16)
+    images = _images(45, 6)
+    result = evaluate(net, images, PRE, batch_size=16)
+    x = normalise(images.images_NCSS, PRE)
+    with torch.inference_mode():
+        for metrics, route in zip(result.routes, spec.routes, strict=True):
+            logits = net(x, route)
+            ranks = (logits > logits.gather(1, images.labels_N[:, None])).sum(1)
+            assert metrics.widths == route.widths
+            assert metrics.madds == madds(spec, route, 16)
+            assert metrics.top1 == pytest.approx((ranks == 0).float().mean().item())
+            assert metrics.top5 == pytest.approx((ranks < 5).float().mean().item())
+            loss = torch.nn.functional.cross_entropy(logits, images.labels_N).item()
+            assert metrics.loss == pytest.approx(loss, rel=1e-5)
+        easy = net(x, spec.smallest).argmax(1) == images.labels_N
+    routed = Engine(net)(x)
+    dynamic = result.dynamic
+    right = routed.logits.argmax(1) == images.labels_N
+    assert dynamic.top1 == pytest.approx(right.float().mean().item())
+    assert dynamic.mean_madds == pytest.approx(routed.madds.mean().item())
+    assert torch.equal(result.choices, routed.routes)
+    assert torch.equal(result.predictions, routed.logits.argmax(1))
+    asked = torch.where(easy, 0, 2)
+    agree = (routed.routes == asked[:, None]).float().mean().item()
+    assert dynamic.gate_accuracy == pytest.approx(agree)
+    assert 0 < easy.float().mean() < 1, "the test needs easy and hard images"
+    assert sum(share.share for share in dynamic.route_shares) == pytest.approx(1)
+
+
+def test_one_gate_lists_unused_routes_too():
+    spec = get_spec("ds_mbnet_tiny")
+    net = lively(spec)
+    for head in net.slimming_parameters():
+        head.data.zero_()  # ties go to the cheapest
+    pre = Preprocessing(16)
+    shares = evaluate(net, _images(8, 10), pre).dynamic.route_shares
+    assert [s.widths for s in shares] == [r.widths for r in spec.routing_space]
+    assert [s.share for s in shares] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_summary_is_plain_json():
+    result = evaluate(lively(micro_spec(), image_size=16), _images(10), PRE)
+    data = json.loads(json.dumps(result.to_dict()))
+    assert set(data) == {"images", "routes", "dynamic"}
+    assert set(data["routes"][0]) == {"widths", "madds", "top1", "top5", "loss"}
+    assert set(data["dynamic"]) == {
+        "top1",
+        "top5",
+        "loss",
+        "mean_madds",
+        "route_shares",
+        "gate_accuracy",
+    }
+
+
+def test_network_without_gates():
+    plain = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=5)
+    result = evaluate(lively(plain), _images(10), PRE)
+    assert result.dynamic is None
+    assert len(result.routes) == 1
+    assert result.predictions.shape == (10,)
+
+
+def test_refusals():
+    net = lively(micro_spec(), image_size=16)
+    with pytest.raises(DataError, match="noise: has 7 classes, the network has 5"):
+        evaluate(net, _images(8, 7), PRE)
+    with pytest.raises(DataError, match="noise: no images"):
+        evaluate(net, _images(8).subset(torch.arange(0)), PRE)
+    with pytest.raises(UsageError, match=r"net\.eval"):
+        evaluate(net.train(), _images(8), PRE)
