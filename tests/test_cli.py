@@ -4,11 +4,10 @@ import sys
 import time
 
 import pytest
-import torch
 from helpers import lively, micro_spec, png, write_parquet
 
 from dynaslim import cli
-from dynaslim.checkpoint import Checkpoint, load, read, save
+from dynaslim.checkpoint import Checkpoint, save
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.zoo import ZOO
 
@@ -102,18 +101,6 @@ def test_evaluate(micro, capsys):
     out, _ = capsys.readouterr()
     assert "dynamic (gate)" in out
     assert "4-4-6" in out
-
-
-def test_import_official_writes_a_checkpoint(tmp_path, capsys, monkeypatch):
-    from dynaslim.interop import official
-
-    net = lively(ZOO["ds_mbnet"].replace(num_classes=3))
-    monkeypatch.setattr(official, "from_official", lambda path, ema: net)
-    out = tmp_path / "deep" / "net.safetensors"
-    assert cli.run(["import-official", "model_best.pth.tar", str(out), "--ema"]) == 0
-    assert "ds_mbnet, 3 classes" in capsys.readouterr().out
-    assert torch.equal(load(out).classifier.weight, net.classifier.weight)
-    assert read(out).recipe == {"imported_from": "model_best.pth.tar", "weights": "ema"}
 
 
 def test_bad_usage(capsys, micro):

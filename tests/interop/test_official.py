@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import SHARED, needs_shared
 
-from dynaslim import Engine, from_official
+from dynaslim import Engine, cli, from_official, load
 from dynaslim.errors import CheckpointError
 from dynaslim.nn import argmax_one_hot
 
@@ -76,6 +76,18 @@ def test_averaged_weights_are_the_other_ones(official):
     with torch.inference_mode():
         difference = ema(x, ema.spec.smallest) - live(x, live.spec.smallest)
     torch.testing.assert_close(difference, torch.full_like(difference, 0.25))
+
+
+def test_import_from_the_command_line(official, tmp_path, capsys):
+    path, reference = official
+    out = tmp_path / "ds_mbnet.safetensors"
+    assert cli.run(["import-official", str(path), str(out), "--ema"]) == 0
+    assert "ds_mbnet, 10 classes, gate choices (0, 1, 2, 3)" in capsys.readouterr().out
+    net = load(out)
+    x = torch.from_numpy(reference["x"][:4])
+    with torch.inference_mode():
+        logits = net(x, net.spec.routes[2])
+    assert np.abs(logits.numpy() - (reference["uniform"][2, :4] + 0.25)).max() < 1e-5
 
 
 @needs_shared

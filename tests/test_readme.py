@@ -1,0 +1,70 @@
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_python_example_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_commands_are_targets_and_verbs():
+    from dynaslim.cli import VERBS
+
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^    make (\w+)", README, flags=re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
+    verbs = re.findall(r"^    dynaslim ([\w-]+)", README, flags=re.MULTILINE)
+    assert set(verbs) <= set(VERBS)
+    assert set(VERBS) - set(verbs) == {"demo"}
+
+
+def test_tree_names_every_module():
+    tree = README.split("## What is where")[1]
+    for path in (ROOT / "dynaslim").rglob("*.py"):
+        if path.name not in ("__init__.py", "__main__.py"):
+            assert re.search(rf"[ /]{path.name} +\w", tree), path
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in script
+    assert "make check" in script
+
+
+def test_local_links_lead_somewhere():
+    for document in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\(([^)#]+)", document.read_text()):
+            if not link.startswith("http"):
+                assert (document.parent / link).exists(), f"{document.name}: {link}"
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [("3.9", "Python 3.9, dynaslim needs 3.11 or newer"), (None, "no .*python found")],
+)
+def test_set_up_says_in_one_line_what_is_missing(tmp_path, version, message):
+    """A stand-in interpreter that says it is old, and one that is not there."""
+    python = tmp_path / "python"
+    if version:
+        python.write_text(
+            f'#!/bin/sh\ncase "$2" in *print*) echo {version};; *exit*) exit 1;; esac\n'
+        )
+        python.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "scripts" / "setup"],
+        env={"PATH": "/usr/bin:/bin", "PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert re.search(message, done.stderr)
+    assert len(done.stderr.splitlines()) == 1
