@@ -353,7 +353,8 @@ def _spec_and_size(model: str, image_size: int | None) -> tuple[NetSpec, int]:
     """A zoo entry's or a checkpoint's spec, with the image size to count at."""
     from dynaslim.zoo import ZOO, get_spec
 
-    if model in ZOO or not Path(model).exists():
+    path = Path(model)
+    if model in ZOO or not (path.exists() or path.suffix or len(path.parts) > 1):
         spec = get_spec(model)
         default = 224 if spec.total_stride >= 32 else 32
     else:

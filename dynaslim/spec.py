@@ -143,12 +143,14 @@ class NetSpec:
         self._check(stage.blocks >= 1, f"{at}: needs at least one block")
         self._check(stage.kernel % 2 == 1, f"{at}: kernel {stage.kernel} must be odd")
         self._check(stage.stride >= 1, f"{at}: stride {stage.stride} must be at least 1")
+        self._check(stage.expansion >= 1, f"{at}: expansion {stage.expansion} must be at least 1")
         self._check(
             stage.block != "bottleneck" or all(w % stage.expansion == 0 for w in widths),
             f"{at}: bottleneck widths {widths} must be multiples of {stage.expansion}",
         )
         self._check(
-            not stage.max_pool or stage.block == "conv", f"{at}: only a 'conv' stage has a max pool"
+            not stage.max_pool or (stage.block == "conv" and stage.blocks == 1),
+            f"{at}: only a 'conv' stage of one block has a max pool",
         )
         if stage.gate is not None:
             choices = stage.gate.choices
@@ -377,7 +379,9 @@ class NetSpec:
                 choices = None if gate is None else GateSpec(tuple(map(int, gate["choices"])))
                 stages.append(StageSpec(**stage, gate=choices))
             return cls(**fields, stages=tuple(stages))
-        except (TypeError, KeyError, AttributeError) as error:
+        except UsageError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise UsageError(f"not a network spec: {error}") from None
 
 

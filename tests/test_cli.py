@@ -108,6 +108,7 @@ def test_bad_usage(capsys, micro):
     _fails(capsys, ["evalute"], 2, "'evalute' is not a verb; did you mean evaluate?")
     _fails(capsys, ["info", "ds_mbnt"], 2, "did you mean ds_mbnet?")
     _fails(capsys, ["info", "ds_mbnet", "--image-size", "16"], 2, "16x16 px")
+    _fails(capsys, ["info", "runs/none.safetensors"], 1, "runs/none.safetensors: no such file")
     _fails(capsys, ["evaluate", path, "--data", folder, "--batch-size", "0"], 2, "--batch-size 0")
     assert cli.run([]) == 2
     for argv in (["info"], ["info", "ds_mbnet", "--nonsense"], ["evaluate", str(path)]):

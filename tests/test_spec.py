@@ -118,6 +118,11 @@ def test_route_text_that_is_no_route():
         ({"stages": (StageSpec((8,)),)}, "stem must be a 'conv'"),
         ({"stages": (StageSpec((8, 8), block="conv"),)}, "must rise"),
         ({"stages": (StageSpec((8,), block="conv", kernel=2),)}, "kernel 2 must be odd"),
+        ({"stages": (StageSpec((8,), block="conv", expansion=0),)}, "expansion 0 must be"),
+        (
+            {"stages": (StageSpec((8,), block="conv", blocks=2, max_pool=True),)},
+            "one block has a max pool",
+        ),
         (
             {"stages": (StageSpec((8, 9), block="conv", gate=GateSpec((0,))),)},
             "'conv' has no gate",
@@ -149,6 +154,8 @@ def test_from_dict_names_what_is_wrong():
         NetSpec.from_dict({**data, "colour": 1})
     with pytest.raises(UsageError, match="not a network spec"):
         NetSpec.from_dict({"name": "x"})
+    with pytest.raises(UsageError, match=r"not a network spec: .*'wide'"):
+        NetSpec.from_dict({"name": "x", "stages": [{"widths": ["wide"]}]})
 
 
 def test_unknown_model_gets_a_suggestion():

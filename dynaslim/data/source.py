@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import datasets
+import huggingface_hub
 
 from dynaslim.errors import DataError
 
@@ -78,6 +79,7 @@ def open_source(path: str | Path, split: str = "test") -> ImageSource:
         except Exception as error:  # datasets lets through what its readers raise, of many kinds
             raise DataError(f"{path}: cannot be read as {kind}: {_first_line(error)}") from None
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+        huggingface_hub.utils.logging.set_verbosity_error()  # its retries; we report the outcome
         try:
             loaded = datasets.load_dataset(str(path))
         except Exception as error:  # network, access and format problems, of many kinds

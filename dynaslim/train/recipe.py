@@ -20,7 +20,7 @@ class SupernetRecipe:
     """Passes over the training images."""
     batch_size: int = 128
     """Images per step; a shorter last batch is left out."""
-    lr: float = 0.2
+    lr: float = 0.4
     """Peak learning rate, after the warm-up; cosine to zero from there."""
     warmup_share: float = 0.1
     """Part of all steps that the learning rate rises linearly."""
