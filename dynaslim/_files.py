@@ -5,6 +5,20 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from dynaslim.errors import UsageError
+
+
+def check_writable(path: str | Path) -> Path:
+    """The path, if a file can have that name; cheap, so that it can be asked before long work.
+
+    Raises:
+        UsageError: for a folder, or a name that is none.
+    """
+    target = Path(path)
+    if not target.name or target.is_dir():
+        raise UsageError(f"{str(path)!r}: is a folder; name a file to write")
+    return target
+
 
 def write_atomic(path: str | Path, content: bytes) -> Path:
     """Write a file whole or not at all: to a temporary name beside it, synced, then renamed.
@@ -12,7 +26,7 @@ def write_atomic(path: str | Path, content: bytes) -> Path:
     Parent folders are made. On any error the temporary file is removed and an older file of that
     name is left as it was.
     """
-    target = Path(path)
+    target = check_writable(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:

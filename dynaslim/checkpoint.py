@@ -47,6 +47,8 @@ class Checkpoint:
             raise UsageError(
                 f"{len(self.class_names)} class names do not fit {spec.num_classes} classes"
             )
+        if self.preprocessing is not None:
+            spec.check_image_size(*(self.preprocessing.image_size_px,) * 2)
         if self.preprocessing is not None and self.preprocessing.channels != spec.in_channels:
             raise UsageError(
                 f"preprocessing for {self.preprocessing.channels} channels does not fit a network "
@@ -73,7 +75,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, whole or not at all.
 
     Raises:
-        CheckpointError: if a weight or a BN statistic is not finite.
+        CheckpointError: if a weight, a BN statistic or a metric is not finite, or not JSON.
         OSError: if the file cannot be written; an older one of that name is left as it was.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.net.state_dict().items()}
@@ -91,7 +93,10 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
         "recipe": dict(checkpoint.recipe),
     }
     # through JSON once, so that what is hashed is what a reader will hash (tuples become lists)
-    meta = json.loads(json.dumps(meta, allow_nan=False))
+    try:
+        meta = json.loads(json.dumps(meta, allow_nan=False))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not saved, metrics or recipe: {error}") from None
     meta["sha256"] = _digest(meta, tensors)
     return write_atomic(path, safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
 
@@ -117,8 +122,8 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
             net=net.eval(),
             class_names=None if names is None else tuple(names),
             preprocessing=None if pre is None else Preprocessing.from_dict(pre),
-            metrics=meta["metrics"],
-            recipe=meta["recipe"],
+            metrics=dict(meta["metrics"]),
+            recipe=dict(meta["recipe"]),
         )
     except (UsageError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its description is not valid: {error}") from None
@@ -180,13 +185,16 @@ def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _check_tensors(path: str | Path, net: SlimNet, tensors: Mapping[str, Tensor]) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items()}
+    own = net.state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name, shape in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{path}: has no tensor {name} of shape {shape}")
         if tuple(tensors[name].shape) != shape:
             got = tuple(tensors[name].shape)
             raise CheckpointError(f"{path}: {name} has shape {got}, its spec needs {shape}")
+        if tensors[name].is_floating_point() != own[name].is_floating_point():
+            raise CheckpointError(f"{path}: {name} has type {tensors[name].dtype}")
     extra = sorted(set(tensors) - set(expected))
     if extra:
         raise CheckpointError(f"{path}: has a tensor {extra[0]} that its spec does not have")

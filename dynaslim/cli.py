@@ -109,9 +109,11 @@ def import_official(file: Path, out: Path, *, ema: bool = False) -> None:
         out: The checkpoint to write (.safetensors).
         ema: Take the averaged weights.
     """
+    from dynaslim._files import check_writable
     from dynaslim.checkpoint import save
     from dynaslim.interop.official import import_official as convert
 
+    check_writable(out)
     checkpoint = convert(file, ema=ema)
     save(out, checkpoint)
     spec = checkpoint.net.spec
@@ -124,6 +126,7 @@ def evaluate(
     *,
     data: str,
     split: str = "test",
+    route: str | None = None,
     batch_size: int = 256,
     json: bool = False,
 ) -> None:
@@ -133,6 +136,7 @@ def evaluate(
         checkpoint: A checkpoint file.
         data: A parquet file or a folder of them, a folder of images by class, or a hub name.
         split: Split of the data; "test" also takes one called validation.
+        route: Measure this route only, beside the dynamic mode, such as 12-24-48-80-160.
         batch_size: Images per batch.
         json: Print one JSON object.
     """
@@ -141,26 +145,34 @@ def evaluate(
     from dynaslim.data import load_images, open_source
     from dynaslim.errors import UsageError
     from dynaslim.progress import progress
+    from dynaslim.spec import Route
 
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: must be at least 1")
     loaded = read(checkpoint)
     if loaded.preprocessing is None:
         raise DynaslimError(f"{checkpoint}: does not say how images are prepared (preprocessing)")
+    spec = loaded.net.spec
+    routes = None if route is None else (spec.coerce_route(Route.parse(route)),)
     source = open_source(data, split)
-    evaluation.check_class_names(source.name, source.class_names, loaded.net.spec.num_classes)
+    order = evaluation.match_classes(
+        source.name, source.class_names, spec.num_classes, loaded.class_names
+    )
     with progress("reading images", len(source)) as bar:
         images = load_images(source, loaded.preprocessing, on_image=bar.advance)
+    if order is not None:
+        images = images.relabelled(order, loaded.class_names or ())
     with progress("evaluating", len(images)) as bar:
         result = evaluation.evaluate(
             loaded.net,
             images,
             loaded.preprocessing,
             batch_size=batch_size,
+            routes=routes,
             on_batch=bar.advance,
         )
     if json:
-        _print_json(result.to_dict())
+        _print_json({"data": source.name, "split": source.split, **result.to_dict()})
         return
     _print(f"{checkpoint} on {source.name} [{source.split}]: {len(images)} images")
     _print(evaluation_table(result))
@@ -227,6 +239,25 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def run(argv: list[str]) -> int:
     """Run a command line and return its exit code."""
+    try:
+        code = _dispatch(argv)
+        sys.stdout.flush()
+    except DynaslimError as error:
+        return _fail(str(error), error.exit_code)
+    except BrokenPipeError:
+        # the reader of our output has gone, as with `| head`; nothing is left to be told, and
+        # what is still buffered must not fail once more at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help", "help"):
         _print(_help(), end="")
         return 0 if argv else 2
@@ -241,23 +272,10 @@ def run(argv: list[str]) -> int:
         hint = f" did you mean {close[0]}?" if close else ""
         return _fail(f"{name!r} is not a verb;{hint} see dynaslim --help", 2)
     try:
-        verb = VERBS[name].run
-        try:
-            arguments = _parser(name).parse_args(rest)
-        except SystemExit as stop:  # argparse has printed help or what is wrong
-            return int(stop.code or 0)
-        verb(**vars(arguments))
-    except DynaslimError as error:
-        return _fail(str(error), error.exit_code)
-    except BrokenPipeError:
-        # the reader of our output has gone, as with `| head`; nothing is left to be told
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}", 1)
-    except KeyboardInterrupt:
-        return _fail("interrupted", 130)
+        arguments = _parser(name).parse_args(rest)
+    except SystemExit as stop:  # argparse has printed help or what is wrong
+        return int(stop.code or 0)
+    VERBS[name].run(**vars(arguments))
     return 0
 
 
@@ -388,7 +406,7 @@ def _print(what: Any, end: str = "\n") -> None:
 
 
 def _print_json(value: object) -> None:
-    sys.stdout.write(json_module.dumps(value, indent=2) + "\n")
+    sys.stdout.write(json_module.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def _fail(message: str, code: int) -> int:

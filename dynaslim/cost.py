@@ -158,7 +158,7 @@ def _segment_totals(
 
 def madds(
     spec: NetSpec,
-    route: Route,
+    route: Route | Sequence[int],
     image_size: ImageSize,
     *,
     pooling: bool = True,
@@ -172,17 +172,18 @@ def madds(
     Raises:
         UsageError: if the route is none of the network's or the image is too small for it.
     """
-    return sum(_segment_totals(spec, route, image_size, pooling, slimming_heads))
+    checked = spec.coerce_route(route)
+    return sum(_segment_totals(spec, checked, image_size, pooling, slimming_heads))
 
 
-def params(spec: NetSpec, route: Route | None = None) -> int:
+def params(spec: NetSpec, route: Route | Sequence[int] | None = None) -> int:
     """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
     if route is None:
         largest = layer_costs(spec, spec.largest, spec.total_stride)
         return sum(layer.params for layer in largest)
     return sum(
         layer.params
-        for layer in layer_costs(spec, route, spec.total_stride)
+        for layer in layer_costs(spec, spec.coerce_route(route), spec.total_stride)
         if not layer.slimming_head
     )
 
@@ -200,6 +201,7 @@ class CostTable:
     segments: tuple[tuple[tuple[float, ...], ...], ...]
 
     @classmethod
+    @lru_cache(maxsize=256)
     def from_madds(cls, spec: NetSpec, image_size: ImageSize) -> CostTable:
         """The table of MAdds for an image size in pixels."""
         choices = [(0,), *(gate.choices for gate in spec.gates)]

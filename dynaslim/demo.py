@@ -67,8 +67,8 @@ def run_demo(
         epochs=gate_epochs, lr=0.3, weight_decay=0.0, easy_share=0.5, cost_weight=0.1, seed=seed
     )
     out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "recipe.json", _json({"supernet": asdict(stage1), "gate": asdict(stage2)}))
 
+    recipe = {"supernet": asdict(stage1), "gate": asdict(stage2)}
     start = time.monotonic()
     train = _load("train", Preprocessing(IMAGE_SIZE_PX, mean=(0.0,) * 3, std=(1.0,) * 3))
     mean, std = channel_statistics(train)
@@ -108,7 +108,7 @@ def run_demo(
             class_names=train.class_names,
             preprocessing=preprocessing,
             metrics=result.to_dict(),
-            recipe={"supernet": asdict(stage1), "gate": asdict(stage2)},
+            recipe=recipe,
         ),
     )
     picture = evaluation_figure(
@@ -122,7 +122,9 @@ def run_demo(
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
     }
-    write_atomic(files["results"], _json({**done.to_dict(), "environment": environment}))
+    write_atomic(
+        files["results"], _json({**done.to_dict(), "recipe": recipe, "environment": environment})
+    )
     return done
 
 

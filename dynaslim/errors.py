@@ -26,9 +26,3 @@ class DataError(DynaslimError):
 
 class TrainingError(DynaslimError):
     """Training cannot go on: a loss is not finite, or the recipe does not fit the data."""
-
-
-class MissingExtraError(DynaslimError, ImportError):
-    """An optional dependency is not installed; the message has the pip line that installs it."""
-
-    exit_code = 2

@@ -19,7 +19,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from dynaslim.cost import madds
 from dynaslim.data.memory import MemoryImages
 from dynaslim.data.transforms import normalise
-from dynaslim.errors import DataError, UsageError
+from dynaslim.errors import DataError, DynaslimError, UsageError
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.engine import Engine
@@ -86,15 +86,21 @@ class Evaluation:
 class _Tally:
     """Top-1, top-5 and loss of one mode over batches."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, name: str, num_classes: int) -> None:
+        self.name = name
         self.top1 = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.top5 = MulticlassAccuracy(
             num_classes, top_k=min(5, num_classes), average="micro", validate_args=False
         )
-        self.loss = MeanMetric()
+        self.loss = MeanMetric(nan_strategy="error")
 
     def add(self, logits_BN: Tensor, labels_B: Tensor) -> None:
-        """Count a batch."""
+        """Count a batch; raises `DynaslimError` if the network's output is not finite."""
+        if not torch.isfinite(logits_BN).all():
+            raise DynaslimError(
+                f"{self.name}: the network's output is not finite; its weights or BN statistics "
+                f"are damaged, or the input is"
+            )
         self.top1.update(logits_BN, labels_B)
         self.top5.update(logits_BN, labels_B)
         self.loss.update(F.cross_entropy(logits_BN.float(), labels_B), weight=len(labels_B))
@@ -120,28 +126,28 @@ def evaluate(
     `routes` default to the uniform routes. `on_batch` is called with the images done by each batch.
 
     Raises:
-        DataError: if the set's classes do not fit the network's, or it is empty.
+        DataError: if the images do not fit the network or the preprocessing, or there are none.
+        DynaslimError: if the network's output is not finite.
         UsageError: if the network is in training mode.
     """
     spec = net.spec
-    check_class_names(images.name, images.class_names, spec.num_classes)
-    if not len(images):
-        raise DataError(f"{images.name or 'data'}: no images")
+    images.check_fits(preprocessing, spec.num_classes)
     if net.training:
         raise UsageError("evaluate uses running statistics: call net.eval() first")
     chosen = tuple(spec.routes if routes is None else routes)
-    # the smallest route labels images easy or hard for the gates, so it is always run
-    run = chosen if spec.smallest in chosen else (*chosen, spec.smallest)
+    # the gates' cheapest route labels images easy or hard for them, so it is always run
+    cheapest = spec.cheapest_choice
+    run = chosen if cheapest in chosen else (*chosen, cheapest)
     engine = Engine(net) if spec.gates else None
-    tallies = [_Tally(spec.num_classes) for _ in run]
-    dynamic = _Tally(spec.num_classes)
+    tallies = [_Tally(f"route {route}", spec.num_classes) for route in run]
+    dynamic = _Tally("dynamic mode", spec.num_classes)
     predictions, choices, mean_madds, agree = [], [], 0.0, 0.0
     for pixels, labels in images.batches(batch_size):
         x = normalise(pixels, preprocessing)
         all_logits = net.forward_many(x, run)
         for tally, logits in zip(tallies, all_logits, strict=True):
             tally.add(logits, labels)
-        easy = all_logits[run.index(spec.smallest)].argmax(1) == labels
+        easy = all_logits[run.index(cheapest)].argmax(1) == labels
         if engine is None:
             predictions.append(all_logits[len(chosen) - 1].argmax(1))
             choices.append(torch.empty(len(labels), 0, dtype=torch.int64))
@@ -181,16 +187,34 @@ def evaluate(
     )
 
 
-def check_class_names(name: str, class_names: Sequence[str], num_classes: int) -> None:
-    """Raise `DataError` unless a data set has as many classes as the network."""
-    if len(class_names) != num_classes:
+def match_classes(
+    name: str,
+    data_classes: Sequence[str],
+    num_classes: int,
+    net_classes: Sequence[str] | None = None,
+) -> list[int] | None:
+    """The network's class number of each class of a data set; None if they are in the same order.
+
+    Where both have names, classes are matched by name; a network without names takes the set's
+    order.
+
+    Raises:
+        DataError: if their number differs, or a name is not one of the network's.
+    """
+    if len(data_classes) != num_classes:
+        raise DataError(f"{name}: has {len(data_classes)} classes, the network has {num_classes}")
+    if net_classes is None or tuple(data_classes) == tuple(net_classes):
+        return None
+    foreign = [c for c in data_classes if c not in net_classes]
+    if foreign:
         raise DataError(
-            f"{name or 'data'}: has {len(class_names)} classes, the network has {num_classes}"
+            f"{name}: class {foreign[0]!r} is none of the network's: {', '.join(net_classes)}"
         )
+    return [tuple(net_classes).index(c) for c in data_classes]
 
 
 def _shares(net: SlimNet, choices_NG: Tensor) -> tuple[RouteShare, ...]:
-    """Shares of the routing space's routes, cheapest widths first; unused ones of one gate too."""
+    """Shares of the routes taken, in the order of their widths; of one gate the unused ones too."""
     spec = net.spec
     counts = Counter(spec.route_at(row) for row in choices_NG.tolist())
     listed = spec.routing_space if len(spec.gates) == 1 else tuple(sorted(counts))

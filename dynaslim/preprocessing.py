@@ -23,8 +23,8 @@ class Preprocessing:
     """Part of the resized shorter side that the crop keeps (0.875 is usual for ImageNet)."""
 
     def __post_init__(self) -> None:
-        if self.image_size_px < 1:
-            raise UsageError(f"image_size_px {self.image_size_px}: must be at least 1")
+        if type(self.image_size_px) is not int or self.image_size_px < 1:
+            raise UsageError(f"image_size_px {self.image_size_px}: must be a whole number above 0")
         if not 0 < self.crop_fraction <= 1:
             raise UsageError(f"crop_fraction {self.crop_fraction}: must be above 0 and at most 1")
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):

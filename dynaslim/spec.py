@@ -43,17 +43,17 @@ class Width(NamedTuple):
     slot: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Route:
     """One width (a number of channels) per stage; a value: hashable, comparable, sortable."""
 
     widths: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+
     def __str__(self) -> str:
         return "-".join(map(str, self.widths))
-
-    def __lt__(self, other: Route) -> bool:
-        return self.widths < other.widths
 
     @classmethod
     def parse(cls, text: str) -> Route:
@@ -116,7 +116,10 @@ class NetSpec:
 
     def __post_init__(self) -> None:
         self._check(bool(self.stages), "a network needs at least one stage")
-        self._check(self.num_classes >= 1, f"num_classes {self.num_classes}: must be at least 1")
+        self._check(
+            type(self.num_classes) is int and self.num_classes >= 1,
+            f"num_classes {self.num_classes}: must be at least 1",
+        )
         self._check(self.in_channels >= 1, f"in_channels {self.in_channels}: must be at least 1")
         self._check(self.reduction > 0, f"reduction {self.reduction}: must be positive")
         for field, kind in (("activation", Activation), ("attention", Attention)):
@@ -125,6 +128,11 @@ class NetSpec:
         self._check(
             self.attention_at in ("all", "gated"),
             f"attention_at {self.attention_at!r}: choose from ('all', 'gated')",
+        )
+        residual = any(GATE_AT_ENTRANCE.get(stage.block, False) for stage in self.stages)
+        self._check(
+            self.attention_at == "gated" or not residual,
+            "attention_at 'all' would scale every shortcut of its residual blocks; take 'gated'",
         )
         for number, stage in enumerate(self.stages):
             self._check_stage(number, stage)
@@ -136,12 +144,20 @@ class NetSpec:
     def _check_stage(self, number: int, stage: StageSpec) -> None:
         at = f"stage {number}"
         widths = stage.widths
+        sizes = (*widths, stage.blocks, stage.kernel, stage.stride, stage.expansion)
+        self._check(
+            all(type(value) is int for value in sizes),
+            f"{at}: widths, blocks, kernel, stride and expansion must be whole numbers: {sizes}",
+        )
         self._check(bool(widths) and widths[0] >= 1, f"{at}: needs positive widths, got {widths}")
         self._check(_rising(widths), f"{at}: widths {widths} must rise")
         self._check(stage.block in get_args(BlockKind), f"{at}: unknown block {stage.block!r}")
         self._check(number > 0 or stage.block == "conv", f"{at}: the stem must be a 'conv'")
         self._check(stage.blocks >= 1, f"{at}: needs at least one block")
-        self._check(stage.kernel % 2 == 1, f"{at}: kernel {stage.kernel} must be odd")
+        self._check(
+            stage.kernel >= 1 and stage.kernel % 2 == 1,
+            f"{at}: kernel {stage.kernel} must be odd and positive",
+        )
         self._check(stage.stride >= 1, f"{at}: stride {stage.stride} must be at least 1")
         self._check(stage.expansion >= 1, f"{at}: expansion {stage.expansion} must be at least 1")
         self._check(
@@ -217,23 +233,25 @@ class NetSpec:
         One per width, as released; and one more for the teacher where it would share a set with
         a route though it feeds it from a wider trunk, which makes the two distributions differ.
         """
-        widths = len(self.stages[stage].widths)
-        shared = self.governor(stage) is not None or widths == 1
-        return widths + (1 if self.teacher_apart and shared else 0)
+        governed = self.governor(stage) is not None
+        # a single width behind a gate is fed by as many widths as the gate has
+        slots = self.num_widths if governed else len(self.stages[stage].widths)
+        shared = governed or slots == 1
+        return slots + (1 if self.teacher_apart and shared else 0)
 
     def width(self, stage: int, index: int) -> Width:
         """The width of a stage for a width index of its gate (`LARGEST` for the teacher)."""
         widths = self.stages[stage].widths
         if index == LARGEST:
             return Width(widths[-1], self.num_slots(stage) - 1)
-        if self.governor(stage) is None or len(widths) == 1:
+        if self.governor(stage) is None:
             index = 0
-        return Width(widths[index], index)
+        return Width(widths[min(index, len(widths) - 1)], index)
 
     def slot_widths(self, stage: int) -> tuple[int, ...]:
         """Channels behind each BN slot of a stage."""
         widths = self.stages[stage].widths
-        return widths + (widths[-1],) * (self.num_slots(stage) - len(widths))
+        return tuple(widths[min(slot, len(widths) - 1)] for slot in range(self.num_slots(stage)))
 
     # -- routes -------------------------------------------------------------------------------
 
@@ -280,6 +298,16 @@ class NetSpec:
     def smallest(self) -> Route:
         """The cheapest route."""
         return self.routes[0]
+
+    @cached_property
+    def cheapest_choice(self) -> Route:
+        """The cheapest route that the gates can take: the first choice of each."""
+        return self.route_at([gate.choices[0] for gate in self.gates])
+
+    @cached_property
+    def widest_choice(self) -> Route:
+        """The widest route that the gates can take: the last choice of each."""
+        return self.route_at([gate.choices[-1] for gate in self.gates])
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
         """Width index that each segment takes on a route: the trunk's, then one behind each gate.

@@ -1,6 +1,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -192,6 +193,22 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
         save(path, Checkpoint(net))
     assert path.read_bytes() == good
     assert os.listdir(tmp_path) == ["net.safetensors"]
+
+
+def test_metrics_that_are_not_finite_are_not_saved(tmp_path):
+    with pytest.raises(CheckpointError, match="not saved, metrics or recipe"):
+        save(tmp_path / "net.safetensors", Checkpoint(lively(micro_spec()), metrics={"x": np.nan}))
+    assert not os.listdir(tmp_path)
+
+
+def test_preprocessing_below_the_total_stride():
+    with pytest.raises(UsageError, match="2x2 px: micro divides it by 4"):
+        Checkpoint(lively(micro_spec()), preprocessing=Preprocessing(2))
+
+
+def test_a_folder_in_the_way(tmp_path):
+    with pytest.raises(UsageError, match="is a folder; name a file"):
+        save(tmp_path, Checkpoint(lively(micro_spec())))
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(saved, monkeypatch):

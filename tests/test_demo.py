@@ -20,7 +20,6 @@ def test_demo_learns_and_writes_what_it_says(done):
     assert sorted(path.name for path in out.iterdir()) == [
         "accuracy.png",
         "checkpoint.safetensors",
-        "recipe.json",
         "results.json",
     ]
     best = max(route.top1 for route in demo.evaluation.routes)

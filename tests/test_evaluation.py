@@ -8,8 +8,8 @@ from dynaslim import Engine
 from dynaslim.cost import madds
 from dynaslim.data.memory import MemoryImages
 from dynaslim.data.transforms import normalise
-from dynaslim.errors import DataError, UsageError
-from dynaslim.evaluation import evaluate
+from dynaslim.errors import DataError, DynaslimError, UsageError
+from dynaslim.evaluation import evaluate, match_classes
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.zoo import get_spec
@@ -91,10 +91,53 @@ def test_network_without_gates():
     assert result.predictions.shape == (10,)
 
 
+def test_output_that_is_not_finite_is_not_a_result():
+    net = lively(micro_spec(), image_size=16)
+    with torch.no_grad():
+        net.classifier.bias[2] = float("nan")
+    with pytest.raises(DynaslimError, match="route 4-4-6: the network's output is not finite"):
+        evaluate(net, _images(8), PRE)
+
+
+def test_classes_are_matched_by_name():
+    assert match_classes("x", ["a", "b"], 2, ["a", "b"]) is None
+    assert match_classes("x", ["a", "b"], 2) is None
+    assert match_classes("x", ["b", "c", "a"], 3, ["a", "b", "c"]) == [1, 2, 0]
+    images = MemoryImages(torch.zeros(3, 1, 1, 1), torch.tensor([0, 1, 2]), ("b", "c", "a"))
+    again = images.relabelled([1, 2, 0], ("a", "b", "c"))
+    assert [again.class_names[c] for c in again.labels_N] == ["b", "c", "a"]
+    with pytest.raises(DataError, match="x: class 'd' is none of the network's: a, b"):
+        match_classes("x", ["a", "d"], 2, ["a", "b"])
+    with pytest.raises(DataError, match="x: has 1 classes, the network has 2"):
+        match_classes("x", ["a"], 2, ["a", "b"])
+
+
+def test_easy_is_what_the_cheapest_choice_gets_right():
+    """A routing space that leaves out the smallest width: nobody can take that one."""
+    spec = micro_spec().with_choices((1, 2))
+    net = lively(spec, image_size=16)
+    images = _images(40)
+    result = evaluate(net, images, PRE)
+    with torch.inference_mode():
+        x = normalise(images.images_NCSS, PRE)
+        easy = net(x, spec.routes[1]).argmax(1) == images.labels_N
+    asked = torch.where(easy, 1, 2)
+    agree = (result.choices == asked[:, None]).float().mean().item()
+    assert result.dynamic.gate_accuracy == pytest.approx(agree)
+
+
 def test_refusals():
     net = lively(micro_spec(), image_size=16)
     with pytest.raises(DataError, match="noise: has 7 classes, the network has 5"):
         evaluate(net, _images(8, 7), PRE)
+    with pytest.raises(
+        DataError, match=r"shape \(3, 16, 16\), the preprocessing says \(3, 32, 32\)"
+    ):
+        evaluate(net, _images(8), Preprocessing(32))
+    images = _images(8)
+    images.labels_N[3] = 5
+    with pytest.raises(DataError, match="labels outside 0 to 4"):
+        evaluate(net, images, PRE)
     with pytest.raises(DataError, match="noise: no images"):
         evaluate(net, _images(8).subset(torch.arange(0)), PRE)
     with pytest.raises(UsageError, match=r"net\.eval"):

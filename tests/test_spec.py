@@ -78,6 +78,16 @@ def test_single_width_stages_stay_fixed():
         ),
     )
     assert [route.widths for route in spec.routes] == [(8, 8, 32), (8, 16, 32)]
+    # what feeds it differs by route, so its statistics do
+    assert [spec.width(2, index) for index in (0, 1)] == [(32, 0), (32, 1)]
+    assert spec.slot_widths(2) == (32, 32)
+
+
+def test_routes_from_lists_are_routes():
+    spec = get_spec("ds_mbnet_tiny")
+    assert Route([12, 24, 48, 48, 96]) == spec.smallest
+    assert hash(Route([12, 24, 48, 48, 96])) == hash(spec.smallest)
+    assert spec.smallest <= spec.smallest < spec.largest
 
 
 def test_with_choices():
@@ -115,6 +125,13 @@ def test_route_text_that_is_no_route():
         ({"num_classes": 0}, "num_classes 0"),
         ({"activation": "gelu"}, "activation 'gelu'"),
         ({"attention_at": "none"}, "attention_at 'none'"),
+        ({"num_classes": 2.5}, "num_classes 2.5"),
+        ({"stages": (StageSpec((8.0,), block="conv"),)}, "must be whole numbers"),
+        ({"stages": (StageSpec((8,), block="conv", kernel=-1),)}, "kernel -1"),
+        (
+            {"stages": (StageSpec((8,), block="conv"), StageSpec((8,), "basic"))},
+            "would scale every shortcut",
+        ),
         ({"stages": (StageSpec((8,)),)}, "stem must be a 'conv'"),
         ({"stages": (StageSpec((8, 8), block="conv"),)}, "must rise"),
         ({"stages": (StageSpec((8,), block="conv", kernel=2),)}, "kernel 2 must be odd"),

@@ -5,7 +5,7 @@ Suffixes: N images, B rows of a batch, C channels, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dynaslim.data.decode import decode_image
 from dynaslim.data.source import ImageSource
+from dynaslim.errors import DataError
 from dynaslim.preprocessing import Preprocessing
 
 
@@ -29,6 +30,24 @@ class MemoryImages:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def check_fits(self, preprocessing: Preprocessing, num_classes: int) -> None:
+        """Raise `DataError` unless pixels and classes are what the two say."""
+        name = self.name or "data"
+        if not len(self):
+            raise DataError(f"{name}: no images")
+        size, channels = preprocessing.image_size_px, preprocessing.channels
+        if tuple(self.images_NCSS.shape[1:]) != (channels, size, size):
+            raise DataError(
+                f"{name}: images of shape {tuple(self.images_NCSS.shape[1:])}, the preprocessing "
+                f"says {(channels, size, size)}"
+            )
+        if len(self.class_names) != num_classes:
+            raise DataError(
+                f"{name}: has {len(self.class_names)} classes, the network has {num_classes}"
+            )
+        if not 0 <= int(self.labels_N.min()) <= int(self.labels_N.max()) < num_classes:
+            raise DataError(f"{name}: has labels outside 0 to {num_classes - 1}")
+
     def batches(
         self, batch_size: int, order: Tensor | None = None, *, drop_last: bool = False
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -37,6 +56,11 @@ class MemoryImages:
         for rows in torch.split(indices, batch_size):
             if len(rows) == batch_size or not drop_last:
                 yield self.images_NCSS[rows], self.labels_N[rows]
+
+    def relabelled(self, order: Sequence[int], class_names: Sequence[str]) -> MemoryImages:
+        """The same images with class c renumbered to `order[c]`, whose names are given."""
+        labels_N = torch.tensor(order)[self.labels_N]
+        return MemoryImages(self.images_NCSS, labels_N, tuple(class_names), self.name)
 
     def subset(self, rows: Tensor) -> MemoryImages:
         """The images of the given rows."""

@@ -16,10 +16,14 @@ from dynaslim.errors import DataError
 IMAGE_SUFFIXES: Final = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
-_SPLITS: Final[Mapping[str, tuple[str, ...]]] = {
-    "train": ("train",),
-    "test": ("test", "validation", "val", "valid"),
+WHOLE: Final = "whole"
+"""Name of the only split of a set that is not divided."""
+_ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
+    "test": ("test", "validation"),
+    "val": ("validation",),
+    "valid": ("validation",),
 }
+_TOKEN: Final = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,8 @@ class ImageSource:
         for number, row in enumerate(self.dataset):
             image, label = row[self.image_column], row[self.label_column]
             where = f"{self.name} [{self.split}] row {number}"
+            if image is None:
+                raise DataError(f"{where}: has no image")
             path, content = image["path"], image["bytes"]
             if content is None:
                 where = path
@@ -58,9 +64,9 @@ class ImageSource:
 def open_source(path: str | Path, split: str = "test") -> ImageSource:
     """Open a split of a data set; nothing is decoded yet.
 
-    `path` is a parquet file, a folder of parquet files (`train*.parquet`, `test*.parquet`), a
-    folder of images (`[split/]class/file`) or the name of a data set on the hub. `split` "test"
-    also takes one called validation; a set with one split only is taken as it is.
+    `path` is a parquet file, a folder of parquet files (their names or folders say train, test or
+    validation), a folder of images (`[split/]class/file`) or the name of a data set on the hub.
+    `split` "test" also takes validation; a set that is not divided is taken whole.
 
     Raises:
         DataError: if there is nothing there, no such split, or no image and label columns.
@@ -68,16 +74,7 @@ def open_source(path: str | Path, split: str = "test") -> ImageSource:
     source = Path(path)
     datasets.disable_progress_bars()
     if source.exists():
-        kind, files = _local_files(source)
-        try:
-            if kind == "parquet":
-                loaded = datasets.load_dataset("parquet", data_files=files)
-            else:
-                loaded = datasets.load_dataset(
-                    "imagefolder", data_dir=str(source), drop_labels=False
-                )
-        except Exception as error:  # datasets lets through what its readers raise, of many kinds
-            raise DataError(f"{path}: cannot be read as {kind}: {_first_line(error)}") from None
+        loaded = _open_local(source)
     elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
         huggingface_hub.utils.logging.set_verbosity_error()  # its retries; we report the outcome
         try:
@@ -96,36 +93,73 @@ def open_source(path: str | Path, split: str = "test") -> ImageSource:
     return _source(str(path), name, dataset)
 
 
-def _local_files(source: Path) -> tuple[str, dict[str, list[str]]]:
-    """("parquet", files by split) or ("images", {})."""
+def _open_local(source: Path) -> Mapping[str, Any]:
+    """Split name -> dataset of what is on disk."""
     if source.is_file():
         if source.suffix != ".parquet":
             raise DataError(f"{source}: expected a .parquet file or a folder")
-        return "parquet", {_split_of(source): [str(source)]}
-    tables = sorted(source.glob("*.parquet")) or sorted(source.glob("data/*.parquet"))
-    if tables:
-        by_split: dict[str, list[str]] = {}
-        for table in tables:
-            by_split.setdefault(_split_of(table), []).append(str(table))
-        return "parquet", by_split
-    if any(file.suffix.lower() in IMAGE_SUFFIXES for file in source.rglob("*")):
-        return "images", {}
-    raise DataError(
-        f"{source}: holds no images; expected class folders of images or .parquet files"
-    )
+        tables = {WHOLE: [str(source)]}
+    else:
+        tables = {}
+        for table in sorted(source.rglob("*.parquet")):
+            tables.setdefault(_split_of(table.relative_to(source)), []).append(str(table))
+    if not tables:
+        return _image_folder(source)
+    try:
+        loaded: Mapping[str, Any] = datasets.load_dataset("parquet", data_files=tables)
+    except Exception as error:  # datasets lets through what its readers raise, of many kinds
+        raise DataError(f"{source}: cannot be read as parquet: {_first_line(error)}") from None
+    return loaded
 
 
 def _split_of(table: Path) -> str:
-    found = re.match(r"(train|test|validation|val|valid)(?![a-z])", table.stem)
-    return found[1] if found else "train"
+    """The split that a table's name, or else a folder above it, says; `WHOLE` if none does."""
+    for part in (table.stem, *reversed(table.parts[:-1])):
+        if found := _TOKEN.findall(part.lower()):
+            last = str(found[-1])
+            return _ALIASES.get(last, (last,))[0]
+    return WHOLE
+
+
+def _image_folder(source: Path) -> dict[str, Any]:
+    """Class folders of images, or split folders of those; only whole folder names count.
+
+    Not by the library's own folder reader: it takes a class called `bus_test` for a split.
+    """
+    folders = sorted(f for f in source.iterdir() if f.is_dir() and not f.name.startswith("."))
+    names = [f.name.lower() for f in folders]
+    if folders and all(_TOKEN.fullmatch(name) for name in names):
+        roots = {_ALIASES.get(n, (n,))[0]: f for n, f in zip(names, folders, strict=True)}
+    else:
+        roots = {WHOLE: source}
+    found: dict[str, list[tuple[str, str]]] = {}
+    for split, root in roots.items():
+        found[split] = [
+            (str(file), file.relative_to(root).parts[0])
+            for file in sorted(root.rglob("*"))
+            if file.suffix.lower() in IMAGE_SUFFIXES and file.parent != root
+        ]
+    classes = sorted({label for rows in found.values() for _, label in rows})
+    if not classes:
+        raise DataError(
+            f"{source}: holds no images; expected class folders of images or .parquet files"
+        )
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
+    )
+    return {
+        split: datasets.Dataset.from_dict(
+            {"image": [path for path, _ in rows], "label": [label for _, label in rows]},
+            features=features,
+        )
+        for split, rows in found.items()
+    }
 
 
 def _pick_split(name: str, split: str, available: list[str]) -> str:
-    for candidate in _SPLITS.get(split, (split,)):
+    for candidate in (*_ALIASES.get(split, (split,)), split, WHOLE):
         if candidate in available:
             return candidate
-    if len(available) == 1:
-        return available[0]
     raise DataError(f"{name}: has no split {split!r}, only {', '.join(map(repr, available))}")
 
 
@@ -137,9 +171,10 @@ def _source(name: str, split: str, dataset: Any) -> ImageSource:
     if labels:
         column = labels[0]
         class_names = tuple(dataset.features[column].names)
-    elif "label" in dataset.features and dataset.features["label"].dtype.startswith("int"):
+    elif "label" in dataset.features and "int" in str(dataset.features["label"].dtype):
         column = "label"
-        class_names = tuple(map(str, range(max(dataset[column]) + 1)))
+        highest = max((label for label in dataset[column] if label is not None), default=-1)
+        class_names = tuple(map(str, range(highest + 1)))
     else:
         raise DataError(f"{name}: has no label column, only {', '.join(dataset.features)}")
     dataset = dataset.select_columns([images[0], column])

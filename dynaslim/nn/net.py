@@ -6,9 +6,9 @@ Suffixes: B rows, C channels in use, H W pixels, K choices of a gate, N classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,19 @@ def _outside_compiler(*, recursive: bool) -> Callable[[F], F]:
 Program = Callable[["SlimNet", Tensor, Tensor | None], Tensor]
 
 
-@lru_cache(maxsize=4096)
-def _program(indices: tuple[int, ...]) -> Program:
+# beside the networks, not on them: functions made at run time cannot be pickled or copied
+_PROGRAMS: WeakKeyDictionary[SlimNet, dict[tuple[int, ...], Program]] = WeakKeyDictionary()
+
+
+def _program(net: SlimNet, indices: tuple[int, ...]) -> Program:
+    """A network's program for given width indices, made at first use."""
+    programs = _PROGRAMS.setdefault(net, {})
+    if indices not in programs:
+        programs[indices] = _make_program(indices)
+    return programs[indices]
+
+
+def _make_program(indices: tuple[int, ...]) -> Program:
     """The static forward for given width indices, as a function with a code object of its own."""
 
     def run(net: SlimNet, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
@@ -187,7 +198,7 @@ class SlimNet(nn.Module):
     def _resolve(self, x: Tensor, route: Route | Sequence[int]) -> Program:
         self.check_input(x)
         route = route if isinstance(route, Route) else Route(tuple(route))
-        return _program(self.spec.segment_indices(route))
+        return _program(self, self.spec.segment_indices(route))
 
     # Each route's program has a code object of its own and this dispatcher is left to Python:
     # torch.compile gives up on a code object after 8 shapes or constants, silently.
@@ -206,7 +217,7 @@ class SlimNet(nn.Module):
         """
         return self._resolve(x, route)(self, x, dropout_mask)
 
-    def forward_many(self, x: Tensor, routes: Sequence[Route]) -> list[Tensor]:
+    def forward_many(self, x: Tensor, routes: Sequence[Route | Sequence[int]]) -> list[Tensor]:
         """Static forward along several routes -> logits (B, classes) of each, in order.
 
         Segments that routes share from the images on (the trunk above all) run once, with equal
@@ -216,7 +227,7 @@ class SlimNet(nn.Module):
             As `forward`.
         """
         self.check_input(x)
-        paths = [self.spec.segment_indices(route) for route in routes]
+        paths = [self.spec.segment_indices(self.spec.coerce_route(route)) for route in routes]
         done: dict[tuple[int, ...], Tensor] = {(): x}
         for path in paths:
             for number, index in enumerate(path):

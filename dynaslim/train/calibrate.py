@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from dynaslim.errors import TrainingError
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import SlimNet
 from dynaslim.spec import Route
@@ -24,22 +25,33 @@ def recalibrate(
 
     During training a width's statistics lag behind weights that other widths keep moving; the
     authors reset and average them anew before evaluation. `batches` are network inputs
-    (B, C, H, W); `routes` default to the uniform routes and the largest. The network is left in
-    evaluation mode.
+    (B, C, H, W); `routes` default to the uniform routes and the largest. Widths that none of them
+    runs keep their statistics. The network is left in evaluation mode.
+
+    Raises:
+        TrainingError: if there are no batches; all statistics stay as they were.
     """
     norms = [module for module in net.modules() if isinstance(module, SlimBatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     chosen = (*net.spec.routes, net.spec.largest) if routes is None else tuple(routes)
-    for norm in norms:
-        norm.reset_statistics()
-        norm.momentum = None  # cumulative average
+    before = [{k: v.clone() for k, v in norm.named_buffers()} for norm in norms]
+    count = 0
     net.train()
     try:
+        for norm in norms:
+            norm.reset_statistics()
+            norm.momentum = None  # cumulative average
         for x in batches:
+            count += 1
             net.forward_many(x, chosen)
             if on_batch is not None:
                 on_batch()
     finally:
         net.eval()
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, momentum, old in zip(norms, momenta, before, strict=True):
             norm.momentum = momentum
+            untouched = norm.num_batches_tracked == 0
+            for name, buffer in norm.named_buffers():
+                buffer[untouched] = old[name][untouched]
+    if not count:
+        raise TrainingError("recalibrate: no batches to take statistics from")

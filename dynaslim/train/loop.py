@@ -45,20 +45,22 @@ def train_supernet(
 
     Raises:
         TrainingError: if there are fewer images than a batch, or a loss is not finite.
+        DataError: if the images do not fit the network or the preprocessing.
     """
+    images.check_fits(preprocessing, net.spec.num_classes)
     per_epoch, total = _steps(images, recipe.batch_size, recipe.epochs)
     teacher = make_teacher(net, recipe.ema_decay)
-    optimizer = torch.optim.SGD(
-        parameter_groups(net, recipe.weight_decay),
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
-    )
-    schedule = _cosine(optimizer, total, round(recipe.warmup_share * total))
     augment = Augment(preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror)
     heads = set(net.slimming_parameters())
     net.train()
     with _only_trainable(net, [p for p in net.parameters() if p not in heads]):
+        optimizer = torch.optim.SGD(
+            parameter_groups(net, recipe.weight_decay),
+            lr=recipe.lr,
+            momentum=recipe.momentum,
+            nesterov=recipe.momentum > 0,
+        )
+        schedule = _cosine(optimizer, total, round(recipe.warmup_share * total))
         for step, (x, labels) in enumerate(
             _batches(
                 images, preprocessing, augment, recipe.batch_size, per_epoch, total, recipe.seed
@@ -108,9 +110,11 @@ def train_gate(
     Raises:
         UsageError: if the network has no gates.
         TrainingError: if there are fewer images than a batch, or a loss is not finite.
+        DataError: if the images do not fit the network or the preprocessing.
     """
     if not net.spec.gates:
         raise UsageError(f"{net.spec.name} has no gates to train")
+    images.check_fits(preprocessing, net.spec.num_classes)
     per_epoch, total = _steps(images, recipe.batch_size, recipe.epochs)
     heads = net.slimming_parameters()
     optimizer = torch.optim.SGD(
@@ -120,7 +124,7 @@ def train_gate(
     augment = Augment(preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror)
     size = preprocessing.image_size_px
     table = CostTable.from_madds(net.spec, size)
-    scale = recipe.cost_scale_madds or float(madds(net.spec, net.spec.routing_space[-1], size))
+    scale = recipe.cost_scale_madds or float(madds(net.spec, net.spec.widest_choice, size))
     net.eval()
     with _only_trainable(net, heads):
         for step, (x, labels) in enumerate(

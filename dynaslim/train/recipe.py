@@ -47,9 +47,16 @@ class SupernetRecipe:
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, f"epochs {self.epochs}: must be at least 1")
+        _check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
+        _check(self.shift_px >= 0, f"shift_px {self.shift_px}: must not be negative")
+        _check(0 <= self.momentum < 1, f"momentum {self.momentum}: must be in [0, 1)")
         _check(self.batch_size >= 2, f"batch_size {self.batch_size}: BN needs at least 2")
         _check(self.lr > 0, f"lr {self.lr}: must be positive")
         _check(0 <= self.warmup_share < 1, f"warmup_share {self.warmup_share}: must be in [0, 1)")
+        _check(
+            0 <= self.label_smoothing < 1,
+            f"label_smoothing {self.label_smoothing}: must be in [0, 1)",
+        )
         _check(0 <= self.dropout < 1, f"dropout {self.dropout}: must be in [0, 1)")
         _check(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay}: must be in [0, 1)")
         _check(self.random_routes >= 0, f"random_routes {self.random_routes}: must not be negative")
@@ -63,7 +70,7 @@ class SupernetRecipe:
 class GateRecipe:
     """Stage II: the slimming heads, by sandwich gate sparsification; all else frozen.
 
-    Defaults are the paper's, but for the epochs.
+    Learning rate, weight decay and the weights of the terms default to the paper's.
     """
 
     epochs: int = 3
@@ -97,6 +104,9 @@ class GateRecipe:
 
     def __post_init__(self) -> None:
         _check(self.epochs >= 1, f"epochs {self.epochs}: must be at least 1")
+        _check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
+        _check(self.shift_px >= 0, f"shift_px {self.shift_px}: must not be negative")
+        _check(0 <= self.momentum < 1, f"momentum {self.momentum}: must be in [0, 1)")
         _check(self.batch_size >= 1, f"batch_size {self.batch_size}: must be at least 1")
         _check(self.lr > 0, f"lr {self.lr}: must be positive")
         _check(self.tau > 0, f"tau {self.tau}: must be positive")

@@ -157,7 +157,7 @@ def gate_step(
         TrainingError: if a loss is not finite; the optimizer has not stepped.
     """
     with torch.no_grad():
-        easy_B = net(x_BCHW, net.spec.smallest).argmax(1) == labels_B
+        easy_B = net(x_BCHW, net.spec.cheapest_choice).argmax(1) == labels_B
     out = net.forward_gated(x_BCHW, lambda logits_BK, _: gumbel_one_hot(logits_BK, tau, generator))
     classification = F.cross_entropy(out.logits, labels_B)
     sgs = sgs_loss(out.gate_logits, easy_B, easy_share=easy_share)

@@ -44,6 +44,20 @@ def test_grey_and_colour_channels():
     assert decode_image(png(mode="RGB"), grey, "x").shape == (1, 28, 28)
 
 
+def test_sixteen_bits_are_scaled_not_clipped():
+    ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+    buffer = io.BytesIO()
+    Image.fromarray(ramp).save(buffer, "PNG")
+    pixels = decode_image(buffer.getvalue(), Preprocessing(32), "x")
+    assert np.abs(pixels[0].astype(float) - ramp / 257).max() <= 1
+
+
+def test_a_long_thin_picture_does_not_fill_the_memory():
+    buffer = io.BytesIO()
+    Image.new("L", (1, 60_000), 7).save(buffer, "PNG")
+    assert (decode_image(buffer.getvalue(), Preprocessing(224), "x") == 7).all()
+
+
 def test_exif_orientation_is_followed():
     image = Image.new("RGB", (20, 20))
     image.paste((255, 255, 255), (0, 0, 20, 10))  # white above

@@ -57,6 +57,45 @@ def test_image_folder(tmp_path, split):
     assert label == 0
 
 
+def test_class_and_file_names_that_sound_like_splits(tmp_path):
+    """Only a top-level folder that is called like a split is one."""
+    for name in ("bus", "test_tube", "train_station", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train_01.png").write_bytes(png())
+        (tmp_path / name / "test [2].png").write_bytes(png())
+    source = open_source(tmp_path)
+    assert source.split == "whole"
+    assert source.class_names == ("bus", "test_tube", "train_station", "val")
+    assert len(list(source)) == 8
+
+
+def test_table_names_and_folders_say_the_split(tmp_path):
+    write_parquet(tmp_path, [png()] * 3, 1, "mnist_train")
+    write_parquet(tmp_path, [png()] * 2, 1, "mnist_test")
+    write_parquet(tmp_path / "val", [png()], 1, "0000")
+    assert [len(open_source(tmp_path, s)) for s in ("train", "test", "val")] == [3, 2, 1]
+    write_parquet(tmp_path / "only", [png()], 1, "train-0")
+    with pytest.raises(DataError, match="only: has no split 'test', only 'train'"):
+        open_source(tmp_path / "only", "test")
+    assert len(open_source(tmp_path / "only" / "train-0.parquet", "test")) == 1  # named itself
+    write_parquet(tmp_path / "contest", [png()] * 4, 1, "latest")
+    assert open_source(tmp_path / "contest", "train").split == "whole"
+
+
+def test_rows_without_image_or_label_are_named(tmp_path):
+    import datasets
+
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("uint8")})
+    rows = {"image": [{"bytes": png(), "path": None}, None], "label": [1, 0]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="row 1: has no image"):
+        list(open_source(tmp_path / "a.parquet"))
+    rows = {"image": [{"bytes": png(), "path": None}] * 2, "label": [1, None]}
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(DataError, match="row 1: label None is none of the 2 classes"):
+        list(open_source(tmp_path / "b.parquet"))
+
+
 def test_folder_of_one_class_keeps_its_labels(tmp_path):
     (tmp_path / "only").mkdir()
     (tmp_path / "only" / "a.png").write_bytes(png())
@@ -125,7 +164,7 @@ def test_image_that_does_not_decode_is_named(tmp_path):
     with pytest.raises(DataError, match=r"test/dog/1.png: not an image that can be decoded"):
         load_images(open_source(root), Preprocessing(32))
     path = write_parquet(tmp_path / "table", [png(), b"no image"], 2)
-    with pytest.raises(DataError, match=r"\[test\] row 1: not an image .*unknown format"):
+    with pytest.raises(DataError, match=r"\[whole\] row 1: not an image .*unknown format"):
         load_images(open_source(path), Preprocessing(32))
 
 

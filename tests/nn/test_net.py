@@ -58,6 +58,26 @@ def test_gated_equals_static_for_all_widths_when_all_are_choices(name):
     torch.testing.assert_close(gated / scale, static / scale, atol=2e-5, rtol=0)
 
 
+def test_gated_equals_static_with_a_single_width_behind_the_gate():
+    spec = NetSpec(
+        "fixed-head",
+        (
+            StageSpec((8,), block="conv"),
+            StageSpec((4, 8, 16), gate=GateSpec((0, 1, 2))),
+            StageSpec((12,), block="conv", kernel=1),
+        ),
+        num_classes=4,
+    )
+    net = lively(spec)
+    x = noise(spec, 3)
+    with torch.inference_mode():
+        gated = net.forward_gated(x, forced(spec, [(0,), (1,), (2,)])).logits
+        static = torch.cat([net(x[b : b + 1], spec.routes[b]) for b in range(3)])
+    torch.testing.assert_close(gated, static, atol=1e-5, rtol=1e-4)
+    head = net.stages[2][0].body.bn
+    assert head.running_mean.shape == (3, 12)
+
+
 @pytest.mark.parametrize("name", ZOO_NAMES)
 def test_no_state_between_calls(name):
     spec = ZOO[name].replace(num_classes=10)
@@ -204,6 +224,17 @@ def test_compiles_every_route_without_falling_back(fullgraph):
         for route in routes:
             compiled(x, route)
     assert len(graphs) == len(routes)  # the second round compiled nothing
+
+
+def test_many_networks_compile_in_one_process():
+    torch.compiler.reset()
+    graphs, backend = _count_graphs()
+    count = torch._dynamo.config.recompile_limit + 3
+    nets = [lively(micro_spec(num_classes=2 + n)) for n in range(count)]
+    with torch.no_grad():
+        for net in nets:
+            torch.compile(net, backend=backend)(noise(net.spec, 2), net.spec.smallest)
+    assert len(graphs) == count
 
 
 def test_compiles_with_inductor():

@@ -175,6 +175,24 @@ def test_recalibration_is_the_average_over_batches():
     assert not net.training
 
 
+def test_recalibration_of_some_routes_leaves_the_others():
+    spec = micro_spec()
+    net = lively(spec)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(TrainingError, match="no batches"):
+        recalibrate(net, [])
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    recalibrate(net, [noise(spec, 8, image_size=16)], [spec.routes[1]])
+    norm = net.stages[2][0].pointwise.bn
+    old = before["stages.2.0.pointwise.bn.running_mean"]
+    assert [torch.equal(a, b) for a, b in zip(norm.running_mean, old, strict=True)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+
+
 def test_gate_step_moves_the_slimming_heads_only():
     spec = micro_spec()
     net = lively(spec)
