@@ -2,6 +2,7 @@
 
 import io
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import datasets
@@ -129,16 +130,19 @@ def write_parquet(folder: Path, images: list[bytes], classes: int, split: str = 
 def ddp_worker(rank: int, port: int, folder: str) -> None:
     """One of two gloo processes: gradients of its half of a batch, averaged by DDP."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+    )
     torch.set_num_threads(1)
     spec = micro_spec()
     net = lively(spec)
     for parameter in net.slimming_parameters():
         parameter.requires_grad_(False)
-    wrapped = nn.parallel.DistributedDataParallel(net)  # eval mode: BN does not tie rows together
-    x = noise(spec, 8)[rank * 4 : rank * 4 + 4]
+    wrapped = nn.parallel.DistributedDataParallel(net)
+    x = noise(spec, 8)[rank * 4 : rank * 4 + 4]  # evaluation mode: BN does not tie rows together
     for route in (spec.largest, spec.routes[0]):
         wrapped(x, route).square().mean().backward()
     if rank == 0:
         torch.save([p.grad for p in net.parameters()], f"{folder}/grads.pt")
+    torch.distributed.barrier()  # who leaves first would cut the other's last exchange off
     torch.distributed.destroy_process_group()

@@ -34,6 +34,15 @@ def test_tree_names_every_module():
             assert re.search(rf"[ /]{path.name} +\w", tree), path
 
 
+def test_the_demos_table_is_a_demos_table():
+    """The numbers shown keep the demo's promise: not below the cheapest route."""
+    rows = re.findall(r"^ +([\d-]+|dynamic \(gate\)) +([\d.]+) M +([\d.]+)%", README, re.M)
+    assert len(rows) == 5
+    tops = [float(top1) for _, _, top1 in rows]
+    assert rows[-1][0] == "dynamic (gate)"
+    assert tops[-1] >= tops[0]
+
+
 def test_ci_runs_the_readmes_test_command():
     script = (ROOT / ".ci" / "run").read_text()
     assert "make test" in script

@@ -44,6 +44,12 @@ _PARTS = {
 }
 
 
+_HARMLESS = re.compile(
+    r"collections\.OrderedDict|argparse\.Namespace|torch\.(Size|device|\w*Storage)"
+    r"|torch\._utils\._rebuild_(tensor_v2|parameter)"
+)
+
+
 def from_official(path: str | Path, ema: bool = False) -> SlimNet:
     """The network of a released DS-MBNet checkpoint, in evaluation mode.
 
@@ -71,7 +77,8 @@ def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
     """The state dict of a released checkpoint, `module.` taken off its keys."""
     source = Path(path)
     if not source.is_file():
-        raise CheckpointError(f"{path}: no such file")
+        what = "is a folder, not a file" if source.is_dir() else "no such file"
+        raise CheckpointError(f"{path}: {what}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # of pickle protocols that are refused anyway
@@ -91,17 +98,10 @@ def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
 
 
 def _refusal(source: Path) -> str:
-    foreign = [name for name in _pickled_names(source) if not _harmless(name)]
+    foreign = [name for name in _pickled_names(source) if not _HARMLESS.fullmatch(name)]
     if foreign:
         return f"refused: its pickle asks for {foreign[0]}, and only tensors are read from it"
     return "not a readable torch checkpoint: truncated, damaged or of another format"
-
-
-def _harmless(name: str) -> bool:
-    return name.split(".")[0] == "torch" or name in (
-        "collections.OrderedDict",
-        "argparse.Namespace",
-    )
 
 
 def _pickled_names(source: Path) -> list[str]:
@@ -118,13 +118,20 @@ def _pickled_names(source: Path) -> list[str]:
         else:
             content = source.read_bytes()
         stream = io.BytesIO(content)
-        strings: list[str] = []
         while stream.tell() < len(content):  # older files hold several pickles in a row
+            strings: list[str] = []
+            memo: dict[int, str] = {}
             for opcode, argument, _ in pickletools.genops(stream):
                 if opcode.name in ("GLOBAL", "INST"):
                     names.append(str(argument).replace(" ", "."))
                 elif opcode.name == "STACK_GLOBAL":
                     names.append(".".join(strings[-2:]))
+                elif opcode.name == "MEMOIZE":
+                    memo[len(memo)] = strings[-1] if strings else ""
+                elif opcode.name.endswith("PUT") and isinstance(argument, int):
+                    memo[argument] = strings[-1] if strings else ""
+                elif opcode.name.endswith("GET") and isinstance(argument, int):
+                    strings.append(memo.get(argument, ""))
                 elif isinstance(argument, str):
                     strings.append(argument)
     except Exception:  # pickletools and zipfile raise many kinds for damage; keep what was found

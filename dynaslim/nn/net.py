@@ -81,6 +81,10 @@ class SlimNet(nn.Module):
     gates and is differentiable through them; `net.segment(j, x, index)` is one piece of either,
     which `dynaslim.Engine` runs on buckets of rows. All three agree to float tolerance.
     The route is an argument: nothing is stored on the module between calls.
+
+    A static forward does not use the slimming heads: freeze them (stage I) before wrapping it in
+    `DistributedDataParallel`. `torch.compile(net, fullgraph=True)` works;
+    inside another module that is compiled, leave `fullgraph` off.
     """
 
     def __init__(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import SHARED, needs_shared
+from torch.nn import functional as F
 
 from dynaslim import Engine, cli, from_official, load
 from dynaslim.errors import CheckpointError
@@ -17,13 +18,14 @@ FIXTURE = Path(__file__).parents[1] / "fixtures" / "official.npz"
 
 
 def _rebuild(arrays):
-    """A released state dict of full size, zero (variance 1) where the fixture has nothing."""
+    """A released state dict of full size, with random values where the fixture has nothing."""
     state = {}
+    torch.manual_seed(0)
     for name, shape in json.loads(arrays["shapes"].tobytes()).items():
         if name.endswith("num_batches_tracked"):
             state[name] = torch.ones(shape, dtype=torch.int64)
             continue
-        full = torch.ones(shape) if name.endswith("running_var") else torch.zeros(shape)
+        full = torch.rand(shape) + 0.5 if name.endswith("running_var") else torch.randn(shape) / 16
         if f"weight/{name}" in arrays:
             kept = torch.from_numpy(arrays[f"weight/{name}"]).view(torch.bfloat16).float()
             full[tuple(slice(size) for size in kept.shape)] = kept
@@ -67,6 +69,86 @@ def test_matches_the_released_network(official):
     assert len(set(reference["route"].tolist())) > 1
     for logits in (gated.logits, routed.logits):
         assert np.abs(logits.numpy() - reference["dynamic"]).max() < 1e-5
+
+
+def _plain_forward(state, x, k, largest=False):
+    """The released network along a uniform route, transcribed from its description alone.
+
+    No class of ours: plain torch on slices, statistics by their released names.
+    """
+
+    def conv_bn(x, conv, bn, out, slot, **options):
+        weight = state[f"{conv}.weight"]
+        groups = options.get("groups", 1)
+        weight = weight[:out] if groups > 1 else weight[:out, : x.shape[1]]
+        x = F.conv2d(x, weight, padding=weight.shape[-1] // 2, **options)
+        slots = [n for n in state if n.startswith(f"{bn}.aux_bn.") and n.endswith("running_mean")]
+        affine = f"{bn}.aux_bn.{len(slots) - 1}"
+        x = F.batch_norm(
+            x,
+            state[f"{bn}.aux_bn.{slot}.running_mean"],
+            state[f"{bn}.aux_bn.{slot}.running_var"],
+            state[f"{affine}.weight"][:out],
+            state[f"{affine}.bias"][:out],
+            eps=1e-5,
+        )
+        return F.silu(x)
+
+    def attention(x, gate):
+        channels = x.shape[1]
+        pooled = x.mean((2, 3), keepdim=True)
+        hidden = F.conv2d(
+            pooled,
+            state[f"{gate}.conv_reduce.weight"][:, :channels],
+            state[f"{gate}.conv_reduce.bias"],
+        ).relu()
+        scale = F.conv2d(
+            hidden,
+            state[f"{gate}.conv_expand.weight"][:channels],
+            state[f"{gate}.conv_expand.bias"][:channels],
+        )
+        return x * scale.sigmoid()
+
+    trunk = 1 if largest else 0
+    slot_of = [trunk, trunk, trunk, trunk, k, k]
+    widths = [(16, 24), (32, 88), (48, 168), (96, 264), range(224, 641, 32), range(736, 1153, 32)]
+    x = conv_bn(x, "conv_stem", "bn1", widths[0][trunk], trunk, stride=2)
+    before = slot_of[0]
+    for stage, (blocks, stride) in enumerate([(1, 1), (2, 2), (2, 2), (6, 2), (2, 2)]):
+        slot = slot_of[stage + 1]
+        for block in range(blocks):
+            name = f"blocks.{stage}." + (f"residual_blocks.{block - 1}" if block else "first_block")
+            channels = x.shape[1]
+            x = conv_bn(
+                x,
+                f"{name}.conv_dw",
+                f"{name}.bn1",
+                channels,
+                before,
+                stride=1 if block else stride,
+                groups=channels,
+            )
+            x = attention(x, f"{name}.gate")
+            x = conv_bn(x, f"{name}.conv_pw", f"{name}.bn2", widths[stage + 1][slot], slot)
+            before = slot
+    pooled = x.mean((2, 3))
+    return F.linear(pooled, state["classifier.weight"][:, : x.shape[1]], state["classifier.bias"])
+
+
+def test_all_widths_and_the_largest_against_a_plain_transcription(official):
+    """The fixture pins the transcription on the first four widths, that one pins us on all."""
+    path, reference = official
+    state = _rebuild(reference)
+    x = torch.from_numpy(reference["x"][:4])
+    for k, expected in enumerate(reference["uniform"]):
+        assert np.abs(_plain_forward(state, x, k).numpy() - expected[:4]).max() < 1e-5
+    net = from_official(path)
+    with torch.inference_mode():
+        *uniform, largest = net.forward_many(x, (*net.spec.routes, net.spec.largest))
+    for k, ours in enumerate(uniform):
+        torch.testing.assert_close(ours, _plain_forward(state, x, k), atol=1e-5, rtol=1e-4)
+    expected = _plain_forward(state, x, 13, largest=True)
+    torch.testing.assert_close(largest, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_averaged_weights_are_the_other_ones(official):
@@ -133,6 +215,29 @@ def test_crafted_pickle_is_refused_by_name_and_not_run(tmp_path, kind):
     if kind.startswith("protocol"):
         pickle.loads(path.read_bytes())
         assert (tmp_path / "executed").exists()
+
+
+def test_torchs_own_functions_are_refused_by_name_too(tmp_path):
+    class Hub:
+        def __reduce__(self):
+            return torch.hub.load, (str(tmp_path), "model")
+
+    path = tmp_path / "hub.pth.tar"
+    torch.save({"state_dict": Hub()}, path)
+    with pytest.raises(CheckpointError, match=r"its pickle asks for torch.hub.load"):
+        from_official(path)
+
+
+def test_names_hidden_in_the_memo_are_found(tmp_path):
+    """Protocol 4 by hand: the module's name is put in the memo, dropped and fetched again."""
+    path = tmp_path / "memo.pth.tar"
+    path.write_bytes(
+        b"\x80\x04\x8c\x05posix\x94\x8c\x05mkdir\x94" + b"0" * 2 + b"h\x00h\x01\x93\x8c\x01x\x85R."
+    )
+    with pytest.raises(CheckpointError, match=r"its pickle asks for posix.mkdir"):
+        from_official(path)
+    with pytest.raises(CheckpointError, match="is a folder"):
+        from_official(tmp_path)
 
 
 def _saved(path, state, **more):

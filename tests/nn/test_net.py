@@ -1,5 +1,6 @@
 import itertools
 import socket
+import time
 
 import pytest
 import torch
@@ -299,7 +300,13 @@ def test_distributed_data_parallel_averages_gradients(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(ddp_worker, (port, str(tmp_path)), nprocs=2)
+    workers = mp.spawn(ddp_worker, (port, str(tmp_path)), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not workers.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in workers.processes:
+                process.kill()
+            pytest.fail("the two processes did not end")
     spec = micro_spec()
     net = lively(spec)
     for parameter in net.slimming_parameters():
