@@ -46,12 +46,8 @@ class SupernetRecipe:
     """Of everything random in the stage."""
 
     def __post_init__(self) -> None:
-        _check(self.epochs >= 1, f"epochs {self.epochs}: must be at least 1")
-        _check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
-        _check(self.shift_px >= 0, f"shift_px {self.shift_px}: must not be negative")
-        _check(0 <= self.momentum < 1, f"momentum {self.momentum}: must be in [0, 1)")
+        _check_both(self)
         _check(self.batch_size >= 2, f"batch_size {self.batch_size}: BN needs at least 2")
-        _check(self.lr > 0, f"lr {self.lr}: must be positive")
         _check(0 <= self.warmup_share < 1, f"warmup_share {self.warmup_share}: must be in [0, 1)")
         _check(
             0 <= self.label_smoothing < 1,
@@ -103,12 +99,8 @@ class GateRecipe:
     """Of everything random in the stage."""
 
     def __post_init__(self) -> None:
-        _check(self.epochs >= 1, f"epochs {self.epochs}: must be at least 1")
-        _check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
-        _check(self.shift_px >= 0, f"shift_px {self.shift_px}: must not be negative")
-        _check(0 <= self.momentum < 1, f"momentum {self.momentum}: must be in [0, 1)")
+        _check_both(self)
         _check(self.batch_size >= 1, f"batch_size {self.batch_size}: must be at least 1")
-        _check(self.lr > 0, f"lr {self.lr}: must be positive")
         _check(self.tau > 0, f"tau {self.tau}: must be positive")
         _check(
             self.easy_share is None or 0 < self.easy_share < 1,
@@ -118,3 +110,12 @@ class GateRecipe:
             self.cost_scale_madds is None or self.cost_scale_madds > 0,
             f"cost_scale_madds {self.cost_scale_madds}: must be positive",
         )
+
+
+def _check_both(recipe: SupernetRecipe | GateRecipe) -> None:
+    """The checks of the fields that the two stages have in common."""
+    _check(recipe.epochs >= 1, f"epochs {recipe.epochs}: must be at least 1")
+    _check(0 <= recipe.seed < 2**63, f"seed {recipe.seed}: must be between 0 and 2^63 - 1")
+    _check(recipe.shift_px >= 0, f"shift_px {recipe.shift_px}: must not be negative")
+    _check(0 <= recipe.momentum < 1, f"momentum {recipe.momentum}: must be in [0, 1)")
+    _check(recipe.lr > 0, f"lr {recipe.lr}: must be positive")
