@@ -1,7 +1,8 @@
 """What a route costs: multiply-adds and parameters as pure functions of the spec.
 
 Nothing is run, hooked or cached on a module. `layer_costs` walks the same stages and blocks that
-`dynaslim.nn` builds, and the tests hold the sum against torch's own FLOP counter.
+`dynaslim.nn` builds, and the tests hold the sum against torch's own FLOP counter. A table of costs,
+counted or measured, can be kept in a JSON file.
 A multiply-add (MAdd) is counted for convolutions and linear layers; biases and normalisation are
 free, as in the papers. The released DS-Net code also adds one per input element of every average
 pool; so do we, unless `pooling=False`.
@@ -9,11 +10,17 @@ pool; so do we, unless `pooling=False`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
+from dynaslim._files import write_atomic
+from dynaslim.errors import UsageError, check
 from dynaslim.spec import GATE_AT_ENTRANCE, NetSpec, Route, StageSpec, Width
 
 if TYPE_CHECKING:
@@ -21,6 +28,11 @@ if TYPE_CHECKING:
 
 ImageSize = int | tuple[int, int]
 """Side of a square image, or (height, width), in pixels."""
+
+Unit = Literal["madds", "ms"]
+
+FORMAT: Final = "dynaslim-cost-table"
+VERSION: Final = 1
 
 
 class LayerCost(NamedTuple):
@@ -197,7 +209,7 @@ class CostTable:
     image, slimming heads and attention included.
     """
 
-    unit: Literal["madds", "ms"]
+    unit: Unit
     segments: tuple[tuple[tuple[float, ...], ...], ...]
 
     @classmethod
@@ -218,6 +230,42 @@ class CostTable:
                 rows.append(tuple(row))
             segments.append(tuple(rows))
         return cls("madds", tuple(segments))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], spec: NetSpec) -> CostTable:
+        """Rebuild a table from `to_dict` and check that it is one for the network's gates.
+
+        Raises:
+            UsageError: for missing or unknown keys, an unknown unit, shapes that are not the
+                network's, or costs that are not finite numbers of at least 0.
+        """
+        _check_keys(data, {"unit", "segments"})
+        unit, segments = data["unit"], data["segments"]
+        check(unit in get_args(Unit), f"unit {unit!r}: choose from {', '.join(get_args(Unit))}")
+        shapes = _segment_shapes(spec)
+        check(
+            isinstance(segments, list) and len(segments) == len(shapes),
+            f"segments: {spec.name} has {len(shapes)}, expected a list of so many tables",
+        )
+        for j, (table, (rows, columns)) in enumerate(zip(segments, shapes, strict=True)):
+            fits = isinstance(table, list) and len(table) == rows
+            fits = fits and all(isinstance(r, list) and len(r) == columns for r in table)
+            check(fits, f"segment {j}: expected {rows} rows of {columns} costs")
+            for value in (value for row in table for value in row):
+                check(
+                    type(value) in (int, float) and math.isfinite(value) and value >= 0,
+                    f"segment {j}: cost {value!r} must be a finite number of at least 0",
+                )
+        return cls(unit, tuple(tuple(tuple(map(float, r)) for r in table) for table in segments))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {"unit": self.unit, "segments": [[list(r) for r in t] for t in self.segments]}
+
+    @property
+    def widest_cost(self) -> float:
+        """Cost of one image that takes the last option of every gate."""
+        return self.route_cost([len(segment[0]) - 1 for segment in self.segments[1:]])
 
     def route_cost(self, choices: Sequence[int]) -> float:
         """Cost of one image whose gate g took its option number `choices[g]`."""
@@ -243,3 +291,97 @@ class CostTable:
             total = total + ((before @ matrix) * gate_BK).sum(1)
             before = gate_BK
         return total
+
+
+def write_cost_table(
+    path: str | Path,
+    table: CostTable,
+    spec: NetSpec,
+    image_size: ImageSize,
+    *,
+    note: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a table for a network as JSON, whole or not at all.
+
+    `image_size` in pixels is what it was counted or measured at; `note` is for people (hardware,
+    backend, batch size): plain JSON values.
+
+    Raises:
+        UsageError: if the table is not one for the network, or the note is not plain JSON.
+        OSError: if the file cannot be written.
+    """
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    spec.check_image_size(*size)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": spec.name,
+        "choices": [list(gate.choices) for gate in spec.gates],
+        "image_size_px": list(size),
+        "note": dict(note or {}),
+        **table.to_dict(),
+    }
+    try:
+        CostTable.from_dict(table.to_dict(), spec)
+        text = json.dumps(content, indent=1, allow_nan=False)
+    except (UsageError, TypeError, ValueError) as error:
+        raise UsageError(f"{path}: not written, {error}") from None
+    return write_atomic(path, text.encode())
+
+
+def read_cost_table(
+    path: str | Path, spec: NetSpec, *, image_size: ImageSize | None = None
+) -> CostTable:
+    """Read a table that `write_cost_table` wrote for this network (and this image size, if given).
+
+    Raises:
+        UsageError: if the file cannot be read, is not a cost table, is for another network, other
+            choices of its gates or another image size, or has a cost that cannot be one.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UsageError(f"{path}: not a cost table, not JSON: {error}") from None
+    try:
+        return _table_from_file(data, spec, image_size)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+
+
+def _table_from_file(data: Any, spec: NetSpec, image_size: ImageSize | None) -> CostTable:
+    ours = isinstance(data, dict) and data.get("format") == FORMAT
+    check(ours, f"not a cost table: its format is not {FORMAT!r}")
+    version = data.get("version")
+    check(version == VERSION, f"cost table version {version}, this dynaslim reads {VERSION}")
+    head = {"format", "version", "model", "choices", "image_size_px", "note"}
+    _check_keys(data, head | {"unit", "segments"})
+    check(data["model"] == spec.name, f"is for model {data['model']!r}, not {spec.name!r}")
+    choices = [list(gate.choices) for gate in spec.gates]
+    check(data["choices"] == choices, f"is for gate choices {data['choices']}, not {choices}")
+    size = data["image_size_px"]
+    check(
+        isinstance(size, list)
+        and len(size) == 2
+        and all(type(side) is int and side >= 1 for side in size),
+        f"image_size_px {size!r}: expected [height, width] in pixels",
+    )
+    if image_size is not None:
+        asked = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
+        check(size == asked, f"is for images of {size[0]}x{size[1]} px, not {asked[0]}x{asked[1]}")
+    check(isinstance(data["note"], dict), f"note {data['note']!r}: expected an object")
+    return CostTable.from_dict({key: data[key] for key in ("unit", "segments")}, spec)
+
+
+def _check_keys(data: Mapping[str, Any], expected: set[str]) -> None:
+    for key in sorted(expected - set(data)):
+        raise UsageError(f"has no {key!r}")
+    for key in sorted(set(data) - expected):
+        raise UsageError(f"has an unknown key {key!r}")
+
+
+def _segment_shapes(spec: NetSpec) -> list[tuple[int, int]]:
+    """Options (before, behind) of every segment."""
+    options = [1, *(len(gate.choices) for gate in spec.gates)]
+    return [(1, 1), *itertools.pairwise(options)]

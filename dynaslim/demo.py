@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,9 +19,10 @@ from dynaslim.data.memory import channel_statistics
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
+from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.report.plots import evaluation_figure
-from dynaslim.train import GateRecipe, SupernetRecipe, train_gate, train_supernet
-from dynaslim.train.step import GateLosses, SupernetLosses
+from dynaslim.train import fit_gate_to_images, train_supernet
+from dynaslim.train.step import SupernetLosses
 
 DATA: Final = Path(__file__).parent / "data" / "fashion_mnist_mini"
 MODEL: Final = "ds_mbnet_tiny"
@@ -50,7 +51,7 @@ def run_demo(
     out: Path,
     *,
     epochs: int,
-    gate_epochs: int,
+    target: float,
     seed: int,
     train_images: int | None = None,
 ) -> Demo:
@@ -60,15 +61,11 @@ def run_demo(
         UsageError: for a recipe that makes no sense.
         OSError: if the folder cannot be written; found out before training.
     """
-    stage1 = SupernetRecipe(epochs=epochs, seed=seed)
-    # nine of ten images are easy here, and the paper's weights, set for ImageNet, send all of them
-    # along the cheapest route; the labels weigh the same, and compute is cheaper
-    stage2 = GateRecipe(
-        epochs=gate_epochs, lr=0.3, weight_decay=0.0, easy_share=0.5, cost_weight=0.1, seed=seed
-    )
+    stage1 = SupernetRecipe(model=MODEL, epochs=epochs, seed=seed)
+    stage2 = GateRecipe(targets=target, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
 
-    recipe = {"supernet": asdict(stage1), "gate": asdict(stage2)}
+    recipe = {"supernet": stage1.to_dict(), "gate": stage2.to_dict()}
     start = time.monotonic()
     train = _load("train", Preprocessing(IMAGE_SIZE_PX, mean=(0.0,) * 3, std=(1.0,) * 3))
     mean, std = channel_statistics(train)
@@ -81,18 +78,14 @@ def run_demo(
     live = create_model(MODEL, num_classes=len(train.class_names))
     with progress("stage I: supernet", stage1.epochs * (len(train) // stage1.batch_size)) as bar:
 
-        def supernet_note(_done: int, _total: int, losses: SupernetLosses | GateLosses) -> None:
-            assert isinstance(losses, SupernetLosses)
+        def supernet_note(losses: SupernetLosses) -> None:
             bar.advance(note=f"loss largest {losses.largest:.2f}, smallest {losses.smallest:.2f}")
 
         net = train_supernet(live, train, preprocessing, stage1, on_step=supernet_note)
-    with progress("stage II: gate", stage2.epochs * (len(train) // stage2.batch_size)) as bar:
-
-        def gate_note(_done: int, _total: int, losses: SupernetLosses | GateLosses) -> None:
-            assert isinstance(losses, GateLosses)
-            bar.advance(note=f"loss {losses.classification:.2f}, {losses.mean_madds / 1e6:.2f} M")
-
-        train_gate(net, train, preprocessing, stage2, on_step=gate_note)
+    with progress("stage II: gate", len(train) // stage2.batch_size) as bar:
+        fit_gate_to_images(
+            net, train, preprocessing, stage2, target=target, on_batch=lambda: bar.advance()
+        )
     with progress("evaluating", len(test)) as bar:
         result = evaluate(net, test, preprocessing, on_batch=bar.advance)
 

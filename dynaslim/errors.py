@@ -26,3 +26,9 @@ class DataError(DynaslimError):
 
 class TrainingError(DynaslimError):
     """Training cannot go on: a loss is not finite, or the recipe does not fit the data."""
+
+
+def check(fine: bool, message: str) -> None:
+    """Raise `UsageError` with the message unless `fine`."""
+    if not fine:
+        raise UsageError(message)

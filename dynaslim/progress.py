@@ -17,35 +17,59 @@ class Bar(Protocol):
         ...
 
 
+class _Nothing:
+    def advance(self, steps: int = 1, note: str = "") -> None: ...
+
+
 class _Lines:
     """Plain lines, at most one in ten seconds, and one at the end."""
 
     EVERY_S = 10.0
 
-    def __init__(self, label: str, total: int) -> None:
+    def __init__(self, label: str, total: int | None, done: int) -> None:
         self.label, self.total = label, total
-        self.done, self.note = 0, ""
+        self.first = self.done = done
+        self.note = ""
         self.started = self.printed = time.monotonic()
 
     def advance(self, steps: int = 1, note: str = "") -> None:
         self.done += steps
         self.note = note or self.note
         now = time.monotonic()
-        if now - self.printed >= self.EVERY_S or self.done >= self.total:
+        if now - self.printed >= self.EVERY_S or self.done == self.total:
             self.printed = now
             elapsed = now - self.started
-            sys.stderr.write(
-                f"{self.label}: {self.done}/{self.total} in {elapsed:.0f} s  {self.note}".rstrip()
-                + "\n"
-            )
+            line = f"{self.label}: {self.done} in {_duration(elapsed)}"
+            if self.total is not None:
+                left = elapsed / max(1, self.done - self.first) * (self.total - self.done)
+                eta = f", {_duration(left)} left" if left > 0 else ""
+                line = f"{self.label}: {self.done}/{self.total} in {_duration(elapsed)}{eta}"
+            sys.stderr.write(f"{line}  {self.note}".rstrip() + "\n")
             sys.stderr.flush()
 
 
+def _duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
 @contextmanager
-def progress(label: str, total: int) -> Iterator[Bar]:
-    """Show the progress of a job of `total` steps while inside."""
+def progress(label: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
+    """Show the progress of a job of `total` steps, of which some are done, while inside.
+
+    `total` None: it is not known how many there are.
+    Of several processes of a run the first alone shows anything.
+    """
+    from dynaslim.distributed import rank
+
+    if rank():
+        yield _Nothing()
+        return
     if not sys.stderr.isatty():
-        yield _Lines(label, total)
+        yield _Lines(label, total, done)
         return
     from rich.console import Console
     from rich.progress import (
@@ -66,7 +90,7 @@ def progress(label: str, total: int) -> Iterator[Bar]:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=Console(stderr=True)) as bars:
-        task = bars.add_task(label, total=total, note="")
+        task = bars.add_task(label, total=total, completed=done, note="")
 
         class _Bar:
             def advance(self, steps: int = 1, note: str = "") -> None:

@@ -13,8 +13,9 @@ PACKAGE = Path(dynaslim.__file__).parent
 
 # each may import only itself and what stands before it
 ROOMS = [
-    "errors", "_files", "progress", "preprocessing", "spec", "zoo", "cost", "nn", "checkpoint",
-    "data", "runtime", "evaluation", "train", "interop", "report", "demo", "cli", "__main__",
+    "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec", "zoo",
+    "cost", "recipes", "nn", "checkpoint", "data", "runtime", "evaluation_table", "evaluation",
+    "train", "interop", "report", "runs", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 

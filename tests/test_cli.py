@@ -49,7 +49,7 @@ def test_help_is_fast_and_needs_no_torch():
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_every_verb_has_help_and_needs_no_torch_for_it(verb):
     script = (
-        f"import sys, dynaslim.cli as cli; code = cli.run(['{verb}', '--help']); "
+        f"import sys, dynaslim.cli as cli; code = cli.run({[*verb.split(), '--help']}); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -189,3 +189,69 @@ def test_reader_that_has_gone(argv, unbuffered):
     os.close(write)
     assert done.stderr == ""
     assert done.returncode == 1
+
+
+def test_evaluate_views_table_and_unreadable_images(micro, tmp_path, capsys):
+    import pyarrow.parquet
+
+    path, _ = micro
+    data = tmp_path / "broken"
+    write_parquet(data, [*(png(n) for n in range(19)), b"no image"], 5)
+    table = tmp_path / "out" / "table.parquet"
+    argv = ["evaluate", str(path), "--data", str(data), "--table", str(table), "--json"]
+    _fails(capsys, argv, 1, "not an image that can be decoded")
+    assert not table.exists()
+    assert cli.run([*argv, "--corrupt-limit", "0.1", "--views", "2"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["images"] == 19
+    assert len(result["unreadable"]) == 1
+    assert "row 19" in result["unreadable"][0]
+    rows = pyarrow.parquet.read_table(table).to_pylist()
+    assert len(rows) == 19
+    assert sum(row["right"] for row in rows) / 19 == pytest.approx(result["dynamic"]["top1"])
+    assert sum(entry["images"] for entry in result["per_class"]) == 19
+    _fails(capsys, [*argv, "--views", "11"], 2, "views 11")
+    _fails(capsys, [*argv, "--table", str(tmp_path)], 2, "is a folder")
+
+
+def test_calibrate_makes_damaged_statistics_good(micro, tmp_path, capsys):
+    import torch
+
+    from dynaslim.checkpoint import read
+    from dynaslim.nn.layers import SlimBatchNorm2d
+
+    path, data = micro
+    loaded = read(path)
+    for module in loaded.net.modules():
+        if isinstance(module, SlimBatchNorm2d):
+            module.reset_statistics()
+    damaged = save(tmp_path / "damaged.safetensors", loaded)
+    out = tmp_path / "good.safetensors"
+    argv = ["calibrate", str(damaged), str(out), "--data", str(data), "--split", "test"]
+    assert cli.run([*argv, "--batch-size", "10"]) == 0
+    assert "2 batches of 10 images" in capsys.readouterr().out
+    good = read(out)
+    for name, buffer in good.net.named_buffers():
+        if name.endswith("running_var"):
+            assert not torch.equal(buffer, torch.ones_like(buffer)), name
+    weights = dict(loaded.net.named_parameters())
+    assert all(torch.equal(v, weights[k]) for k, v in good.net.named_parameters())
+    _fails(capsys, [*argv, "--batches", "0"], 2, "--batches must be at least 1")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "train: say what, as in dynaslim train supernet or dynaslim train gate"),
+        (["train", "supernets"], "did you mean train supernet?"),
+    ],
+)
+def test_verbs_of_two_words(capsys, argv, message):
+    _fails(capsys, argv, 2, message)
+
+
+def test_flags_of_a_recipe_are_spelled_either_way():
+    argv = ["--batch-size", "3", "--optim.weight-decay=0.5", "--save-every-s", "1", "--out", "x"]
+    spelled = cli._as_spelled("train supernet", argv)
+    assert spelled[:3] == ["--batch_size", "3", "--optim.weight_decay=0.5"]
+    assert spelled[3:] == ["--save-every-s", "1", "--out", "x"]

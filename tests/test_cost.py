@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import json
 import random
 
 import pytest
@@ -6,9 +8,10 @@ import torch
 from helpers import SHARED, ZOO_NAMES, micro_spec, needs_shared
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynaslim.cost import CostTable, madds, params
+from dynaslim.cost import CostTable, madds, params, read_cost_table, write_cost_table
 from dynaslim.errors import UsageError
 from dynaslim.nn import SlimNet
+from dynaslim.spec import NetSpec
 from dynaslim.zoo import ZOO, get_spec
 
 # counted by the released code at 224 px, in millions
@@ -120,3 +123,108 @@ def test_too_small_an_image():
     spec = get_spec("ds_mbnet")
     with pytest.raises(UsageError, match="16x16 px"):
         madds(spec, spec.smallest, 16)
+
+
+# -- tables in files -------------------------------------------------------------------------------
+
+
+def test_a_table_knows_its_widest_route():
+    spec = micro_spec()
+    table = CostTable.from_madds(spec, 32)
+    assert table.widest_cost == madds(spec, spec.widest_choice, 32, slimming_heads=True)
+
+
+@pytest.mark.parametrize("unit", ["madds", "ms"])
+@pytest.mark.parametrize("spec", [micro_spec(), get_spec("ds_mbnet")], ids=lambda s: s.name)
+def test_a_table_file_is_read_back(spec, unit, tmp_path):
+    counted = CostTable.from_madds(spec, 64)
+    table = dataclasses.replace(counted, unit=unit)
+    assert CostTable.from_dict(table.to_dict(), spec) == table
+    note = {"hardware": "2 cores", "batch_size": 8}
+    path = write_cost_table(tmp_path / "sub" / "table.json", table, spec, (64, 96), note=note)
+    assert read_cost_table(path, spec) == table
+    assert read_cost_table(path, spec, image_size=(64, 96)) == table
+    assert json.loads(path.read_text())["note"] == note
+    with pytest.raises(UsageError, match="is for images of 64x96 px, not 64x64"):
+        read_cost_table(path, spec, image_size=64)
+
+
+def _set(*where, value):
+    def change(data):
+        for key in where[:-1]:
+            data = data[key]
+        data[where[-1]] = value
+
+    return change
+
+
+NOT_A_COST = "must be a finite number of at least 0"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (_set("format", value="else"), "not a cost table"),
+        (_set("version", value=2), "version 2, this dynaslim reads 1"),
+        (_set("model", value="ds_mbnet"), "is for model 'ds_mbnet', not 'micro'"),
+        (_set("choices", value=[[0, 1], [0, 1, 2]]), "is for gate choices"),
+        (_set("image_size_px", value=32), r"expected \[height, width\]"),
+        (_set("image_size_px", value=[32, 0]), r"expected \[height, width\]"),
+        (_set("note", value="fast"), "expected an object"),
+        (_set("more", value=1), "unknown key 'more'"),
+        (lambda data: data.pop("model"), "has no 'model'"),
+        (lambda data: data.pop("segments"), "has no 'segments'"),
+        (_set("unit", value="s"), "unit 's': choose from madds, ms"),
+        (_set("segments", value=None), "segments: micro has 3"),
+        (lambda data: data["segments"].pop(), "segments: micro has 3"),
+        (_set("segments", 0, value=3.0), "segment 0: expected 1 rows of 1 costs"),
+        (_set("segments", 1, value=[[1.0]]), "segment 1: expected 1 rows of 2 costs"),
+        (_set("segments", 2, 1, value=[1.0, 2.0]), "segment 2: expected 2 rows of 3 costs"),
+        (_set("segments", 2, 1, 2, value=-1.0), f"segment 2: cost -1.0 {NOT_A_COST}"),
+        (_set("segments", 2, 1, 2, value=float("nan")), f"cost nan {NOT_A_COST}"),
+        (_set("segments", 2, 1, 2, value=float("inf")), f"cost inf {NOT_A_COST}"),
+        (_set("segments", 2, 1, 2, value="3"), f"cost '3' {NOT_A_COST}"),
+        (_set("segments", 2, 1, 2, value=True), f"cost True {NOT_A_COST}"),
+        (_set("segments", 2, 1, 2, value=None), f"cost None {NOT_A_COST}"),
+    ],
+)
+def test_a_table_file_that_does_not_fit_is_refused(change, complaint, tmp_path):
+    spec = micro_spec()
+    table = CostTable.from_madds(spec, 32)
+    path = write_cost_table(tmp_path / "table.json", table, spec, 32)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(UsageError, match=complaint) as caught:
+        read_cost_table(path, spec)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_file_that_is_no_table_is_refused(tmp_path):
+    spec = micro_spec()
+    path = tmp_path / "table.json"
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
+        read_cost_table(path, spec)
+    with pytest.raises(UsageError, match="cannot be read: Is a directory"):
+        read_cost_table(tmp_path, spec)
+    for content in (b"\xff\xfe", b"{", b""):
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=r"table\.json: not a cost table, not JSON"):
+            read_cost_table(path, spec)
+    path.write_text("[1]")
+    with pytest.raises(UsageError, match=r"table\.json: not a cost table"):
+        read_cost_table(path, spec)
+
+
+def test_what_could_not_be_read_is_not_written(tmp_path):
+    spec, path = micro_spec(), tmp_path / "table.json"
+    table = CostTable.from_madds(spec, 32)
+    other = NetSpec("one-gate", spec.stages[:2], num_classes=5)
+    with pytest.raises(UsageError, match="not written, segments: one-gate has 2"):
+        write_cost_table(path, table, other, 32)
+    for note in ({"when": object()}, {"ms": float("nan")}):
+        with pytest.raises(UsageError, match=r"table\.json: not written"):
+            write_cost_table(path, table, spec, 32, note=note)
+    with pytest.raises(UsageError, match="image size 1x1"):
+        write_cost_table(path, table, spec, 1)
+    assert not path.exists()

@@ -12,7 +12,7 @@ from dynaslim.demo import run_demo
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return run_demo(out, epochs=5, gate_epochs=1, seed=0, train_images=1280), out
+    return run_demo(out, epochs=5, target=0.5, seed=0, train_images=1280), out
 
 
 def test_demo_learns_and_writes_what_it_says(done):
@@ -50,7 +50,7 @@ def test_saved_checkpoint_gives_the_same_numbers(done, capsys):
 
 def test_same_seed_same_numbers(done, tmp_path):
     demo, out = done
-    again = run_demo(tmp_path, epochs=5, gate_epochs=1, seed=0, train_images=1280)
+    again = run_demo(tmp_path, epochs=5, target=0.5, seed=0, train_images=1280)
     assert again.evaluation.to_dict() == demo.evaluation.to_dict()
     assert (tmp_path / "accuracy.png").read_bytes() == (out / "accuracy.png").read_bytes()
     weights = read(out / "checkpoint.safetensors").net.state_dict()
@@ -60,5 +60,5 @@ def test_same_seed_same_numbers(done, tmp_path):
 
 def test_other_seed_other_numbers(done, tmp_path):
     demo, _ = done
-    other = run_demo(tmp_path, epochs=1, gate_epochs=1, seed=1, train_images=1280)
+    other = run_demo(tmp_path, epochs=1, target=0.5, seed=1, train_images=1280)
     assert other.evaluation.to_dict() != demo.evaluation.to_dict()

@@ -71,7 +71,7 @@ def test_one_gate_lists_unused_routes_too():
 def test_summary_is_plain_json():
     result = evaluate(lively(micro_spec(), image_size=16), _images(10), PRE)
     data = json.loads(json.dumps(result.to_dict()))
-    assert set(data) == {"images", "routes", "dynamic"}
+    assert set(data) == {"images", "skipped", "routes", "dynamic", "per_class"}
     assert set(data["routes"][0]) == {"widths", "madds", "top1", "top5", "loss"}
     assert set(data["dynamic"]) == {
         "top1",

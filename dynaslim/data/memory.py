@@ -6,16 +6,24 @@ Suffixes: N images, B rows of a batch, C channels, S side in pixels.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from typing import Final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynaslim.data.decode import decode_image
-from dynaslim.data.source import ImageSource
+from dynaslim.data.decode import decode_entry
+from dynaslim.data.skipped import CorruptImageError, Skipped
+from dynaslim.data.source import Entry, ImageSource
 from dynaslim.errors import DataError
 from dynaslim.preprocessing import Preprocessing
+
+_THREADS: Final = 4
+_PER_TASK: Final = 64
+"""Images that a thread decodes at a time: handing over a small one costs as much as decoding it."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +34,10 @@ class MemoryImages:
     labels_N: Tensor
     class_names: tuple[str, ...]
     name: str = ""
+    where: tuple[str, ...] = ()
+    """The file or place of each image; empty for images that came from none."""
+    skipped: tuple[str, ...] = ()
+    """A line `file: reason` for each image that was left out because it does not decode."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -41,10 +53,7 @@ class MemoryImages:
                 f"{name}: images of shape {tuple(self.images_NCSS.shape[1:])}, the preprocessing "
                 f"says {(channels, size, size)}"
             )
-        if len(self.class_names) != num_classes:
-            raise DataError(
-                f"{name}: has {len(self.class_names)} classes, the network has {num_classes}"
-            )
+        check_classes(name, len(self.class_names), num_classes)
         if not 0 <= int(self.labels_N.min()) <= int(self.labels_N.max()) < num_classes:
             raise DataError(f"{name}: has labels outside 0 to {num_classes - 1}")
 
@@ -60,13 +69,22 @@ class MemoryImages:
     def relabelled(self, order: Sequence[int], class_names: Sequence[str]) -> MemoryImages:
         """The same images with class c renumbered to `order[c]`, whose names are given."""
         labels_N = torch.tensor(order)[self.labels_N]
-        return MemoryImages(self.images_NCSS, labels_N, tuple(class_names), self.name)
+        return replace(self, labels_N=labels_N, class_names=tuple(class_names))
 
     def subset(self, rows: Tensor) -> MemoryImages:
         """The images of the given rows."""
-        return MemoryImages(
-            self.images_NCSS[rows], self.labels_N[rows], self.class_names, self.name
+        return replace(
+            self,
+            images_NCSS=self.images_NCSS[rows],
+            labels_N=self.labels_N[rows],
+            where=tuple(self.where[row] for row in rows.tolist()) if self.where else (),
         )
+
+
+def check_classes(name: str, classes: int, num_classes: int) -> None:
+    """Raise `DataError` unless the set `name` has as many classes as the network."""
+    if classes != num_classes:
+        raise DataError(f"{name}: has {classes} classes, the network has {num_classes}")
 
 
 def load_images(
@@ -74,22 +92,48 @@ def load_images(
     preprocessing: Preprocessing,
     *,
     on_image: Callable[[], None] | None = None,
+    corrupt_limit: float = 0.0,
 ) -> MemoryImages:
-    """Decode a whole split into memory; `on_image` is called after each image.
+    """Decode a whole split into memory; `on_image` is called for each image.
+
+    Images that do not decode are left out and named in `skipped`.
 
     Raises:
-        DataError: if an image cannot be decoded; the message names it.
+        DataError: if more than the share `corrupt_limit` of the images do not decode, or a label
+            is none of the classes; the message names them.
     """
     size, channels = preprocessing.image_size_px, preprocessing.channels
     pixels = np.empty((len(source), channels, size, size), dtype=np.uint8)
     labels = np.empty(len(source), dtype=np.int64)
-    for row, (where, content, label) in enumerate(source):
-        pixels[row] = decode_image(content, preprocessing, where)
-        labels[row] = label
-        if on_image is not None:
-            on_image()
+    where: list[str] = []
+    skipped = Skipped(source.name, len(source), limit=corrupt_limit)
+
+    def decode(entries: Sequence[Entry]) -> list[np.ndarray | CorruptImageError]:
+        return [decode_entry(entry, preprocessing) for entry in entries]
+
+    entries = source.entries()
+    # Pillow decodes without the interpreter's lock; the order stays that of the source
+    with ThreadPoolExecutor(_THREADS) as pool:
+        while chunk := list(islice(entries, _THREADS * _PER_TASK)):
+            parts = [chunk[at : at + _PER_TASK] for at in range(0, len(chunk), _PER_TASK)]
+            decoded = [image for part in pool.map(decode, parts) for image in part]
+            for entry, image in zip(chunk, decoded, strict=True):
+                if isinstance(image, CorruptImageError):
+                    skipped.add(image.where, image.reason)
+                    skipped.check()
+                else:
+                    pixels[len(where)], labels[len(where)] = image, entry.label
+                    where.append(entry.where)
+                if on_image is not None:
+                    on_image()
+    kept = len(where)
     return MemoryImages(
-        torch.from_numpy(pixels), torch.from_numpy(labels), source.class_names, source.name
+        torch.from_numpy(pixels[:kept]),
+        torch.from_numpy(labels[:kept]),
+        source.class_names,
+        source.name,
+        tuple(where),
+        skipped.lines,
     )
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import datasets
 import huggingface_hub
+import torch
+from torch import Tensor
 
+from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import DataError
 
 IMAGE_SUFFIXES: Final = frozenset(
@@ -24,6 +27,28 @@ _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     "valid": ("validation",),
 }
 _TOKEN: Final = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
+
+
+class Entry(NamedTuple):
+    """One labelled image, still encoded."""
+
+    where: str
+    """Its file, or its place in the set."""
+    content: bytes | None
+    label: int
+    on_disk: bool = False
+    """The bytes are in the file `where`."""
+
+    def read(self) -> bytes:
+        """The encoded image; raises `CorruptImageError` if there is none to be had."""
+        if self.content is not None:
+            return self.content
+        if not self.on_disk:
+            raise CorruptImageError(self.where, "has no image")
+        try:
+            return Path(self.where).read_bytes()
+        except OSError as error:
+            raise CorruptImageError(self.where, f"cannot be read: {error.strerror}") from None
 
 
 @dataclass(frozen=True)
@@ -42,23 +67,67 @@ class ImageSource:
         return len(self.dataset)
 
     def __iter__(self) -> Iterator[tuple[str, bytes, int]]:
-        for number, row in enumerate(self.dataset):
-            image, label = row[self.image_column], row[self.label_column]
-            where = f"{self.name} [{self.split}] row {number}"
-            if image is None:
-                raise DataError(f"{where}: has no image")
-            path, content = image["path"], image["bytes"]
-            if content is None:
-                where = path
-                try:
-                    content = Path(path).read_bytes()
-                except OSError as error:
-                    raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-            if not isinstance(label, int) or not 0 <= label < len(self.class_names):
-                raise DataError(
-                    f"{where}: label {label!r} is none of the {len(self.class_names)} classes"
-                )
-            yield where, content, label
+        for entry in self.entries():
+            yield entry.where, entry.read(), entry.label
+
+    def __getitem__(self, row: int) -> Entry:
+        """The entry of one row.
+
+        Raises:
+            DataError: if its label is none of the classes.
+        """
+        return self._entry(row, self.dataset[row])
+
+    def entries(self) -> Iterator[Entry]:
+        """Every entry in turn; one whose image is missing says so when it is read."""
+        for row, columns in enumerate(self.dataset):
+            yield self._entry(row, columns)
+
+    def labels(self) -> Tensor:
+        """The label of every row, int64, without a look at the images.
+
+        Raises:
+            DataError: if one is none of the classes; the message names its row.
+        """
+        labels = self.dataset.select_columns([self.label_column])[:][self.label_column]
+        for row, label in enumerate(labels):
+            check_label(label, self.class_names, self._where(row))
+        return torch.tensor(labels, dtype=torch.int64)
+
+    def _where(self, row: int) -> str:
+        return f"{self.name} [{self.split}] row {row}"
+
+    def _entry(self, row: int, columns: Mapping[str, Any]) -> Entry:
+        return entry_of(
+            columns[self.image_column],
+            columns[self.label_column],
+            self.class_names,
+            self._where(row),
+        )
+
+
+def entry_of(
+    image: Mapping[str, Any] | None, label: object, class_names: Sequence[str], where: str
+) -> Entry:
+    """The entry of an image column's undecoded value; `where` names one that is in no file.
+
+    Raises:
+        DataError: if the label is none of the classes.
+    """
+    content = path = None
+    if image is not None:
+        content, path = image["bytes"], image["path"]
+    on_disk = content is None and path is not None
+    if on_disk:
+        where = str(path)
+    return Entry(where, content, check_label(label, class_names, where), on_disk)
+
+
+def check_label(label: object, class_names: Sequence[str], where: str) -> int:
+    """The label, if it is the number of a class; raises `DataError` otherwise."""
+    if not isinstance(label, int) or not 0 <= label < len(class_names):
+        raise DataError(f"{where}: label {label!r} is none of the {len(class_names)} classes")
+    return label
 
 
 def open_source(path: str | Path, split: str = "test") -> ImageSource:
@@ -73,43 +142,55 @@ def open_source(path: str | Path, split: str = "test") -> ImageSource:
     """
     source = Path(path)
     datasets.disable_progress_bars()
-    if source.exists():
-        loaded = _open_local(source)
-    elif re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
-        huggingface_hub.utils.logging.set_verbosity_error()  # its retries; we report the outcome
-        try:
-            loaded = datasets.load_dataset(str(path))
-        except Exception as error:  # network, access and format problems, of many kinds
-            raise DataError(
-                f"{path}: no such file or folder, and not to be had as a data set from the hub: "
-                f"{_first_line(error)}"
-            ) from None
+    tables = tables_of(source) if source.exists() else {}
+    if tables:
+        name = pick_split(str(path), split, list(tables))
+        dataset = open_tables(str(path), name, tables[name])
     else:
-        raise DataError(f"{path}: no such file or folder")
-    name = _pick_split(str(path), split, list(loaded))
-    dataset = loaded[name]
+        loaded = _image_folder(source) if source.exists() else open_hub(str(path))
+        name = pick_split(str(path), split, list(loaded))
+        dataset = loaded[name]
     if not len(dataset):
         raise DataError(f"{path}: split {name} is empty")
     return _source(str(path), name, dataset)
 
 
-def _open_local(source: Path) -> Mapping[str, Any]:
-    """Split name -> dataset of what is on disk."""
+def open_tables(path: str, split: str, tables: list[str], *, streaming: bool = False) -> Any:
+    """The dataset of one split's parquet files; raises `DataError` if they cannot be read."""
+    # splits are opened one at a time: together, all would get the class names of one
+    options = {"streaming": True} if streaming else {}
+    try:
+        return datasets.load_dataset("parquet", data_files={split: tables}, split=split, **options)
+    except Exception as error:  # datasets lets through what its readers raise, of many kinds
+        raise DataError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
+
+
+def open_hub(name: str, *, streaming: bool = False) -> Mapping[str, Any]:
+    """Split name -> dataset of a data set on the hub; raises `DataError` if there is none."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+        raise DataError(f"{name}: no such file or folder")
+    huggingface_hub.utils.logging.set_verbosity_error()  # its retries; we report the outcome
+    try:
+        options = {"streaming": True} if streaming else {}
+        loaded: Mapping[str, Any] = datasets.load_dataset(name, **options)
+    except Exception as error:  # network, access and format problems, of many kinds
+        raise DataError(
+            f"{name}: no such file or folder, and not to be had as a data set from the hub: "
+            f"{first_line(error)}"
+        ) from None
+    return loaded
+
+
+def tables_of(source: Path) -> dict[str, list[str]]:
+    """Split name -> parquet files of a file or folder; empty for a folder that holds none."""
     if source.is_file():
         if source.suffix != ".parquet":
             raise DataError(f"{source}: expected a .parquet file or a folder")
-        tables = {WHOLE: [str(source)]}
-    else:
-        tables = {}
-        for table in sorted(source.rglob("*.parquet")):
-            tables.setdefault(_split_of(table.relative_to(source)), []).append(str(table))
-    if not tables:
-        return _image_folder(source)
-    try:
-        loaded: Mapping[str, Any] = datasets.load_dataset("parquet", data_files=tables)
-    except Exception as error:  # datasets lets through what its readers raise, of many kinds
-        raise DataError(f"{source}: cannot be read as parquet: {_first_line(error)}") from None
-    return loaded
+        return {WHOLE: [str(source)]}
+    tables: dict[str, list[str]] = {}
+    for table in sorted(source.rglob("*.parquet")):
+        tables.setdefault(_split_of(table.relative_to(source)), []).append(str(table))
+    return tables
 
 
 def _split_of(table: Path) -> str:
@@ -156,7 +237,8 @@ def _image_folder(source: Path) -> dict[str, Any]:
     }
 
 
-def _pick_split(name: str, split: str, available: list[str]) -> str:
+def pick_split(name: str, split: str, available: list[str]) -> str:
+    """The available split that `split` means; raises `DataError` if there is none."""
     for candidate in (*_ALIASES.get(split, (split,)), split, WHOLE):
         if candidate in available:
             return candidate
@@ -164,24 +246,36 @@ def _pick_split(name: str, split: str, available: list[str]) -> str:
 
 
 def _source(name: str, split: str, dataset: Any) -> ImageSource:
-    images = [n for n, f in dataset.features.items() if isinstance(f, datasets.Image)]
-    labels = [n for n, f in dataset.features.items() if isinstance(f, datasets.ClassLabel)]
-    if not images:
-        raise DataError(f"{name}: has no image column, only {', '.join(dataset.features)}")
-    if labels:
-        column = labels[0]
-        class_names = tuple(dataset.features[column].names)
-    elif "label" in dataset.features and "int" in str(dataset.features["label"].dtype):
-        column = "label"
+    image_column, column = pick_columns(name, dataset.features)
+    label = dataset.features[column]
+    if isinstance(label, datasets.ClassLabel):
+        class_names = tuple(label.names)
+    else:
         highest = max((label for label in dataset[column] if label is not None), default=-1)
         class_names = tuple(map(str, range(highest + 1)))
-    else:
-        raise DataError(f"{name}: has no label column, only {', '.join(dataset.features)}")
-    dataset = dataset.select_columns([images[0], column])
-    dataset = dataset.cast_column(images[0], datasets.Image(decode=False))
-    return ImageSource(name, split, class_names, dataset, images[0], column)
+    dataset = dataset.select_columns([image_column, column])
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return ImageSource(name, split, class_names, dataset, image_column, column)
 
 
-def _first_line(error: Exception) -> str:
+def pick_columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns of images and of labels: class labels, or else numbers called `label`.
+
+    Raises:
+        DataError: if there is no such column.
+    """
+    images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
+    labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
+    if not images:
+        raise DataError(f"{name}: has no image column, only {', '.join(features)}")
+    if not labels and "label" in features and "int" in str(features["label"].dtype):
+        labels = ["label"]
+    if not labels:
+        raise DataError(f"{name}: has no label column, only {', '.join(features)}")
+    return images[0], labels[0]
+
+
+def first_line(error: Exception) -> str:
+    """What an error of another library says, for a message of one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

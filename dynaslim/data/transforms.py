@@ -1,17 +1,25 @@
-"""Batches of uint8 pixels to network input, and augmentation on whole batches by kornia."""
+"""Batches of uint8 pixels to network input, and augmentation on whole batches by kornia.
+
+Suffixes: B images, C channels, S side in pixels, N classes.
+"""
 
 from __future__ import annotations
 
+import math
+import random
 import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.recipes import AugmentRecipe
+from dynaslim.seeds import step_seed
 
 
 def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 pixels -> float32 of mean 0 and standard deviation 1 per channel."""
+    """uint8 pixels (or floats of 0..255) -> float32 of mean 0 and deviation 1 per channel."""
     statistics = torch.tensor((preprocessing.mean, preprocessing.std), device=images_BCSS.device)
     mean, std = statistics.mul(255).view(2, 1, preprocessing.channels, 1, 1)
     x: Tensor = (images_BCSS.float() - mean) / std
@@ -19,26 +27,117 @@ def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 class Augment:
-    """Random shift and mirror image, the usual for 32 px sets; a function of (seed, step)."""
+    """Random views of a batch of training images, normalised; a function of (pixels, seed)."""
 
-    def __init__(self, image_size_px: int, *, shift_px: int = 2, mirror: bool = True) -> None:
+    def __init__(
+        self, recipe: AugmentRecipe, preprocessing: Preprocessing, *, resized_already: bool = False
+    ) -> None:
+        """Follow the recipe; with `resized_already`, a `resized` crop has been done in decoding."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # kornia's own deprecations at import
             import kornia.augmentation as augmentation
-        size = (image_size_px, image_size_px)
+        self._recipe = recipe
+        self._preprocessing = preprocessing
+        size = (preprocessing.image_size_px, preprocessing.image_size_px)
         layers: list[nn.Module] = []
-        if shift_px:
+        if recipe.crop == "shift" and recipe.shift_px:
             # slicing is exact and three times faster than kornia's default, resampling
-            layers.append(augmentation.RandomCrop(size, padding=shift_px, cropping_mode="slice"))
-        if mirror:
+            layers.append(
+                augmentation.RandomCrop(size, padding=recipe.shift_px, cropping_mode="slice")
+            )
+        if recipe.crop == "resized" and not resized_already:
+            layers.append(
+                augmentation.RandomResizedCrop(
+                    size, (recipe.scale_min, 1.0), resample="bicubic", align_corners=False
+                )
+            )
+        if recipe.mirror:
             layers.append(augmentation.RandomHorizontalFlip())
         self._layers = nn.Sequential(*layers)
+        self._erase = augmentation.RandomErasing(p=recipe.erasing)
 
-    def __call__(self, x_BCSS: Tensor, seed: int) -> Tensor:
-        """Augment float images; the same seed gives the same result."""
-        # kornia draws from the global generator: lend it one, so that a step's randomness depends
-        # on its seed alone
+    def __call__(self, pixels_BCSS: Tensor, seed: int) -> Tensor:
+        """uint8 pixels to augmented network input, float32; the same seed gives the same result.
+
+        Colours change first, on values of 0..1; then the pixels are normalised, so that what a
+        shift uncovers has the mean colour, and cropped, mirrored and partly erased.
+        """
+        x = normalise(self._recoloured(pixels_BCSS, seed), self._preprocessing)
+        # kornia draws from the global generator of the CPU: lend it one, so that a step's
+        # randomness depends on its seed alone
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            out: Tensor = self._layers(x_BCSS)
-        return out
+            torch.default_generator.manual_seed(seed)
+            x = self._layers(x)
+            if self._recipe.erasing:
+                x = self._erased(x, seed)
+        return x
+
+    def _recoloured(self, pixels_BCSS: Tensor, seed: int) -> Tensor:
+        recipe = self._recipe
+        if not (recipe.randaugment_ops or recipe.jitter):
+            return pixels_BCSS
+        from dynaslim.data.colour import jitter, rand_augment
+
+        generator = torch.Generator().manual_seed(step_seed(seed, 0, "colour"))
+        x = pixels_BCSS.float() / 255
+        if recipe.randaugment_ops:
+            x = rand_augment(
+                x,
+                recipe.randaugment_ops,
+                recipe.randaugment_magnitude,
+                recipe.randaugment_std,
+                generator,
+            )
+        if recipe.jitter:
+            x = jitter(x, recipe.jitter, generator)
+        return x * 255
+
+    def _erased(self, x_BCSS: Tensor, seed: int) -> Tensor:
+        """Rectangles of noise, of mean 0 and deviation 1 as the images' (arXiv 1708.04896)."""
+        # kornia fills with a constant: its zeros are the rectangle
+        keep_B1SS = self._erase(torch.ones_like(x_BCSS[:, :1]))
+        generator = torch.Generator(x_BCSS.device).manual_seed(step_seed(seed, 0, "erasing"))
+        noise = torch.empty_like(x_BCSS).normal_(generator=generator)
+        return torch.where(keep_B1SS > 0, x_BCSS, noise)
+
+
+def mix(
+    x_BCSS: Tensor, labels_B: Tensor, num_classes: int, recipe: AugmentRecipe, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Mix each image with another of the batch: (x, class probabilities (B, N) that sum to 1).
+
+    Mixup (arXiv 1710.09412) adds the two, CutMix (arXiv 1905.04899) puts a rectangle of one into
+    the other; with both in the recipe a coin chooses for the batch. One weight per batch, from
+    Beta(alpha, alpha), and for CutMix the share that the rectangle really has. With neither in the
+    recipe both are returned as they came, the labels as numbers. kornia's own draw mixup's weight
+    uniformly. A function of the seed.
+    """
+    if not (recipe.mixup or recipe.cutmix):
+        return x_BCSS, labels_B
+    rng = random.Random(step_seed(seed, 0, "mix"))
+    cut = bool(recipe.cutmix) and (not recipe.mixup or rng.random() < 0.5)
+    alpha = recipe.cutmix if cut else recipe.mixup
+    weight = rng.betavariate(alpha, alpha)
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    other = torch.randperm(len(labels_B), generator=generator).to(labels_B.device)
+    if cut:
+        x_BCSS, weight = _cut_in(x_BCSS, x_BCSS[other], weight, rng)
+    else:
+        x_BCSS = weight * x_BCSS + (1 - weight) * x_BCSS[other]
+    targets_BN = F.one_hot(labels_B, num_classes).float()
+    return x_BCSS, weight * targets_BN + (1 - weight) * targets_BN[other]
+
+
+def _cut_in(
+    x_BCSS: Tensor, other_BCSS: Tensor, weight: float, rng: random.Random
+) -> tuple[Tensor, float]:
+    """`other` in a rectangle of about 1 - weight of the area, and the share of x that is left."""
+    height, width = x_BCSS.shape[-2:]
+    cut_h, cut_w = (round(side * math.sqrt(1 - weight)) for side in (height, width))
+    # the rectangle's centre is anywhere in the image, so borders are cut as often as the middle
+    y, x = rng.randrange(height) - cut_h // 2, rng.randrange(width) - cut_w // 2
+    top, bottom = max(y, 0), min(y + cut_h, height)
+    left, right = max(x, 0), min(x + cut_w, width)
+    mixed = x_BCSS.clone()
+    mixed[..., top:bottom, left:right] = other_BCSS[..., top:bottom, left:right]
+    return mixed, 1 - (bottom - top) * (right - left) / (height * width)

@@ -139,13 +139,20 @@ def argmax_one_hot(logits_BK: Tensor) -> Tensor:
     return F.one_hot(logits_BK.argmax(1), logits_BK.shape[1]).to(logits_BK.dtype)
 
 
+def straight_through_one_hot(logits_BK: Tensor, tau: float) -> Tensor:
+    """The argmax gate, exactly one-hot, with the gradient of softmax(logits / tau)."""
+    soft_BK = torch.softmax(logits_BK / tau, dim=1)
+    hard_BK = argmax_one_hot(soft_BK.detach())
+    # (soft - soft.detach()) is exactly zero, so the forward value stays exactly one-hot
+    return hard_BK + (soft_BK - soft_BK.detach())
+
+
 def gumbel_one_hot(logits_BK: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:
     """The training gate: a one-hot sample with the Gumbel-softmax's gradient (arXiv 1611.01144).
 
     Forward exactly one-hot, backward that of softmax((logits + noise) / tau) (straight-through).
+    The noise is drawn on the generator's device.
     """
-    noise_BK = torch.empty_like(logits_BK).exponential_(generator=generator).log().neg()
-    soft_BK = torch.softmax((logits_BK + noise_BK) / tau, dim=1)
-    hard_BK = argmax_one_hot(soft_BK.detach())
-    # (soft - soft.detach()) is exactly zero, so the forward value stays exactly one-hot
-    return hard_BK + (soft_BK - soft_BK.detach())
+    device = logits_BK.device if generator is None else generator.device
+    noise_BK = torch.empty_like(logits_BK, device=device).exponential_(generator=generator)
+    return straight_through_one_hot(logits_BK - noise_BK.log().to(logits_BK.device), tau)

@@ -59,21 +59,26 @@ class Gate(nn.Module):
         if self.slimming_weight is not None:
             nn.init.normal_(self.slimming_weight, std=0.01)
 
-    def forward(self, x_BCHW: Tensor, *, decide: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The scaled features and, if asked to `decide`, the slimming logits (B, K)."""
+    def hidden(self, x_BCHW: Tensor) -> Tensor:
+        """What both heads read (B, R), never negative; the slimming logits are linear in it."""
+        bias_R = self.reduce_bias
+        return torch.relu(slim_linear(x_BCHW.mean((2, 3)), self.reduce_weight, len(bias_R), bias_R))
+
+    def attend(self, x_BCHW: Tensor, hidden_BR: Tensor) -> Tensor:
+        """The features scaled by the attention head."""
         channels = x_BCHW.shape[1]
-        hidden_BR = torch.relu(
-            slim_linear(
-                x_BCHW.mean((2, 3)), self.reduce_weight, len(self.reduce_bias), self.reduce_bias
-            )
-        )
         scale_BC = slim_linear(hidden_BR, self.expand_weight, channels, self.expand_bias)
         if self.attention == "sigmoid":
             scale_BC = torch.sigmoid(scale_BC)
         else:
             scale_BC = 1.0 + torch.tanh(scale_BC)
+        return x_BCHW * scale_BC[:, :, None, None]
+
+    def forward(self, x_BCHW: Tensor, *, decide: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The scaled features and, if asked to `decide`, the slimming logits (B, K)."""
+        hidden_BR = self.hidden(x_BCHW)
         logits_BK = None
         if decide:
             assert self.slimming_weight is not None, "this block has no slimming head"
             logits_BK = slim_linear(hidden_BR, self.slimming_weight, len(self.slimming_weight))
-        return x_BCHW * scale_BC[:, :, None, None], logits_BK
+        return self.attend(x_BCHW, hidden_BR), logits_BK

@@ -38,6 +38,9 @@ class SegmentOutput(NamedTuple):
     gate_logits: Tensor | None
 
 
+RunSegment = Callable[[int, Tensor, int, Tensor | None], Tensor]
+"""(segment number, x, width index, dropout mask) -> features, as `SlimNet.segment` computes."""
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -165,6 +168,31 @@ class SlimNet(nn.Module):
         or a one-hot gate (B, K). `decide` asks for the next gate's logits; `dropout_mask`
         multiplies the pooled features of the last segment, (B, C) or broadcastable.
         """
+        x, gate = self._before_gate(number, x, choice)
+        if gate is not None:
+            scaled, gate_logits = gate(x, decide=decide)
+            return SegmentOutput(scaled, gate_logits)
+        pooled_BC = x.mean((2, 3))
+        if dropout_mask is not None:
+            pooled_BC = pooled_BC * dropout_mask
+        weight, bias = self.classifier.weight, self.classifier.bias
+        return SegmentOutput(slim_linear(pooled_BC, weight, len(bias), bias), None)
+
+    def segment_hidden(self, number: int, x: Tensor, choice: int | Tensor) -> tuple[Tensor, Tensor]:
+        """As `segment`, with the next gate's hidden features (B, R) in place of its logits.
+
+        The logits of any slimming head (K, R) are a linear function of them. The last segment has
+        no gate behind it.
+        """
+        x, gate = self._before_gate(number, x, choice)
+        assert gate is not None, "no gate behind the last segment"
+        hidden_BR = gate.hidden(x)
+        return gate.attend(x, hidden_BR), hidden_BR
+
+    def _before_gate(
+        self, number: int, x: Tensor, choice: int | Tensor
+    ) -> tuple[Tensor, Gate | None]:
+        """A segment's layers up to the next gate, and that gate; None behind the last segment."""
         start, stop = self._starts[number], self._starts[number + 1]
         width_before: AnyWidth = 0  # of the input images, which no BN normalises
         for stage in range(start, stop):
@@ -176,16 +204,16 @@ class SlimNet(nn.Module):
                 else:
                     x = block(x, width_before, width)
                 width_before = width
-        if stop < len(self.stages):
-            gated = self._block(stop, 0)
-            assert gated.gate is not None
-            scaled, gate_logits = gated.gate(gated.front(x, width_before), decide=decide)
-            return SegmentOutput(scaled, gate_logits)
-        pooled_BC = x.mean((2, 3))
-        if dropout_mask is not None:
-            pooled_BC = pooled_BC * dropout_mask
-        weight, bias = self.classifier.weight, self.classifier.bias
-        return SegmentOutput(slim_linear(pooled_BC, weight, len(bias), bias), None)
+        if stop == len(self.stages):
+            return x, None
+        gated = self._block(stop, 0)
+        assert gated.gate is not None
+        return gated.front(x, width_before), gated.gate
+
+    def _run_segment(
+        self, number: int, x: Tensor, index: int, dropout_mask: Tensor | None
+    ) -> Tensor:
+        return self.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
 
     # -- the whole ----------------------------------------------------------------------------
 
@@ -221,24 +249,32 @@ class SlimNet(nn.Module):
         """
         return self._resolve(x, route)(self, x, dropout_mask)
 
-    def forward_many(self, x: Tensor, routes: Sequence[Route | Sequence[int]]) -> list[Tensor]:
+    def forward_many(
+        self,
+        x: Tensor,
+        routes: Sequence[Route | Sequence[int]],
+        *,
+        dropout_mask: Tensor | None = None,
+        run_segment: RunSegment | None = None,
+    ) -> list[Tensor]:
         """Static forward along several routes -> logits (B, classes) of each, in order.
 
         Segments that routes share from the images on (the trunk above all) run once, with equal
         results and gradients. In training mode BN's running statistics there take one update.
+        `run_segment` stands in for this network's own `segment`, compiled say.
 
         Raises:
             As `forward`.
         """
         self.check_input(x)
+        run = run_segment or self._run_segment
         paths = [self.spec.segment_indices(self.spec.coerce_route(route)) for route in routes]
         done: dict[tuple[int, ...], Tensor] = {(): x}
         for path in paths:
             for number, index in enumerate(path):
                 here = path[: number + 1]
                 if here not in done:
-                    before = done[path[:number]]
-                    done[here] = self.segment(number, before, index, decide=False).features
+                    done[here] = run(number, done[path[:number]], index, dropout_mask)
         return [done[path] for path in paths]
 
     def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
+from dynaslim.distributed import average_, gather
 from dynaslim.errors import TrainingError
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import SlimNet
@@ -26,7 +27,8 @@ def recalibrate(
     During training a width's statistics lag behind weights that other widths keep moving; the
     authors reset and average them anew before evaluation. `batches` are network inputs
     (B, C, H, W); `routes` default to the uniform routes and the largest. Widths that none of them
-    runs keep their statistics. The network is left in evaluation mode.
+    runs keep their statistics. The network is left in evaluation mode. Where several processes
+    run, each brings batches of its own and the averages go over all of them.
 
     Raises:
         TrainingError: if there are no batches; all statistics stay as they were.
@@ -46,6 +48,13 @@ def recalibrate(
             net.forward_many(x, chosen)
             if on_batch is not None:
                 on_batch()
+        counts = gather(count)
+        if sum(counts):
+            # each process's average by its share of the batches, so that the mean is over batches
+            share = count * len(counts) / sum(counts)
+            statistics = [b for norm in norms for b in (norm.running_mean, norm.running_var)]
+            torch._foreach_mul_(statistics, share)
+            average_(statistics)
     finally:
         net.eval()
         for norm, momentum, old in zip(norms, momenta, before, strict=True):

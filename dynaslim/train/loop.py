@@ -1,24 +1,39 @@
-"""The two stages over a data set in memory; the loops know no loss, only steps."""
+"""The two stages as iterators over their steps; the loops know no loss, only steps.
+
+    training = SupernetTraining(net, feed, augment, recipe)
+    for losses in training:
+        ...                       # one optimizer step has been made
+    averaged = training.averaged_network()
+
+Between two steps everything that training has changed is in `state()`, and everything random is a
+function of (seed, step): restored there, a run goes on as if nothing had happened.
+"""
 
 from __future__ import annotations
 
+import copy
 import math
 import random
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dynaslim.cost import CostTable, madds
+from dynaslim.cost import CostTable
+from dynaslim.data.feed import Feed, MemoryFeed
 from dynaslim.data.memory import MemoryImages
-from dynaslim.data.transforms import Augment, normalise
-from dynaslim.errors import TrainingError, UsageError
+from dynaslim.data.transforms import Augment, mix
+from dynaslim.distributed import rank
+from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.train.calibrate import recalibrate
-from dynaslim.train.recipe import GateRecipe, SupernetRecipe
+from dynaslim.train.compiled import CompiledSegments
 from dynaslim.train.sampling import sandwich_routes, step_seed
 from dynaslim.train.step import (
     GateLosses,
@@ -29,8 +44,270 @@ from dynaslim.train.step import (
     supernet_step,
 )
 
-OnStep = Callable[[int, int, SupernetLosses | GateLosses], None]
-"""Called after each step with (steps done, steps in all, its losses)."""
+Losses = TypeVar("Losses", SupernetLosses, GateLosses)
+
+
+class _Training(ABC, Generic[Losses]):
+    """What the two stages have in common: batches, schedule, the count of steps, and the state."""
+
+    def __init__(
+        self,
+        net: SlimNet,
+        feed: Feed,
+        augment: Augment,
+        recipe: SupernetRecipe | GateRecipe,
+        parameters: list[dict[str, object]],
+    ) -> None:
+        self.net = net
+        self.feed = feed
+        self.augment = augment
+        self.device = next(net.parameters()).device
+        self.step = 0
+        self.total = feed.steps_per_epoch * recipe.epochs
+        self.optimizer = make_optimizer(recipe.optim, parameters)
+        warmup = round(recipe.optim.warmup_share * self.total)
+        self.schedule = LambdaLR(self.optimizer, lambda step: _cosine(step, self.total, warmup))
+        self._seed = recipe.seed
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return self.step // self.feed.steps_per_epoch
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def __iter__(self) -> Iterator[Losses]:
+        """Make the steps that are left, one at a time."""
+        with self._only_trainable():
+            for pixels, labels in self.feed.batches(self.step, self.total):
+                seed = step_seed(self._seed, self.step, _of_rank("augment"))
+                x = self.augment(pixels.to(self.device, non_blocking=True), seed)
+                losses = self._make_step(x, labels.to(self.device, non_blocking=True))
+                self.schedule.step()
+                self.step += 1
+                yield losses
+
+    def state(self) -> dict[str, Any]:
+        """Everything that training has changed, as nested dicts of tensors and plain values."""
+        return {
+            "step": self.step,
+            "modules": {name: module.state_dict() for name, module in self._modules().items()},
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": {"last_epoch": self.schedule.last_epoch},
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned, in this or another process."""
+        for name, module in self._modules().items():
+            module.load_state_dict(state["modules"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        self.step = state["step"]
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net}
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(step_seed(self._seed, self.step, purpose))
+
+    @abstractmethod
+    def _make_step(self, x: Tensor, labels: Tensor) -> Losses: ...
+
+    @abstractmethod
+    def _trainable(self) -> list[nn.Parameter]: ...
+
+    @contextmanager
+    def _only_trainable(self) -> Iterator[None]:
+        """Require gradients of what this stage trains alone while inside."""
+        before = [p.requires_grad for p in self.net.parameters()]
+        self.net.requires_grad_(False)
+        for parameter in self._trainable():
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            for parameter, flag in zip(self.net.parameters(), before, strict=True):
+                parameter.requires_grad_(flag)
+
+
+class SupernetTraining(_Training[SupernetLosses]):
+    """Stage I: trains `net` in place, with an averaged (EMA) network beside it.
+
+    Raises:
+        TrainingError: if there are fewer images than a batch, or (in a step) a loss is not finite.
+        UsageError: if a batch cannot be run in as many parts as the recipe says.
+    """
+
+    def __init__(self, net: SlimNet, feed: Feed, augment: Augment, recipe: SupernetRecipe) -> None:
+        if recipe.channels_last:
+            net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        heads = set(net.slimming_parameters())
+        self._weights = [p for p in net.parameters() if p not in heads]
+        super().__init__(
+            net, feed, augment, recipe, parameter_groups(self._weights, recipe.optim.weight_decay)
+        )
+        self.recipe = recipe
+        self.teacher = make_teacher(net, recipe.ema_decay)
+        self._run_segment = CompiledSegments(net) if recipe.compile else None
+        net.train()
+
+    def averaged_network(self) -> SlimNet:
+        """A copy of the averaged network, to be recalibrated and used."""
+        averaged = self.teacher.module
+        assert isinstance(averaged, SlimNet)
+        return _plain_copy(averaged)
+
+    def live_network(self) -> SlimNet:
+        """A copy of the network that is trained."""
+        return _plain_copy(self.net)
+
+    def recalibrate(
+        self, net: SlimNet, batches: int, *, on_batch: Callable[[], None] | None = None
+    ) -> SlimNet:
+        """Take a network's BN statistics anew from `batches` augmented training batches."""
+        fresh = calibration_batches(self.feed, self.augment, self.device, batches, self._seed)
+        recalibrate(net, fresh, on_batch=on_batch)
+        return net
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return self._weights
+
+    def _modules(self) -> dict[str, nn.Module]:
+        return {"net": self.net, "averaged": self.teacher}
+
+    def _make_step(self, x: Tensor, labels: Tensor) -> SupernetLosses:
+        recipe, spec = self.recipe, self.net.spec
+        if recipe.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        if len(x) < 2 * recipe.optim.accumulate:
+            raise UsageError(
+                f"{len(x)} images of a batch on each process do not make {recipe.optim.accumulate} "
+                f"parts of at least 2"
+            )
+        seed = step_seed(self._seed, self.step, _of_rank("mix"))
+        x, targets = mix(x, labels, spec.num_classes, recipe.augment, seed)
+        return supernet_step(
+            self.net,
+            self.teacher,
+            self.optimizer,
+            x,
+            targets,
+            sandwich_routes(
+                spec,
+                random.Random(step_seed(self._seed, self.step, "routes")),
+                recipe.random_routes,
+            ),
+            target=recipe.target,
+            label_smoothing=recipe.label_smoothing,
+            dropout=recipe.dropout,
+            generator=self._generator("dropout"),
+            step=self.step,
+            accumulate=recipe.optim.accumulate,
+            clip_norm=recipe.optim.clip_norm,
+            bf16=recipe.bf16,
+            run_segment=self._run_segment,
+        )
+
+
+class GateTraining(_Training[GateLosses]):
+    """Stage II by sandwich gate sparsification: trains the slimming heads of `net` in place.
+
+    `table` is what the cost term counts in; `target` is a share of its widest route's cost, the
+    scale of the cost term where the recipe names none.
+
+    Raises:
+        UsageError: if the network has no gates.
+        TrainingError: if there are fewer images than a batch, or (in a step) a loss is not finite.
+    """
+
+    def __init__(
+        self,
+        net: SlimNet,
+        feed: Feed,
+        augment: Augment,
+        recipe: GateRecipe,
+        table: CostTable,
+        *,
+        target: float | None = None,
+    ) -> None:
+        check_has_gates(net)
+        heads = net.slimming_parameters()
+        groups: list[dict[str, object]] = [
+            {"params": heads, "weight_decay": recipe.optim.weight_decay}
+        ]
+        super().__init__(net, feed, augment, recipe, groups)
+        self.recipe = recipe
+        self.table = table
+        self.cost_scale = recipe.sgs.cost_scale or table.widest_cost * (target or 1.0)
+        net.eval()
+
+    def _trainable(self) -> list[nn.Parameter]:
+        return self.net.slimming_parameters()
+
+    def _make_step(self, x: Tensor, labels: Tensor) -> GateLosses:
+        return gate_step(
+            self.net,
+            self.optimizer,
+            x,
+            labels,
+            self.table,
+            self.recipe.sgs,
+            cost_scale=self.cost_scale,
+            generator=self._generator(_of_rank("gumbel")),
+            step=self.step,
+            clip_norm=self.recipe.optim.clip_norm,
+            bf16=self.recipe.bf16,
+        )
+
+
+def _plain_copy(net: SlimNet) -> SlimNet:
+    """A copy in torch's default memory format: it answers as it will when saved and loaded."""
+    copied: SlimNet = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return copied.requires_grad_(True).eval()
+
+
+def check_has_gates(net: SlimNet) -> None:
+    """Raise `UsageError` if the network has no gates."""
+    if not net.spec.gates:
+        raise UsageError(f"{net.spec.name} has no gates to train")
+
+
+def make_optimizer(
+    recipe: OptimRecipe, parameters: list[dict[str, object]]
+) -> torch.optim.Optimizer:
+    """The recipe's optimizer over parameter groups."""
+    if recipe.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=recipe.lr)
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        nesterov=recipe.nesterov and recipe.momentum > 0,
+    )
+
+
+def calibration_batches(
+    feed: Feed, augment: Augment, device: torch.device, count: int, seed: int
+) -> Iterator[Tensor]:
+    """At most an epoch of augmented training batches in an order of their own."""
+    stop = min(count, feed.steps_per_epoch)
+    for step, (pixels, _) in enumerate(feed.batches(0, stop, purpose="calibrate")):
+        yield augment(pixels.to(device), step_seed(seed, step, _of_rank("augment calibrate")))
+
+
+def _of_rank(purpose: str) -> str:
+    """A purpose whose randomness differs between processes, as their images do."""
+    return f"{purpose} {rank()}" if rank() else purpose
+
+
+def _cosine(step: int, total: int, warmup: int) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
 def train_supernet(
@@ -39,62 +316,23 @@ def train_supernet(
     preprocessing: Preprocessing,
     recipe: SupernetRecipe,
     *,
-    on_step: OnStep | None = None,
+    on_step: Callable[[SupernetLosses], None] | None = None,
 ) -> SlimNet:
-    """Stage I: train `net` in place; returns the EMA network with recalibrated BN.
+    """Stage I on images in memory: train `net` in place; the averaged network, recalibrated.
+
+    For runs that are saved and can be resumed see `dynaslim.runs.run_supernet`.
 
     Raises:
         TrainingError: if there are fewer images than a batch, or a loss is not finite.
         DataError: if the images do not fit the network or the preprocessing.
     """
     images.check_fits(preprocessing, net.spec.num_classes)
-    per_epoch, total = _steps(images, recipe.batch_size, recipe.epochs)
-    teacher = make_teacher(net, recipe.ema_decay)
-    augment = Augment(preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror)
-    heads = set(net.slimming_parameters())
-    net.train()
-    with _only_trainable(net, [p for p in net.parameters() if p not in heads]):
-        optimizer = torch.optim.SGD(
-            parameter_groups(net, recipe.weight_decay),
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            nesterov=recipe.momentum > 0,
-        )
-        schedule = _cosine(optimizer, total, round(recipe.warmup_share * total))
-        for step, (x, labels) in enumerate(
-            _batches(
-                images, preprocessing, augment, recipe.batch_size, per_epoch, total, recipe.seed
-            )
-        ):
-            routes = sandwich_routes(
-                net.spec,
-                random.Random(step_seed(recipe.seed, step, "routes")),
-                recipe.random_routes,
-            )
-            losses = supernet_step(
-                net,
-                teacher,
-                optimizer,
-                x,
-                labels,
-                routes,
-                label_smoothing=recipe.label_smoothing,
-                dropout=recipe.dropout,
-                generator=_generator(recipe.seed, step, "dropout"),
-                step=step,
-            )
-            schedule.step()
-            if on_step is not None:
-                on_step(step + 1, total, losses)
-    averaged = teacher.module
-    assert isinstance(averaged, SlimNet)
-    averaged.requires_grad_(True)
-    count = min(recipe.calibration_batches, per_epoch)
-    fresh = _batches(
-        images, preprocessing, augment, recipe.batch_size, per_epoch, count, recipe.seed + 1
-    )
-    recalibrate(averaged, (x for x, _ in fresh))
-    return averaged
+    feed = MemoryFeed(images, recipe.batch_size, recipe.seed)
+    training = SupernetTraining(net, feed, Augment(recipe.augment, preprocessing), recipe)
+    for losses in training:
+        if on_step is not None:
+            on_step(losses)
+    return training.recalibrate(training.averaged_network(), recipe.calibration_batches)
 
 
 def train_gate(
@@ -103,106 +341,23 @@ def train_gate(
     preprocessing: Preprocessing,
     recipe: GateRecipe,
     *,
-    on_step: OnStep | None = None,
+    on_step: Callable[[GateLosses], None] | None = None,
 ) -> None:
-    """Stage II: train the slimming heads of `net` in place; everything else stays as it is.
+    """Stage II by sandwich gate sparsification on images in memory, at a cost of MAdds.
+
+    Trains the slimming heads of `net` in place; all else stays as it is. For the other objective
+    see `fit_gate_to_images`, for runs that are saved and can be resumed `dynaslim.runs.run_gate`.
 
     Raises:
-        UsageError: if the network has no gates.
+        UsageError: if the network has no gates, or the recipe's objective is another.
         TrainingError: if there are fewer images than a batch, or a loss is not finite.
         DataError: if the images do not fit the network or the preprocessing.
     """
-    if not net.spec.gates:
-        raise UsageError(f"{net.spec.name} has no gates to train")
+    check_has_gates(net)
+    check(recipe.objective == "sgs", "train_gate: for objective expected see fit_gate_to_images")
     images.check_fits(preprocessing, net.spec.num_classes)
-    per_epoch, total = _steps(images, recipe.batch_size, recipe.epochs)
-    heads = net.slimming_parameters()
-    optimizer = torch.optim.SGD(
-        heads, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay
-    )
-    schedule = _cosine(optimizer, total, 0)
-    augment = Augment(preprocessing.image_size_px, shift_px=recipe.shift_px, mirror=recipe.mirror)
-    size = preprocessing.image_size_px
-    table = CostTable.from_madds(net.spec, size)
-    scale = recipe.cost_scale_madds or float(madds(net.spec, net.spec.widest_choice, size))
-    net.eval()
-    with _only_trainable(net, heads):
-        for step, (x, labels) in enumerate(
-            _batches(
-                images, preprocessing, augment, recipe.batch_size, per_epoch, total, recipe.seed
-            )
-        ):
-            losses = gate_step(
-                net,
-                optimizer,
-                x,
-                labels,
-                table,
-                easy_share=recipe.easy_share,
-                sgs_weight=recipe.sgs_weight,
-                cost_weight=recipe.cost_weight,
-                cost_scale=scale,
-                tau=recipe.tau,
-                generator=_generator(recipe.seed, step, "gumbel"),
-                step=step,
-            )
-            schedule.step()
-            if on_step is not None:
-                on_step(step + 1, total, losses)
-
-
-def _steps(images: MemoryImages, batch_size: int, epochs: int) -> tuple[int, int]:
-    per_epoch = len(images) // batch_size
-    if per_epoch < 1:
-        raise TrainingError(
-            f"{images.name or 'data'}: {len(images)} images do not fill one batch of {batch_size}"
-        )
-    return per_epoch, per_epoch * epochs
-
-
-def _generator(seed: int, step: int, purpose: str) -> torch.Generator:
-    return torch.Generator().manual_seed(step_seed(seed, step, purpose))
-
-
-def _batches(
-    images: MemoryImages,
-    preprocessing: Preprocessing,
-    augment: Augment,
-    batch_size: int,
-    per_epoch: int,
-    total: int,
-    seed: int,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """`total` augmented batches of network input with labels, reshuffled every epoch."""
-    for epoch in range(-(-total // per_epoch)):
-        generator = _generator(seed, epoch, "order")
-        order = torch.randperm(len(images), generator=generator)
-        batches = images.batches(batch_size, order, drop_last=True)
-        for step, (pixels, labels) in enumerate(batches, start=epoch * per_epoch):
-            if step == total:
-                return
-            x = augment(normalise(pixels, preprocessing), step_seed(seed, step, "augment"))
-            yield x, labels
-
-
-def _cosine(optimizer: torch.optim.Optimizer, total: int, warmup: int) -> LambdaLR:
-    def factor(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-    return LambdaLR(optimizer, factor)
-
-
-@contextmanager
-def _only_trainable(net: SlimNet, trainable: list[torch.nn.Parameter]) -> Iterator[None]:
-    """Require gradients of `trainable` alone while inside."""
-    before = [p.requires_grad for p in net.parameters()]
-    net.requires_grad_(False)
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for parameter, flag in zip(net.parameters(), before, strict=True):
-            parameter.requires_grad_(flag)
+    feed = MemoryFeed(images, recipe.batch_size, recipe.seed)
+    table = CostTable.from_madds(net.spec, preprocessing.image_size_px)
+    for losses in GateTraining(net, feed, Augment(recipe.augment, preprocessing), recipe, table):
+        if on_step is not None:
+            on_step(losses)

@@ -22,30 +22,49 @@ def ensemble_target(teacher_logits: Sequence[Tensor]) -> Tensor:
     return torch.stack([logits.softmax(1) for logits in teacher_logits]).mean(0)
 
 
-def sgs_target(easy_B: Tensor, choices: int) -> Tensor:
+def sgs_target(easy_B: Tensor, choices: int, hopeless_B: Tensor | None = None) -> Tensor:
     """Sandwich gate sparsification labels (B,): first choice if easy, else the last ("try best").
 
     An image is easy if the smallest route classifies it right (arXiv 2103.13258, section 3.3).
+    Hopeless ones, which even the widest route gets wrong, take the first choice too where they are
+    given ("give up").
     """
-    return torch.where(easy_B, 0, choices - 1)
+    return torch.where(_asked_first(easy_B, hopeless_B), 0, choices - 1)
+
+
+def _asked_first(easy_B: Tensor, hopeless_B: Tensor | None) -> Tensor:
+    return easy_B if hopeless_B is None else easy_B | hopeless_B
+
+
+def sgs_weights(
+    easy_B: Tensor, easy_share: float | None, hopeless_B: Tensor | None = None
+) -> Tensor:
+    """Weight of every image (B,) in the SGS loss, together 1.
+
+    `easy_share` is the weight that the images asked to take the first choice have together,
+    whatever their number; None weighs every image the same, as in the paper.
+    """
+    first_B = _asked_first(easy_B, hopeless_B)
+    if easy_share is None or not bool(first_B.any()) or bool(first_B.all()):
+        return torch.full_like(easy_B, 1 / len(easy_B), dtype=torch.float64)
+    return torch.where(first_B, easy_share / first_B.sum(), (1 - easy_share) / (~first_B).sum())
 
 
 def sgs_loss(
-    gate_logits: Sequence[Tensor], easy_B: Tensor, *, easy_share: float | None = None
+    gate_logits: Sequence[Tensor],
+    easy_B: Tensor,
+    *,
+    easy_share: float | None = None,
+    hopeless_B: Tensor | None = None,
 ) -> Tensor:
     """Mean over gates of the cross-entropy of gate *logits* (B, K) against the SGS labels.
 
     The released code feeds probabilities to a cross-entropy that takes softmax again; ours does
-    not. `easy_share` is the weight that easy images have together, whatever their number; None
-    weighs every image the same, as in the paper.
+    not. See `sgs_target` for `hopeless_B` and `sgs_weights` for `easy_share`.
     """
-    weights_B = torch.full_like(gate_logits[0][:, 0], 1 / len(easy_B))
-    if easy_share is not None and bool(easy_B.any()) and not bool(easy_B.all()):
-        weights_B = torch.where(
-            easy_B, easy_share / easy_B.sum(), (1 - easy_share) / (~easy_B).sum()
-        ).to(weights_B.dtype)
+    weights_B = sgs_weights(easy_B, easy_share, hopeless_B).to(gate_logits[0].dtype)
     losses = [
-        F.cross_entropy(g, sgs_target(easy_B, g.shape[1]), reduction="none") @ weights_B
+        F.cross_entropy(g, sgs_target(easy_B, g.shape[1], hopeless_B), reduction="none") @ weights_B
         for g in gate_logits
     ]
     return torch.stack(losses).mean()

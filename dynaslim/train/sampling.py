@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
+from dynaslim.seeds import step_seed as step_seed
 from dynaslim.spec import NetSpec, Route
 
 
@@ -17,12 +18,6 @@ class Sandwich(NamedTuple):
     largest: Route
     randoms: tuple[Route, ...]
     smallest: Route
-
-
-def step_seed(seed: int, step: int, purpose: str) -> int:
-    """A 63-bit seed for one purpose in one step; different purposes do not share a stream."""
-    # random.Random hashes strings with SHA-512: stable between runs and platforms
-    return random.Random(f"{seed}/{step}/{purpose}").getrandbits(63)
 
 
 def sandwich_routes(spec: NetSpec, rng: random.Random, randoms: int = 2) -> Sandwich:

@@ -6,7 +6,7 @@ Suffixes: B rows, C channels, H W pixels, N classes, K choices of a gate.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,11 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from dynaslim.cost import CostTable
+from dynaslim.distributed import average_, rank, world_size
 from dynaslim.errors import TrainingError
-from dynaslim.nn.functional import gumbel_one_hot
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
+from dynaslim.nn.net import RunSegment, SlimNet
+from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.train.losses import cost_loss, ensemble_target, sgs_loss, soft_cross_entropy
 from dynaslim.train.sampling import Sandwich
 
@@ -31,12 +33,15 @@ class SupernetLosses(NamedTuple):
 
 
 class GateLosses(NamedTuple):
-    """Terms of one stage-II step, before their weights, and the mean MAdds of its routes."""
+    """Terms of one stage-II step, before their weights, and the mean cost of its routes.
+
+    `mean_cost` is in the unit of the cost table.
+    """
 
     classification: float
     sgs: float
     cost: float
-    mean_madds: float
+    mean_cost: float
 
 
 def make_teacher(net: SlimNet, decay: float) -> AveragedModel:
@@ -64,48 +69,94 @@ def supernet_step(
     teacher: AveragedModel,
     optimizer: torch.optim.Optimizer,
     x_BCHW: Tensor,
-    labels_B: Tensor,
+    labels: Tensor,
     routes: Sandwich,
     *,
+    target: Target = "ensemble",
     label_smoothing: float,
     dropout: float,
     generator: torch.Generator | None,
     step: int,
+    accumulate: int = 1,
+    clip_norm: float | None = None,
+    bf16: bool = False,
+    run_segment: RunSegment | None = None,
 ) -> SupernetLosses:
-    """Sandwich step with in-place ensemble bootstrapping (arXiv 2103.13258, section 3.2).
+    """One step by the sandwich rule, with in-place ensemble bootstrapping unless told otherwise.
 
-    The largest learns the labels; random routes learn the EMA network's largest; the smallest
-    learns the mean of the EMA network's probabilities along the largest and the random routes.
-    Gradients of all passes add up, then the optimizer steps once and the EMA follows.
+    The largest learns the labels: classes (B,) or, of mixed images, probabilities (B, N). What the
+    others learn is `target` (see `SupernetRecipe`); with "ensemble" (arXiv 2103.13258, section
+    3.2) random routes learn the EMA network's largest, and the smallest the mean of the EMA
+    network's probabilities along the largest and the random routes. Gradients of all passes add
+    up, over `accumulate` parts of the batch one after the other; they are averaged over the
+    processes of the run once, with the BN statistics; then the optimizer steps once and the EMA
+    follows. `run_segment` stands in for `net.segment` (compiled, say).
 
     Raises:
-        TrainingError: if a loss is not finite; the optimizer has not stepped.
+        TrainingError: if a loss is not finite on any process; the optimizer has not stepped.
     """
     averaged = teacher.module
     assert isinstance(averaged, SlimNet)
-    with torch.no_grad():
-        teacher_logits = averaged.forward_many(x_BCHW, (routes.largest, *routes.randoms))
-        target_largest = teacher_logits[0].softmax(1)
-        target_ensemble = ensemble_target(teacher_logits)
-    optimizer.zero_grad()
-
+    narrow = (*routes.randoms, routes.smallest)
+    # drawn for the whole batch of all processes: they together drop what one alone would
     mask = dropout_mask(net, len(x_BCHW), dropout, generator, x_BCHW.device)
-    logits = net(x_BCHW, routes.largest, dropout_mask=mask)
-    loss = F.cross_entropy(logits, labels_B, label_smoothing=label_smoothing)
-    largest = _finite(loss, "the largest network", step)
-    torch.autograd.backward(loss)
+    autocast = torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bf16)
+    totals = torch.zeros(1 + len(narrow), device=x_BCHW.device)
+    optimizer.zero_grad()
+    for rows in torch.arange(len(x_BCHW)).tensor_split(accumulate):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        x, y, share = x_BCHW[part], labels[part], len(rows) / len(x_BCHW)
+        with torch.no_grad(), autocast:
+            targets = _teacher_targets(averaged, x, routes, target)
+        with autocast:
+            (logits,) = net.forward_many(
+                x,
+                (routes.largest,),
+                dropout_mask=None if mask is None else mask[part],
+                run_segment=run_segment,
+            )
+        loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing) * share
+        totals[0] += loss.detach()
+        torch.autograd.backward(loss)
+        if target == "distillation":
+            targets = [logits.detach().float().softmax(1)] * len(narrow)
+        # the other routes share their trunk, so they run together and go backward as one sum
+        with autocast:
+            all_logits = net.forward_many(x, narrow, run_segment=run_segment)
+        losses = [
+            F.cross_entropy(z.float(), y, label_smoothing=label_smoothing) * share
+            if target == "labels"
+            else soft_cross_entropy(z.float(), targets[number]) * share
+            for number, z in enumerate(all_logits)
+        ]
+        totals[1:] += torch.stack(losses).detach()
+        torch.autograd.backward(losses)
 
-    # the other routes share their trunk, so they run together and go backward as one sum
-    *random_logits, smallest_logits = net.forward_many(x_BCHW, (*routes.randoms, routes.smallest))
-    losses = [soft_cross_entropy(logits, target_largest) for logits in random_logits]
-    losses.append(soft_cross_entropy(smallest_logits, target_ensemble))
-    names = [f"route {route}" for route in (*routes.randoms, routes.smallest)]
-    values = [_finite(loss, name, step) for loss, name in zip(losses, names, strict=True)]
-    torch.autograd.backward(losses)
-
+    parameters = [p for p in net.parameters() if p.grad is not None]
+    statistics = [b for b in net.buffers() if b.is_floating_point()]
+    average_([totals, *(p.grad for p in parameters if p.grad is not None), *statistics])
+    # looked at once, after all passes: on a GPU each look waits for what runs
+    largest, *others = totals.tolist()
+    names = ["the largest network", *(f"route {route}" for route in narrow)]
+    for name, value in zip(names, (largest, *others), strict=True):
+        _check_finite(value, name, step)
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
     teacher.update_parameters(net)
-    return SupernetLosses(largest, tuple(values[:-1]), values[-1])
+    return SupernetLosses(largest, tuple(others[:-1]), others[-1])
+
+
+def _teacher_targets(
+    averaged: SlimNet, x: Tensor, routes: Sandwich, target: Target
+) -> list[Tensor]:
+    """What each of the random routes and the smallest learns from the averaged network."""
+    if target not in ("bootstrap", "ensemble"):
+        return []
+    asked = (routes.largest, *routes.randoms) if target == "ensemble" else (routes.largest,)
+    logits = [z.float() for z in averaged.forward_many(x, asked)]
+    largest = logits[0].softmax(1)
+    return [largest] * len(routes.randoms) + [ensemble_target(logits)]
 
 
 def dropout_mask(
@@ -115,22 +166,24 @@ def dropout_mask(
     generator: torch.Generator | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Inverted dropout for the pooled features of the largest network (rows, channels), or None."""
+    """Inverted dropout for the pooled features of the largest network (rows, channels), or None.
+
+    `rows` are this process's; the mask is its part of one for the rows of all processes.
+    """
     if dropout == 0:
         return None
     channels = net.spec.stages[-1].widths[-1]
-    kept = torch.rand(rows, channels, generator=generator).to(device) >= dropout
+    everyone = torch.rand(rows * world_size(), channels, generator=generator)
+    kept = everyone[rows * rank() : rows * (rank() + 1)].to(device) >= dropout
     return kept / (1 - dropout)
 
 
-def _finite(loss: Tensor, what: str, step: int) -> float:
-    value = float(loss.detach())
+def _check_finite(value: float, what: str, step: int) -> None:
     if not math.isfinite(value):
         raise TrainingError(
             f"step {step}: the loss of {what} is {value}; try a lower learning rate or a longer "
             f"warm-up, and look at the data if it persists"
         )
-    return value
 
 
 def gate_step(
@@ -139,48 +192,67 @@ def gate_step(
     x_BCHW: Tensor,
     labels_B: Tensor,
     table: CostTable,
+    recipe: SgsRecipe,
     *,
-    easy_share: float | None,
-    sgs_weight: float,
-    cost_weight: float,
     cost_scale: float,
-    tau: float,
     generator: torch.Generator | None,
     step: int,
+    clip_norm: float | None = None,
+    bf16: bool = False,
 ) -> GateLosses:
     """Sandwich gate sparsification with Gumbel-softmax gates (arXiv 2103.13258, section 3.3).
 
     `net` is in evaluation mode and only its slimming heads require gradients. `cost_scale` is in
-    the unit of `table`.
+    the unit of `table`. Gradients are averaged over the processes of the run.
 
     Raises:
-        TrainingError: if a loss is not finite; the optimizer has not stepped.
+        TrainingError: if a loss is not finite on any process; the optimizer has not stepped.
     """
-    with torch.no_grad():
-        easy_B = net(x_BCHW, net.spec.cheapest_choice).argmax(1) == labels_B
-    out = net.forward_gated(x_BCHW, lambda logits_BK, _: gumbel_one_hot(logits_BK, tau, generator))
-    classification = F.cross_entropy(out.logits, labels_B)
-    sgs = sgs_loss(out.gate_logits, easy_B, easy_share=easy_share)
-    madds_B = table.expected(out.gates)
-    cost = cost_loss(madds_B, cost_scale)
+
+    def choose(logits_BK: Tensor, _: int) -> Tensor:
+        if recipe.gumbel:
+            return gumbel_one_hot(logits_BK.float(), recipe.tau, generator)
+        return straight_through_one_hot(logits_BK.float(), recipe.tau)
+
+    spec, heads = net.spec, net.slimming_parameters()
+    with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bf16):
+        hopeless_B = None
+        with torch.no_grad():
+            if recipe.hard == "give_up":
+                cheapest, widest = net.forward_many(
+                    x_BCHW, (spec.cheapest_choice, spec.widest_choice)
+                )
+                hopeless_B = widest.argmax(1) != labels_B
+            else:
+                cheapest = net(x_BCHW, spec.cheapest_choice)
+            easy_B = cheapest.argmax(1) == labels_B
+        out = net.forward_gated(x_BCHW, choose)
+    gate_logits = [logits.float() for logits in out.gate_logits]
+    classification = F.cross_entropy(out.logits.float(), labels_B)
+    sgs = sgs_loss(gate_logits, easy_B, easy_share=recipe.easy_share, hopeless_B=hopeless_B)
+    mean_cost = table.expected(out.gates).mean()
+    cost = cost_loss(mean_cost, cost_scale)
     optimizer.zero_grad()
-    loss = classification + sgs_weight * sgs + cost_weight * cost
-    _finite(loss, "the gates", step)
-    torch.autograd.backward(loss)
-    optimizer.step()
-    return GateLosses(
-        float(classification.detach()),
-        float(sgs.detach()),
-        float(cost.detach()),
-        float(madds_B.detach().mean()),
+    torch.autograd.backward(
+        recipe.class_weight * classification + recipe.sgs_weight * sgs + recipe.cost_weight * cost
     )
+    totals = torch.stack([classification, sgs, cost, mean_cost]).detach()
+    average_([totals, *(head.grad for head in heads if head.grad is not None)])
+    losses = GateLosses(*totals.tolist())
+    for name, value in losses._asdict().items():
+        _check_finite(value, f"the gates ({name})", step)
+    if clip_norm is not None:
+        nn.utils.clip_grad_norm_(heads, clip_norm)
+    optimizer.step()
+    return losses
 
 
-def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+def parameter_groups(
+    parameters: Iterable[nn.Parameter], weight_decay: float
+) -> list[dict[str, object]]:
     """Optimizer groups: decay on weights of two or more dimensions, none on BN and biases."""
-    decayed = [p for p in net.parameters() if p.requires_grad and p.ndim > 1]
-    plain = [p for p in net.parameters() if p.requires_grad and p.ndim <= 1]
+    every = list(parameters)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": [p for p in every if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in every if p.ndim <= 1], "weight_decay": 0.0},
     ]

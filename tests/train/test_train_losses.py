@@ -8,6 +8,7 @@ from dynaslim.train.losses import (
     ensemble_target,
     sgs_loss,
     sgs_target,
+    sgs_weights,
     soft_cross_entropy,
 )
 
@@ -62,3 +63,33 @@ def test_sgs_loss_with_a_share_for_easy_images():
 
 def test_cost_loss_by_hand():
     assert cost_loss(torch.tensor([1.0, 3.0]), 4.0).item() == 0.25
+
+
+@pytest.mark.parametrize(
+    ("easy", "hopeless", "asked"),
+    [(True, False, 0), (False, False, 1), (False, True, 0), (True, True, 0)],
+    ids=["easy", "hard", "given up", "right on the narrowest alone"],
+)
+def test_giving_up_by_hand(easy, hopeless, asked):
+    """Probabilities (1/4, 3/4): the loss tells which end was asked for."""
+    logits, three = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[0.0, 0.0, math.log(2.0)]])
+    easy_B, hopeless_B = torch.tensor([easy]), torch.tensor([hopeless])
+    assert sgs_target(easy_B, 4, hopeless_B).tolist() == [3 * asked]
+    two_end, three_end = -math.log([0.25, 0.75][asked]), -math.log([0.25, 0.5][asked])
+    loss = sgs_loss([logits], easy_B, hopeless_B=hopeless_B).item()
+    assert loss == pytest.approx(two_end)
+    loss = sgs_loss([logits, three], easy_B, hopeless_B=hopeless_B).item()
+    assert loss == pytest.approx((two_end + three_end) / 2)
+    # without giving up, who is not easy tries its best
+    assert sgs_target(easy_B, 4).tolist() == [0 if easy else 3]
+
+
+def test_weights_of_the_images():
+    easy = torch.tensor([True, False, False, False])
+    hopeless = torch.tensor([False, True, False, False])
+    assert sgs_weights(easy, None).tolist() == [0.25] * 4
+    assert sgs_weights(easy, None, hopeless).tolist() == [0.25] * 4
+    assert sgs_weights(easy, 0.4).tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2])
+    # the share is that of all who are asked to take the first choice
+    assert sgs_weights(easy, 0.4, hopeless).tolist() == pytest.approx([0.2, 0.2, 0.3, 0.3])
+    assert sgs_weights(easy, 0.4, ~easy).tolist() == [0.25] * 4

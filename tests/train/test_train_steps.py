@@ -12,13 +12,26 @@ from dynaslim.errors import TrainingError, UsageError
 from dynaslim.nn import SlimNet, argmax_one_hot
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.recipes import (
+    AugmentRecipe,
+    DataRecipe,
+    ExpectedRecipe,
+    GateRecipe,
+    OptimRecipe,
+    SgsRecipe,
+    SupernetRecipe,
+)
 from dynaslim.spec import NetSpec, StageSpec
-from dynaslim.train import GateRecipe, SupernetRecipe, recalibrate, train_gate, train_supernet
+from dynaslim.train import recalibrate, train_gate, train_supernet
 from dynaslim.train.sampling import sandwich_routes, step_seed
 from dynaslim.train.step import gate_step, make_teacher, parameter_groups, supernet_step
 from dynaslim.zoo import get_spec
 
 PRE = Preprocessing(16, mean=(0.5,) * 3, std=(0.25,) * 3)
+
+
+def _optim(lr, weight_decay=1e-4):
+    return OptimRecipe(lr=lr, weight_decay=weight_decay)
 
 
 def toy_images(count=96, classes=5, seed=0):
@@ -34,7 +47,7 @@ def _supernet_parts(seed=0):
     torch.manual_seed(seed)
     net = SlimNet(micro_spec()).train()
     teacher = make_teacher(net, 0.9)
-    optimizer = torch.optim.SGD(parameter_groups(net, 1e-4), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.SGD(parameter_groups(net.parameters(), 1e-4), lr=0.1, momentum=0.9)
     return net, teacher, optimizer
 
 
@@ -208,17 +221,14 @@ def test_gate_step_moves_the_slimming_heads_only():
         noise(spec, 8, image_size=16),
         torch.arange(8) % 5,
         CostTable.from_madds(spec, 16),
-        easy_share=None,
-        sgs_weight=1.0,
-        cost_weight=0.5,
+        SgsRecipe(cost_weight=0.5),
         cost_scale=1e5,
-        tau=1.0,
         generator=torch.Generator().manual_seed(0),
         step=0,
     )
     changed = {k for k, v in net.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {"stages.1.0.gate.slimming_weight", "stages.2.0.gate.slimming_weight"}
-    assert losses.cost == pytest.approx((losses.mean_madds / 1e5) ** 2, rel=1e-5)
+    assert losses.cost == pytest.approx((losses.mean_cost / 1e5) ** 2, rel=1e-5)
 
 
 def test_cost_term_pushes_towards_cheap_routes():
@@ -228,12 +238,16 @@ def test_cost_term_pushes_towards_cheap_routes():
     means = {}
     for weight in (0.0, 100.0):
         again = lively(spec)
-        recipe = GateRecipe(epochs=10, batch_size=32, lr=0.5, cost_weight=weight, sgs_weight=0.0)
-        seen = []
-        train_gate(
-            again, images, PRE, recipe, on_step=lambda a, b, losses, s=seen: s.append(losses)
+        recipe = GateRecipe(
+            objective="sgs",
+            epochs=10,
+            batch_size=32,
+            optim=_optim(0.5, weight_decay=0.01),
+            sgs=SgsRecipe(cost_weight=weight, sgs_weight=0.0),
         )
-        means[weight] = seen[-1].mean_madds
+        seen = []
+        train_gate(again, images, PRE, recipe, on_step=seen.append)
+        means[weight] = seen[-1].mean_cost
     del net
     assert means[100.0] < 0.8 * means[0.0]
 
@@ -244,12 +258,20 @@ def test_sgs_learns_to_tell_easy_from_hard():
     torch.manual_seed(0)
     net = SlimNet(spec)
     images = toy_images(256)
-    net = train_supernet(net, images, PRE, SupernetRecipe(epochs=2, batch_size=32, lr=0.05))
+    net = train_supernet(
+        net, images, PRE, SupernetRecipe(epochs=2, batch_size=32, optim=_optim(0.05))
+    )
     heads_before = [h.clone() for h in net.slimming_parameters()]
     rest = {k: v.clone() for k, v in net.state_dict().items() if "slimming" not in k}
-    recipe = GateRecipe(epochs=15, batch_size=32, lr=1.0, easy_share=0.5, cost_weight=0.0)
+    recipe = GateRecipe(
+        objective="sgs",
+        epochs=15,
+        batch_size=32,
+        optim=_optim(1.0, weight_decay=0.01),
+        sgs=SgsRecipe(easy_share=0.5, cost_weight=0.0),
+    )
     seen = []
-    train_gate(net, images, PRE, recipe, on_step=lambda a, b, losses: seen.append(losses.sgs))
+    train_gate(net, images, PRE, recipe, on_step=lambda losses: seen.append(losses.sgs))
     assert sum(seen[-8:]) < 0.95 * sum(seen[:8])
     x = normalise(images.images_NCSS, PRE)
     with torch.no_grad():
@@ -269,10 +291,8 @@ def test_supernet_training_learns_and_repeats():
         torch.manual_seed(1)
         live = SlimNet(micro_spec())
         seen = []
-        recipe = SupernetRecipe(epochs=4, batch_size=32, lr=0.1)
-        averaged = train_supernet(
-            live, toy_images(), PRE, recipe, on_step=lambda a, b, losses: seen.append(losses)
-        )
+        recipe = SupernetRecipe(epochs=4, batch_size=32, optim=_optim(0.1))
+        averaged = train_supernet(live, toy_images(), PRE, recipe, on_step=seen.append)
         return live, averaged, seen
 
     live, averaged, seen = run()
@@ -301,13 +321,21 @@ def test_no_gates_to_train():
     [
         (SupernetRecipe, {"epochs": 0}, "epochs 0"),
         (SupernetRecipe, {"batch_size": 1}, "batch_size 1: BN needs at least 2"),
-        (SupernetRecipe, {"lr": 0.0}, "lr 0.0"),
+        (OptimRecipe, {"lr": 0.0}, "lr 0.0"),
+        (OptimRecipe, {"accumulate": 0}, "accumulate 0"),
+        (OptimRecipe, {"clip_norm": 0.0}, "clip_norm 0.0"),
         (SupernetRecipe, {"dropout": 1.0}, "dropout 1.0"),
         (SupernetRecipe, {"ema_decay": 1.0}, "ema_decay 1.0"),
-        (SupernetRecipe, {"warmup_share": 1.0}, "warmup_share 1.0"),
-        (GateRecipe, {"tau": 0.0}, "tau 0.0"),
-        (GateRecipe, {"easy_share": 1.0}, "easy_share 1.0"),
-        (GateRecipe, {"cost_scale_madds": 0.0}, "cost_scale_madds 0.0"),
+        (OptimRecipe, {"warmup_share": 1.0}, "warmup_share 1.0"),
+        (SgsRecipe, {"tau": 0.0}, "tau 0.0"),
+        (SgsRecipe, {"easy_share": 1.0}, "easy_share 1.0"),
+        (SgsRecipe, {"cost_scale": 0.0}, "cost_scale 0.0"),
+        (GateRecipe, {"targets": "0.4,x"}, "targets 0.4,x: expected numbers such as 0.4,0.6,0.8"),
+        (GateRecipe, {"targets": (0.4, 1.2)}, "each above 0, at most 1"),
+        (GateRecipe, {"augment": AugmentRecipe(mixup=0.2)}, "no route of its own"),
+        (DataRecipe, {"load": "stream"}, "a stream holds nothing back"),
+        (DataRecipe, {"mean": (0.5,)}, "give both or neither"),
+        (ExpectedRecipe, {"views": 0}, "views 0"),
     ],
 )
 def test_recipes_check_themselves(recipe, change, message):

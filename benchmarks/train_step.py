@@ -1,0 +1,274 @@
+"""One stage-I step against its ideal and against the straightforward way.
+
+    python benchmarks/train_step.py --json benchmarks/results/train_step.json
+
+Arms, run in turn within one process on the same batch and routes, each with tensors in torch's
+default memory format and in channels_last:
+
+- ours: `supernet_step`, with the optimizer and the averaged network;
+- ideal: plain torch networks of each width, forward and backward, and the teacher's forwards;
+- naive: sliced weights, every pass on its own, the averaged network by a loop over its state.
+
+Ratios are those of the recipes' default, channels_last: to the faster of the two ideals, and of the
+naive way as one writes it down, in the default format (and, beside it, in channels_last).
+`ideal` has no optimizer and no averaged network to update. The naive way is spared the reductions
+of its four passes, which cost nothing on one process, and asks the teacher once for each of its
+three predictions. Memory is the peak of a process of its own, less what it held before the first
+network was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain import plain_network
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynaslim.nn import SlimNet
+from dynaslim.runs.folder import environment
+from dynaslim.spec import Route
+from dynaslim.train.sampling import Sandwich, sandwich_routes
+from dynaslim.train.step import make_teacher, parameter_groups, supernet_step
+from dynaslim.zoo import get_spec
+
+Arm = Callable[[Sandwich, int], None]
+
+
+def sgd(net: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of all arms."""
+    groups = parameter_groups(net.parameters(), 1e-4)
+    return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a batch is in that memory format."""
+    return not x.is_contiguous()
+
+
+def ours(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
+    """The package's step."""
+    teacher, optimizer = make_teacher(net, 0.997), sgd(net)
+
+    def run(routes: Sandwich, step: int) -> None:
+        generator = torch.Generator().manual_seed(step)
+        supernet_step(
+            net,
+            teacher,
+            optimizer,
+            x,
+            labels,
+            routes,
+            label_smoothing=0.1,
+            dropout=0.2,
+            generator=generator,
+            step=step,
+        )
+
+    return run
+
+
+def ideal(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
+    """Plain networks of the same widths: their forwards and backwards, and nothing else."""
+    built: dict[Route, nn.Module] = {}
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+
+    def plain(route: Route) -> nn.Module:
+        if route not in built:
+            built[route] = plain_network(net.spec, route).to(memory_format=layout)
+        return built[route]
+
+    def run(routes: Sandwich, step: int) -> None:
+        with torch.no_grad():
+            targets = [
+                plain(route).eval()(x).softmax(1) for route in (routes.largest, *routes.randoms)
+            ]
+        mean = torch.stack(targets).mean(0)
+        goals = [labels, *[targets[0]] * len(routes.randoms), mean]
+        for route, goal in zip(
+            (routes.largest, *routes.randoms, routes.smallest), goals, strict=True
+        ):
+            F.cross_entropy(plain(route).train()(x), goal).backward()
+
+    return run
+
+
+def naive(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
+    """The method as one would write it down."""
+    optimizer = sgd(net)
+    averaged = copy.deepcopy(net).eval()
+
+    def run(routes: Sandwich, step: int) -> None:
+        optimizer.zero_grad()
+        with torch.no_grad():
+            targets = [averaged(x, route).softmax(1) for route in (routes.largest, *routes.randoms)]
+        mean = torch.stack(targets).mean(0)
+        goals = [labels, *[targets[0]] * len(routes.randoms), mean]
+        for route, goal in zip(
+            (routes.largest, *routes.randoms, routes.smallest), goals, strict=True
+        ):
+            loss = F.cross_entropy(net(x, route), goal)
+            loss.backward()
+            loss.item()
+        optimizer.step()
+        with torch.no_grad():
+            current = net.state_dict()
+            for name, value in averaged.state_dict().items():
+                if value.is_floating_point():
+                    value.copy_(0.997 * value + 0.003 * current[name])
+
+    return run
+
+
+def largest_alone(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
+    """A plain training step of the largest network: the measure of memory."""
+    layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    plain = plain_network(net.spec, net.spec.largest).to(memory_format=layout)
+    optimizer = sgd(plain)
+
+    def run(routes: Sandwich, step: int) -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x), labels).backward()
+        optimizer.step()
+
+    return run
+
+
+ARMS = {"ours": ours, "ideal": ideal, "naive": naive, "largest_alone": largest_alone}
+
+
+def make(options: argparse.Namespace) -> tuple[SlimNet, Tensor, Tensor]:
+    """The network and a batch."""
+    torch.manual_seed(0)
+    net = SlimNet(get_spec(options.model)).train()
+    size = options.image_size
+    x = torch.randn(options.batch_size, net.spec.in_channels, size, size)
+    if options.channels_last:
+        net.to(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(0, net.spec.num_classes, (options.batch_size,))
+    return net, x, labels
+
+
+def measure_time(options: argparse.Namespace) -> dict[str, Any]:
+    """Interleaved rounds: each arm once per round, on the same routes."""
+    arms: dict[str, Arm] = {}
+    for kind in ("ours", "ideal", "naive"):
+        for layout in ("", "_channels_last"):
+            options.channels_last = bool(layout)
+            arms[kind + layout] = ARMS[kind](*make(options))
+    names = list(arms)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    spec = get_spec(options.model)
+    for step in range(options.warm_up + options.rounds):
+        routes = sandwich_routes(spec, random.Random(step))
+        # each round begins with another arm, so that none has always the warm or the cold place
+        at = step % len(names)
+        for name in names[at:] + names[:at]:
+            start = time.perf_counter()
+            arms[name](routes, step)
+            spent = time.perf_counter() - start
+            if step >= options.warm_up:
+                times[name].append(spent)
+    ideals = min(times["ideal"], times["ideal_channels_last"], key=statistics.median)
+    ours = times["ours_channels_last"]
+
+    def ratio(above: list[float], below: list[float]) -> dict[str, float]:
+        return spread([a / b for a, b in zip(above, below, strict=True)])
+
+    return {
+        **{f"{name}_ms": spread([t * 1e3 for t in values]) for name, values in times.items()},
+        "ours_over_ideal": ratio(ours, ideals),
+        "naive_over_ours": ratio(times["naive"], ours),
+        "naive_channels_last_over_ours": ratio(times["naive_channels_last"], ours),
+        "naive_over_ours_both_default_format": ratio(times["naive"], times["ours"]),
+    }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, quartiles and count."""
+    low, median, high = statistics.quantiles(values, n=4)
+    return {
+        "median": round(median, 4),
+        "quartile_low": round(low, 4),
+        "quartile_high": round(high, 4),
+        "n": len(values),
+    }
+
+
+def resident(field: str) -> int:
+    """Resident memory of the process now (VmRSS) or at its peak (VmHWM), KiB."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
+
+
+def memory_of(options: argparse.Namespace) -> dict[str, float]:
+    """Peak resident memory of one arm in this process, less what was held before."""
+    held = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak before, the parent's even, is not ours
+    options.channels_last = True
+    net, x, labels = make(options)
+    arm = ARMS[options.memory_of](net, x, labels)
+    for step in range(3):
+        arm(sandwich_routes(net.spec, random.Random(step)), step)
+    return {"mib": round((resident("VmHWM") - held) / 1024, 1)}
+
+
+def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
+    """Each arm's peak in a process of its own."""
+    found = {}
+    for name in ("ours", "naive", "largest_alone"):
+        command = [sys.executable, __file__, "--memory-of", name, "--model", options.model]
+        command += ["--image-size", str(options.image_size)]
+        command += ["--batch-size", str(options.batch_size)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        found[f"{name}_mib"] = json.loads(done.stdout)["mib"]
+    found["ours_over_largest_alone"] = round(found["ours_mib"] / found["largest_alone_mib"], 3)
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="ds_mbnet")
+    parser.add_argument("--image-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    parser.add_argument("--memory-of", choices=list(ARMS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_of:
+        print(json.dumps(memory_of(options)))
+        return
+    hardware = {k: v for k, v in environment().items() if k not in ("started", "command")}
+    result = {
+        "benchmark": "train_step",
+        "model": options.model,
+        "image_size_px": options.image_size,
+        "batch_size": options.batch_size,
+        "hardware": hardware,
+        "time": measure_time(options),
+        "memory": measure_memory(options),
+    }
+    text = json.dumps(result, indent=2)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(text + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Verbs that measure a network, or make it ready to be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from dynaslim.cli.output import class_table, evaluation_table, print_json, say
+from dynaslim.errors import DynaslimError
+
+MOST_CLASSES: Final = 20
+"""More classes than these are in the JSON, not on the screen."""
+
+
+def evaluate(
+    checkpoint: Path,
+    *,
+    data: str,
+    split: str = "test",
+    route: str | None = None,
+    views: int = 1,
+    table: Path | None = None,
+    batch_size: int = 256,
+    corrupt_limit: float = 0.0,
+    json: bool = False,
+) -> None:
+    """Measure every route and the dynamic mode on labelled images.
+
+    Args:
+        checkpoint: A checkpoint file.
+        data: A parquet file or a folder of them, a folder of images by class, or a hub name.
+        split: Split of the data; "test" also takes one called validation.
+        route: Measure this route only, beside the dynamic mode, such as 12-24-48-80-160.
+        views: Test-time augmentation: mean over so many views of each image, 1 to 10.
+        table: Write a line for every image there (parquet): file, label, prediction, route,
+            confidence, MAdds.
+        batch_size: Images per batch.
+        corrupt_limit: Share of images that may turn out not to decode; they are left out.
+        json: Print one JSON object.
+    """
+    from dynaslim import evaluation
+    from dynaslim._files import check_writable
+    from dynaslim.checkpoint import read
+    from dynaslim.data import load_images, open_source
+    from dynaslim.errors import UsageError
+    from dynaslim.evaluation_table import MAX_VIEWS
+    from dynaslim.progress import progress
+    from dynaslim.spec import Route
+
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: must be at least 1")
+    if not 0 <= corrupt_limit <= 1:
+        raise UsageError(f"--corrupt-limit {corrupt_limit}: must be between 0 and 1")
+    # what can be refused at once is, before the images are read
+    if not 1 <= views <= MAX_VIEWS:
+        raise UsageError(f"--views {views}: must be from 1 to {MAX_VIEWS}")
+    if table is not None:
+        check_writable(table)
+    loaded = read(checkpoint)
+    if loaded.preprocessing is None:
+        raise DynaslimError(f"{checkpoint}: does not say how images are prepared (preprocessing)")
+    spec = loaded.net.spec
+    routes = None if route is None else (spec.coerce_route(Route.parse(route)),)
+    source = open_source(data, split)
+    order = evaluation.match_classes(
+        source.name, source.class_names, spec.num_classes, loaded.class_names
+    )
+    with progress("reading images", len(source)) as bar:
+        images = load_images(
+            source, loaded.preprocessing, on_image=bar.advance, corrupt_limit=corrupt_limit
+        )
+    if order is not None:
+        images = images.relabelled(order, loaded.class_names or ())
+    with progress("evaluating", len(images)) as bar:
+        result = evaluation.evaluate(
+            loaded.net,
+            images,
+            loaded.preprocessing,
+            batch_size=batch_size,
+            routes=routes,
+            on_batch=bar.advance,
+            views=views,
+        )
+    if table is not None:
+        evaluation.write_table(table, result, images)
+    if json:
+        print_json(
+            {
+                "data": source.name,
+                "split": source.split,
+                "unreadable": list(images.skipped),
+                **result.to_dict(),
+            }
+        )
+        return
+    say(f"{checkpoint} on {source.name} [{source.split}]: {len(images)} images")
+    for line in images.skipped:
+        say(f"left out: {line}")
+    say(evaluation_table(result))
+    if len(result.per_class) <= MOST_CLASSES:
+        say(class_table(result))
+    if table is not None:
+        say(f"{table}: a line for every image")
+
+
+def calibrate(
+    checkpoint: Path,
+    out: Path,
+    *,
+    data: str,
+    split: str = "train",
+    batches: int = 100,
+    batch_size: int = 128,
+    seed: int = 0,
+) -> None:
+    """Take a network's BN statistics anew for every route, as after training.
+
+    Args:
+        checkpoint: A checkpoint file.
+        out: The checkpoint to write (.safetensors); may be the same.
+        data: A parquet file or a folder of them, a folder of images by class, or a hub name.
+        split: Split of the data.
+        batches: Batches to average over, at most one pass over the data.
+        batch_size: Images per batch.
+        seed: Of the order of the images.
+    """
+    from dataclasses import replace
+
+    from dynaslim._files import check_writable
+    from dynaslim.checkpoint import read, save
+    from dynaslim.data import load_images, open_source
+    from dynaslim.data.feed import MemoryFeed
+    from dynaslim.data.transforms import normalise
+    from dynaslim.errors import UsageError
+    from dynaslim.progress import progress
+    from dynaslim.train import recalibrate
+
+    if batches < 1 or batch_size < 2:
+        raise UsageError("--batches must be at least 1 and --batch-size at least 2")
+    check_writable(out)
+    loaded = read(checkpoint)
+    if loaded.preprocessing is None:
+        raise DynaslimError(f"{checkpoint}: does not say how images are prepared (preprocessing)")
+    preprocessing = loaded.preprocessing
+    source = open_source(data, split)
+    with progress("reading images", len(source)) as bar:
+        images = load_images(source, preprocessing, on_image=bar.advance)
+    feed = MemoryFeed(images, min(batch_size, len(images)), seed)
+    count = min(batches, feed.steps_per_epoch)
+    drawn = (normalise(pixels, preprocessing) for pixels, _ in feed.batches(0, count))
+    with progress("recalibrating", count) as bar:
+        recalibrate(loaded.net, drawn, on_batch=bar.advance)
+    # what was measured before holds no more
+    save(out, replace(loaded, metrics={}))
+    say(f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images")

@@ -1,0 +1,125 @@
+"""Printing for a person, for a script, and for one who made a mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynaslim.evaluation import Evaluation
+
+
+def evaluation_table(result: Evaluation) -> Any:
+    """The result as a table for a person: routes by cost, then the dynamic mode."""
+    shares = {}
+    if result.dynamic is not None:
+        shares = {share.widths: share.share for share in result.dynamic.route_shares}
+    table = new_table("route", "MAdds", "top-1", "share of images")
+    uniform = {route.widths for route in result.routes}
+    for route in result.routes:
+        share = shares.get(route.widths)
+        table.add_row(
+            "-".join(map(str, route.widths)),
+            f"{route.madds / 1e6:.2f} M",
+            f"{route.top1:.2%}",
+            "" if share is None else f"{share:.1%}",
+        )
+    others = sum(share for widths, share in shares.items() if widths not in uniform)
+    if others:
+        table.add_row("other combinations", "", "", f"{others:.1%}")
+    if result.dynamic is not None:
+        table.add_section()
+        table.add_row(
+            "dynamic (gate)",
+            f"{result.dynamic.mean_madds / 1e6:.2f} M",
+            f"{result.dynamic.top1:.2%}",
+            "100.0%",
+        )
+    return table
+
+
+def class_table(result: Evaluation) -> Any:
+    """Accuracy and cost of every class in the dynamic mode, the costliest first."""
+    table = new_table("class", "images", "top-1", "mean MAdds")
+    rows = [entry for entry in result.per_class if entry.images]
+    for entry in sorted(rows, key=lambda entry: (-(entry.mean_madds or 0), entry.index)):
+        table.add_row(
+            entry.name or str(entry.index),
+            str(entry.images),
+            f"{entry.top1:.2%}",
+            "" if entry.mean_madds is None else f"{entry.mean_madds / 1e6:.2f} M",
+        )
+    return table
+
+
+def routes_table(result: Mapping[str, Any]) -> Any:
+    """Routes of an evaluation's summary (`Evaluation.to_dict`) by cost."""
+    table = new_table("route", "MAdds", "top-1", "top-5", "loss")
+    for route in result["routes"]:
+        table.add_row(
+            "-".join(map(str, route["widths"])),
+            f"{route['madds'] / 1e6:.2f} M",
+            f"{route['top1']:.2%}",
+            f"{route['top5']:.2%}",
+            f"{route['loss']:.3f}",
+        )
+    return table
+
+
+def gates_table(results: Mapping[str, Any]) -> Any:
+    """The gates that a run trained, and the uniform routes to hold them against."""
+    table = new_table("", "MAdds", "top-1", "cost / widest")
+    for route in results["routes"]:
+        table.add_row(
+            "-".join(map(str, route["widths"])),
+            f"{route['madds'] / 1e6:.2f} M",
+            f"{route['top1']:.2%}",
+            "",
+        )
+    table.add_section()
+    for gate in results["gates"]:
+        dynamic = gate["val"]["dynamic"]
+        aim = "no target" if gate["target"] is None else f"target {gate['target']:g}"
+        table.add_row(
+            f"dynamic, {aim}",
+            f"{dynamic['mean_madds'] / 1e6:.2f} M",
+            f"{dynamic['top1']:.2%}",
+            f"{gate['cost_share']:.3f}",
+        )
+    return table
+
+
+def new_table(*columns: str) -> Any:
+    """A table whose first column is text and whose others are numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
+    return table
+
+
+def say(what: Any, end: str = "\n") -> None:
+    """Print text or a table to standard output."""
+    if isinstance(what, str):
+        sys.stdout.write(what + end)
+        return
+    from rich.console import Console
+
+    # a pipe has no width of its own: do not fold what a script or a log will read
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    console.print(what)
+
+
+def print_json(value: object) -> None:
+    """Print one JSON value to standard output."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def fail(message: str, code: int) -> int:
+    """Say in one line what is wrong; returns the exit code."""
+    sys.stderr.write(f"dynaslim: {message}\n")
+    return code

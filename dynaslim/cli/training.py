@@ -1,0 +1,131 @@
+"""Verbs that train."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from dynaslim.cli.output import evaluation_table, fail, gates_table, print_json, routes_table, say
+from dynaslim.recipes import GateRecipe, SupernetRecipe
+
+
+def demo(
+    *,
+    out: Path = Path("runs/demo"),
+    epochs: int = 6,
+    target: float = 0.5,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Train a small network in both stages on real images, evaluate it and show what was saved.
+
+    Args:
+        out: Folder for the checkpoint, the results and the picture.
+        epochs: Passes over the 10,000 images in stage I (the supernet).
+        target: Mean cost that the gate of stage II aims at, as a share of the widest route's.
+        seed: Of everything random: the same seed gives the same numbers.
+        json: Print one JSON object.
+    """
+    from dynaslim.demo import run_demo
+
+    done = run_demo(out, epochs=epochs, target=target, seed=seed)
+    if json:
+        print_json(done.to_dict())
+        return
+    say(evaluation_table(done.evaluation))
+    for label, path in done.files.items():
+        say(f"{label:<11} {path}")
+
+
+def train_supernet(
+    recipe: SupernetRecipe,
+    *,
+    out: Path,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    workers: int = 2,
+    save_every_s: float = 60.0,
+    log_every: int = 10,
+    json: bool = False,
+) -> int:
+    """Stage I: train a supernet; stop it at any moment and go on with --resume.
+
+    Args:
+        recipe: What to train, and how.
+        out: Folder of the run.
+        resume: Go on where the run in the folder stopped; starts it if there is none.
+        force: Resume although the recipe has changed.
+        device: auto, cpu, cuda or mps.
+        workers: Processes that decode images; 0 decodes in the run itself.
+        save_every_s: Seconds between snapshots, which are also written after every epoch.
+        log_every: Steps between lines of the metrics file.
+        json: Print one JSON object.
+    """
+    from dynaslim.runs import RunOptions, Stopped, run_supernet
+
+    options = RunOptions(resume, force, device, workers, save_every_s, log_every)
+    try:
+        results = run_supernet(recipe, out, options)
+    except Stopped as stopped:
+        return fail(f"{stopped}; go on with the same command and --resume", stopped.exit_code)
+    if is_quiet_process():
+        return 0
+    if json:
+        print_json(results)
+        return 0
+    for name, result in results["val"].items():
+        say(f"{name}: {result['images']} held-out images")
+        say(routes_table(result))
+    for label, path in results["files"].items():
+        say(f"{label:<11} {path}")
+    return 0
+
+
+def train_gate(
+    recipe: GateRecipe,
+    *,
+    out: Path,
+    resume: bool = False,
+    force: bool = False,
+    device: str = "auto",
+    workers: int = 2,
+    save_every_s: float = 60.0,
+    log_every: int = 10,
+    json: bool = False,
+) -> int:
+    """Stage II: train the gates of a supernet; one checkpoint for each target cost.
+
+    Args:
+        recipe: What to train, and how.
+        out: Folder of the run.
+        resume: Go on where the run in the folder stopped; starts it if there is none.
+        force: Resume although the recipe has changed.
+        device: auto, cpu, cuda or mps.
+        workers: Processes that decode images; 0 decodes in the run itself.
+        save_every_s: Seconds between snapshots, which are also written after every epoch.
+        log_every: Steps between lines of the metrics file.
+        json: Print one JSON object.
+    """
+    from dynaslim.runs import RunOptions, Stopped, run_gate
+
+    options = RunOptions(resume, force, device, workers, save_every_s, log_every)
+    try:
+        results = run_gate(recipe, out, options)
+    except Stopped as stopped:
+        return fail(f"{stopped}; go on with the same command and --resume", stopped.exit_code)
+    if is_quiet_process():
+        return 0
+    if json:
+        print_json(results)
+        return 0
+    say(gates_table(results))
+    for label, path in results["files"].items():
+        say(f"{label:<11} {path}")
+    return 0
+
+
+def is_quiet_process() -> bool:
+    """Whether this is not the first of several processes of a run, which alone prints."""
+    # the process group has gone by now; what torchrun said at the start has not
+    return int(os.environ.get("RANK", 0)) > 0

@@ -1,0 +1,151 @@
+"""Random changes of colour and shape on batches of images in 0..1: RandAugment and jitter.
+
+kornia's own RandAugment draws one list of operations for a whole batch, and some of its operations
+weaken as the magnitude rises; here every image draws its own, and 0 changes nothing. The pixels are
+changed by kornia's functions.
+
+Suffixes: B images, C channels, S side in pixels.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Final
+
+import torch
+from torch import Tensor
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # kornia's own deprecations at import
+    from kornia.enhance import equalize, posterize, sharpness
+    from kornia.geometry.transform import affine
+
+_LUMA: Final = (0.299, 0.587, 0.114)
+
+
+def jitter(x_BCSS: Tensor, share: float, generator: torch.Generator) -> Tensor:
+    """Brightness, contrast and saturation of each image times 1 - share to 1 + share, each.
+
+    `generator` is on the CPU, so that all devices draw the same.
+    """
+    factors = torch.rand(3, len(x_BCSS), generator=generator).mul(2).sub(1).mul(share).add(1)
+    for change, factor_B in zip((_brightness, _contrast, _saturation), factors, strict=True):
+        x_BCSS = change(x_BCSS, factor_B.to(x_BCSS))
+    return x_BCSS
+
+
+def rand_augment(
+    x_BCSS: Tensor, operations: int, magnitude: float, std: float, generator: torch.Generator
+) -> Tensor:
+    """RandAugment (arXiv 1909.13719): `operations` times, one of the paper's 14 for each image.
+
+    Each time an image draws its operation, its magnitude from a normal distribution around
+    `magnitude` (cut to 0..10), and the direction where there are two. Magnitude 10 is the paper's
+    strongest; 0 leaves the image as it is but for the two that have no strength, autocontrast and
+    equalize (in the paper some operations are strongest at 0). What a shape uncovers is grey.
+    `generator` is on the CPU, so that all devices draw the same.
+    """
+    rows = len(x_BCSS)
+    for _ in range(operations):
+        drawn_B = torch.randint(len(_PIXELS) + len(_SHAPES) + 1, (rows,), generator=generator)
+        level_B = torch.randn(rows, generator=generator).mul(std).add(magnitude).clamp(0, 10) / 10
+        sign_B = torch.randint(2, (rows,), generator=generator) * 2.0 - 1
+        amount_B = level_B * sign_B
+        x_BCSS = x_BCSS.clone()
+        for number, change in enumerate(_PIXELS):
+            if len(at := (drawn_B == number).nonzero().flatten()):
+                amount = amount_B[at].to(x_BCSS)
+                at = at.to(x_BCSS.device)
+                x_BCSS[at] = change(x_BCSS[at], amount)
+        shapes_B = drawn_B - len(_PIXELS)  # the number after the last shape is the identity
+        if len(at := ((shapes_B >= 0) & (shapes_B < len(_SHAPES))).nonzero().flatten()):
+            matrix = _matrices(shapes_B[at], amount_B[at], x_BCSS.shape[-1])
+            at = at.to(x_BCSS.device)
+            # moved around grey: what comes in from outside is zero
+            x_BCSS[at] = affine(x_BCSS[at] - 0.5, matrix.to(x_BCSS), align_corners=True) + 0.5
+    return x_BCSS
+
+
+def _matrices(shapes: Tensor, amount: Tensor, side: int) -> Tensor:
+    """Affine matrices (n, 2, 3) in pixels of n drawn shapes, each by its amount in -1..1."""
+    values = amount[:, None] * torch.tensor(_SHAPES)
+    rotate, shear_x, shear_y, shift_x, shift_y = torch.where(
+        torch.arange(len(_SHAPES)) == shapes[:, None], values, 0.0
+    ).T
+    cos, sin = rotate.cos(), rotate.sin()
+    linear = torch.stack([cos, shear_x - sin, shear_y + sin, cos], 1).view(-1, 2, 2)
+    # about the centre of the image
+    centre = torch.full((2,), (side - 1) / 2)
+    shift = torch.stack([shift_x, shift_y], 1) * side + centre - linear @ centre
+    return torch.cat([linear, shift[:, :, None]], 2)
+
+
+def _blend(base: Tensor, x_BCSS: Tensor, factor_B: Tensor) -> Tensor:
+    return torch.lerp(base.expand_as(x_BCSS), x_BCSS, factor_B.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def _grey(x_BCSS: Tensor) -> Tensor:
+    if x_BCSS.shape[1] == 1:
+        return x_BCSS
+    weights = torch.tensor(_LUMA, device=x_BCSS.device, dtype=x_BCSS.dtype)
+    return (x_BCSS * weights.view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+
+def _brightness(x_BCSS: Tensor, factor_B: Tensor) -> Tensor:
+    return _blend(torch.zeros_like(x_BCSS), x_BCSS, factor_B)
+
+
+def _contrast(x_BCSS: Tensor, factor_B: Tensor) -> Tensor:
+    return _blend(_grey(x_BCSS).mean((1, 2, 3), keepdim=True), x_BCSS, factor_B)
+
+
+def _saturation(x_BCSS: Tensor, factor_B: Tensor) -> Tensor:
+    return _blend(_grey(x_BCSS), x_BCSS, factor_B)
+
+
+def _autocontrast(x_BCSS: Tensor, _amount_B: Tensor) -> Tensor:
+    low, high = x_BCSS.amin((2, 3), keepdim=True), x_BCSS.amax((2, 3), keepdim=True)
+    span = high - low
+    return torch.where(span > 0, (x_BCSS - low) / span.clamp(min=1e-6), x_BCSS)
+
+
+def _equalize(x_BCSS: Tensor, _amount_B: Tensor) -> Tensor:
+    out: Tensor = equalize(x_BCSS)
+    return out
+
+
+def _solarize(x_BCSS: Tensor, amount_B: Tensor) -> Tensor:
+    """Invert what is above a threshold that falls from 1 to 0."""
+    return torch.where(x_BCSS > 1 - amount_B.abs().view(-1, 1, 1, 1), 1 - x_BCSS, x_BCSS)
+
+
+def _posterize(x_BCSS: Tensor, amount_B: Tensor) -> Tensor:
+    """Keep 8 to 4 bits."""
+    out: Tensor = posterize(x_BCSS, 8 - (4 * amount_B.abs()).round().int())
+    return out
+
+
+def _sharpness(x_BCSS: Tensor, factor_B: Tensor) -> Tensor:
+    out: Tensor = sharpness(x_BCSS, factor_B)
+    return out
+
+
+def _both_ways(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """The change by a factor of 0.1 to 1.9."""
+    return lambda x_BCSS, amount_B: change(x_BCSS, 1 + 0.9 * amount_B)
+
+
+_PIXELS: Final[tuple[Callable[[Tensor, Tensor], Tensor], ...]] = (
+    _autocontrast,
+    _equalize,
+    _solarize,
+    _posterize,
+    _both_ways(_sharpness),
+    _both_ways(_brightness),
+    _both_ways(_contrast),
+    _both_ways(_saturation),
+)
+"""From images in 0..1 and an amount in -1..1 for each to images in 0..1."""
+_SHAPES: Final = (torch.pi / 6, 0.3, 0.3, 0.45, 0.45)
+"""Largest rotation (radians), shear by rows and columns, shift (of the side) by both."""

@@ -1,0 +1,81 @@
+"""Images that cannot be read: named, counted and left out, up to a limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final
+
+from dynaslim.errors import DataError
+
+NAMED: Final = 20
+"""Skipped images that are named; the others are counted."""
+_IN_MESSAGE: Final = 3
+
+
+class CorruptImageError(DataError):
+    """One image that is missing or does not decode; `where` names it, `reason` says why."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+        self.where = where
+        self.reason = reason
+
+
+class Skipped:
+    """Distinct images of a data set that were left out, in the order they were met."""
+
+    def __init__(
+        self, name: str, images: int = 0, *, limit: float = 1.0, at_least: int = 0
+    ) -> None:
+        self.name = name
+        """The data set, for messages."""
+        self.images = images
+        """Images in the set, or seen so far where the set is read as a stream."""
+        self.limit = limit
+        """Share of the images that may be left out."""
+        self.at_least = at_least
+        """Images to be seen before their share is held against the limit."""
+        self._lines: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, name: str, images: int, lines: Iterable[str]) -> Skipped:
+        """Those of a set of so many images, all told, that have been left out already."""
+        skipped = cls(name, images)
+        skipped._lines = {line: line for line in lines}
+        return skipped
+
+    @property
+    def count(self) -> int:
+        """Distinct images left out so far."""
+        return len(self._lines)
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """A line `file: reason` for every image left out."""
+        return tuple(self._lines.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The first 20 of `lines`."""
+        return self.lines[:NAMED]
+
+    def add(self, where: str, reason: str) -> None:
+        """Count an image; one that was counted before changes nothing."""
+        self._lines.setdefault(where, f"{where}: {reason}")
+
+    def check(self, *, complete: bool = False) -> None:
+        """Raise `DataError` if more than the limit's share of the images were left out.
+
+        With `complete` the set has been seen, so that `at_least` does not matter any more.
+        """
+        if self.count <= self.limit * self.images:
+            return
+        if self.images < self.at_least and not complete:
+            return
+        if not self.limit:
+            raise DataError(self.names[0])
+        raise DataError(
+            f"{self.name}: {self.count} of {self.images} images ({self.count / self.images:.2%}) "
+            f"cannot be read, more than the {self.limit:.2%} of corrupt_limit; "
+            f"the first: {'; '.join(self.names[:_IN_MESSAGE])}"
+        )

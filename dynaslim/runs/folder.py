@@ -1,0 +1,209 @@
+"""A run's folder: recipe, environment, metrics, TensorBoard, snapshot, checkpoints, results.
+
+Only the first of several processes writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import torch
+
+from dynaslim import __version__
+from dynaslim._files import write_atomic
+from dynaslim.distributed import broadcast, rank, world_size
+from dynaslim.errors import CheckpointError, UsageError
+from dynaslim.runs.snapshot import read_snapshot, save_snapshot
+
+SNAPSHOT: Final = "snapshot.safetensors"
+METRICS: Final = "metrics.jsonl"
+
+
+class RunFolder:
+    """The folder of one run; use it as a context, so that its files are closed.
+
+    Raises:
+        UsageError: if the folder holds a run and is not to be resumed, or holds one of another
+            stage or (unless forced) recipe.
+        OSError: if it cannot be written.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stage: str,
+        recipe: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        force: bool = False,
+    ) -> None:
+        self.path = path
+        self.stage = stage
+        self.recipe = dict(recipe)
+        self.is_main = rank() == 0
+        self.state: dict[str, Any] | None = None
+        """What the run was at its last snapshot, if it is resumed."""
+        self._board: Any = None
+        # the first process looks, the others take its word: files may reach them later
+        problem = broadcast(self._prepare(resume, force) if self.is_main else None)
+        if problem is not None:
+            raise problem
+        self.state = broadcast(self.state)
+
+    def _prepare(self, resume: bool, force: bool) -> Exception | None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            # a run that failed before its first step has left nothing to go on with, or to lose
+            if self.file(SNAPSHOT).exists() or read_metrics(self.path):
+                if not resume:
+                    raise UsageError(
+                        f"{self.path}: holds a run already; go on with it by --resume, or name "
+                        f"another folder"
+                    )
+                if self.file(SNAPSHOT).exists():
+                    self.state = self._read_state(force)
+            self._write_start()
+        except (UsageError, CheckpointError, OSError) as error:
+            return error
+        return None
+
+    def _read_state(self, force: bool) -> dict[str, Any]:
+        found = read_snapshot(self.file(SNAPSHOT))
+        if found["stage"] != self.stage:
+            raise UsageError(
+                f"{self.path}: holds a run of stage {found['stage']}, this is {self.stage}"
+            )
+        changed = _differences(found["recipe"], self.recipe)
+        if changed and not force:
+            raise UsageError(
+                f"{self.path}: the recipe is not the one this run was started with: "
+                f"{'; '.join(changed)}. Go on nevertheless with --force, or name another folder"
+            )
+        state: dict[str, Any] = found["state"]
+        return state
+
+    def _write_start(self) -> None:
+        import yaml
+
+        text = yaml.safe_dump(self.recipe, sort_keys=False, allow_unicode=True)
+        write_atomic(self.file("recipe.yaml"), text.encode())
+        seen = []
+        if self.state is not None and self.file("environment.json").exists():
+            seen = json.loads(self.file("environment.json").read_text())
+        write_json(self.file("environment.json"), [*seen, environment()])
+        step = 0 if self.state is None else self.state["step"]
+        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+        if self.state is None:
+            kept = []
+        # steps after the snapshot are made, and told, again
+        lines = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomic(self.file(METRICS), lines.encode())
+
+    def file(self, name: str) -> Path:
+        """The path of a file in the folder."""
+        return self.path / name
+
+    def __enter__(self) -> RunFolder:
+        if self.is_main:
+            from torch.utils.tensorboard import SummaryWriter
+
+            step = None if self.state is None else self.state["step"] + 1
+            self._board = SummaryWriter(str(self.file("tensorboard")), purge_step=step)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._board is not None:
+            self._board.close()
+
+    def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """Add a line to the metrics file, and its numbers to TensorBoard."""
+        if not self.is_main:
+            return
+        with open(self.file(METRICS), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+            elif isinstance(value, list) and value and isinstance(value[0], int | float):
+                for number, item in enumerate(value):
+                    self._board.add_scalar(f"{kind}/{name}/{number}", item, step)
+
+    def save_state(self, state: Mapping[str, Any]) -> None:
+        """Write a snapshot that the run can be resumed from."""
+        if self.is_main:
+            whole = {"stage": self.stage, "recipe": self.recipe, "state": state}
+            save_snapshot(self.file(SNAPSHOT), whole)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics file; a last line that a crash cut short is left out."""
+    file = path / METRICS
+    if not file.exists():
+        return []
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for whoever wants to repeat the run."""
+    cuda = torch.cuda.is_available()
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "dynaslim": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": processor_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+        if cuda
+        else [],
+        "processes": world_size(),
+    }
+
+
+def processor_name() -> str:
+    """The processor's name as the system tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for key in dict.fromkeys((*before, *now)):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key} was {old!r}, is {new!r}")
+    return found

@@ -1,0 +1,295 @@
+"""Stage II as a run: one gate for each target cost, from one supernet."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dynaslim._files import write_atomic
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.cost import CostTable, madds, read_cost_table
+from dynaslim.data.transforms import normalise
+from dynaslim.distributed import rank, world_size
+from dynaslim.errors import CheckpointError, DataError, UsageError
+from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.nn.net import SlimNet
+from dynaslim.progress import progress
+from dynaslim.recipes import GateRecipe
+from dynaslim.report.curves import curves_figure
+from dynaslim.runs.folder import RunFolder, read_metrics, write_json
+from dynaslim.runs.images import open_images
+from dynaslim.runs.keeper import Keeper
+from dynaslim.runs.launch import launched
+from dynaslim.runs.options import RunOptions
+from dynaslim.runs.signals import StopRequest, stop_requests
+from dynaslim.train.expected import apply_heads
+from dynaslim.train.fit import augmented_views, fit_to
+from dynaslim.train.loop import GateTraining, check_has_gates
+from dynaslim.train.route_cache import RouteCache, cache_routes
+
+
+def run_gate(
+    recipe: GateRecipe, out: str | Path, options: RunOptions | None = None
+) -> dict[str, Any]:
+    """Train gates into folder `out`; returns what `results.json` there holds.
+
+    Writes `gate.safetensors`, or `gate_0.40.safetensors` for each target: the whole network, whose
+    slimming heads alone differ from the supernet's.
+
+    Raises:
+        UsageError: if the folder holds another run, the network has no gates, or a target cannot
+            be met.
+        CheckpointError: if the supernet cannot be read.
+        DataError: if the images cannot be read, or their classes are not the network's.
+        TrainingError: if a loss is not finite; the last snapshot is left as it was.
+        Stopped: if asked to stop by SIGTERM or SIGINT; a snapshot has been written.
+        OSError: if a file cannot be written; the last snapshot is left as it was.
+    """
+    options = options or RunOptions()
+    if not recipe.supernet:
+        raise UsageError("name the trained supernet: --supernet CHECKPOINT")
+    with launched(options.device) as device, stop_requests() as stop:
+        folder = RunFolder(
+            Path(out), "gate", recipe.to_dict(), resume=options.resume, force=options.force
+        )
+        with folder:
+            return _GateRun(recipe, folder, options, stop, device).run()
+
+
+class _GateRun:
+    """The parts of a run, while it lasts."""
+
+    def __init__(
+        self,
+        recipe: GateRecipe,
+        folder: RunFolder,
+        options: RunOptions,
+        stop: StopRequest,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.folder, self.options, self.stop = recipe, folder, options, stop
+        self.device = device
+        self.supernet = read(recipe.supernet)
+        self.net: SlimNet = self.supernet.net.to(device)
+        check_has_gates(self.net)
+        pre = self.supernet.preprocessing
+        if pre is None:
+            raise CheckpointError(f"{recipe.supernet}: does not say how images are prepared")
+        spec = self.net.spec
+        as_trained = {name: getattr(pre, name) for name in _PREPARED}
+        data = replace(recipe.data, **as_trained)
+        self.data = open_images(data, recipe, options, stop, spec.in_channels)
+        names = self.supernet.class_names
+        if len(self.data.class_names) != spec.num_classes or names not in (
+            None,
+            self.data.class_names,
+        ):
+            raise DataError(
+                f"{self.data.name}: its classes are not those of {recipe.supernet}: "
+                f"{', '.join(self.data.class_names)}"
+            )
+        self.table = (
+            CostTable.from_madds(spec, pre.image_size_px)
+            if recipe.cost_table is None
+            else read_cost_table(recipe.cost_table, spec)
+        )
+        # every gate starts from these, whatever was trained before it
+        self.first_heads = [head.detach().clone() for head in self.net.slimming_parameters()]
+        targets = recipe.targets
+        assert isinstance(targets, tuple)
+        self.targets: tuple[float | None, ...] = targets or (None,)
+        state = folder.state or {"gate": 0, "done": [], "training": None}
+        self.number: int = state["gate"]
+        self.done: list[dict[str, Any]] = state["done"]
+        self.unfinished: dict[str, Any] | None = state["training"]
+        self.training: GateTraining | None = None
+
+    def run(self) -> dict[str, Any]:
+        """All that is left to do."""
+        results = self.folder.file("results.json")
+        if self.number == len(self.targets) and results.exists() and self.options.resume:
+            finished: dict[str, Any] = json.loads(results.read_text())
+            return finished
+        train = self._train_sgs if self.recipe.objective == "sgs" else self._expected()
+        while self.number < len(self.targets):
+            target = self.targets[self.number]
+            apply_heads(self.net, self.first_heads)
+            extra = train(target)
+            self.training = self.unfinished = None
+            self.done.append(self._keep(target, extra))
+            self.number += 1
+            self.folder.save_state(self._state())
+        return self._finish()
+
+    def _state(self) -> dict[str, Any]:
+        training = None if self.training is None else self.training.state()
+        return {
+            "step": self._steps_before() + (0 if training is None else training["step"]),
+            "gate": self.number,
+            "done": self.done,
+            "training": training,
+        }
+
+    def _steps_before(self) -> int:
+        return self.number * self.data.feed.steps_per_epoch * self.recipe.epochs
+
+    # -- sandwich gate sparsification ---------------------------------------------------------
+
+    def _train_sgs(self, target: float | None) -> dict[str, Any]:
+        training = GateTraining(
+            self.net, self.data.feed, self.data.augment, self.recipe, self.table, target=target
+        )
+        self.training = training
+        if self.unfinished is not None:
+            training.load_state(self.unfinished)
+        label = "stage II: gate" + ("" if target is None else f" for {target:g}")
+        with progress(label, training.total, done=training.step) as bar:
+            keeper = Keeper(
+                self.folder,
+                self.stop,
+                self.options,
+                self._state,
+                bar,
+                batch_size=self.recipe.batch_size,
+            )
+            for losses in training:
+                keeper.after_step(
+                    self._steps_before() + training.step,
+                    {"gate": self.number, "lr": training.lr, **losses._asdict()},
+                    f"loss {losses.classification:.2f} | sgs {losses.sgs:.2f} | "
+                    f"cost {losses.mean_cost / self.table.widest_cost:.3f} of the widest",
+                    save=training.step % training.feed.steps_per_epoch == 0,
+                )
+        return {"epochs": self.recipe.epochs}
+
+    # -- the exact expected loss --------------------------------------------------------------
+
+    def _expected(self) -> Any:
+        """Cache the losses of every route once; a function that fits a gate to a target."""
+        if world_size() > 1:
+            raise UsageError("objective expected: runs in one process; leave torchrun out")
+        recipe, feed = self.recipe.expected, self.data.feed
+        steps = feed.steps_per_epoch * recipe.views
+        with progress("caching routes", steps) as bar:
+
+            def tell() -> None:
+                self.stop.check()
+                bar.advance()
+
+            views = augmented_views(
+                feed, self.data.augment, self.device, recipe.views, self.recipe.seed
+            )
+            train = self._cache(views, tell)
+        holdout: RouteCache | None = None
+        validation = self.data.validation
+        if validation is not None:
+            with progress("caching held-out", len(validation)) as bar:
+                holdout = self._cache(self._held_out(bar), None)
+
+        def fit(target: float | None) -> dict[str, Any]:
+            found = fit_to(train, self.table, self.recipe, target, holdout)
+            apply_heads(self.net, found.heads)
+            return {"cost_weight": found.cost_weight}
+
+        return fit
+
+    def _cache(self, batches: Iterator[tuple[Tensor, Tensor]], on_batch: Any) -> RouteCache:
+        self.net.eval()
+        return cache_routes(
+            self.net,
+            batches,
+            max_routes=self.recipe.expected.max_routes,
+            seed=self.recipe.seed,
+            on_batch=on_batch,
+        )
+
+    def _held_out(self, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        assert self.data.validation is not None
+        for pixels, labels in self.data.validation.batches(self.recipe.batch_size):
+            self.stop.check()
+            good = labels >= 0
+            x = normalise(pixels[good].to(self.device), self.data.preprocessing)
+            yield x, labels[good].to(self.device)
+            bar.advance(len(labels))
+
+    # -- what comes of it ---------------------------------------------------------------------
+
+    def _keep(self, target: float | None, extra: dict[str, Any]) -> dict[str, Any]:
+        """Evaluate and save the gate that has been trained."""
+        self.net.eval()
+        result = self._evaluate(f"gate {self.number + 1} of {len(self.targets)}")
+        name = "gate.safetensors" if target is None else f"gate_{target:.2f}.safetensors"
+        summary = None if result is None else result.to_dict()
+        entry = {
+            "target": target,
+            **extra,
+            "cost_share": None if result is None else self._cost_share(result),
+            "val": summary,
+            "file": str(self.folder.file(name)),
+        }
+        if rank() == 0:
+            checkpoint = Checkpoint(
+                net=copy.deepcopy(self.net),
+                class_names=self.data.class_names,
+                preprocessing=self.supernet.preprocessing,
+                metrics={} if summary is None else {"val": summary},
+                recipe={**self.supernet.recipe, "gate": self.recipe.to_dict(), "target": target},
+            )
+            save(self.folder.file(name), checkpoint)
+        return entry
+
+    def _evaluate(self, label: str) -> Evaluation | None:
+        if self.data.validation is None:
+            return None
+        with progress(f"evaluating {label}", len(self.data.validation)) as bar:
+
+            def tell(images: int) -> None:
+                self.stop.check()
+                bar.advance(images)
+
+            return evaluate(self.net, self.data.validation, self.data.preprocessing, on_batch=tell)
+
+    def _cost_share(self, result: Evaluation) -> float:
+        """Mean cost of the routes taken, by the table, as a share of the widest route's."""
+        total = 0.0
+        spec = self.net.spec
+        rows, counts = torch.unique(result.choices, dim=0, return_counts=True)
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            options = [g.choices.index(c) for g, c in zip(spec.gates, row, strict=True)]
+            total += self.table.route_cost(options) * count
+        return total / len(result.choices) / self.table.widest_cost
+
+    def _finish(self) -> dict[str, Any]:
+        spec, pre = self.net.spec, self.data.preprocessing
+        first = self.done[0]["val"]
+        results = {
+            "stage": "gate",
+            "model": spec.name,
+            "objective": self.recipe.objective,
+            "unit": self.table.unit,
+            "data": self.data.name,
+            "images_per_epoch": self.data.feed.steps_per_epoch * self.data.feed.batch_size,
+            "skipped_images": self.data.feed.skipped.count,
+            "skipped": list(self.data.feed.skipped.names),
+            "widest_madds": madds(spec, spec.widest_choice, pre.image_size_px),
+            "routes": [] if first is None else first["routes"],
+            "gates": self.done,
+            "files": {Path(entry["file"]).stem: entry["file"] for entry in self.done},
+        }
+        if rank() == 0:
+            lines = read_metrics(self.folder.path)
+            if lines:
+                picture = write_atomic(self.folder.file("curves.png"), curves_figure(lines))
+                results["files"]["curves"] = str(picture)
+            write_json(self.folder.file("results.json"), results)
+        return results
+
+
+_PREPARED = ("image_size_px", "mean", "std", "crop_fraction")

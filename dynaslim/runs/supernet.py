@@ -1,0 +1,229 @@
+"""Stage I as a run: train, validate, keep the best, resume, and say at the end how it went."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaslim._files import write_atomic
+from dynaslim.checkpoint import Checkpoint, create_model, save
+from dynaslim.distributed import rank
+from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.nn.net import SlimNet
+from dynaslim.progress import progress
+from dynaslim.recipes import SupernetRecipe
+from dynaslim.report.curves import curves_figure
+from dynaslim.runs.folder import RunFolder, read_metrics, write_json
+from dynaslim.runs.images import open_images
+from dynaslim.runs.keeper import Keeper
+from dynaslim.runs.launch import launched
+from dynaslim.runs.options import RunOptions
+from dynaslim.runs.signals import StopRequest, stop_requests
+from dynaslim.train.loop import SupernetTraining
+from dynaslim.zoo import get_spec
+
+
+def run_supernet(
+    recipe: SupernetRecipe, out: str | Path, options: RunOptions | None = None
+) -> dict[str, Any]:
+    """Train a supernet into folder `out`; returns what `results.json` there holds.
+
+    Writes `last.safetensors` (the averaged network), `last_live.safetensors` (the trained one) and,
+    where images are held out, `best.safetensors` (the averaged network of the best evaluation on
+    the way); all with BN statistics of their own for every route.
+
+    Raises:
+        UsageError: if the folder holds another run, or the recipe does not fit the data.
+        DataError: if the images cannot be read.
+        TrainingError: if a loss is not finite; the last snapshot is left as it was.
+        Stopped: if asked to stop by SIGTERM or SIGINT; a snapshot has been written.
+        OSError: if a file cannot be written; the last snapshot is left as it was.
+    """
+    options = options or RunOptions()
+    with launched(options.device) as device, stop_requests() as stop:
+        folder = RunFolder(
+            Path(out), "supernet", recipe.to_dict(), resume=options.resume, force=options.force
+        )
+        with folder:
+            return _SupernetRun(recipe, folder, options, stop, device).run()
+
+
+class _SupernetRun:
+    """The parts of a run, while it lasts."""
+
+    def __init__(
+        self,
+        recipe: SupernetRecipe,
+        folder: RunFolder,
+        options: RunOptions,
+        stop: StopRequest,
+        device: torch.device,
+    ) -> None:
+        self.recipe, self.folder, self.options, self.stop = recipe, folder, options, stop
+        spec = get_spec(recipe.model)
+        self.data = open_images(recipe.data, recipe, options, stop, spec.in_channels)
+        torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
+        net = create_model(recipe.model, num_classes=len(self.data.class_names)).to(device)
+        size = self.data.preprocessing.image_size_px
+        net.spec.check_image_size(size, size)
+        self.training = SupernetTraining(net, self.data.feed, self.data.augment, recipe)
+        self.best: dict[str, Any] | None = None
+        self.validated = 0
+        if folder.state is not None:
+            self.training.load_state(folder.state)
+            self.best, self.validated = folder.state["best"], folder.state["validated"]
+
+    def run(self) -> dict[str, Any]:
+        """All that is left to do."""
+        training, recipe = self.training, self.recipe
+        results = self.folder.file("results.json")
+        if training.step == training.total and results.exists() and self.options.resume:
+            done: dict[str, Any] = json.loads(results.read_text())
+            return done
+        every = recipe.val_epochs * training.feed.steps_per_epoch
+        started, first = time.monotonic(), training.step
+        with progress("stage I: supernet", training.total, done=training.step) as bar:
+            keeper = Keeper(
+                self.folder,
+                self.stop,
+                self.options,
+                self._state,
+                bar,
+                batch_size=recipe.batch_size,
+            )
+            if training.step and self._is_due(every):
+                self._validate()  # stopped after the step and before this
+            for losses in training:
+                middle = " ".join(f"{loss:.2f}" for loss in losses.randoms)
+                keeper.after_step(
+                    training.step,
+                    {
+                        "epoch": round(training.step / training.feed.steps_per_epoch, 3),
+                        "lr": training.lr,
+                        "largest": losses.largest,
+                        "randoms": list(losses.randoms),
+                        "smallest": losses.smallest,
+                    },
+                    f"loss {losses.largest:.2f} | {middle} | {losses.smallest:.2f}",
+                    save=training.step % training.feed.steps_per_epoch == 0,
+                )
+                if self._is_due(every):
+                    self._validate()
+        return self._finish(time.monotonic() - started, training.step - first)
+
+    def _state(self) -> dict[str, Any]:
+        return {**self.training.state(), "best": self.best, "validated": self.validated}
+
+    def _is_due(self, every: int) -> bool:
+        step = self.training.step
+        at_end = step == self.training.total
+        return self.validated < step and (step % every == 0 or at_end)
+
+    def _validate(self) -> None:
+        """Evaluate the averaged network on the held-out images, and keep it if it is the best."""
+        self.validated = self.training.step
+        if self.data.validation is None:
+            return
+        net = self.training.averaged_network()
+        self._recalibrate(net, self.recipe.val_calibration_batches)
+        result = self._evaluate(net)
+        top1 = [route.top1 for route in result.routes]
+        mean = sum(top1) / len(top1)
+        is_best = self.best is None or mean > self.best["mean_top1"]
+        self.folder.log(
+            "val",
+            self.training.step,
+            {"top1": top1, "mean_top1": mean, "loss": [route.loss for route in result.routes]},
+        )
+        if is_best:
+            self.best = {"step": self.training.step, "mean_top1": mean}
+            self._save("best.safetensors", net, {"val": result.to_dict()})
+        self.folder.save_state(self._state())
+
+    def _finish(self, seconds: float, steps: int) -> dict[str, Any]:
+        """Recalibrate and evaluate what came of it, and write it down."""
+        training, data = self.training, self.data
+        evaluations: dict[str, Any] = {}
+        files: dict[str, str] = {}
+        for name, net in (
+            ("last", training.averaged_network()),
+            ("last_live", training.live_network()),
+        ):
+            self._recalibrate(net, self.recipe.calibration_batches, f"recalibrating {name}")
+            metrics = {}
+            if data.validation is not None:
+                with progress(f"evaluating {name}", len(data.validation)) as bar:
+                    metrics["val"] = self._evaluate(net, bar.advance).to_dict()
+                evaluations[name] = metrics["val"]
+            files[name] = self._save(f"{name}.safetensors", net, metrics)
+        if self.best is not None:
+            files["best"] = str(self.folder.file("best.safetensors"))
+        results = {
+            "stage": "supernet",
+            "model": self.recipe.model,
+            "data": data.name,
+            "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
+            "val_images": 0 if data.validation is None else len(data.validation),
+            "skipped_images": data.feed.skipped.count,
+            "skipped": list(data.feed.skipped.names),
+            "steps": training.total,
+            "images_per_s": round(steps * self.recipe.batch_size / seconds, 1) if steps else None,
+            "best": self.best,
+            "val": evaluations,
+            "files": files,
+        }
+        if rank() == 0:
+            lines = read_metrics(self.folder.path)
+            files["curves"] = str(
+                write_atomic(self.folder.file("curves.png"), curves_figure(lines))
+            )
+            write_json(self.folder.file("results.json"), results)
+        return results
+
+    def _recalibrate(self, net: SlimNet, batches: int, label: str = "") -> None:
+        if not label:
+            self.training.recalibrate(net, batches, on_batch=self.stop.check)
+            return
+        batches = min(batches, self.training.feed.steps_per_epoch)
+        with progress(label, batches) as bar:
+
+            def tell() -> None:
+                self.stop.check()
+                bar.advance()
+
+            self.training.recalibrate(net, batches, on_batch=tell)
+
+    def _evaluate(self, net: SlimNet, on_batch: Any = None) -> Evaluation:
+        assert self.data.validation is not None
+
+        def tell(images: int) -> None:
+            self.stop.check()
+            if on_batch is not None:
+                on_batch(images)
+
+        return evaluate(
+            net,
+            self.data.validation,
+            self.data.preprocessing,
+            on_batch=tell,
+            dynamic=False,  # the gates have learnt nothing yet
+        )
+
+    def _save(self, name: str, net: SlimNet, metrics: dict[str, Any]) -> str:
+        path = self.folder.file(name)
+        if rank() == 0:
+            save(
+                path,
+                Checkpoint(
+                    net=net,
+                    class_names=self.data.class_names,
+                    preprocessing=self.data.preprocessing,
+                    metrics=metrics,
+                    recipe={"supernet": self.recipe.to_dict()},
+                ),
+            )
+        return str(path)

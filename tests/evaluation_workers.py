@@ -1,0 +1,121 @@
+"""Images to evaluate on, and what the processes of tests/test_evaluation_processes.py run."""
+
+import dataclasses
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from helpers import lively, micro_spec, noise
+
+from dynaslim.data.memory import MemoryImages
+from dynaslim.data.transforms import normalise
+from dynaslim.evaluation import evaluate
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.spec import NetSpec, StageSpec
+
+PRE = Preprocessing(16, mean=(0.5,) * 3, std=(0.125,) * 3)
+
+
+def noise_images(count, classes=5):
+    """The noise of `helpers` as pixels, with labels that no network can know."""
+    pixels = (noise(micro_spec(), count, image_size=16) * 32 + 128).clamp(0, 255).to(torch.uint8)
+    labels = torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(0))
+    return MemoryImages(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
+
+
+def opinionated(spec):
+    """A lively network whose answers spread over the classes on noise images."""
+    net = lively(spec, image_size=16)
+    with torch.inference_mode():
+        x = normalise(noise_images(64).images_NCSS, PRE)
+    with torch.no_grad():
+        net.classifier.weight *= 100
+        net.classifier.bias -= net(x, spec.smallest).mean(0)
+    return net
+
+
+@dataclasses.dataclass(frozen=True)
+class PartlyReadable(MemoryImages):
+    """Like a set on disk, some of whose images do not decode; one may fail otherwise."""
+
+    unreadable: tuple[int, ...] = ()
+    explosive: int = -1
+
+    def batches(self, batch_size, order=None):
+        assert order is not None
+        loaded = super().batches(batch_size, order)
+        for rows, (pixels, labels) in zip(torch.split(order, batch_size), loaded, strict=True):
+            if self.explosive in rows:
+                raise RuntimeError("the disk is gone")
+            bad = torch.isin(rows, torch.tensor(self.unreadable, dtype=torch.int64))
+            yield pixels.masked_fill(bad[:, None, None, None], 0), labels.masked_fill(bad, -1)
+
+
+def partly_readable(count, *unreadable, explosive=-1):
+    """`noise_images` of which the given rows come back with a negative label."""
+    fields = vars(noise_images(count))
+    return PartlyReadable(**fields, unreadable=unreadable, explosive=explosive)
+
+
+def plain_spec():
+    """A network without gates."""
+    return NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=5)
+
+
+def cases():
+    """Name -> (network, images, options of `evaluate`)."""
+    gated = opinionated(micro_spec())
+    sixteen = {"batch_size": 16}
+    return {
+        "three batches for two, the last uneven": (gated, noise_images(45), sixteen),
+        "one batch for two": (gated, noise_images(10), sixteen),
+        "views": (gated, noise_images(35), {**sixteen, "views": 3}),
+        "bf16": (gated, noise_images(35), {**sixteen, "bf16": True}),
+        # a process's only batch, and single ones
+        "skipped": (gated, partly_readable(45, 3, *range(16, 32), 40), sixteen),
+        "no gates": (opinionated(plain_spec()), noise_images(45), sixteen),
+    }
+
+
+def failures():
+    """The same, of evaluations that fail; only one of the two processes meets the reason."""
+    broken = opinionated(micro_spec())
+    with torch.no_grad():
+        broken.classifier.bias[2] = float("nan")
+    gated = opinionated(micro_spec())
+    sixteen = {"batch_size": 16}
+    return {
+        "not finite": (broken, noise_images(10), sixteen),
+        "disk": (gated, partly_readable(45, explosive=20), sixteen),
+        "nothing": (gated, partly_readable(3, 0, 1, 2), sixteen),
+    }
+
+
+def worker(rank: int, folder: str) -> None:
+    """One of two gloo processes: every case alone, then all of them together."""
+    torch.set_num_threads(1)
+    alone = {
+        name: evaluate(net, images, PRE, **options)
+        for name, (net, images, options) in cases().items()
+    }
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=(Path(folder) / "meeting").as_uri(),
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),
+    )
+    done = []
+    together = {
+        name: evaluate(net, images, PRE, on_batch=done.append, **options)
+        for name, (net, images, options) in cases().items()
+    }
+    raised = {}
+    for name, (net, images, options) in failures().items():
+        try:
+            evaluate(net, images, PRE, **options)
+        except Exception as error:
+            raised[name] = (type(error).__name__, str(error))
+    torch.save((alone, together, done, raised), Path(folder) / f"{rank}.pt")
+    torch.distributed.barrier()  # who leaves first would cut the other's last exchange off
+    torch.distributed.destroy_process_group()

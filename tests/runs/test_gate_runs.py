@@ -1,0 +1,171 @@
+"""Runs that train gates: targets met, killed and resumed, on MAdds and on milliseconds."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from helpers import lively, write_parquet
+from PIL import Image
+from safetensors.torch import load_file
+
+from dynaslim import cli
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.cost import CostTable, madds, write_cost_table
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.spec import NetSpec, StageSpec
+from dynaslim.zoo import get_spec
+
+CLASSES = tuple(f"class {n}" for n in range(4))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """144 images, of which a ninth is held back, and a supernet whose gates can tell them apart."""
+    rng = np.random.default_rng(0)
+    images = []
+    for n in range(144):
+        pixels = rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    folder = tmp_path_factory.mktemp("data")
+    write_parquet(folder / "images", images, 4, "train")
+    net = lively(get_spec("ds_mbnet_tiny", num_classes=4), image_size=16)
+    preprocessing = Preprocessing(16, mean=(0.4,) * 3, std=(0.3,) * 3)
+    save(
+        folder / "supernet.safetensors",
+        Checkpoint(net, class_names=CLASSES, preprocessing=preprocessing),
+    )
+    return folder
+
+
+def _argv(data, out, *more):
+    return [
+        *("train", "gate", "--out", str(out), "--data.path", str(data / "images")),
+        *("--supernet", str(data / "supernet.safetensors"), "--batch-size", "16"),
+        *("--data.val-share", "0.1111", "--save-every-s", "0", "--log-every", "1", *more),
+    ]
+
+
+def _results(out):
+    return json.loads((out / "results.json").read_text())
+
+
+def test_a_sweep_writes_one_gate_per_target(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.run(_argv(data, out, "--targets", "0.4,0.8", "--json")) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results == _results(out)
+    supernet = load_file(data / "supernet.safetensors")
+    shares = []
+    for gate, name in zip(results["gates"], ("gate_0.40", "gate_0.80"), strict=True):
+        tensors = load_file(out / f"{name}.safetensors")
+        changed = {k for k, v in tensors.items() if not torch.equal(v, supernet[k])}
+        assert all("slimming_weight" in key for key in changed)
+        assert gate["cost_share"] <= gate["target"] + 1e-6
+        dynamic = gate["val"]["dynamic"]
+        widest = madds(
+            get_spec("ds_mbnet_tiny", num_classes=4), results["routes"][-1]["widths"], 16
+        )
+        # the table has the slimming heads in it, the static count has not
+        assert dynamic["mean_madds"] / widest == pytest.approx(gate["cost_share"], rel=0.01)
+        assert read(out / f"{name}.safetensors").recipe["target"] == gate["target"]
+        shares.append(gate["cost_share"])
+    assert shares[0] <= shares[1]
+    assert len(results["routes"]) == 4
+    # a person's table has them too
+    assert cli.run(_argv(data, out, "--targets", "0.4,0.8", "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"dynamic, target 0.4 .*M .*%", printed)
+
+
+def test_cost_in_milliseconds_changes_what_is_chosen(data, tmp_path):
+    """A table where all widths cost the same but the cheapest, which costs more."""
+    spec = get_spec("ds_mbnet_tiny", num_classes=4)
+    table = CostTable("ms", (((1.0,),), ((2.0, 1.0, 1.0, 1.0),)))
+    file = write_cost_table(tmp_path / "ms.json", table, spec, 16)
+    out = tmp_path / "run"
+    argv = _argv(data, out, "--cost-table", str(file), "--expected.cost-weight", "1000")
+    assert cli.run(argv) == 0
+    (gate,) = _results(out)["gates"]
+    assert _results(out)["unit"] == "ms"
+    assert gate["val"]["dynamic"]["route_shares"][0]["share"] == 0
+    assert gate["cost_share"] == 1.0, "all at what the widest costs"
+
+
+@pytest.mark.parametrize("objective", ["sgs", "expected"])
+def test_killed_at_any_moment_it_ends_bit_equal(data, tmp_path, objective):
+    flags = ("--objective", objective, "--targets", "0.5,0.9", "--epochs", "2", "--resume")
+
+    def start(out):
+        return subprocess.Popen(
+            [sys.executable, "-m", "dynaslim", *_argv(data, out, *flags)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    first = start(straight)
+    _, err = first.communicate(timeout=240)
+    assert first.returncode == 0, err
+    total = len(straight.joinpath("metrics.jsonl").read_text().splitlines())
+    assert total == (32 if objective == "sgs" else 0)
+    for steps in (3, 20) if objective == "sgs" else (0,):  # in the first gate, in the second
+        process = start(out)
+        deadline = time.monotonic() + 120
+        told = out / "metrics.jsonl"
+        while not told.exists() or len(told.read_text().splitlines()) < steps:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    last = start(out)
+    _, err = last.communicate(timeout=240)
+    assert last.returncode == 0, err
+    for name in ("gate_0.50", "gate_0.90"):
+        ours = load_file(out / f"{name}.safetensors")
+        theirs = load_file(straight / f"{name}.safetensors")
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert _results(out)["gates"][0]["val"] == _results(straight)["gates"][0]["val"]
+
+
+def _fails(capsys, argv, code, message):
+    assert cli.run(argv) == code
+    err = capsys.readouterr().err
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+
+
+def test_mistakes_get_one_line(data, tmp_path, capsys):
+    def out():
+        return tmp_path / f"run{len(list(tmp_path.iterdir()))}"
+
+    no_supernet = [a for a in _argv(data, out()) if "supernet" not in a]
+    _fails(capsys, no_supernet, 2, "name the trained supernet: --supernet CHECKPOINT")
+    _fails(capsys, _argv(data, out(), "--supernet", "nowhere"), 1, "nowhere: no such file")
+    _fails(capsys, _argv(data, out(), "--targets", "0.01"), 2, "target .* out of reach")
+    _fails(capsys, _argv(data, out(), "--targets", "1.5"), 2, "each above 0, at most 1")
+    _fails(capsys, _argv(data, out(), "--cost-table", "nowhere"), 2, "nowhere: cannot be read")
+    _fails(capsys, _argv(data, out(), "--augment.mixup", "0.2"), 2, "no route of its own")
+
+    plain = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=4)
+    save(tmp_path / "plain.safetensors", Checkpoint(lively(plain), preprocessing=Preprocessing(16)))
+    argv = _argv(data, out(), "--supernet", str(tmp_path / "plain.safetensors"))
+    _fails(capsys, argv, 2, "plain has no gates to train")
+    other = lively(get_spec("ds_mbnet_tiny", num_classes=4), image_size=16)
+    names = ("a", "b", "c", "d")
+    checkpoint = Checkpoint(other, class_names=names, preprocessing=Preprocessing(16))
+    save(tmp_path / "other.safetensors", checkpoint)
+    argv = _argv(data, out(), "--supernet", str(tmp_path / "other.safetensors"))
+    _fails(capsys, argv, 1, "its classes are not those of")

@@ -1,0 +1,286 @@
+"""Runs that are started, killed, stopped, broken and resumed as a person would: by the command."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from helpers import write_parquet
+from safetensors.torch import load_file
+
+from dynaslim import cli
+from dynaslim.checkpoint import read
+from dynaslim.runs.snapshot import read_snapshot
+
+STEPS = 24  # 3 epochs of 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """144 images of 4 classes by brightness; 128 to train on where a ninth is held back."""
+    import io
+
+    import numpy as np
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    images = []
+    for n in range(144):
+        pixels = rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    folder = tmp_path_factory.mktemp("data")
+    write_parquet(folder, images, 4, "train")
+    return folder
+
+
+def _argv(data, out, *more):
+    return [
+        *("train", "supernet", "--out", str(out), "--data.path", str(data), "--epochs", "3"),
+        *("--batch-size", "16", "--data.image-size-px", "16", "--data.val-share", "0.1111"),
+        *("--optim.lr", "0.05", "--calibration-batches", "4", "--save-every-s", "0"),
+        *("--val-calibration-batches", "2", "--log-every", "1", *more),
+    ]
+
+
+def _start(argv, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dynaslim", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def _run(argv, **options):
+    process = _start(argv, **options)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def _steps_told(out):
+    file = out / "metrics.jsonl"
+    return file.read_text().count('"train"') if file.exists() else 0
+
+
+def _wait_for_steps(process, out, steps):
+    deadline = time.monotonic() + 120
+    while _steps_told(out) < steps:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def straight(data, tmp_path_factory):
+    """An uninterrupted run."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    code, stdout, err = _run(_argv(data, out, "--json"))
+    assert code == 0, err
+    return out, json.loads(stdout), err
+
+
+def _same_weights(a, b):
+    for name in ("last", "last_live", "best"):
+        ours = load_file(a / f"{name}.safetensors")
+        theirs = load_file(b / f"{name}.safetensors")
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+
+
+def test_a_run_leaves_what_it_says(straight, data):
+    out, results, err = straight
+    assert {path.name for path in out.iterdir()} == {
+        *("recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "curves.png"),
+        *("snapshot.safetensors", "last.safetensors", "last_live.safetensors"),
+        *("best.safetensors", "results.json"),
+    }
+    assert results == json.loads((out / "results.json").read_text())
+    assert results["steps"] == STEPS
+    assert results["images_per_epoch"] == 128
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    train = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in train] == list(range(1, STEPS + 1))
+    assert len(train[0]["randoms"]) == 2
+    assert train[-1]["largest"] < train[0]["largest"]
+    val = [line for line in lines if line["kind"] == "val"]
+    assert [line["step"] for line in val] == [8, 16, 24]
+    best = max(val, key=lambda line: line["mean_top1"])
+    assert results["best"] == {"step": best["step"], "mean_top1": best["mean_top1"]}
+    assert results["val"]["last"]["images"] == 16
+    assert len(results["val"]["last_live"]["routes"]) == 4
+    assert list((out / "tensorboard").glob("events*"))
+    environment = json.loads((out / "environment.json").read_text())
+    assert environment[0]["torch"] == torch.__version__
+    assert environment[0]["processor"]
+    checkpoint = read(out / "last.safetensors")
+    assert checkpoint.recipe["supernet"]["epochs"] == 3
+    assert checkpoint.class_names == tuple(f"class {n}" for n in range(4))
+    assert re.search(r"stage I: supernet: 24/24 in .* img/s  loss .* \| .* \| ", err)
+
+
+def test_the_resolved_recipe_repeats_the_run(straight, data, tmp_path):
+    """The folder's recipe alone, with no flag but the folder."""
+    out = straight[0]
+    again = tmp_path / "again"
+    code, _, err = _run(
+        ["train", "supernet", "--config", str(out / "recipe.yaml"), "--out", str(again)]
+    )
+    assert code == 0, err
+    _same_weights(out, again)
+    assert (again / "recipe.yaml").read_text() == (out / "recipe.yaml").read_text()
+
+
+def test_killed_at_any_moment_it_ends_bit_equal(straight, data, tmp_path):
+    out = tmp_path / "run"
+    for steps in (1, 7, 8, 19):  # at the start, before and at an evaluation, late
+        process = _start(_argv(data, out, "--resume"))
+        _wait_for_steps(process, out, steps)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    code, _, err = _run(_argv(data, out, "--resume"))
+    assert code == 0, err
+    _same_weights(straight[0], out)
+    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in told if line["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1)), "steps made twice are told once"
+    assert len(json.loads((out / "environment.json").read_text())) >= 2
+
+
+def test_sigterm_finishes_the_step_and_saves(straight, data, tmp_path):
+    out = tmp_path / "run"
+    # a snapshot is not due: it is the signal that makes it
+    argv = _argv(data, out, "--resume")
+    argv[argv.index("--save-every-s") + 1] = "1000"
+    process = _start(argv)
+    _wait_for_steps(process, out, 3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert err.strip().splitlines()[-1] == (
+        "dynaslim: stopped by SIGTERM; go on with the same command and --resume"
+    )
+    assert read_snapshot(out / "snapshot.safetensors")["state"]["step"] == _steps_told(out) >= 3
+    code, _, err = _run(argv)
+    assert code == 0, err
+    _same_weights(straight[0], out)
+
+
+def test_a_full_disk_is_an_error_that_leaves_the_last_snapshot(straight, data, tmp_path):
+    out = tmp_path / "run"
+    process = _start(_argv(data, out))
+    _wait_for_steps(process, out, 5)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    before = (out / "snapshot.safetensors").read_bytes()
+    limit = len(before) // 2
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code, stdout, err = _run(_argv(data, out, "--resume"), preexec_fn=small_disk)
+    assert code == 1
+    assert stdout == ""
+    assert re.search(r"dynaslim: .*File too large", err.strip().splitlines()[-1])
+    assert "Traceback" not in err
+    assert (out / "snapshot.safetensors").read_bytes() == before
+    code, _, err = _run(_argv(data, out, "--resume"))
+    assert code == 0, err
+    _same_weights(straight[0], out)
+
+
+def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_snapshot(data, tmp_path):
+    out = tmp_path / "run"
+    code, _, err = _run(_argv(data, out, "--optim.lr", "1e18", "--optim.warmup-share", "0.2"))
+    assert code == 1
+    last = err.strip().splitlines()[-1]
+    assert re.match(r"dynaslim: step \d+: the loss of .* is (nan|inf); try a lower learning", last)
+    state = read_snapshot(out / "snapshot.safetensors")["state"]
+    assert state["step"] == _steps_told(out)
+    assert all(torch.isfinite(v).all() for v in state["modules"]["net"].values())
+
+
+def _fails(capsys, argv, code, message):
+    assert cli.run(argv) == code
+    err = capsys.readouterr().err
+    assert re.search(message, err), err
+    assert "Traceback" not in err
+
+
+def test_folders_are_not_mixed_up(straight, data, tmp_path, capsys):
+    out = straight[0]
+    before = (out / "metrics.jsonl").read_bytes()
+    _fails(capsys, _argv(data, out), 2, "holds a run already; go on with it by --resume")
+    changed = _argv(data, out, "--resume", "--optim.lr", "0.1", "--target", "labels")
+    message = "target was 'ensemble', is 'labels'; optim.lr was 0.05, is 0.1. Go on nevertheless"
+    _fails(capsys, changed, 2, message)
+    gate = ["train", "gate", "--out", str(out), "--resume", "--data.path", str(data)]
+    gate += ["--supernet", str(out / "last.safetensors")]
+    _fails(capsys, gate, 2, "holds a run of stage supernet, this is gate")
+    assert (out / "metrics.jsonl").read_bytes() == before
+    # a run that is done says again what came of it
+    assert cli.run(_argv(data, out, "--resume", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == STEPS
+
+
+def test_a_changed_recipe_can_be_forced(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert cli.run(_argv(data, out, "--epochs", "1")) == 0
+    assert cli.run(_argv(data, out, "--epochs", "2", "--resume", "--force", "--json")) == 0
+    assert json.loads(capsys.readouterr().out.split("\n{", 1)[1].join(["{", ""]))["steps"] == 16
+
+
+def test_mistakes_get_one_line(data, tmp_path, capsys):
+    out = str(tmp_path / "run")
+    start = ["train", "supernet", "--out", out]
+    _fails(capsys, start, 2, "name the images: --data.path PATH")
+    _fails(capsys, [*start, "--data.path", "/no/such"], 1, "/no/such: no such file or folder")
+    _fails(capsys, _argv(data, out, "--model", "ds_nothing"), 2, "ds_nothing")
+    _fails(capsys, _argv(data, out, "--batch-size", "512"), 1, "128 images do not fill one batch")
+    _fails(capsys, _argv(data, out, "--epochs", "0"), 2, "epochs 0: must be at least 1")
+    _fails(capsys, _argv(data, out, "--epoch-count", "3"), 2, "epoch_count")
+    _fails(capsys, _argv(data, out, "--device", "abacus"), 2, "device 'abacus'")
+    file = tmp_path / "file"
+    file.write_text("")
+    _fails(capsys, _argv(data, file), 1, "file")
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("epochs: 3\nlearning_rate: 1\n")
+    _fails(capsys, [*start, "--config", str(bad)], 2, "learning_rate")
+
+
+def test_snapshots_of_other_kinds_are_refused(straight, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "snapshot.safetensors").write_bytes(b"not one")
+    _fails(capsys, _argv(data, out, "--resume"), 1, "not a readable snapshot")
+    source = straight[0] / "last.safetensors"
+    (out / "snapshot.safetensors").write_bytes(source.read_bytes())
+    _fails(capsys, _argv(data, out, "--resume"), 1, "not a snapshot of a training run")
+
+
+@pytest.mark.parametrize("change", ["adamw", "bf16", "channels_first", "mixed", "accumulate"])
+def test_variants_train(data, tmp_path, change):
+    out = tmp_path / "run"
+    flags = {
+        "adamw": ["--optim.name", "adamw", "--optim.lr", "0.002", "--optim.clip-norm", "1.0"],
+        "bf16": ["--bf16", "true"],
+        "channels_first": ["--channels-last", "false"],
+        "mixed": [
+            *("--augment.mixup", "0.2", "--augment.cutmix", "1.0"),
+            *("--augment.randaugment-ops", "2", "--augment.erasing", "0.5"),
+        ],
+        "accumulate": ["--optim.accumulate", "2"],
+    }[change]
+    assert cli.run(_argv(data, out, "--epochs", "1", *flags)) == 0
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 8

@@ -1,0 +1,98 @@
+"""Two gloo processes do what one does: spawned for real."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import train_workers
+from helpers import lively, micro_spec, noise, png, write_parquet
+
+from dynaslim.checkpoint import read
+from dynaslim.train import recalibrate
+
+
+def _spawn(worker, folder):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=2, join=False)
+    deadline = time.monotonic() + 120
+    while not context.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            pytest.fail("the two processes hang")
+    return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_half_batches_give_the_gradients_of_the_whole(tmp_path):
+    losses, grads, state = train_workers.one_step(slice(None))
+    for their_losses, their_grads, their_state, sizes in _spawn(
+        train_workers.step_worker, tmp_path
+    ):
+        assert their_losses.largest == pytest.approx(losses.largest, abs=1e-6)
+        assert their_losses.randoms == pytest.approx(losses.randoms, abs=1e-6)
+        assert their_losses.smallest == pytest.approx(losses.smallest, abs=1e-6)
+        assert their_grads.keys() == grads.keys()
+        for name, grad in grads.items():
+            torch.testing.assert_close(their_grads[name], grad, atol=1e-6, rtol=1e-5)
+        for name, value in state.items():
+            torch.testing.assert_close(their_state[name], value, atol=1e-6, rtol=1e-5)
+        # all gradients of the four passes in one message, not one per pass or per tensor
+        assert len(sizes) == 1
+        assert sizes[0] >= sum(grad.numel() for grad in grads.values())
+
+
+def test_recalibration_averages_over_all_batches(tmp_path):
+    net = lively(micro_spec(), image_size=16)
+    recalibrate(net, [noise(net.spec, 8, image_size=16, seed=s) for s in range(5)])
+    for state in _spawn(train_workers.calibration_worker, tmp_path):
+        for name, value in net.state_dict().items():
+            if "running" in name:
+                torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_all(tmp_path):
+    for said in _spawn(train_workers.nan_worker, tmp_path):
+        assert said.startswith("step 4: the loss of the largest network is nan")
+
+
+def _torchrun(argv):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
+    return subprocess.run(
+        [*command, "-m", "dynaslim", *argv],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_a_run_of_two_processes(tmp_path):
+    """Under torchrun: trains, evaluates, one of the two writes; and goes on when resumed."""
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_parquet(data, [png(n, mode="RGB") for n in range(75)], 4, "train")
+    argv = ["train", "supernet", "--data.path", str(data), "--out", str(out), "--json"]
+    argv += ["--batch-size", "32", "--data.image-size-px", "16", "--calibration-batches", "2"]
+    argv += ["--data.val-share", "0.14", "--optim.lr", "0.05"]
+    done = _torchrun([*argv, "--epochs", "2"])
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)  # of the first process alone
+    assert results["steps"] == 2 * (64 // 32)
+    assert results["val"]["last"]["images"] == 11, "an uneven last batch"
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [2, 4]
+    assert json.loads((out / "environment.json").read_text())[0]["processes"] == 2
+    assert read(out / "last.safetensors").net.spec.name == "ds_mbnet_tiny"
+    again = _torchrun([*argv, "--epochs", "3", "--resume", "--force"])
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["steps"] == 6
+    uneven = _torchrun([*argv, "--epochs", "1", "--batch-size", "31", "--out", str(out) + "2"])
+    assert uneven.returncode != 0
+    assert "batch_size 31: cannot be divided evenly among 2 processes" in uneven.stderr
