@@ -99,11 +99,11 @@ class RunFolder:
         if self.state is not None and self.file("environment.json").exists():
             seen = json.loads(self.file("environment.json").read_text())
         write_json(self.file("environment.json"), [*seen, environment()])
-        step = 0 if self.state is None else self.state["step"]
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        if self.state is None:
-            kept = []
-        # steps after the snapshot are made, and told, again
+        kept = []
+        if self.state is not None:
+            # what came after the snapshot is done, and told, again
+            until = {"train": self.state["step"], "val": self.state.get("validated", 0)}
+            kept = [line for line in read_metrics(self.path) if line["step"] <= until[line["kind"]]]
         lines = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomic(self.file(METRICS), lines.encode())
 

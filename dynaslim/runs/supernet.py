@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ class _SupernetRun:
             done: dict[str, Any] = json.loads(results.read_text())
             return done
         every = recipe.val_epochs * training.feed.steps_per_epoch
-        started, first = time.monotonic(), training.step
+        first = training.step
         with progress("stage I: supernet", training.total, done=training.step) as bar:
             keeper = Keeper(
                 self.folder,
@@ -97,6 +96,7 @@ class _SupernetRun:
             )
             if training.step and self._is_due(every):
                 self._validate()  # stopped after the step and before this
+                keeper.restart_clock()
             for losses in training:
                 middle = " ".join(f"{loss:.2f}" for loss in losses.randoms)
                 keeper.after_step(
@@ -113,7 +113,8 @@ class _SupernetRun:
                 )
                 if self._is_due(every):
                     self._validate()
-        return self._finish(time.monotonic() - started, training.step - first)
+                    keeper.restart_clock()
+        return self._finish(keeper.seconds, training.step - first)
 
     def _state(self) -> dict[str, Any]:
         return {**self.training.state(), "best": self.best, "validated": self.validated}

@@ -1,5 +1,6 @@
 """Runs that are started, killed, stopped, broken and resumed as a person would: by the command."""
 
+import io
 import json
 import os
 import re
@@ -8,10 +9,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import write_parquet
+from helpers import png, write_parquet
+from PIL import Image
 from safetensors.torch import load_file
 
 from dynaslim import cli
@@ -24,11 +28,6 @@ STEPS = 24  # 3 epochs of 8
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """144 images of 4 classes by brightness; 128 to train on where a ninth is held back."""
-    import io
-
-    import numpy as np
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     images = []
     for n in range(144):
@@ -154,6 +153,7 @@ def test_killed_at_any_moment_it_ends_bit_equal(straight, data, tmp_path):
     told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in told if line["kind"] == "train"]
     assert steps == list(range(1, STEPS + 1)), "steps made twice are told once"
+    assert [line["step"] for line in told if line["kind"] == "val"] == [8, 16, 24]
     assert len(json.loads((out / "environment.json").read_text())) >= 2
 
 
@@ -284,3 +284,66 @@ def test_variants_train(data, tmp_path, change):
     assert cli.run(_argv(data, out, "--epochs", "1", *flags)) == 0
     results = json.loads((out / "results.json").read_text())
     assert results["steps"] == 8
+
+
+@pytest.mark.parametrize("load", ["disk", "stream"])
+def test_sets_that_are_not_in_memory(data, tmp_path, load):
+    """Killed and resumed they end bit-equal too: what a stream has given is skipped."""
+    held = ["--data.val-share", "0"] if load == "stream" else []
+    flags = ["--data.load", load, *held, "--epochs", "2", "--workers", "1", "--resume"]
+    straight, out = tmp_path / "straight", tmp_path / "run"
+    code, _, err = _run(_argv(data, straight, *flags))
+    assert code == 0, err
+    process = _start(_argv(data, out, *flags))
+    _wait_for_steps(process, out, 11)  # in the second epoch
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    code, _, err = _run(_argv(data, out, *flags))
+    assert code == 0, err
+    ours, theirs = (load_file(path / "last.safetensors") for path in (out, straight))
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    results = json.loads((out / "results.json").read_text())
+    assert (results["best"] is None) == (load == "stream"), "nothing was held back of a stream"
+
+
+def test_imagenet_recipes_run_on_a_folder_of_its_layout(tmp_path, capsys):
+    """train/CLASS/*.JPEG and val/CLASS/*.JPEG, one of them broken; smaller, shorter, else as is."""
+    rng = np.random.default_rng(0)
+    data = tmp_path / "imagenet"
+    for split, count in (("train", 12), ("val", 3)):
+        for name in ("n01440764", "n01443537"):
+            folder = data / split / name
+            folder.mkdir(parents=True)
+            for n in range(count):
+                pixels = rng.integers(0, 256, (50 + n, 70, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{name}_{n}.JPEG", "JPEG")
+    broken = data / "train" / "n01440764" / "n01440764_3.JPEG"
+    broken.write_bytes(broken.read_bytes()[:200])
+    recipes = Path(__file__).parents[2] / "recipes"
+    small = ["--data.path", str(data), "--epochs", "1", "--batch-size", "8", "--workers", "0"]
+    small += ["--data.corrupt-limit", "0.05"]
+    out = tmp_path / "supernet"
+    argv = ["train", "supernet", "--config", str(recipes / "imagenet_ds_mbnet_supernet.yaml")]
+    argv += [*small, "--out", str(out), "--data.image-size-px", "64", "--json"]
+    assert cli.run(argv) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["steps"] == 3
+    assert results["val_images"] == 6
+    assert results["skipped_images"] == 1
+    assert "n01440764_3.JPEG" in results["skipped"][0]
+    assert len(results["val"]["last"]["routes"]) == 14
+    argv = ["train", "gate", "--config", str(recipes / "imagenet_ds_mbnet_gate.yaml"), *small]
+    argv += ["--supernet", str(out / "last.safetensors"), "--out", str(tmp_path / "gate")]
+    assert cli.run([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["gates"][0]["val"]["images"] == 6
+
+
+def test_too_many_broken_images_are_an_error(tmp_path, capsys):
+    images = [png(n, mode="RGB") for n in range(40)]
+    images[3] = images[7] = b"broken"
+    write_parquet(tmp_path / "data", images, 4, "train")
+    out = tmp_path / "run"
+    _fails(capsys, _argv(tmp_path / "data", out), 1, r"2 of 40 images \(5.00%\) cannot be read")
+    argv = _argv(tmp_path / "data", out, "--data.corrupt-limit", "0.1", "--epochs", "1")
+    assert cli.run(argv) == 0
+    assert json.loads((out / "results.json").read_text())["skipped_images"] == 2

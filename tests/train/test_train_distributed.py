@@ -13,6 +13,7 @@ import train_workers
 from helpers import lively, micro_spec, noise, png, write_parquet
 
 from dynaslim.checkpoint import read
+from dynaslim.runs.snapshot import read_snapshot
 from dynaslim.train import recalibrate
 
 
@@ -96,3 +97,33 @@ def test_a_run_of_two_processes(tmp_path):
     uneven = _torchrun([*argv, "--epochs", "1", "--batch-size", "31", "--out", str(out) + "2"])
     assert uneven.returncode != 0
     assert "batch_size 31: cannot be divided evenly among 2 processes" in uneven.stderr
+
+
+def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "run"
+    write_parquet(data, [png(n, mode="RGB") for n in range(64)], 4, "train")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "dynaslim"]
+    command += ["train", "supernet", "--data.path", str(data), "--out", str(out)]
+    command += ["--batch-size", "16", "--data.image-size-px", "16", "--data.val-share", "0"]
+    command += ["--epochs", "500", "--log-every", "1", "--save-every-s", "1000"]
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    told = out / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not told.exists() or told.read_text().count("\n") < 6:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.terminate()
+    _, err = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "stopped by SIGTERM" in err
+    lines = told.read_text().splitlines()
+    step = read_snapshot(out / "snapshot.safetensors")["state"]["step"]
+    assert step == json.loads(lines[-1])["step"]
