@@ -13,14 +13,15 @@ Ratios are those of the recipes' default, channels_last: to the faster of the tw
 naive way as one writes it down, in the default format (and, beside it, in channels_last).
 `ideal` has no optimizer and no averaged network to update. The naive way is spared the reductions
 of its four passes, which cost nothing on one process, and asks the teacher once for each of its
-three predictions. Memory is the peak of a process of its own, less what it held before the first
-network was built.
+three predictions. Memory is the peak of a step's tensors with all that lives between steps, and the
+resident memory of the process, which has malloc's holes in it; three processes each, sorted.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import random
 import re
@@ -36,6 +37,7 @@ import torch
 from plain import plain_network
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
 from dynaslim.nn import SlimNet
 from dynaslim.runs.folder import environment
@@ -82,15 +84,19 @@ def ours(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
 
 def ideal(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
     """Plain networks of the same widths: their forwards and backwards, and nothing else."""
-    built: dict[Route, nn.Module] = {}
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
+    built: dict[Route, nn.Module] = {}
+    for route in dict.fromkeys((*net.spec.routes, net.spec.largest)):
+        built[route] = plain_network(net.spec, route).to(memory_format=layout)
+        # a first pass is slower: each has had it before any is timed
+        F.cross_entropy(built[route](x), labels).backward()
 
     def plain(route: Route) -> nn.Module:
-        if route not in built:
-            built[route] = plain_network(net.spec, route).to(memory_format=layout)
         return built[route]
 
     def run(routes: Sandwich, step: int) -> None:
+        for route in built.values():
+            route.zero_grad()
         with torch.no_grad():
             targets = [
                 plain(route).eval()(x).softmax(1) for route in (routes.largest, *routes.randoms)
@@ -214,28 +220,60 @@ def resident(field: str) -> int:
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
 
 
+def held_tensors() -> int:
+    """Bytes of all tensors that are alive."""
+    storages = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
+
+
 def memory_of(options: argparse.Namespace) -> dict[str, float]:
-    """Peak resident memory of one arm in this process, less what was held before."""
-    held = resident("VmRSS")
+    """Peak memory of one arm in this process: of its tensors, and resident."""
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak before, the parent's even, is not ours
     options.channels_last = True
     net, x, labels = make(options)
     arm = ARMS[options.memory_of](net, x, labels)
+    if options.memory_of == "largest_alone":
+        del net
+    spec = get_spec(options.model)
     for step in range(3):
-        arm(sandwich_routes(net.spec, random.Random(step)), step)
-    return {"mib": round((resident("VmHWM") - held) / 1024, 1)}
+        arm(sandwich_routes(spec, random.Random(step)), step)
+    peak = resident("VmHWM")
+    gc.collect()
+    held = held_tensors()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        arm(sandwich_routes(spec, random.Random(3)), 3)
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return {
+        "tensors_mib": round((held + most) / 2**20, 1),
+        "resident_mib": round((peak - before) / 1024, 1),
+    }
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Each arm's peak in a process of its own."""
-    found = {}
+    """Each arm in processes of its own."""
+    found: dict[str, Any] = {}
     for name in ("ours", "naive", "largest_alone"):
         command = [sys.executable, __file__, "--memory-of", name, "--model", options.model]
         command += ["--image-size", str(options.image_size)]
         command += ["--batch-size", str(options.batch_size)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found[f"{name}_mib"] = json.loads(done.stdout)["mib"]
-    found["ours_over_largest_alone"] = round(found["ours_mib"] / found["largest_alone_mib"], 3)
+        runs = [
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            for _ in range(3)
+        ]
+        for kind in ("tensors_mib", "resident_mib"):
+            found[f"{name}_{kind}"] = sorted(run[kind] for run in runs)
+    for kind in ("tensors", "resident"):
+        ours, alone = (found[f"{name}_{kind}_mib"][1] for name in ("ours", "largest_alone"))
+        found[f"ours_over_largest_alone_{kind}"] = round(ours / alone, 3)
     return found
 
 

@@ -8,9 +8,11 @@ import torch
 import torch.distributed as dist
 from helpers import lively, micro_spec, noise
 
+from dynaslim.cost import CostTable
+from dynaslim.recipes import SgsRecipe
 from dynaslim.train import recalibrate
 from dynaslim.train.sampling import sandwich_routes
-from dynaslim.train.step import make_teacher, supernet_step
+from dynaslim.train.step import gate_step, make_teacher, supernet_step
 
 ROWS = 12
 
@@ -62,6 +64,37 @@ def step_worker(rank, port, folder):
     half = ROWS // 2
     losses, grads, state = one_step(slice(rank * half, (rank + 1) * half))
     torch.save((losses, grads, state, sizes), f"{folder}/{rank}.pt")
+    leave()
+
+
+def gate_step_of(rows, gumbel):
+    """A stage-II step on some rows of a batch."""
+    net = lively(micro_spec(), image_size=16)
+    heads = net.slimming_parameters()
+    net.requires_grad_(False)
+    for head in heads:
+        head.requires_grad_(True)
+    x, labels = noise(net.spec, ROWS, image_size=16), torch.arange(ROWS) % 5
+    losses = gate_step(
+        net,
+        torch.optim.SGD(heads, lr=0.1),
+        x[rows],
+        labels[rows],
+        CostTable.from_madds(net.spec, 16),
+        SgsRecipe(gumbel=gumbel, easy_share=0.4, cost_weight=5.0),
+        cost_scale=1e4,
+        generator=torch.Generator().manual_seed(5),
+        step=0,
+    )
+    return losses, [head.grad for head in heads]
+
+
+def gate_worker(rank, port, folder):
+    """Half a batch each, with noise and without."""
+    join(rank, 2, port)
+    half = ROWS // 2
+    own = slice(rank * half, (rank + 1) * half)
+    torch.save([gate_step_of(own, gumbel) for gumbel in (False, True)], f"{folder}/{rank}.pt")
     leave()
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from dynaslim.cli.output import class_table, evaluation_table, print_json, say
 from dynaslim.errors import DynaslimError
+
+if TYPE_CHECKING:
+    import torch
 
 MOST_CLASSES: Final = 20
 """More classes than these are in the JSON, not on the screen."""
@@ -22,6 +26,7 @@ def evaluate(
     table: Path | None = None,
     batch_size: int = 256,
     corrupt_limit: float = 0.0,
+    device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Measure every route and the dynamic mode on labelled images.
@@ -36,12 +41,14 @@ def evaluate(
             confidence, MAdds.
         batch_size: Images per batch.
         corrupt_limit: Share of images that may turn out not to decode; they are left out.
+        device: cpu, cuda or mps.
         json: Print one JSON object.
     """
     from dynaslim import evaluation
     from dynaslim._files import check_writable
     from dynaslim.checkpoint import read
-    from dynaslim.data import load_images, open_source
+    from dynaslim.data import open_source
+    from dynaslim.data.disk import DiskImages
     from dynaslim.errors import UsageError
     from dynaslim.evaluation_table import MAX_VIEWS
     from dynaslim.progress import progress
@@ -65,15 +72,14 @@ def evaluate(
     order = evaluation.match_classes(
         source.name, source.class_names, spec.num_classes, loaded.class_names
     )
-    with progress("reading images", len(source)) as bar:
-        images = load_images(
-            source, loaded.preprocessing, on_image=bar.advance, corrupt_limit=corrupt_limit
-        )
+    images = DiskImages.of(
+        source, loaded.preprocessing, workers=os.cpu_count() or 1, corrupt_limit=corrupt_limit
+    )
     if order is not None:
         images = images.relabelled(order, loaded.class_names or ())
     with progress("evaluating", len(images)) as bar:
         result = evaluation.evaluate(
-            loaded.net,
+            loaded.net.to(to_device(device)),
             images,
             loaded.preprocessing,
             batch_size=batch_size,
@@ -88,13 +94,13 @@ def evaluate(
             {
                 "data": source.name,
                 "split": source.split,
-                "unreadable": list(images.skipped),
+                "unreadable": list(images.skipped.lines),
                 **result.to_dict(),
             }
         )
         return
-    say(f"{checkpoint} on {source.name} [{source.split}]: {len(images)} images")
-    for line in images.skipped:
+    say(f"{checkpoint} on {source.name} [{source.split}]: {result.images} images")
+    for line in images.skipped.lines:
         say(f"left out: {line}")
     say(evaluation_table(result))
     if len(result.per_class) <= MOST_CLASSES:
@@ -112,6 +118,9 @@ def calibrate(
     batches: int = 100,
     batch_size: int = 128,
     seed: int = 0,
+    workers: int = 2,
+    corrupt_limit: float = 0.01,
+    device: str = "cpu",
 ) -> None:
     """Take a network's BN statistics anew for every route, as after training.
 
@@ -123,16 +132,20 @@ def calibrate(
         batches: Batches to average over, at most one pass over the data.
         batch_size: Images per batch.
         seed: Of the order of the images.
+        workers: Processes that decode images; 0 decodes in this one.
+        corrupt_limit: Share of images that may turn out not to decode; others take their place.
+        device: cpu, cuda or mps.
     """
     from dataclasses import replace
 
     from dynaslim._files import check_writable
     from dynaslim.checkpoint import read, save
-    from dynaslim.data import load_images, open_source
-    from dynaslim.data.feed import MemoryFeed
+    from dynaslim.data import open_source
+    from dynaslim.data.disk import DiskFeed
     from dynaslim.data.transforms import normalise
     from dynaslim.errors import UsageError
     from dynaslim.progress import progress
+    from dynaslim.recipes import AugmentRecipe
     from dynaslim.train import recalibrate
 
     if batches < 1 or batch_size < 2:
@@ -143,13 +156,36 @@ def calibrate(
         raise DynaslimError(f"{checkpoint}: does not say how images are prepared (preprocessing)")
     preprocessing = loaded.preprocessing
     source = open_source(data, split)
-    with progress("reading images", len(source)) as bar:
-        images = load_images(source, preprocessing, on_image=bar.advance)
-    feed = MemoryFeed(images, min(batch_size, len(images)), seed)
+    augment = AugmentRecipe(crop="none", mirror=False)
+    feed = DiskFeed(
+        source,
+        preprocessing,
+        augment,
+        min(batch_size, len(source)),
+        seed,
+        workers,
+        corrupt_limit=corrupt_limit,
+    )
     count = min(batches, feed.steps_per_epoch)
-    drawn = (normalise(pixels, preprocessing) for pixels, _ in feed.batches(0, count))
+    target = to_device(device)
+    loaded.net.to(target)
+    drawn = (normalise(pixels.to(target), preprocessing) for pixels, _ in feed.batches(0, count))
     with progress("recalibrating", count) as bar:
         recalibrate(loaded.net, drawn, on_batch=bar.advance)
     # what was measured before holds no more
     save(out, replace(loaded, metrics={}))
+    for line in feed.skipped.lines:
+        say(f"left out: {line}")
     say(f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images")
+
+
+def to_device(name: str) -> torch.device:
+    """A device by its name; raises `UsageError` if there is none here."""
+    import torch
+
+    from dynaslim.errors import UsageError
+
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}") from None

@@ -80,8 +80,11 @@ def gates_table(results: Mapping[str, Any]) -> Any:
         )
     table.add_section()
     for gate in results["gates"]:
-        dynamic = gate["val"]["dynamic"]
         aim = "no target" if gate["target"] is None else f"target {gate['target']:g}"
+        if gate["val"] is None:
+            table.add_row(f"dynamic, {aim}", "", "not measured: no image held out", "")
+            continue
+        dynamic = gate["val"]["dynamic"]
         table.add_row(
             f"dynamic, {aim}",
             f"{dynamic['mean_madds'] / 1e6:.2f} M",

@@ -6,6 +6,7 @@ Suffixes: B images of a batch, C channels, S side in pixels.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -106,6 +107,7 @@ class DiskFeed:
             collate_fn=_as_it_is,
             generator=torch.Generator(),  # or it would draw from the global one
             multiprocessing_context=_context() if self._workers else None,
+            worker_init_fn=_leave_stopping_to_the_run,
         )
         for decoded in loader:
             if isinstance(decoded, DynaslimError):
@@ -167,6 +169,12 @@ class _Steps(Dataset[_Decoded | DynaslimError]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def _leave_stopping_to_the_run(_worker: int) -> None:
+    """Launchers signal a whole process group: the run finishes its step and saves, and needs us."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _context() -> str | None:

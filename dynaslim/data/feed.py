@@ -154,8 +154,9 @@ def open_training(
             corrupt_limit=recipe.corrupt_limit,
         )
     else:
+        stream = open_stream(recipe.path, recipe.split)
         feed = StreamFeed(
-            open_stream(recipe.path, recipe.split),
+            stream,
             preprocessing,
             augment,
             batch_size,
@@ -168,6 +169,7 @@ def open_training(
         validation = None
         if recipe.val_split is not None:
             source = fetched(recipe.path, recipe.val_split)
+            _check_apart(recipe, stream.split, source.split)
             validation = _disk_images(source, recipe, preprocessing, workers)
             validation = _same_classes(validation, feed.class_names)
     augmented = Augment(augment, preprocessing, resized_already=feed.resized)
@@ -179,17 +181,21 @@ def _in_memory(
 ) -> tuple[MemoryImages, MemoryImages | None]:
     """The images to train on and those to choose by."""
 
-    def load(split: str) -> MemoryImages:
+    def load(source: ImageSource) -> MemoryImages:
         return load_images(
-            open_source(recipe.path, split),
+            source,
             preprocessing,
             on_image=on_image,
             corrupt_limit=recipe.corrupt_limit,
         )
 
-    images = load(recipe.split)
+    source = open_source(recipe.path, recipe.split)
     if recipe.val_split is not None:
-        return images, _same_classes(load(recipe.val_split), images.class_names)
+        other = open_source(recipe.path, recipe.val_split)
+        _check_apart(recipe, source.split, other.split)
+        images = load(source)
+        return images, _same_classes(load(other), images.class_names)
+    images = load(source)
     if not recipe.val_share:
         return images, None
     rows, held_back = _holdout(recipe, images.labels_N)
@@ -204,12 +210,22 @@ def _on_disk(
     labels = source.labels()
     if recipe.val_split is not None:
         other = open_source(recipe.path, recipe.val_split)
+        _check_apart(recipe, source.split, other.split)
         validation = _disk_images(other, recipe, preprocessing, workers)
         return source, None, _same_classes(validation, source.class_names)
     if not recipe.val_share:
         return source, None, None
     rows, held_back = _holdout(recipe, labels)
     return source, rows, _disk_images(source, recipe, preprocessing, workers, held_back)
+
+
+def _check_apart(recipe: DataRecipe, split: str, val_split: str) -> None:
+    """A set that is not divided gives the same images under every name."""
+    check(
+        split != val_split,
+        f"{recipe.path}: {recipe.split!r} and {recipe.val_split!r} are the same images here; leave "
+        f"val_split out, and val_share holds some back",
+    )
 
 
 def _preprocessing(recipe: DataRecipe, channels: int) -> Preprocessing:

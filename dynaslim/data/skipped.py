@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 from dynaslim.errors import DataError
@@ -62,6 +62,15 @@ class Skipped:
     def add(self, where: str, reason: str) -> None:
         """Count an image; one that was counted before changes nothing."""
         self._lines.setdefault(where, f"{where}: {reason}")
+
+    def state(self) -> list[list[str]]:
+        """What has been counted, for `load_state` of a run that goes on."""
+        return [[where, line] for where, line in self._lines.items()]
+
+    def load_state(self, state: Iterable[Sequence[str]]) -> None:
+        """Count what another run had counted."""
+        for where, line in state:
+            self._lines.setdefault(where, line)
 
     def check(self, *, complete: bool = False) -> None:
         """Raise `DataError` if more than the limit's share of the images were left out.

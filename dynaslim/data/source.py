@@ -209,7 +209,14 @@ def _image_folder(source: Path) -> dict[str, Any]:
     """
     folders = sorted(f for f in source.iterdir() if f.is_dir() and not f.name.startswith("."))
     names = [f.name.lower() for f in folders]
-    if folders and all(_TOKEN.fullmatch(name) for name in names):
+    splits = [bool(_TOKEN.fullmatch(name)) for name in names]
+    if any(splits) and not all(splits):
+        # a class may be called `val`; a split holds folders, and then what stands beside it is none
+        kept = [f for f, is_split in zip(folders, splits, strict=True) if is_split]
+        if all(any(inner.is_dir() for inner in f.iterdir()) for f in kept):
+            folders, names = kept, [f.name.lower() for f in kept]
+            splits = [True] * len(kept)
+    if any(splits) and all(splits):
         roots = {_ALIASES.get(n, (n,))[0]: f for n, f in zip(names, folders, strict=True)}
     else:
         roots = {WHOLE: source}

@@ -147,12 +147,22 @@ def straight_through_one_hot(logits_BK: Tensor, tau: float) -> Tensor:
     return hard_BK + (soft_BK - soft_BK.detach())
 
 
-def gumbel_one_hot(logits_BK: Tensor, tau: float, generator: torch.Generator | None) -> Tensor:
+def gumbel_one_hot(
+    logits_BK: Tensor,
+    tau: float,
+    generator: torch.Generator | None,
+    *,
+    part: int = 0,
+    parts: int = 1,
+) -> Tensor:
     """The training gate: a one-hot sample with the Gumbel-softmax's gradient (arXiv 1611.01144).
 
     Forward exactly one-hot, backward that of softmax((logits + noise) / tau) (straight-through).
-    The noise is drawn on the generator's device.
+    The noise is drawn on the generator's device. Of a batch in several equal parts, each draws the
+    noise of the whole and takes its own, so that together they are what the whole would be.
     """
     device = logits_BK.device if generator is None else generator.device
-    noise_BK = torch.empty_like(logits_BK, device=device).exponential_(generator=generator)
+    rows, options = logits_BK.shape
+    whole = torch.empty(rows * parts, options, device=device, dtype=logits_BK.dtype)
+    noise_BK = whole.exponential_(generator=generator)[rows * part : rows * (part + 1)]
     return straight_through_one_hot(logits_BK - noise_BK.log().to(logits_BK.device), tau)

@@ -101,6 +101,9 @@ class GateRecipe:
     """Mean costs to aim at, as shares of the widest route's, such as 0.4,0.6,0.8: one gate is
     trained for each. With `expected` they are met; with `sgs` each is the scale of a cost term.
     Without any, one gate is trained and the weights alone say what compute is worth."""
+    choices: tuple[tuple[int, ...], ...] | str = ()
+    """Width indices that the gates choose among: 0,1,2,3 for every gate alike, or 0,2;0,1,2 for
+    one after the other. Empty keeps the supernet's."""
     cost_table: str | None = None
     """File of a cost table (MAdds or measured ms); None counts MAdds."""
     epochs: int = 3
@@ -125,12 +128,32 @@ class GateRecipe:
         check_common(self.epochs, self.seed)
         check(self.batch_size >= 1, f"batch_size {self.batch_size}: must be at least 1")
         object.__setattr__(self, "targets", _shares(self.targets))
+        object.__setattr__(self, "choices", _choices(self.choices))
         mixed = self.augment.mixup or self.augment.cutmix
+        check(
+            self.optim.accumulate == 1,
+            "optim.accumulate: gates are trained on whole batches; take a smaller batch_size",
+        )
+        check(
+            self.objective != "sgs" or self.sgs.cost_scale is None or not self.targets,
+            "targets and sgs.cost_scale: both are the scale of the cost term; give one",
+        )
         check(not mixed, "mixup and cutmix: an image that is a mixture has no route of its own")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `recipe_from_dict` reads them back."""
         return cast(dict[str, Any], plain_values(asdict(self)))
+
+
+def _choices(value: tuple[tuple[int, ...], ...] | str) -> tuple[tuple[int, ...], ...]:
+    """Sets of width indices from what a file or a command line has."""
+    try:
+        if isinstance(value, str):
+            sets = [part for part in value.split(";") if part.strip()]
+            return tuple(tuple(int(index) for index in part.split(",")) for part in sets)
+        return tuple(tuple(int(index) for index in part) for part in value)
+    except (TypeError, ValueError):
+        raise UsageError(f"choices {value}: expected width indices such as 0,1,2,3") from None
 
 
 def _shares(value: tuple[float, ...] | float | str) -> tuple[float, ...]:

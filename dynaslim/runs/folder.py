@@ -5,10 +5,12 @@ Only the first of several processes writes.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +27,8 @@ from dynaslim.runs.snapshot import read_snapshot, save_snapshot
 
 SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"
+FIXED: Final = {"model", "optim.name", "objective", "targets", "choices", "supernet"}
+"""Fields of a recipe that no run can change on its way."""
 
 
 class RunFolder:
@@ -82,6 +86,11 @@ class RunFolder:
                 f"{self.path}: holds a run of stage {found['stage']}, this is {self.stage}"
             )
         changed = _differences(found["recipe"], self.recipe)
+        fixed = [line for line in changed if line.split(" ", 1)[0] in FIXED]
+        if fixed:
+            raise UsageError(
+                f"{self.path}: {'; '.join(fixed)}; that makes another run: name another folder"
+            )
         if changed and not force:
             raise UsageError(
                 f"{self.path}: the recipe is not the one this run was started with: "
@@ -115,6 +124,8 @@ class RunFolder:
         if self.is_main:
             from torch.utils.tensorboard import SummaryWriter
 
+            self._thread_hook = threading.excepthook
+            threading.excepthook = self._on_thread_error
             step = None if self.state is None else self.state["step"] + 1
             self._board = SummaryWriter(str(self.file("tensorboard")), purge_step=step)
         return self
@@ -126,7 +137,15 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if self._board is not None:
-            self._board.close()
+            # what could not be written has been said already, by what could not be written first
+            with contextlib.suppress(OSError):
+                self._board.close()
+            threading.excepthook = self._thread_hook
+
+    def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
+        """TensorBoard's thread keeps its error for the next call, and would print it as well."""
+        if not isinstance(args.exc_value, OSError):
+            self._thread_hook(args)
 
     def log(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """Add a line to the metrics file, and its numbers to TensorBoard."""

@@ -24,7 +24,7 @@ from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe
 from dynaslim.report.curves import curves_figure
 from dynaslim.runs.folder import RunFolder, read_metrics, write_json
-from dynaslim.runs.images import open_images
+from dynaslim.runs.images import open_images, skipped_lines
 from dynaslim.runs.keeper import Keeper
 from dynaslim.runs.launch import launched
 from dynaslim.runs.options import RunOptions
@@ -56,11 +56,30 @@ def run_gate(
     if not recipe.supernet:
         raise UsageError("name the trained supernet: --supernet CHECKPOINT")
     with launched(options.device) as device, stop_requests() as stop:
+        if recipe.objective == "expected" and world_size() > 1:
+            raise UsageError("objective expected: runs in one process; leave torchrun out")
         folder = RunFolder(
             Path(out), "gate", recipe.to_dict(), resume=options.resume, force=options.force
         )
         with folder:
             return _GateRun(recipe, folder, options, stop, device).run()
+
+
+def with_choices(net: SlimNet, recipe: GateRecipe) -> SlimNet:
+    """The network with the recipe's routing space, and fresh slimming heads for it.
+
+    Raises:
+        UsageError: if the network has no such widths, or another number of gates.
+    """
+    choices = recipe.choices
+    if not choices:
+        return net
+    assert isinstance(choices, tuple)
+    torch.manual_seed(recipe.seed)  # the heads' initial weights
+    other = SlimNet(net.spec.with_choices(*choices))
+    kept = {k: v for k, v in net.state_dict().items() if not k.endswith(".slimming_weight")}
+    other.load_state_dict(kept, strict=False)
+    return other.eval()
 
 
 class _GateRun:
@@ -77,8 +96,8 @@ class _GateRun:
         self.recipe, self.folder, self.options, self.stop = recipe, folder, options, stop
         self.device = device
         self.supernet = read(recipe.supernet)
-        self.net: SlimNet = self.supernet.net.to(device)
-        check_has_gates(self.net)
+        check_has_gates(self.supernet.net)
+        self.net: SlimNet = with_choices(self.supernet.net, recipe).to(device)
         pre = self.supernet.preprocessing
         if pre is None:
             raise CheckpointError(f"{recipe.supernet}: does not say how images are prepared")
@@ -98,14 +117,15 @@ class _GateRun:
         self.table = (
             CostTable.from_madds(spec, pre.image_size_px)
             if recipe.cost_table is None
-            else read_cost_table(recipe.cost_table, spec)
+            else read_cost_table(recipe.cost_table, spec, image_size=pre.image_size_px)
         )
         # every gate starts from these, whatever was trained before it
         self.first_heads = [head.detach().clone() for head in self.net.slimming_parameters()]
         targets = recipe.targets
         assert isinstance(targets, tuple)
         self.targets: tuple[float | None, ...] = targets or (None,)
-        state = folder.state or {"gate": 0, "done": [], "training": None}
+        state = folder.state or {"gate": 0, "done": [], "training": None, "skipped": []}
+        self.data.feed.skipped.load_state(state["skipped"])
         self.number: int = state["gate"]
         self.done: list[dict[str, Any]] = state["done"]
         self.unfinished: dict[str, Any] | None = state["training"]
@@ -135,6 +155,7 @@ class _GateRun:
             "gate": self.number,
             "done": self.done,
             "training": training,
+            "skipped": self.data.feed.skipped.state(),
         }
 
     def _steps_before(self) -> int:
@@ -173,8 +194,6 @@ class _GateRun:
 
     def _expected(self) -> Any:
         """Cache the losses of every route once; a function that fits a gate to a target."""
-        if world_size() > 1:
-            raise UsageError("objective expected: runs in one process; leave torchrun out")
         recipe, feed = self.recipe.expected, self.data.feed
         steps = feed.steps_per_epoch * recipe.views
         with progress("caching routes", steps) as bar:
@@ -202,13 +221,14 @@ class _GateRun:
 
     def _cache(self, batches: Iterator[tuple[Tensor, Tensor]], on_batch: Any) -> RouteCache:
         self.net.eval()
-        return cache_routes(
-            self.net,
-            batches,
-            max_routes=self.recipe.expected.max_routes,
-            seed=self.recipe.seed,
-            on_batch=on_batch,
-        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            return cache_routes(
+                self.net,
+                batches,
+                max_routes=self.recipe.expected.max_routes,
+                seed=self.recipe.seed,
+                on_batch=on_batch,
+            )
 
     def _held_out(self, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
         assert self.data.validation is not None
@@ -225,7 +245,7 @@ class _GateRun:
         """Evaluate and save the gate that has been trained."""
         self.net.eval()
         result = self._evaluate(f"gate {self.number + 1} of {len(self.targets)}")
-        name = "gate.safetensors" if target is None else f"gate_{target:.2f}.safetensors"
+        name = self._name(target)
         summary = None if result is None else result.to_dict()
         entry = {
             "target": target,
@@ -244,6 +264,13 @@ class _GateRun:
             )
             save(self.folder.file(name), checkpoint)
         return entry
+
+    def _name(self, target: float | None) -> str:
+        if target is None:
+            return "gate.safetensors"
+        rounded = [f"{other:.2f}" for other in self.targets]
+        told = f"{target:.2f}" if len(set(rounded)) == len(rounded) else f"{target:g}"
+        return f"gate_{told}.safetensors"
 
     def _evaluate(self, label: str) -> Evaluation | None:
         if self.data.validation is None:
@@ -269,6 +296,7 @@ class _GateRun:
     def _finish(self) -> dict[str, Any]:
         spec, pre = self.net.spec, self.data.preprocessing
         first = self.done[0]["val"]
+        skipped = skipped_lines(self.data)
         results = {
             "stage": "gate",
             "model": spec.name,
@@ -276,8 +304,7 @@ class _GateRun:
             "unit": self.table.unit,
             "data": self.data.name,
             "images_per_epoch": self.data.feed.steps_per_epoch * self.data.feed.batch_size,
-            "skipped_images": self.data.feed.skipped.count,
-            "skipped": list(self.data.feed.skipped.names),
+            "skipped": skipped,
             "widest_madds": madds(spec, spec.widest_choice, pre.image_size_px),
             "routes": [] if first is None else first["routes"],
             "gates": self.done,

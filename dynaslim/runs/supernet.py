@@ -17,7 +17,7 @@ from dynaslim.progress import progress
 from dynaslim.recipes import SupernetRecipe
 from dynaslim.report.curves import curves_figure
 from dynaslim.runs.folder import RunFolder, read_metrics, write_json
-from dynaslim.runs.images import open_images
+from dynaslim.runs.images import open_images, skipped_lines
 from dynaslim.runs.keeper import Keeper
 from dynaslim.runs.launch import launched
 from dynaslim.runs.options import RunOptions
@@ -75,6 +75,7 @@ class _SupernetRun:
         if folder.state is not None:
             self.training.load_state(folder.state)
             self.best, self.validated = folder.state["best"], folder.state["validated"]
+            self.data.feed.skipped.load_state(folder.state["skipped"])
 
     def run(self) -> dict[str, Any]:
         """All that is left to do."""
@@ -117,7 +118,12 @@ class _SupernetRun:
         return self._finish(keeper.seconds, training.step - first)
 
     def _state(self) -> dict[str, Any]:
-        return {**self.training.state(), "best": self.best, "validated": self.validated}
+        return {
+            **self.training.state(),
+            "best": self.best,
+            "validated": self.validated,
+            "skipped": self.data.feed.skipped.state(),
+        }
 
     def _is_due(self, every: int) -> bool:
         step = self.training.step
@@ -163,14 +169,14 @@ class _SupernetRun:
             files[name] = self._save(f"{name}.safetensors", net, metrics)
         if self.best is not None:
             files["best"] = str(self.folder.file("best.safetensors"))
+        skipped = skipped_lines(data)
         results = {
             "stage": "supernet",
             "model": self.recipe.model,
             "data": data.name,
             "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
             "val_images": 0 if data.validation is None else len(data.validation),
-            "skipped_images": data.feed.skipped.count,
-            "skipped": list(data.feed.skipped.names),
+            "skipped": skipped,
             "steps": training.total,
             "images_per_s": round(steps * self.recipe.batch_size / seconds, 1) if steps else None,
             "best": self.best,

@@ -100,13 +100,34 @@ class _Training(ABC, Generic[Losses]):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned, in this or another process."""
-        for name, module in self._modules().items():
-            module.load_state_dict(state["modules"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        """Go on from what `state` returned, in this or another process.
+
+        Raises:
+            UsageError: if it is the state of another network or optimizer.
+        """
+        ours = [dict(group) for group in self.optimizer.param_groups]
+        try:
+            for name, module in self._modules().items():
+                module.load_state_dict(state["modules"][name])
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise UsageError(
+                f"the saved state is not one of this network and optimizer: "
+                f"{str(error).splitlines()[0]}"
+            ) from None
         self.step = state["step"]
+        self.schedule.last_epoch = state["schedule"]["last_epoch"]
+        factor = self.schedule.lr_lambdas[0](self.step)
+        for group, own in zip(self.optimizer.param_groups, ours, strict=True):
+            # what the recipe says now, should it have been changed
+            group.update({key: value for key, value in own.items() if key != "params"})
+            group["lr"] = group["initial_lr"] * factor
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        for parameter, kept in self.optimizer.state.items():
+            for key, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    # in the weights' memory format: mixed ones take the optimizer's slow path
+                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _modules(self) -> dict[str, nn.Module]:
         return {"net": self.net}
@@ -257,7 +278,7 @@ class GateTraining(_Training[GateLosses]):
             self.table,
             self.recipe.sgs,
             cost_scale=self.cost_scale,
-            generator=self._generator(_of_rank("gumbel")),
+            generator=self._generator("gumbel"),
             step=self.step,
             clip_norm=self.recipe.optim.clip_norm,
             bf16=self.recipe.bf16,

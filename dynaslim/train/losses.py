@@ -37,17 +37,23 @@ def _asked_first(easy_B: Tensor, hopeless_B: Tensor | None) -> Tensor:
 
 
 def sgs_weights(
-    easy_B: Tensor, easy_share: float | None, hopeless_B: Tensor | None = None
+    easy_B: Tensor,
+    easy_share: float | None,
+    hopeless_B: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Weight of every image (B,) in the SGS loss, together 1.
 
     `easy_share` is the weight that the images asked to take the first choice have together,
-    whatever their number; None weighs every image the same, as in the paper.
+    whatever their number; None weighs every image the same, as in the paper. `counts` (2,) are
+    the images asked first and the others, where they are not those of these rows alone: means
+    over the parts of a batch.
     """
     first_B = _asked_first(easy_B, hopeless_B)
-    if easy_share is None or not bool(first_B.any()) or bool(first_B.all()):
-        return torch.full_like(easy_B, 1 / len(easy_B), dtype=torch.float64)
-    return torch.where(first_B, easy_share / first_B.sum(), (1 - easy_share) / (~first_B).sum())
+    first, others = (first_B.sum(), (~first_B).sum()) if counts is None else counts
+    if easy_share is None or not bool(first) or not bool(others):
+        return torch.full_like(easy_B, 1 / len(easy_B), dtype=torch.float32)
+    return torch.where(first_B, easy_share / first, (1 - easy_share) / others)
 
 
 def sgs_loss(
@@ -56,13 +62,14 @@ def sgs_loss(
     *,
     easy_share: float | None = None,
     hopeless_B: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Mean over gates of the cross-entropy of gate *logits* (B, K) against the SGS labels.
 
     The released code feeds probabilities to a cross-entropy that takes softmax again; ours does
-    not. See `sgs_target` for `hopeless_B` and `sgs_weights` for `easy_share`.
+    not. See `sgs_target` for `hopeless_B` and `sgs_weights` for the others.
     """
-    weights_B = sgs_weights(easy_B, easy_share, hopeless_B).to(gate_logits[0].dtype)
+    weights_B = sgs_weights(easy_B, easy_share, hopeless_B, counts).to(gate_logits[0].dtype)
     losses = [
         F.cross_entropy(g, sgs_target(easy_B, g.shape[1], hopeless_B), reduction="none") @ weights_B
         for g in gate_logits

@@ -211,7 +211,9 @@ def gate_step(
 
     def choose(logits_BK: Tensor, _: int) -> Tensor:
         if recipe.gumbel:
-            return gumbel_one_hot(logits_BK.float(), recipe.tau, generator)
+            return gumbel_one_hot(
+                logits_BK.float(), recipe.tau, generator, part=rank(), parts=world_size()
+            )
         return straight_through_one_hot(logits_BK.float(), recipe.tau)
 
     spec, heads = net.spec, net.slimming_parameters()
@@ -229,12 +231,26 @@ def gate_step(
         out = net.forward_gated(x_BCHW, choose)
     gate_logits = [logits.float() for logits in out.gate_logits]
     classification = F.cross_entropy(out.logits.float(), labels_B)
-    sgs = sgs_loss(gate_logits, easy_B, easy_share=recipe.easy_share, hopeless_B=hopeless_B)
+    # what is not a mean over images needs its numbers from all processes before the gradient
+    first_B = easy_B if hopeless_B is None else easy_B | hopeless_B
+    counts = torch.stack([first_B.sum(), (~first_B).sum()]).to(classification.dtype)
     mean_cost = table.expected(out.gates).mean()
-    cost = cost_loss(mean_cost, cost_scale)
+    everywhere = mean_cost.detach().clone()
+    average_([counts, everywhere])
+    sgs = sgs_loss(
+        gate_logits,
+        easy_B,
+        easy_share=recipe.easy_share,
+        hopeless_B=hopeless_B,
+        counts=counts,
+    )
+    cost = cost_loss(everywhere, cost_scale)
     optimizer.zero_grad()
     torch.autograd.backward(
-        recipe.class_weight * classification + recipe.sgs_weight * sgs + recipe.cost_weight * cost
+        recipe.class_weight * classification
+        + recipe.sgs_weight * sgs
+        # the gradient of the square at the mean over all processes
+        + recipe.cost_weight * (2 * everywhere / cost_scale**2) * mean_cost
     )
     totals = torch.stack([classification, sgs, cost, mean_cost]).detach()
     average_([totals, *(head.grad for head in heads if head.grad is not None)])

@@ -200,3 +200,21 @@ def test_batches_cover_everything_once():
     assert torch.equal(torch.cat(labels), order)
     assert [len(y) for _, y in images.batches(4, drop_last=True)] == [4, 4]
     assert images.subset(torch.tensor([3, 5])).labels_N.tolist() == [3, 5]
+
+
+def test_what_stands_beside_the_splits_is_no_class(tmp_path):
+    """A folder of tools beside train and val; but a class may be called val."""
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "a" / split / name
+            folder.mkdir(parents=True)
+            (folder / "1.png").write_bytes(png())
+    (tmp_path / "a" / "devkit").mkdir()
+    source = open_source(tmp_path / "a", "train")
+    assert source.class_names == ("cat", "dog")
+    assert source.split == "train"
+    for name in ("cat", "val"):
+        folder = tmp_path / "b" / name
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(png())
+    assert open_source(tmp_path / "b", "train").class_names == ("cat", "val")

@@ -123,8 +123,8 @@ def test_killed_at_any_moment_it_ends_bit_equal(data, tmp_path, objective):
     for steps in (3, 20) if objective == "sgs" else (0,):  # in the first gate, in the second
         process = start(out)
         deadline = time.monotonic() + 120
-        told = out / "metrics.jsonl"
-        while not told.exists() or len(told.read_text().splitlines()) < steps:
+        told = out / "metrics.jsonl" if objective == "sgs" else out / "gate_0.50.safetensors"
+        while not told.exists() or (steps and len(told.read_text().splitlines()) < steps):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -138,6 +138,34 @@ def test_killed_at_any_moment_it_ends_bit_equal(data, tmp_path, objective):
         theirs = load_file(straight / f"{name}.safetensors")
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert _results(out)["gates"][0]["val"] == _results(straight)["gates"][0]["val"]
+
+
+def test_any_routing_space(data, tmp_path):
+    """The same supernet with gates that choose between two widths, one of them not the first."""
+    out = tmp_path / "run"
+    assert cli.run(_argv(data, out, "--choices", "1,3", "--targets", "0.7")) == 0
+    (gate,) = _results(out)["gates"]
+    assert len(gate["val"]["dynamic"]["route_shares"]) == 2
+    net = read(out / "gate_0.70.safetensors").net
+    assert net.spec.gates[0].choices == (1, 3)
+    assert net.slimming_parameters()[0].shape[0] == 2
+    supernet = load_file(data / "supernet.safetensors")
+    tensors = load_file(out / "gate_0.70.safetensors")
+    same = {k for k in supernet if "slimming" not in k}
+    assert all(torch.equal(tensors[k], supernet[k]) for k in same)
+
+
+def test_close_targets_have_files_of_their_own(data, tmp_path):
+    out = tmp_path / "run"
+    assert cli.run(_argv(data, out, "--targets", "0.901,0.904")) == 0
+    assert set(_results(out)["files"]) == {"gate_0.901", "gate_0.904"}
+
+
+@pytest.mark.parametrize("objective", ["sgs", "expected"])
+def test_nothing_held_out(data, tmp_path, capsys, objective):
+    argv = _argv(data, tmp_path / "run", "--objective", objective, "--epochs", "1")
+    assert cli.run([*argv, "--data.val-share", "0"]) == 0
+    assert "not measured: no image held out" in capsys.readouterr().out
 
 
 def _fails(capsys, argv, code, message):
@@ -157,6 +185,14 @@ def test_mistakes_get_one_line(data, tmp_path, capsys):
     _fails(capsys, _argv(data, out(), "--targets", "0.01"), 2, "target .* out of reach")
     _fails(capsys, _argv(data, out(), "--targets", "1.5"), 2, "each above 0, at most 1")
     _fails(capsys, _argv(data, out(), "--cost-table", "nowhere"), 2, "nowhere: cannot be read")
+    both = ["--objective", "sgs", "--targets", "0.5", "--sgs.cost-scale", "1e6"]
+    _fails(capsys, _argv(data, out(), *both), 2, "both are the scale of the cost term")
+    _fails(capsys, _argv(data, out(), "--choices", "0,9"), 2, "9")
+    _fails(capsys, _argv(data, out(), "--choices", "0;1;2"), 2, "1 gates, but 3 sets")
+    _fails(capsys, _argv(data, out(), "--optim.accumulate", "2"), 2, "trained on whole batches")
+    spec = get_spec("ds_mbnet_tiny", num_classes=4)
+    other_size = write_cost_table(tmp_path / "32.json", CostTable.from_madds(spec, 32), spec, 32)
+    _fails(capsys, _argv(data, out(), "--cost-table", str(other_size)), 2, "32x32 px, not 16x16")
     _fails(capsys, _argv(data, out(), "--augment.mixup", "0.2"), 2, "no route of its own")
 
     plain = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=4)

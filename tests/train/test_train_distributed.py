@@ -49,6 +49,16 @@ def test_half_batches_give_the_gradients_of_the_whole(tmp_path):
         assert sizes[0] >= sum(grad.numel() for grad in grads.values())
 
 
+def test_half_batches_give_the_gates_the_gradients_of_the_whole(tmp_path):
+    """The cost term is a square of a mean, the labels' weights depend on all of them."""
+    whole = [train_workers.gate_step_of(slice(None), gumbel) for gumbel in (False, True)]
+    for both in _spawn(train_workers.gate_worker, tmp_path):
+        for (losses, grads), (their_losses, their_grads) in zip(whole, both, strict=True):
+            assert their_losses == pytest.approx(losses, rel=1e-5)
+            for ours, theirs in zip(grads, their_grads, strict=True):
+                torch.testing.assert_close(theirs, ours, atol=1e-6, rtol=1e-5)
+
+
 def test_recalibration_averages_over_all_batches(tmp_path):
     net = lively(micro_spec(), image_size=16)
     recalibrate(net, [noise(net.spec, 8, image_size=16, seed=s) for s in range(5)])
@@ -99,7 +109,9 @@ def test_a_run_of_two_processes(tmp_path):
     assert "batch_size 31: cannot be divided evenly among 2 processes" in uneven.stderr
 
 
-def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
+@pytest.mark.parametrize("load", ["memory", "disk"])
+def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path, load):
+    """Of a process group that the signal reaches as a whole, decoding workers too."""
     data, out = tmp_path / "data", tmp_path / "run"
     write_parquet(data, [png(n, mode="RGB") for n in range(64)], 4, "train")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
@@ -107,6 +119,7 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
     command += ["train", "supernet", "--data.path", str(data), "--out", str(out)]
     command += ["--batch-size", "16", "--data.image-size-px", "16", "--data.val-share", "0"]
     command += ["--epochs", "500", "--log-every", "1", "--save-every-s", "1000"]
+    command += ["--data.load", load, "--workers", "1"]
     process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
@@ -124,6 +137,7 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "stopped by SIGTERM" in err
+    assert "DataLoader worker" not in err
     lines = told.read_text().splitlines()
     step = read_snapshot(out / "snapshot.safetensors")["state"]["step"]
     assert step == json.loads(lines[-1])["step"]
