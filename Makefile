@@ -5,7 +5,7 @@ READY := .venv/.ready
 
 .PHONY: demo test check format setup clean
 
-demo: $(READY)  ## train, evaluate and show a small network on real images (about 4 minutes on 2 cores)
+demo: $(READY)  ## train, evaluate and show a small network on real images (about 2 minutes on 2 cores)
 	$(BIN)/dynaslim demo
 
 test: $(READY)  ## the tests
