@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from dynaslim.interop.official import from_official
     from dynaslim.nn import GatedOutput, SlimNet
     from dynaslim.preprocessing import Preprocessing
-    from dynaslim.runtime import Engine, RoutedOutput
+    from dynaslim.recipes import GateRecipe, SupernetRecipe, load_recipe
+    from dynaslim.runs import run_gate, run_supernet
+    from dynaslim.runtime import Engine, RoutedOutput, extract, extract_segment
     from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
     from dynaslim.zoo import ZOO, get_spec
 
@@ -32,6 +34,7 @@ _HOME = {
     "CostTable": "dynaslim.cost",
     "Engine": "dynaslim.runtime",
     "Evaluation": "dynaslim.evaluation",
+    "GateRecipe": "dynaslim.recipes",
     "GateSpec": "dynaslim.spec",
     "GatedOutput": "dynaslim.nn",
     "NetSpec": "dynaslim.spec",
@@ -40,17 +43,23 @@ _HOME = {
     "RoutedOutput": "dynaslim.runtime",
     "SlimNet": "dynaslim.nn",
     "StageSpec": "dynaslim.spec",
+    "SupernetRecipe": "dynaslim.recipes",
     "ZOO": "dynaslim.zoo",
     "create_model": "dynaslim.checkpoint",
     "evaluate": "dynaslim.evaluation",
+    "extract": "dynaslim.runtime",
+    "extract_segment": "dynaslim.runtime",
     "from_official": "dynaslim.interop.official",
     "get_spec": "dynaslim.zoo",
     "load": "dynaslim.checkpoint",
     "load_images": "dynaslim.data",
+    "load_recipe": "dynaslim.recipes",
     "madds": "dynaslim.cost",
     "open_source": "dynaslim.data",
     "params": "dynaslim.cost",
     "read": "dynaslim.checkpoint",
+    "run_gate": "dynaslim.runs",
+    "run_supernet": "dynaslim.runs",
     "save": "dynaslim.checkpoint",
 }
 
@@ -60,6 +69,7 @@ __all__ = [
     "CostTable",
     "Engine",
     "Evaluation",
+    "GateRecipe",
     "GateSpec",
     "GatedOutput",
     "NetSpec",
@@ -68,16 +78,22 @@ __all__ = [
     "RoutedOutput",
     "SlimNet",
     "StageSpec",
+    "SupernetRecipe",
     "create_model",
     "evaluate",
+    "extract",
+    "extract_segment",
     "from_official",
     "get_spec",
     "load",
     "load_images",
+    "load_recipe",
     "madds",
     "open_source",
     "params",
     "read",
+    "run_gate",
+    "run_supernet",
     "save",
 ]
 

@@ -68,7 +68,10 @@ def _accuracy_axes(axes: Axes, result: Evaluation) -> None:
         axes.annotate(f"{b:.1f}", (a, b), (0, 8), textcoords="offset points", ha="center")
     point = (result.dynamic.mean_madds / 1e6, result.dynamic.top1 * 100)
     axes.plot(*point, "*", color=ORANGE, markersize=16, label="dynamic: the gate chooses")
-    axes.annotate(f"{point[1]:.1f}", point, (0, 11), textcoords="offset points", ha="center")
+    # below, where the curve's own numbers are not
+    axes.annotate(
+        f"{point[1]:.1f}", point, (0, -11), textcoords="offset points", ha="center", va="top"
+    )
     axes.set_xlabel("million multiply-adds per image (mean)")
     axes.set_ylabel("top-1 accuracy, %")
     axes.margins(y=0.18)
