@@ -129,6 +129,18 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         raise CheckpointError(f"{path}: its description is not valid: {error}") from None
 
 
+def read_prepared(path: str | Path) -> tuple[Checkpoint, Preprocessing]:
+    """A checkpoint that can be given pictures, and how they are prepared for it.
+
+    Raises:
+        CheckpointError: as `read`, and if it does not say how.
+    """
+    checkpoint = read(path)
+    if checkpoint.preprocessing is None:
+        raise CheckpointError(f"{path}: does not say how images are prepared (preprocessing)")
+    return checkpoint, checkpoint.preprocessing
+
+
 def load(
     path: str | Path, *, num_classes: int | None = None, device: torch.device | str = "cpu"
 ) -> SlimNet:

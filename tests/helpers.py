@@ -2,6 +2,11 @@
 
 import io
 import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -107,6 +112,49 @@ def png(seed: int = 0, size: tuple[int, int] = (28, 28), mode: str = "L") -> byt
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def bright_pngs(count: int) -> list[bytes]:
+    """Pictures of 16 px whose class, of four in turn, is their brightness."""
+    rng = np.random.default_rng(0)
+    images = []
+    for n in range(count):
+        buffer = io.BytesIO()
+        pixels = rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        images.append(buffer.getvalue())
+    return images
+
+
+def start_dynaslim(argv: list[str], threads: str = "1", **options: object) -> subprocess.Popen[str]:
+    """The command line in a process of its own, to be watched, signalled and killed."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "dynaslim", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": threads},
+        **options,
+    )
+
+
+def spawn_two(worker: Callable[..., None], *args: object, seconds: float = 120) -> None:
+    """Run `worker(rank, *args)` in two processes; fails if they have not ended in time."""
+    processes = torch.multiprocessing.spawn(worker, args, nprocs=2, join=False)
+    deadline = time.monotonic() + seconds
+    while not processes.join(timeout=5):
+        if time.monotonic() > deadline:
+            for process in processes.processes:
+                process.kill()
+            pytest.fail("the two processes did not end")
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    return port
 
 
 def write_parquet(folder: Path, images: list[bytes], classes: int, split: str = "test") -> Path:

@@ -1,26 +1,19 @@
 """Two processes share the batches and get exactly what one gets."""
 
 import dataclasses
-import time
 
 import evaluation_workers
 import pytest
 import torch
+from helpers import spawn_two
 from torch import Tensor
-from torch import multiprocessing as mp
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     """What each of two processes measured: alone, together, the batches it ran, the errors."""
     folder = tmp_path_factory.mktemp("processes")
-    workers = mp.spawn(evaluation_workers.worker, (str(folder),), nprocs=2, join=False)
-    deadline = time.monotonic() + 300
-    while not workers.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in workers.processes:
-                process.kill()
-            pytest.fail("the two processes did not end")
+    spawn_two(evaluation_workers.worker, str(folder), seconds=300)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

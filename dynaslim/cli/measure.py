@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from dynaslim.cli.output import class_table, evaluation_table, print_json, say
-from dynaslim.errors import DynaslimError
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +45,7 @@ def evaluate(
     """
     from dynaslim import evaluation
     from dynaslim._files import check_writable
-    from dynaslim.checkpoint import read
+    from dynaslim.checkpoint import read_prepared
     from dynaslim.data import open_source
     from dynaslim.data.disk import DiskImages
     from dynaslim.errors import UsageError
@@ -58,14 +57,12 @@ def evaluate(
         raise UsageError(f"--batch-size {batch_size}: must be at least 1")
     if not 0 <= corrupt_limit <= 1:
         raise UsageError(f"--corrupt-limit {corrupt_limit}: must be between 0 and 1")
-    # what can be refused at once is, before the images are read
+    # what can be refused at once is, before a large set is opened
     if not 1 <= views <= MAX_VIEWS:
         raise UsageError(f"--views {views}: must be from 1 to {MAX_VIEWS}")
     if table is not None:
         check_writable(table)
-    loaded = read(checkpoint)
-    if loaded.preprocessing is None:
-        raise DynaslimError(f"{checkpoint}: does not say how images are prepared (preprocessing)")
+    loaded, preprocessing = read_prepared(checkpoint)
     spec = loaded.net.spec
     routes = None if route is None else (spec.coerce_route(Route.parse(route)),)
     source = open_source(data, split)
@@ -73,7 +70,7 @@ def evaluate(
         source.name, source.class_names, spec.num_classes, loaded.class_names
     )
     images = DiskImages.of(
-        source, loaded.preprocessing, workers=os.cpu_count() or 1, corrupt_limit=corrupt_limit
+        source, preprocessing, workers=os.cpu_count() or 1, corrupt_limit=corrupt_limit
     )
     if order is not None:
         images = images.relabelled(order, loaded.class_names or ())
@@ -81,7 +78,7 @@ def evaluate(
         result = evaluation.evaluate(
             loaded.net.to(to_device(device)),
             images,
-            loaded.preprocessing,
+            preprocessing,
             batch_size=batch_size,
             routes=routes,
             on_batch=bar.advance,
@@ -139,7 +136,7 @@ def calibrate(
     from dataclasses import replace
 
     from dynaslim._files import check_writable
-    from dynaslim.checkpoint import read, save
+    from dynaslim.checkpoint import read_prepared, save
     from dynaslim.data import open_source
     from dynaslim.data.disk import DiskFeed
     from dynaslim.data.transforms import normalise
@@ -151,10 +148,7 @@ def calibrate(
     if batches < 1 or batch_size < 2:
         raise UsageError("--batches must be at least 1 and --batch-size at least 2")
     check_writable(out)
-    loaded = read(checkpoint)
-    if loaded.preprocessing is None:
-        raise DynaslimError(f"{checkpoint}: does not say how images are prepared (preprocessing)")
-    preprocessing = loaded.preprocessing
+    loaded, preprocessing = read_prepared(checkpoint)
     source = open_source(data, split)
     augment = AugmentRecipe(crop="none", mirror=False)
     feed = DiskFeed(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dynaslim.cli.output import evaluation_table, fail, gates_table, print_json, routes_table, say
 from dynaslim.recipes import GateRecipe, SupernetRecipe
@@ -33,8 +35,7 @@ def demo(
         print_json(done.to_dict())
         return
     say(evaluation_table(done.evaluation))
-    for label, path in done.files.items():
-        say(f"{label:<11} {path}")
+    _print_files(done.files)
 
 
 def train_supernet(
@@ -62,24 +63,16 @@ def train_supernet(
         log_every: Steps between lines of the metrics file.
         json: Print one JSON object.
     """
-    from dynaslim.runs import RunOptions, Stopped, run_supernet
+    from dynaslim.runs import RunOptions, run_supernet
 
     options = RunOptions(resume, force, device, workers, save_every_s, log_every)
-    try:
-        results = run_supernet(recipe, out, options)
-    except Stopped as stopped:
-        return fail(f"{stopped}; go on with the same command and --resume", stopped.exit_code)
-    if is_quiet_process():
-        return 0
-    if json:
-        print_json(results)
-        return 0
-    for name, result in results["val"].items():
-        say(f"{name}: {result['images']} held-out images")
-        say(routes_table(result))
-    for label, path in results["files"].items():
-        say(f"{label:<11} {path}")
-    return 0
+
+    def show(results: dict[str, Any]) -> None:
+        for name, result in results["val"].items():
+            say(f"{name}: {result['images']} held-out images")
+            say(routes_table(result))
+
+    return _run_and_show(lambda: run_supernet(recipe, out, options), show, json=json)
 
 
 def train_gate(
@@ -107,11 +100,24 @@ def train_gate(
         log_every: Steps between lines of the metrics file.
         json: Print one JSON object.
     """
-    from dynaslim.runs import RunOptions, Stopped, run_gate
+    from dynaslim.runs import RunOptions, run_gate
 
     options = RunOptions(resume, force, device, workers, save_every_s, log_every)
+    return _run_and_show(
+        lambda: run_gate(recipe, out, options),
+        lambda results: say(gates_table(results)),
+        json=json,
+    )
+
+
+def _run_and_show(
+    run: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], *, json: bool
+) -> int:
+    """Run a stage and print what came of it; returns the exit code."""
+    from dynaslim.runs import Stopped
+
     try:
-        results = run_gate(recipe, out, options)
+        results = run()
     except Stopped as stopped:
         return fail(f"{stopped}; go on with the same command and --resume", stopped.exit_code)
     if is_quiet_process():
@@ -119,10 +125,14 @@ def train_gate(
     if json:
         print_json(results)
         return 0
-    say(gates_table(results))
-    for label, path in results["files"].items():
-        say(f"{label:<11} {path}")
+    show(results)
+    _print_files(results["files"])
     return 0
+
+
+def _print_files(files: Mapping[str, object]) -> None:
+    for label, path in files.items():
+        say(f"{label:<11} {path}")
 
 
 def is_quiet_process() -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,22 +11,19 @@ import torch
 from torch import Tensor
 
 from dynaslim._files import write_atomic
-from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.checkpoint import Checkpoint, read_prepared, save
 from dynaslim.cost import CostTable, madds, read_cost_table
 from dynaslim.data.transforms import normalise
-from dynaslim.distributed import rank, world_size
-from dynaslim.errors import CheckpointError, DataError, UsageError
+from dynaslim.distributed import rank
+from dynaslim.errors import DataError, check
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe
 from dynaslim.report.curves import curves_figure
-from dynaslim.runs.folder import RunFolder, read_metrics, write_json
-from dynaslim.runs.images import open_images, skipped_lines
-from dynaslim.runs.keeper import Keeper
-from dynaslim.runs.launch import launched
+from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
-from dynaslim.runs.signals import StopRequest, stop_requests
 from dynaslim.train.expected import apply_heads
 from dynaslim.train.fit import augmented_views, fit_to
 from dynaslim.train.loop import GateTraining, check_has_gates
@@ -52,17 +47,10 @@ def run_gate(
         Stopped: if asked to stop by SIGTERM or SIGINT; a snapshot has been written.
         OSError: if a file cannot be written; the last snapshot is left as it was.
     """
-    options = options or RunOptions()
-    if not recipe.supernet:
-        raise UsageError("name the trained supernet: --supernet CHECKPOINT")
-    with launched(options.device) as device, stop_requests() as stop:
-        if recipe.objective == "expected" and world_size() > 1:
-            raise UsageError("objective expected: runs in one process; leave torchrun out")
-        folder = RunFolder(
-            Path(out), "gate", recipe.to_dict(), resume=options.resume, force=options.force
-        )
-        with folder:
-            return _GateRun(recipe, folder, options, stop, device).run()
+    check(bool(recipe.supernet), "name the trained supernet: --supernet CHECKPOINT")
+    alone_for = "objective expected" if recipe.objective == "expected" else ""
+    with opened("gate", recipe, out, options, alone_for=alone_for) as context:
+        return _GateRun(recipe, context).run()
 
 
 def with_choices(net: SlimNet, recipe: GateRecipe) -> SlimNet:
@@ -85,26 +73,16 @@ def with_choices(net: SlimNet, recipe: GateRecipe) -> SlimNet:
 class _GateRun:
     """The parts of a run, while it lasts."""
 
-    def __init__(
-        self,
-        recipe: GateRecipe,
-        folder: RunFolder,
-        options: RunOptions,
-        stop: StopRequest,
-        device: torch.device,
-    ) -> None:
-        self.recipe, self.folder, self.options, self.stop = recipe, folder, options, stop
-        self.device = device
-        self.supernet = read(recipe.supernet)
+    def __init__(self, recipe: GateRecipe, context: RunContext) -> None:
+        self.recipe, self.context = recipe, context
+        self.folder, self.stop, self.device = context.folder, context.stop, context.device
+        self.supernet, pre = read_prepared(recipe.supernet)
         check_has_gates(self.supernet.net)
-        self.net: SlimNet = with_choices(self.supernet.net, recipe).to(device)
-        pre = self.supernet.preprocessing
-        if pre is None:
-            raise CheckpointError(f"{recipe.supernet}: does not say how images are prepared")
+        self.net: SlimNet = with_choices(self.supernet.net, recipe).to(self.device)
         spec = self.net.spec
         as_trained = {name: getattr(pre, name) for name in _PREPARED}
         data = replace(recipe.data, **as_trained)
-        self.data = open_images(data, recipe, options, stop, spec.in_channels)
+        self.data = context.open_images(data, recipe, spec.in_channels)
         names = self.supernet.class_names
         if len(self.data.class_names) != spec.num_classes or names not in (
             None,
@@ -124,7 +102,7 @@ class _GateRun:
         targets = recipe.targets
         assert isinstance(targets, tuple)
         self.targets: tuple[float | None, ...] = targets or (None,)
-        state = folder.state or {"gate": 0, "done": [], "training": None, "skipped": []}
+        state = self.folder.state or {"gate": 0, "done": [], "training": None, "skipped": []}
         self.data.feed.skipped.load_state(state["skipped"])
         self.number: int = state["gate"]
         self.done: list[dict[str, Any]] = state["done"]
@@ -133,10 +111,8 @@ class _GateRun:
 
     def run(self) -> dict[str, Any]:
         """All that is left to do."""
-        results = self.folder.file("results.json")
-        if self.number == len(self.targets) and results.exists() and self.options.resume:
-            finished: dict[str, Any] = json.loads(results.read_text())
-            return finished
+        if self.number == len(self.targets) and (done := self.context.results()) is not None:
+            return done
         train = self._train_sgs if self.recipe.objective == "sgs" else self._expected()
         while self.number < len(self.targets):
             target = self.targets[self.number]
@@ -172,14 +148,7 @@ class _GateRun:
             training.load_state(self.unfinished)
         label = "stage II: gate" + ("" if target is None else f" for {target:g}")
         with progress(label, training.total, done=training.step) as bar:
-            keeper = Keeper(
-                self.folder,
-                self.stop,
-                self.options,
-                self._state,
-                bar,
-                batch_size=self.recipe.batch_size,
-            )
+            keeper = self.context.keeper(self._state, bar, self.recipe.batch_size)
             for losses in training:
                 keeper.after_step(
                     self._steps_before() + training.step,
@@ -197,15 +166,10 @@ class _GateRun:
         recipe, feed = self.recipe.expected, self.data.feed
         steps = feed.steps_per_epoch * recipe.views
         with progress("caching routes", steps) as bar:
-
-            def tell() -> None:
-                self.stop.check()
-                bar.advance()
-
             views = augmented_views(
                 feed, self.data.augment, self.device, recipe.views, self.recipe.seed
             )
-            train = self._cache(views, tell)
+            train = self._cache(views, self.stop.checked(bar.advance))
         holdout: RouteCache | None = None
         validation = self.data.validation
         if validation is not None:
@@ -256,7 +220,7 @@ class _GateRun:
         }
         if rank() == 0:
             checkpoint = Checkpoint(
-                net=copy.deepcopy(self.net),
+                net=self.net,
                 class_names=self.data.class_names,
                 preprocessing=self.supernet.preprocessing,
                 metrics={} if summary is None else {"val": summary},
@@ -276,12 +240,12 @@ class _GateRun:
         if self.data.validation is None:
             return None
         with progress(f"evaluating {label}", len(self.data.validation)) as bar:
-
-            def tell(images: int) -> None:
-                self.stop.check()
-                bar.advance(images)
-
-            return evaluate(self.net, self.data.validation, self.data.preprocessing, on_batch=tell)
+            return evaluate(
+                self.net,
+                self.data.validation,
+                self.data.preprocessing,
+                on_batch=self.stop.checked(bar.advance),
+            )
 
     def _cost_share(self, result: Evaluation) -> float:
         """Mean cost of the routes taken, by the table, as a share of the widest route's."""

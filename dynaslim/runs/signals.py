@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -42,6 +42,16 @@ class StopRequest:
         """Stop now if asked to; for work that starts anew when it is resumed."""
         if self.number is not None:
             raise Stopped(self.number)
+
+    def checked(self, tell: Callable[..., object] | None = None) -> Callable[..., None]:
+        """`tell`, for work to call on its way, with a `check` before each call."""
+
+        def call(*done: int) -> None:
+            self.check()
+            if tell is not None:
+                tell(*done)
+
+        return call
 
 
 @contextmanager

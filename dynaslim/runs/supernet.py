@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,9 @@ from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import SupernetRecipe
 from dynaslim.report.curves import curves_figure
-from dynaslim.runs.folder import RunFolder, read_metrics, write_json
-from dynaslim.runs.images import open_images, skipped_lines
-from dynaslim.runs.keeper import Keeper
-from dynaslim.runs.launch import launched
+from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
-from dynaslim.runs.signals import StopRequest, stop_requests
 from dynaslim.train.loop import SupernetTraining
 from dynaslim.zoo import get_spec
 
@@ -42,59 +38,41 @@ def run_supernet(
         Stopped: if asked to stop by SIGTERM or SIGINT; a snapshot has been written.
         OSError: if a file cannot be written; the last snapshot is left as it was.
     """
-    options = options or RunOptions()
-    with launched(options.device) as device, stop_requests() as stop:
-        folder = RunFolder(
-            Path(out), "supernet", recipe.to_dict(), resume=options.resume, force=options.force
-        )
-        with folder:
-            return _SupernetRun(recipe, folder, options, stop, device).run()
+    with opened("supernet", recipe, out, options) as context:
+        return _SupernetRun(recipe, context).run()
 
 
 class _SupernetRun:
     """The parts of a run, while it lasts."""
 
-    def __init__(
-        self,
-        recipe: SupernetRecipe,
-        folder: RunFolder,
-        options: RunOptions,
-        stop: StopRequest,
-        device: torch.device,
-    ) -> None:
-        self.recipe, self.folder, self.options, self.stop = recipe, folder, options, stop
+    def __init__(self, recipe: SupernetRecipe, context: RunContext) -> None:
+        self.recipe, self.context = recipe, context
+        self.folder, self.stop = context.folder, context.stop
         spec = get_spec(recipe.model)
-        self.data = open_images(recipe.data, recipe, options, stop, spec.in_channels)
+        self.data = context.open_images(recipe.data, recipe, spec.in_channels)
         torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
-        net = create_model(recipe.model, num_classes=len(self.data.class_names)).to(device)
+        net = create_model(recipe.model, num_classes=len(self.data.class_names))
+        net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)
         self.training = SupernetTraining(net, self.data.feed, self.data.augment, recipe)
         self.best: dict[str, Any] | None = None
         self.validated = 0
-        if folder.state is not None:
-            self.training.load_state(folder.state)
-            self.best, self.validated = folder.state["best"], folder.state["validated"]
-            self.data.feed.skipped.load_state(folder.state["skipped"])
+        state = context.folder.state
+        if state is not None:
+            self.training.load_state(state)
+            self.best, self.validated = state["best"], state["validated"]
+            self.data.feed.skipped.load_state(state["skipped"])
 
     def run(self) -> dict[str, Any]:
         """All that is left to do."""
         training, recipe = self.training, self.recipe
-        results = self.folder.file("results.json")
-        if training.step == training.total and results.exists() and self.options.resume:
-            done: dict[str, Any] = json.loads(results.read_text())
+        if training.step == training.total and (done := self.context.results()) is not None:
             return done
         every = recipe.val_epochs * training.feed.steps_per_epoch
         first = training.step
         with progress("stage I: supernet", training.total, done=training.step) as bar:
-            keeper = Keeper(
-                self.folder,
-                self.stop,
-                self.options,
-                self._state,
-                bar,
-                batch_size=recipe.batch_size,
-            )
+            keeper = self.context.keeper(self._state, bar, recipe.batch_size)
             if training.step and self._is_due(every):
                 self._validate()  # stopped after the step and before this
                 keeper.restart_clock()
@@ -197,26 +175,15 @@ class _SupernetRun:
             return
         batches = min(batches, self.training.feed.steps_per_epoch)
         with progress(label, batches) as bar:
-
-            def tell() -> None:
-                self.stop.check()
-                bar.advance()
-
-            self.training.recalibrate(net, batches, on_batch=tell)
+            self.training.recalibrate(net, batches, on_batch=self.stop.checked(bar.advance))
 
     def _evaluate(self, net: SlimNet, on_batch: Any = None) -> Evaluation:
         assert self.data.validation is not None
-
-        def tell(images: int) -> None:
-            self.stop.check()
-            if on_batch is not None:
-                on_batch(images)
-
         return evaluate(
             net,
             self.data.validation,
             self.data.preprocessing,
-            on_batch=tell,
+            on_batch=self.stop.checked(on_batch),
             dynamic=False,  # the gates have learnt nothing yet
         )
 

@@ -20,7 +20,13 @@ from dynaslim.errors import TrainingError
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
 from dynaslim.nn.net import RunSegment, SlimNet
 from dynaslim.recipes import SgsRecipe, Target
-from dynaslim.train.losses import cost_loss, ensemble_target, sgs_loss, soft_cross_entropy
+from dynaslim.train.losses import (
+    asked_first,
+    cost_loss,
+    ensemble_target,
+    sgs_loss,
+    soft_cross_entropy,
+)
 from dynaslim.train.sampling import Sandwich
 
 
@@ -232,7 +238,7 @@ def gate_step(
     gate_logits = [logits.float() for logits in out.gate_logits]
     classification = F.cross_entropy(out.logits.float(), labels_B)
     # what is not a mean over images needs its numbers from all processes before the gradient
-    first_B = easy_B if hopeless_B is None else easy_B | hopeless_B
+    first_B = asked_first(easy_B, hopeless_B)
     counts = torch.stack([first_B.sum(), (~first_B).sum()]).to(classification.dtype)
     mean_cost = table.expected(out.gates).mean()
     everywhere = mean_cost.detach().clone()

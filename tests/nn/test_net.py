@@ -1,11 +1,8 @@
 import itertools
-import socket
-import time
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from helpers import ZOO_NAMES, ddp_worker, lively, micro_spec, noise
+from helpers import ZOO_NAMES, ddp_worker, free_port, lively, micro_spec, noise, spawn_two
 from torch import nn
 
 from dynaslim.errors import UsageError
@@ -297,16 +294,7 @@ def test_gated_forward_needs_running_statistics():
 
 
 def test_distributed_data_parallel_averages_gradients(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    workers = mp.spawn(ddp_worker, (port, str(tmp_path)), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    while not workers.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in workers.processes:
-                process.kill()
-            pytest.fail("the two processes did not end")
+    spawn_two(ddp_worker, free_port(), str(tmp_path))
     spec = micro_spec()
     net = lively(spec)
     for parameter in net.slimming_parameters():

@@ -1,19 +1,13 @@
 """Runs that train gates: targets met, killed and resumed, on MAdds and on milliseconds."""
 
-import io
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
-import numpy as np
 import pytest
 import torch
-from helpers import lively, write_parquet
-from PIL import Image
+from helpers import bright_pngs, lively, start_dynaslim, write_parquet
 from safetensors.torch import load_file
 
 from dynaslim import cli
@@ -29,15 +23,8 @@ CLASSES = tuple(f"class {n}" for n in range(4))
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """144 images, of which a ninth is held back, and a supernet whose gates can tell them apart."""
-    rng = np.random.default_rng(0)
-    images = []
-    for n in range(144):
-        pixels = rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-        images.append(buffer.getvalue())
     folder = tmp_path_factory.mktemp("data")
-    write_parquet(folder / "images", images, 4, "train")
+    write_parquet(folder / "images", bright_pngs(144), 4, "train")
     net = lively(get_spec("ds_mbnet_tiny", num_classes=4), image_size=16)
     preprocessing = Preprocessing(16, mean=(0.4,) * 3, std=(0.3,) * 3)
     save(
@@ -106,13 +93,7 @@ def test_killed_at_any_moment_it_ends_bit_equal(data, tmp_path, objective):
     flags = ("--objective", objective, "--targets", "0.5,0.9", "--epochs", "2", "--resume")
 
     def start(out):
-        return subprocess.Popen(
-            [sys.executable, "-m", "dynaslim", *_argv(data, out, *flags)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        return start_dynaslim(_argv(data, out, *flags))
 
     straight, out = tmp_path / "straight", tmp_path / "run"
     first = start(straight)

@@ -1,20 +1,16 @@
 """Runs that are started, killed, stopped, broken and resumed as a person would: by the command."""
 
-import io
 import json
-import os
 import re
 import resource
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import png, write_parquet
+from helpers import bright_pngs, png, start_dynaslim, write_parquet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -28,15 +24,8 @@ STEPS = 24  # 3 epochs of 8
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """144 images of 4 classes by brightness; 128 to train on where a ninth is held back."""
-    rng = np.random.default_rng(0)
-    images = []
-    for n in range(144):
-        pixels = rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-        images.append(buffer.getvalue())
     folder = tmp_path_factory.mktemp("data")
-    write_parquet(folder, images, 4, "train")
+    write_parquet(folder, bright_pngs(144), 4, "train")
     return folder
 
 
@@ -49,19 +38,8 @@ def _argv(data, out, *more):
     ]
 
 
-def _start(argv, threads="1", **options):
-    return subprocess.Popen(
-        [sys.executable, "-m", "dynaslim", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": threads},
-        **options,
-    )
-
-
 def _run(argv, **options):
-    process = _start(argv, **options)
+    process = start_dynaslim(argv, **options)
     out, err = process.communicate(timeout=240)
     return process.returncode, out, err
 
@@ -110,6 +88,10 @@ def test_a_run_leaves_what_it_says(straight, data):
     train = [line for line in lines if line["kind"] == "train"]
     assert [line["step"] for line in train] == list(range(1, STEPS + 1))
     assert len(train[0]["randoms"]) == 2
+    rates = [line["lr"] for line in train]  # of the step after: two of warm-up, then a cosine
+    assert rates[0] < rates[1] == max(rates) == 0.05
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert rates[-1] == pytest.approx(0)
     assert train[-1]["largest"] < train[0]["largest"]
     val = [line for line in lines if line["kind"] == "val"]
     assert [line["step"] for line in val] == [8, 16, 24]
@@ -142,7 +124,7 @@ def test_the_resolved_recipe_repeats_the_run(straight, data, tmp_path):
 def test_killed_at_any_moment_it_ends_bit_equal(straight, data, tmp_path):
     out = tmp_path / "run"
     for steps in (1, 7, 8, 19):  # at the start, before and at an evaluation, late
-        process = _start(_argv(data, out, "--resume"))
+        process = start_dynaslim(_argv(data, out, "--resume"))
         _wait_for_steps(process, out, steps)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -162,7 +144,7 @@ def test_sigterm_finishes_the_step_and_saves(straight, data, tmp_path):
     # a snapshot is not due: it is the signal that makes it
     argv = _argv(data, out, "--resume")
     argv[argv.index("--save-every-s") + 1] = "1000"
-    process = _start(argv)
+    process = start_dynaslim(argv)
     _wait_for_steps(process, out, 3)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
@@ -178,7 +160,7 @@ def test_sigterm_finishes_the_step_and_saves(straight, data, tmp_path):
 
 def test_a_full_disk_is_an_error_that_leaves_the_last_snapshot(straight, data, tmp_path):
     out = tmp_path / "run"
-    process = _start(_argv(data, out))
+    process = start_dynaslim(_argv(data, out))
     _wait_for_steps(process, out, 5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -333,7 +315,7 @@ def test_every_variant_resumes_bit_equal(data, tmp_path):
     straight, out = tmp_path / "straight", tmp_path / "run"
     assert cli.run(_argv(data, straight, *flags)) == 0
     threads = str(torch.get_num_threads())
-    process = _start(_argv(data, out, *flags), threads=threads)
+    process = start_dynaslim(_argv(data, out, *flags), threads=threads)
     _wait_for_steps(process, out, 5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -349,7 +331,7 @@ def test_sets_that_are_not_in_memory(data, tmp_path, load):
     straight, out = tmp_path / "straight", tmp_path / "run"
     code, _, err = _run(_argv(data, straight, *flags))
     assert code == 0, err
-    process = _start(_argv(data, out, *flags))
+    process = start_dynaslim(_argv(data, out, *flags))
     _wait_for_steps(process, out, 11)  # in the second epoch
     process.send_signal(signal.SIGKILL)
     process.communicate()

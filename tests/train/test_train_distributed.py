@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ import time
 import pytest
 import torch
 import train_workers
-from helpers import lively, micro_spec, noise, png, write_parquet
+from helpers import free_port, lively, micro_spec, noise, png, spawn_two, write_parquet
 
 from dynaslim.checkpoint import read
 from dynaslim.runs.snapshot import read_snapshot
@@ -18,16 +17,7 @@ from dynaslim.train import recalibrate
 
 
 def _spawn(worker, folder):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = torch.multiprocessing.spawn(worker, (port, str(folder)), nprocs=2, join=False)
-    deadline = time.monotonic() + 120
-    while not context.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in context.processes:
-                process.kill()
-            pytest.fail("the two processes hang")
+    spawn_two(worker, free_port(), str(folder))
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 
