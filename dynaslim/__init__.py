@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from dynaslim.preprocessing import Preprocessing
     from dynaslim.recipes import GateRecipe, SupernetRecipe, load_recipe
     from dynaslim.runs import run_gate, run_supernet
-    from dynaslim.runtime import Engine, RoutedOutput, extract, extract_segment
+    from dynaslim.runtime.engine import Engine
+    from dynaslim.runtime.extract import extract, extract_segment
+    from dynaslim.runtime.options import EngineOptions, RoutedOutput
     from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
     from dynaslim.zoo import ZOO, get_spec
 
@@ -32,7 +34,8 @@ __version__ = "0.1.0"
 _HOME = {
     "Checkpoint": "dynaslim.checkpoint",
     "CostTable": "dynaslim.cost",
-    "Engine": "dynaslim.runtime",
+    "Engine": "dynaslim.runtime.engine",
+    "EngineOptions": "dynaslim.runtime.options",
     "Evaluation": "dynaslim.evaluation",
     "GateRecipe": "dynaslim.recipes",
     "GateSpec": "dynaslim.spec",
@@ -40,15 +43,15 @@ _HOME = {
     "NetSpec": "dynaslim.spec",
     "Preprocessing": "dynaslim.preprocessing",
     "Route": "dynaslim.spec",
-    "RoutedOutput": "dynaslim.runtime",
+    "RoutedOutput": "dynaslim.runtime.options",
     "SlimNet": "dynaslim.nn",
     "StageSpec": "dynaslim.spec",
     "SupernetRecipe": "dynaslim.recipes",
     "ZOO": "dynaslim.zoo",
     "create_model": "dynaslim.checkpoint",
     "evaluate": "dynaslim.evaluation",
-    "extract": "dynaslim.runtime",
-    "extract_segment": "dynaslim.runtime",
+    "extract": "dynaslim.runtime.extract",
+    "extract_segment": "dynaslim.runtime.extract",
     "from_official": "dynaslim.interop.official",
     "get_spec": "dynaslim.zoo",
     "load": "dynaslim.checkpoint",
@@ -68,6 +71,7 @@ __all__ = [
     "Checkpoint",
     "CostTable",
     "Engine",
+    "EngineOptions",
     "Evaluation",
     "GateRecipe",
     "GateSpec",

@@ -1,9 +1,9 @@
 """Checkpoints: one safetensors file that says itself what it is.
 
 The tensors are the network's state dict; the file's metadata holds one JSON object under
-`dynaslim`: format and version, spec, class names, preprocessing, metrics, recipe, and a SHA-256
-over all of it and the tensors. Reading rebuilds the network without being told its name, and runs
-no code from the file. Writing is atomic.
+`dynaslim`: format and version, spec, class names, preprocessing, metrics, recipe, a budget curve
+if there is one, and a SHA-256 over all of it and the tensors. Reading rebuilds the network without
+being told its name, and runs no code from the file. Writing is atomic.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Checkpoint:
     preprocessing: Preprocessing | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    budget: Mapping[str, Any] | None = None
+    """What `dynaslim.runtime.budget.BudgetCurve.to_dict` gives; holds for just these weights."""
 
     def __post_init__(self) -> None:
         spec = self.net.spec
@@ -75,7 +77,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
     """Write a checkpoint, whole or not at all.
 
     Raises:
-        CheckpointError: if a weight, a BN statistic or a metric is not finite, or not JSON.
+        CheckpointError: if a weight, a BN statistic, a metric or a cost is not finite, or not JSON.
         OSError: if the file cannot be written; an older one of that name is left as it was.
     """
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.net.state_dict().items()}
@@ -92,11 +94,13 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
         "metrics": dict(checkpoint.metrics),
         "recipe": dict(checkpoint.recipe),
     }
+    if checkpoint.budget is not None:
+        meta["budget"] = dict(checkpoint.budget)
     # through JSON once, so that what is hashed is what a reader will hash (tuples become lists)
     try:
         meta = json.loads(json.dumps(meta, allow_nan=False))
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: not saved, metrics or recipe: {error}") from None
+        raise CheckpointError(f"{path}: not saved, metrics or recipe, or budget: {error}") from None
     meta["sha256"] = _digest(meta, tensors)
     return write_atomic(path, safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
 
@@ -113,6 +117,9 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         spec = NetSpec.from_dict(meta["spec"])
         names = meta["class_names"]
         pre = meta["preprocessing"]
+        budget = meta.get("budget")  # not in files without one
+        if not isinstance(budget, dict | None):
+            raise UsageError(f"budget {budget!r:.60}: expected an object")
         net = SlimNet(spec, device="meta")
         _check_tensors(path, net, tensors)
         net.load_state_dict({k: v.to(device) for k, v in tensors.items()}, assign=True)
@@ -124,6 +131,7 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
             preprocessing=None if pre is None else Preprocessing.from_dict(pre),
             metrics=dict(meta["metrics"]),
             recipe=dict(meta["recipe"]),
+            budget=budget,
         )
     except (UsageError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its description is not valid: {error}") from None

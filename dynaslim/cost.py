@@ -11,15 +11,12 @@ pool; so do we, unless `pooling=False`.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
-from dynaslim._files import write_atomic
 from dynaslim.errors import UsageError, check
 from dynaslim.spec import GATE_AT_ENTRANCE, NetSpec, Route, StageSpec, Width
 
@@ -31,9 +28,6 @@ ImageSize = int | tuple[int, int]
 
 Unit = Literal["madds", "ms"]
 
-FORMAT: Final = "dynaslim-cost-table"
-VERSION: Final = 1
-
 
 class LayerCost(NamedTuple):
     """The cost of one layer along one route."""
@@ -44,6 +38,15 @@ class LayerCost(NamedTuple):
     pool_adds: int
     params: int
     slimming_head: bool = False
+
+
+class SegmentShape(NamedTuple):
+    """The sizes of a segment along one route, per image."""
+
+    out: tuple[int, int, int]
+    """Channels, height and width of the features that leave it; (classes, 1, 1) at the end."""
+    peak: int
+    """Values of its largest feature map."""
 
 
 class _Walk:
@@ -98,8 +101,12 @@ def layer_costs(spec: NetSpec, route: Route, image_size: ImageSize) -> Iterator[
     Raises:
         UsageError: if the route is none of the network's or the image is too small for it.
     """
-    indices = spec.segment_indices(route)
-    walk = _Walk(spec, image_size)
+    return _layers(_Walk(spec, image_size), spec.segment_indices(route))
+
+
+def _layers(walk: _Walk, indices: Sequence[int]) -> Iterator[LayerCost]:
+    """The layers of a walk; between two of them the walk stands behind the former."""
+    spec = walk.spec
     max_in = spec.in_channels
     for number, stage in enumerate(spec.stages):
         governor = spec.governor(number)
@@ -166,6 +173,27 @@ def _segment_totals(
         if slimming_heads or not layer.slimming_head:
             totals[layer.segment] += layer.madds + (layer.pool_adds if pooling else 0)
     return tuple(totals)
+
+
+@lru_cache(maxsize=4096)
+def segment_shapes(
+    spec: NetSpec, route: Route, image_size: tuple[int, int]
+) -> tuple[SegmentShape, ...]:
+    """The sizes of every segment along a route, for images of (height, width) in pixels.
+
+    Raises:
+        UsageError: if the route is none of the network's or the image is too small for it.
+    """
+    walk = _Walk(spec, image_size)
+    outs: list[tuple[int, int, int]] = []
+    peaks = [0] * spec.num_segments
+    for layer in _layers(walk, spec.segment_indices(route)):
+        height, width = walk.size
+        peaks[layer.segment] = max(peaks[layer.segment], walk.channels * height * width)
+        if layer.slimming_head:
+            outs.append((walk.channels, height, width))
+    outs.append((spec.num_classes, 1, 1))
+    return tuple(SegmentShape(out, peak) for out, peak in zip(outs, peaks, strict=True))
 
 
 def madds(
@@ -239,7 +267,7 @@ class CostTable:
             UsageError: for missing or unknown keys, an unknown unit, shapes that are not the
                 network's, or costs that are not finite numbers of at least 0.
         """
-        _check_keys(data, {"unit", "segments"})
+        check_keys(data, {"unit", "segments"})
         unit, segments = data["unit"], data["segments"]
         check(unit in get_args(Unit), f"unit {unit!r}: choose from {', '.join(get_args(Unit))}")
         shapes = _segment_shapes(spec)
@@ -293,88 +321,8 @@ class CostTable:
         return total
 
 
-def write_cost_table(
-    path: str | Path,
-    table: CostTable,
-    spec: NetSpec,
-    image_size: ImageSize,
-    *,
-    note: Mapping[str, Any] | None = None,
-) -> Path:
-    """Write a table for a network as JSON, whole or not at all.
-
-    `image_size` in pixels is what it was counted or measured at; `note` is for people (hardware,
-    backend, batch size): plain JSON values.
-
-    Raises:
-        UsageError: if the table is not one for the network, or the note is not plain JSON.
-        OSError: if the file cannot be written.
-    """
-    size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    spec.check_image_size(*size)
-    content = {
-        "format": FORMAT,
-        "version": VERSION,
-        "model": spec.name,
-        "choices": [list(gate.choices) for gate in spec.gates],
-        "image_size_px": list(size),
-        "note": dict(note or {}),
-        **table.to_dict(),
-    }
-    try:
-        CostTable.from_dict(table.to_dict(), spec)
-        text = json.dumps(content, indent=1, allow_nan=False)
-    except (UsageError, TypeError, ValueError) as error:
-        raise UsageError(f"{path}: not written, {error}") from None
-    return write_atomic(path, text.encode())
-
-
-def read_cost_table(
-    path: str | Path, spec: NetSpec, *, image_size: ImageSize | None = None
-) -> CostTable:
-    """Read a table that `write_cost_table` wrote for this network (and this image size, if given).
-
-    Raises:
-        UsageError: if the file cannot be read, is not a cost table, is for another network, other
-            choices of its gates or another image size, or has a cost that cannot be one.
-    """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:  # not UTF-8, or not JSON
-        raise UsageError(f"{path}: not a cost table, not JSON: {error}") from None
-    try:
-        return _table_from_file(data, spec, image_size)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-
-
-def _table_from_file(data: Any, spec: NetSpec, image_size: ImageSize | None) -> CostTable:
-    ours = isinstance(data, dict) and data.get("format") == FORMAT
-    check(ours, f"not a cost table: its format is not {FORMAT!r}")
-    version = data.get("version")
-    check(version == VERSION, f"cost table version {version}, this dynaslim reads {VERSION}")
-    head = {"format", "version", "model", "choices", "image_size_px", "note"}
-    _check_keys(data, head | {"unit", "segments"})
-    check(data["model"] == spec.name, f"is for model {data['model']!r}, not {spec.name!r}")
-    choices = [list(gate.choices) for gate in spec.gates]
-    check(data["choices"] == choices, f"is for gate choices {data['choices']}, not {choices}")
-    size = data["image_size_px"]
-    check(
-        isinstance(size, list)
-        and len(size) == 2
-        and all(type(side) is int and side >= 1 for side in size),
-        f"image_size_px {size!r}: expected [height, width] in pixels",
-    )
-    if image_size is not None:
-        asked = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-        check(size == asked, f"is for images of {size[0]}x{size[1]} px, not {asked[0]}x{asked[1]}")
-    check(isinstance(data["note"], dict), f"note {data['note']!r}: expected an object")
-    return CostTable.from_dict({key: data[key] for key in ("unit", "segments")}, spec)
-
-
-def _check_keys(data: Mapping[str, Any], expected: set[str]) -> None:
+def check_keys(data: Mapping[str, Any], expected: set[str]) -> None:
+    """Raise `UsageError` unless a mapping has just the expected keys."""
     for key in sorted(expected - set(data)):
         raise UsageError(f"has no {key!r}")
     for key in sorted(set(data) - expected):

@@ -99,7 +99,19 @@ class Modes:
         self.views = views
         self.bf16 = bf16
         self.device = next(net.parameters()).device
-        self.engine = Engine(net) if gated else None
+        # serial, by torch as it is: every process then computes a batch in just the same way
+        self.engine = (
+            Engine(
+                net,
+                backend="eager",
+                precision="bf16" if bf16 else "fp32",
+                workers=1,
+                max_batch=1 << 30,
+                cache_dir=None,
+            )
+            if gated
+            else None
+        )
         self.names = [f"route {route}" for route in routes]
         if self.engine is not None:
             self.names.append("dynamic mode")

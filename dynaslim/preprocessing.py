@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynaslim.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -53,3 +56,18 @@ class Preprocessing:
             return cls(**fields)
         except (TypeError, KeyError, ValueError) as error:
             raise UsageError(f"not a preprocessing description: {error}") from None
+
+
+def normalise_pixels(pixels_BCSS: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
+    """uint8 pixels (B, C, S, S) -> float32 of mean 0 and deviation 1 per channel, by numpy.
+
+    What `data.transforms.normalise` does with tensors, for where there is no torch.
+    """
+    import numpy as np  # help on the command line needs none
+
+    statistics = np.asarray((preprocessing.mean, preprocessing.std), np.float32) * np.float32(255)
+    mean, std = statistics.reshape(2, preprocessing.channels, 1, 1)
+    x = pixels_BCSS.astype(np.float32)
+    x -= mean
+    x /= std
+    return x

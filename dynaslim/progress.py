@@ -56,6 +56,15 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
+def _rank() -> int:
+    """Which of a run's processes this is; without torch there is one."""
+    if sys.modules.get("torch") is None:
+        return 0
+    from dynaslim.distributed import rank
+
+    return rank()
+
+
 @contextmanager
 def progress(label: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
     """Show the progress of a job of `total` steps, of which some are done, while inside.
@@ -63,9 +72,7 @@ def progress(label: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
     `total` None: it is not known how many there are.
     Of several processes of a run the first alone shows anything.
     """
-    from dynaslim.distributed import rank
-
-    if rank():
+    if _rank():
         yield _Nothing()
         return
     if not sys.stderr.isatty():

@@ -12,3 +12,20 @@ def _own_dataset_cache(tmp_path_factory):
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_program_cache(tmp_path_factory):
+    """Compiled programs of the tests stay out of the user's cache, processes of theirs included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DYNASLIM_CACHE", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
+@pytest.fixture
+def one_thread():
+    """One core for torch in the test's own thread: small networks are fastest so."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -8,6 +8,8 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import datasets
@@ -21,7 +23,7 @@ from dynaslim.nn import SlimNet
 from dynaslim.nn.functional import slim_linear
 from dynaslim.nn.gate import Gate
 from dynaslim.nn.layers import SlimBatchNorm2d
-from dynaslim.spec import GateSpec, NetSpec, StageSpec
+from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
 from dynaslim.zoo import ZOO
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -43,6 +45,7 @@ def micro_spec(**changes: object) -> NetSpec:
             StageSpec((6, 8, 10), stride=2, gate=GateSpec((0, 1, 2))),
         ),
         num_classes=5,
+        reduction=1.0,  # gates with enough hidden features for `lively` to turn
     )
     return spec.replace(**changes)
 
@@ -88,8 +91,11 @@ def _spread(net: SlimNet, gate: Gate, x: torch.Tensor) -> None:
         )
         weight = gate.slimming_weight
         nn.init.normal_(weight)
-        # orthogonal to the mean of each route, so that no choice wins on average along any
-        means = torch.linalg.qr(hidden.mean(1).T).Q
+        # orthogonal to the mean of each route, so that no choice wins on average along any; before
+        # the first gate all routes are one
+        _, sizes, directions = torch.linalg.svd(hidden.mean(1), full_matrices=False)
+        means = directions[sizes > 1e-4 * sizes[0]].T
+        assert len(bias) > means.shape[1], "too few hidden features: nothing would be left"
         weight -= weight @ means @ means.T
         weight *= 3 / (hidden @ weight.T).std()
 
@@ -103,6 +109,43 @@ def noise(
     x = torch.randn(rows, spec.in_channels, size, size, generator=generator)
     level = torch.randn(rows, spec.in_channels, 1, 1, generator=generator)
     return x * torch.rand(rows, 1, 1, 1, generator=generator) * 2 + level
+
+
+@cache
+def lively_net(name: str) -> SlimNet:
+    """`lively` of the micro network or of a zoo entry with ten classes; shared: not to be changed."""
+    return lively(micro_spec() if name == "micro" else ZOO[name].replace(num_classes=10))
+
+
+def row_by_row(net: SlimNet, x: torch.Tensor, routes: list[Route]) -> torch.Tensor:
+    """What the network answers for every row alone, along a route of its own."""
+    with torch.inference_mode():
+        return torch.cat([net(x[b : b + 1], route) for b, route in enumerate(routes)])
+
+
+def assert_rows_close(made: object, expected: object, tolerance: float = 2e-5) -> None:
+    """Logits equal to a tolerance that is relative to the largest of them."""
+    made, expected = (torch.as_tensor(value) for value in (made, expected))
+    assert made.shape == expected.shape
+    assert made.dtype == torch.float32
+    worst = ((made - expected).abs().amax(1) / expected.abs().max()).nan_to_num(torch.inf)
+    assert worst.max() <= tolerance, f"rows {(worst > tolerance).nonzero().flatten().tolist()}"
+
+
+def for_backends(*names: str) -> pytest.MarkDecorator:
+    """Run a test for each of these backends; skipped where its library is not installed."""
+    return pytest.mark.parametrize(
+        "backend",
+        [
+            pytest.param(
+                name,
+                marks=pytest.mark.skipif(
+                    name != "eager" and find_spec(name) is None, reason=f"{name} is not installed"
+                ),
+            )
+            for name in names
+        ],
+    )
 
 
 def png(seed: int = 0, size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:

@@ -14,8 +14,9 @@ PACKAGE = Path(dynaslim.__file__).parent
 # each may import only itself and what stands before it
 ROOMS = [
     "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec", "zoo",
-    "cost", "recipes", "nn", "checkpoint", "data", "runtime", "evaluation_table", "evaluation",
-    "train", "interop", "report", "runs", "demo", "cli", "__main__",
+    "cost", "cost_file", "recipes", "nn", "checkpoint", "data", "runtime", "predict",
+    "predict_tables", "predict_ray", "evaluation_table", "evaluation",
+    "train", "bench", "interop", "report", "runs", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -8,7 +8,8 @@ import torch
 from helpers import SHARED, ZOO_NAMES, micro_spec, needs_shared
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynaslim.cost import CostTable, madds, params, read_cost_table, write_cost_table
+from dynaslim.cost import CostTable, madds, params
+from dynaslim.cost_file import read_cost_table, write_cost_table
 from dynaslim.errors import UsageError
 from dynaslim.nn import SlimNet
 from dynaslim.spec import NetSpec
@@ -81,7 +82,7 @@ def test_params_equal_the_modules(name):
 
 def test_params_of_a_route_are_those_its_forward_reads():
     """Independent of the walk: count the weight elements that receive a gradient."""
-    spec = micro_spec()
+    spec = micro_spec(reduction=0.25)  # few enough features that no sigmoid saturates
     net = SlimNet(spec)
     for p in net.parameters():
         torch.nn.init.uniform_(p, 0.1, 1.0)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, get_type_hints
 
 from dynaslim import __version__
-from dynaslim.cli import convert, look, measure, training
+from dynaslim.cli import budget, convert, deploy, look, measure, predicting, training
 from dynaslim.cli.output import fail, say
 from dynaslim.errors import DynaslimError
 
@@ -52,10 +52,35 @@ VERBS: Final = {
         "train",
         "dynaslim calibrate runs/cifar10/last.safetensors OUT --data PATH",
     ),
+    "calibrate-budget": Verb(
+        budget.calibrate_budget,
+        "train",
+        "dynaslim calibrate-budget runs/cifar10_gate/gate_0.60.safetensors --data PATH",
+    ),
     "evaluate": Verb(
         measure.evaluate,
         "measure",
         "dynaslim evaluate runs/demo/checkpoint.safetensors --data PATH",
+    ),
+    "profile": Verb(
+        deploy.profile,
+        "measure",
+        "dynaslim profile runs/demo/checkpoint.safetensors latency.json --batch-size 32",
+    ),
+    "bench": Verb(
+        deploy.bench,
+        "measure",
+        "dynaslim bench ds_mbnet --backend openvino,onnxruntime --batch-size 32",
+    ),
+    "predict": Verb(
+        predicting.predict,
+        "use",
+        "dynaslim predict runs/demo/checkpoint.safetensors photos --json",
+    ),
+    "export": Verb(
+        deploy.export,
+        "convert",
+        "dynaslim export runs/demo/checkpoint.safetensors package",
     ),
     "import-official": Verb(
         convert.import_official,
@@ -150,7 +175,10 @@ def _parser(name: str) -> ArgumentParser:
             continue
         help_text = helps[parameter.name]
         if parameter.kind is not parameter.KEYWORD_ONLY:
-            parser.add_argument(parameter.name, type=types[parameter.name], help=help_text)
+            if types[parameter.name] == list[str]:
+                parser.add_argument(parameter.name, type=str, nargs="+", help=help_text)
+            else:
+                parser.add_argument(parameter.name, type=types[parameter.name], help=help_text)
             continue
         flag = f"--{parameter.name.replace('_', '-')}"
         if types[parameter.name] is bool:

@@ -167,7 +167,7 @@ def calibrate(
     with progress("recalibrating", count) as bar:
         recalibrate(loaded.net, drawn, on_batch=bar.advance)
     # what was measured before holds no more
-    save(out, replace(loaded, metrics={}))
+    save(out, replace(loaded, metrics={}, budget=None))
     for line in feed.skipped.lines:
         say(f"left out: {line}")
     say(f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images")

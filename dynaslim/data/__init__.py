@@ -1,6 +1,30 @@
-"""Labelled images: from a hub name, an image folder or parquet, to batches for a network."""
+"""Labelled images: from a hub name, an image folder or parquet, to batches for a network.
 
-from dynaslim.data.memory import MemoryImages, load_images
-from dynaslim.data.source import ImageSource, open_source
+Names are imported on first use: pictures are decoded where there is neither torch nor datasets.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dynaslim.data.memory import MemoryImages, load_images
+    from dynaslim.data.source import ImageSource, open_source
+
+_HOME = {
+    "ImageSource": "dynaslim.data.source",
+    "MemoryImages": "dynaslim.data.memory",
+    "load_images": "dynaslim.data.memory",
+    "open_source": "dynaslim.data.source",
+}
 
 __all__ = ["ImageSource", "MemoryImages", "load_images", "open_source"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dynaslim.data' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -6,14 +6,21 @@ import io
 import math
 import random
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dynaslim.data.skipped import CorruptImageError
-from dynaslim.data.source import Entry
 from dynaslim.preprocessing import Preprocessing
 
+if TYPE_CHECKING:
+    from dynaslim.data.source import Entry
+
+IMAGE_SUFFIXES: Final = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+"""What files of a folder are taken for images, in lower case."""
 Crop = Callable[[int, int], tuple[float, float, float, float]]
 """From a picture's width and height to the part of it to take: left, top, right, bottom."""
 

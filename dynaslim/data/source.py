@@ -13,12 +13,10 @@ import huggingface_hub
 import torch
 from torch import Tensor
 
+from dynaslim.data.decode import IMAGE_SUFFIXES
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import DataError
 
-IMAGE_SUFFIXES: Final = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
 WHOLE: Final = "whole"
 """Name of the only split of a set that is not divided."""
 _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {

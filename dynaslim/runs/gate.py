@@ -12,7 +12,8 @@ from torch import Tensor
 
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read_prepared, save
-from dynaslim.cost import CostTable, madds, read_cost_table
+from dynaslim.cost import CostTable, madds
+from dynaslim.cost_file import read_cost_table
 from dynaslim.data.transforms import normalise
 from dynaslim.distributed import rank
 from dynaslim.errors import DataError, check

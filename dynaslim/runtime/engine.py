@@ -1,120 +1,374 @@
-"""Routed inference: rows of a batch bucketed by route, every bucket through dense slices.
+"""Routed inference: the product. Needs no torch where a package is run.
 
-Suffixes: B rows, G gates, N classes.
+Suffixes: B rows, G gates, K options of a gate, N classes.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from dynaslim.cost import CostTable
-from dynaslim.errors import UsageError
-from dynaslim.nn.net import SlimNet
-from dynaslim.spec import Route
+from dynaslim.errors import UsageError, check
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.arrays import Array
+from dynaslim.runtime.auto import fastest
+from dynaslim.runtime.backends import Backend, Counts, Resources, make_backend
+from dynaslim.runtime.budget import BudgetCurve
+from dynaslim.runtime.cache import cache_folder, usable_cores
+from dynaslim.runtime.decisions import Budget, Decisions, make_decisions
+from dynaslim.runtime.forms import FormSource, check_precision, segment_forms
+from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
+from dynaslim.runtime.router import Router
+from dynaslim.spec import NetSpec, Route
 
-BACKENDS = ("eager",)
+if TYPE_CHECKING:
+    from dynaslim.checkpoint import Checkpoint
+    from dynaslim.nn.net import SlimNet
 
-
-class RoutedOutput(NamedTuple):
-    """What the engine answers for a batch, row by row in the order of the input."""
-
-    logits: Tensor
-    """(B, N)"""
-    routes: Tensor
-    """(B, G) int64: the width index that each gate chose; `Engine.route_of` names the route."""
-    madds: Tensor
-    """(B,) float64: multiply-adds that each row cost, slimming heads included."""
+Escalate = Literal["auto"] | float | None
 
 
 class Engine:
     """Runs a network on batches, every image along the route that its gates choose.
 
-        engine = dynaslim.Engine(net, backend="eager")
+        engine = dynaslim.Engine(net)                  # or Engine.from_checkpoint, .from_package
         logits, routes, madds = engine(x)
+        logits, routes, madds = engine(x, budget=0.6)       # of the widest route's cost
 
     The trunk runs on the whole batch; at each gate rows are sorted into buckets by choice, and each
-    bucket runs the next segment as a dense slice of the weights. A row's answer does not depend
-    on the rows it came with, to float tolerance. Holds no state between calls.
-
-    Raises:
-        UsageError: for an unknown backend, or a network without gates.
+    bucket runs the next segment as a dense network of just its width. A row's answer does not
+    depend on the rows it came with, to float tolerance. The weights are copied: a network that is
+    trained further needs a new engine. Programs are compiled when they are first needed (`warm_up`
+    does it ahead) and kept on disk. May be called by several threads at once.
     """
 
-    def __init__(self, net: SlimNet, *, backend: str = "eager") -> None:
-        if backend not in BACKENDS:
-            raise UsageError(f"backend {backend!r}: choose from {', '.join(BACKENDS)}")
-        if not net.spec.gates:
-            raise UsageError(f"{net.spec.name} has no gates: call net(x, route) instead")
-        self.net = net
-        self.spec = net.spec
+    def __init__(
+        self,
+        net: SlimNet | Checkpoint,
+        *,
+        backend: str = "auto",
+        precision: str = "fp32",
+        calibration: Any = None,
+        **options: Any,
+    ) -> None:
+        """Make an engine of a network or of a checkpoint, which brings its budget curve.
 
-    def route_of(self, indices: Tensor) -> Route:
+        `backend` is one of `dynaslim.runtime.backends.BACKENDS` or "auto", which measures those
+        that are installed for a few seconds and takes the fastest. `precision` is fp32, bf16 or
+        int8; int8 needs `calibration`, an iterable of normalised batches (B, C, H, W). Other
+        options are the fields of `EngineOptions`.
+
+        Raises:
+            UsageError: for an unknown backend or one that is not installed, a precision that it
+                does not have, an option that makes no sense, or a network without gates.
+            RuntimeError: if the network is in training mode.
+        """
+        from dynaslim.checkpoint import Checkpoint
+        from dynaslim.runtime.network_forms import NetworkForms
+
+        made_options = EngineOptions(**options)
+        checkpoint = net if isinstance(net, Checkpoint) else Checkpoint(net)
+        made: FormSource = NetworkForms(checkpoint.net, check_precision(precision))
+        if precision == "int8":
+            from dynaslim.runtime.quantise import QuantisedForms
+
+            check(calibration is not None, "precision int8 needs calibration: batches of images")
+            made = QuantisedForms(
+                checkpoint.net, calibration, backend=backend, cache_dir=made_options.cache_dir
+            )
+        else:
+            check(calibration is None, f"calibration is for precision int8, not {precision}")
+        self._set_up(
+            made,
+            backend,
+            class_names=checkpoint.class_names,
+            preprocessing=checkpoint.preprocessing,
+            budget=checkpoint.budget,
+            options=made_options,
+        )
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, device: Any = "cpu", **options: Any) -> Engine:
+        """An engine of a checkpoint file; options as those of `Engine`.
+
+        Raises:
+            CheckpointError: as `dynaslim.read`.
+            UsageError: as `Engine`.
+        """
+        from dynaslim.checkpoint import read
+
+        return cls(read(path, device=device), **options)
+
+    @classmethod
+    def from_source(
+        cls, source: FormSource, checkpoint: Checkpoint, *, backend: str = "auto", **options: Any
+    ) -> Engine:
+        """An engine of forms that were made already, of a checkpoint's network; options as above.
+
+        Raises:
+            UsageError: as `Engine`.
+        """
+        engine = cls.__new__(cls)
+        engine._set_up(
+            source,
+            backend,
+            class_names=checkpoint.class_names,
+            preprocessing=checkpoint.preprocessing,
+            budget=checkpoint.budget,
+            options=EngineOptions(**options),
+        )
+        return engine
+
+    @classmethod
+    def from_package(cls, path: str | Path, *, backend: str = "auto", **options: Any) -> Engine:
+        """An engine of an exported package, by onnxruntime or openvino; torch is not needed.
+
+        Options as those of `Engine`, but precision and calibration, which were settled when the
+        package was made.
+
+        Raises:
+            PackageError: if a file is missing, altered, or of a newer version.
+            UsageError: if the backend does not run packages, or is not installed.
+        """
+        from dynaslim.runtime.package import open_package
+
+        package = open_package(path)
+        engine = cls.__new__(cls)
+        engine._set_up(
+            package.forms,
+            backend,
+            class_names=package.class_names,
+            preprocessing=package.preprocessing,
+            budget=package.budget,
+            options=EngineOptions(**options),
+        )
+        return engine
+
+    def _set_up(
+        self,
+        source: FormSource,
+        backend: str,
+        *,
+        class_names: tuple[str, ...] | None,
+        preprocessing: Preprocessing | None,
+        budget: Mapping[str, Any] | None,
+        options: EngineOptions,
+    ) -> None:
+        self.spec: NetSpec = source.spec
+        if not self.spec.gates:
+            raise UsageError(f"{self.spec.name} has no gates: call net(x, route) instead")
+        self.source = source
+        self.class_names = class_names
+        self.preprocessing = preprocessing
+        self.curve: BudgetCurve | None = None
+        if budget is not None:
+            self.curve = BudgetCurve.from_dict(budget)
+            self.curve.check_fits(self.spec)
+        self.latency = options.table(self.spec)
+        self.measured: dict[str, float] = {}
+        """What "auto" measured: milliseconds of a batch by backend."""
+        self._options = options
+        self._max_batch = options.max_batch
+        cache = None if options.cache_dir is None else cache_folder(source.key, options.cache_dir)
+        self._resources = Resources(options.workers or usable_cores(), cache)
+        self._started: tuple[Backend, Router] | None = None
+        self._starting = threading.Lock()
+        if backend != "auto":
+            self._start(make_backend(backend, source, self._resources))
+
+    def _start(self, backend: Backend) -> tuple[Backend, Router]:
+        router = Router(
+            self.spec,
+            backend,
+            rows_per_piece=self._options.rows_per_piece,
+            merge=partial(self.latency.merge, self.spec)
+            if self._options.merge and self.latency is not None
+            else None,
+        )
+        self._started = (backend, router)
+        return self._started
+
+    def _running(self, size: tuple[int, int] | None = None) -> tuple[Backend, Router]:
+        """Backend and router; "auto" chooses here, for the first batch's size if none was given."""
+        if self._started is not None:
+            return self._started
+        with self._starting:
+            if self._started is None:
+                asked = self._options.image_size
+                side = self._side() if asked is None else asked
+                backend, self.measured = fastest(
+                    self.source,
+                    self._resources,
+                    (side, side) if asked is not None or size is None else size,
+                    self._options.batch_size,
+                )
+                self._start(backend)
+            assert self._started is not None
+            return self._started
+
+    def _side(self) -> int:
+        """The side of images that the network is for, as far as one can tell."""
+        if self.preprocessing is not None:
+            return self.preprocessing.image_size_px
+        return 224 if self.spec.total_stride >= 32 else 32
+
+    @property
+    def backend(self) -> str:
+        """The name of the backend; "auto" has chosen when this returns."""
+        return self._running()[0].name
+
+    @property
+    def router(self) -> Router:
+        """What divides and runs the batches."""
+        return self._running()[1]
+
+    @property
+    def counts(self) -> Counts:
+        """Which programs were compiled in this process, and which were read from disk."""
+        return self._running()[0].counts
+
+    def warm_up(self, image_size: int | None = None) -> None:
+        """Compile all that routing needs for images of `image_size` pixels, before it is needed."""
+        side = self._side() if image_size is None else image_size
+        self.spec.check_image_size(side, side)
+        router = self._running((side, side))[1]
+        for form in segment_forms(self.spec):
+            router.warm_up(form, (side, side))
+
+    def route_of(self, indices: Any) -> Route:
         """The route for one row of `RoutedOutput.routes`."""
         return self.spec.route_at([int(index) for index in indices])
 
-    @torch.inference_mode()
-    def __call__(self, x: Tensor) -> RoutedOutput:
-        """Images (B, in_channels, H, W), normalised -> logits, routes and MAdds of every row.
+    def __call__(
+        self,
+        x: Any,
+        *,
+        budget: Budget | None = None,
+        shift: float | None = None,
+        escalate: Escalate = "auto",
+        max_route: Route | Sequence[int] | None = None,
+    ) -> RoutedOutput:
+        """Images (B, in_channels, H, W), normalised -> logits, routes and costs of every row.
+
+        `budget` is a share of the widest route's multiply-adds (0.6), "250M" of them or "4.5ms" as
+        means per image, or "drop=0.3" points of accuracy (see `BudgetCurve.at`); it needs a curve.
+        `shift` moves the gates' decisions by hand: positive is cheaper. `escalate` "auto" lets rows
+        run once more, along a wider route, as the curve says for the budget; a number does so for
+        rows whose margin (likeliest minus next probability) is below it, on top of the budget; None
+        never. `max_route` caps the width of every row.
 
         Raises:
-            ValueError: if x is not a batch of images that the network takes.
-            RuntimeError: if the network is in training mode.
+            UsageError (a ValueError): if x is not a batch of images that the network takes, or the
+                arguments do not fit; the engine works on.
+            ValueError: if an image has values that are not finite.
         """
-        if self.net.training:
-            raise RuntimeError("the engine needs running statistics: call net.eval() first")
-        self.net.check_input(x)
-        spec = self.spec
-        rows, gates = x.shape[0], len(spec.gates)
-        routes_BG = torch.zeros(rows, gates, dtype=torch.int64, device=x.device)
-        picks_BG = torch.zeros_like(routes_BG)
-        logits_BN = x.new_empty(rows, spec.num_classes)
-        if rows:
-            everyone = torch.arange(rows, device=x.device)
-            start = self.net.segment(0, x, 0)
-            # a bucket: the rows that share a choice, their features and their next gate's logits
-            buckets = [(everyone, start.features, start.gate_logits)]
-            for number, gate in enumerate(spec.gates, start=1):
-                arrived: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [
-                    [] for _ in gate.choices
-                ]
-                for members, features, gate_logits in buckets:
-                    assert gate_logits is not None
-                    pick = gate_logits.argmax(1)
-                    picks_BG[members, number - 1] = pick
-                    order = pick.argsort(stable=True)
-                    counts = torch.bincount(pick, minlength=len(gate.choices)).tolist()
-                    for option, part in enumerate(torch.split(order, counts)):
-                        if len(part):
-                            out = self.net.segment(number, features[part], gate.choices[option])
-                            arrived[option].append((members[part], *out))
-                buckets = [_join(parts) for parts in arrived if parts]
-            for members, logits, _ in buckets:
-                logits_BN[members] = logits.to(logits_BN.dtype)
-        for number, gate in enumerate(spec.gates):
-            choices = torch.tensor(gate.choices, device=x.device)
-            routes_BG[:, number] = choices[picks_BG[:, number]]
-        return RoutedOutput(logits_BN, routes_BG, self._madds(picks_BG, x))
+        size = check_images(x, self.spec)
+        backend, router = self._running(size)
+        decisions = make_decisions(
+            self.spec,
+            size,
+            self.curve,
+            budget=budget,
+            shift=shift,
+            escalate=escalate,
+            max_route=max_route,
+        )
+        images = backend.arrays.images(x)
+        parts = [
+            self._routed(router, images[start : start + self._max_batch], decisions, start)
+            for start in range(0, len(images), self._max_batch)
+        ] or [self._nothing()]
+        joined = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        return RoutedOutput(*(like(x, result) for result in joined))
 
-    def _madds(self, picks_BG: Tensor, x: Tensor) -> Tensor:
-        table = CostTable.from_madds(self.spec, (x.shape[2], x.shape[3]))
-        one_hot = [
-            torch.nn.functional.one_hot(picks_BG[:, g], len(gate.choices)).double()
-            for g, gate in enumerate(self.spec.gates)
-        ]
-        return table.expected(one_hot)
+    def static(self, route: Route | Sequence[int]) -> Callable[[Any], Any]:
+        """One route for all images and no gate: images (B, in_channels, H, W) -> logits (B, N).
 
+        A package runs it segment by segment, which costs a little more than one program, and only
+        along routes that its gates can take.
 
-def _join(
-    parts: list[tuple[Tensor, Tensor, Tensor | None]],
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One bucket of those that made the same choice after different ones before."""
-    if len(parts) == 1:
-        return parts[0]
-    members, features, gate_logits = zip(*parts, strict=True)
-    logits = (
-        None if gate_logits[0] is None else torch.cat([g for g in gate_logits if g is not None])
-    )
-    return torch.cat(members), torch.cat(features), logits
+        Raises:
+            UsageError: if the route is not one of the network's, or not in the package.
+        """
+        checked = self.spec.coerce_route(route)
+        if not self.source.has_modules:
+            return self._static_by_segments(checked)
+
+        def run(x: Any) -> Any:
+            size = check_images(x, self.spec)
+            backend, router = self._running(size)
+            images = backend.arrays.images(x)
+            parts = [
+                backend.arrays.host(
+                    router.static(images[start : start + self._max_batch], checked, first=start)
+                )
+                for start in range(0, len(images), self._max_batch)
+            ] or [self._nothing()[0]]
+            return like(x, parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+        return run
+
+    def _static_by_segments(self, route: Route) -> Callable[[Any], Any]:
+        indices = self.spec.segment_indices(route)[1:]
+        space = list(zip(self.spec.gates, indices, strict=True))
+        if any(index not in gate.choices for gate, index in space):
+            raise UsageError(
+                f"route {route}: is not in the package, whose gates choose among "
+                f"{', '.join(map(str, self.spec.routing_space[:4]))}"
+                f"{', ...' if len(self.spec.routing_space) > 4 else ''}"
+            )
+        path = [gate.choices.index(index) for gate, index in space]
+
+        def run(x: Any) -> Any:
+            size = check_images(x, self.spec)
+            backend, router = self._running(size)
+            images = backend.arrays.images(x)
+            parts = [
+                router.routed(
+                    images[start : start + self._max_batch],
+                    lambda gate, _, rows: np.full(len(rows), path[gate], np.int64),
+                    None,
+                    limits=path,
+                    first=start,
+                )[0]
+                for start in range(0, len(images), self._max_batch)
+            ] or [self._nothing()[0]]
+            return like(x, parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+        return run
+
+    def close(self) -> None:
+        """Let the threads go; the next call starts new ones."""
+        if self._started is not None:
+            self._started[1].close()
+
+    # -- one call -----------------------------------------------------------------------------
+
+    def _routed(
+        self, router: Router, images: Array, decisions: Decisions, start: int
+    ) -> tuple[np.ndarray, ...]:
+        logits, options, first = router.routed(
+            images, decisions.decide, decisions.again, limits=decisions.limits, first=start
+        )
+        madds, escalated = decisions.costs(options, first)
+        choices = np.stack(
+            [self._choices[g][options[:, g]] for g in range(len(self._choices))], axis=1
+        )
+        return logits, choices, madds, escalated
+
+    @cached_property
+    def _choices(self) -> list[np.ndarray]:
+        return [np.array(gate.choices) for gate in self.spec.gates]
+
+    def _nothing(self) -> tuple[np.ndarray, ...]:
+        return (
+            np.empty((0, self.spec.num_classes), np.float32),
+            np.empty((0, len(self.spec.gates)), np.int64),
+            np.empty(0),
+            np.empty(0, bool),
+        )

@@ -9,6 +9,7 @@ exported like any other module.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -105,13 +106,22 @@ def extract(net: SlimNet, route: Route) -> nn.Sequential:
 
 
 def extract_segment(
-    net: SlimNet, number: int, before: int, choice: int, *, decide: bool = True
+    net: SlimNet,
+    number: int,
+    before: int,
+    choice: int,
+    *,
+    decide: bool = True,
+    shared: dict[Any, list[nn.Module]] | None = None,
 ) -> nn.Sequential:
     """Segment `number` at width index `choice`, behind one at `before`, as a plain module.
 
     Takes what the segment before gives; segment 0 takes images, and ignores `before`. Gives
     (features, logits (B, K) of the next gate), without `decide` the features alone; the last
     segment gives class logits. Equal to `net.segment` to float tolerance.
+
+    The forms of a segment that differ in `before` alone differ in their first layers alone: those
+    that are made with one dict `shared` have all others, and their memory, in common.
 
     Raises:
         UsageError: if there is no such segment.
@@ -124,23 +134,36 @@ def extract_segment(
     for index in (before, choice):
         if index != LARGEST and not 0 <= index < spec.num_widths:
             raise UsageError(f"width index {index}: {spec.name} has 0 to {spec.num_widths - 1}")
+    if number == 0:
+        entry, channels, slot, done = [], spec.in_channels, -1, 0
+    else:  # the front of its first block was the segment before's
+        start = spec.gated_stages[number - 1]
+        first, arriving = _blocks(net, start)[0], spec.width(start - 1, before)
+        width = spec.width(start, choice)
+        inner = _inner_channels(first, arriving.slot, arriving.channels)
+        entry, done = _back(first, inner, arriving.channels, width.slot), 1
+        channels, slot = width.channels, width.slot
+    key = (number, choice, decide)
+    rest = None if shared is None else shared.get(key)
+    if rest is None:
+        rest = _rest(net, number, choice, channels, slot, done, decide=decide)
+        if shared is not None:
+            shared[key] = rest
+    return nn.Sequential(*entry, *rest).eval().requires_grad_(False)
+
+
+def _rest(
+    net: SlimNet, number: int, choice: int, channels: int, slot: int, done: int, *, decide: bool
+) -> list[nn.Module]:
+    """A segment from behind the `done` blocks of its first stage to its end."""
+    spec = net.spec
     starts = (0, *spec.gated_stages, len(spec.stages))
     start, stop = starts[number], starts[number + 1]
     layers: list[nn.Module] = []
-    slot = channels = -1
-    if number == 0:
-        channels = spec.in_channels
-    else:
-        width = spec.width(start - 1, before)
-        slot, channels = width.slot, width.channels
     for stage in range(start, stop):
         width = spec.width(stage, choice)
-        for index, block in enumerate(_blocks(net, stage)):
-            if number > 0 and stage == start and index == 0:
-                inner = _inner_channels(block, slot, channels)  # its front was the segment before's
-                layers += _back(block, inner, channels, width.slot)
-            else:
-                layers += _whole(block, channels, slot, width.slot)
+        for block in _blocks(net, stage)[done if stage == start else 0 :]:
+            layers += _whole(block, channels, slot, width.slot)
             slot, channels = width.slot, width.channels
     if stop == len(spec.stages):
         layers.append(PlainHead(net.classifier, channels))
@@ -150,7 +173,7 @@ def extract_segment(
         assert block.gate is not None
         inner = _inner_channels(block, slot, channels)
         layers.append(PlainGate(block.gate, inner, decides=decide))
-    return nn.Sequential(*layers).eval().requires_grad_(False)
+    return layers
 
 
 def _blocks(net: SlimNet, stage: int) -> list[Block]:

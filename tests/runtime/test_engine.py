@@ -1,113 +1,728 @@
-from concurrent.futures import ThreadPoolExecutor
+"""Routed inference: every row answered as if it had come alone, along the route that it took."""
 
+import dataclasses
+import itertools
+from functools import cache
+
+import numpy as np
 import pytest
 import torch
-from helpers import ZOO_NAMES, lively, micro_spec, noise
+from helpers import (
+    ZOO_NAMES,
+    assert_rows_close,
+    for_backends,
+    lively,
+    lively_net,
+    micro_spec,
+    noise,
+    row_by_row,
+)
 
+import dynaslim
 from dynaslim import Engine
-from dynaslim.cost import madds
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.cost import CostTable, madds
 from dynaslim.errors import UsageError
 from dynaslim.nn import argmax_one_hot
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, margins
 from dynaslim.spec import NetSpec, StageSpec
-from dynaslim.zoo import ZOO
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EVERY_BACKEND = ("eager", "onnxruntime", "openvino")
 
 
-def _close(a, b):
-    scale = b.abs().max()
-    torch.testing.assert_close(a / scale, b / scale, atol=2e-5, rtol=0)
+@cache
+def engine_of(name, backend, workers=2):
+    """Shared, as engines are meant to be; programs go to the cache of this session."""
+    return Engine(lively_net(name), backend=backend, workers=workers)
 
 
+@cache
+def gated(name, rows):
+    """Rows with the routes that their gates choose and the answers of each alone, by the network.
+
+    Rows that a gate is all but undecided about are left out: rounding may send them either way.
+    """
+    net, gaps = lively_net(name), []
+
+    def choose(logits, _):
+        best = logits.topk(2, dim=1).values
+        gaps.append(best[:, 0] - best[:, 1])
+        return argmax_one_hot(logits)
+
+    x = noise(net.spec, 2 * rows + 10)
+    with torch.inference_mode():
+        gates = net.forward_gated(x, choose).gates
+    picked = [g.argmax(1) for g in gates]
+    indices = torch.stack([torch.tensor(g.choices)[p] for g, p in zip(net.spec.gates, picked)], 1)
+    clear = (torch.stack(gaps).amin(0) > 0.2).nonzero().flatten()[:rows]
+    assert len(clear) == rows
+    x, indices = x[clear], indices[clear]
+    routes = [net.spec.route_at(row) for row in indices.tolist()]
+    assert len(set(routes)) >= 3, "the test needs rows that take different routes"
+    logits = row_by_row(net, x, routes)
+    with torch.inference_mode():
+        elsewhere = net(x, net.spec.routes[1])
+    others = torch.tensor([route != net.spec.routes[1] for route in routes])
+    apart = (logits - elsewhere).abs().amax(1)[others] / logits.abs().max()
+    assert apart.min() > 2e-3, "the test needs routes that give different answers"
+    return x, indices, routes, logits
+
+
+@cache
+def every_path(rows=33, size=(32, 32)):
+    """Rows for the micro network and what it answers for each along every path of its gates."""
+    net = lively_net("micro")
+    x = noise(net.spec, rows, image_size=max(size))[:, :, : size[0], : size[1]].contiguous()
+    paths = list(itertools.product(*(range(len(gate.choices)) for gate in net.spec.gates)))
+    answers = {
+        path: row_by_row(net, x, [net.spec.route_at(_indices(net.spec, path))] * rows)
+        for path in paths
+    }
+    return x, answers
+
+
+def _indices(spec, path):
+    return [gate.choices[option] for gate, option in zip(spec.gates, path, strict=True)]
+
+
+def _paths(spec, routes):
+    """Options of every row, from width indices."""
+    return [
+        tuple(gate.choices.index(i) for gate, i in zip(spec.gates, row, strict=True))
+        for row in np.asarray(routes).tolist()
+    ]
+
+
+def _forced(engine, x, options):
+    """Run rows along chosen options."""
+    images = engine._running()[0].arrays.images(x)
+    return engine.router.routed(images, lambda gate, _, rows: options[rows, gate], None)
+
+
+# -- routed equals static, row by row -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@for_backends(*EVERY_BACKEND)
 @pytest.mark.parametrize("name", ZOO_NAMES)
-def test_routed_equals_one_at_a_time_static_and_gated(name):
-    spec = ZOO[name].replace(num_classes=10)
-    engine = Engine(lively(spec))
-    x = noise(spec, 15)
+def test_every_row_is_answered_as_if_alone(name, backend, workers):
+    engine = engine_of(name, backend, workers)
+    x, indices, routes, expected = gated(name, 7 if name == "ds_resnet50" else 15)
+    out = engine(x)
+    assert out.routes.tolist() == indices.tolist()
+    assert_rows_close(out.logits, expected, 5e-5)
+    assert [engine.route_of(row) for row in out.routes] == routes
+    size = x.shape[-1]
+    cost = [madds(engine.spec, route, size, slimming_heads=True) for route in routes]
+    assert out.madds.tolist() == cost
+    assert not out.escalated.any()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 33])
+@pytest.mark.parametrize("workers", [1, 2])
+@for_backends(*EVERY_BACKEND)
+def test_any_number_of_rows(backend, workers, rows):
+    engine = engine_of("micro", backend, workers)
+    x, indices, _, expected = gated("micro", 33)
+    for start in (0, 33 - rows):
+        some = slice(start, start + rows)
+        out = engine(x[some])
+        assert out.routes.tolist() == indices[some].tolist()
+        assert_rows_close(out.logits, expected[some])
+
+
+def test_rows_do_not_depend_on_their_order():
+    engine = engine_of("micro", "eager")
+    x, indices, _, expected = gated("micro", 33)
+    order = torch.randperm(33, generator=torch.Generator().manual_seed(3))
+    out = engine(x[order])
+    assert out.routes.tolist() == indices[order].tolist()
+    assert_rows_close(out.logits, expected[order])
+
+
+def _mixes(spec):
+    """Options (33, G): one path for all, each in turn, two of them, at random."""
+    rng = np.random.default_rng(0)
+    paths = np.array(list(itertools.product(*(range(len(gate.choices)) for gate in spec.gates))))
+    for path in paths:
+        yield np.tile(path, (33, 1))
+    yield paths[np.arange(33) % len(paths)]
+    yield paths[-1 - np.arange(33) % len(paths)]
+    for first, second in itertools.pairwise(range(len(paths))):  # most buckets empty
+        yield paths[np.where(np.arange(33) == 17, first, second)]
+    for _ in range(5):
+        yield paths[rng.integers(0, len(paths), 33)]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@for_backends(*EVERY_BACKEND)
+def test_any_mix_of_routes(backend, workers):
+    engine = engine_of("micro", backend, workers)
+    x, answers = every_path()
+    for options in _mixes(engine.spec):
+        logits, last, first = _forced(engine, x, options)
+        assert last.tolist() == first.tolist() == options.tolist()
+        expected = [answers[tuple(path)][b] for b, path in enumerate(options.tolist())]
+        assert_rows_close(logits, torch.stack(expected))
+
+
+def test_any_mix_of_routes_through_four_gates():
+    engine = engine_of("ds_resnet50", "eager")
+    spec, rows = engine.spec, 9
+    x = noise(spec, rows)
+    options = np.random.default_rng(0).integers(0, 4, (rows, 4))
+    logits, _, _ = _forced(engine, x, options)
+    routes = [spec.route_at(_indices(spec, path)) for path in options.tolist()]
+    assert_rows_close(logits, row_by_row(lively_net("ds_resnet50"), x, routes), 5e-5)
+
+
+@for_backends(*EVERY_BACKEND)
+def test_images_of_several_sizes_through_one_engine(backend):
+    engine = engine_of("micro", backend)
+    for size in ((32, 32), (20, 36), (40, 24), (4, 4), (32, 32)):
+        x, answers = every_path(11, size)
+        out = engine(x)
+        paths = _paths(engine.spec, out.routes)
+        expected = torch.stack([answers[path][b] for b, path in enumerate(paths)])
+        assert_rows_close(out.logits, expected)
+        assert out.madds.tolist() == [
+            CostTable.from_madds(engine.spec, size).route_cost(path) for path in paths
+        ]
+        alone = torch.cat([engine(x[b : b + 1]).routes for b in range(11)])
+        assert out.routes.tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("name", ["ds_mbnet_tiny", "ds_resnet_cifar"])
+def test_images_that_no_stride_divides(name):
+    engine = engine_of(name, "eager")
+    x = noise(engine.spec, 5, image_size=45)[:, :, :, :37]
     out = engine(x)
     routes = [engine.route_of(row) for row in out.routes]
-    assert len(set(routes)) >= 3, "the test needs rows that take different routes"
-    one_by_one = [engine(x[b : b + 1]) for b in range(len(x))]
-    assert torch.equal(out.routes, torch.cat([one.routes for one in one_by_one]))
-    _close(out.logits, torch.cat([one.logits for one in one_by_one]))
-    with torch.inference_mode():
-        _close(
-            out.logits,
-            torch.cat([engine.net(x[b : b + 1], route) for b, route in enumerate(routes)]),
-        )
-        gated = engine.net.forward_gated(x, lambda logits, _: argmax_one_hot(logits))
-    _close(out.logits, gated.logits)
-    for number, gate in enumerate(spec.gates):
-        picked = torch.tensor(gate.choices)[gated.gates[number].argmax(1)]
-        assert torch.equal(out.routes[:, number], picked)
+    assert_rows_close(out.logits, row_by_row(lively_net(name), x, routes), 5e-5)
+    assert_rows_close(engine.static(routes[0])(x[:1]), out.logits[:1], 5e-5)
 
 
-@pytest.mark.parametrize("name", ZOO_NAMES)
-def test_madds_are_those_of_the_route_taken(name):
-    spec = ZOO[name].replace(num_classes=10)
-    engine = Engine(lively(spec))
-    out = engine(noise(spec, 7))
-    size = max(32, spec.total_stride)
-    expected = [madds(spec, engine.route_of(row), size, slimming_heads=True) for row in out.routes]
-    assert out.madds.tolist() == expected
+# -- what a caller can ask for --------------------------------------------------------------------
 
 
-def test_rows_do_not_depend_on_their_company():
+@pytest.mark.parametrize("name", ["micro", "ds_mbnet_tiny", "ds_mobilenet_v2", "ds_resnet50"])
+def test_a_large_shift_sends_all_rows_one_way(name):
+    engine = engine_of(name, "eager")
+    x = noise(engine.spec, 5)
+    for shift, route in ((1e9, engine.spec.cheapest_choice), (-1e9, engine.spec.widest_choice)):
+        out = engine(x, shift=shift)
+        assert {engine.route_of(row) for row in out.routes} == {route}
+        assert_rows_close(out.logits, row_by_row(lively_net(name), x, [route] * 5), 5e-5)
+    assert engine(x, shift=0.0).routes.tolist() == engine(x).routes.tolist()
+
+
+@pytest.mark.parametrize("name", ["ds_mbnet", "ds_mbnet_tiny"])
+def test_cost_of_every_row_falls_with_the_shift(name):
+    engine = engine_of(name, "eager")
+    x, _, routes, _ = gated(name, 15)
+    costs = [engine(x, shift=shift).madds for shift in (-50, -8, -2, 0, 1, 3, 8, 50)]
+    for cheaper, wider in itertools.pairwise(reversed(costs)):
+        assert (cheaper <= wider).all()
+    assert len({cost.sum().item() for cost in costs}) > 4
+    own = [madds(engine.spec, route, x.shape[-1], slimming_heads=True) for route in routes]
+    assert costs[3].tolist() == own
+
+
+@for_backends(*EVERY_BACKEND)
+@pytest.mark.parametrize("name", ["micro", "ds_resnet_cifar"])
+def test_static_is_one_route_for_all(name, backend):
+    engine = engine_of(name, backend)
+    spec, net = engine.spec, lively_net(name)
+    x = noise(spec, 6)
+    for route in {spec.smallest, spec.routes[1], spec.widest_choice, spec.largest}:
+        run = engine.static(route)
+        expected = row_by_row(net, x, [route] * 6)
+        assert_rows_close(run(x), expected, 5e-5)
+        assert_rows_close(engine.static(list(route.widths))(x[:1]), expected[:1], 5e-5)
+    assert run(x[:0]).shape == (0, spec.num_classes)
+    assert isinstance(run(x.numpy()), np.ndarray)
+    with pytest.raises(UsageError, match="stages, a route has one width for each"):
+        engine.static((1, 2))
+
+
+def test_static_splits_large_batches():
+    engine = Engine(lively_net("micro"), backend="eager", max_batch=5)
+    x, answers = every_path()
+    assert_rows_close(engine.static(engine.spec.cheapest_choice)(x), answers[0, 0])
+
+
+@for_backends("onnxruntime", "openvino")
+def test_static_without_programs_of_whole_routes(backend, monkeypatch):
+    """As an engine of a package runs it."""
+    from dynaslim.runtime.network_forms import NetworkForms
+
+    monkeypatch.setattr(NetworkForms, "has_modules", False)
     spec = micro_spec()
-    engine = Engine(lively(spec))
-    x = noise(spec, 32)
+    engine = Engine(lively_net("micro"), backend=backend, max_batch=5)
+    x, answers = every_path()
+    for path in ((0, 1), (1, 0)):
+        run = engine.static(spec.route_at(_indices(spec, path)))
+        assert_rows_close(run(x), answers[path])
+    with pytest.raises(UsageError, match="is not in the package"):
+        engine.static(spec.largest)
+
+
+@for_backends(*EVERY_BACKEND)
+def test_answers_come_as_the_images_did(backend):
+    engine = engine_of("micro", backend)
+    x, indices, _, expected = gated("micro", 33)
+    kinds = {"logits": "float32", "routes": "int64", "madds": "float64", "escalated": "bool"}
+    for images, kind in ((x, torch.Tensor), (x.numpy(), np.ndarray)):
+        out = engine(images)
+        for field, dtype in kinds.items():
+            value = getattr(out, field)
+            assert isinstance(value, kind)
+            assert str(value.dtype).removeprefix("torch.") == dtype
+        logits, routes, cost = out
+        assert logits is out.logits
+        assert routes is out.routes
+        assert cost is out.madds
+        assert_rows_close(logits, expected)
+        nothing = engine(images[:0])
+        assert [tuple(getattr(nothing, field).shape) for field in kinds] == [
+            (0, 5),
+            (0, 2),
+            (0,),
+            (0,),
+        ]
+        assert isinstance(nothing.logits, kind)
+        assert engine(images, shift=1e9).routes.tolist() == [[0, 0]] * 33
+
+
+@for_backends(*EVERY_BACKEND)
+def test_images_may_lie_in_memory_as_they_like(backend):
+    engine = engine_of("micro", backend)
+    x, indices, _, expected = gated("micro", 33)
+    plain, before = x.numpy(), x.clone()
+    read_only = plain.copy()
+    read_only.setflags(write=False)
+    many = {
+        "reversed": np.ascontiguousarray(plain[::-1, :, ::-1])[::-1, :, ::-1],
+        "by columns": np.asfortranarray(plain),
+        "read only": read_only,
+        "double": plain.astype(np.float64),
+        "big endian": plain.astype(">f4"),
+        "every other": np.repeat(plain, 2, axis=0)[::2],
+        "channels last": x.contiguous(memory_format=torch.channels_last),
+        "expanded": x[:, :, None].expand(-1, -1, 2, -1, -1)[:, :, 1],
+        "with gradient": x.clone().requires_grad_(),
+        "double tensor": x.double(),
+    }
+    for what, images in many.items():
+        out = engine(images)
+        assert out.routes.tolist() == indices.tolist(), what
+        assert_rows_close(out.logits, expected)
+    assert torch.equal(x, before), "the images must stay as they are"
+    half = plain.astype(np.float16)
+    assert_rows_close(
+        engine(half, shift=1e9).logits, engine(half.astype(np.float32), shift=1e9).logits
+    )
+
+
+@for_backends(*EVERY_BACKEND)
+def test_answers_outlive_the_next_call(backend):
+    engine = engine_of("micro", backend)
+    x, _, _, expected = gated("micro", 33)
+    out, static = engine(x), engine.static(engine.spec.smallest)(x)
+    kept = [value.clone() for value in (out.logits, out.routes, out.madds, static)]
+    engine(-x)
+    engine.static(engine.spec.smallest)(-x)
+    for value, before in zip((out.logits, out.routes, out.madds, static), kept, strict=True):
+        assert torch.equal(value, before)
+
+
+@for_backends(*EVERY_BACKEND)
+def test_batches_above_the_limit_are_split(backend):
+    x, indices, _, expected = gated("micro", 33)
+    engine = Engine(lively_net("micro"), backend=backend, max_batch=5)
     out = engine(x)
-    order = torch.randperm(32, generator=torch.Generator().manual_seed(3))
-    shuffled = engine(x[order])
-    assert torch.equal(shuffled.routes, out.routes[order])
-    _close(shuffled.logits, out.logits[order])
+    assert out.routes.tolist() == indices.tolist()
+    assert_rows_close(out.logits, expected)
+    assert out.madds.tolist() == engine_of("micro", backend)(x).madds.tolist()
+    assert isinstance(engine(x.numpy()).madds, np.ndarray)
 
 
-def test_all_rows_on_one_route():
-    spec = micro_spec()
-    engine = Engine(lively(spec))
-    x = noise(spec, 1).repeat(5, 1, 1, 1)
-    out = engine(x)
-    assert len(out.routes.unique(dim=0)) == 1
-    with torch.inference_mode():
-        _close(out.logits, engine.net(x, engine.route_of(out.routes[0])))
+@pytest.mark.parametrize("piece", [1, 2, 5, 100])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_size_of_pieces_changes_no_answer(workers, piece):
+    x, indices, _, expected = gated("micro", 33)
+    engine = Engine(lively_net("micro"), backend="eager", workers=workers, rows_per_piece=piece)
+    for _ in range(3):  # plans follow what was measured
+        out = engine(x)
+        assert out.routes.tolist() == indices.tolist()
+        assert_rows_close(out.logits, expected)
 
 
-def test_empty_batch():
-    engine = Engine(lively(micro_spec()))
-    out = engine(torch.empty(0, 3, 32, 32))
-    assert out.logits.shape == (0, 5)
-    assert out.routes.shape == (0, 2)
-    assert out.madds.shape == (0,)
+def test_inside_and_outside_of_inference_mode():
+    x, _, _, expected = gated("micro", 33)
+    for workers in (1, 2):
+        engine = Engine(lively_net("micro"), backend="eager", workers=workers)
+        with torch.inference_mode():
+            assert_rows_close(engine(x[:3]).logits.clone(), expected[:3])
+        assert_rows_close(engine(x).logits, expected)
+        with torch.inference_mode():
+            assert_rows_close(engine(x.clone()).logits.clone(), expected)
+        assert not engine(x).logits.requires_grad
 
 
-def test_concurrent_callers():
-    spec = micro_spec()
-    engine = Engine(lively(spec))
-    batches = [noise(spec, 9, seed=seed) for seed in range(8)]
-    alone = [engine(x).logits for x in batches]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(lambda x: engine(x).logits, batches))
-    for a, b in zip(together, alone, strict=True):
-        _close(a, b)
-
-
-def test_wrong_input_leaves_a_working_engine():
-    spec = micro_spec()
-    engine = Engine(lively(spec))
-    x = noise(spec, 3)
-    before = engine(x).logits
-    with pytest.raises(ValueError, match="micro takes"):
-        engine(torch.zeros(3, 1, 32, 32))
-    with pytest.raises(ValueError, match="1x1 px"):
-        engine(torch.zeros(3, 3, 1, 1))
-    assert torch.equal(engine(x).logits, before)
-
-
-def test_refusals():
+def test_the_network_may_change_later():
+    x, indices, _, expected = gated("micro", 33)
     net = lively(micro_spec())
-    with pytest.raises(UsageError, match="backend 'tpu': choose from eager"):
+    engine = Engine(net, backend="eager")
+    engine(x[:1])
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(1.5)
+    net.train()
+    out = engine(x)  # forms that are made only now
+    assert out.routes.tolist() == indices.tolist()
+    assert_rows_close(out.logits, expected)
+    changed = Engine(net.eval(), backend="eager")(x)
+    assert (changed.logits - out.logits).abs().max() > out.logits.abs().max()
+
+
+def test_warm_up_leaves_nothing_to_compile():
+    engine = Engine(lively_net("micro"), backend="onnxruntime", workers=2, cache_dir=None)
+    engine.warm_up(32)
+    compiled = list(engine.counts.compiled)
+    assert len(compiled) == len(set(compiled)) == 2 * (1 + 2 + 2 * 3)
+    x, _ = every_path()
+    for options in _mixes(engine.spec):
+        _forced(engine, x, options)
+    assert engine.counts.compiled == compiled
+    with pytest.raises(UsageError, match="at least 4 px"):
+        engine.warm_up(2)
+
+
+def test_engine_of_a_checkpoint_file(tmp_path):
+    x, indices, _, expected = gated("micro", 33)
+    names = tuple("abcde")
+    dynaslim.save(tmp_path / "c.safetensors", Checkpoint(lively_net("micro"), class_names=names))
+    engine = Engine.from_checkpoint(tmp_path / "c.safetensors", backend="eager", workers=1)
+    assert engine.class_names == names
+    assert engine.spec == micro_spec()
+    out = engine(x)
+    assert out.routes.tolist() == indices.tolist()
+    assert_rows_close(out.logits, expected)
+
+
+# -- escalation and caps --------------------------------------------------------------------------
+
+
+def _after_escalation(engine, x, first, who, target):
+    """Routes, costs and answers when rows `who` run once more along `target`."""
+    spec = engine.spec
+    table = CostTable.from_madds(spec, tuple(x.shape[2:]))
+    paths, routes, cost = _paths(spec, first.routes), first.routes.clone(), []
+    for b, path in enumerate(paths):
+        cost.append(table.route_cost(path))
+        if who[b]:
+            routes[b] = torch.tensor(_indices(spec, target))
+            cost[b] += table.route_cost(target) - table.segments[0][0][0]
+    taken = [engine.route_of(row) for row in routes]
+    return routes, cost, row_by_row(lively_net(spec.name), x, taken)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [("micro", "eager"), ("micro", "onnxruntime"), ("micro", "openvino"), ("ds_resnet50", "eager")],
+)
+def test_all_rows_that_can_escalate(name, backend):
+    if backend != "eager":
+        pytest.importorskip(backend)
+    engine = engine_of(name, backend)
+    x = noise(engine.spec, 33 if name == "micro" else 7)
+    first = engine(x, shift=0.0)
+    widest = tuple(len(gate.choices) - 1 for gate in engine.spec.gates)
+    who = [path != widest for path in _paths(engine.spec, first.routes)]
+    out = engine(x, escalate=1.0)
+    routes, cost, expected = _after_escalation(engine, x, first, who, widest)
+    assert out.escalated.tolist() == who
+    assert out.routes.tolist() == routes.tolist()
+    assert out.madds.tolist() == pytest.approx(cost, rel=1e-12)
+    assert_rows_close(out.logits, expected, 5e-5)
+
+
+def test_only_unsure_rows_escalate():
+    engine = engine_of("micro", "eager")
+    x, _, _, _ = gated("micro", 33)
+    first = engine(x)
+    margins_B = margins(first.logits.numpy())
+    tau = float(np.median(margins_B))
+    who = [
+        path != (1, 2) and margin < tau
+        for path, margin in zip(_paths(engine.spec, first.routes), margins_B, strict=True)
+    ]
+    assert 3 < sum(who) < 30
+    out = engine(x, escalate=tau)
+    routes, cost, expected = _after_escalation(engine, x, first, who, (1, 2))
+    assert out.escalated.tolist() == who
+    assert out.routes.tolist() == routes.tolist()
+    assert out.madds.tolist() == pytest.approx(cost, rel=1e-12)
+    assert_rows_close(out.logits, expected)
+    for none in (0, 0.0, None, "auto"):  # "auto" follows a budget, and there is none
+        same = engine(x, escalate=none)
+        assert not same.escalated.any()
+        assert same.routes.tolist() == first.routes.tolist()
+        assert same.madds.tolist() == first.madds.tolist()
+
+
+def test_escalation_stays_below_the_cap():
+    engine = engine_of("micro", "eager")
+    x, _, _, _ = gated("micro", 33)
+    cap = engine.spec.route_at(_indices(engine.spec, (1, 1)))
+    first = engine(x, max_route=cap)
+    who = [path not in ((1, 1),) for path in _paths(engine.spec, first.routes)]
+    out = engine(x, escalate=1.0, max_route=cap)
+    routes, cost, expected = _after_escalation(engine, x, first, who, (1, 1))
+    assert out.escalated.tolist() == who
+    assert any(who)
+    assert out.routes.tolist() == routes.tolist()
+    assert out.madds.tolist() == pytest.approx(cost, rel=1e-12)
+    assert_rows_close(out.logits, expected)
+
+
+@pytest.mark.parametrize("name", ["ds_mbnet_tiny", "ds_mobilenet_v2", "ds_resnet50"])
+def test_no_row_is_wider_than_the_cap(name):
+    engine = engine_of(name, "eager")
+    spec, net = engine.spec, lively_net(name)
+    gates = len(spec.gates)
+    x = noise(spec, 7)
+    own = engine(x).routes
+    for limits in {(1,) * gates, (3,) * gates, (0,) * gates, (2, *(0,) * (gates - 1))}:
+        cap = spec.route_at(limits)
+        for arguments in ({}, {"shift": -1e9}, {"shift": 3.0}, {"escalate": 1.0}):
+            out = engine(x, max_route=cap, **arguments)
+            assert (out.routes <= torch.tensor(limits)).all()
+            taken = [engine.route_of(row) for row in out.routes]
+            assert_rows_close(out.logits, row_by_row(net, x, taken), 5e-5)
+            if arguments.get("shift") == -1e9 or "escalate" in arguments:
+                assert set(taken) == {cap}
+            if gates == 1 and not arguments:
+                under = own <= torch.tensor(limits)
+                assert out.routes[under].tolist() == own[under].tolist()
+    assert engine(x, max_route=spec.largest).routes.tolist() == own.tolist()
+
+
+def test_cap_below_all_that_the_gate_can_choose():
+    spec = micro_spec().with_choices((1, 2), (1, 2))
+    engine = Engine(lively(spec), backend="eager")
+    x = noise(spec, 3)
+    with pytest.raises(UsageError, match=r"below the cheapest route of the gates, 4-8-8"):
+        engine(x, max_route=spec.smallest)
+    assert {tuple(row) for row in engine(x, max_route=spec.routes[1]).routes.tolist()} == {(1, 1)}
+    with pytest.raises(UsageError, match="stages, a route has one width for each"):
+        engine(x, max_route=(4, 4))
+
+
+# -- budgets --------------------------------------------------------------------------------------
+
+
+def _point(engine, x, shift, top1, tau=None):
+    out = engine(x, shift=shift, escalate=tau)
+    target = tuple(len(gate.choices) - 1 for gate in engine.spec.gates)
+    widest = CostTable.from_madds(engine.spec, 32).widest_cost
+    return BudgetPoint(
+        shift=shift,
+        tau=tau,
+        escalate_to=None if tau is None else target,
+        madds=out.madds.mean().item(),
+        share=out.madds.mean().item() / widest,
+        ms=None,
+        top1=top1,
+        escalated=out.escalated.double().mean().item(),
+    )
+
+
+@cache
+def with_curve():
+    """An engine of a checkpoint whose curve was taken from the very rows it is tried on."""
+    plain = engine_of("micro", "eager")
+    x, _, _, _ = gated("micro", 33)
+    shifts = (1e6, 40.0, 10.0, 2.0, -5.0, -1e6)
+    gate = [_point(plain, x, shift, 0.5 + 0.05 * n) for n, shift in enumerate(shifts)]
+    taus = np.quantile(margins(plain(x, shift=1e6).logits.numpy()), (0.1, 0.5)).tolist()
+    more = [_point(plain, x, 1e6, 0.9, tau) for tau in taus]
+    points = sorted([gate[0], *more], key=lambda point: point.madds)
+    points = [dataclasses.replace(p, top1=0.6 + 0.1 * n) for n, p in enumerate(points)]
+    table = CostTable.from_madds(plain.spec, 32)
+    curve = BudgetCurve(
+        image_size_px=32,
+        images=33,
+        widest_madds=table.widest_cost,
+        widest_ms=None,
+        widest_top1=0.8,
+        cheapest_madds=table.route_cost((0, 0)),
+        cheapest_ms=None,
+        cheapest_top1=0.5,
+        points=tuple(points),
+        gate_points=tuple(gate),
+    )
+    checkpoint = Checkpoint(lively_net("micro"), budget=curve.to_dict())
+    return Engine(checkpoint, backend="eager"), x, curve
+
+
+def test_mean_cost_follows_the_budget():
+    engine, x, curve = with_curve()
+    widest = curve.widest_madds
+    for escalate in ("auto", None):
+        means = []
+        for budget in np.linspace(0.65, 1, 18):
+            mean = engine(x, budget=float(budget), escalate=escalate).madds.mean().item()
+            cheapest = min(point.madds for point in curve.gate_points)
+            assert mean <= max(budget * widest, cheapest) * (1 + 1e-9)
+            means.append(mean)
+        assert means == sorted(means)
+        assert len(set(means)) >= 3
+    millions = f"{curve.gate_points[2].madds / 1e6:.12f}M"
+    assert engine(x, budget=millions, escalate=None).madds.mean().item() == pytest.approx(
+        curve.gate_points[2].madds
+    )
+
+
+def test_a_budget_is_its_points_shift_and_escalation():
+    engine, x, curve = with_curve()
+    for point in (*curve.points, *curve.gate_points):
+        by_point = engine(x, budget=point)
+        by_hand = engine(x, shift=point.shift, escalate=point.tau)
+        for field in ("routes", "madds", "escalated"):
+            assert getattr(by_point, field).tolist() == getattr(by_hand, field).tolist()
+        assert by_point.madds.mean().item() == pytest.approx(point.madds)
+        assert by_point.escalated.double().mean().item() == point.escalated
+    assert any(point.escalated > 0 for point in curve.points)
+    assert not engine(x, budget=1.0, escalate=None).escalated.any()
+    # a margin of one's own goes on top of the gate's budget
+    on_top = engine(x, budget=0.75, escalate=1.0)
+    assert {engine.route_of(row) for row in on_top.routes} == {engine.spec.widest_choice}
+
+
+def test_refused_budgets():
+    engine, x, _ = with_curve()
+    expected = engine(x).logits
+    for budget, message in (
+        ("4.5ms", "has no milliseconds"),
+        ("drop=-1", "give a share"),
+        (1.5, "give a share"),
+        (0, "give a share"),
+        ("cheap", "give a share"),
+        (True, "give a share"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            engine(x, budget=budget)
+    with pytest.raises(UsageError, match="a budget or a shift, not both"):
+        engine(x, budget=0.5, shift=0.0)
+    for escalate in (1.5, -0.1, float("nan"), "always"):
+        with pytest.raises(UsageError, match="a margin from 0 to 1"):
+            engine(x, escalate=escalate)
+    for shift in (float("nan"), float("inf")):
+        with pytest.raises(UsageError, match="must be finite"):
+            engine(x, shift=shift)
+    with pytest.raises(UsageError, match="dynaslim calibrate-budget"):
+        engine_of("micro", "eager")(x, budget=0.5)
+    assert_rows_close(engine(x).logits, expected)
+
+
+def test_a_curve_of_another_network():
+    _, _, curve = with_curve()
+    budget = dataclasses.replace(curve, widest_madds=curve.widest_madds * 2).to_dict()
+    for point in (p for name in ("points", "gate_points") for p in budget[name]):
+        point["share"] /= 2
+    with pytest.raises(UsageError, match="widest route costs"):
+        Engine(Checkpoint(lively_net("micro"), budget=budget), backend="eager")
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def _with(x, row, value):
+    x = x.clone()
+    x[row, 1, 2, 3] = value
+    return x
+
+
+BAD = {
+    "one image": (lambda x: x[0], "shape"),
+    "channels": (lambda x: x[:, :1], "micro takes"),
+    "no channels": (lambda x: x[:, 0], "micro takes"),
+    "bytes": (lambda x: x.byte(), "floating point"),
+    "integers in numpy": (lambda x: x.numpy().astype(np.int64), "floating point"),
+    "complex": (lambda x: x.numpy().astype(np.complex64), "floating point"),
+    "a list": (lambda x: x.tolist(), "give a numpy array or a tensor"),
+    "nothing": (lambda x: None, "give a numpy array or a tensor"),
+    "a number": (lambda x: np.float32(1), "give a numpy array or a tensor"),
+    "no dimensions": (lambda x: np.zeros(()), "shape"),
+    "not a number": (lambda x: _with(x, 5, torch.nan), "row 5 has values that are not finite"),
+    "infinity": (lambda x: _with(x, 0, torch.inf), "row 0 has"),
+    "minus infinity in numpy": (lambda x: _with(x, 32, -torch.inf).numpy(), "row 32 has"),
+    "both infinities": (lambda x: _with(_with(x, 7, torch.inf), 7, -torch.inf), "row 7 has"),
+    "too narrow": (lambda x: x[:, :, :, :3], "32x3 px"),
+    "too low": (lambda x: x[:, :, :1], "1x32 px"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+@for_backends(*EVERY_BACKEND)
+def test_bad_images_leave_a_working_engine(backend, what):
+    change, message = BAD[what]
+    engine = engine_of("micro", backend)
+    x, indices, _, expected = gated("micro", 33)
+    with pytest.raises(ValueError, match=message):
+        engine(change(x))
+    with pytest.raises(ValueError, match=message):
+        engine.static(engine.spec.smallest)(change(x))
+    out = engine(x)
+    assert out.routes.tolist() == indices.tolist()
+    assert_rows_close(out.logits, expected)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_row_that_is_not_finite_is_counted_from_the_first(workers):
+    engine = Engine(lively_net("micro"), backend="eager", max_batch=8, workers=workers)
+    x, _, _, _ = gated("micro", 33)
+    for run in (engine, engine.static(engine.spec.smallest)):
+        with pytest.raises(ValueError, match="row 29 has"):
+            run(_with(x, 29, torch.nan))
+
+
+def test_large_values_are_finite():
+    engine = engine_of("micro", "eager")
+    x = torch.full((2, 3, 32, 32), 3e38)
+    with pytest.raises(ValueError, match="not finite") as raised:
+        engine(x)
+    assert "gate" in str(raised.value), "the images are not to blame"
+
+
+def test_refused_networks_and_options():
+    net = lively(micro_spec())
+    with pytest.raises(UsageError, match="backend 'tpu': choose from auto, eager"):
         Engine(net, backend="tpu")
-    with pytest.raises(RuntimeError, match=r"net\.eval"):
-        Engine(net.train())(torch.zeros(1, 3, 32, 32))
     plain = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=2)
-    with pytest.raises(UsageError, match="plain has no gates"):
-        Engine(lively(plain))
+    with pytest.raises(UsageError, match=r"plain has no gates: call net\(x, route\) instead"):
+        Engine(lively(plain), backend="eager")
+    for option in ("max_batch", "batch_size", "workers", "rows_per_piece"):
+        with pytest.raises(UsageError, match=f"{option} 0: must be .*at least 1"):
+            Engine(net, backend="eager", **{option: 0})
+    with pytest.raises(UsageError, match="merge needs a latency table"):
+        Engine(net, backend="eager", merge=True)
+    with pytest.raises(UsageError, match="calibration is for precision int8"):
+        Engine(net, backend="eager", calibration=[])
+    with pytest.raises(UsageError, match="precision int8 needs calibration"):
+        Engine(net, backend="openvino", precision="int8")
+    with pytest.raises(RuntimeError, match=r"net\.eval"):
+        Engine(net.train(), backend="eager")
+    assert Engine(net.eval(), backend="eager")(noise(net.spec, 2)).logits.shape == (2, 5)
+
+
+def test_damaged_weights_are_noticed_at_the_gates():
+    net = lively(micro_spec())
+    with torch.no_grad():
+        net.stages[0][0].body.bn.bias[0] = torch.nan
+    with pytest.raises(ValueError, match="a gate's logits are not finite"):
+        Engine(net, backend="eager")(noise(net.spec, 2))

@@ -1,0 +1,1 @@
+"""What is timed and how: ratios of interleaved runs within one process."""

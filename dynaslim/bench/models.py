@@ -1,0 +1,137 @@
+"""What is measured: models by name, file or folder, and images for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dynaslim.checkpoint import Checkpoint, create_model
+from dynaslim.data import load_images, open_source
+from dynaslim.data.disk import DiskImages
+from dynaslim.data.transforms import normalise
+from dynaslim.errors import UsageError, check
+from dynaslim.nn.net import SlimNet
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.package import is_package
+from dynaslim.train import recalibrate
+from dynaslim.zoo import ZOO, get_spec
+
+
+def random_network(name: str, image_size: int, seed: int = 0) -> SlimNet:
+    """A zoo entry with random weights and BN statistics that fit them.
+
+    Without the statistics, activations shrink from layer to layer until they are denormal numbers,
+    with which processors are many times slower than with those of a trained network.
+    """
+    torch.manual_seed(seed)
+    net = create_model(name)
+    generator = torch.Generator().manual_seed(seed)
+    spec = net.spec
+    x = torch.randn(8, spec.in_channels, image_size, image_size, generator=generator)
+    recalibrate(net, [x])
+    return net.eval()
+
+
+def open_engine(
+    model: str, backend: str, image_size: int | None, precision: str, batch_size: int
+) -> tuple[Engine, int]:
+    """An engine of a zoo entry, a package or a checkpoint file, and the side of its images in px.
+
+    Raises:
+        UsageError: as `Engine`, or for a precision that is not the package's.
+        CheckpointError, PackageError: if the file cannot be read.
+    """
+    options: dict[str, Any] = {"backend": backend, "batch_size": batch_size}
+    if model in ZOO or not (Path(model).exists() or Path(model).suffix or os.sep in model):
+        spec = get_spec(model)
+        side = image_size or (224 if spec.total_stride >= 32 else 32)
+        spec.check_image_size(side, side)
+        net = random_network(model, side)
+        return Engine(net, precision=precision, image_size=side, **options), side
+    if is_package(model) or Path(model).is_dir():
+        engine = Engine.from_package(model, image_size=image_size, **options)
+        own = engine.source.precision
+        check(precision in ("fp32", own), f"precision {precision}: the package is {own}")
+    else:
+        engine = Engine.from_checkpoint(
+            model, precision=precision, image_size=image_size, **options
+        )
+    pre = engine.preprocessing
+    side = image_size or (pre.image_size_px if pre is not None else 224)
+    engine.spec.check_image_size(side, side)
+    return engine, side
+
+
+def some_images(
+    engine: Engine, side: int, rows: int, data: str | None, split: str, seed: int
+) -> np.ndarray:
+    """Noise, or the normalised images of a data set: (at least `rows`, C, side, side).
+
+    Raises:
+        UsageError: if the network does not say how images are prepared, for another size, or for a
+            set of too few images.
+        DataError: if the images cannot be read.
+    """
+    if data is None:
+        rng = np.random.default_rng(seed)
+        return rng.standard_normal((rows, engine.spec.in_channels, side, side), np.float32)
+    pre = engine.preprocessing
+    if pre is None or pre.image_size_px != side:
+        raise UsageError(f"--data: the model says nothing of how images of {side} px are prepared")
+    source = open_source(data, split)
+    check(len(source) >= rows, f"{data}: has {len(source)} images, a batch takes {rows}")
+    images = load_images(source, pre)
+    # in an order of its own: sets often come sorted by class
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    found: np.ndarray = normalise(images.images_NCSS[order[: max(rows, 4096)]], pre).numpy()
+    return found
+
+
+def calibration_batches(
+    checkpoint: Checkpoint, data: str, split: str, images: int
+) -> Iterator[Tensor]:
+    """Normalised batches of some images of a data set, in random order.
+
+    Raises:
+        UsageError: if the checkpoint does not say how images are prepared, or asked for none.
+        DataError: if the images cannot be read.
+    """
+    check(images >= 1, f"--calibration-images {images}: must be at least 1")
+    pre = _prepared(checkpoint)
+    loaded, order = _read(data, split, pre, images)
+    for pixels, _ in loaded.batches(64, order):
+        yield normalise(pixels, pre)
+
+
+def compare_precisions(
+    checkpoint: Checkpoint, forms: Any, data: str, split: str, images: int
+) -> dict[str, Any]:
+    """How int8 forms do on images, beside the network in float32: plain JSON values."""
+    from dynaslim.runtime.accuracy import accuracy_report
+
+    pre = _prepared(checkpoint)
+    loaded, _ = _read(data, split, pre, images)
+    reference = Engine(checkpoint, backend="onnxruntime", cache_dir=None)
+    quantised = Engine.from_source(forms, checkpoint, backend="onnxruntime", cache_dir=None)
+    report: dict[str, Any] = accuracy_report(reference, quantised, loaded, pre, limit=images)
+    return report
+
+
+def _prepared(checkpoint: Checkpoint) -> Preprocessing:
+    if checkpoint.preprocessing is None:
+        raise UsageError("the checkpoint does not say how images are prepared (preprocessing)")
+    return checkpoint.preprocessing
+
+
+def _read(data: str, split: str, pre: Preprocessing, images: int) -> tuple[DiskImages, Tensor]:
+    source = open_source(data, split)
+    loaded = DiskImages.of(source, pre, workers=os.cpu_count() or 1, corrupt_limit=0.01)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:images]
+    return loaded, order

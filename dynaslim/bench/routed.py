@@ -1,0 +1,232 @@
+"""Routed inference against the ideal: every image in a network built for its width alone.
+
+The ideal time of a batch is Σ share x static time, where each static network runs the whole batch
+in pieces of the size that suits it best, side by side or with all cores on each, whichever is
+faster, on the same backend. Nothing that routes can beat it; the ratio says how near it comes.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from dynaslim.bench.timing import Arm, interleave, summary
+from dynaslim.cost import madds
+from dynaslim.errors import check
+from dynaslim.runtime.arrays import Array
+from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.forms import Form
+from dynaslim.runtime.router import Router
+from dynaslim.spec import NetSpec, Route
+
+SCOUT_ROUNDS: Final = 5
+MOST_ROUTES: Final = 32
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What arrives: the paths (one option per gate) that rows take, and which row takes which."""
+
+    paths: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
+    """Number of a path for every row of the batch."""
+    shares: tuple[float, ...]
+    """Of all images: what the times of one row each are weighted by."""
+
+
+def mixed(spec: NetSpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traffic:
+    """Rows in given shares over the paths that take the same option at every gate, in random order.
+
+    Raises:
+        UsageError: if the shares are not one for each option, positive in sum, none negative.
+    """
+    counts = {len(gate.choices) for gate in spec.gates}
+    check(len(counts) == 1, f"{spec.name}: its gates differ in options; give --mix real")
+    options = counts.pop()
+    check(
+        len(mix) == options and min(mix) >= 0 and sum(mix) > 0,
+        f"mix {','.join(f'{share:g}' for share in mix)}: {spec.name} needs {options} shares of at "
+        f"least 0, one for each option of a gate",
+    )
+    shares = np.array(mix) / sum(mix)
+    exact = shares * rows
+    whole = np.floor(exact).astype(int)
+    # the largest remainders get the rows that are left
+    for option in np.argsort(-(exact - whole), kind="stable")[: rows - whole.sum()]:
+        whole[option] += 1
+    numbers = np.random.default_rng(seed).permutation(np.repeat(np.arange(options), whole))
+    paths = tuple((option,) * len(spec.gates) for option in range(options))
+    return Traffic(paths, tuple(numbers.tolist()), tuple(shares.tolist()))
+
+
+def observed(spec: NetSpec, routes_BG: np.ndarray, rows: int) -> Traffic:
+    """The traffic that gates chose: the first `rows` images as they came, shares of all.
+
+    Raises:
+        UsageError: if they took too many routes to time each.
+    """
+    found, numbers = np.unique(routes_BG, axis=0, return_inverse=True)
+    check(
+        len(found) <= MOST_ROUTES,
+        f"the images took {len(found)} routes, too many to time each (at most {MOST_ROUTES})",
+    )
+    paths = [
+        tuple(gate.choices.index(index) for gate, index in zip(spec.gates, path, strict=True))
+        for path in found.tolist()
+    ]
+    numbers = numbers.reshape(-1)
+    shares = np.bincount(numbers, minlength=len(paths)) / len(numbers)
+    return Traffic(tuple(paths), tuple(numbers[:rows].tolist()), tuple(shares.tolist()))
+
+
+def bench_routed(
+    engine: Engine,
+    x: np.ndarray,
+    traffic: Traffic,
+    *,
+    rounds: int = 15,
+    on_round: Callable[[], None] | None = None,
+) -> dict[str, Any]:
+    """Time a routed batch (B, C, H, W) against the ideal; plain JSON values, times in ms.
+
+    Decisions are the traffic's: gates are computed, and then overruled. Of a batch of one, every
+    path is timed as a call of its own and weighted by its share.
+    """
+    spec, router = engine.spec, engine.router
+    images = router.backend.arrays.images(x)
+    size = (x.shape[2], x.shape[3])
+    routes = [
+        spec.route_at([g.choices[o] for g, o in zip(spec.gates, path, strict=True)])
+        for path in traffic.paths
+    ]
+    best = {route: _best_static(router, images, route) for route in routes}
+    arms: dict[str, Arm] = {}
+    for route in routes:
+        arms[f"static {route}"] = _static(router, images, route)
+        arms[f"best {route}"] = best[route].arm
+    single = len(x) == 1
+    if single:
+        for path, route in zip(traffic.paths, routes, strict=True):
+            arms[f"routed {route}"] = _routed(router, images, (path,))
+    else:
+        paths = tuple(traffic.paths[number] for number in traffic.rows)
+        arms["routed"] = _routed(router, images, paths)
+    times = interleave(arms, rounds, on_round)
+
+    if single:
+        weights = list(traffic.shares)
+    else:
+        counts = np.bincount(traffic.rows, minlength=len(routes))
+        weights = (counts / counts.sum()).tolist()
+    # of each static network, the faster of the engine's own way and the best found
+    static = {
+        route: min(times[f"static {route}"], times[f"best {route}"], key=statistics.median)
+        for route in routes
+    }
+    ideal = [
+        sum(w * static[route][turn] for w, route in zip(weights, routes, strict=True))
+        for turn in range(rounds)
+    ]
+    if single:
+        routed = [
+            sum(w * times[f"routed {r}"][turn] for w, r in zip(weights, routes, strict=True))
+            for turn in range(rounds)
+        ]
+    else:
+        routed = times["routed"]
+    costs = [madds(spec, route, size) for route in routes]
+    widest = routes[int(np.argmax(costs))]
+    mean = sum(w * cost for w, cost in zip(weights, costs, strict=True))
+    result: dict[str, Any] = {
+        "backend": engine.backend,
+        "precision": engine.source.precision,
+        "workers": router.backend.workers,
+        "batch_size": len(x),
+        "image_size_px": list(size),
+        "rounds": rounds,
+        "routes": [str(route) for route in routes],
+        "madds": costs,
+        "rows": None if single else np.bincount(traffic.rows, minlength=len(routes)).tolist(),
+        "shares": weights,
+        "static_ms": {str(r): summary(times[f"static {r}"]) for r in routes},
+        "best_static_ms": {
+            str(r): {
+                **summary(static[r]),
+                "rows_per_piece": best[r].rows,
+                "side_by_side": best[r].side_by_side,
+            }
+            for r in routes
+        },
+        "routed_ms": summary(routed),
+        "ideal_ms": summary(ideal),
+        "ratio_to_ideal": _ratio(ideal, routed),
+        "madds_ratio": max(costs) / mean,
+        "speedup_over_widest": _ratio(static[widest], routed),
+    }
+    if single:
+        result["routed_over_static"] = {
+            str(r): _ratio(times[f"routed {r}"], static[r]) for r in routes
+        }
+    return result
+
+
+@dataclass(frozen=True)
+class _Static:
+    """A way to run a static network."""
+
+    arm: Arm
+    rows: int
+    """Rows of a piece."""
+    side_by_side: bool
+
+
+def _best_static(router: Router, images: Array, route: Route) -> _Static:
+    """The fastest of all sizes of pieces, side by side and one at a time."""
+    total = len(images)
+    sizes = sorted({min(total, 2**k) for k in range(9) if 2**k < 2 * total})
+    ways = {}
+    for rows in sizes:
+        ways[f"wide {rows}"] = _Static(_pieces(router, images, route, rows, wide=True), rows, False)
+        if router.backend.workers > 1 and total > 1:
+            arm = _pieces(router, images, route, rows, wide=False)
+            ways[f"side {rows}"] = _Static(arm, rows, True)
+    times = interleave({name: way.arm for name, way in ways.items()}, SCOUT_ROUNDS)
+    return ways[min(times, key=lambda name: statistics.median(times[name]))]
+
+
+def _pieces(router: Router, images: Array, route: Route, rows: int, *, wide: bool) -> Arm:
+    """A static network on a batch, in pieces of so many rows; with no other work at all."""
+    size = (int(images.shape[2]), int(images.shape[3]))
+    program = router.program(Form.whole(route), size, wide=wide)
+    total = len(images)
+    logits = router.backend.arrays.empty(total, (router.spec.num_classes,), floats=True)
+    parts = [slice(start, min(total, start + rows)) for start in range(0, total, rows)]
+
+    def part(rows: slice) -> Callable[[], None]:
+        return lambda: program(images[rows], [logits[rows]])
+
+    tasks = [part(rows) for rows in parts]
+
+    def one_by_one() -> None:
+        for task in tasks:
+            task()
+
+    return one_by_one if wide else lambda: router.side_by_side(tasks)
+
+
+def _static(router: Router, images: Array, route: Route) -> Arm:
+    return lambda: router.static(images, route)
+
+
+def _routed(router: Router, images: Array, paths: Sequence[tuple[int, ...]]) -> Arm:
+    options_BG = np.array(paths, np.int64)
+    return lambda: router.routed(images, lambda gate, _, rows: options_BG[rows, gate], None)
+
+
+def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """Of pairs of the same round."""
+    return summary([a / b for a, b in zip(above, below, strict=True)])

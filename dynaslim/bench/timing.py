@@ -1,0 +1,62 @@
+"""Interleaved timing: every arm once a round, so that a noisy machine is noisy for all alike."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+from dynaslim import __version__
+from dynaslim.runtime.cache import processor_name, usable_cores
+
+Arm = Callable[[], object]
+
+
+def interleave(
+    arms: Mapping[str, Arm], rounds: int, on_round: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of every arm in every round, in turn; the order is reversed every other round.
+
+    Each is run once before, untimed.
+    """
+    for arm in arms.values():
+        arm()
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for turn in range(rounds):
+        order = list(arms.items())
+        for name, arm in order if turn % 2 == 0 else reversed(order):
+            start = time.perf_counter()
+            arm()
+            times[name].append((time.perf_counter() - start) * 1e3)
+        if on_round is not None:
+            on_round()
+    return times
+
+
+def summary(values: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of a sample."""
+    if len(values) == 1:
+        return {"median": values[0], "q1": values[0], "q3": values[0]}
+    q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "q1": q1, "q3": q3}
+
+
+def hardware() -> dict[str, Any]:
+    """What was measured on: processor, cores, system and the versions of the libraries."""
+    versions = {}
+    for library in ("torch", "onnxruntime", "openvino", "numpy"):
+        try:
+            versions[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return {
+        "processor": processor_name(),
+        "cores": usable_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "dynaslim": __version__,
+        **versions,
+    }

@@ -1,0 +1,222 @@
+"""The verb that measures what a gate gives over a range of costs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dynaslim.cli.output import new_table, print_json, say
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+    from dynaslim.data.disk import DiskImages
+    from dynaslim.data.source import ImageSource
+    from dynaslim.preprocessing import Preprocessing
+    from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+    from dynaslim.runtime.calibrate_budget import Outcome
+    from dynaslim.spec import NetSpec, Route
+
+SHOWN: Final = 10
+"""Budgets in the table for a person; the checkpoint has more."""
+
+
+def calibrate_budget(
+    checkpoint: Path,
+    *,
+    data: str,
+    split: str | None = None,
+    out: Path | None = None,
+    table: Path | None = None,
+    budget: str | None = None,
+    batch_size: int = 256,
+    corrupt_limit: float = 0.0,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Measure what a trained gate gives at every budget, and keep it in the checkpoint.
+
+    Args:
+        checkpoint: A checkpoint file with a trained gate.
+        data: A parquet file or a folder of them, a folder of images by class, or a hub name.
+        split: Split of the data. By default the images that training held back, as the
+            checkpoint's recipe says.
+        out: The checkpoint to write (.safetensors); by default the same.
+        table: A cost table in ms for this network, for budgets such as 4.5ms.
+        budget: Show what this budget gives too: 0.6 (of the widest route's cost), 250M, 4.5ms or
+            drop=0.3 (points of top-1).
+        batch_size: Images per batch.
+        corrupt_limit: Share of images that may turn out not to decode; they are left out.
+        device: cpu, cuda or mps.
+        json: Print one JSON object.
+    """
+    from dataclasses import asdict, replace
+
+    from dynaslim._files import check_writable
+    from dynaslim.checkpoint import read_prepared, save
+    from dynaslim.cli.measure import to_device
+    from dynaslim.cost_file import read_cost_table
+    from dynaslim.data import open_source
+    from dynaslim.data.disk import DiskImages
+    from dynaslim.errors import UsageError
+    from dynaslim.evaluation import match_classes
+    from dynaslim.progress import progress
+    from dynaslim.runtime.budget import parse_budget
+    from dynaslim.runtime.budget_search import fit_curve, split_rows
+    from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, uniform_outcomes
+
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: must be at least 1")
+    if not 0 <= corrupt_limit <= 1:
+        raise UsageError(f"--corrupt-limit {corrupt_limit}: must be between 0 and 1")
+    # what can be refused at once is, before a large set is opened
+    kind = None if budget is None else parse_budget(budget)[0]
+    if kind == "ms" and table is None:
+        raise UsageError(f"--budget {budget}: give a cost table in ms with --table")
+    out = check_writable(checkpoint if out is None else out)
+    loaded, preprocessing = read_prepared(checkpoint)
+    spec = loaded.net.spec
+    count_paths(spec)
+    latency = None
+    if table is not None:
+        latency = read_cost_table(table, spec, image_size=preprocessing.image_size_px)
+        if latency.unit != "ms":
+            raise UsageError(f"--table {table}: is in {latency.unit}, give one in ms")
+    held_share = None
+    if split is None:
+        split, held_share = _held_back(checkpoint, loaded.recipe)
+    source = open_source(data, split)
+    order = match_classes(source.name, source.class_names, spec.num_classes, loaded.class_names)
+    images = DiskImages.of(
+        source,
+        preprocessing,
+        rows=None if held_share is None else _held_rows(source, held_share),
+        workers=os.cpu_count() or 1,
+        corrupt_limit=corrupt_limit,
+    )
+    if order is not None:
+        images = images.relabelled(order, loaded.class_names or ())
+    images.check_fits(preprocessing, spec.num_classes)
+    net = loaded.net.to(to_device(device))
+    with progress("running every path", len(images)) as bar:
+        answers = answer_paths(
+            net, _batches(images, preprocessing, batch_size), on_batch=bar.advance
+        )
+    curve = fit_curve(answers, latency=latency)
+    curve.check_fits(spec)
+    asked = None if budget is None else curve.at(budget)
+    uniform = uniform_outcomes(answers, latency=latency, rows=split_rows(len(answers))[1])
+    save(out, replace(loaded, net=net.cpu(), budget=curve.to_dict()))
+    if json:
+        print_json(
+            {
+                "data": source.name,
+                "split": source.split,
+                "held_back": held_share,
+                "images": curve.images,
+                "unreadable": list(images.skipped.lines),
+                "routes": [
+                    {"widths": list(r.widths), "madds": o.madds, "ms": o.ms, "top1": o.top1}
+                    for r, o in uniform
+                ],
+                "budget": None if asked is None else {"asked": budget, **asdict(asked)},
+                "curve": curve.to_dict(),
+            }
+        )
+        return
+    held = "" if held_share is None else ", those that training held back"
+    say(f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}")
+    for line in images.skipped.lines:
+        say(f"left out: {line}")
+    if split == "train" and held_share is None:
+        say("the gate was trained on this split: expect less than these numbers elsewhere")
+    say(_curve_table(curve, spec, uniform))
+    if asked is not None:
+        say(_points_table(f"budget {budget}", {"": asked}, spec, timed=latency is not None))
+    say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
+    say(f"{out}: {len(curve.points)} points of cost and accuracy")
+
+
+def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The split that training chose by, or its training split and the share held back of it."""
+    from dynaslim.errors import UsageError
+
+    stages = [recipe.get(stage) for stage in ("supernet", "gate")]
+    kept = {
+        (data.get("split"), data.get("val_split"), data.get("val_share"))
+        for stage in stages
+        if isinstance(stage, Mapping)
+        and isinstance(data := stage.get("data"), Mapping)
+        and data.get("path")  # a recipe that names no images did not open them
+    }
+    ask = "name a split of images that it was not trained on with --split"
+    if not kept:
+        raise UsageError(f"{checkpoint}: does not say which images training held back; {ask}")
+    if len(kept) > 1:
+        raise UsageError(f"{checkpoint}: its two stages held back different images; {ask}")
+    train, val, share = kept.pop()
+    if isinstance(val, str):
+        return val, None
+    if not isinstance(train, str) or not isinstance(share, float) or not 0 < share < 1:
+        raise UsageError(f"{checkpoint}: training held no images back; {ask}")
+    return train, share
+
+
+def _held_rows(source: ImageSource, share: float) -> torch.Tensor:
+    from dynaslim.data.order import holdout
+
+    return holdout(source.labels(), share)[1]
+
+
+def _batches(
+    images: DiskImages, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Network inputs and labels of the images that can be read."""
+    from dynaslim.data.transforms import normalise
+
+    for pixels, labels in images.batches(batch_size):
+        good = labels >= 0
+        if good.any():
+            yield normalise(pixels[good], preprocessing), labels[good]
+
+
+def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, Outcome]]) -> Any:
+    """About `SHOWN` budgets, evenly spaced, and the uniform routes."""
+    lowest = curve.cheapest_madds / curve.widest_madds
+    shares = [lowest + (1 - lowest) * n / (SHOWN - 1) for n in range(SHOWN)]
+    shown = {f"{share:.2f}": curve.at(min(share, 1.0)) for share in shares}
+    table = _points_table("budget", shown, spec, timed=curve.widest_ms is not None)
+    table.add_section()
+    for route, outcome in uniform:
+        ms = [] if outcome.ms is None else [f"{outcome.ms:.3f}"]
+        table.add_row(
+            str(route), f"{outcome.madds / 1e6:.2f} M", *ms, f"{outcome.top1:.2%}", "", "", "", ""
+        )
+    return table
+
+
+def _points_table(
+    title: str, points: Mapping[str, BudgetPoint], spec: NetSpec, *, timed: bool
+) -> Any:
+    ms_column = ["ms"] if timed else []
+    table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
+    for name, point in points.items():
+        target = ""
+        if point.escalate_to is not None:
+            gates = zip(spec.gates, point.escalate_to, strict=True)
+            target = str(spec.route_at([gate.choices[option] for gate, option in gates]))
+        table.add_row(
+            name or f"{point.share:.3f} of the widest",
+            f"{point.madds / 1e6:.2f} M",
+            *([] if point.ms is None else [f"{point.ms:.3f}"]),
+            f"{point.top1:.2%}",
+            f"{point.escalated:.1%}",
+            target,
+            "" if point.tau is None else f"{point.tau:.3f}",
+            f"{point.shift:.3g}",
+        )
+    return table

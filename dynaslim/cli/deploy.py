@@ -1,0 +1,263 @@
+"""Verbs that make a network ready for use elsewhere, and say how fast it is here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dynaslim.cli.output import new_table, print_json, say
+
+if TYPE_CHECKING:
+    from dynaslim.checkpoint import Checkpoint
+
+MIX: Final = "0.55,0.2,0.1,0.15"
+
+
+def profile(
+    model: str,
+    out: Path,
+    *,
+    backend: str = "auto",
+    batch_size: int = 32,
+    image_size: int | None = None,
+    precision: str = "fp32",
+    rounds: int = 9,
+    json: bool = False,
+) -> None:
+    """Measure every segment's milliseconds, as a cost table for training gates and merging.
+
+    Args:
+        model: A checkpoint file, a package, or a name of the zoo.
+        out: The table to write (.json).
+        backend: auto, eager, inductor, onnxruntime, openvino or cudagraph.
+        batch_size: Most rows; 1, 2, 4, ... up to it are measured, it is what the table holds.
+        image_size: Side of the image in pixels. Default: the model's.
+        precision: fp32 or bf16.
+        rounds: Times that each is measured.
+        json: Print one JSON object.
+    """
+    from dynaslim._files import check_writable
+    from dynaslim.bench.models import open_engine
+    from dynaslim.bench.timing import hardware
+    from dynaslim.progress import progress
+    from dynaslim.runtime.forms import segment_forms
+    from dynaslim.runtime.latency import profile as measure
+
+    check_writable(out)
+    engine, side = open_engine(model, backend, image_size, precision, batch_size)
+    forms = list(segment_forms(engine.spec))
+    note = {"backend": engine.backend, "precision": engine.source.precision, **hardware()}
+    with progress("measuring", len(forms)) as bar:
+        table = measure(
+            engine.router, side, batch_size, rounds=rounds, note=note, on_form=lambda: bar.advance()
+        )
+    table.write(out, engine.spec)
+    if json:
+        print_json({"file": str(out), "rows": list(table.rows), "ms": table.ms, "note": note})
+        return
+    rows = new_table("segment form", *[f"{n} rows" for n in table.rows], "ms per image")
+    for form in forms:
+        times = table.ms[form.name]
+        rows.add_row(form.name, *[f"{t:.2f}" for t in times], f"{times[-1] / table.rows[-1]:.3f}")
+    say(f"{engine.spec.name} at {side} px on {engine.backend}: milliseconds by rows")
+    say(rows)
+    say(f"{out}: use it with train gate --cost-table, calibrate-budget --table")
+
+
+def bench(
+    model: str,
+    *,
+    backend: str = "auto",
+    image_size: int | None = None,
+    batch_size: int = 32,
+    mix: str = MIX,
+    data: str | None = None,
+    split: str = "test",
+    precision: str = "fp32",
+    rounds: int = 15,
+    seed: int = 0,
+    json: bool = False,
+) -> None:
+    """Time routed batches against the ideal and against static networks, interleaved.
+
+    Args:
+        model: A checkpoint file, a package, or a name of the zoo (with random weights).
+        backend: One or several, separated by commas: auto, eager, inductor, onnxruntime, openvino,
+            cudagraph.
+        image_size: Side of the image in pixels. Default: the model's.
+        batch_size: Images per batch.
+        mix: Share of the images that takes each option of the gates, or "real": what the gates
+            choose on the images of --data.
+        data: Images for --mix real: as for evaluate.
+        split: Split of the data.
+        precision: fp32 or bf16.
+        rounds: Times that each is measured.
+        seed: Of the order of the rows.
+        json: Print one JSON object.
+    """
+    from dynaslim.bench.models import open_engine, some_images
+    from dynaslim.bench.routed import bench_routed, mixed, observed
+    from dynaslim.bench.timing import hardware
+    from dynaslim.errors import UsageError, check
+    from dynaslim.progress import progress
+
+    check(batch_size >= 1, f"--batch-size {batch_size}: must be at least 1")
+    check(rounds >= 2, f"--rounds {rounds}: must be at least 2")
+    check((mix == "real") == (data is not None), "--mix real and --data go together")
+    shares = None
+    if mix != "real":
+        try:
+            shares = [float(part) for part in mix.split(",")]
+        except ValueError:
+            raise UsageError(f"--mix {mix!r}: give shares such as {MIX}, or real") from None
+    results = []
+    side = 0
+    for name in backend.split(","):
+        engine, side = open_engine(model, name, image_size, precision, batch_size)
+        x = some_images(engine, side, batch_size, data, split, seed)
+        if shares is None:
+            traffic = observed(engine.spec, engine(x).routes, batch_size)
+        else:
+            traffic = mixed(engine.spec, shares, batch_size, seed)
+        with progress(f"timing {engine.backend}", rounds) as bar:
+            results.append(
+                bench_routed(
+                    engine,
+                    x[:batch_size],
+                    traffic,
+                    rounds=rounds,
+                    on_round=lambda bar=bar: bar.advance(),  # type: ignore[misc]
+                )
+            )
+        engine.close()
+    if json:
+        print_json(
+            {
+                "model": model,
+                "mix": mix,
+                "data": data,
+                "hardware": hardware(),
+                "backends": {result["backend"]: result for result in results},
+            }
+        )
+        return
+    say(f"{model} at {side} px, batch {batch_size}: medians of {rounds} interleaved rounds, ms")
+    for result in results:
+        say(_bench_table(result))
+        ratio = result["ratio_to_ideal"]
+        say(
+            f"{result['backend']}: routed {result['routed_ms']['median']:.1f} ms, ideal "
+            f"{result['ideal_ms']['median']:.1f} ms, ratio {ratio['median']:.3f} "
+            f"({ratio['q1']:.3f} to {ratio['q3']:.3f}); "
+            f"{result['speedup_over_widest']['median']:.2f}x the widest route's speed, with "
+            f"{result['madds_ratio']:.2f}x fewer multiply-adds"
+        )
+
+
+def _bench_table(result: dict[str, Any]) -> Any:
+    table = new_table("route", "MAdds", "share", "static", "best static", "in pieces of")
+    for route, cost, share in zip(result["routes"], result["madds"], result["shares"], strict=True):
+        best = result["best_static_ms"][route]
+        table.add_row(
+            route,
+            f"{cost / 1e6:.2f} M",
+            f"{share:.1%}",
+            f"{result['static_ms'][route]['median']:.1f}",
+            f"{best['median']:.1f}",
+            f"{best['rows_per_piece']}" + (" side by side" if best["side_by_side"] else ""),
+        )
+    return table
+
+
+def export(
+    checkpoint: Path,
+    out: Path,
+    *,
+    precision: str = "fp32",
+    calibration: str | None = None,
+    calibration_split: str = "train",
+    calibration_images: int = 256,
+    report_split: str = "test",
+    report_images: int = 2000,
+    single_file: bool = False,
+    static_route: str | None = None,
+    json: bool = False,
+) -> None:
+    """Write a network for others to run: a package that needs no torch, or one ONNX file.
+
+    Args:
+        checkpoint: A checkpoint file.
+        out: The package's folder, or the ONNX file.
+        precision: fp32, or int8 by post-training quantisation (packages only).
+        calibration: Images for int8: as for evaluate.
+        calibration_split: Split of them to calibrate on.
+        calibration_images: How many of them.
+        report_split: Split of them to compare int8 and fp32 on.
+        report_images: At most so many of them.
+        single_file: Write one ONNX file that routes one image at a time.
+        static_route: Write the sub-network along a route, such as 12-24-48-80-160, as plain ONNX.
+        json: Print one JSON object.
+    """
+    from dynaslim.checkpoint import read
+    from dynaslim.errors import UsageError, check
+    from dynaslim.runtime.export import export_package, export_route, export_single_file
+    from dynaslim.spec import Route
+
+    if single_file and static_route is not None:
+        raise UsageError("--single-file and --static-route: choose one")
+    whole = not single_file and static_route is None
+    check(precision in ("fp32", "int8"), f"--precision {precision}: choose fp32 or int8")
+    check(whole or precision == "fp32", "--precision int8 is for packages")
+    check(
+        (precision == "int8") == (calibration is not None),
+        "--precision int8 and --calibration go together",
+    )
+    loaded = read(checkpoint)
+    if static_route is not None:
+        route = loaded.net.spec.coerce_route(Route.parse(static_route))
+        result: dict[str, Any] = {"parity": export_route(loaded, out, route)}
+        line = f"{out}: the route {route} as plain ONNX"
+    elif single_file:
+        result = {"parity": export_single_file(loaded, out)}
+        line = f"{out}: one ONNX file that routes one image at a time"
+    else:
+        source, notes = None, dict[str, Any]()
+        if calibration is not None:
+            source, notes = _quantised(
+                loaded,
+                calibration,
+                (calibration_split, calibration_images),
+                (report_split, report_images),
+            )
+        manifest = export_package(loaded, out, source=source, notes=notes)
+        size = sum(entry["bytes"] for entry in manifest["files"].values())
+        result = {
+            "parity": max(manifest["parity"].values()),
+            "forms": len(manifest["forms"]),
+            "bytes": size,
+            "precision": manifest["precision"],
+            **notes,
+        }
+        line = f"{out}: {len(manifest['forms'])} segment forms, {size / 1e6:.1f} MB"
+    if json:
+        print_json({"out": str(out), **result})
+        return
+    say(f"{line}; largest difference to the network {result['parity']:.1e} of its largest value")
+    if "accuracy" in result:
+        report = result["accuracy"]
+        say(
+            f"int8 on {report['images']} images: top-1 {report['quantised']['top1']:.2%}, in fp32 "
+            f"{report['reference']['top1']:.2%}; the same route for {report['same_route']:.1%}"
+        )
+
+
+def _quantised(
+    loaded: Checkpoint, data: str, calibration: tuple[str, int], report: tuple[str, int]
+) -> tuple[Any, dict[str, Any]]:
+    """int8 forms calibrated on some images, and how they do on others."""
+    from dynaslim.bench.models import calibration_batches, compare_precisions
+    from dynaslim.runtime.quantise import QuantisedForms
+
+    batches = calibration_batches(loaded, data, *calibration)
+    forms = QuantisedForms(loaded.net, batches, images=calibration[1])
+    return forms, {"accuracy": compare_precisions(loaded, forms, data, *report)}

@@ -1,0 +1,216 @@
+"""The verb that predicts image files."""
+
+from __future__ import annotations
+
+import json as json_text
+import sys
+import time
+from contextlib import ExitStack, closing, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+
+from dynaslim.cli.output import fail, new_table, say
+
+if TYPE_CHECKING:
+    from dynaslim.predict import Prediction, Rows, Summary
+    from dynaslim.predict_tables import ParquetFile, ParquetParts
+    from dynaslim.progress import Bar
+
+FEW: Final = 50
+"""Of so many files each has its line on the screen; of more there are totals."""
+
+
+def predict(
+    model: Path,
+    paths: list[str],
+    *,
+    budget: str | None = None,
+    backend: str = "auto",
+    batch_size: int = 64,
+    json: bool = False,
+    parquet: Path | None = None,
+    engine: Literal["local", "ray"] = "local",
+    workers: int | None = None,
+) -> int:
+    """Predict image files, each along the route that its gates choose.
+
+    Args:
+        model: A checkpoint file, or the folder of an exported package.
+        paths: Image files, folders, and patterns such as "photos/**/*.jpg".
+        budget: What an image may cost on average, such as 0.6 (of the widest route) or 4.5ms.
+            Default: as trained.
+        backend: What runs the network; auto takes the fastest that is installed.
+        batch_size: Images per batch.
+        json: Print one JSON object.
+        parquet: Write a row for every image there: a file, with --engine ray a new folder of files.
+        engine: local, or ray for the workers of a Ray cluster (RAY_ADDRESS, else on this machine).
+        workers: Threads that decode images, with --engine ray actors. Default: one for each core.
+    """
+    from dynaslim.errors import UsageError
+    from dynaslim.predict import Summary, Unreadable, find_images
+
+    files = find_images(paths)
+    if batch_size < 1:
+        raise UsageError(f"--batch-size {batch_size}: must be at least 1")
+    if workers is not None and workers < 1:
+        raise UsageError(f"--workers {workers}: must be at least 1")
+    table = None if parquet is None else _table(parquet, engine)
+    rows = _rows(engine, model, files, backend, batch_size, budget, workers)
+    show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
+    summary = Summary()
+    started = time.perf_counter()
+    with ExitStack() as stack:
+        if engine == "ray":  # which prints what happens to its workers
+            stack.enter_context(redirect_stdout(sys.stderr))
+        bar = _bar(stack, len(files))
+        if table is not None:
+            stack.enter_context(table)
+        stack.enter_context(closing(rows))
+        for row in rows:
+            summary.add(row)
+            if bar is not None:
+                bar.advance()
+            if isinstance(row, Unreadable):
+                sys.stderr.write(f"left out: {row.file}: {row.reason}\n")
+                continue
+            show.add(row)
+            if table is not None:
+                table.add(row)
+        seconds = time.perf_counter() - started
+        totals = {
+            "model": str(model),
+            "budget": budget,
+            "engine": engine,
+            **summary.to_dict(),
+            "seconds": seconds,
+            "images_per_s": summary.predicted / seconds,
+        }
+        if table is not None:
+            unreadable = [one.to_dict() for one in summary.unreadable]
+            table.commit({**totals, "unreadable": unreadable})
+    show.end(summary, totals)
+    if parquet is not None and not json:
+        say(f"{parquet}: a row for every image")
+    if summary.unreadable:
+        return fail(f"{len(summary.unreadable)} of {len(files)} images could not be read", 1)
+    return 0
+
+
+def _rows(
+    engine: str,
+    model: Path,
+    files: list[Path],
+    backend: str,
+    batch_size: int,
+    budget: str | None,
+    workers: int | None,
+) -> Rows:
+    """The rows to come; a model that cannot be run is found out here."""
+    from dynaslim.predict import open_engine
+    from dynaslim.predict import predict as predict_here
+
+    if engine == "ray":
+        from dynaslim.predict_ray import predict_ray
+
+        return predict_ray(
+            model,
+            files,
+            backend=backend,
+            budget=budget,
+            batch_size=batch_size,
+            workers=workers,
+        )
+    opened = open_engine(model, backend, batch_size=batch_size)
+    return predict_here(opened, files, batch_size=batch_size, budget=budget, workers=workers)
+
+
+def _table(parquet: Path, engine: str) -> ParquetFile | ParquetParts:
+    from dynaslim.predict_tables import ParquetFile, ParquetParts
+
+    return ParquetParts(parquet) if engine == "ray" else ParquetFile(parquet)
+
+
+def _bar(stack: ExitStack, files: int) -> Bar | None:
+    """A progress bar for many files."""
+    from dynaslim.progress import progress
+
+    if files <= FEW:
+        return None
+    return stack.enter_context(progress("predicting", files))
+
+
+class _Json:
+    """One JSON object, its rows written as they come: memory does not grow with them."""
+
+    def __init__(self, out: TextIO) -> None:
+        # the stream itself: others take the name sys.stdout over for a while
+        self._out = out
+        self._started = False
+
+    def add(self, row: Prediction) -> None:
+        """A row."""
+        # nothing before the first row: what fails at once leaves no half of an object
+        self._out.write(",\n    " if self._started else '{\n  "images": [\n    ')
+        self._started = True
+        self._out.write(json_text.dumps(row.to_dict(), allow_nan=False))
+
+    def end(self, summary: Summary, totals: dict[str, Any]) -> None:
+        """The rest of the object."""
+        self._out.write("\n  ],\n" if self._started else '{\n  "images": [],\n')
+        rest = {"unreadable": [one.to_dict() for one in summary.unreadable], **totals}
+        self._out.write(json_text.dumps(rest, indent=2, allow_nan=False).removeprefix("{\n") + "\n")
+
+
+class _Screen:
+    """For a person: a line for each of a few images, totals for many."""
+
+    def __init__(self, few: bool) -> None:
+        self._rows: list[Prediction] | None = [] if few else None
+
+    def add(self, row: Prediction) -> None:
+        """A row, kept if it is one of a few."""
+        if self._rows is not None:
+            self._rows.append(row)
+
+    def end(self, summary: Summary, totals: dict[str, Any]) -> None:
+        """The table, and what it comes to."""
+        if self._rows:
+            say(_rows_table(self._rows))
+        elif summary.predicted:
+            say(_routes_table(totals))
+        if not summary.predicted:
+            say("no image could be read")
+            return
+        images = f"{summary.predicted} image{'' if summary.predicted == 1 else 's'}"
+        madds = f"{totals['mean_madds'] / 1e6:.2f} M MAdds on average"
+        say(f"{images}, {madds}, {totals['images_per_s']:.1f} images/s")
+
+
+def _rows_table(rows: list[Prediction]) -> Any:
+    from rich.text import Text
+
+    table = new_table("file", "class", "confidence", "route", "MAdds")
+    table.columns[0].no_wrap = False
+    table.columns[0].overflow = "fold"  # a name that is cut off names nothing
+    for row in rows:
+        # as text: brackets in a name are no markup
+        table.add_row(
+            Text(row.file),
+            Text(str(row.label) if row.class_name is None else row.class_name),
+            f"{row.confidence:.1%}",
+            row.route,
+            f"{row.madds / 1e6:.2f} M",
+        )
+    return table
+
+
+def _routes_table(totals: dict[str, Any]) -> Any:
+    table = new_table("route", "mean MAdds", "images", "share")
+    for entry in totals["routes"]:
+        table.add_row(
+            entry["route"],
+            f"{entry['mean_madds'] / 1e6:.2f} M",
+            str(entry["images"]),
+            f"{entry['share']:.1%}",
+        )
+    return table

@@ -1,0 +1,379 @@
+"""Predictions for image files: pictures are decoded in the background while the engine runs.
+
+Nothing here needs torch or a data set: an exported package is enough. Files stream through, so that
+memory does not grow with their number.
+
+Suffixes: B images of a batch, C channels, S side in pixels, N classes, G gates.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+import numpy as np
+
+from dynaslim.data.decode import IMAGE_SUFFIXES, decode_image
+from dynaslim.data.skipped import CorruptImageError
+from dynaslim.errors import CheckpointError, DataError, UsageError, check
+from dynaslim.preprocessing import Preprocessing, normalise_pixels
+
+if TYPE_CHECKING:
+    from dynaslim.runtime.engine import Engine
+
+AHEAD: Final = 2
+"""Batches that are decoded, or about to be, while the engine works on one."""
+BATCH_SIZE: Final = 64
+_MOST_WORKERS: Final = 32
+
+Budget = float | str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What the network says about an image, and what it took to say it."""
+
+    file: str
+    """As it was named; bytes of a name that are no UTF-8 are written as \\xNN."""
+    label: int
+    """Number of the class, from 0."""
+    class_name: str | None
+    """None where the network does not know its classes' names."""
+    confidence: float
+    """Softmax of the class's logit, 0..1."""
+    route: str
+    """Widths of the stages, such as 12-24-48-80-160."""
+    madds: float
+    """Multiply-adds that the image cost."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `label` is called `class`, as in the tables."""
+        return {
+            "file": self.file,
+            "class": self.label,
+            "class_name": self.class_name,
+            "confidence": self.confidence,
+            "route": self.route,
+            "madds": self.madds,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image that there is no prediction for."""
+
+    file: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Plain JSON values."""
+        return {"file": self.file, "reason": self.reason}
+
+
+Row = Prediction | Unreadable
+Rows = Generator[Row, None, None]
+
+
+class RoutedEngine(Protocol):
+    """What `predict` runs: `Engine`, or anything else with these."""
+
+    @property
+    def class_names(self) -> Sequence[str] | None:
+        """By number."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How pictures are prepared."""
+
+    def __call__(self, x: Any, *, budget: Any = None) -> Any:
+        """Normalised images (B, C, S, S) -> `RoutedOutput`."""
+
+    def route_of(self, indices: Any) -> Any:
+        """The route of a row of `RoutedOutput.routes`."""
+
+
+# -- which files ----------------------------------------------------------------------------------
+
+
+def find_images(paths: Iterable[str | Path]) -> list[Path]:
+    """The image files that paths name, each once, in the order given.
+
+    A file is taken whatever it is called. A folder stands for all files in and below it that are
+    called as images are (`IMAGE_SUFFIXES`), sorted; links to folders are not followed. A pattern
+    (`*`, `?`, `[a-z]`; `**` for any depth) stands for the files and folders that match, sorted,
+    of the files again those that are called as images are. A file that has a pattern's name is
+    that file.
+
+    Raises:
+        UsageError: if a path leads to no image; the message names it.
+        OSError: if a folder cannot be listed.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        for file in _named(str(path)):
+            found.setdefault(os.path.abspath(file), Path(file))
+    return list(found.values())
+
+
+def _named(path: str) -> list[str]:
+    if os.path.isdir(path):
+        files = _in_folder(path)
+        check(bool(files), f"{path}: holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        return files
+    if os.path.lexists(path):
+        return [path]
+    check(glob.has_magic(path), f"{path or repr(path)}: no such file or folder")
+    files = []
+    for match in _matches(path):
+        if os.path.isdir(match):
+            files += _in_folder(match)
+        elif _is_image(match):
+            files.append(match)
+    check(bool(files), f"{path}: matches no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    return files
+
+
+def _matches(pattern: str) -> list[str]:
+    root = Path(pattern).anchor
+    try:
+        # not by the module glob, whose ** goes round and round where a link leads back
+        return sorted(
+            map(str, Path(root).glob(os.path.relpath(pattern, root) if root else pattern))
+        )
+    except ValueError as error:
+        raise UsageError(f"{pattern}: {error}") from None
+
+
+def _in_folder(root: str) -> list[str]:
+    files, folders = [], [root]
+    while folders:
+        with os.scandir(folders.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.path)
+                # a pipe would never end; a link to nothing is to be reported, not passed over
+                elif _is_image(entry.name) and (entry.is_file() or _is_dangling(entry.path)):
+                    files.append(entry.path)
+    return sorted(files, key=lambda file: file.split(os.sep))
+
+
+def _is_image(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def _is_dangling(path: str) -> bool:
+    return os.path.islink(path) and not os.path.exists(path)
+
+
+def name_of(file: str | Path) -> str:
+    """A file's name as text that any output can hold."""
+    return os.fsencode(file).decode("utf-8", "backslashreplace")
+
+
+# -- predicting -----------------------------------------------------------------------------------
+
+
+def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Engine:
+    """The engine of a checkpoint file or of an exported package (a folder).
+
+    Raises:
+        UsageError: for a folder that is no package, and as `Engine`.
+        CheckpointError: if it cannot be read, or does not say how images are prepared.
+    """
+    from dynaslim.runtime.engine import Engine
+    from dynaslim.runtime.package import is_package
+
+    path = Path(model)
+    if is_package(path):
+        engine = Engine.from_package(path, backend=backend, **options)
+    else:
+        check(
+            not path.is_dir(),
+            f"{model}: is a folder and no package; name a checkpoint file or an exported package",
+        )
+        engine = Engine.from_checkpoint(path, backend=backend, **options)
+    if engine.preprocessing is None:
+        raise CheckpointError(f"{model}: does not say how images are prepared (preprocessing)")
+    return engine
+
+
+def predict(
+    engine: RoutedEngine,
+    files: Sequence[str | Path],
+    *,
+    batch_size: int = BATCH_SIZE,
+    budget: Budget = None,
+    workers: int | None = None,
+) -> Rows:
+    """A row for every file, in their order; one that cannot be read gives an `Unreadable`.
+
+    `workers` threads (by default one for each core) decode at most `AHEAD` batches ahead of the
+    engine. `budget` is the engine's. A batch is made of the files that stand together, so that what
+    shares one depends on the files alone. Close the iterator to stop before the end.
+
+    Raises:
+        UsageError: for a batch size or workers below 1, and as the engine.
+        DataError: if the network's output is not finite.
+    """
+    check_numbers(batch_size, workers)
+    if engine.preprocessing is None:
+        raise UsageError("the engine does not say how images are prepared (preprocessing)")
+    return _predict(engine, files, engine.preprocessing, batch_size, budget, workers)
+
+
+def check_numbers(batch_size: int, workers: int | None) -> None:
+    """Raise `UsageError` unless both are at least 1, or workers None."""
+    check(batch_size >= 1, f"batch size {batch_size}: must be at least 1")
+    check(workers is None or workers >= 1, f"workers {workers}: must be at least 1")
+
+
+def _predict(
+    engine: RoutedEngine,
+    files: Sequence[str | Path],
+    preprocessing: Preprocessing,
+    batch_size: int,
+    budget: Budget,
+    workers: int | None,
+) -> Rows:
+    names: dict[tuple[int, ...], str] = {}
+
+    def route_name(row_G: Any) -> str:
+        key = tuple(map(int, row_G))
+        if key not in names:
+            names[key] = str(engine.route_of(row_G))
+        return names[key]
+
+    threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
+    with closing(_decoded(files, preprocessing, batch_size, threads)) as batches:
+        for batch in batches:
+            answers = iter(_answers(engine, batch, preprocessing, budget, route_name))
+            rows = [one if isinstance(one, Unreadable) else next(answers) for one in batch]
+            del batch  # the pixels are not to be kept while the next are waited for
+            yield from rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    file: str
+    pixels_CSS: np.ndarray
+
+
+def _decoded(
+    files: Sequence[str | Path], preprocessing: Preprocessing, batch_size: int, threads: int
+) -> Generator[list[_Picture | Unreadable], None, None]:
+    """Batches in order, decoded ahead by threads (Pillow lets go of the interpreter's lock)."""
+    waiting: deque[Future[_Picture | Unreadable]] = deque()
+    rest = iter(files)
+    pool = ThreadPoolExecutor(threads, "dynaslim-decode")
+
+    def look_ahead() -> None:
+        for file in islice(rest, AHEAD * batch_size - len(waiting)):
+            waiting.append(pool.submit(_read, file, preprocessing))
+
+    try:
+        look_ahead()
+        while waiting:
+            batch = [waiting.popleft().result() for _ in range(min(batch_size, len(waiting)))]
+            look_ahead()  # before the engine gets this batch, so that the next is on its way
+            yield batch
+            del batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _read(file: str | Path, preprocessing: Preprocessing) -> _Picture | Unreadable:
+    name = name_of(file)
+    try:
+        content = Path(file).read_bytes()
+    except OSError as error:
+        return Unreadable(name, f"cannot be read: {error.strerror or error}")
+    if not content:
+        return Unreadable(name, "is empty")
+    try:
+        return _Picture(name, decode_image(content, preprocessing, name))
+    except CorruptImageError as error:
+        return Unreadable(name, error.reason)
+
+
+def _answers(
+    engine: RoutedEngine,
+    batch: Sequence[_Picture | Unreadable],
+    preprocessing: Preprocessing,
+    budget: Budget,
+    route_name: Callable[[Any], str],
+) -> list[Prediction]:
+    """What the engine says about those of a batch that could be read."""
+    pictures = [one for one in batch if isinstance(one, _Picture)]
+    if not pictures:
+        return []
+    pixels_BCSS = np.stack([picture.pixels_CSS for picture in pictures])
+    output = engine(normalise_pixels(pixels_BCSS, preprocessing), budget=budget)
+    logits_BN = np.asarray(output.logits, np.float64)
+    broken_B = ~np.isfinite(logits_BN).all(1)
+    if broken_B.any():
+        where = pictures[int(broken_B.argmax())].file
+        raise DataError(f"{where}: the network's output for it is not finite")
+    labels_B = logits_BN.argmax(1)
+    confidence_B = 1 / np.exp(logits_BN - logits_BN.max(1, keepdims=True)).sum(1)
+    names = engine.class_names
+    return [
+        Prediction(
+            picture.file,
+            int(label),
+            None if names is None else names[label],
+            float(confidence),
+            route_name(row_G),
+            float(madds),
+        )
+        for picture, label, confidence, row_G, madds in zip(
+            pictures, labels_B, confidence_B, output.routes, output.madds, strict=True
+        )
+    ]
+
+
+# -- totals ---------------------------------------------------------------------------------------
+
+
+class Summary:
+    """Totals over rows as they come."""
+
+    def __init__(self) -> None:
+        self.predicted = 0
+        """Images that were read."""
+        self.unreadable: list[Unreadable] = []
+        self._routes: dict[str, tuple[int, float]] = {}
+
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        if isinstance(row, Unreadable):
+            self.unreadable.append(row)
+            return
+        self.predicted += 1
+        images, madds = self._routes.get(row.route, (0, 0.0))
+        self._routes[row.route] = (images + 1, madds + row.madds)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; routes stand by rising cost. The list of unreadable ones is apart."""
+        total = sum(madds for _, madds in self._routes.values())
+        routes = [
+            {
+                "route": route,
+                "images": images,
+                "share": images / self.predicted,
+                "mean_madds": madds / images,
+            }
+            for route, (images, madds) in self._routes.items()
+        ]
+        return {
+            "predicted": self.predicted,
+            "mean_madds": total / self.predicted if self.predicted else None,
+            "routes": sorted(routes, key=lambda entry: (entry["mean_madds"], entry["route"])),
+        }

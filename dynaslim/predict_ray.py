@@ -1,0 +1,285 @@
+"""Predictions by the workers of a Ray cluster, row for row those of one process.
+
+The files are cut into pieces of whole batches. A worker (an actor of Ray Data) holds one engine and
+answers a piece at a time; a piece is the unit of retry: when a worker dies, Ray starts another and
+gives it the piece again. Rows travel to this process alone, which puts them in order and counts
+them; workers write nothing, so that nothing is written twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import socket
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from dynaslim import errors
+from dynaslim.errors import DataError, DynaslimError
+from dynaslim.predict import (
+    BATCH_SIZE,
+    Budget,
+    Prediction,
+    RoutedEngine,
+    Rows,
+    Unreadable,
+    check_numbers,
+    name_of,
+    open_engine,
+    predict,
+)
+from dynaslim.runtime.libraries import require
+
+PIECE_BATCHES: Final = 4
+"""Batches of a piece: enough for pictures to be decoded while the engine runs."""
+MOST_PIECES: Final = 5_000
+RETRIES: Final = 3
+"""How often a piece is tried again whose worker died; what kills every worker must end."""
+OBJECT_STORE_BYTES: Final = 200 * 2**20
+"""Shared memory of a cluster that is started here: names of files go in, rows come out."""
+ANSWER_S: Final = 10.0
+"""Seconds that a cluster has to accept a connection."""
+
+
+def predict_ray(
+    model: str | Path,
+    files: Sequence[str | Path],
+    *,
+    backend: str = "auto",
+    budget: Budget = None,
+    batch_size: int = BATCH_SIZE,
+    workers: int | None = None,
+    make_engine: Callable[[], RoutedEngine] | None = None,
+) -> Rows:
+    """As `dynaslim.predict.predict`, by `workers` actors with one core and one engine each.
+
+    The cluster is the one this process is connected to, or that of `RAY_ADDRESS`, or one on this
+    machine for just this call. `workers` is by default as many as the cluster has cores. Every
+    machine must see the model and the files under their paths here. With the backend "auto" it is
+    chosen here, for all. `make_engine` makes a worker's engine, by default `open_engine`'s; it goes
+    to the workers by pickle.
+
+    Raises:
+        UsageError: as `predict` and `open_engine`, and if ray is not installed.
+        DataError: if no cluster answers, or a worker died at a piece and at all its retries.
+        DynaslimError: what an engine raised on a worker; the message names the machine.
+    """
+    check_numbers(batch_size, workers)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is to be sent anywhere
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to our stderr
+    ray, data = require("ray"), require("ray.data")
+    if make_engine is None:
+        options = {"workers": 1, "batch_size": batch_size}
+        # what is wrong with the model is found here, before anything is started
+        chosen = open_engine(model, backend, **options).backend
+        make_engine = partial(open_engine, os.path.abspath(model), chosen, **options)
+    return _predict(ray, data, files, make_engine, batch_size, budget, workers)
+
+
+def _predict(
+    ray: Any,
+    data: Any,
+    files: Sequence[str | Path],
+    make_engine: Callable[[], RoutedEngine],
+    batch_size: int,
+    budget: Budget,
+    workers: int | None,
+) -> Rows:
+    with _cluster(ray, workers):
+        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        pieces = cut(files, batch_size, count)
+        if not pieces:
+            return
+        with _quiet_logs():
+            dataset = data.from_items(pieces, override_num_blocks=len(pieces))
+            dataset.context.enable_progress_bars = False
+            dataset.context.print_on_execution_start = False
+            dataset.context.execution_options.preserve_order = True
+            answered = _mapped(
+                dataset,
+                _Worker,
+                fn_constructor_args=(make_engine, batch_size, budget),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=data.ActorPoolStrategy(size=count),
+                num_cpus=1,
+            )
+            try:
+                yield from _in_order(answered, files)
+            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                raise DataError(
+                    f"a worker of the cluster died, and at {RETRIES} retries again: "
+                    f"{str(error).splitlines()[0]}"
+                ) from None
+
+
+def cut(files: Sequence[str | Path], batch_size: int, workers: int) -> list[dict[str, Any]]:
+    """Pieces: the number of the first file, and the absolute paths of all, as bytes.
+
+    Whole batches, so that images share a batch with the same ones as in one process; at least two
+    pieces for each worker where there are as many batches.
+    """
+    batches = -(-len(files) // batch_size)
+    in_piece = max(1, min(PIECE_BATCHES, batches // (2 * workers)), -(-batches // MOST_PIECES))
+    step = in_piece * batch_size
+    return [
+        {
+            "first": first,
+            # a worker may have another working folder; a path need not be text
+            "files": [os.fsencode(os.path.abspath(file)) for file in files[first : first + step]],
+        }
+        for first in range(0, len(files), step)
+    ]
+
+
+def _mapped(dataset: Any, worker: type[Any], **options: Any) -> Any:
+    """`map_batches` with a limit to retries, where Ray lets one be set; its own is none."""
+    if "ray_remote_args_fn" in inspect.signature(dataset.map_batches).parameters:
+        options["ray_remote_args_fn"] = _remote_args
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Ray 2.60 warns of its end and has nothing in its place
+        return dataset.map_batches(worker, **options)
+
+
+def _remote_args() -> dict[str, Any]:
+    return {"max_restarts": -1, "max_task_retries": RETRIES}
+
+
+def _in_order(answered: Any, files: Sequence[str | Path]) -> Rows:
+    """The rows of the answers, checked to be one for each file, under the names given here."""
+    done = 0
+    for table in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for row in table.to_pylist():
+            if row["error"] is not None:
+                raise getattr(errors, row["kind"], DynaslimError)(row["error"])
+            # a promise of this module, kept by Ray's order and retries: never write what breaks it
+            if row["number"] != done:
+                raise RuntimeError(f"row {row['number']} came from the cluster for row {done}")
+            name = name_of(files[done])
+            done += 1
+            if row["reason"] is not None:
+                yield Unreadable(name, row["reason"])
+            else:
+                yield Prediction(
+                    name,
+                    row["label"],
+                    row["class_name"],
+                    row["confidence"],
+                    row["route"],
+                    row["madds"],
+                )
+    if done != len(files):
+        raise RuntimeError(f"{done} rows came from the cluster for {len(files)} files")
+
+
+class _Worker:
+    """Answers pieces, one engine for all of them."""
+
+    def __init__(
+        self, make_engine: Callable[[], RoutedEngine], batch_size: int, budget: Budget
+    ) -> None:
+        self._make_engine = make_engine
+        self._batch_size = batch_size
+        self._budget = budget
+        self._engine: RoutedEngine | None = None
+
+    def __call__(self, piece: Any) -> Any:
+        """A table of one piece -> a table of its rows, or of one row with what went wrong."""
+        import pyarrow as pa  # type: ignore[import-untyped]
+
+        first = piece["first"][0].as_py()
+        files = [Path(os.fsdecode(file)) for file in piece["files"][0].as_py()]
+        try:
+            rows = [
+                {"number": number, **row} for number, row in enumerate(self._answers(files), first)
+            ]
+        except DynaslimError as error:
+            # as a row: Ray would wrap an exception in pages of its own
+            message = f"{error} (on {socket.gethostname()})"
+            rows = [{"number": first, "error": message, "kind": type(error).__name__}]
+        schema = pa.schema(
+            {
+                "number": pa.int64(),
+                "label": pa.int64(),
+                "class_name": pa.string(),
+                "confidence": pa.float64(),
+                "route": pa.string(),
+                "madds": pa.float64(),
+                "reason": pa.string(),
+                "error": pa.string(),
+                "kind": pa.string(),
+            }
+        )
+        return pa.Table.from_pylist(rows, schema=schema)
+
+    def _answers(self, files: Sequence[Path]) -> Generator[dict[str, Any], None, None]:
+        if self._engine is None:  # not in __init__, where an error would be Ray's to report
+            self._engine = self._make_engine()
+        answers = predict(
+            self._engine, files, batch_size=self._batch_size, budget=self._budget, workers=1
+        )
+        with closing(answers):
+            for row in answers:
+                if isinstance(row, Unreadable):
+                    yield {"reason": row.reason}
+                else:
+                    fields = ("label", "class_name", "confidence", "route", "madds")
+                    yield {field: getattr(row, field) for field in fields}
+
+
+@contextmanager
+def _cluster(ray: Any, workers: int | None) -> Generator[None, None, None]:
+    """A connection to a cluster while inside; one that was there before stays."""
+    if ray.is_initialized():
+        yield
+        return
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    options: dict[str, Any] = {}
+    if address == "local":
+        options = {
+            "num_cpus": workers or os.cpu_count() or 1,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE_BYTES,
+        }
+    else:
+        _check_answers(address)
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except (OSError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"RAY_ADDRESS {address}: Ray does not start: {reason}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_answers(address: str) -> None:
+    """Raise `DataError` if nobody listens there; Ray itself tries for minutes."""
+    host, colon, port = address.partition("://")[2 if "://" in address else 0].rpartition(":")
+    if not colon or not port.isdecimal():  # such as auto: Ray knows where
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
+    except OSError as error:
+        raise DataError(
+            f"RAY_ADDRESS {address}: no Ray cluster answers: {error.strerror or error}"
+        ) from None
+
+
+@contextmanager
+def _quiet_logs() -> Generator[None, None, None]:
+    """Keep Ray Data from writing to stderr while inside, unless RAY_DATA_LOG_LEVEL asks for it."""
+    logger = logging.getLogger("ray.data")
+    before = logger.level
+    if "RAY_DATA_LOG_LEVEL" not in os.environ:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

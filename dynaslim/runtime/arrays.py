@@ -1,0 +1,105 @@
+"""The few array operations of routing, in numpy and in torch.
+
+Rows are opaque: a buffer is (rows, *row) and only ever cut or gathered along its first axis. numpy
+keeps features as (C, H, W), the layout of the runtimes; torch as (H, W, C), since its convolutions
+are faster in channels_last and a gathered row is then one piece of memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+Array = Any
+"""A numpy array or a torch tensor."""
+
+
+class Arrays(Protocol):
+    """Buffers of rows."""
+
+    def row(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """How a row of features (C, H, W), or of logits, lies in memory."""
+
+    def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> Array:
+        """A new buffer, uninitialised; with `floats` of float32 whatever the precision."""
+
+    def take(self, source: Array, index: np.ndarray, out: Array) -> None:
+        """Copy the rows at `index` into `out`."""
+
+    def host(self, rows: Array) -> np.ndarray:
+        """Logits as numpy, float32."""
+
+    def images(self, x: Array) -> Array:
+        """A caller's images (B, C, H, W), numpy or torch, in the library of the programs."""
+
+
+class NumpyArrays:
+    """Buffers in numpy, float32."""
+
+    def row(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """As it is."""
+        return tuple(shape)
+
+    def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> np.ndarray:
+        """As `Arrays.empty`."""
+        return np.empty((rows, *row), np.float32)
+
+    def take(self, source: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
+        """As `Arrays.take`."""
+        # without a mode that needs no check of the indices, `take` fills a second buffer first
+        np.take(source, index, axis=0, out=out, mode="clip")
+
+    def host(self, rows: np.ndarray) -> np.ndarray:
+        """As it is."""
+        return rows
+
+    def images(self, x: Array) -> np.ndarray:
+        """As `Arrays.images`; no copy of contiguous float32 on the CPU."""
+        values = x if isinstance(x, np.ndarray) else x.detach().cpu().float().numpy()
+        return np.ascontiguousarray(values, np.float32)
+
+
+class TorchArrays:
+    """Buffers in torch, on a device and in a type."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        import torch
+
+        self._torch = torch
+        self.device = device
+        self.dtype = dtype
+
+    def row(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Channels last."""
+        return (*shape[1:], shape[0]) if len(shape) == 3 else tuple(shape)
+
+    def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> torch.Tensor:
+        """As `Arrays.empty`."""
+        dtype = self._torch.float32 if floats else self.dtype
+        with self._torch.inference_mode(False):  # the next call may come from outside of it
+            return self._torch.empty((rows, *row), device=self.device, dtype=dtype)
+
+    def take(self, source: torch.Tensor, index: np.ndarray, out: torch.Tensor) -> None:
+        """As `Arrays.take`."""
+        rows = self._torch.from_numpy(index).to(self.device)
+        self._torch.index_select(source, 0, rows, out=out)
+
+    def host(self, rows: torch.Tensor) -> np.ndarray:
+        """As `Arrays.host`; waits for the device."""
+        values: np.ndarray = rows.detach().float().cpu().numpy()
+        return values
+
+    def images(self, x: Array) -> torch.Tensor:
+        """As `Arrays.images`."""
+        if isinstance(
+            x, np.ndarray
+        ):  # torch takes no other strides, byte orders and read-only memory
+            tensor = self._torch.from_numpy(np.require(x, np.float32, ["C", "W"]))
+        else:
+            tensor = x.detach()
+        return tensor.to(self.device, self.dtype)

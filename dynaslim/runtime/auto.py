@@ -1,0 +1,122 @@
+"""Backend "auto": the fastest of those that are installed, by a measurement of a few seconds."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from dynaslim._files import write_atomic
+from dynaslim.errors import DynaslimError
+from dynaslim.runtime.backends import FROM_PACKAGE, Backend, Resources, available, make_backend
+from dynaslim.runtime.forms import FormSource
+from dynaslim.runtime.router import Router
+
+ROUNDS: Final = 5
+FILE: Final = "auto.json"
+
+
+def candidates(source: FormSource, resources: Resources) -> list[str]:
+    """Backends worth measuring for a source, those first that are usually fast.
+
+    The compiler of torch takes minutes: it takes part where its programs lie in the cache.
+
+    Raises:
+        UsageError: if none is installed; the message is the line that installs one.
+    """
+    installed = available(source.precision)
+    if not source.has_modules:
+        found: list[str] = [name for name in FROM_PACKAGE if name in installed]
+        if not found:
+            make_backend(FROM_PACKAGE[0], source, resources)  # raises, with the line to run
+        return found
+    device = getattr(source, "device", None)
+    if device is not None and device.type != "cpu":
+        order = ["cudagraph", "eager"] if device.type == "cuda" else ["eager"]
+    else:
+        order = ["openvino", "onnxruntime", "eager"]
+        if resources.cache is not None and any(resources.cache.glob("*.pt2")):
+            order.insert(2, "inductor")
+    return [name for name in order if name in installed]
+
+
+def fastest(
+    source: FormSource, resources: Resources, size: tuple[int, int], rows: int
+) -> tuple[Backend, dict[str, float]]:
+    """The backend that routes a batch of so many images of (height, width) fastest.
+
+    Returns it and the milliseconds of each that was measured: the median of interleaved rounds over
+    a batch whose rows take all options in turn. The result is kept beside the cached programs.
+    """
+    names = candidates(source, resources)
+    if len(names) == 1:
+        return make_backend(names[0], source, resources), {}
+    note = None if resources.cache is None else resources.cache / FILE
+    key = f"{'+'.join(names)} {size[0]}x{size[1]} rows {rows} threads {resources.threads}"
+    known = _read_note(note)
+    found = known.get(key)
+    if found is not None and set(found) <= set(names):
+        name = min(found, key=lambda one: found[one])
+        return make_backend(name, source, resources), found
+    backends = {name: make_backend(name, source, resources) for name in names}
+    measured = measure(list(backends.values()), source, size, rows)
+    if not measured:
+        raise DynaslimError(f"none of the backends {', '.join(names)} runs this network")
+    if note is not None:
+        write_atomic(note, json.dumps({**known, key: measured}, indent=1).encode())
+    return backends[min(measured, key=lambda name: measured[name])], measured
+
+
+def _read_note(note: Path | None) -> dict[str, dict[str, float]]:
+    """What was measured before; an older version's note, or a damaged one, counts for nothing."""
+    if note is None:
+        return {}
+    try:
+        known = json.loads(note.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {
+        key: found
+        for key, found in (known.items() if isinstance(known, dict) else ())
+        if isinstance(found, dict)
+        and found
+        and all(type(ms) in (int, float) for ms in found.values())
+    }
+
+
+def measure(
+    backends: Sequence[Backend], source: FormSource, size: tuple[int, int], rows: int
+) -> dict[str, float]:
+    """Milliseconds of a routed batch on each backend that can run it."""
+    spec = source.spec
+    x = np.random.default_rng(0).standard_normal((rows, spec.in_channels, *size), np.float32)
+    times: dict[str, list[float]] = {}
+    running = {}
+    for backend in backends:
+        router = Router(spec, backend)
+        images = backend.arrays.images(x)
+
+        def run(router: Router = router, images: object = images) -> None:
+            router.routed(
+                images,
+                lambda gate, _, members: members % len(spec.gates[gate].choices),
+                None,
+            )
+
+        try:
+            run()  # compiles
+        except DynaslimError:
+            continue
+        running[backend.name] = run
+        times[backend.name] = []
+    for _ in range(ROUNDS):
+        for name, run in running.items():
+            start = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,110 @@
+"""CUDA graphs: a form recorded once for every size of bucket, then replayed without launches.
+
+A graph has fixed shapes and fixed memory, so buckets are padded to a few sizes and copied in and
+out; all graphs share one pool of memory, since one runs at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynaslim.errors import UsageError
+from dynaslim.runtime.arrays import TorchArrays
+from dynaslim.runtime.backends import Counts, Program, Resources
+from dynaslim.runtime.backends.eager import DTYPES, copy_out, device_of, to_channels_last
+from dynaslim.runtime.forms import Form, FormShape, FormSource
+
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+_WARM_UP = 3
+"""Runs before recording: libraries choose their kernels and take their memory."""
+
+
+class _Recording:
+    """A form at one number of rows: fixed input, graph, fixed outputs."""
+
+    def __init__(self, module: nn.Module, x: Tensor, pool: Any) -> None:
+        self.x = x
+        stream = torch.cuda.Stream(x.device)  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream(x.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                module(self.x)
+        torch.cuda.current_stream(x.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            made = module(self.x)
+        self.outs: tuple[Tensor, ...] = (made,) if isinstance(made, Tensor) else tuple(made)
+
+
+class _Replayed:
+    """The recordings of a form, made when a size is first met."""
+
+    def __init__(
+        self, backend: CudaGraphBackend, form: Form, module: nn.Module, shape: FormShape
+    ) -> None:
+        self._backend = backend
+        self._form = form
+        self._module = module
+        self._shape = shape
+        self._recordings: dict[int, _Recording] = {}
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
+        """As `Program.__call__`."""
+        features = x if self._shape.images else x.permute(0, 3, 1, 2)
+        with self._backend.lock:  # graphs share their memory
+            recording = self._recordings.get(len(x))
+            if recording is None:
+                recording = self._record(len(x))
+            recording.x.copy_(features)
+            recording.graph.replay()
+            copy_out(recording.outs, outs)
+
+    def _record(self, rows: int) -> _Recording:
+        backend = self._backend
+        x = torch.zeros(
+            (rows, *self._shape.row_in), device=backend.arrays.device, dtype=backend.arrays.dtype
+        ).contiguous(memory_format=torch.channels_last)
+        recording = _Recording(self._module, x, backend.pool)
+        backend.counts.compiled.append(f"{self._form.name} rows {rows}")
+        self._recordings[rows] = recording
+        return recording
+
+
+class CudaGraphBackend:
+    """Recorded modules on a GPU.
+
+    Raises:
+        UsageError: if the network is not on a CUDA device.
+    """
+
+    name = "cudagraph"
+    own_threads = False
+    workers = 1
+    sizes: tuple[int, ...] | None = SIZES
+
+    def __init__(self, source: FormSource, resources: Resources) -> None:
+        device = device_of(source)
+        if device.type != "cuda":
+            raise UsageError(
+                f"backend cudagraph needs a network on a CUDA device, this one is on {device}: "
+                f"net.to('cuda'), or choose another backend"
+            )
+        self._source = source
+        self.arrays = TorchArrays(device, DTYPES[source.precision])
+        self.counts = Counts()
+        self.lock = threading.Lock()
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.program`."""
+        module = to_channels_last(self._source.module(form, self.arrays.dtype))
+        return _Replayed(self, form, module, shape)
+
+    def start_worker(self) -> None:
+        """Nothing to set: there is one."""

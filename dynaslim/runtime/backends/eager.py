@@ -1,0 +1,85 @@
+"""Plain modules run by PyTorch as they are, on the CPU or a GPU, in channels_last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dynaslim.runtime.arrays import TorchArrays
+from dynaslim.runtime.backends import Counts, Program, Resources
+from dynaslim.runtime.forms import Form, FormShape, FormSource
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_STARTING = threading.Lock()
+"""Held by the thread that changes what new threads begin with, for all engines of the process."""
+
+
+def device_of(source: FormSource) -> torch.device:
+    """Where a source's weights are; the CPU if it does not say."""
+    found: torch.device = getattr(source, "device", torch.device("cpu"))
+    return found
+
+
+class ModuleProgram:
+    """A module, or anything that is called like one."""
+
+    def __init__(self, module: nn.Module, *, images: bool) -> None:
+        self._module = module
+        self._images = images
+
+    @torch.inference_mode()
+    def __call__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
+        """As `Program.__call__`."""
+        if self._images:
+            x = x.contiguous(memory_format=torch.channels_last)
+        else:
+            x = x.permute(0, 3, 1, 2)
+        copy_out(self._module(x), outs)
+
+
+def to_channels_last(module: nn.Module) -> nn.Module:
+    """The module with its convolutions' weights in that layout."""
+    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+def copy_out(made: Tensor | Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    """Write (B, C, H, W) features and logits into buffers of rows."""
+    results = (made,) if isinstance(made, Tensor) else made
+    for result, out in zip(results, outs, strict=True):
+        out.copy_(result.permute(0, 2, 3, 1) if result.ndim == 4 else result)
+
+
+class EagerBackend:
+    """PyTorch without a compiler."""
+
+    name = "eager"
+    own_threads = True
+    sizes: tuple[int, ...] | None = None
+
+    def __init__(self, source: FormSource, resources: Resources) -> None:
+        self._source = source
+        self._device = device_of(source)
+        self._dtype = DTYPES[source.precision]
+        self.arrays = TorchArrays(self._device, self._dtype)
+        self.workers = resources.threads if self._device.type == "cpu" else 1
+        self.counts = Counts()
+        self._modules: dict[Form, nn.Module] = {}
+
+    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.program`; one module serves both kinds of calls."""
+        if form not in self._modules:
+            self._modules[form] = to_channels_last(self._source.module(form, self._dtype))
+        return ModuleProgram(self._modules[form], images=shape.images)
+
+    def start_worker(self) -> None:
+        """One core for each thread."""
+        with _STARTING:
+            before = torch.get_num_threads()
+            torch.set_num_threads(1)
+            # that is also what threads that start later begin with: put it back, from another one
+            other = threading.Thread(target=torch.set_num_threads, args=(before,))
+            other.start()
+            other.join()

@@ -1,0 +1,89 @@
+"""PyTorch's compiler ahead of time, with frozen weights: a shared library for every form.
+
+A library is compiled once (half a minute each, by the machine's C++ compiler) for any number of
+rows and any size of image, and kept in the cache; loading one takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynaslim.errors import DynaslimError
+from dynaslim.runtime.backends import Program, Resources
+from dynaslim.runtime.backends.eager import EagerBackend, ModuleProgram
+from dynaslim.runtime.forms import Form, FormShape, FormSource
+
+MOST_ROWS = 4096
+
+
+class InductorBackend(EagerBackend):
+    """As eager, with compiled modules."""
+
+    name = "inductor"
+
+    def __init__(self, source: FormSource, resources: Resources) -> None:
+        super().__init__(source, resources)
+        self._cache = resources.cache
+        self._compiled: dict[tuple[Form, tuple[int, ...]], Any] = {}
+
+    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.program`; height and width are fixed, the batch is not."""
+        key = (form, shape.row_in)
+        if key not in self._compiled:
+            self._compiled[key] = self._load(form, shape)
+        return ModuleProgram(self._compiled[key], images=shape.images)
+
+    def _load(self, form: Form, shape: FormShape) -> Any:
+        channels, height, width = shape.row_in
+        file = f"{form.name}_{height}x{width}.torch{torch.__version__}.{self._device.type}.pt2"
+        path = None if self._cache is None else self._cache / file
+        if path is not None and path.is_file():
+            try:
+                loaded = torch._inductor.aoti_load_package(str(path))
+            except RuntimeError:  # a damaged file is made again
+                loaded = None
+            if loaded is not None:
+                self.counts.cached.append(form.name)
+                return loaded
+        self.counts.compiled.append(form.name)
+        module = self._source.module(form, self._dtype)
+        example = torch.randn(
+            2, channels, height, width, device=self._device, dtype=self._dtype
+        ).contiguous(memory_format=torch.channels_last)
+        if path is None:
+            with tempfile.TemporaryDirectory() as folder:
+                made = _compile(module, example, Path(folder) / file)
+                return torch._inductor.aoti_load_package(str(made))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # others may be at the same form, in this process or another
+        temporary = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp.pt2")
+        try:
+            os.replace(_compile(module, example, temporary), path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return torch._inductor.aoti_load_package(str(path))
+
+
+def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> Path:
+    batch = torch.export.Dim("batch", min=1, max=MOST_ROWS)
+    try:
+        with torch.inference_mode(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own deprecations, met in its own code
+            exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
+        made = torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(path), inductor_configs={"freezing": True}
+        )
+    except Exception as error:  # of many kinds, a missing C++ compiler among them
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DynaslimError(
+            f"inductor: a segment does not compile ({first}); it needs a C++ compiler such as g++"
+        ) from error
+    return Path(made)

@@ -1,0 +1,103 @@
+"""OpenVINO on the CPU: side by side, one stream for each core; wide, one stream with all."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dynaslim.runtime.arrays import NumpyArrays
+from dynaslim.runtime.backends import Counts, Program, Resources
+from dynaslim.runtime.forms import Form, FormShape, FormSource
+from dynaslim.runtime.libraries import require
+
+
+@lru_cache(maxsize=1)
+def _core() -> Any:
+    """One for the process, never let go.
+
+    Where a thread has a signal stack (Python's faulthandler makes one), the first core puts a
+    larger one in its place, and frees it with itself; if that happens in another thread, the next
+    signal, such as Ctrl-C, ends the process.
+    """
+    return require("openvino").Core()
+
+
+class _Compiled:
+    """A compiled model with its idle requests: one request serves one thread at a time."""
+
+    def __init__(self, openvino: Any, model: Any) -> None:
+        self._tensor = openvino.Tensor
+        self._model = model
+        self._outputs = [output.get_any_name() for output in model.outputs]
+        self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray]) -> None:
+        """As `Program.__call__`."""
+        try:
+            request = self._idle.get_nowait()
+        except queue.Empty:
+            request = self._model.create_infer_request()
+        if not x.flags.writeable:  # a caller's own images; such memory cannot be shared
+            x = x.copy()
+        request.set_input_tensor(0, self._tensor(x, shared_memory=True))
+        for number, out in enumerate(outs):
+            request.set_output_tensor(number, self._tensor(out, shared_memory=True))
+        request.infer()
+        self._idle.put(request)
+
+
+class OpenVinoBackend:
+    """One compiled model for every form, size of image and kind of call."""
+
+    name = "openvino"
+    own_threads = False
+    sizes: tuple[int, ...] | None = None
+
+    def __init__(self, source: FormSource, resources: Resources) -> None:
+        self._openvino = require("openvino")
+        self._core = _core()
+        self._source = source
+        self._resources = resources
+        self.arrays = NumpyArrays()
+        self.workers = resources.threads
+        self.counts = Counts()
+        self._models: dict[tuple[Form, tuple[int, ...], bool], _Compiled] = {}
+
+    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.program`; height and width are fixed, the batch is not."""
+        key = (form, shape.row_in, wide)
+        if key not in self._models:
+            self._models[key] = _Compiled(self._openvino, self._compile(form, shape, wide))
+        return self._models[key]
+
+    def start_worker(self) -> None:
+        """Nothing to set: streams are the compiled model's."""
+
+    def _compile(self, form: Form, shape: FormShape, wide: bool) -> Any:
+        onnx = self._source.onnx(form)
+        model = self._core.read_model(str(onnx) if isinstance(onnx, Path) else onnx)
+        model.reshape({0: [-1, *shape.row_in]})
+        threads = self._resources.threads
+        precision = "bf16" if self._source.precision == "bf16" else "f32"
+        config: dict[str, Any] = {
+            "NUM_STREAMS": 1 if wide else threads,
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": precision,
+            # pinned, the first streams of two models would share a core and leave another idle
+            "ENABLE_CPU_PINNING": False,
+        }
+        if self._resources.cache is not None:
+            config["CACHE_DIR"] = str(self._resources.cache)
+        compiled = self._core.compile_model(model, "CPU", config)
+        found = self._resources.cache is not None and bool(
+            compiled.get_property("LOADED_FROM_CACHE")
+        )
+        size = "x".join(map(str, shape.row_in[1:]))
+        name = f"{form.name} {size}" + (" wide" if wide else "")
+        (self.counts.cached if found else self.counts.compiled).append(name)
+        return compiled

@@ -1,0 +1,399 @@
+"""Budgets at run time: one gate for a range of costs, and the curve that says what each gives.
+
+A *shift* moves every gate's decision towards cheaper options (positive) or wider ones (negative).
+*Escalation* gives rows whose first answer has a margin under *tau* a second one, along a wider
+*target* path, which replaces the first. A `BudgetPoint` is one setting of the two and what it
+costs; a `BudgetCurve` is what was measured on held-out images (`runtime.budget_search`).
+
+No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
+
+Suffixes: B rows, K options of a gate, N classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dynaslim.cost import CostTable
+from dynaslim.errors import UsageError, check
+from dynaslim.spec import NetSpec
+
+Kind = Literal["share", "madds", "ms", "drop"]
+
+FORMS: Final = (
+    "a share of the widest route's cost above 0 and up to 1 (0.6), mean multiply-adds ('250M'), "
+    "mean milliseconds ('4.5ms') or points of top-1 given up ('drop=0.3')"
+)
+_NUMBER: Final = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
+_PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
+    "share": re.compile(rf"(?P<value>{_NUMBER})"),
+    "madds": re.compile(rf"(?P<value>{_NUMBER}) ?M"),
+    "ms": re.compile(rf"(?P<value>{_NUMBER}) ?ms"),
+    "drop": re.compile(rf"drop ?= ?(?P<value>{_NUMBER})"),
+}
+_ROUNDING: Final = 1e-9
+"""Relative: a budget that is written as a point's own cost affords that point."""
+
+
+# -- decisions ------------------------------------------------------------------------------------
+
+
+def option_costs(table: CostTable) -> tuple[npt.NDArray[np.float64], ...]:
+    """For every gate (K,): what a route with that option, and else the cheapest, costs.
+
+    As a share of the widest route's cost.
+    """
+    options = [len(segment[0]) for segment in table.segments[1:]]
+    costs = []
+    for gate, count in enumerate(options):
+        paths = [[0] * gate + [k] + [0] * (len(options) - gate - 1) for k in range(count)]
+        costs.append(np.array([table.route_cost(path) for path in paths]) / table.widest_cost)
+    return tuple(costs)
+
+
+def choose(
+    gate_logits_BK: npt.NDArray[np.floating[Any]],
+    shift: float,
+    costs_K: npt.NDArray[np.float64],
+    limit: int | None = None,
+) -> npt.NDArray[np.int64]:
+    """The option (B,) with the highest `logits - shift * costs`; of equals the cheaper one.
+
+    Positive shifts choose cheaper, negative ones wider, 0 is the gate's own decision. `costs_K`
+    rise (`option_costs`); options above `limit` are left out. A row's option never grows with the
+    shift, to the last bit.
+    """
+    logits_BK = np.asarray(gate_logits_BK, np.float64)[:, : None if limit is None else limit + 1]
+    costs_K = np.asarray(costs_K, np.float64)[: logits_BK.shape[1]]
+    # option by option rather than by argmax: rounding could make the latter go back and forth.
+    # The choice is the first option that no later one beats; the last is never beaten.
+    gain_BKK = logits_BK[:, None, :] - logits_BK[:, :, None]
+    price_KK = shift * (costs_K[None, :] - costs_K[:, None])
+    later_KK = np.triu(np.ones_like(price_KK, bool), 1)
+    beaten_BK = ((gain_BKK > price_KK) & later_KK).any(2)
+    option_B: npt.NDArray[np.int64] = beaten_BK.argmin(1).astype(np.int64)
+    return option_B
+
+
+def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    """Probability of the likeliest class minus that of the next (B,), in the type of the logits.
+
+    In 0..1; 1 where there is a single class.
+    """
+    rows, classes = logits_BN.shape
+    if classes == 1:
+        return np.ones(rows, logits_BN.dtype)
+    # relative to the highest, so that nothing overflows
+    below_BN = logits_BN - logits_BN.max(1, keepdims=True)
+    second_B = np.partition(below_BN, classes - 2, axis=1)[:, classes - 2]
+    return np.asarray(-np.expm1(second_B) / np.exp(below_BN).sum(1), logits_BN.dtype)
+
+
+def may_escalate(table: CostTable, own: Sequence[int], target: Sequence[int]) -> bool:
+    """Whether a row of path `own` may go on to `target`: dearer, and wider behind some gate."""
+    wider = any(t > o for t, o in zip(target, own, strict=True))
+    return wider and table.route_cost(own) < table.route_cost(target)
+
+
+def escalation_cost(table: CostTable, target: Sequence[int]) -> float:
+    """What escalating a row adds to its cost: the target path without the trunk, which was kept."""
+    return table.route_cost(target) - table.segments[0][0][0]
+
+
+# -- budgets --------------------------------------------------------------------------------------
+
+
+def parse_budget(budget: float | str) -> tuple[Kind, float]:
+    """What a budget limits, and its value: a share, MAdds per image, ms per image or points.
+
+    Raises:
+        UsageError: if it is none of `FORMS`.
+    """
+    if isinstance(budget, str):
+        text = budget.strip()
+        for kind, pattern in _PATTERNS.items():
+            if match := pattern.fullmatch(text):
+                value = float(match["value"]) * (1e6 if kind == "madds" else 1)
+                break
+        else:
+            raise UsageError(f"budget {budget!r}: give {FORMS}")
+    elif isinstance(budget, Real) and not isinstance(budget, bool):
+        kind, value = "share", float(budget)
+    else:
+        raise UsageError(f"budget {budget!r}: give {FORMS}")
+    check(
+        math.isfinite(value)
+        and (value >= 0 if kind == "drop" else value > 0)
+        and (value <= 1 or kind != "share"),
+        f"budget {budget!r}: give {FORMS}",
+    )
+    return kind, value
+
+
+@dataclass(frozen=True)
+class BudgetPoint:
+    """One setting of shift and escalation, and what it gave on the held-out images.
+
+    Costs and shares are means over all of them; no label has a part in these. `top1` (0..1) is
+    measured on the images that had no say in which points are kept, unless there was no such part.
+    """
+
+    shift: float
+    tau: float | None
+    """Rows of a smaller margin escalate; None for the gate alone."""
+    escalate_to: tuple[int, ...] | None
+    """The option of every gate on the target path; None for the gate alone."""
+    madds: float
+    """Multiply-adds per image, slimming heads and escalation included."""
+    share: float
+    """`madds` of the widest route's."""
+    ms: float | None
+    """Milliseconds per image by the latency table that was given; None without one."""
+    top1: float
+    escalated: float
+    """Share of the images, 0..1."""
+    top1_selecting: float | None = None
+    """Accuracy on the images by which the points were picked: optimistic, and what decides which
+    point is the better one. None stands for `top1`."""
+
+    @property
+    def merit(self) -> float:
+        """What makes a point better than another."""
+        return self.top1 if self.top1_selecting is None else self.top1_selecting
+
+
+@dataclass(frozen=True)
+class BudgetCurve:
+    """What a gate gives over a range of costs, measured on held-out images.
+
+    Points stand in the order of their cost, and every one is more accurate than the one before on
+    the selecting images, save that the last may be the widest route, which is always there.
+    `gate_points` are without escalation. With a latency table `ms_points` and `ms_gate_points`
+    are the same by milliseconds; where they are empty the others stand in.
+    """
+
+    image_size_px: int
+    images: int
+    """Held-out images."""
+    widest_madds: float
+    widest_ms: float | None
+    widest_top1: float
+    cheapest_madds: float
+    cheapest_ms: float | None
+    cheapest_top1: float
+    points: tuple[BudgetPoint, ...]
+    gate_points: tuple[BudgetPoint, ...]
+    ms_points: tuple[BudgetPoint, ...] = ()
+    ms_gate_points: tuple[BudgetPoint, ...] = ()
+    reporting_images: int | None = None
+    """How many of the images every `top1` is measured on; the others picked the points. None if all
+    did both, which makes every `top1` optimistic."""
+
+    def at(self, budget: float | str | BudgetPoint, *, escalate: bool = True) -> BudgetPoint:
+        """The best point for a budget; without `escalate`, of the gate alone.
+
+        A number or numeric string in (0, 1] is a share of the widest route's MAdds, "250M" and
+        "4.5ms" are means per image: the most accurate point of at most that cost, the cheapest if
+        there is none. "drop=0.3" is the cheapest point whose top-1 is at most 0.3 percentage points
+        below the widest route's. A point is taken as it is.
+
+        Raises:
+            UsageError: if the budget is of none of these forms, in ms without a latency table,
+                a drop that no point stays within, or a point that escalates though it must not.
+        """
+        if isinstance(budget, BudgetPoint):
+            check(
+                escalate or budget.tau is None,
+                f"budget {budget}: escalates; take a point of gate_points or allow escalation",
+            )
+            return budget
+        kind, value = parse_budget(budget)
+        if kind == "ms":
+            check(
+                self.widest_ms is not None,
+                f"budget {budget!r}: the curve has no milliseconds; calibrate it with a latency "
+                f"table (calibrate-budget --table), or give a share such as 0.6",
+            )
+            points = self.ms_points if escalate else self.ms_gate_points
+            points = points or (self.points if escalate else self.gate_points)
+        else:
+            points = self.points if escalate else self.gate_points
+        if kind == "drop":
+            return self._within(points, value, budget)
+        limit = value * (1 + _ROUNDING)
+        afforded = [point for point in points if _cost(point, kind) <= limit]
+        # the cheapest of the most accurate: points stand in the order of their cost
+        return max(afforded, key=lambda point: point.merit) if afforded else points[0]
+
+    def _within(
+        self, points: Sequence[BudgetPoint], drop: float, budget: float | str
+    ) -> BudgetPoint:
+        """The cheapest point that loses at most `drop` percentage points."""
+        for point in points:
+            if point.top1 >= self.widest_top1 - drop / 100 - _ROUNDING:
+                return point
+        nearest = 100 * (self.widest_top1 - max(point.top1 for point in points))
+        reachable = math.ceil(nearest * 100 - 1e-6) / 100
+        raise UsageError(
+            f"budget {budget!r}: no point is so near the widest route's "
+            f"{100 * self.widest_top1:.2f}%; the nearest is drop={reachable:g}"
+        )
+
+    def check_fits(self, spec: NetSpec) -> None:
+        """Raise `UsageError` unless the curve can be one of this network."""
+        options = [len(gate.choices) for gate in spec.gates]
+        spec.check_image_size(self.image_size_px, self.image_size_px)
+        widest = CostTable.from_madds(spec, self.image_size_px).widest_cost
+        check(
+            math.isclose(widest, self.widest_madds, rel_tol=_ROUNDING),
+            f"budget curve: its widest route costs {self.widest_madds:.0f} MAdds, that of "
+            f"{spec.name} {widest:.0f}",
+        )
+        for points in (self.points, self.gate_points, self.ms_points, self.ms_gate_points):
+            for target in (point.escalate_to for point in points):
+                fits = target is None or (
+                    len(target) == len(options)
+                    and all(t < count for t, count in zip(target, options, strict=True))
+                )
+                check(
+                    fits,
+                    f"budget curve: escalate_to {target} does not fit the gates of {spec.name}, "
+                    f"which have {options} options",
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back to an equal curve."""
+        # through JSON, which makes lists of tuples
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return plain
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BudgetCurve:
+        """Rebuild a curve from `to_dict`.
+
+        Raises:
+            UsageError: for missing or unknown keys, values of another type or that cannot be such,
+                or points that are not in the order of their cost; the message names the value.
+        """
+        _check_keys(data, cls, "budget curve")
+        lists = {}
+        for name in _LISTS:
+            check(isinstance(data[name], list), f"budget curve: {name} must be a list of points")
+            lists[name] = tuple(
+                _point(raw, f"budget curve: {name} {number}")
+                for number, raw in enumerate(data[name])
+            )
+        at = "budget curve: "
+        for name in ("image_size_px", "images", "reporting_images"):
+            value = data[name]
+            fine = type(value) is int and value >= 1
+            fine = fine or (value is None and name == "reporting_images")
+            check(fine, f"{at}{name} {value!r} must be a whole number of at least 1")
+        curve = cls(
+            image_size_px=data["image_size_px"],
+            images=data["images"],
+            widest_madds=_number(data, "widest_madds", at),
+            widest_ms=_optional(data, "widest_ms", at),
+            widest_top1=_number(data, "widest_top1", at, high=1),
+            cheapest_madds=_number(data, "cheapest_madds", at),
+            cheapest_ms=_optional(data, "cheapest_ms", at),
+            cheapest_top1=_number(data, "cheapest_top1", at, high=1),
+            reporting_images=data["reporting_images"],
+            **lists,
+        )
+        curve._check_points()
+        return curve
+
+    def _check_points(self) -> None:
+        timed = self.widest_ms is not None
+        check(self.widest_madds > 0, "budget curve: widest_madds must be above 0")
+        check((self.cheapest_ms is not None) == timed, "budget curve: has ms for one end only")
+        for name in _LISTS:
+            points: tuple[BudgetPoint, ...] = getattr(self, name)
+            by_ms = name.startswith("ms_")
+            check(bool(points) or by_ms, f"budget curve: {name} has no point")
+            check(timed or not by_ms or not points, f"budget curve: {name} without any ms")
+            for number, point in enumerate(points):
+                at = f"budget curve: {name} {number}"
+                check((point.ms is not None) == timed, f"{at}: ms {point.ms!r}, unlike the ends")
+                share = point.madds / self.widest_madds
+                check(
+                    math.isclose(point.share, share, rel_tol=1e-6),
+                    f"{at}: share {point.share} must be its part of widest_madds, {share:.6g}",
+                )
+                check(
+                    "gate" not in name or point.tau is None,
+                    f"{at}: escalates, which a point of the gate alone cannot",
+                )
+            costs = [_cost(point, "ms" if by_ms else "madds") for point in points]
+            check(costs == sorted(costs), f"budget curve: {name} must stand in order of their cost")
+
+
+_LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
+
+
+def _cost(point: BudgetPoint, kind: Kind) -> float:
+    if kind == "ms":
+        assert point.ms is not None, "a timed curve has ms at every point"
+        return point.ms
+    return point.share if kind == "share" else point.madds
+
+
+def _point(data: Any, at: str) -> BudgetPoint:
+    _check_keys(data, BudgetPoint, at)
+    target, where = data["escalate_to"], f"{at}: "
+    check(
+        target is None
+        or (isinstance(target, list) and all(type(t) is int and t >= 0 for t in target)),
+        f"{where}escalate_to {target!r} must be an option for each gate",
+    )
+    check(
+        (target is None) == (data["tau"] is None),
+        f"{where}tau and escalate_to must be given both or neither",
+    )
+    return BudgetPoint(
+        shift=_number(data, "shift", where, low=-math.inf),
+        tau=_optional(data, "tau", where),
+        escalate_to=None if target is None else tuple(target),
+        madds=_number(data, "madds", where),
+        share=_number(data, "share", where),
+        ms=_optional(data, "ms", where),
+        top1=_number(data, "top1", where, high=1),
+        escalated=_number(data, "escalated", where, high=1),
+        top1_selecting=_optional(data, "top1_selecting", where, high=1),
+    )
+
+
+def _check_keys(data: Any, kind: type[Any], at: str) -> None:
+    check(isinstance(data, Mapping), f"{at}: expected an object, got {data!r:.60}")
+    names = {field.name for field in dataclasses.fields(kind)}
+    for key in sorted(names - set(data)):
+        raise UsageError(f"{at}: has no {key!r}")
+    for key in sorted(set(data) - names, key=str):
+        raise UsageError(f"{at}: has an unknown key {key!r}")
+
+
+def _number(
+    data: Mapping[str, Any], key: str, at: str, low: float = 0, high: float = math.inf
+) -> float:
+    value = data[key]
+    check(
+        type(value) in (int, float) and math.isfinite(value) and low <= value <= high,
+        f"{at}{key} {value!r} must be a finite number"
+        + (f" of {low:g} to {high:g}" if high < math.inf else " of at least 0" if low == 0 else ""),
+    )
+    return float(value)
+
+
+def _optional(data: Mapping[str, Any], key: str, at: str, high: float = math.inf) -> float | None:
+    return None if data[key] is None else _number(data, key, at, high=high)

@@ -1,0 +1,254 @@
+"""Budget curves: shift and escalation threshold tried out together on held-out images.
+
+Thousands of settings are compared in seconds, on the table of `dynaslim.runtime.calibrate_budget`.
+The setting that looks best of many is flattered by chance: one half of the images picks the
+settings, the other half says how accurate they are.
+
+Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, U units of cost, H the
+selecting and the reporting half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dynaslim.cost import CostTable
+from dynaslim.errors import check
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, escalation_cost, option_costs
+from dynaslim.runtime.calibrate_budget import Floats, Ints, PathAnswers
+
+SHIFTS: Final = 41
+"""Shifts that are tried, beside 0 and those that send all images along one end."""
+TAUS: Final = 25
+"""Thresholds that are tried for each shift and target."""
+MOST_ESCALATED: Final = 0.6
+"""Share of the images beyond which a wider first route is the better idea."""
+KEPT: Final = 20
+"""Points that are kept of each front, about evenly spaced by cost."""
+_ROUNDING: Final = 1e-12
+"""Relative, of sums of costs."""
+
+
+def split_rows(images: int) -> tuple[Ints, Ints]:
+    """Rows that select settings and rows that report on them: halves, the same at every call.
+
+    Drawn at random, because sets are often stored with their classes in turn.
+    """
+    order = np.random.default_rng(0).permutation(images)
+    return np.sort(order[1::2]), np.sort(order[0::2])
+
+
+def fit_curve(
+    answers: PathAnswers, *, latency: CostTable | None = None, split: bool = True
+) -> BudgetCurve:
+    """The settings worth having, from cheap to accurate; see `BudgetCurve`.
+
+    `latency` is a table in ms for the same network and adds the curve by milliseconds. Without
+    `split` all images select and report: for sets too small to divide.
+
+    Raises:
+        UsageError: if `latency` is in another unit or for another network, or there is no image
+            for one of the halves.
+    """
+    total = len(answers)
+    check(total >= 2 or not split, f"images {total}: two halves need at least 2")
+    if latency is not None:
+        check(latency.unit == "ms", f"latency table in {latency.unit}: expected ms")
+        CostTable.from_dict(latency.to_dict(), answers.spec)  # raises for another network's
+    everyone = np.arange(total)
+    selecting, reporting = split_rows(total) if split else (everyone, everyone)
+    tried = _Tried(answers, latency, selecting, reporting)
+    points, gate_points = tried.fronts(unit=0)
+    ms_points, ms_gate_points = ((), ()) if latency is None else tried.fronts(unit=1)
+    cheapest, widest = tried.point(tried.cheapest), tried.point(tried.widest)
+    return BudgetCurve(
+        image_size_px=answers.image_size_px,
+        images=total,
+        widest_madds=widest.madds,
+        widest_ms=widest.ms,
+        widest_top1=widest.top1,
+        cheapest_madds=cheapest.madds,
+        cheapest_ms=cheapest.ms,
+        cheapest_top1=cheapest.top1,
+        points=points,
+        gate_points=gate_points,
+        ms_points=ms_points,
+        ms_gate_points=ms_gate_points,
+        reporting_images=len(reporting) if split else None,
+    )
+
+
+def shift_grid(answers: PathAnswers) -> Floats:
+    """Shifts worth trying, rising: 0, quantiles of where decisions change, and two far ones.
+
+    With the far ones every image takes the last option of every gate, or the first.
+    """
+    shares = (np.arange(SHIFTS) + 0.5) / SHIFTS
+    quantiles, farthest = [], 0.0
+    for logits_QNK, costs_K in zip(answers.gate_logits, option_costs(answers.table), strict=True):
+        changes = _changes(logits_QNK.reshape(-1, len(costs_K)).astype(np.float64), costs_K)
+        changes = changes[np.isfinite(changes)]
+        if len(changes):
+            quantiles.append(np.quantile(changes, shares))
+            farthest = max(farthest, float(np.abs(changes).max()))
+    # every gate has the same say, however many prefixes it is asked behind
+    grid = np.quantile(np.concatenate(quantiles), shares) if quantiles else np.zeros(0)
+    # far beyond what was seen, so that images not seen are as sure to go there
+    far = math.ceil(4 * farthest) + 1.0
+    return np.unique(np.concatenate([grid, [0.0, -far, far]]))
+
+
+def _changes(logits_NK: Floats, costs_K: Floats) -> Floats:
+    """Shifts (N, K - 1) from which on a row's option is k or lower, for every k but the last."""
+    count = len(costs_K)
+    if count == 1:
+        return np.zeros((len(logits_NK), 0))
+    with np.errstate(divide="ignore", invalid="ignore"):  # options of the same cost never change
+        below_NKK = (logits_NK[:, None, :] - logits_NK[:, :, None]) / (
+            costs_K[None, :] - costs_K[:, None]
+        )
+    # below this shift, some option behind k beats k
+    beaten_NK = np.stack([below_NKK[:, k, k + 1 :].max(1) for k in range(count - 1)], axis=1)
+    return np.asarray(np.minimum.accumulate(beaten_NK, axis=1))
+
+
+class _Settings(NamedTuple):
+    """Settings that were tried, and what they gave."""
+
+    shift_S: Floats
+    tau_S: Floats
+    """NaN without escalation."""
+    target_S: Ints
+    """Number of the target; -1 without escalation."""
+    escalated_S: Ints
+    """How many of all images."""
+    right_HS: Ints
+    """How many of each half's images."""
+    cost_US: Floats
+    """Means over all images, in MAdds and, with a latency table, in ms."""
+
+
+class _Tried:
+    """All settings that are tried, and the fronts among them."""
+
+    def __init__(
+        self, answers: PathAnswers, latency: CostTable | None, selecting: Ints, reporting: Ints
+    ) -> None:
+        self.answers = answers
+        self.tables = [answers.table] if latency is None else [answers.table, latency]
+        self.costs_UP = np.stack([answers.costs(table) for table in self.tables])
+        self.half_HN = np.zeros((2, len(answers)), np.int64)
+        self.half_HN[0, selecting] = 1
+        self.half_HN[1, reporting] = 1
+        parts = [part for shift in shift_grid(answers) for part in self._of_shift(float(shift))]
+        self.all = _Settings(*(np.concatenate(column, -1) for column in zip(*parts, strict=True)))
+        # the shifts rise
+        alone = np.flatnonzero(self.all.target_S < 0)
+        self.widest, self.cheapest = int(alone[0]), int(alone[-1])
+
+    def _of_shift(self, shift: float) -> Iterator[_Settings]:
+        """The gate alone, then thresholds for every target."""
+        answers = self.answers
+        own_N, everyone = answers.taken(shift), np.arange(len(answers))
+        right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
+        margin_N = answers.margins_NP[everyone, own_N]
+        right_H = self.half_HN @ right_N
+        cost_U = self.costs_UP[:, own_N].mean(1)
+        yield _Settings(
+            np.array([shift]),
+            np.array([np.nan]),
+            np.array([-1]),
+            np.array([0]),
+            right_H[:, None],
+            cost_U[:, None],
+        )
+        for number, target in enumerate(answers.targets):
+            able = np.flatnonzero(answers.may_escalate(target)[own_N])
+            if not len(able):
+                continue
+            able = able[margin_N[able].argsort(kind="stable")]
+            tau_T = _thresholds(margin_N[able], len(answers))
+            count_T = np.searchsorted(margin_N[able], tau_T, side="left")
+            gain_N = answers.correct_NP[:, answers.paths.index(target)] - right_N
+            # what the first so many rows that escalate win or lose
+            gained = np.cumsum((self.half_HN * gain_N)[:, able], axis=1)
+            added_U = [escalation_cost(table, target) for table in self.tables]
+            yield _Settings(
+                np.full(len(tau_T), shift),
+                tau_T.astype(np.float64),
+                np.full(len(tau_T), number),
+                count_T,
+                right_H[:, None] + gained[:, count_T - 1],
+                cost_U[:, None] + np.outer(added_U, count_T / len(answers)),
+            )
+
+    def fronts(self, unit: int) -> tuple[tuple[BudgetPoint, ...], tuple[BudgetPoint, ...]]:
+        """Points of all settings and of the gate alone by one unit's cost, up to the widest route.
+
+        The widest route ends both.
+        """
+        cost_S = self.all.cost_US[unit]
+        # what is dearer than the widest route, no budget asks for
+        within = np.flatnonzero(cost_S <= cost_S[self.widest] * (1 + _ROUNDING))
+        alone = self._thinned(within[self.all.target_S[within] < 0], cost_S)
+        # the gate's points are among them: at no cost is escalation the worse of the two
+        both = self._front(np.concatenate([self._thinned(within, cost_S), alone]), cost_S)
+        return self._points(both), self._points(alone)
+
+    def _front(self, settings: Ints, cost_S: Floats) -> Ints:
+        """Those that no other as cheap is as good as on the selecting half: rising in both."""
+        right_S = self.all.right_HS[0]
+        order = settings[np.lexsort((-right_S[settings], cost_S[settings]))]
+        best = np.maximum.accumulate(right_S[order])
+        better: Ints = order[np.append(True, best[1:] > best[:-1])]
+        return better
+
+    def _thinned(self, settings: Ints, cost_S: Floats) -> Ints:
+        """The front of the settings; of many, the best within each of evenly spaced costs."""
+        front = self._front(settings, cost_S)
+        costs = cost_S[front]
+        limits = np.linspace(costs[0], costs[-1], KEPT) * (1 + _ROUNDING)
+        thinned: Ints = front[np.unique(np.searchsorted(costs, limits, side="right") - 1)]
+        return thinned
+
+    def _points(self, settings: Ints) -> tuple[BudgetPoint, ...]:
+        numbers = settings.tolist()
+        if numbers[-1] != self.widest:
+            numbers.append(self.widest)
+        return tuple(self.point(number) for number in numbers)
+
+    def point(self, number: int) -> BudgetPoint:
+        """A setting as a point of a curve."""
+        target = int(self.all.target_S[number])
+        costs = self.all.cost_US[:, number].tolist()
+        selected, reported = self.all.right_HS[:, number] / self.half_HN.sum(1)
+        return BudgetPoint(
+            shift=float(self.all.shift_S[number]),
+            tau=None if target < 0 else float(self.all.tau_S[number]),
+            escalate_to=None if target < 0 else self.answers.targets[target],
+            madds=costs[0],
+            share=costs[0] / self.answers.table.widest_cost,
+            ms=costs[1] if len(costs) > 1 else None,
+            top1=float(reported),
+            escalated=int(self.all.escalated_S[number]) / len(self.answers),
+            top1_selecting=float(selected),
+        )
+
+
+def _thresholds(margins_N: npt.NDArray[np.float32], images: int) -> npt.NDArray[np.float32]:
+    """Margins (T,), rising, under which about evenly spaced shares of the images fall.
+
+    `margins_N` are sorted, of the images that can escalate. A threshold stands between two of them
+    where there is room, so that rounding elsewhere moves nobody across; at least one is under it.
+    """
+    most = min(len(margins_N), math.ceil(MOST_ESCALATED * images))
+    count_T = np.unique(np.ceil(np.arange(1, TAUS + 1) * most / TAUS).astype(np.int64))
+    below_T = margins_N[count_T - 1]
+    above_T = np.append(margins_N, np.float32(1))[count_T]
+    between_T = below_T + (above_T - below_T) / 2
+    return np.unique(np.where(between_T > below_T, between_T, np.nextafter(below_T, np.float32(2))))

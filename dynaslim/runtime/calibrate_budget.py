@@ -1,0 +1,264 @@
+"""What a network answers along every path, so that any budget's outcome is arithmetic.
+
+The network runs every path of its gates once on held-out images (`answer_paths`). What any shift,
+margin threshold and target would give follows from that table in numpy (`simulate`);
+`dynaslim.runtime.budget_search` looks for the settings worth having.
+
+Suffixes: B rows of a batch, N images, K options of a gate, P paths, Q prefixes.
+A path's number counts the options of its gates like the digits of a number, the last gate's
+fastest; so does that of a prefix, the options of the gates before one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from dynaslim.cost import CostTable
+from dynaslim.errors import DataError, DynaslimError, UsageError, check
+from dynaslim.nn.net import SlimNet
+from dynaslim.runtime.budget import (
+    choose,
+    escalation_cost,
+    margins,
+    may_escalate,
+    option_costs,
+)
+from dynaslim.spec import NetSpec, Route
+
+Path = tuple[int, ...]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+
+MAX_PATHS: Final = 256
+
+
+@dataclass(frozen=True)
+class PathAnswers:
+    """What every path of a network answers for every image, and what its gates would decide."""
+
+    spec: NetSpec
+    image_size_px: int
+    gate_logits: tuple[npt.NDArray[np.float32], ...]
+    """For every gate (Q, N, K), by prefix."""
+    correct_NP: Bools
+    margins_NP: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.correct_NP)
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...]:
+        """All paths in the order of their numbers: cheapest first, widest last."""
+        return tuple(itertools.product(*(range(len(gate.choices)) for gate in self.spec.gates)))
+
+    @cached_property
+    def table(self) -> CostTable:
+        """Multiply-adds of the segments."""
+        return CostTable.from_madds(self.spec, self.image_size_px)
+
+    @cached_property
+    def targets(self) -> tuple[Path, ...]:
+        """Where rows may escalate to: all gates' options in step, but for the cheapest."""
+        options = [len(gate.choices) for gate in self.spec.gates]
+        steps = range(1, max(options))
+        return tuple(dict.fromkeys(tuple(min(k, n - 1) for n in options) for k in steps))
+
+    def route(self, path: Path) -> Route:
+        """The route of a path."""
+        gates = zip(self.spec.gates, path, strict=True)
+        return self.spec.route_at([gate.choices[option] for gate, option in gates])
+
+    def costs(self, table: CostTable) -> Floats:
+        """What one image costs along every path (P,), in the table's unit."""
+        return np.array([table.route_cost(path) for path in self.paths])
+
+    def may_escalate(self, target: Path) -> Bools:
+        """Whether rows of each path (P,) may go on to a target."""
+        return np.array([may_escalate(self.table, path, target) for path in self.paths])
+
+    def taken(self, shift: float) -> Ints:
+        """The number of the path (N,) that the gates choose under a shift."""
+        path_N = np.zeros(len(self), np.int64)
+        everyone = np.arange(len(self))
+        for logits_QNK, costs_K in zip(self.gate_logits, option_costs(self.table), strict=True):
+            option_N = choose(logits_QNK[path_N, everyone], shift, costs_K)
+            path_N = path_N * len(costs_K) + option_N
+        return path_N
+
+
+class Outcome(NamedTuple):
+    """Means over images: cost in the tables' units, accuracy and escalated share in 0..1."""
+
+    madds: float
+    ms: float | None
+    top1: float
+    escalated: float
+
+
+def count_paths(spec: NetSpec) -> int:
+    """How many paths a network's gates have.
+
+    Raises:
+        UsageError: if it has no gates, or more paths than a table is made for.
+    """
+    check(bool(spec.gates), f"{spec.name} has no gates: there is nothing to shift")
+    count = math.prod(len(gate.choices) for gate in spec.gates)
+    check(
+        count <= MAX_PATHS,
+        f"{spec.name}: its gates have {count} paths, a budget curve is made for {MAX_PATHS} at "
+        f"most; give its gates fewer choices",
+    )
+    return count
+
+
+@torch.inference_mode()
+def answer_paths(
+    net: SlimNet,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    on_batch: Callable[[int], None] | None = None,
+) -> PathAnswers:
+    """Run every path on batches of (network input (B, C, S, S), labels (B,)).
+
+    Paths run depth first and share what they have in common, the trunk above all. `on_batch` hears
+    how many images are done.
+
+    Raises:
+        UsageError: for a network in training mode, one without gates or with too many paths, or
+            images that are not square or not of one size.
+        DataError: if there are no images.
+        DynaslimError: if what the network computes is not finite.
+    """
+    spec = net.spec
+    count = count_paths(spec)
+    check(not net.training, "paths are compared with running statistics: call net.eval() first")
+    device = next(net.parameters()).device
+    options = [len(gate.choices) for gate in spec.gates]
+    gate_logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in spec.gates]
+    correct: list[Bools] = []
+    margin: list[npt.NDArray[np.float32]] = []
+    sides: set[tuple[int, int]] = set()
+
+    def run(number: int, x: Tensor, index: int, at: int) -> None:
+        """Segment `number` at a width index, which is prefix `at`, and all behind it."""
+        out = net.segment(number, x, index)
+        if out.gate_logits is None:
+            logits_BN = _finite(f"route {at}", out.features)
+            correct_PB[at] = logits_BN.argmax(1) == labels
+            margins_PB[at] = margins(logits_BN)
+            return
+        decided[number][at] = _finite(f"gate {number}", out.gate_logits)
+        for option, choice in enumerate(spec.gates[number].choices):
+            run(number + 1, out.features, choice, at * options[number] + option)
+
+    for x, labels_B in batches:
+        net.check_input(x)
+        sides.add((x.shape[2], x.shape[3]))
+        labels = labels_B.cpu().numpy()
+        correct_PB = np.empty((count, len(x)), bool)
+        margins_PB = np.empty((count, len(x)), np.float32)
+        decided = [
+            np.empty((math.prod(options[:gate]), len(x), k), np.float32)
+            for gate, k in enumerate(options)
+        ]
+        run(0, x.to(device), 0, 0)
+        correct.append(correct_PB.T)
+        margin.append(margins_PB.T)
+        for parts, logits_QBK in zip(gate_logits, decided, strict=True):
+            parts.append(logits_QBK)
+        if on_batch is not None:
+            on_batch(len(x))
+    if not any(map(len, correct)):
+        raise DataError("no images to measure budgets on")
+    height, width = sides.pop()
+    check(not sides and height == width, "budgets are measured on square images of one size")
+    return PathAnswers(
+        spec,
+        height,
+        tuple(np.concatenate(parts, axis=1) for parts in gate_logits),
+        np.concatenate(correct),
+        np.concatenate(margin),
+    )
+
+
+def simulate(
+    answers: PathAnswers,
+    shift: float,
+    tau: float | None = None,
+    target: Path | None = None,
+    *,
+    latency: CostTable | None = None,
+    rows: Ints | None = None,
+) -> Outcome:
+    """What a shift, and escalation to a target under a margin of tau, gives on the images.
+
+    `rows` takes the means over these alone.
+
+    Raises:
+        UsageError: if the target is none of the network's paths, or comes without tau or tau
+            without it.
+    """
+    check((tau is None) == (target is None), "tau and target: give both or neither")
+    own_N = answers.taken(shift)
+    everyone = np.arange(len(answers))
+    right_N = answers.correct_NP[everyone, own_N]
+    madds_N = answers.costs(answers.table)[own_N]
+    ms_N = None if latency is None else answers.costs(latency)[own_N]
+    up_N = np.zeros(len(answers), bool)
+    if tau is not None and target is not None:
+        if target not in answers.paths:
+            raise UsageError(f"target {target}: {answers.spec.name} has no such path")
+        up_N = answers.may_escalate(target)[own_N]
+        up_N &= answers.margins_NP[everyone, own_N] < tau
+        right_N = np.where(up_N, answers.correct_NP[:, answers.paths.index(target)], right_N)
+        madds_N = madds_N + up_N * escalation_cost(answers.table, target)
+        if ms_N is not None and latency is not None:
+            ms_N = ms_N + up_N * escalation_cost(latency, target)
+    some = slice(None) if rows is None else rows
+    return Outcome(
+        float(madds_N[some].mean()),
+        None if ms_N is None else float(ms_N[some].mean()),
+        float(right_N[some].mean()),
+        float(up_N[some].mean()),
+    )
+
+
+def uniform_outcomes(
+    answers: PathAnswers,
+    *,
+    latency: CostTable | None = None,
+    rows: Ints | None = None,
+) -> list[tuple[Route, Outcome]]:
+    """What the cheapest path and every target give where all images take it, to compare with.
+
+    Accuracy is that of `rows`, by default of all images.
+    """
+    some = slice(None) if rows is None else rows
+    result = []
+    for path in (answers.paths[0], *answers.targets):
+        right_N = answers.correct_NP[some, answers.paths.index(path)]
+        ms = None if latency is None else latency.route_cost(path)
+        outcome = Outcome(answers.table.route_cost(path), ms, float(right_N.mean()), 0.0)
+        result.append((answers.route(path), outcome))
+    return result
+
+
+def _finite(name: str, logits: Tensor) -> npt.NDArray[np.float32]:
+    values: npt.NDArray[np.float32] = logits.float().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise DynaslimError(
+            f"{name}: logits are not finite; the weights or BN statistics are damaged, or the "
+            f"images are"
+        )
+    return values

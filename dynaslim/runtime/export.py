@@ -1,0 +1,317 @@
+"""Writing networks for others to run: packages, single files, plain sub-networks.
+
+What is written is run once before it is handed over, and compared with the network.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from dynaslim import __version__
+from dynaslim._files import check_writable, write_atomic
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.cost import madds
+from dynaslim.errors import DynaslimError, UsageError, check
+from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.forms import Form, FormSource, form_shape, segment_forms
+from dynaslim.runtime.libraries import require
+from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.onnx_graph import OPSET
+from dynaslim.runtime.package import FORMAT, MANIFEST, VERSION, WEIGHTS, file_digest, is_package
+from dynaslim.runtime.quantise import QuantisedForms
+from dynaslim.runtime.single_file import single_file
+from dynaslim.spec import Route
+
+TOLERANCE: Final = 1e-4
+"""Largest difference to the network, of its largest value, for what is computed in float32."""
+_APART: Final = 256
+"""Bytes from which a weight goes into the common file."""
+_ALIGNMENT: Final = 4096
+"""Of weights in the common file: whole pages, so that they can be mapped."""
+
+
+def export_package(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    source: FormSource | None = None,
+    image_size: int | None = None,
+    notes: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a network as a package, whole or not at all, and return its manifest.
+
+    `source` are its forms, by default float32 ones of `checkpoint`; parity is checked on images of
+    `image_size` pixels, by default the checkpoint's. An older package of that name is replaced.
+    `notes` go into the manifest: plain JSON values.
+
+    Raises:
+        UsageError: if `out` is a file or a folder of something else, the network has no gates, or
+            `onnx` and `onnxruntime` are not installed.
+        DynaslimError: if what was written does not compute what the network does.
+        OSError: if it cannot be written.
+    """
+    target = _free_folder(out)
+    net, pre = checkpoint.net, checkpoint.preprocessing
+    spec = net.spec
+    check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
+    forms = NetworkForms(net) if source is None else source
+    side = image_size or (pre.image_size_px if pre else 224 if spec.total_stride >= 32 else 32)
+    spec.check_image_size(side, side)
+    for library in ("onnx", "onnxruntime"):
+        require(library)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        names = _write_forms(forms, folder)
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": spec.to_dict(),
+            "precision": forms.precision,
+            "routes": [
+                {
+                    "widths": list(route.widths),
+                    "madds": madds(spec, route, side, slimming_heads=True),
+                }
+                for route in spec.routing_space
+            ],
+            "class_names": checkpoint.class_names,
+            "preprocessing": None if pre is None else pre.to_dict(),
+            "input": {
+                "channels": spec.in_channels,
+                "image_size_px": side,
+                "smallest_side_px": spec.total_stride,
+                "dynamic": ["batch", "height", "width"],
+            },
+            "budget": checkpoint.budget,
+            "metrics": dict(checkpoint.metrics),
+            "versions": {
+                "dynaslim": __version__,
+                "onnx_opset": OPSET,
+                "onnx": require("onnx").__version__,
+                "torch": torch.__version__,
+            },
+            "forms": names,
+            "notes": dict(notes or {}),
+        }
+        manifest["parity"] = _parity(forms, NetworkForms(net), folder, names, side)
+        manifest["files"] = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+            for path in sorted(folder.iterdir())
+        }
+        text = json.dumps(manifest, indent=1, allow_nan=False)
+        write_atomic(folder / MANIFEST, text.encode())
+        _whole_parity(checkpoint, folder, forms.precision, side)
+        _put_in_place(folder, target)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return json.loads(text)  # type: ignore[no-any-return]
+
+
+def export_route(
+    checkpoint: Checkpoint, out: str | Path, route: Route, *, image_size: int | None = None
+) -> float:
+    """Write one sub-network as a plain ONNX file; returns the parity error.
+
+    Input `x` (batch, channels, height, width), output `logits`.
+
+    Raises:
+        As `export_package`, and UsageError for a route that is not the network's.
+    """
+    target = check_writable(out)
+    forms, spec = NetworkForms(checkpoint.net), checkpoint.net.spec
+    content = forms.onnx(Form.whole(spec.coerce_route(route)))
+    x = _images(checkpoint, image_size)
+    error = _difference(_run(content, {"x": x})[0], _exact(checkpoint, route, x))
+    _check_parity(f"route {route}", error)
+    write_atomic(target, content)
+    return error
+
+
+def export_single_file(
+    checkpoint: Checkpoint, out: str | Path, *, image_size: int | None = None
+) -> float:
+    """Write the whole network as one ONNX file that routes one image at a time by `If`.
+
+    Returns the parity error on several images; raises as `export_package`.
+    """
+    target = check_writable(out)
+    spec = checkpoint.net.spec
+    check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
+    content = single_file(NetworkForms(checkpoint.net)).SerializeToString()
+    x, session, worst = _images(checkpoint, image_size, rows=2), _session(content), 0.0
+    # by decisions that are forced: one that hangs on the last digit may fall either way
+    for option in range(max(len(gate.choices) for gate in spec.gates)):
+        path = [gate.choices[min(option, len(gate.choices) - 1)] for gate in spec.gates]
+        biases = {
+            f"bias_{g}": np.where(np.array(gate.choices) == choice, 1e9, 0).astype(np.float32)
+            for g, (gate, choice) in enumerate(zip(spec.gates, path, strict=True))
+        }
+        expected = _exact(checkpoint, spec.route_at(path), x)
+        for row in range(len(x)):
+            logits, choices = session.run(["logits", "choices"], {"x": x[row : row + 1], **biases})
+            if choices[0].tolist() != path:
+                raise DynaslimError(f"single file: took choices {choices[0].tolist()}, not {path}")
+            worst = max(worst, _difference(logits, expected[row : row + 1]))
+    _check_parity("single file", worst)
+    write_atomic(target, content)
+    return worst
+
+
+# -- files ----------------------------------------------------------------------------------------
+
+
+def _free_folder(out: str | Path) -> Path:
+    target = Path(out)
+    check(bool(target.name), f"{str(out)!r}: name a folder to write")
+    if (
+        target.exists()
+        and not is_package(target)
+        and (not target.is_dir() or any(target.iterdir()))
+    ):
+        raise UsageError(f"{target}: is there and no package; name another folder")
+    return target
+
+
+def _write_forms(forms: FormSource, folder: Path) -> dict[str, str]:
+    """The ONNX files and the weights that they share; returns their names by form."""
+    onnx = require("onnx")
+    names: dict[str, str] = {}
+    places: dict[bytes, tuple[int, int]] = {}
+    with open(folder / WEIGHTS, "wb") as weights:
+        for form in segment_forms(forms.spec):
+            content = forms.onnx(form)
+            assert isinstance(content, bytes)
+            model = onnx.load_from_string(content)
+            for tensor in model.graph.initializer:
+                raw = tensor.raw_data
+                if len(raw) < _APART:
+                    continue
+                digest = hashlib.sha256(raw).digest()
+                if digest not in places:
+                    start = -(-weights.tell() // _ALIGNMENT) * _ALIGNMENT
+                    weights.seek(start)
+                    weights.write(raw)
+                    places[digest] = (start, len(raw))
+                start, length = places[digest]
+                tensor.ClearField("raw_data")
+                tensor.data_location = onnx.TensorProto.EXTERNAL
+                for key, value in (("location", WEIGHTS), ("offset", start), ("length", length)):
+                    tensor.external_data.add(key=key, value=str(value))
+            names[form.name] = f"{form.name}.onnx"
+            (folder / names[form.name]).write_bytes(model.SerializeToString())
+        weights.flush()
+        os.fsync(weights.fileno())
+    return names
+
+
+def _put_in_place(folder: Path, target: Path) -> None:
+    """Rename; an older package makes room first and comes back if that fails."""
+    os.chmod(folder, 0o755)
+    if not target.exists():
+        os.replace(folder, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent)) / "old"
+    os.replace(target, aside)
+    try:
+        os.replace(folder, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+
+
+# -- parity ---------------------------------------------------------------------------------------
+
+
+def _parity(
+    forms: FormSource, exact: NetworkForms, folder: Path, names: Mapping[str, str], side: int
+) -> dict[str, float]:
+    """Largest difference of every written form to the exact result, of that one's largest value."""
+    generator = torch.Generator().manual_seed(0)
+    errors = {}
+    for form in segment_forms(forms.spec):
+        shape = form_shape(forms.spec, form, (side, side))
+        x = torch.randn(2, *shape.row_in, generator=generator)
+        if isinstance(forms, QuantisedForms):  # good for what arrives there, and no more
+            x = torch.from_numpy(forms.sample(form)[:2])
+        ours = _run(folder / names[form.name], {"x": x.numpy()})
+        with torch.inference_mode():
+            double = _outputs(exact.module(form, torch.float64)(x.double()))
+            single = _outputs(exact.module(form)(x))
+        errors[form.name] = max(map(_difference, ours, double))
+        if forms.precision == "fp32":
+            # a gate that decides by small differences of large features is as inexact in torch
+            _check_parity(form.name, errors[form.name], 8 * max(map(_difference, single, double)))
+    return errors
+
+
+def _outputs(made: Any) -> list[np.ndarray]:
+    return [part.numpy() for part in ([made] if isinstance(made, torch.Tensor) else made)]
+
+
+def _exact(checkpoint: Checkpoint, route: Route, x: np.ndarray) -> np.ndarray:
+    """A route's logits, in float64."""
+    plain = NetworkForms(checkpoint.net).module(Form.whole(route), torch.float64)
+    with torch.inference_mode():
+        return _outputs(plain(torch.from_numpy(x).double()))[0]
+
+
+def _whole_parity(checkpoint: Checkpoint, folder: Path, precision: str, side: int) -> None:
+    """The package, opened as its users will, computes what the network does."""
+    x, spec = _images(checkpoint, side), checkpoint.net.spec
+    engine = Engine.from_package(folder, backend="onnxruntime", workers=1, cache_dir=None)
+    if not np.isfinite(engine(x).logits).all():
+        raise DynaslimError("package: its logits are not finite")
+    if precision == "fp32":
+        for route in (spec.cheapest_choice, spec.widest_choice):
+            error = _difference(engine.static(route)(x), _exact(checkpoint, route, x))
+            _check_parity(f"package, route {route}", error)
+
+
+def _images(checkpoint: Checkpoint, image_size: int | None, *, rows: int = 8) -> np.ndarray:
+    """Rows of noise that differ in level and roughness, so that gates may differ too."""
+    spec, pre = checkpoint.net.spec, checkpoint.preprocessing
+    side = image_size or (pre.image_size_px if pre else 224 if spec.total_stride >= 32 else 32)
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((rows, spec.in_channels, side, side), np.float32)
+    level = rng.standard_normal((rows, spec.in_channels, 1, 1), np.float32)
+    return x * rng.random((rows, 1, 1, 1), np.float32) * 2 + level
+
+
+def _run(model: bytes | Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    results: list[np.ndarray] = _session(model).run(None, dict(inputs))
+    return results
+
+
+def _session(model: bytes | Path) -> Any:
+    onnxruntime = require("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns of inputs with defaults, which are meant
+    content = model if isinstance(model, bytes) else str(model)
+    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    scale = float(np.abs(theirs).max()) or 1.0
+    return float(np.abs(ours - theirs).max()) / scale
+
+
+def _check_parity(what: str, error: float, tolerance: float = 0.0) -> None:
+    tolerance = max(TOLERANCE, tolerance)
+    if not error <= tolerance:
+        raise DynaslimError(
+            f"{what}: not written, differs from the network by {error:.2g} of its largest value "
+            f"(at most {tolerance:.2g})"
+        )

@@ -1,0 +1,214 @@
+"""What every form of a network takes on this machine: measured, and kept as a cost table in ms.
+
+The file is one that `cost_file.read_cost_table` reads, so that gates can be trained on it; the
+times for every number of rows stand in its note, for merging buckets and for people.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dynaslim.cost import CostTable
+from dynaslim.cost_file import read_cost_table, write_cost_table
+from dynaslim.errors import UsageError, check
+from dynaslim.runtime.forms import Form, segment_forms
+from dynaslim.runtime.router import Job, Router
+from dynaslim.spec import NetSpec
+
+ROUNDS: Final = 9
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Milliseconds of every form of every segment by the number of rows."""
+
+    table: CostTable
+    """In ms per image, at `rows[-1]` rows."""
+    image_size_px: int
+    rows: tuple[int, ...]
+    """Rising."""
+    ms: dict[str, tuple[float, ...]]
+    """Form's name -> time of a step of so many rows, medians."""
+    spread: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    """Form's name -> difference between the quartiles, in ms."""
+    note: dict[str, Any] = field(default_factory=dict)
+    """Backend, precision, hardware and threads."""
+
+    @classmethod
+    def read(cls, path: str | Path, spec: NetSpec) -> LatencyTable:
+        """Read what `write` wrote for this network.
+
+        Raises:
+            UsageError: if the file is no cost table of the network, or has no times by rows.
+        """
+        table = read_cost_table(path, spec)
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        note = dict(data["note"])
+        try:
+            rows = tuple(int(n) for n in note.pop("rows"))
+            ms = {name: tuple(map(float, values)) for name, values in note.pop("ms").items()}
+            spread = {k: tuple(map(float, v)) for k, v in note.pop("spread", {}).items()}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UsageError(
+                f"{path}: a cost table, but without times by rows; make one with: dynaslim profile"
+            ) from None
+        made = cls(table, int(data["image_size_px"][0]), rows, ms, spread, note)
+        try:
+            made.check_fits(spec)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
+        return made
+
+    def write(self, path: str | Path, spec: NetSpec) -> Path:
+        """Write the table, whole or not at all; raises `OSError` if that cannot be done."""
+        note = {
+            **self.note,
+            "rows": list(self.rows),
+            "ms": {name: list(values) for name, values in self.ms.items()},
+            "spread": {name: list(values) for name, values in self.spread.items()},
+        }
+        return write_cost_table(path, self.table, spec, self.image_size_px, note=note)
+
+    def check_fits(self, spec: NetSpec) -> None:
+        """Raise `UsageError` unless all forms of the network have their times."""
+        check(self.table.unit == "ms", f"latency table: unit {self.table.unit!r}, not ms")
+        check(
+            bool(self.rows) and all(a < b for a, b in itertools.pairwise((0, *self.rows))),
+            f"latency table: rows {self.rows} must be positive and rise",
+        )
+        for form in segment_forms(spec):
+            times = self.ms.get(form.name, ())
+            check(
+                len(times) == len(self.rows) and all(math.isfinite(t) and t > 0 for t in times),
+                f"latency table: {form.name} needs {len(self.rows)} positive times",
+            )
+
+    def step_ms(self, form: Form, rows: int) -> float:
+        """Time of a step of so many rows: between those measured on a line, beyond proportional."""
+        if not rows:
+            return 0.0
+        times = self.ms[form.name]
+        if rows > self.rows[-1]:
+            return times[-1] * rows / self.rows[-1]
+        return float(np.interp(rows, self.rows, times))
+
+    def merge(self, spec: NetSpec, gate: int, before: int, counts: np.ndarray) -> np.ndarray:
+        """Where the rows of each option (K,) go: their own, or a wider one if that saves time.
+
+        `counts` may be those of the first options alone, where others are not allowed.
+        From the cheapest on, a bucket joins the wider one with which the two take least time.
+        """
+        goes, left = np.arange(len(counts)), counts.astype(int)
+        forms = [Form(gate + 1, before, choice) for choice in spec.gates[gate].choices]
+        for option in range(len(counts) - 1):
+            if not left[option]:
+                continue
+            own = self.step_ms(forms[option], left[option])
+            gains = {
+                wider: own
+                + self.step_ms(forms[wider], left[wider])
+                - self.step_ms(forms[wider], left[wider] + left[option])
+                for wider in range(option + 1, len(counts))
+            }
+            best = max(gains, key=lambda wider: gains[wider])
+            if gains[best] > 0:
+                goes[goes == option] = best
+                left[best] += left[option]
+                left[option] = 0
+        return goes
+
+
+def profile(
+    router: Router,
+    image_size_px: int,
+    batch_size: int,
+    *,
+    rounds: int = ROUNDS,
+    note: dict[str, Any] | None = None,
+    on_form: Callable[[], None] | None = None,
+) -> LatencyTable:
+    """Measure every form of a network at 1, 2, 4, ... `batch_size` rows; `on_form` hears of each.
+
+    Each is timed as the engine would run it, divided among its workers. Medians of `rounds`.
+
+    Raises:
+        UsageError: for a batch size below 1, or an image too small for the network.
+    """
+    check(batch_size >= 1, f"batch size {batch_size}: must be at least 1")
+    spec, size = router.spec, (image_size_px, image_size_px)
+    spec.check_image_size(*size)
+    rows = (*(2**k for k in range(20) if 2**k < batch_size), batch_size)
+    rng = np.random.default_rng(0)
+    ms: dict[str, tuple[float, ...]] = {}
+    spread: dict[str, tuple[float, ...]] = {}
+    for form in segment_forms(spec):
+        times = _time_form(router, form, size, rows, rounds, rng)
+        ms[form.name] = tuple(statistics.median(values) for values in times)
+        spread[form.name] = tuple(_quartiles(values) for values in times)
+        if on_form is not None:
+            on_form()
+    per_image = {name: values[-1] / rows[-1] for name, values in ms.items()}
+    return LatencyTable(
+        _cost_table(spec, per_image), image_size_px, rows, ms, spread, dict(note or {})
+    )
+
+
+def _time_form(
+    router: Router,
+    form: Form,
+    size: tuple[int, int],
+    rows: Sequence[int],
+    rounds: int,
+    rng: np.random.Generator,
+) -> list[list[float]]:
+    """Milliseconds of every round, for each number of rows; the numbers take turns."""
+    arrays, shape = router.backend.arrays, router.shape(form, size)
+    values = rng.standard_normal((rows[-1], *shape.row_in), np.float32)
+    source = arrays.images(values)
+    if not shape.images:
+        source = arrays.empty(rows[-1], arrays.row(shape.row_in))
+        moved = values if arrays.row(shape.row_in) == shape.row_in else values.transpose(0, 2, 3, 1)
+        source[:] = arrays.images(np.ascontiguousarray(moved))
+    last = len(shape.rows_out) == 1
+    outs = [
+        arrays.empty(rows[-1], arrays.row(row), floats=last or n == 1)
+        for n, row in enumerate(shape.rows_out)
+    ]
+    times: list[list[float]] = [[] for _ in rows]
+    for turn in range(rounds + 1):
+        for at, n in enumerate(rows):
+            job = Job(form, source[:n], None, tuple(out[:n] for out in outs), n)
+            start = time.perf_counter()
+            router.run([job], size)
+            arrays.host(outs[-1][:1])  # a device may still be busy
+            if turn:  # the first compiles, and meets cold memory
+                times[at].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _quartiles(values: Sequence[float]) -> float:
+    if len(values) < 2:
+        return 0.0
+    low, _, high = statistics.quantiles(values, n=4)
+    return high - low
+
+
+def _cost_table(spec: NetSpec, per_image: dict[str, float]) -> CostTable:
+    segments = [((per_image[Form(0).name],),)]
+    before: tuple[int, ...] = (0,)
+    for number, gate in enumerate(spec.gates, start=1):
+        segments.append(
+            tuple(tuple(per_image[Form(number, a, b).name] for b in gate.choices) for a in before)  # type: ignore[arg-type]
+        )
+        before = gate.choices
+    return CostTable("ms", tuple(segments))

@@ -1,0 +1,30 @@
+"""Libraries that only some backends need: imported where used, and asked for by their pip line."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from dynaslim.errors import UsageError
+
+
+def installed(library: str) -> bool:
+    """Whether a library can be imported, without importing it."""
+    return find_spec(library) is not None
+
+
+def require(module: str) -> Any:
+    """Import a module of an optional library.
+
+    Raises:
+        UsageError: if it is not installed; the message is the line that installs it.
+    """
+    library = module.partition(".")[0]
+    try:
+        return import_module(module)
+    except ImportError as error:
+        # not the extra of dynaslim, which would bring torch where a package runs without it
+        raise UsageError(
+            f"{library} is not installed or does not load ({error}): pip install {library}"
+        ) from None

@@ -1,0 +1,114 @@
+"""What an engine can be told, and what calls of it are given and give back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from dynaslim.errors import UsageError, check
+from dynaslim.runtime.latency import LatencyTable
+from dynaslim.spec import NetSpec
+
+MAX_BATCH: Final = 256
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How an engine works on this machine; all of it finds a good value by itself."""
+
+    image_size: int | None = None
+    """Side in pixels of the images that "auto" measures with; by default what the network says it
+    is for, or the first batch's."""
+    batch_size: int = 32
+    """Images of the batches that "auto" measures with."""
+    max_batch: int = MAX_BATCH
+    """Larger batches are split: they need less memory, and are no faster."""
+    workers: int | None = None
+    """Cores to use; by default all that the process may."""
+    rows_per_piece: int | None = None
+    """Most rows that one call of a program gets; by default as many as stay in the cache."""
+    cache_dir: str | Path | None = "auto"
+    """Where compiled programs are kept: "auto" is `DYNASLIM_CACHE` or `~/.cache/dynaslim`, None
+    nowhere."""
+    latency: LatencyTable | str | Path | None = None
+    """A measured table, or its file (`dynaslim profile`)."""
+    merge: bool = False
+    """Let small buckets join wider ones where the table says that this is faster: it changes
+    results."""
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "batch_size", "max_batch", "workers", "rows_per_piece"):
+            value = getattr(self, name)
+            optional = value is None and name not in ("batch_size", "max_batch")
+            whole = type(value) is int and value >= 1
+            check(optional or whole, f"{name} {value!r}: must be a whole number of at least 1")
+        check(
+            not self.merge or self.latency is not None,
+            "merge needs a latency table: dynaslim profile",
+        )
+
+    def table(self, spec: NetSpec) -> LatencyTable | None:
+        """The latency table, checked; raises `UsageError` if it is not one for the network."""
+        if self.latency is None or isinstance(self.latency, LatencyTable):
+            table = self.latency
+        else:
+            table = LatencyTable.read(self.latency, spec)
+        if table is not None:
+            table.check_fits(spec)
+        return table
+
+
+@dataclass(frozen=True)
+class RoutedOutput:
+    """What the engine answers for a batch, row by row in the order of the input.
+
+    Numpy arrays for numpy images, tensors on their device for tensors. Unpacks as
+    `logits, routes, madds`.
+    """
+
+    logits: Any
+    """(B, N) float32."""
+    routes: Any
+    """(B, G) int64: the width index behind each gate on the route that gave the answer;
+    `Engine.route_of` names the route."""
+    madds: Any
+    """(B,) float64: multiply-adds that each row cost, slimming heads and both routes of an
+    escalated row included."""
+    escalated: Any
+    """(B,) bool: rows that a second, wider route answered."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.logits, self.routes, self.madds))
+
+
+def check_images(x: Any, spec: NetSpec) -> tuple[int, int]:
+    """Height and width of a batch of images.
+
+    Raises:
+        UsageError: if x is not a batch of normalised images that the network takes.
+    """
+    numbers = isinstance(x, np.ndarray) or hasattr(x, "detach")
+    check(numbers, f"input of type {type(x).__name__}: give a numpy array or a tensor")
+    floating = x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.is_floating_point()
+    check(floating, f"input of {x.dtype}: give normalised images in floating point")
+    if len(x.shape) != 4 or x.shape[1] != spec.in_channels:
+        raise UsageError(
+            f"input of shape {tuple(x.shape)}: {spec.name} takes "
+            f"(rows, {spec.in_channels}, height, width)"
+        )
+    size = (int(x.shape[2]), int(x.shape[3]))
+    spec.check_image_size(*size)
+    return size
+
+
+def like(x: Any, result: np.ndarray) -> Any:
+    """A result as the caller gave the images: numpy, or a tensor on their device."""
+    if isinstance(x, np.ndarray):
+        return result
+    import torch
+
+    return torch.from_numpy(result).to(x.device)

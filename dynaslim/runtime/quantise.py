@@ -1,0 +1,280 @@
+"""Forms in 8-bit integers: post-training quantisation of a network in memory.
+
+Each form is calibrated on the features that arrive at it, and rounded by ONNX Runtime's quantiser
+in the QDQ format, which every backend of precision int8 reads. What is rounded, and what was tried
+instead, is measured in docs/performance.md:
+
+- the inputs of convolutions and their weights, these per channel; gates, slimming heads and the
+  classifier stay float, for they decide and cost nothing;
+- no depthwise convolution: of little work, and their 9 weights a channel suffer most;
+- not the convolution that takes images: 3 channels fill no integer kernel;
+- the outputs of those convolutions too, without which onnxruntime runs them in float; but not for
+  openvino, which is then faster and closer to float. Both run either kind of graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dynaslim._files import write_atomic
+from dynaslim.errors import UsageError, check
+from dynaslim.nn.net import SlimNet
+from dynaslim.runtime.arrivals import Arrivals
+from dynaslim.runtime.cache import cache_folder, processor_flags
+from dynaslim.runtime.forms import Form, Precision, segment_forms
+from dynaslim.runtime.libraries import installed, require
+from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.onnx_graph import INPUT
+from dynaslim.spec import NetSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+IMAGES: Final = 256
+"""Calibration images that are used, at most."""
+METHOD: Final = 1
+"""Counts the changes to what is rounded and how: files made by an older method are not used."""
+
+
+class QuantisedForms:
+    """A network's forms as ONNX graphs with 8-bit convolutions; a `FormSource`.
+
+    Making one reads the calibration images; a form is calibrated and rounded when it is first asked
+    for (seconds at 224 px), and kept on disk, where the next process finds it. May be asked by
+    several threads at once.
+    """
+
+    has_modules = True
+    """It has programs of whole routes, though no torch modules."""
+
+    def __init__(
+        self,
+        net: SlimNet,
+        calibration: Iterable[Tensor | np.ndarray],
+        *,
+        images: int = IMAGES,
+        backend: str = "any",
+        cache_dir: str | Path | None = "auto",
+    ) -> None:
+        """Forms of a network, calibrated on batches (B, C, H, W) of normalised images, all of one
+        size; the first `images` rows are used.
+
+        `backend` is the one that the graphs are for, and decides whether outputs are rounded too,
+        see above: by "openvino" they are not, by "auto" if openvino is not installed, by any other
+        name they are, which suits graphs that go elsewhere. `cache_dir` is where graphs are kept,
+        as for `Engine`; None keeps none.
+
+        Raises:
+            UsageError: if onnx or onnxruntime, which does the rounding, is not installed; if the
+                calibration has no images, or any that the network does not take.
+            RuntimeError: if the network is in training mode.
+        """
+        require("onnx")
+        self._version = require("onnxruntime").__version__
+        check(type(images) is int and images >= 1, f"images {images}: must be at least 1")
+        self._forms = NetworkForms(net, "int8")
+        self.spec: NetSpec = net.spec
+        self._images = calibration_images(self.spec, calibration, images)
+        self._arrivals = Arrivals(self._forms, self._images)
+        self.rounds_outputs = not (
+            backend == "openvino" or (backend == "auto" and installed("openvino"))
+        )
+        """Whether convolutions' outputs are rounded too."""
+        self.reduced_range = saturates()
+        """Whether weights have 7 bits, see `saturates`."""
+        self._folder = None if cache_dir is None else cache_folder(self.key, cache_dir)
+        self._kept: dict[Form, bytes] = {}
+        self._missing = set(segment_forms(self.spec))
+        self._lock = threading.Lock()
+
+    @property
+    def precision(self) -> Precision:
+        """int8."""
+        return "int8"
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of spec, weights, calibration images, and how they are made into programs."""
+        digest = hashlib.sha256(
+            f"{self._forms.key} onnxruntime {self._version} method {METHOD} "
+            f"outputs {self.rounds_outputs} reduced {self.reduced_range} "
+            f"{tuple(self._images.shape)}".encode()
+        )
+        digest.update(self._images.numpy().data)
+        return digest.hexdigest()
+
+    def module(self, form: Form, dtype: torch.dtype) -> nn.Module:
+        """As `FormSource.module`: raises `UsageError`."""
+        raise UsageError(
+            f"{form.name}: precision int8 has no torch modules; it runs on onnxruntime and openvino"
+        )
+
+    def onnx(self, form: Form) -> bytes:
+        """As `FormSource.onnx`: calibrates the form, unless it was made before."""
+        with self._lock:
+            path = None if self._folder is None else self._folder / f"{form.name}.int8.onnx"
+            if path is not None and path.is_file():
+                return path.read_bytes()
+            if form in self._kept:
+                return self._kept[form]
+            made = self._make(form)
+            if path is None:
+                self._kept[form] = made
+            else:
+                write_atomic(path, made)
+            self._missing.discard(form)
+            if not self._missing:  # whole routes, if any are still to come, take images
+                self._arrivals.forget()
+            return made
+
+    def sample(self, form: Form) -> np.ndarray:
+        """A few calibration rows as they arrive at a form, (B, C, H, W) float32: what to compare
+        programs on, for features of any other kind lie outside the ranges that were calibrated.
+        """
+        with self._lock:
+            return next(self._arrivals.at(form))
+
+    def _make(self, form: Form) -> bytes:
+        onnx = require("onnx")
+        plain = self._forms.onnx(form)
+        model = onnx.load_from_string(plain)
+        nodes = rounded_convolutions(
+            model, takes_images=form.route is not None or form.segment == 0
+        )
+        if not nodes:  # a trunk of the first and a depthwise convolution
+            return plain
+        return quantise(
+            model,
+            nodes,
+            self._arrivals.at(form),
+            rounds_outputs=self.rounds_outputs,
+            reduced_range=self.reduced_range,
+        )
+
+
+def quantise(
+    model: onnx.ModelProto,
+    nodes: list[str],
+    batches: Iterator[np.ndarray],
+    *,
+    rounds_outputs: bool,
+    reduced_range: bool,
+) -> bytes:
+    """A float ONNX model -> the same with those convolutions in 8 bits, in the QDQ format.
+
+    `batches` are inputs (B, C, H, W), float32, whose extremes set the ranges of the activations.
+    Activations are uint8 with a zero point, weights int8 per channel and symmetric. An activation
+    that only cuts off (ReLU, ReLU6) becomes part of the rounding behind it.
+    """
+    quantization = require("onnxruntime.quantization")
+    # says that the model needs no clean-up first, of which it would else warn by logging
+    model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
+    cuts = [node.name for node in model.graph.node if node.op_type in ("Relu", "Clip")]
+    with tempfile.TemporaryDirectory(prefix="dynaslim") as folder:
+        path = Path(folder) / "quantised.onnx"
+        quantization.quantize_static(
+            model,
+            path,
+            _Reader(batches),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Relu", "Clip"],
+            nodes_to_quantize=nodes + cuts,
+            per_channel=True,
+            reduce_range=reduced_range,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibrate_method=quantization.CalibrationMethod.MinMax,
+            extra_options={}
+            if rounds_outputs
+            else {"OpTypesToExcludeOutputQuantization": ["Conv"]},
+        )
+        return path.read_bytes()
+
+
+class _Reader:
+    """Batches as the quantiser wants them; it asks for no more than this method."""
+
+    def __init__(self, batches: Iterator[np.ndarray]) -> None:
+        self._batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {INPUT: batch}
+
+
+def rounded_convolutions(model: onnx.ModelProto, *, takes_images: bool) -> list[str]:
+    """Names of the convolutions that are worth rounding: not depthwise, not of images."""
+    found = []
+    for node in model.graph.node:
+        if node.op_type != "Conv" or (takes_images and node.input[0] == INPUT):
+            continue
+        if all(attribute.i == 1 for attribute in node.attribute if attribute.name == "group"):
+            found.append(node.name)
+    return found
+
+
+def saturates() -> bool:
+    """Whether this processor multiplies 8-bit pairs by an instruction whose sums overflow.
+
+    x86 without VNNI adds two products of uint8 and int8 in 16 bits; weights of 7 bits fit.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
+        return False
+    return not {"avx512_vnni", "avx_vnni"} & set(processor_flags().split())
+
+
+def calibration_images(
+    spec: NetSpec, batches: Iterable[Tensor | np.ndarray], images: int
+) -> Tensor:
+    """The first images of the batches as one tensor (N, C, H, W), float32, on the CPU.
+
+    Raises:
+        UsageError: if there are none, or a batch is not one of normalised images, all of one size,
+            that the network takes.
+    """
+    wanted = f"give batches (rows, {spec.in_channels}, height, width) of normalised images"
+    check(isinstance(batches, Iterable), f"calibration of type {type(batches).__name__}: {wanted}")
+    found: list[Tensor] = []
+    rows = 0
+    for number, batch in enumerate(batches):
+        x = _batch(spec, batch, f"calibration batch {number}", wanted)
+        if found and x.shape[2:] != found[0].shape[2:]:
+            raise UsageError(
+                f"calibration batch {number} of shape {tuple(x.shape)}: the first has images of "
+                f"{found[0].shape[2]} x {found[0].shape[3]}; give all one size"
+            )
+        if len(x):
+            found.append(x[: images - rows])
+            rows += len(found[-1])
+        if rows == images:
+            break
+    check(rows > 0, f"calibration has no images: {wanted}")
+    return torch.cat(found)
+
+
+def _batch(spec: NetSpec, batch: Any, what: str, wanted: str) -> Tensor:
+    if not isinstance(batch, Tensor | np.ndarray):
+        raise UsageError(f"{what} of type {type(batch).__name__}: {wanted}")
+    x = torch.from_numpy(np.ascontiguousarray(batch)) if isinstance(batch, np.ndarray) else batch
+    if x.ndim != 4 or x.shape[1] != spec.in_channels:
+        raise UsageError(f"{what} of shape {tuple(x.shape)}: {wanted}")
+    check(x.is_floating_point(), f"{what} of {x.dtype}: {wanted}")
+    spec.check_image_size(x.shape[2], x.shape[3])
+    x = x.detach().to("cpu", torch.float32).contiguous()
+    bad = (~x.isfinite().all(3).all(2).all(1)).nonzero()
+    if len(bad):
+        raise UsageError(
+            f"{what}: row {int(bad[0])} has values that are not finite (NaN, infinity)"
+        )
+    return x

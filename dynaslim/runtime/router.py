@@ -1,0 +1,384 @@
+"""Routing: rows of a batch sorted into buckets at every gate, each bucket through dense segments.
+
+A bucket is the rows that made the same choice, wherever they came from: its features lie in one
+buffer, into which every form of its segment writes its part. A piece of a bucket is gathered by the
+thread that runs it, right before it does. What is decided is decided in numpy, on the few logits of
+the gates.
+
+Suffixes: B rows, G gates, K options of a gate, N classes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from dynaslim.cost import CostTable
+from dynaslim.errors import DynaslimError
+from dynaslim.runtime.arrays import Array
+from dynaslim.runtime.backends import Backend, Program
+from dynaslim.runtime.forms import Form, FormShape, form_shape
+from dynaslim.runtime.schedule import Piece, Timings, plan_step, rows_in_cache
+from dynaslim.runtime.workers import Workers, Workspace, Workspaces
+from dynaslim.spec import NetSpec, Route
+
+Decide = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
+"""(gate, its logits (B, K), which rows of the batch) -> options (B,) int64."""
+
+Merge = Callable[[int, int, np.ndarray], np.ndarray]
+"""(gate, width index before, rows of each option (K,)) -> the option (K,) each goes to instead.
+
+Given the allowed options alone, the first so many."""
+
+
+@dataclass
+class Bucket:
+    """Rows that made the same choice."""
+
+    option: int
+    members: np.ndarray
+    """Which rows of the batch."""
+    features: Array
+    gate_logits: Array
+
+
+class Job(NamedTuple):
+    """Rows for one form: those `picked` of `source` (None: all, in order); results into `outs`."""
+
+    form: Form
+    source: Array
+    picked: np.ndarray | None
+    outs: tuple[Array, ...]
+    rows: int
+    first: int = 0
+    """Which row of the caller's batch the source begins with."""
+
+
+class Router:
+    """Runs a network's forms on batches of images of any size; keeps nothing of a call."""
+
+    def __init__(
+        self,
+        spec: NetSpec,
+        backend: Backend,
+        *,
+        rows_per_piece: int | None = None,
+        merge: Merge | None = None,
+    ) -> None:
+        self.spec = spec
+        self._merge = merge
+        self.backend = backend
+        self._rows_per_piece = rows_per_piece
+        self._workers = Workers(backend)
+        self._workspaces = Workspaces(backend.arrays)
+        self._programs: dict[tuple[Form, tuple[int, int], bool], Program] = {}
+        self._shapes: dict[tuple[Form, tuple[int, int]], FormShape] = {}
+        self._madds: dict[tuple[Form, tuple[int, int]], float] = {}
+        self._lock = threading.Lock()
+        self.timings: dict[tuple[int, int], Timings] = {}
+        """What forms have taken so far, by size of image."""
+
+    # -- programs -----------------------------------------------------------------------------
+
+    def program(self, form: Form, size: tuple[int, int], *, wide: bool) -> Program:
+        """A form's program, compiled at its first use."""
+        key = (form, size, wide)
+        program = self._programs.get(key)
+        if program is None:
+            with self._lock:  # one compilation at a time, and none twice
+                program = self._programs.get(key)
+                if program is None:
+                    program = self.backend.program(form, self.shape(form, size), wide=wide)
+                    self._programs[key] = program
+        return program
+
+    def shape(self, form: Form, size: tuple[int, int]) -> FormShape:
+        """Sizes of a form for images of (height, width)."""
+        key = (form, size)
+        if key not in self._shapes:
+            self._shapes[key] = form_shape(self.spec, form, size)
+        return self._shapes[key]
+
+    def madds(self, form: Form, size: tuple[int, int]) -> float:
+        """Multiply-adds of a form per row."""
+        key = (form, size)
+        if key not in self._madds:
+            self._madds[key] = form_madds(self.spec, form, size)
+        return self._madds[key]
+
+    def warm_up(self, form: Form, size: tuple[int, int]) -> None:
+        """Compile a form for both kinds of calls."""
+        self.program(form, size, wide=True)
+        if self.backend.workers > 1:
+            self.program(form, size, wide=False)
+
+    # -- running ------------------------------------------------------------------------------
+
+    def static(self, x: Array, route: Route, *, first: int = 0) -> Array:
+        """All rows along one route, without gates -> logits (B, N) in a new buffer.
+
+        `first` is what errors count the rows from.
+        """
+        form, size = Form.whole(route), _size(x)
+        logits = self.backend.arrays.empty(len(x), (self.spec.num_classes,), floats=True)
+        self.run([Job(form, x, None, (logits,), len(x), first)], size)
+        return logits
+
+    def routed(
+        self,
+        x: Array,
+        decide: Decide,
+        again: Callable[[np.ndarray, np.ndarray], Again] | None,
+        *,
+        limits: Sequence[int] | None = None,
+        first: int = 0,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Every row along its own route -> logits (B, N), options (B, G) of its last route, and
+        those of its first.
+
+        `again` looks at logits and options of all rows and says which run once more from the
+        trunk's features, and along which path; their answers replace the first. No buckets are
+        merged into options above `limits`. `first` is what errors count the rows from.
+        """
+        size, rows, gates = _size(x), len(x), len(self.spec.gates)
+        workspace = self._workspaces.borrow()
+        everyone = np.arange(rows)
+        trunk = self._bucket(workspace, 0, 0, everyone, size)
+        outs = (trunk.features, trunk.gate_logits)
+        self.run([Job(Form(0), x, None, outs, rows, first)], size)
+        options_BG = np.zeros((rows, gates), np.int64)
+        logits_BN = np.empty((rows, self.spec.num_classes), np.float32)
+        self._onward(workspace, trunk, decide, options_BG, logits_BN, size, limits)
+        first_BG = options_BG
+        if again is not None:
+            members, path = again(logits_BN, options_BG)
+            if len(members):
+                first_BG = options_BG.copy()
+                self._onward(
+                    workspace,
+                    trunk,
+                    lambda gate, _, rows: np.full(len(rows), path[gate], np.int64),
+                    options_BG,
+                    logits_BN,
+                    size,
+                    only=members,
+                )
+        # not where a call was interrupted: its pieces may still be writing
+        self._workspaces.give_back(workspace)
+        return logits_BN, options_BG, first_BG
+
+    def _onward(
+        self,
+        workspace: Workspace,
+        trunk: Bucket,
+        decide: Decide,
+        options_BG: np.ndarray,
+        logits_BN: np.ndarray,
+        size: tuple[int, int],
+        limits: Sequence[int] | None = None,
+        only: np.ndarray | None = None,
+    ) -> None:
+        """From the first gate to the end, for all rows of the trunk or some; fills the results."""
+        arrays, buckets = self.backend.arrays, [trunk]
+        decide_freely = only is None
+        for number, gate in enumerate(self.spec.gates, start=1):
+            # (form, bucket, which of its rows), by the option that they took
+            arriving: dict[int, list[tuple[Form, Bucket, np.ndarray]]] = {}
+            for bucket in buckets:
+                before = self.spec.gates[number - 2].choices[bucket.option] if number > 1 else 0
+                some = only if number == 1 else None
+                picked, among = self._decide(number - 1, bucket, decide, some)
+                if self._merge is not None and decide_freely:
+                    allowed = len(gate.choices) if limits is None else limits[number - 1] + 1
+                    counts = np.bincount(picked, minlength=allowed)
+                    picked = self._merge(number - 1, before, counts)[picked]
+                options_BG[bucket.members[among], number - 1] = picked
+                order = np.argsort(picked, kind="stable")
+                counts = np.bincount(picked, minlength=len(gate.choices))
+                stops = np.cumsum(counts)
+                for option in np.flatnonzero(counts).tolist():
+                    part = among[order[stops[option] - counts[option] : stops[option]]]
+                    form = Form(number, before, gate.choices[option])
+                    arriving.setdefault(option, []).append((form, bucket, part))
+            jobs, buckets = [], []
+            for option, parts in sorted(arriving.items()):
+                members = np.concatenate([bucket.members[part] for _, bucket, part in parts])
+                joined = self._bucket(workspace, number, option, members, size)
+                buckets.append(joined)
+                start = 0
+                for form, bucket, part in parts:
+                    stop = start + len(part)
+                    whole = len(part) == len(bucket.members)
+                    outs: tuple[Array, ...] = (joined.features[start:stop],)
+                    if number < len(self.spec.gates):
+                        outs = (*outs, joined.gate_logits[start:stop])
+                    in_order = whole and bool((np.diff(part) > 0).all())
+                    rows = None if in_order else part
+                    jobs.append(Job(form, bucket.features, rows, outs, len(part)))
+                    start = stop
+            self.run(jobs, size)
+        for bucket in buckets:
+            logits_BN[bucket.members] = arrays.host(bucket.features)
+
+    def _decide(
+        self, gate: int, bucket: Bucket, decide: Decide, only: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Options of a bucket's rows, and which rows of the bucket these are."""
+        if only is not None:  # of the trunk, whose rows stand in order
+            return decide(gate, np.empty((0, 0), np.float32), only), only
+        logits_BK = self.backend.arrays.host(bucket.gate_logits)
+        if not np.isfinite(logits_BK).all():
+            raise DynaslimError(
+                "a gate's logits are not finite; the network's weights or BN statistics are damaged"
+            )
+        return decide(gate, logits_BK, bucket.members), np.arange(len(bucket.members))
+
+    def _bucket(
+        self,
+        workspace: Workspace,
+        number: int,
+        option: int,
+        members: np.ndarray,
+        size: tuple[int, int],
+    ) -> Bucket:
+        """Room for the rows that leave a segment with the same width."""
+        spec, arrays = self.spec, self.backend.arrays
+        choice = spec.gates[number - 1].choices[option] if number else 0
+        # the width before does not matter to what leaves a segment
+        shape = self.shape(Form(number, 0, choice), size)
+        last = number == len(spec.gates)
+        row = arrays.row(shape.rows_out[0])
+        features = workspace.rows(("out", number, option), len(members), row, floats=last)
+        if last:
+            return Bucket(option, members, features, features[:0])
+        logits = workspace.rows(
+            ("gate", number, option), len(members), shape.rows_out[1], floats=True
+        )
+        return Bucket(option, members, features, logits)
+
+    # -- one step -----------------------------------------------------------------------------
+
+    def run(self, jobs: Sequence[Job], size: tuple[int, int]) -> None:
+        """Divide the rows of all jobs among the cores and run them."""
+        backend = self.backend
+        timings = self.timings.setdefault(size, Timings())
+        caps = [self._cap(job.form, size) for job in jobs]
+        seconds = [timings.get(job.form, self.madds(job.form, size)) for job in jobs]
+        plan = plan_step([job.rows for job in jobs], seconds, caps, backend.workers)
+        if plan.wide:
+            for piece in plan.pieces:
+                job = jobs[piece.bucket]
+                self._piece(job, piece, self.program(job.form, size, wide=True), size)
+            return
+        # compiled here, in one thread, before any piece waits for it
+        programs = [self.program(job.form, size, wide=False) for job in jobs]
+
+        def task(piece: Piece) -> Callable[[], None]:
+            def run() -> None:
+                job = jobs[piece.bucket]
+                start = time.perf_counter()
+                self._piece(job, piece, programs[piece.bucket], size)
+                timings.add(job.form, piece.stop - piece.start, time.perf_counter() - start)
+
+            return run
+
+        self._workers.run([task(piece) for piece in plan.pieces])
+
+    def side_by_side(self, tasks: Sequence[Callable[[], None]]) -> None:
+        """Run tasks on the workers, as the pieces of a step are."""
+        self._workers.run(tasks)
+
+    def _cap(self, form: Form, size: tuple[int, int]) -> int:
+        asked, sizes = self._rows_per_piece, self.backend.sizes
+        if sizes is not None:
+            return sizes[-1] if asked is None else min(asked, sizes[-1])
+        return rows_in_cache(self.shape(form, size).peak) if asked is None else asked
+
+    def _piece(self, job: Job, piece: Piece, program: Program, size: tuple[int, int]) -> None:
+        arrays, rows = self.backend.arrays, piece.stop - piece.start
+        outs = [out[piece.start : piece.stop] for out in job.outs]
+        images = job.form.segment == 0
+        if job.picked is None:
+            x = job.source[piece.start : piece.stop]
+        else:
+            row = job.source.shape[1:]
+            x = self._workspaces.of_thread().rows(("in", job.form.segment), rows, tuple(row))
+            arrays.take(job.source, job.picked[piece.start : piece.stop], x)
+        if images:
+            check_finite(x, job.first + piece.start)
+        sizes = self.backend.sizes
+        if sizes is None:
+            program(x, outs)
+        else:
+            self._padded(program, x, outs, next(n for n in sizes if n >= rows), job.form)
+
+    def _padded(
+        self, program: Program, x: Array, outs: Sequence[Array], rows: int, form: Form
+    ) -> None:
+        """Run a program that takes just so many rows; what the rows behind x hold is ignored."""
+        if rows == len(x):
+            program(x, outs)
+            return
+        workspace, floats = self._workspaces.of_thread(), [False, True]
+        if len(outs) == 1:
+            floats = [True]
+        full = workspace.rows(("pad", form.segment), rows, tuple(x.shape[1:]))
+        full[: len(x)] = x
+        full[len(x) :] = 0
+        room = [
+            workspace.rows(("padded", form, n), rows, tuple(out.shape[1:]), floats=kind)
+            for n, (out, kind) in enumerate(zip(outs, floats, strict=True))
+        ]
+        program(full, room)
+        for out, made in zip(outs, room, strict=True):
+            out[:] = made[: len(x)]
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._workers.close()
+
+
+def form_madds(spec: NetSpec, form: Form, size: tuple[int, int]) -> float:
+    """Multiply-adds of a form per row, for images of (height, width)."""
+    from dynaslim.cost import madds
+
+    if form.route is not None:
+        return float(madds(spec, form.route, size))
+    table = CostTable.from_madds(spec, size)
+    if form.segment == 0:
+        return table.segments[0][0][0]
+    before = spec.gates[form.segment - 2].choices.index(form.before) if form.segment > 1 else 0
+    after = spec.gates[form.segment - 1].choices.index(form.choice)
+    return table.segments[form.segment][before][after]
+
+
+def _size(x: Array) -> tuple[int, int]:
+    return int(x.shape[2]), int(x.shape[3])
+
+
+def check_finite(x: Array, start: int = 0) -> None:
+    """Raise `ValueError` if images, rows of a batch from `start`, hold NaN or infinity.
+
+    A sum finds both at the speed of the memory, and brings the rows into the cache that are needed
+    next; only where it is not finite is looked at each value.
+    """
+    if np.isfinite(float(x.sum())):
+        return
+    values = x if isinstance(x, np.ndarray) else x.float().cpu().numpy()
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
+    if len(bad):
+        raise ValueError(
+            f"input: row {start + bad[0]} has values that are not finite (NaN or infinity)"
+        )
+
+
+class Again(NamedTuple):
+    """Rows that run once more, and the option of every gate that they then take."""
+
+    members: np.ndarray
+    path: tuple[int, ...]

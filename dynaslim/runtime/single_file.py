@@ -1,0 +1,173 @@
+"""A whole routed network in one ONNX graph, for consumers of one image at a time.
+
+Every decision is an `If`: only the branch that is taken runs. Branches name weights of the main
+graph, where each is once, whatever forms share it; so the file grows with the forms' differences,
+not with their number, and sequence, not nesting, keeps it from growing with their combinations.
+Each gate's logits get a bias that is an input with a default of zero: a budget from outside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dynaslim.errors import check
+from dynaslim.runtime.forms import Form
+from dynaslim.runtime.libraries import require
+from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.onnx_graph import IR_VERSION, OPSET
+
+if TYPE_CHECKING:
+    import onnx
+
+
+class _Parts:
+    """Forms' graphs with names of their own and their weights in common."""
+
+    def __init__(self, forms: NetworkForms) -> None:
+        self._onnx = require("onnx")
+        self._forms = forms
+        self._shared: dict[bytes, str] = {}
+        self.weights: list[Any] = []
+
+    def nodes(self, form: Form, x: str, prefix: str) -> tuple[list[Any], list[str]]:
+        """A form's nodes, reading `x`, and the names of its outputs."""
+        graph = self._onnx.load_from_string(self._forms.onnx(form)).graph
+        names = {"x": x}
+        for tensor in graph.initializer:
+            own = tensor.name
+            names[own] = self._weight(tensor)
+        for node in graph.node:
+            node.input[:] = [names.get(name, prefix + name) for name in node.input]
+            node.output[:] = [prefix + name for name in node.output]
+            node.name = prefix + node.name
+        return list(graph.node), [prefix + output.name for output in graph.output]
+
+    def _weight(self, tensor: Any) -> str:
+        dims = f"{tensor.data_type} {list(tensor.dims)}".encode()
+        digest = hashlib.sha256(dims + tensor.raw_data).digest()
+        if digest not in self._shared:
+            tensor.name = self._shared[digest] = f"weight_{len(self._shared)}"
+            self.weights.append(tensor)
+        return self._shared[digest]
+
+
+def single_file(forms: NetworkForms) -> onnx.ModelProto:
+    """The network as one ONNX model.
+
+    Inputs: `x` (1, channels, height, width), and `bias_g` (options,) for each gate g, which is
+    added to its logits and may be left out. Outputs: `logits` (1, classes) and `choices` (1, gates)
+    int64, the width index that each gate chose.
+
+    Raises:
+        UsageError: if the network has no gates, or the package `onnx` is not installed.
+    """
+    spec = forms.spec
+    check(bool(spec.gates), f"{spec.name} has no gates")
+    helper, numpy_helper = require("onnx").helper, require("onnx.numpy_helper")
+    kinds, parts = require("onnx").TensorProto, _Parts(forms)
+
+    def constant(value: np.ndarray, name: str) -> str:
+        parts.weights.append(numpy_helper.from_array(value, name))
+        return name
+
+    def info(name: str, shape: Sequence[Any], kind: int = kinds.FLOAT) -> Any:
+        return helper.make_tensor_value_info(name, kind, list(shape))
+
+    def outputs(names: Sequence[str], number: int) -> list[Any]:
+        if number == len(spec.gates):
+            return [info(names[0], [1, spec.num_classes])]
+        # branches differ in their channels
+        options = len(spec.gates[number].choices)
+        return [info(names[0], [1, None, None, None]), info(names[1], [1, options])]
+
+    def branches(number: int, cases: Sequence[Form], x: str, case: str, at: str) -> Any:
+        """A graph that runs the form whose number is in `case`: a chain of `If`."""
+        last = number == len(spec.gates)
+        results = [f"{at}_logits"] if last else [f"{at}_features", f"{at}_gate"]
+        if len(cases) == 1:
+            nodes, made = parts.nodes(cases[0], x, f"{at}_form_")
+            same = [
+                helper.make_node("Identity", [a], [b], name=f"{b}_same")
+                for a, b in zip(made, results, strict=True)
+            ]
+            return helper.make_graph([*nodes, *same], at, [], outputs(results, number))
+        # halves, so that a form is reached in few steps
+        middle = len(cases) // 2
+        bound = constant(np.array([case_number[cases[middle]]], np.int64), f"{at}_bound")
+        less = helper.make_node("Less", [case, bound], [f"{at}_less"], name=f"{at}_less")
+        # a condition is a scalar
+        flat = helper.make_node(
+            "Squeeze", [f"{at}_less"], [f"{at}_condition"], name=f"{at}_condition"
+        )
+        choose = helper.make_node(
+            "If",
+            [f"{at}_condition"],
+            results,
+            name=f"{at}_if",
+            then_branch=branches(number, cases[:middle], x, case, f"{at}a"),
+            else_branch=branches(number, cases[middle:], x, case, f"{at}b"),
+        )
+        return helper.make_graph([less, flat, choose], at, [], outputs(results, number))
+
+    nodes, (x, logits) = parts.nodes(Form(0), "x", "trunk_")
+    inputs = [info("x", [1, spec.in_channels, "height", "width"])]
+    chosen, before_option = [], ""
+    before: tuple[int, ...] = (0,)
+    for number, gate in enumerate(spec.gates, start=1):
+        options = len(gate.choices)
+        at = f"s{number}"
+        constant(np.zeros(options, np.float32), f"bias_{number - 1}")
+        inputs.append(info(f"bias_{number - 1}", [options]))
+        nodes.append(
+            helper.make_node("Add", [logits, f"bias_{number - 1}"], [f"{at}_sum"], name=f"{at}_sum")
+        )
+        nodes.append(
+            helper.make_node(
+                "ArgMax", [f"{at}_sum"], [f"{at}_option"], name=f"{at}_option", axis=1, keepdims=0
+            )
+        )
+        case = f"{at}_option"
+        if number > 1:  # which form depends on both choices
+            scale = constant(np.array([options], np.int64), f"{at}_options")
+            nodes.append(
+                helper.make_node("Mul", [before_option, scale], [f"{at}_row"], name=f"{at}_row")
+            )
+            nodes.append(
+                helper.make_node("Add", [f"{at}_row", case], [f"{at}_case"], name=f"{at}_case")
+            )
+            case = f"{at}_case"
+        cases = [Form(number, a, b) for a in before for b in gate.choices]
+        case_number = {form: n for n, form in enumerate(cases)}
+        tree = branches(number, cases, x, case, at)
+        nodes += list(tree.node)
+        widths = constant(np.array(gate.choices, np.int64), f"{at}_choices")
+        nodes.append(
+            helper.make_node(
+                "Gather", [widths, f"{at}_option"], [f"{at}_choice"], name=f"{at}_choice"
+            )
+        )
+        chosen.append(f"{at}_choice")
+        x, logits = (tree.output[0].name, tree.output[-1].name)
+        before_option, before = f"{at}_option", gate.choices
+    axes = constant(np.array([1], np.int64), "choice_axis")
+    for name in chosen:
+        nodes.append(helper.make_node("Unsqueeze", [name, axes], [f"{name}_2d"], name=f"{name}_2d"))
+    nodes.append(
+        helper.make_node("Concat", [f"{n}_2d" for n in chosen], ["choices"], name="choices", axis=1)
+    )
+    nodes.append(helper.make_node("Identity", [x], ["logits"], name="logits"))
+    results = [
+        info("logits", [1, spec.num_classes]),
+        info("choices", [1, len(spec.gates)], kinds.INT64),
+    ]
+    graph = helper.make_graph(nodes, spec.name, inputs, results, initializer=parts.weights)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="dynaslim"
+    )
+    model.ir_version = IR_VERSION
+    require("onnx").checker.check_model(model)
+    return model

@@ -1,0 +1,619 @@
+"""What budgets give, simulated from a table of answers: against plain loops and real networks."""
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from helpers import lively, micro_spec, noise, png, write_parquet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dynaslim import Engine, cli
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.cost import CostTable, madds
+from dynaslim.cost_file import write_cost_table
+from dynaslim.data import open_source
+from dynaslim.data.order import holdout
+from dynaslim.errors import CheckpointError, DataError, DynaslimError, UsageError
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime import budget_search, calibrate_budget
+from dynaslim.runtime.budget import BudgetCurve, option_costs
+from dynaslim.runtime.budget_search import fit_curve, shift_grid, split_rows
+from dynaslim.runtime.calibrate_budget import (
+    PathAnswers,
+    answer_paths,
+    simulate,
+    uniform_outcomes,
+)
+from dynaslim.spec import NetSpec, StageSpec
+from dynaslim.zoo import get_spec
+
+SPEC = micro_spec()  # gates of 2 and 3 options
+MS = CostTable("ms", (((1.0,),), ((1.5, 2.0),), ((1.0, 3.0, 3.5), (2.0, 2.5, 7.0))))
+
+
+def _random(rows, seed=0, spec=SPEC, coarse=False):
+    """A table in which wider paths are right more often; if coarse, with many ties."""
+    rng = np.random.default_rng(seed)
+    options = [len(gate.choices) for gate in spec.gates]
+    paths = math.prod(options)
+    logits = [
+        rng.normal(0, 3, (math.prod(options[:gate]), rows, count))
+        for gate, count in enumerate(options)
+    ]
+    hard = rng.random((rows, 1))
+    correct = hard + rng.normal(0, 0.2, (rows, paths)) < np.linspace(0.7, 0.9, paths)
+    margins = np.clip(1 - hard + rng.normal(0, 0.3, (rows, paths)), 0, 1)
+    if coarse:
+        logits = [values.round() for values in logits]
+        margins = (margins * 4).round() / 4
+    return PathAnswers(
+        spec,
+        32,
+        tuple(values.astype(np.float32) for values in logits),
+        correct,
+        margins.astype(np.float32),
+    )
+
+
+def _one_row(answers, row, shift, tau, target, latency=None):
+    """Plain Python, in fractions: the path's number, whether it is right, its cost, escalated."""
+    number, path = 0, []
+    costs = option_costs(answers.table)
+    for gate in range(len(costs)):
+        scores = [
+            Fraction(float(logit)) - Fraction(shift) * Fraction(float(cost))
+            for logit, cost in zip(answers.gate_logits[gate][number, row], costs[gate], strict=True)
+        ]
+        path.append(scores.index(max(scores)))
+        number = number * len(scores) + path[-1]
+    own = tuple(path)
+    right, escalated = answers.correct_NP[row, number], False
+    tables = [answers.table] if latency is None else [answers.table, latency]
+    cost = [table.route_cost(own) for table in tables]
+    if tau is not None and answers.margins_NP[row, number] < tau:
+        as_wide = all(t <= o for t, o in zip(target, own, strict=True))
+        if answers.table.route_cost(own) < answers.table.route_cost(target) and not as_wide:
+            escalated = True
+            right = answers.correct_NP[row, answers.paths.index(target)]
+            for n, table in enumerate(tables):
+                cost[n] += table.route_cost(target) - table.segments[0][0][0]
+    return cost, bool(right), escalated
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 12),
+    st.integers(0, 10**6),
+    st.booleans(),
+    st.integers(-160, 160).map(lambda n: n / 4),
+    st.one_of(st.none(), st.floats(0, 1.25, width=32), st.sampled_from([0.25, 0.5, 0.75, 1.0])),
+    st.sampled_from([(0, 1), (1, 1), (1, 2), (0, 0), (1, 0)]),
+)
+def test_simulate_is_a_plain_loop(rows, seed, coarse, shift, tau, target):
+    answers = _random(rows, seed, coarse=coarse)
+    target = None if tau is None else target
+    slow = [_one_row(answers, row, shift, tau, target, MS) for row in range(rows)]
+    costs, rights, escalated = zip(*slow, strict=True)
+    outcome = simulate(answers, shift, tau, target, latency=MS)
+    assert outcome.madds == pytest.approx(np.mean([cost[0] for cost in costs]))
+    assert outcome.ms == pytest.approx(np.mean([cost[1] for cost in costs]))
+    assert outcome.top1 == pytest.approx(np.mean(rights))
+    assert outcome.escalated == pytest.approx(np.mean(escalated))
+    some = np.arange(0, rows, 2)
+    assert simulate(answers, shift, tau, target, rows=some).top1 == pytest.approx(
+        np.mean(rights[::2])
+    )
+    assert simulate(answers, shift, tau, target).ms is None
+
+
+def _all_points(curve):
+    return {*curve.points, *curve.gate_points, *curve.ms_points, *curve.ms_gate_points}
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+@pytest.mark.parametrize("rows", [2, 3, 40, 501])
+def test_points_are_what_simulate_says(rows, coarse):
+    """The search counts with sorted margins and running sums; `simulate` row by row."""
+    answers = _random(rows, coarse=coarse)
+    selecting, reporting = split_rows(rows)
+    curve = fit_curve(answers, latency=MS)
+    for point in _all_points(curve):
+        setting = (point.shift, point.tau, point.escalate_to)
+        whole = simulate(answers, *setting, latency=MS)
+        assert point.madds == pytest.approx(whole.madds)
+        assert point.ms == pytest.approx(whole.ms)
+        assert point.share == pytest.approx(whole.madds / answers.table.widest_cost)
+        assert point.escalated == pytest.approx(whole.escalated)
+        assert point.top1 == simulate(answers, *setting, rows=reporting).top1
+        assert point.top1_selecting == simulate(answers, *setting, rows=selecting).top1
+    if rows > 3:
+        assert any(point.tau is not None for point in curve.points)
+        assert any(point.tau is not None for point in curve.ms_points)
+
+
+def test_margins_that_are_neighbours():
+    """No number lies between two images' margins: a threshold is on one, and does not count it."""
+    answers = _random(60, coarse=True)
+    steps = (answers.margins_NP * 4).astype(np.int64)
+    close = (0.5 + steps * 2.0**-24).astype(np.float32)
+    assert len(np.unique(close)) == 5
+    answers = dataclasses.replace(answers, margins_NP=close)
+    tried = [point for point in fit_curve(answers).points if point.tau is not None]
+    assert any(np.float32(point.tau) in close for point in tried)
+    for point in tried:
+        outcome = simulate(answers, point.shift, point.tau, point.escalate_to)
+        assert (point.escalated, point.madds) == pytest.approx((outcome.escalated, outcome.madds))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_curve_is_a_front(seed):
+    answers = _random(300, seed)
+    curve = fit_curve(answers, latency=MS)
+    assert len(curve.points) <= 41
+    for points, cost in (
+        (curve.points, "madds"),
+        (curve.gate_points, "madds"),
+        (curve.ms_points, "ms"),
+        (curve.ms_gate_points, "ms"),
+    ):
+        costs = [getattr(point, cost) for point in points]
+        assert len(points) > 5
+        assert costs == sorted(set(costs))
+        merits = [point.top1_selecting for point in points[:-1]]
+        assert merits == sorted(set(merits))
+        widest, cheapest = points[-1], points[0]
+        assert widest.share == pytest.approx(1)
+        assert (widest.madds, widest.ms) == (curve.widest_madds, curve.widest_ms)
+        assert widest.top1 == curve.widest_top1
+        if cost == "madds":
+            assert (cheapest.madds, cheapest.top1) == (curve.cheapest_madds, curve.cheapest_top1)
+    assert curve.widest_madds == madds(SPEC, SPEC.widest_choice, 32, slimming_heads=True)
+    assert curve.cheapest_madds == madds(SPEC, SPEC.cheapest_choice, 32, slimming_heads=True)
+    assert all(point.tau is None for point in (*curve.gate_points, *curve.ms_gate_points))
+    assert (curve.images, curve.reporting_images) == (300, 150)
+    curve.check_fits(SPEC)
+    assert BudgetCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_escalation_is_at_no_cost_the_worse_of_the_two(seed):
+    answers = _random(200, seed)
+    curve = fit_curve(answers, latency=MS)
+    gains = []
+    for share in np.linspace(0.01, 1, 200):
+        joint, alone = curve.at(share), curve.at(share, escalate=False)
+        assert joint.top1_selecting >= alone.top1_selecting
+        gains.append(joint.top1_selecting - alone.top1_selecting)
+        budget = f"{share * curve.widest_ms}ms"
+        assert curve.at(budget).merit >= curve.at(budget, escalate=False).merit
+    assert max(gains) > 0.02, "the test needs a table where escalation helps"
+
+
+def test_nothing_that_is_tried_is_overlooked(monkeypatch):
+    """Of few images every threshold is tried: brute force finds nothing beyond the front."""
+    monkeypatch.setattr(budget_search, "KEPT", 10_000)
+    answers = _random(17, 5, coarse=True)
+    curve = fit_curve(answers, split=False)
+    assert curve.reporting_images is None
+    most = math.ceil(budget_search.MOST_ESCALATED * 17) / 17
+    tried = 0
+    for shift in shift_grid(answers):
+        for target in answers.targets:
+            for tau in (0.0, 0.1, 0.3, 0.6, 0.9, 1.1):  # between the coarse margins
+                outcome = simulate(answers, shift, tau, target)
+                if outcome.escalated <= most and outcome.madds <= curve.widest_madds:
+                    tried += 1
+                    assert any(
+                        point.madds <= outcome.madds * (1 + 1e-12) and point.top1 >= outcome.top1
+                        for point in curve.points
+                    )
+    assert tried > 100
+    assert all(point.top1 == point.top1_selecting for point in _all_points(curve))
+
+
+def test_reported_accuracy_is_of_images_that_had_no_say():
+    """Where all is luck, points look better than they are, but only on the selecting half."""
+    rng = np.random.default_rng(0)
+    answers = _random(400)
+    luck = dataclasses.replace(answers, correct_NP=rng.random(answers.correct_NP.shape) < 0.5)
+    curve = fit_curve(luck)
+    best = max(curve.points, key=lambda point: point.top1_selecting)
+    assert best.top1_selecting > 0.55
+    assert best.top1 < 0.55
+    flattered = fit_curve(luck, split=False)
+    assert max(point.top1 for point in flattered.points) > 0.53
+    selecting, reporting = split_rows(400)
+    assert sorted([*selecting, *reporting]) == list(range(400))
+    # a set whose classes come in turn must not be divided by class
+    assert 60 < (selecting % 2).sum() < 140
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_shifts_reach_from_end_to_end(seed):
+    answers = _random(100, seed)
+    grid = shift_grid(answers)
+    assert len(grid) == budget_search.SHIFTS + 3
+    assert 0 in grid
+    assert (np.diff(grid) > 0).all()
+    taken = np.array([answers.taken(shift) for shift in grid])
+    assert (taken[0] == len(answers.paths) - 1).all()
+    assert (taken[-1] == 0).all()
+    costs = answers.costs(answers.table)[taken].mean(1)
+    steps = -np.diff(costs) / (costs[0] - costs[-1])
+    assert steps.max() < 0.12, "shifts are to be about evenly spaced by what they cost"
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        SPEC.with_choices((2,), (0, 1, 2)),
+        SPEC.with_choices((0,), (1,)),
+        get_spec("ds_mbnet_tiny"),
+        get_spec("ds_resnet50", num_classes=3),
+    ],
+    ids=["single-choice", "no-choice", "one-gate", "four-gates"],
+)
+def test_gates_of_any_number(spec):
+    answers = _random(30, spec=spec)
+    curve = fit_curve(answers)
+    curve.check_fits(spec)
+    assert curve.points[-1].madds == curve.widest_madds
+    assert curve.points[0].madds == curve.cheapest_madds
+    assert curve.at(0.001) == curve.points[0]
+
+
+def test_gates_without_an_opinion():
+    answers = _random(30)
+    mute = tuple(np.zeros_like(logits) for logits in answers.gate_logits)
+    curve = fit_curve(dataclasses.replace(answers, gate_logits=mute))
+    assert {point.share for point in curve.gate_points} <= {1.0, curve.points[0].share}
+    assert any(point.tau is not None for point in curve.points), "escalation needs no gate"
+
+
+def test_thousands_of_images_take_seconds():
+    answers = _random(5000, spec=get_spec("ds_mbnet_tiny"))
+    start = time.perf_counter()
+    fit_curve(answers)
+    assert time.perf_counter() - start < 15
+
+
+def test_uniform_outcomes():
+    answers = _random(40)
+    outcomes = uniform_outcomes(answers, latency=MS)
+    assert [route for route, _ in outcomes] == [SPEC.route_at(p) for p in ((0, 0), (2, 1), (2, 2))]
+    for (route, outcome), path in zip(outcomes, ((0, 0), (1, 1), (1, 2)), strict=True):
+        assert outcome.madds == madds(SPEC, route, 32, slimming_heads=True)
+        assert outcome.ms == MS.route_cost(path)
+        assert outcome.top1 == answers.correct_NP[:, answers.paths.index(path)].mean()
+    rows = np.arange(7)
+    assert uniform_outcomes(answers, rows=rows)[2][1].top1 == answers.correct_NP[:7, 5].mean()
+
+
+# -- a real network -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real():
+    net = lively(SPEC)
+    with torch.no_grad():
+        net.classifier.weight *= 100  # so that margins differ by more than rounding
+    x = noise(SPEC, 61, seed=7)
+    with torch.inference_mode():
+        # what the network says of half of the images, on one route or another
+        labels = torch.stack([net(x, route) for route in SPEC.routes]).argmax(2)
+    picked = torch.arange(61) % 3
+    labels = labels.gather(0, picked[None])[0]
+    labels[::5] = (labels[::5] + 1) % SPEC.num_classes
+    return net, x, labels, answer_paths(net, zip(x.split(16), labels.split(16), strict=True))
+
+
+@torch.inference_mode()
+def _run_row(net, x, label, shift, tau, target):
+    """One image through the network: segment by segment, then perhaps once more from the trunk."""
+    costs = option_costs(CostTable.from_madds(SPEC, 32))
+    trunk = out = net.segment(0, x, 0)
+    own = []
+    for number, gate in enumerate(SPEC.gates):
+        scores = out.gate_logits[0].double() - shift * torch.from_numpy(costs[number])
+        own.append(int(scores.argmax()))
+        out = net.segment(number + 1, out.features, gate.choices[own[-1]])
+
+    def spent(path):
+        route = SPEC.route_at([g.choices[o] for g, o in zip(SPEC.gates, path, strict=True)])
+        return madds(SPEC, route, 32, slimming_heads=True)
+
+    cost = spent(own)
+    probabilities = out.features[0].softmax(0).sort(descending=True).values
+    escalates = bool(probabilities[0] - probabilities[1] < tau)
+    escalates &= spent(own) < spent(target) and any(t > o for t, o in zip(target, own, strict=True))
+    if escalates:
+        out = trunk
+        for number, option in enumerate(target):
+            choice = SPEC.gates[number].choices[option]
+            out = net.segment(number + 1, out.features, choice)
+        cost += spent(target) - int(CostTable.from_madds(SPEC, 32).segments[0][0][0])
+    return cost, int(out.features.argmax()) == int(label), escalates
+
+
+@pytest.mark.parametrize(
+    ("where", "quantile", "target"),
+    [(0.2, 0.0, (1, 2)), (0.3, 0.3, (1, 2)), (0.5, 0.5, (1, 1)), (0.7, 0.4, (1, 2))],
+)
+def test_simulated_is_what_the_network_does(real, where, quantile, target):
+    net, x, labels, answers = real
+    grid = shift_grid(answers)
+    shift = float(grid[int(where * len(grid))])
+    own = answers.margins_NP[np.arange(61), answers.taken(shift)]
+    ranked = np.sort(own)
+    at = int(quantile * 61)
+    tau = float(ranked[at - 1] + ranked[at]) / 2 if at else 0.0  # on no image's margin
+    rows = [
+        _run_row(net, x[n : n + 1], label, shift, tau, target) for n, label in enumerate(labels)
+    ]
+    costs, rights, escalated = map(np.array, zip(*rows, strict=True))
+    assert len(set(costs.tolist())) > 2, "the test needs rows that differ"
+    assert (escalated.sum() > 5) == (quantile > 0)
+    outcome = simulate(answers, shift, tau, target)
+    assert outcome.madds == pytest.approx(costs.mean())
+    assert outcome.top1 == pytest.approx(rights.mean())
+    assert outcome.escalated == pytest.approx(escalated.mean())
+
+
+def test_the_engine_keeps_what_the_curve_promises(real):
+    net, x, labels, answers = real
+    curve = fit_curve(answers, split=False)
+    engine = Engine(Checkpoint(net, budget=curve.to_dict()), backend="eager")
+    assert len(curve.points) > 5
+    assert any(point.tau is not None for point in curve.points)
+    for point in (*curve.points, *curve.gate_points):
+        out = engine(x, budget=point)
+        assert float(out.madds.mean()) == pytest.approx(point.madds)
+        assert float((out.logits.argmax(1) == labels).float().mean()) == pytest.approx(point.top1)
+    for budget in (0.75, "drop=5"):
+        out = engine(x, budget=budget)
+        assert float(out.madds.mean()) == pytest.approx(curve.at(budget).madds)
+
+
+def test_every_path_is_answered(real):
+    net, x, labels, answers = real
+    assert [len(level) for level in answers.gate_logits] == [1, 2]
+    assert len(answers.paths) == 6
+    with torch.inference_mode():
+        for number, path in enumerate(answers.paths):
+            logits = net(x, answers.route(path))
+            right = (logits.argmax(1) == labels).numpy()
+            assert (answers.correct_NP[:, number] == right).all()
+            top = logits.softmax(1).topk(2).values
+            np.testing.assert_allclose(
+                answers.margins_NP[:, number], top[:, 0] - top[:, 1], atol=1e-4
+            )
+    assert 0.2 < answers.correct_NP.mean() < 0.9
+    assert answers.margins_NP.dtype == np.float32
+    assert answers.image_size_px == 32
+
+
+def test_batches_do_not_matter(real):
+    net, x, labels, answers = real
+    done = []
+    again = answer_paths(net, [(x, labels)], on_batch=done.append)
+    assert done == [61]
+    assert (again.correct_NP == answers.correct_NP).all()
+    for one, other in zip(again.gate_logits, answers.gate_logits, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+# -- what cannot be measured ----------------------------------------------------------------------
+
+
+def test_wrong_inputs(real, monkeypatch):
+    net, x, labels, answers = real
+    with pytest.raises(DataError, match="no images"):
+        answer_paths(net, [])
+    with pytest.raises(DataError, match="no images"):
+        answer_paths(net, [(x[:0], labels[:0])])
+    with pytest.raises(UsageError, match="square images of one size"):
+        answer_paths(net, [(x, labels), (x[:, :, :16, :16], labels)])
+    with pytest.raises(UsageError, match="square images of one size"):
+        answer_paths(net, [(x[:, :, :16], labels)])
+    plain = NetSpec("plain", (StageSpec((4,), block="conv"),), num_classes=2)
+    with pytest.raises(UsageError, match="plain has no gates"):
+        answer_paths(lively(plain), [])
+    with pytest.raises(UsageError, match=r"call net\.eval"):
+        answer_paths(lively(SPEC).train(), [])
+    with pytest.raises(DynaslimError, match="logits are not finite"):
+        answer_paths(net, [(x * math.nan, labels)])
+    with pytest.raises(UsageError, match="give both or neither"):
+        simulate(answers, 0.0, tau=0.5)
+    with pytest.raises(UsageError, match="give both or neither"):
+        simulate(answers, 0.0, target=(1, 2))
+    with pytest.raises(UsageError, match=r"target \(2, 2\): micro has no such path"):
+        simulate(answers, 0.0, 0.5, (2, 2))
+    with pytest.raises(UsageError, match="expected ms"):
+        fit_curve(answers, latency=answers.table)
+    with pytest.raises(UsageError, match="micro has 3"):
+        fit_curve(answers, latency=CostTable("ms", MS.segments[:2]))
+    with pytest.raises(UsageError, match="images 1: two halves"):
+        fit_curve(_random(1))
+    assert fit_curve(_random(1), split=False).images == 1
+    monkeypatch.setattr(calibrate_budget, "MAX_PATHS", 5)
+    with pytest.raises(UsageError, match="its gates have 6 paths, a budget curve is made for 5"):
+        answer_paths(net, [])
+
+
+# -- the checkpoint and the command ---------------------------------------------------------------
+
+
+@pytest.fixture
+def micro(tmp_path):
+    """A checkpoint of five classes and a parquet folder that fits it."""
+    data = tmp_path / "data"
+    write_parquet(data, [png(n) for n in range(40)], 5)
+    write_parquet(data, [png(n) for n in range(100, 160)], 5, "train")
+    stage = {"data": {"path": "somewhere", "split": "train", "val_split": None, "val_share": 0.25}}
+    checkpoint = Checkpoint(
+        lively(micro_spec(), image_size=16),
+        preprocessing=Preprocessing(16),
+        metrics={"kept": 1},
+        recipe={"supernet": stage, "gate": stage},
+    )
+    return save(tmp_path / "micro.safetensors", checkpoint), data
+
+
+def test_checkpoint_round_trip(tmp_path):
+    net = lively(SPEC)
+    without = save(tmp_path / "without.safetensors", Checkpoint(net))
+    assert read(without).budget is None
+    assert b'"budget"' not in without.read_bytes().replace(b"\\", b"")
+    curve = fit_curve(_random(50), latency=MS)
+    path = save(tmp_path / "with.safetensors", Checkpoint(net, budget=curve.to_dict()))
+    assert BudgetCurve.from_dict(read(path).budget) == curve
+    with pytest.raises(CheckpointError, match="not saved"):
+        save(path, Checkpoint(net, budget={"points": math.nan}))
+    assert BudgetCurve.from_dict(read(path).budget) == curve
+
+
+def test_damaged_budget_in_a_checkpoint(tmp_path):
+
+    path = save(tmp_path / "c.safetensors", Checkpoint(lively(SPEC), budget={}))
+    content = path.read_bytes()
+    altered = content.replace(b'\\"budget\\": {}', b'\\"budget\\": 12')
+    assert altered != content
+    path.write_bytes(altered)
+    with pytest.raises(CheckpointError):
+        read(path)
+
+
+def _run(capsys, *argv):
+    code = cli.run([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def _fails(capsys, message, *argv, code=2):
+    assert cli.run([str(a) for a in argv]) == code
+    out, err = capsys.readouterr()
+    assert message in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert out == ""
+
+
+def test_command(micro, capsys, tmp_path):
+    path, data = micro
+    before = read(path)
+    other = tmp_path / "sub" / "with.safetensors"
+    out = _run(
+        capsys, "calibrate-budget", path, "--data", data, "--split", "test", "--out", other,
+        "--budget", "0.6",
+    )  # fmt: skip
+    assert "40 images" in out
+    assert "held back" not in out
+    assert "budget 0.6" in out
+    assert "4-4-6" in out, "the uniform routes to compare with"
+    assert "top-1 is measured on 20 images" in out
+    assert read(path).budget is None
+    after = read(other)
+    curve = BudgetCurve.from_dict(after.budget)
+    curve.check_fits(SPEC)
+    assert (curve.images, curve.image_size_px, curve.widest_ms) == (40, 16, None)
+    assert after.metrics == {"kept": 1}
+    assert after.recipe == before.recipe
+    weights = before.net.state_dict()
+    assert all(torch.equal(value, weights[k]) for k, value in after.net.state_dict().items())
+
+
+def test_command_takes_what_training_held_back(micro, capsys):
+    path, data = micro
+    table = write_cost_table(path.with_name("ms.json"), MS, SPEC, 16)
+    out = _run(
+        capsys, "calibrate-budget", path, "--data", data, "--table", table, "--budget", "5ms",
+        "--json",
+    )  # fmt: skip
+    printed = json.loads(out)
+    held = holdout(open_source(data, "train").labels(), 0.25)[1]
+    assert (printed["images"], printed["split"], printed["held_back"]) == (len(held), "train", 0.25)
+    curve = BudgetCurve.from_dict(read(path).budget)
+    assert BudgetCurve.from_dict(printed["curve"]) == curve
+    asked = {**printed["budget"]}
+    assert asked.pop("asked") == "5ms"
+    assert asked == json.loads(json.dumps(dataclasses.asdict(curve.at("5ms"))))
+    assert curve.widest_ms == pytest.approx(MS.widest_cost)
+    assert [route["widths"] for route in printed["routes"]] == [[4, 4, 6], [4, 12, 8], [4, 12, 10]]
+    assert [route["ms"] for route in printed["routes"]] == [3.5, 5.5, 10.0]
+    # routes are compared on the images that the points' accuracy is of
+    assert printed["routes"][0]["top1"] == curve.cheapest_top1
+    assert printed["routes"][-1]["top1"] == curve.widest_top1
+    human = _run(capsys, "calibrate-budget", path, "--data", data, "--table", table)
+    assert "15 images, those that training held back" in human
+    assert "10.000" in human
+    warned = _run(capsys, "calibrate-budget", path, "--data", data, "--split", "train")
+    assert "trained on this split" in warned
+
+
+def test_recalibrated_statistics_drop_the_curve(micro, capsys):
+    path, data = micro
+    _run(capsys, "calibrate-budget", path, "--data", data)
+    assert read(path).budget is not None
+    _run(capsys, "calibrate", path, path, "--data", data, "--workers", "0", "--batch-size", "20")
+    assert read(path).budget is None
+
+
+def test_command_refuses(micro, capsys, tmp_path):
+    path, data = micro
+    verb = ("calibrate-budget", path, "--data", data)
+    content = path.read_bytes()
+    _fails(capsys, "--batch-size 0", *verb, "--batch-size", "0")
+    _fails(capsys, "--corrupt-limit 2.0", *verb, "--corrupt-limit", "2")
+    _fails(capsys, "budget '60%': give a share", *verb, "--budget", "60%")
+    _fails(capsys, "give a cost table in ms with --table", *verb, "--budget", "4ms")
+    _fails(capsys, "is a folder", *verb, "--out", tmp_path)
+    counted = write_cost_table(tmp_path / "m.json", CostTable.from_madds(SPEC, 16), SPEC, 16)
+    _fails(capsys, "is in madds, give one in ms", *verb, "--table", counted)
+    other = write_cost_table(tmp_path / "o.json", MS, SPEC, 32)
+    _fails(capsys, "for images of 32x32 px, not 16x16", *verb, "--table", other)
+    _fails(capsys, "no split 'val'", *verb, "--split", "val", code=1)
+    assert path.read_bytes() == content, "nothing was written"
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ({}, "does not say which images training held back"),
+        ({"supernet": {"data": {"path": ""}}}, "does not say which images"),
+        ({"supernet": ("train", None, 0.1), "gate": ("train", None, 0.2)}, "different images"),
+        ({"supernet": ("train", None, 0.0)}, "held no images back"),
+        ({"gate": ("train", "test", 0.1)}, None),
+    ],
+)
+def test_which_images_are_held_out(micro, capsys, stages, message):
+    path, data = micro
+    for stage, kept in stages.items():
+        if isinstance(kept, tuple):
+            names = ("split", "val_split", "val_share")
+            stages[stage] = {"data": {"path": "p", **dict(zip(names, kept, strict=True))}}
+    save(path, dataclasses.replace(read(path), recipe=stages))
+    if message is not None:
+        _fails(capsys, message, "calibrate-budget", path, "--data", data)
+        return
+    printed = json.loads(_run(capsys, "calibrate-budget", path, "--data", data, "--json"))
+    assert (printed["split"], printed["held_back"], printed["images"]) == ("test", None, 40)
+
+
+def test_images_that_do_not_decode(micro, capsys, tmp_path):
+    path, _ = micro
+    data = tmp_path / "broken"
+    write_parquet(data, [*(png(n) for n in range(19)), b"no picture"], 5)
+    verb = ("calibrate-budget", path, "--data", data, "--split", "test")
+    _fails(capsys, "broken", *verb, code=1)
+    assert "left out" in _run(capsys, *verb, "--corrupt-limit", "0.1")
+    assert read(path).budget["images"] == 19
+    shutil.rmtree(data)
+    write_parquet(data, [b"no picture"] * 5, 5)
+    _fails(capsys, "no images", *verb, "--corrupt-limit", "1", code=1)

@@ -1,0 +1,274 @@
+"""Measured times of forms, kept as a cost table; small buckets that join wider ones."""
+
+import dataclasses
+import json
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    assert_rows_close,
+    for_backends,
+    lively,
+    lively_net,
+    micro_spec,
+    noise,
+    row_by_row,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dynaslim import Engine
+from dynaslim.cost import CostTable
+from dynaslim.cost_file import read_cost_table, write_cost_table
+from dynaslim.errors import UsageError
+from dynaslim.runtime.forms import Form, segment_forms
+from dynaslim.runtime.latency import LatencyTable, profile
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SPEC = micro_spec()
+FORMS = list(segment_forms(SPEC))
+
+
+@cache
+def measured(backend="eager"):
+    engine = Engine(lively_net("micro"), backend=backend, workers=2)
+    heard = []
+    table = profile(
+        engine.router, 32, 6, rounds=3, note={"backend": backend}, on_form=lambda: heard.append(1)
+    )
+    assert len(heard) == len(FORMS)
+    return table
+
+
+def made_up(step_ms):
+    """A table whose steps take what `step_ms(form, rows)` says."""
+    rows = (1, 4, 16, 64)
+    ms = {form.name: tuple(float(step_ms(form, n)) for n in rows) for form in FORMS}
+    segments = []
+    for number, before in enumerate([(0,), (0,), (0, 2)]):
+        after = SPEC.gates[number - 1].choices if number else (0,)
+        segments.append(
+            tuple(tuple(ms[Form(number, a, b).name][-1] / 64 for b in after) for a in before)
+        )
+    return LatencyTable(CostTable("ms", tuple(segments)), 32, rows, ms)
+
+
+# -- measuring ------------------------------------------------------------------------------------
+
+
+@for_backends("eager", "onnxruntime", "openvino")
+def test_profile_measures_every_form(backend):
+    table = measured(backend)
+    table.check_fits(SPEC)
+    assert table.rows == (1, 2, 4, 6)
+    assert set(table.ms) == set(table.spread) == {form.name for form in FORMS}
+    assert table.image_size_px == 32
+    assert table.note == {"backend": backend}
+    assert table.table.unit == "ms"
+    assert [(len(s), len(s[0])) for s in table.table.segments] == [(1, 1), (1, 2), (2, 3)]
+    for number, segment in enumerate(table.table.segments):
+        for a, costs in enumerate(segment):
+            for b, cost in enumerate(costs):
+                before = (0, 2)[a] if number == 2 else 0
+                after = SPEC.gates[number - 1].choices[b] if number else 0
+                assert cost == table.ms[Form(number, before, after).name][-1] / 6
+
+
+def test_profile_times_what_it_says(monkeypatch):
+    """A form that sleeps, by rows: its times, and no other's, show it."""
+    import time
+
+    from dynaslim.runtime.backends.eager import EagerBackend
+
+    plain = EagerBackend.program
+
+    def slow(self, form, shape, *, wide):
+        run = plain(self, form, shape, wide=wide)
+        if form != Form(2, 0, 1):
+            return run
+        return lambda x, outs: (time.sleep(0.02 * len(x)), run(x, outs))
+
+    monkeypatch.setattr(EagerBackend, "program", slow)
+    engine = Engine(lively_net("micro"), backend="eager", workers=1)
+    table = profile(engine.router, 16, 4, rounds=2)
+    times = table.ms["segment2_0_1"]
+    for ms, rows in zip(times, (1, 2, 4), strict=True):
+        assert ms == pytest.approx(20 * rows, rel=0.5)
+    assert max(t for name, ts in table.ms.items() if name != "segment2_0_1" for t in ts) < times[0]
+    assert table.table.segments[2][0][1] == times[-1] / 4
+
+
+def test_written_and_read_again(tmp_path):
+    table = measured()
+    path = table.write(tmp_path / "table.json", SPEC)
+    assert LatencyTable.read(path, SPEC) == table
+    assert read_cost_table(path, SPEC, image_size=32) == table.table
+    assert Engine(lively_net("micro"), backend="eager", latency=path).latency == table
+
+
+def test_steps_between_and_beyond_those_measured():
+    table = made_up(lambda form, rows: 2.0 + rows)
+    form = FORMS[3]
+    assert table.step_ms(form, 0) == 0
+    assert [table.step_ms(form, n) for n in (1, 2, 4, 10, 64)] == [3, 4, 6, 12, 66]
+    assert table.step_ms(form, 128) == 132
+
+
+def _edited(tmp_path, change):
+    path = measured().write(tmp_path / "table.json", SPEC)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d["note"].pop("rows"), "without times by rows.*dynaslim profile"),
+        (lambda d: d["note"].pop("ms"), "without times by rows"),
+        (lambda d: d["note"].update(ms=[1]), "without times by rows"),
+        (lambda d: d["note"].update(rows=["many"]), "without times by rows"),
+        (lambda d: d["note"].update(spread=3), "without times by rows"),
+        (lambda d: d["note"].update(rows=[6, 4, 2, 1]), r"rows \(6, 4, 2, 1\) must be positive"),
+        (lambda d: d["note"].update(rows=[0, 1, 2, 4]), "must be positive and rise"),
+        (lambda d: d["note"].update(rows=[]), "must be positive and rise"),
+        (lambda d: d["note"].update(rows=[1, 2]), "segment0_0_0 needs 2 positive times"),
+        (lambda d: d["note"]["ms"].pop("segment2_2_1"), "segment2_2_1 needs 4 positive times"),
+        (lambda d: d["note"]["ms"].update(segment1_0_2=[1, 2, 0, 3]), "segment1_0_2 needs"),
+        (lambda d: d.update(unit="madds"), "unit 'madds', not ms"),
+        (lambda d: d.update(model="ds_mbnet"), "is for model 'ds_mbnet'"),
+    ],
+)
+def test_tables_that_do_not_fit(tmp_path, change, message):
+    path = _edited(tmp_path, change)
+    with pytest.raises(UsageError, match=message) as raised:
+        LatencyTable.read(path, SPEC)
+    assert str(raised.value).startswith(str(path))
+    with pytest.raises(UsageError, match=message):
+        Engine(lively_net("micro"), backend="eager", latency=path)
+
+
+def test_other_refusals(tmp_path):
+    path = write_cost_table(tmp_path / "c.json", measured().table, SPEC, 32)
+    with pytest.raises(UsageError, match="a cost table, but without times by rows"):
+        LatencyTable.read(path, SPEC)
+    with pytest.raises(UsageError, match="cannot be read"):
+        LatencyTable.read(tmp_path / "none.json", SPEC)
+    other = lively(micro_spec().with_choices((0, 1), (0, 2)))
+    with pytest.raises(UsageError, match="segment1_0_1 needs"):
+        Engine(other, backend="eager", latency=measured())
+    router = Engine(lively_net("micro"), backend="eager").router
+    with pytest.raises(UsageError, match="batch size 0"):
+        profile(router, 32, 0)
+    with pytest.raises(UsageError, match="at least 4 px"):
+        profile(router, 3, 1)
+
+
+# -- merging buckets ------------------------------------------------------------------------------
+
+_times = st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4).map(tuple)
+
+
+@st.composite
+def _merges(draw):
+    table = made_up(lambda form, rows: 1)
+    ms = {form.name: draw(_times) for form in FORMS}
+    gate = draw(st.integers(0, 1))
+    before = draw(st.sampled_from((0, 2))) if gate else 0
+    options = draw(st.integers(1, len(SPEC.gates[gate].choices)))
+    counts = draw(st.lists(st.integers(0, 100), min_size=options, max_size=options))
+    return dataclasses.replace(table, ms=ms), gate, before, np.array(counts)
+
+
+def _predicted(table, gate, before, counts):
+    forms = [Form(gate + 1, before, choice) for choice in SPEC.gates[gate].choices]
+    return sum(table.step_ms(form, n) for form, n in zip(forms, counts.tolist(), strict=False))
+
+
+@given(_merges())
+def test_merging_goes_upward_and_saves_time(case):
+    table, gate, before, counts = case
+    goes = table.merge(SPEC, gate, before, counts)
+    options = np.arange(len(counts))
+    assert goes.shape == counts.shape
+    assert (goes >= options).all()
+    assert goes.max() < len(counts)
+    assert (goes[goes] == goes).all(), "nobody joins a bucket that has gone"
+    after = np.bincount(goes, weights=counts, minlength=len(counts)).astype(int)
+    assert after.sum() == counts.sum()
+    old, new = (_predicted(table, gate, before, n) for n in (counts, after))
+    assert new <= old * (1 + 1e-12)
+    if (goes != options).any():
+        assert new < old
+
+
+def test_merging_by_hand():
+    table = made_up(lambda form, rows: 10 + rows)  # a step more costs as much as ten rows
+    assert table.merge(SPEC, 1, 0, np.array([3, 0, 5])).tolist() == [2, 1, 2]
+    assert table.merge(SPEC, 1, 2, np.array([3, 2, 5])).tolist() == [2, 2, 2]
+    assert table.merge(SPEC, 1, 0, np.array([3, 2])).tolist() == [1, 1]
+    assert table.merge(SPEC, 1, 0, np.array([0, 0, 5])).tolist() == [0, 1, 2]
+    dear = made_up(lambda form, rows: 1 + rows * (1 + form.choice))
+    assert dear.merge(SPEC, 1, 0, np.array([1, 0, 5])).tolist() == [0, 1, 2]
+    assert dear.merge(SPEC, 1, 0, np.array([1, 0, 0])).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_merged_rows_are_those_of_the_route_they_took(workers):
+    net = lively_net("micro")
+    x = noise(SPEC, 33)
+    own = Engine(net, backend="eager")(x)
+    assert len({tuple(row) for row in own.routes.tolist()}) >= 3
+    flat = made_up(lambda form, rows: 1.0)
+    engine = Engine(net, backend="eager", workers=workers, latency=flat, merge=True)
+    for arguments in ({}, {"shift": 2.0}, {"escalate": 1.0}):
+        out = engine(x, **arguments)
+        # behind the first gate a merged row has other features, and so other choices
+        assert (out.routes[:, 0] >= own.routes[:, 0]).all() or "shift" in arguments
+        assert out.routes.tolist() != own.routes.tolist()
+        routes = [engine.route_of(row) for row in out.routes]
+        assert_rows_close(out.logits, row_by_row(net, x, routes))
+    cost = CostTable.from_madds(SPEC, 32)
+    merged = engine(x)
+    assert merged.madds.tolist() == [
+        cost.route_cost([g.choices.index(i) for g, i in zip(SPEC.gates, row, strict=True)])
+        for row in merged.routes.tolist()
+    ]
+    never = made_up(lambda form, rows: rows * (1 + form.choice))
+    apart = Engine(net, backend="eager", workers=workers, latency=never, merge=True)
+    assert apart(x).routes.tolist() == own.routes.tolist()
+
+
+def test_merging_stays_below_the_cap():
+    net = lively_net("micro")
+    x = noise(SPEC, 33)
+    engine = Engine(
+        net, backend="eager", latency=made_up(lambda form, rows: 1.0), merge=True, max_batch=16
+    )
+    for limits in ((2, 1), (0, 2), (0, 0), (2, 2)):
+        out = engine(x, max_route=SPEC.route_at(limits))
+        assert (out.routes <= torch.tensor(limits)).all()
+        routes = [engine.route_of(row) for row in out.routes]
+        assert_rows_close(out.logits, row_by_row(net, x, routes))
+    assert out.routes.amax(0).tolist() == [2, 2]
+
+
+@for_backends("onnxruntime")
+def test_one_route_for_all_is_never_merged(backend, monkeypatch):
+    from dynaslim.runtime.network_forms import NetworkForms
+
+    net = lively_net("micro")
+    x = noise(SPEC, 9)
+    # dear for few rows, cheap for many: whoever may would move
+    table = made_up(lambda form, rows: 100 if form.choice == 0 else 1)
+    for has_modules in (True, False):
+        monkeypatch.setattr(NetworkForms, "has_modules", has_modules)
+        engine = Engine(net, backend=backend, latency=table, merge=True)
+        route = SPEC.cheapest_choice
+        assert_rows_close(engine.static(route)(x), row_by_row(net, x, [route] * 9))
+    moved = engine(x, shift=1e9)
+    assert engine.route_of(moved.routes[0]) != route

@@ -1,0 +1,116 @@
+"""Graphs that are written by hand give what the modules give."""
+
+import pytest
+import torch
+from helpers import ZOO_NAMES, assert_rows_close, lively, lively_net, micro_spec
+
+from dynaslim.errors import UsageError
+from dynaslim.runtime.extract import PlainGate
+from dynaslim.runtime.forms import Form, form_shape, segment_forms
+from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.onnx_graph import OPSET, to_onnx
+from dynaslim.zoo import ZOO
+
+onnx = pytest.importorskip("onnx")
+ort = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def _session(content):
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    # as written: whether the optimiser is right is not asked here
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def _check(module, session, x):
+    hidden = []
+    heads = [m.slimming for m in module.modules() if isinstance(m, PlainGate) and m.slimming]
+    handles = [head.register_forward_hook(lambda _m, i, _o: hidden.append(i[0])) for head in heads]
+    with torch.inference_mode():
+        expected = module(x)
+    for handle in handles:
+        handle.remove()
+    expected = (expected,) if isinstance(expected, torch.Tensor) else expected
+    made = session.run(None, {"x": x.numpy()})
+    assert len(made) == len(expected)
+    for one, other in zip(made, expected, strict=True):
+        assert one.shape == tuple(other.shape)
+        assert other.abs().max() > 0
+    assert_rows_close(made[0].reshape(len(x), -1), expected[0].flatten(1), 1e-5)
+    if len(made) == 2:  # small differences of large terms, in lively networks
+        terms = hidden[0].abs() @ heads[0].weight.abs().T
+        assert ((torch.from_numpy(made[1]) - expected[1]).abs() <= 2e-6 * terms).all()
+        assert (terms > 0).all()
+
+
+@pytest.mark.parametrize("name", ["micro", *ZOO_NAMES])
+def test_every_form_as_its_module(name):
+    net = lively_net(name)
+    spec, forms = net.spec, NetworkForms(net)
+    side = max(32, spec.total_stride)
+    torch.manual_seed(0)
+    for form in segment_forms(spec):
+        module, session = forms.module(form), _session(forms.onnx(form))
+        # other rows, and images that no stride divides, through the same graph
+        for rows, size in ((1, (side, side)), (3, (side + 13, side + 1))):
+            shape = form_shape(spec, form, size)
+            x = torch.randn(rows, *shape.row_in)
+            _check(module, session, x)
+            made = session.run(None, {"x": x.numpy()})
+            assert [one.shape[1:] for one in made] == list(shape.rows_out), form
+
+
+@pytest.mark.parametrize("name", ["micro", *ZOO_NAMES])
+def test_whole_routes_as_the_network(name):
+    net = lively_net(name)
+    spec, forms = net.spec, NetworkForms(net)
+    x = torch.randn(2, spec.in_channels, 37, 45)
+    for route in (spec.cheapest_choice, spec.largest):
+        session = _session(forms.onnx(Form.whole(route)))
+        (made,) = session.run(None, {"x": x.numpy()})
+        with torch.inference_mode():
+            assert_rows_close(made, net(x, route), 5e-5)
+
+
+def test_what_a_graph_says_of_itself():
+    forms = NetworkForms(lively_net("micro"))
+    names = {
+        Form(0): ["features", "gate_logits"],
+        Form(1, 0, 2): ["features", "gate_logits"],
+        Form(2, 2, 1): ["logits"],
+        Form.whole(forms.spec.largest): ["logits"],
+    }
+    for form, outputs in names.items():
+        model = onnx.load_from_string(forms.onnx(form))
+        onnx.checker.check_model(model, full_check=True)
+        assert model.opset_import[0].version == OPSET
+        assert model.graph.name == form.name
+        assert [value.name for value in model.graph.input] == ["x"]
+        assert [value.name for value in model.graph.output] == outputs
+        dims = model.graph.input[0].type.tensor_type.shape.dim
+        assert [dim.dim_param for dim in dims] == ["batch", "", "height", "width"]
+        assert dims[1].dim_value == form_shape(forms.spec, form, (32, 32)).row_in[0]
+
+
+def test_what_no_graph_is_made_of():
+    forms = NetworkForms(lively_net("micro"))
+    half = forms.module(Form(0), torch.bfloat16)
+    with pytest.raises(UsageError, match=r"trunk: weights of torch\.bfloat16, not float32"):
+        to_onnx(half, in_channels=3, name="trunk")
+    with pytest.raises(AssertionError, match="no ONNX form of Dropout"):
+        to_onnx(torch.nn.Sequential(torch.nn.Dropout()), in_channels=3, name="drop")
+
+
+def test_all_activations_and_attentions_of_the_zoo_take_part():
+    assert {spec.activation for spec in ZOO.values()} == {"silu", "relu", "relu6"}
+    assert {spec.attention for spec in ZOO.values()} == {"sigmoid", "one_plus_tanh"}
+    net = lively(micro_spec(activation="relu6", attention="one_plus_tanh"))
+    with torch.no_grad():  # far enough from 0 for the bound at 6 to matter
+        net.stages[0][0].body.bn.bias += 8
+    forms = NetworkForms(net)
+    x = torch.randn(3, 3, 32, 32) * 10
+    for form in (Form(0), Form.whole(net.spec.largest)):
+        _check(forms.module(form), _session(forms.onnx(form)), x)

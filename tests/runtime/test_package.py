@@ -1,0 +1,349 @@
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from helpers import ZOO_NAMES, lively_net, noise
+
+import dynaslim
+from dynaslim import Checkpoint, Engine, Preprocessing
+from dynaslim.errors import DynaslimError, UsageError
+from dynaslim.runtime import export
+from dynaslim.runtime.forms import segment_forms
+from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError, open_package
+
+ROOT = Path(__file__).parents[2]
+NAMES = ["micro", *ZOO_NAMES]
+
+
+def _checkpoint(name):
+    net = lively_net(name)
+    side = max(32, net.spec.total_stride)
+    names = tuple(f"class {n}" for n in range(net.spec.num_classes))
+    return Checkpoint(net, class_names=names, preprocessing=Preprocessing(side))
+
+
+def _close(ours, theirs):
+    scale = np.abs(theirs).max()
+    np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A package of the micro network, with its checkpoint; not to be changed."""
+    folder = tmp_path_factory.mktemp("packages") / "micro"
+    checkpoint = _checkpoint("micro")
+    export.export_package(checkpoint, folder)
+    return folder, checkpoint
+
+
+@pytest.fixture
+def copied(package, tmp_path):
+    """A package that a test may damage."""
+    return Path(shutil.copytree(package[0], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_package_answers_as_the_network(name, backend, tmp_path):
+    checkpoint = _checkpoint(name)
+    manifest = export.export_package(checkpoint, tmp_path / "out")
+    spec = checkpoint.net.spec
+    assert set(manifest["forms"]) == {form.name for form in segment_forms(spec)}
+    engine = Engine.from_package(tmp_path / "out", backend=backend, cache_dir=None)
+    assert engine.spec == spec
+    assert engine.class_names == checkpoint.class_names
+    assert engine.preprocessing == checkpoint.preprocessing
+    x = noise(spec, 9).numpy()
+    ours = engine(x)
+    theirs = Engine(checkpoint, backend="eager", cache_dir=None)(x)
+    assert isinstance(ours.logits, np.ndarray)
+    np.testing.assert_array_equal(ours.routes, theirs.routes)
+    np.testing.assert_array_equal(ours.madds, theirs.madds)
+    _close(ours.logits, theirs.logits)
+    assert len({tuple(row) for row in ours.routes}) > 1, "the test needs several routes"
+    route = spec.widest_choice
+    with torch.inference_mode():
+        _close(engine.static(route)(x), checkpoint.net(torch.from_numpy(x), route).numpy())
+
+
+def test_what_forms_share_is_in_the_file_once(tmp_path):
+    """Four gates, 53 forms: the file has hardly more than the four widths have together."""
+    checkpoint = _checkpoint("ds_resnet50")
+    manifest = export.export_package(checkpoint, tmp_path / "out")
+    spec = checkpoint.net.spec
+    assert len(manifest["forms"]) == 53
+    own = sum(dynaslim.params(spec, route) for route in spec.routes) * 4
+    assert manifest["files"][WEIGHTS]["bytes"] < 1.6 * own
+
+
+def test_the_manifest_says_what_it_is(package):
+    folder, checkpoint = package
+    manifest = json.loads((folder / MANIFEST).read_text())
+    spec = checkpoint.net.spec
+    assert manifest["precision"] == "fp32"
+    assert [tuple(route["widths"]) for route in manifest["routes"]] == [
+        route.widths for route in spec.routing_space
+    ]
+    assert manifest["routes"][0]["madds"] == dynaslim.madds(
+        spec, spec.cheapest_choice, 32, slimming_heads=True
+    )
+    assert manifest["input"]["image_size_px"] == 32
+    assert manifest["versions"]["dynaslim"] == dynaslim.__version__
+    assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {MANIFEST}
+    assert all(error < 1e-4 for error in manifest["parity"].values())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize("name", [MANIFEST, WEIGHTS, "segment1_0_2.onnx"])
+def test_a_missing_file_is_named(copied, name):
+    (copied / name).unlink()
+    with pytest.raises(PackageError, match=name):
+        Engine.from_package(copied)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "segment1_0_2.onnx"])
+def test_an_altered_file_is_named(copied, name):
+    assert (copied / name).stat().st_size, "the test needs something to alter"
+    content = bytearray((copied / name).read_bytes())
+    content[-1] ^= 1
+    (copied / name).write_bytes(content)
+    with pytest.raises(PackageError, match=f"{name}: does not match its SHA-256"):
+        Engine.from_package(copied)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "package version 2, this dynaslim reads version 1; install"),
+        ({"format": "other"}, "not the manifest of a dynaslim package"),
+        ({"precision": "fp64"}, "precision 'fp64'"),
+        ({"spec": {"name": "x"}}, "not a network spec"),
+        ({"forms": {}}, "has no 'segment0_0_0'"),
+        ({"files": {}}, "is not among its files"),
+        ({"files": 3}, "not valid"),
+        ({"preprocessing": {"image_size_px": 0, "mean": [0], "std": [1]}}, "image_size_px 0"),
+    ],
+)
+def test_a_manifest_that_is_not_valid(copied, change, message):
+    path = copied / MANIFEST
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(PackageError, match=message):
+        Engine.from_package(copied)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(copied):
+    path = copied / MANIFEST
+    manifest = json.loads(path.read_text())
+    manifest["files"]["../secret"] = {"bytes": 1, "sha256": ""}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(PackageError, match=r"'\.\./secret' is not a file of the folder"):
+        open_package(copied)
+
+
+def test_no_package(tmp_path):
+    with pytest.raises(PackageError, match="no such folder; make a package with"):
+        Engine.from_package(tmp_path / "nothing")
+    with pytest.raises(PackageError, match=r"holds no manifest\.json"):
+        Engine.from_package(tmp_path)
+    (tmp_path / MANIFEST).write_text("{")
+    with pytest.raises(PackageError, match="not JSON"):
+        Engine.from_package(tmp_path)
+
+
+def test_backends_that_run_no_packages(package):
+    with pytest.raises(UsageError, match="backend eager runs no packages: choose from auto, onnx"):
+        Engine.from_package(package[0], backend="eager")
+    engine = Engine.from_package(package[0], backend="onnxruntime", cache_dir=None)
+    spec = engine.spec
+    with pytest.raises(UsageError, match="is not in the package"):
+        engine.static(spec.largest)
+
+
+def test_an_older_package_is_replaced_and_nothing_else(package, tmp_path, monkeypatch):
+    checkpoint = package[1]
+    out = tmp_path / "out"
+    export.export_package(checkpoint, out)
+    before = (out / MANIFEST).read_bytes()
+    monkeypatch.setattr(export, "_whole_parity", _fail)
+    with pytest.raises(DynaslimError, match="made to fail"):
+        export.export_package(checkpoint, out, notes={"x": 1})
+    assert (out / MANIFEST).read_bytes() == before
+    monkeypatch.undo()
+    export.export_package(checkpoint, out, notes={"x": 1})
+    assert json.loads((out / MANIFEST).read_text())["notes"] == {"x": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"], "nothing else is left"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "photo.jpg").write_bytes(b"")
+    with pytest.raises(UsageError, match="is there and no package; name another folder"):
+        export.export_package(checkpoint, tmp_path / "mine")
+    assert (tmp_path / "mine" / "photo.jpg").exists()
+
+
+def _fail(*arguments):
+    raise DynaslimError("made to fail")
+
+
+def test_a_graph_that_computes_something_else_is_not_handed_over(tmp_path, monkeypatch):
+    checkpoint = _checkpoint("micro")
+    real = export.NetworkForms.onnx
+    other = Checkpoint(lively_net("micro").__class__(checkpoint.net.spec).eval())
+
+    class Wrong(export.NetworkForms):
+        def onnx(self, form):
+            return real(export.NetworkForms(other.net), form)
+
+    with pytest.raises(DynaslimError, match="segment0_0_0: not written, differs"):
+        export.export_package(checkpoint, tmp_path / "out", source=Wrong(checkpoint.net))
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- one file -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_single_file_routes_in_plain_onnxruntime(name, tmp_path):
+    checkpoint = _checkpoint(name)
+    spec = checkpoint.net.spec
+    assert export.export_single_file(checkpoint, tmp_path / "net.onnx") < 1e-4
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", options)
+    engine = Engine(checkpoint, backend="eager", cache_dir=None)
+    x = noise(spec, 12, seed=3).numpy()
+    expected = engine(x)
+    assert len({tuple(row) for row in expected.routes}) > 1, "the test needs several routes"
+    for row in range(len(x)):
+        logits, choices = session.run(["logits", "choices"], {"x": x[row : row + 1]})
+        np.testing.assert_array_equal(choices[0], expected.routes[row])
+        _close(logits[0], expected.logits[row])
+    # a bias from outside moves the decisions
+    cheap = {
+        f"bias_{g}": np.linspace(1e6, 0, len(gate.choices), dtype=np.float32)
+        for g, gate in enumerate(spec.gates)
+    }
+    logits, choices = session.run(["logits", "choices"], {"x": x[:1], **cheap})
+    assert choices[0].tolist() == [gate.choices[0] for gate in spec.gates]
+    _close(logits, engine(x[:1], max_route=spec.cheapest_choice).logits)
+
+
+def test_only_the_branch_that_is_taken_runs(tmp_path):
+    """By the runtime's own profile: convolutions run are those of one route."""
+    checkpoint = _checkpoint("micro")
+    export.export_single_file(checkpoint, tmp_path / "net.onnx")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_profiling = True
+    options.profile_file_prefix = str(tmp_path / "profile")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", options)
+    session.run(None, {"x": noise(checkpoint.net.spec, 1).numpy()})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = [e for e in events if e["name"].endswith("_kernel_time") and "Conv" in e["name"]]
+    assert len(ran) == 1 + 2 * 2  # the stem, and a depthwise and a pointwise in each block
+
+
+def test_weights_of_a_single_file_are_shared(tmp_path):
+    checkpoint = _checkpoint("ds_resnet_cifar")
+    export.export_single_file(checkpoint, tmp_path / "net.onnx")
+    spec = checkpoint.net.spec
+    own = sum(dynaslim.params(spec, route) for route in spec.routes) * 4
+    assert (tmp_path / "net.onnx").stat().st_size < 1.6 * own
+
+
+@pytest.mark.parametrize("which", ["smallest", "largest"])
+def test_a_static_route_as_plain_onnx(which, tmp_path):
+    checkpoint = _checkpoint("micro")
+    route = getattr(checkpoint.net.spec, which)
+    assert export.export_route(checkpoint, tmp_path / "route.onnx", route) < 1e-4
+    session = onnxruntime.InferenceSession(tmp_path / "route.onnx")
+    for rows, side in ((1, 32), (5, 40)):
+        x = noise(checkpoint.net.spec, rows, image_size=side)
+        with torch.inference_mode():
+            expected = checkpoint.net(x, route).numpy()
+        _close(session.run(["logits"], {"x": x.numpy()})[0], expected)
+
+
+# -- without torch --------------------------------------------------------------------------------
+
+
+def test_a_package_runs_without_torch_in_a_clean_environment(package, tmp_path):
+    """A virtual environment that has numpy and the runtimes, and no torch."""
+    folder, checkpoint = package
+    site = tmp_path / "venv"
+    venv.create(site, with_pip=False)
+    python = site / "bin" / "python"
+    # what is installed here, by links: a download would need a network
+    lib = next((site / "lib").glob("python*")) / "site-packages"
+    for library in ("numpy", "onnxruntime", "openvino", "openvino_telemetry"):
+        home = Path(__import__("importlib.util").util.find_spec(library).origin).parent
+        (lib / library).symlink_to(home)
+        if (home.parent / f"{library}.libs").is_dir():
+            (lib / f"{library}.libs").symlink_to(home.parent / f"{library}.libs")
+    (lib / "dynaslim").symlink_to(Path(dynaslim.__file__).parent)
+    x = noise(checkpoint.net.spec, 11).numpy()
+    np.save(tmp_path / "x.npy", x)
+    script = (
+        "import sys, importlib.util, numpy as np, dynaslim\n"
+        "assert importlib.util.find_spec('torch') is None\n"
+        "x = np.load(sys.argv[2])\n"
+        "for backend in ('onnxruntime', 'openvino', 'auto'):\n"
+        "    engine = dynaslim.Engine.from_package(sys.argv[1], backend=backend)\n"
+        "    out = engine(x, shift=0.1)\n"
+        "    np.savez(f'{sys.argv[3]}/{backend}.npz', logits=out.logits, routes=out.routes)\n"
+        "assert 'torch' not in sys.modules\n"
+        "try:\n"
+        "    dynaslim.Engine.from_package(sys.argv[1], backend='inductor')\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run(
+        [python, "-c", script, folder, tmp_path / "x.npy", tmp_path],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "DYNASLIM_CACHE": str(tmp_path / "cache")},
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "runs no packages" in done.stdout
+    expected = Engine(checkpoint, backend="eager", cache_dir=None)(x, shift=0.1)
+    for backend in ("onnxruntime", "openvino", "auto"):
+        found = np.load(tmp_path / f"{backend}.npz")
+        np.testing.assert_array_equal(found["routes"], expected.routes)
+        _close(found["logits"], expected.logits)
+
+
+def test_the_example_runs_a_package_by_onnxruntime_and_numpy_alone(package, tmp_path):
+    folder, checkpoint = package
+    example = ROOT / "examples" / "run_package.py"
+    lines = example.read_text().splitlines()
+    assert len(lines) <= 60
+    x = noise(checkpoint.net.spec, 11).numpy()
+    np.save(tmp_path / "x.npy", x)
+    block = (
+        "import sys, runpy\n"
+        "for name in ('torch', 'dynaslim', 'openvino', 'PIL'): sys.modules[name] = None\n"
+        "sys.argv = sys.argv[1:]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", block, example, folder, tmp_path / "x.npy"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    expected = Engine(checkpoint, backend="eager", cache_dir=None)(x)
+    rows = [line.split() for line in done.stdout.splitlines()]
+    assert [row[1] for row in rows] == [
+        "-".join(map(str, choices)) for choices in expected.routes.tolist()
+    ]
+    top = expected.logits.argmax(1)
+    assert [" ".join(row[2:]) for row in rows] == [f"class {n}" for n in top]
