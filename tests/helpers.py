@@ -113,7 +113,7 @@ def noise(
 
 @cache
 def lively_net(name: str) -> SlimNet:
-    """`lively` of the micro network or of a zoo entry with ten classes; shared: not to be changed."""
+    """The micro network or a zoo entry with ten classes, `lively`; shared: not to be changed."""
     return lively(micro_spec() if name == "micro" else ZOO[name].replace(num_classes=10))
 
 

@@ -46,7 +46,7 @@ def test_views_are_averaged_as_probabilities(net, views):
             assert metrics.loss == pytest.approx(loss.item(), rel=1e-5)
             assert metrics.top1 == pytest.approx((mean.argmax(1) == labels).float().mean().item())
             assert metrics.madds == views * madds(spec, route, 16)
-        routed = [Engine(net)(v) for v in seen]
+        routed = [Engine(net, backend="eager")(v) for v in seen]
     mean = torch.stack([out.logits.softmax(1) for out in routed]).mean(0)
     assert torch.equal(result.predictions, mean.argmax(1))
     torch.testing.assert_close(result.confidence, mean.amax(1))
@@ -111,7 +111,7 @@ def test_classes_add_up_to_the_whole(net):
     for number, share in enumerate(dynamic.route_shares):
         taken = sum(c.images * c.route_shares[number] for c in full)
         assert taken == pytest.approx(50 * share.share)
-    routed = Engine(net)(normalise(images.images_NCSS, PRE))
+    routed = Engine(net, backend="eager")(normalise(images.images_NCSS, PRE))
     ours = images.labels_N == 1
     right = (routed.logits.argmax(1) == 1)[ours]
     assert classes[1].top1 == right.sum() / ours.sum()
@@ -216,7 +216,7 @@ def test_table_says_what_became_of_each_image(net, tmp_path):
     rows = table.to_pylist()
     kept = [n for n in range(20) if n not in (2, 7)]
     assert [row["file"] for row in rows] == [where[n] for n in kept]
-    routed = Engine(net)(normalise(images.images_NCSS[kept], PRE))
+    routed = Engine(net, backend="eager")(normalise(images.images_NCSS[kept], PRE))
     for number, row in enumerate(rows):
         label, prediction = int(images.labels_N[kept[number]]), int(routed.logits[number].argmax())
         assert (row["label"], row["label_name"]) == (label, f"c{label}")

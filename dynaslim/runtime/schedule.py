@@ -4,7 +4,7 @@ A step is what lies between two decisions: the trunk, or all buckets of one segm
 do more work side by side, each on pieces of its own, than together on one piece (no waiting for
 each other inside every layer); together they are only better where there is too little to share
 out. Pieces are as many rows as stay in the cache, and are made smaller where the last of them
-would keep one core busy and the others idle. None of this changes a result.
+would keep one core busy and the others idle. Of a result only the last bits can depend on it.
 """
 
 from __future__ import annotations

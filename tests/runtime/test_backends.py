@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -54,7 +56,7 @@ class FixedBackend(EagerBackend):
     name = "fixed"
     own_threads = False
     sizes = (1, 4, 8)
-    seen: list[int] = []
+    seen: ClassVar[list[int]] = []
 
     def program(self, form, shape, *, wide):
         run = super().program(form, shape, wide=wide)
@@ -166,7 +168,7 @@ def test_backend_that_is_not_installed(monkeypatch, library):
 def test_graphs_need_a_library_too(monkeypatch, backend):
     engine = Engine(lively_net("micro"), backend=backend, cache_dir=None)
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(UsageError, match="onnx is not installed.*pip install .*onnx"):
+    with pytest.raises(UsageError, match=r"onnx is not installed.*pip install .*onnx"):
         engine(noise(engine.spec, 2))
     monkeypatch.delitem(sys.modules, "onnx")
     assert engine(noise(engine.spec, 2)).logits.shape == (2, 5)
@@ -343,7 +345,7 @@ def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         torch._inductor,
         "aoti_load_package",
-        lambda path: nn.Identity() if open(path, "rb").read() == b"library" else load(path),
+        lambda path: nn.Identity() if Path(path).read_bytes() == b"library" else load(path),
     )
     for content in (None, None, b"", b"cut"):
         for path in _files(tmp_path) if content is not None else []:
@@ -455,7 +457,7 @@ def measured(monkeypatch):
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"a": 1}'])
 def test_damaged_notes_are_measured_again(tmp_path, measured, content):
-    asked, answers = measured
+    asked, _ = measured
     net, x = lively_net("micro"), noise(micro_spec(), 5)
     Engine(net, cache_dir=tmp_path)(x)
     assert asked == [((32, 32), 32)]
@@ -501,7 +503,7 @@ def test_auto_leaves_out_what_does_not_run(monkeypatch):
     assert "onnxruntime" not in engine.measured
     assert "eager" in engine.measured
     monkeypatch.setattr(auto, "measure", lambda *_: {})
-    with pytest.raises(DynaslimError, match="none of the backends .* runs this network"):
+    with pytest.raises(DynaslimError, match=r"none of the backends .* runs this network"):
         Engine(lively_net("micro"), cache_dir=None)(noise(micro_spec(), 1))
 
 

@@ -12,7 +12,7 @@ from dynaslim.errors import TrainingError, UsageError
 from dynaslim.nn import SlimNet
 from dynaslim.nn.functional import argmax_one_hot
 from dynaslim.recipes import ExpectedRecipe, SgsRecipe
-from dynaslim.runtime import Engine
+from dynaslim.runtime.engine import Engine
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.train import route_cache
 from dynaslim.train.expected import (
@@ -132,7 +132,7 @@ def test_argmax_over_the_cache_is_the_engines_routing():
     for cost_weight in (0.0, 0.3):
         heads = fit_gate(cache, TABLE, cost_weight=cost_weight, recipe=RECIPE).heads
         apply_heads(net, heads)
-        routes = Engine(net)(x).routes
+        routes = Engine(net, backend="eager")(x).routes
         picked = argmax_paths(cache, heads)
         assert len(picked.unique()) > 1
         for row, number in zip(routes.tolist(), picked.tolist(), strict=True):
@@ -144,7 +144,7 @@ def test_argmax_over_the_cache_is_the_engines_routing():
         logits = net.forward_gated(x, lambda z, _: argmax_one_hot(z)).logits
     assert result.accuracy == pytest.approx((logits.argmax(1) == labels).float().mean().item())
     assert result.loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
-    assert result.mean_cost == pytest.approx(Engine(net)(x).madds.mean().item())
+    assert result.mean_cost == pytest.approx(Engine(net, backend="eager")(x).madds.mean().item())
     assert sum(result.shares) == pytest.approx(1)
 
 
@@ -572,7 +572,7 @@ def test_targets_on_two_gates():
         fit = fit_to_target(cache, TABLE, target, RECIPE)
         assert fit.mean_cost <= target
         apply_heads(net, fit.heads)
-        assert Engine(net)(x).madds.mean().item() == pytest.approx(fit.mean_cost)
+        assert Engine(net, backend="eager")(x).madds.mean().item() == pytest.approx(fit.mean_cost)
 
 
 def test_heads_that_do_not_fit():

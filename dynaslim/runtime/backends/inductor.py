@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-import warnings
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
