@@ -72,19 +72,17 @@ class ConfiguredOpenVino(OpenVinoBackend):
                 compiled[rows] = self._core.compile_model(model, "CPU", self.config)
             return compiled[rows]
 
-        idle: list[Any] = []
+        idle: dict[int, list[Any]] = {}
 
         def run(x: np.ndarray, outs: Any) -> None:
-            if self.fixed:
-                request = of(len(x)).create_infer_request()
-            else:
-                request = idle.pop() if idle else of(-1).create_infer_request()
+            rows = len(x) if self.fixed else -1
+            waiting = idle.setdefault(rows, [])
+            request = waiting.pop() if waiting else of(rows).create_infer_request()
             request.set_input_tensor(0, openvino.Tensor(x, shared_memory=True))
             for number, out in enumerate(outs):
                 request.set_output_tensor(number, openvino.Tensor(out, shared_memory=True))
             request.infer()
-            if not self.fixed:
-                idle.append(request)
+            waiting.append(request)
 
         return run
 

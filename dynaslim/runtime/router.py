@@ -297,7 +297,11 @@ class Router:
         asked, sizes = self._rows_per_piece, self.backend.sizes
         if sizes is not None:
             return sizes[-1] if asked is None else min(asked, sizes[-1])
-        return rows_in_cache(self.shape(form, size).peak) if asked is None else asked
+        return (
+            rows_in_cache(self.shape(form, size).peak, self.backend.piece_values)
+            if asked is None
+            else asked
+        )
 
     def _piece(self, job: Job, piece: Piece, program: Program, size: tuple[int, int]) -> None:
         arrays, rows = self.backend.arrays, piece.stop - piece.start

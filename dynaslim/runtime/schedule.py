@@ -17,9 +17,10 @@ from dynaslim.runtime.forms import Form
 
 CACHE_VALUES: Final = 3_000_000
 """Values of the largest feature map of a piece: measured, 8 rows of ds_mbnet's trunk at 224 px."""
+LEAST_ROWS: Final = 4
 MOST_ROWS: Final = 256
 """Rows of the largest piece."""
-UNEVEN: Final = 1.04
+UNEVEN: Final = 1.01
 """Longest over mean time of the workers that is not worth more pieces."""
 TOGETHER: Final = 1.2
 """Longest over mean time from which all cores on one piece at a time are faster."""
@@ -27,10 +28,13 @@ START_RATE: Final = 2.5e10
 """Multiply-adds per second and core that forms are taken to run at until they have been timed."""
 
 
-def rows_in_cache(peak_values: int) -> int:
-    """Rows of a piece whose largest feature map has so many values per row: a power of two."""
-    rows = 1
-    while rows < MOST_ROWS and rows * 2 * peak_values <= 1.2 * CACHE_VALUES:
+def rows_in_cache(peak_values: int, values: int = CACHE_VALUES) -> int:
+    """Rows of a piece whose largest feature map has `peak_values` a row and about `values` in all.
+
+    A power of two, and at least `LEAST_ROWS`: fewer rows share the reading of the weights badly.
+    """
+    rows = LEAST_ROWS
+    while rows < MOST_ROWS and rows * 2 * peak_values <= 1.2 * values:
         rows *= 2
     return rows
 
@@ -56,61 +60,45 @@ def plan_step(
 ) -> Plan:
     """Divide buckets of so many rows among workers.
 
-    `seconds` is what one row of each takes on one core, `caps` the most rows of a piece.
+    `seconds` is what one row of each takes on one core, `caps` the most rows of a piece. Every
+    piece reads all weights of its form, so the widest buckets, whose rows cost most, are handed out
+    first and whole where they fit; those of cheap rows are cut to fill what is left.
     """
+    if workers == 1:
+        return _together(rows, caps)
+    mean = sum(n * s for n, s in zip(rows, seconds, strict=True)) / workers
+    loads = [0.0] * workers
+    pieces: list[Piece] = []
+    for bucket in sorted(range(len(rows)), key=lambda bucket: -seconds[bucket]):
+        start, row_s = 0, seconds[bucket]
+        while start < rows[bucket]:
+            idle = loads.index(min(loads))
+            left, room = rows[bucket] - start, mean - loads[idle]
+            if left * row_s > room + (UNEVEN - 1) * mean:
+                left = max(1, min(left, round(room / row_s)))
+            pieces += [Piece(bucket, start + a, start + b) for a, b in _even(left, caps[bucket])]
+            loads[idle] += left * row_s
+            start += left
+    if max(loads) > TOGETHER * mean:
+        return _together(rows, caps)
+    # whoever is idle takes the next, the longest first: a core that is held up holds up no other
+    pieces.sort(key=lambda piece: -(piece.stop - piece.start) * seconds[piece.bucket])
+    return Plan(tuple(pieces), wide=False)
+
+
+def _together(rows: Sequence[int], caps: Sequence[int]) -> Plan:
     pieces = [
         Piece(bucket, start, stop)
         for bucket, (count, cap) in enumerate(zip(rows, caps, strict=True))
         for start, stop in _even(count, cap)
     ]
-    if workers == 1:
-        return Plan(tuple(pieces), wide=True)
-    mean = sum(n * s for n, s in zip(rows, seconds, strict=True)) / workers
-    for _ in range(4 * workers):
-        longest, busiest = _share_out(pieces, seconds, workers)
-        divisible = [piece for piece in busiest if piece.stop - piece.start > 1]
-        if longest <= UNEVEN * mean or not divisible:
-            break
-        largest = max(divisible, key=lambda piece: _cost(piece, seconds))
-        middle = (largest.start + largest.stop) // 2
-        pieces.remove(largest)
-        pieces += [
-            Piece(largest.bucket, largest.start, middle),
-            Piece(largest.bucket, middle, largest.stop),
-        ]
-    longest, _ = _share_out(pieces, seconds, workers)
-    if longest > TOGETHER * mean:
-        whole = [
-            Piece(bucket, start, stop)
-            for bucket, (count, cap) in enumerate(zip(rows, caps, strict=True))
-            for start, stop in _even(count, cap)
-        ]
-        return Plan(tuple(whole), wide=True)
-    pieces.sort(key=lambda piece: -_cost(piece, seconds))
-    return Plan(tuple(pieces), wide=False)
+    return Plan(tuple(pieces), wide=True)
 
 
 def _even(rows: int, cap: int) -> list[tuple[int, int]]:
+    """Parts of at most `cap` rows, as equal as can be."""
     count = -(-rows // cap)
     return [(rows * n // count, rows * (n + 1) // count) for n in range(count)]
-
-
-def _cost(piece: Piece, seconds: Sequence[float]) -> float:
-    return (piece.stop - piece.start) * seconds[piece.bucket]
-
-
-def _share_out(
-    pieces: Sequence[Piece], seconds: Sequence[float], workers: int
-) -> tuple[float, list[Piece]]:
-    """The longest worker's time and pieces, if each takes the longest piece left when idle."""
-    loads = [0.0] * workers
-    taken: list[list[Piece]] = [[] for _ in range(workers)]
-    for piece in sorted(pieces, key=lambda piece: -_cost(piece, seconds)):
-        idle = loads.index(min(loads))
-        loads[idle] += _cost(piece, seconds)
-        taken[idle].append(piece)
-    busiest = loads.index(max(loads))
-    return loads[busiest], taken[busiest]
 
 
 class Timings:

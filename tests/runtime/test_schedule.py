@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from dynaslim.runtime.forms import Form
 from dynaslim.runtime.schedule import (
     CACHE_VALUES,
+    LEAST_ROWS,
     MOST_ROWS,
     START_RATE,
     TOGETHER,
@@ -105,9 +106,9 @@ def test_by_hand():
 @given(st.integers(1, 10**9), st.integers(1, 10**9))
 def test_rows_that_stay_in_the_cache(one, other):
     fewer, more = rows_in_cache(max(one, other)), rows_in_cache(min(one, other))
-    assert 1 <= fewer <= more <= MOST_ROWS
+    assert LEAST_ROWS <= fewer <= more <= MOST_ROWS
     assert more & (more - 1) == 0
-    if more > 1:
+    if more > LEAST_ROWS:
         assert more * min(one, other) <= 1.2 * CACHE_VALUES
     if more < MOST_ROWS:
         assert 2 * more * min(one, other) > 1.2 * CACHE_VALUES

@@ -58,6 +58,10 @@ class Backend(Protocol):
         """Rising numbers of rows that programs are made for; None if any number will do."""
 
     @property
+    def piece_values(self) -> int:
+        """Values of the largest feature map of a piece that it runs fastest."""
+
+    @property
     def counts(self) -> Counts:
         """What was compiled and what was found."""
 

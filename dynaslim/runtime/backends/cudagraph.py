@@ -18,6 +18,7 @@ from dynaslim.runtime.arrays import TorchArrays
 from dynaslim.runtime.backends import Counts, Program, Resources
 from dynaslim.runtime.backends.eager import DTYPES, copy_out, device_of, to_channels_last
 from dynaslim.runtime.forms import Form, FormShape, FormSource
+from dynaslim.runtime.schedule import CACHE_VALUES
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _WARM_UP = 3
@@ -87,6 +88,7 @@ class CudaGraphBackend:
     own_threads = False
     workers = 1
     sizes: tuple[int, ...] | None = SIZES
+    piece_values = CACHE_VALUES
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
         device = device_of(source)

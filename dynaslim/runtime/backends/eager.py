@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dynaslim.runtime.arrays import TorchArrays
 from dynaslim.runtime.backends import Counts, Program, Resources
 from dynaslim.runtime.forms import Form, FormShape, FormSource
+from dynaslim.runtime.schedule import CACHE_VALUES
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STARTING = threading.Lock()
@@ -58,6 +59,7 @@ class EagerBackend:
     name = "eager"
     own_threads = True
     sizes: tuple[int, ...] | None = None
+    piece_values = CACHE_VALUES
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
         self._source = source

@@ -22,6 +22,12 @@ from dynaslim.runtime.backends.eager import EagerBackend, ModuleProgram
 from dynaslim.runtime.forms import Form, FormShape, FormSource
 
 MOST_ROWS = 4096
+_CONFIGS = {
+    "freezing": True,
+    # as many threads as the caller has; otherwise as many as there were when it was compiled, and
+    # programs side by side would have more threads than there are cores (measured: half the speed)
+    "cpp.dynamic_threads": True,
+}
 
 
 class InductorBackend(EagerBackend):
@@ -43,7 +49,8 @@ class InductorBackend(EagerBackend):
 
     def _load(self, form: Form, shape: FormShape) -> Any:
         channels, height, width = shape.row_in
-        file = f"{form.name}_{height}x{width}.torch{torch.__version__}.{self._device.type}.pt2"
+        made_by = f"torch{torch.__version__}.{self._device.type}.any_threads"
+        file = f"{form.name}_{height}x{width}.{made_by}.pt2"
         path = None if self._cache is None else self._cache / file
         if path is not None and path.is_file():
             try:
@@ -79,7 +86,7 @@ def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> Path:
             warnings.simplefilter("ignore")  # torch's own deprecations, met in its own code
             exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
         made = torch._inductor.aoti_compile_and_package(
-            exported, package_path=str(path), inductor_configs={"freezing": True}
+            exported, package_path=str(path), inductor_configs=_CONFIGS
         )
     except Exception as error:  # of many kinds, a missing C++ compiler among them
         first = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,6 +14,7 @@ from dynaslim.runtime.arrays import NumpyArrays
 from dynaslim.runtime.backends import Counts, Program, Resources
 from dynaslim.runtime.forms import Form, FormShape, FormSource
 from dynaslim.runtime.libraries import require
+from dynaslim.runtime.schedule import CACHE_VALUES
 
 
 @lru_cache(maxsize=1)
@@ -57,6 +58,7 @@ class OpenVinoBackend:
     name = "openvino"
     own_threads = False
     sizes: tuple[int, ...] | None = None
+    piece_values = CACHE_VALUES
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
         self._openvino = require("openvino")
