@@ -2,10 +2,11 @@
 
     python benchmarks/masked.py --json benchmarks/results/masked.json
 
-`masked` is dynamic inference as research code does it, in eager PyTorch: every layer behind the
-gate runs at the widest choice for every image, channels beyond an image's own width are multiplied
-by zero, and every image is normalised by the statistics of its own width, gathered by its gate. To
-its favour the trunk, which all images share, is plain and as narrow as on the routes. `gated` is
+`masked` is dynamic inference as research code does it, in eager PyTorch: every layer runs at its
+full width for every image, channels beyond an image's own width are multiplied by zero, and every
+image is normalised by the statistics of its own width, gathered by its gate. `masked_plain_trunk`
+is kinder to it than the code it stands for: the trunk, which all images share, is plain and as
+narrow as on the routes. `gated` is
 this package's own differentiable mode, which masks too but puts the mask into the normalisation.
 `routed` is the engine. All three take the same decisions. `wide_eager` is the widest routed network
 alone, static, in eager PyTorch: what dynamic inference was to beat.
@@ -83,13 +84,17 @@ class MaskedAttention(nn.Module):
 class Masked(nn.Module):
     """A network of one gate with `conv` and `depthwise_separable` stages, masked."""
 
-    def __init__(self, spec: NetSpec) -> None:
+    def __init__(self, spec: NetSpec, *, plain_trunk: bool) -> None:
         super().__init__()
-        choices = spec.gates[0].choices
+        choices, self.full = spec.gates[0].choices, not plain_trunk
         layers: list[nn.Module] = []
-        ins, max_in = [spec.in_channels] * len(choices), spec.in_channels
+        ways = len(choices) + (0 if plain_trunk else 1)
+        ins, max_in = [spec.in_channels] * ways, spec.in_channels
         for number, stage in enumerate(spec.stages):
             widths = [spec.width(number, choice).channels for choice in choices]
+            full = stage.widths[-1]
+            if not plain_trunk:  # what no route uses is computed too, and masked
+                widths = [*widths, full]
             for block in range(stage.blocks):
                 stride = stage.stride if block == 0 else 1
                 if stage.block == "conv":
@@ -108,6 +113,8 @@ class Masked(nn.Module):
         self.head = nn.Linear(max(ins), spec.num_classes)
 
     def forward(self, x: Tensor, gate_BK: Tensor) -> Tensor:
+        if self.full:
+            gate_BK = torch.cat([gate_BK, torch.zeros_like(gate_BK[:, :1])], 1)
         for layer in self.layers:
             x = layer(x, gate_BK) if isinstance(layer, MaskedConv) else layer(x)
         return self.head(x.mean((2, 3)))
@@ -127,7 +134,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     picked = np.array(traffic.rows)
     tensor = torch.from_numpy(x)
     gate_BK = torch.nn.functional.one_hot(torch.from_numpy(picked), len(traffic.paths)).float()
-    masked = Masked(spec).eval()
+    masked = Masked(spec, plain_trunk=False).eval()
+    kinder = Masked(spec, plain_trunk=True).eval()
     widest = spec.widest_choice
 
     def static_eager() -> None:
@@ -138,13 +146,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with torch.inference_mode():
             net.forward_gated(tensor, lambda logits, number: gate_BK)
 
-    def run_masked() -> None:
+    def run_masked(network: Masked) -> None:
         with torch.inference_mode():
-            masked(tensor, gate_BK)
+            network(tensor, gate_BK)
 
     arms = {
         "routed": lambda: engine.router.routed(images, lambda gate, _, rows: picked[rows], None),
-        "masked": run_masked,
+        "masked": lambda: run_masked(masked),
+        "masked_plain_trunk": lambda: run_masked(kinder),
         "gated": gated,
         "wide_eager": static_eager,
     }

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save
-from dynaslim.cost import CostTable, madds, write_cost_table
+from dynaslim.cost import CostTable, madds
+from dynaslim.cost_file import write_cost_table
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.zoo import get_spec
