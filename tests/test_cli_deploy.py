@@ -1,11 +1,13 @@
 """The verbs profile, bench and export, as a person and as a script meet them."""
 
+import io
 import json
 
 import numpy as np
 import onnxruntime
 import pytest
-from helpers import lively, micro_spec, png, write_parquet
+from helpers import lively, micro_spec, write_parquet
+from PIL import Image
 
 from dynaslim import Engine, cli
 from dynaslim.bench.routed import bench_routed, mixed, observed
@@ -18,6 +20,17 @@ from dynaslim.runtime.package import open_package
 from dynaslim.zoo import get_spec
 
 
+def _pictures(count):
+    """Pictures that differ in colour and roughness, so that gates may differ too."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        rough = rng.standard_normal((16, 16, 3)) * rng.uniform(0, 80)
+        buffer = io.BytesIO()
+        pixels = (rng.uniform(0, 255, 3) + rough).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        yield buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
     """A checkpoint of five classes and a parquet folder that fits it."""
@@ -25,7 +38,7 @@ def micro(tmp_path_factory):
     net = lively(micro_spec(), image_size=16)
     path = save(folder / "micro.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
     for split in ("train", "test"):
-        write_parquet(folder / "data", [png(n) for n in range(40)], 5, split)
+        write_parquet(folder / "data", list(_pictures(40)), 5, split)
     return path, folder / "data"
 
 
@@ -215,7 +228,7 @@ def test_export_of_single_graphs(micro, tmp_path, capsys):
             "choose one",
         ),
         (["export", "nothing.safetensors", "OUT"], 1, "no such file"),
-        (["predict", "FOLDER", "MICRO"], 1, "holds no manifest.json"),
+        (["predict", "FOLDER", "MICRO"], 2, "is a folder and no package"),
     ],
 )
 def test_mistakes_are_one_line(micro, tmp_path, capsys, argv, code, message):

@@ -225,8 +225,16 @@ def test_an_engine_that_was_closed_starts_again():
     engine.close()
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="signals go to no single thread")
-def test_an_interrupted_call_does_not_write_into_the_next():
+def test_an_interrupted_call_does_not_write_into_the_next(interruptible):
     """Pieces that run on when a call is left early keep their buffers to themselves."""
     engine = Engine(lively_net("micro"), backend="eager", workers=2)
     x = noise(SPEC, 9)

@@ -29,7 +29,7 @@ from dynaslim.train.expected import (
 from dynaslim.train.losses import sgs_loss
 from dynaslim.train.route_cache import choose_paths
 
-SPEC = micro_spec()
+SPEC = micro_spec(reduction=0.25)
 TABLE = CostTable.from_madds(SPEC, 32)
 RECIPE = ExpectedRecipe()
 ONE_GATE = NetSpec(

@@ -45,7 +45,7 @@ def toy_images(count=96, classes=5, seed=0):
 
 def _supernet_parts(seed=0):
     torch.manual_seed(seed)
-    net = SlimNet(micro_spec()).train()
+    net = SlimNet(micro_spec(reduction=0.25)).train()
     teacher = make_teacher(net, 0.9)
     optimizer = torch.optim.SGD(parameter_groups(net.parameters(), 1e-4), lr=0.1, momentum=0.9)
     return net, teacher, optimizer
@@ -289,7 +289,7 @@ def test_sgs_learns_to_tell_easy_from_hard():
 def test_supernet_training_learns_and_repeats():
     def run():
         torch.manual_seed(1)
-        live = SlimNet(micro_spec())
+        live = SlimNet(micro_spec(reduction=0.25))
         seen = []
         recipe = SupernetRecipe(epochs=4, batch_size=32, optim=_optim(0.1))
         averaged = train_supernet(live, toy_images(), PRE, recipe, on_step=seen.append)
