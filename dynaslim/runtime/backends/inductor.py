@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.package import load_package
+from torch._inductor.package.package import load_package
 
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import Program, Resources
