@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._inductor.package.package import load_package
 
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import Program, Resources
@@ -39,7 +38,9 @@ class InductorBackend(EagerBackend):
     def __init__(self, source: FormSource, resources: Resources) -> None:
         super().__init__(source, resources)
         self._cache = resources.cache
-        self._runners = resources.threads
+        # its programs hold Python's lock while they run, so no two run side by side (measured: two
+        # threads take twice as long as one); each uses all cores instead
+        self.workers = 1
         self._compiled: dict[tuple[Form, tuple[int, ...]], Any] = {}
 
     def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
@@ -56,7 +57,7 @@ class InductorBackend(EagerBackend):
         path = None if self._cache is None else self._cache / file
         if path is not None and path.is_file():
             try:
-                loaded = self._open(path)
+                loaded = _open(path)
             except RuntimeError:  # a damaged file is made again
                 loaded = None
             if loaded is not None:
@@ -70,7 +71,7 @@ class InductorBackend(EagerBackend):
         if path is None:
             with tempfile.TemporaryDirectory() as folder:
                 made = _compile(module, example, Path(folder) / file)
-                return self._open(made)
+                return _open(made)
         path.parent.mkdir(parents=True, exist_ok=True)
         # others may be at the same form, in this process or another
         temporary = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp.pt2")
@@ -78,11 +79,11 @@ class InductorBackend(EagerBackend):
             os.replace(_compile(module, example, temporary), path)
         finally:
             temporary.unlink(missing_ok=True)
-        return self._open(path)
+        return _open(path)
 
-    def _open(self, path: Path) -> Any:
-        """A loaded library; as many runners as there are workers, or they wait for each other."""
-        return load_package(str(path), num_runners=self._runners)
+
+def _open(path: Path) -> Any:
+    return torch._inductor.aoti_load_package(str(path))
 
 
 def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> Path:
