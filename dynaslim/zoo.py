@@ -1,13 +1,23 @@
-"""The architectures by name: one explicit dict of specs. Adding an entry adds it to the tests."""
+"""The architectures by name: one explicit dict of specs. Adding an entry adds it to the tests.
+
+A network of your own needs no entry: `write_spec` puts its spec in a file, and the file's name
+stands wherever a name of the zoo does.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
+from pathlib import Path
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
+from dynaslim._files import write_atomic
 from dynaslim.errors import UsageError
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
+
+SPEC_SUFFIXES: Final = (".yaml", ".yml", ".json")
+"""What a file of a spec is called."""
 
 
 def _conv(*widths: int, kernel: int = 3, stride: int = 1, max_pool: bool = False) -> StageSpec:
@@ -128,21 +138,108 @@ def _ds_resnet_cifar() -> NetSpec:
     )
 
 
-_ENTRIES = (_ds_mbnet, _ds_mbnet_tiny, _ds_mobilenet_v2, _ds_resnet50, _ds_resnet_cifar)
+def _ds_resnet8_cifar() -> NetSpec:
+    """A residual network of basic blocks for 32x32 input, as shallow as they get, with one gate.
+
+    Small enough to train on a processor; the gate decides behind the first block.
+    """
+
+    def stage(*widths: int, gated: bool = False) -> StageSpec:
+        gate = GateSpec(tuple(range(len(widths)))) if gated else None
+        return StageSpec(widths, "basic", 1, stride=2, gate=gate)
+
+    return NetSpec(
+        name="ds_resnet8_cifar",
+        stages=(
+            _conv(16),
+            StageSpec((16,), "basic", 1),
+            stage(16, 28, 44, 64, gated=True),
+            stage(32, 56, 88, 128),
+        ),
+        num_classes=10,
+        activation="relu",
+        attention="one_plus_tanh",
+        attention_at="gated",
+        reduction=2.0,  # the trunk has few channels, and a gate sees nothing else
+    )
+
+
+_ENTRIES = (
+    _ds_mbnet,
+    _ds_mbnet_tiny,
+    _ds_mobilenet_v2,
+    _ds_resnet50,
+    _ds_resnet_cifar,
+    _ds_resnet8_cifar,
+)
 
 ZOO: Final = MappingProxyType({spec.name: spec for spec in (entry() for entry in _ENTRIES)})
 """Name -> spec of every architecture that `create_model` knows."""
 
 
 def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:
-    """The spec of a zoo entry, with another number of classes if asked.
+    """The spec of a zoo entry or of a spec file, with another number of classes if asked.
 
     Raises:
-        UsageError: for an unknown name (the message lists the known ones) or a class count below 1.
+        UsageError: for an unknown name (the message lists the known ones), a file that holds no
+            spec, or a class count below 1.
     """
-    if name not in ZOO:
+    if is_spec_file(name):
+        spec = _read_spec(name)
+    elif name in ZOO:
+        spec = ZOO[name]
+    else:
         close = difflib.get_close_matches(name, ZOO, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
-        raise UsageError(f"model {name!r} is unknown: {hint}choose from {', '.join(ZOO)}")
-    spec = ZOO[name]
+        raise UsageError(
+            f"model {name!r} is unknown: {hint}choose from {', '.join(ZOO)}, or name a spec file "
+            f"({', '.join(SPEC_SUFFIXES)})"
+        )
     return spec if num_classes is None else spec.replace(num_classes=num_classes)
+
+
+def is_spec_file(name: str) -> bool:
+    """Whether a model is named by a file of its spec."""
+    return name.lower().endswith(SPEC_SUFFIXES)
+
+
+def write_spec(path: str | Path, spec: NetSpec) -> Path:
+    """Write a spec as YAML, which `get_spec` reads back; what is at its default is left out.
+
+    Raises:
+        UsageError: for a name that is not one of a spec file.
+        OSError: if the file cannot be written.
+    """
+    import yaml
+
+    if not is_spec_file(str(path)):
+        raise UsageError(f"{path}: a spec file is called {' or '.join(SPEC_SUFFIXES)}")
+    # leaves on one line: widths read as widths. JSON's syntax is YAML too
+    flow = True if str(path).lower().endswith(".json") else None
+    text = yaml.safe_dump(_told(spec), sort_keys=False, default_flow_style=flow, width=100)
+    return write_atomic(path, text.encode())
+
+
+def _told(part: Any) -> Any:
+    """Plain values of a spec or a part of one, without those that are defaults."""
+    if dataclasses.is_dataclass(part):
+        fields = ((f, getattr(part, f.name)) for f in dataclasses.fields(part))
+        return {f.name: _told(value) for f, value in fields if value != f.default}
+    return [_told(item) for item in part] if isinstance(part, tuple) else part
+
+
+def _read_spec(path: str) -> NetSpec:
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(data, dict) or "stages" not in data:
+        raise UsageError(f"{path}: expected the spec of a network: name, stages, ...")
+    try:
+        return NetSpec.from_dict(data)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None

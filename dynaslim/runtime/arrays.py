@@ -103,3 +103,24 @@ class TorchArrays:
         else:
             tensor = x.detach()
         return tensor.to(self.device, self.dtype)
+
+
+def check_finite(x: Array, start: int = 0) -> None:
+    """Raise `ValueError` if images, rows of a batch from `start`, hold NaN or infinity.
+
+    Looking at them brings the rows into the cache that are needed next.
+    """
+    if isinstance(x, np.ndarray):
+        if bool(np.isfinite(x).all()):
+            return
+        values = x
+    else:
+        # one number to wait for; a sum is not finite where a value is not
+        if np.isfinite(float(x.sum())):
+            return
+        values = x.float().cpu().numpy()
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
+    if len(bad):
+        raise ValueError(
+            f"input: row {start + bad[0]} has values that are not finite (NaN or infinity)"
+        )

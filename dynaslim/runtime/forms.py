@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args
 
-from dynaslim.cost import segment_shapes
+from dynaslim.cost import CostTable, madds, segment_shapes
 from dynaslim.errors import check
 from dynaslim.spec import NetSpec, Route
 
@@ -90,6 +90,18 @@ def form_shape(spec: NetSpec, form: Form, image_size: tuple[int, int]) -> FormSh
         return FormShape(row_in, ((spec.num_classes,),), here.peak, form.segment == 0)
     options = (len(spec.gates[form.segment].choices),)
     return FormShape(row_in, (here.out, options), here.peak, form.segment == 0)
+
+
+def form_madds(spec: NetSpec, form: Form, size: tuple[int, int]) -> float:
+    """Multiply-adds of a form per row, for images of (height, width)."""
+    if form.route is not None:
+        return float(madds(spec, form.route, size))
+    table = CostTable.from_madds(spec, size)
+    if form.segment == 0:
+        return table.segments[0][0][0]
+    before = spec.gates[form.segment - 2].choices.index(form.before) if form.segment > 1 else 0
+    after = spec.gates[form.segment - 1].choices.index(form.choice)
+    return table.segments[form.segment][before][after]
 
 
 def route_through(spec: NetSpec, form: Form) -> Route:

@@ -14,15 +14,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
-from dynaslim.cost import CostTable
 from dynaslim.errors import DynaslimError
-from dynaslim.runtime.arrays import Array
+from dynaslim.runtime.arrays import Array, check_finite
 from dynaslim.runtime.backends import Backend, Program
-from dynaslim.runtime.forms import Form, FormShape, form_shape
+from dynaslim.runtime.forms import Form, FormShape, form_madds, form_shape
 from dynaslim.runtime.schedule import Piece, Timings, plan_step, rows_in_cache
 from dynaslim.runtime.workers import Workers, Workspace, Workspaces
 from dynaslim.spec import NetSpec, Route
@@ -34,6 +33,8 @@ Merge = Callable[[int, int, np.ndarray], np.ndarray]
 """(gate, width index before, rows of each option (K,)) -> the option (K,) each goes to instead.
 
 Given the allowed options alone, the first so many."""
+
+_FIRST: Final = np.zeros(1, np.int64)
 
 
 @dataclass
@@ -126,6 +127,10 @@ class Router:
         """
         form, size = Form.whole(route), _size(x)
         logits = self.backend.arrays.empty(len(x), (self.spec.num_classes,), floats=True)
+        if len(x) == 1:
+            check_finite(x, first)
+            self._run_program(form, x, (logits,), size, wide=True)
+            return logits
         self.run([Job(form, x, None, (logits,), len(x), first)], size)
         return logits
 
@@ -146,6 +151,9 @@ class Router:
         merged into options above `limits`. `first` is what errors count the rows from.
         """
         size, rows, gates = _size(x), len(x), len(self.spec.gates)
+        if rows == 1 and again is None and self._merge is None:
+            logits_BN, options_BG = self._single(x, decide, size, first)
+            return logits_BN, options_BG, options_BG
         workspace = self._workspaces.borrow()
         everyone = np.arange(rows)
         trunk = self._bucket(workspace, 0, 0, everyone, size)
@@ -171,6 +179,33 @@ class Router:
         # not where a call was interrupted: its pieces may still be writing
         self._workspaces.give_back(workspace)
         return logits_BN, options_BG, first_BG
+
+    def _single(
+        self, x: Array, decide: Decide, size: tuple[int, int], first: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """One row: no buckets, one program after the other by all cores.
+
+        The same as any batch; but sorting and planning would take a tenth of a small network's
+        time.
+        """
+        spec, arrays, workspace = self.spec, self.backend.arrays, self._workspaces.borrow()
+        path = np.zeros((1, len(spec.gates)), np.int64)
+        check_finite(x, first)
+        form, features = Form(0), x
+        for number, gate in enumerate(spec.gates):
+            shape = self.shape(form, size)
+            kept = workspace.rows(("out", number), 1, arrays.row(shape.rows_out[0]))
+            logits = workspace.rows(("gate", number), 1, shape.rows_out[1], floats=True)
+            self._run_program(form, features, (kept, logits), size, wide=True)
+            option = int(decide(number, self._gate_logits(logits), _FIRST)[0])
+            path[0, number] = option
+            before = spec.gates[number - 1].choices[path[0, number - 1]] if number else 0
+            form, features = Form(number + 1, before, gate.choices[option]), kept
+        answer = workspace.rows("answer", 1, (spec.num_classes,), floats=True)
+        self._run_program(form, features, (answer,), size, wide=True)
+        result = arrays.host(answer).copy()
+        self._workspaces.give_back(workspace)
+        return result, path
 
     def _onward(
         self,
@@ -231,12 +266,16 @@ class Router:
         """Options of a bucket's rows, and which rows of the bucket these are."""
         if only is not None:  # of the trunk, whose rows stand in order
             return decide(gate, np.empty((0, 0), np.float32), only), only
-        logits_BK = self.backend.arrays.host(bucket.gate_logits)
+        logits_BK = self._gate_logits(bucket.gate_logits)
+        return decide(gate, logits_BK, bucket.members), np.arange(len(bucket.members))
+
+    def _gate_logits(self, logits: Array) -> np.ndarray:
+        logits_BK = self.backend.arrays.host(logits)
         if not np.isfinite(logits_BK).all():
             raise DynaslimError(
                 "a gate's logits are not finite; the network's weights or BN statistics are damaged"
             )
-        return decide(gate, logits_BK, bucket.members), np.arange(len(bucket.members))
+        return logits_BK
 
     def _bucket(
         self,
@@ -306,20 +345,27 @@ class Router:
     def _piece(self, job: Job, piece: Piece, program: Program, size: tuple[int, int]) -> None:
         arrays, rows = self.backend.arrays, piece.stop - piece.start
         outs = [out[piece.start : piece.stop] for out in job.outs]
-        images = job.form.segment == 0
         if job.picked is None:
             x = job.source[piece.start : piece.stop]
         else:
             row = job.source.shape[1:]
             x = self._workspaces.of_thread().rows(("in", job.form.segment), rows, tuple(row))
             arrays.take(job.source, job.picked[piece.start : piece.stop], x)
-        if images:
+        if job.form.segment == 0:
             check_finite(x, job.first + piece.start)
-        sizes = self.backend.sizes
+        self._call(program, x, outs, job.form)
+
+    def _run_program(
+        self, form: Form, x: Array, outs: Sequence[Array], size: tuple[int, int], *, wide: bool
+    ) -> None:
+        self._call(self.program(form, size, wide=wide), x, outs, form)
+
+    def _call(self, program: Program, x: Array, outs: Sequence[Array], form: Form) -> None:
+        sizes, rows = self.backend.sizes, len(x)
         if sizes is None:
             program(x, outs)
         else:
-            self._padded(program, x, outs, next(n for n in sizes if n >= rows), job.form)
+            self._padded(program, x, outs, next(n for n in sizes if n >= rows), form)
 
     def _padded(
         self, program: Program, x: Array, outs: Sequence[Array], rows: int, form: Form
@@ -347,38 +393,8 @@ class Router:
         self._workers.close()
 
 
-def form_madds(spec: NetSpec, form: Form, size: tuple[int, int]) -> float:
-    """Multiply-adds of a form per row, for images of (height, width)."""
-    from dynaslim.cost import madds
-
-    if form.route is not None:
-        return float(madds(spec, form.route, size))
-    table = CostTable.from_madds(spec, size)
-    if form.segment == 0:
-        return table.segments[0][0][0]
-    before = spec.gates[form.segment - 2].choices.index(form.before) if form.segment > 1 else 0
-    after = spec.gates[form.segment - 1].choices.index(form.choice)
-    return table.segments[form.segment][before][after]
-
-
 def _size(x: Array) -> tuple[int, int]:
     return int(x.shape[2]), int(x.shape[3])
-
-
-def check_finite(x: Array, start: int = 0) -> None:
-    """Raise `ValueError` if images, rows of a batch from `start`, hold NaN or infinity.
-
-    A sum finds both at the speed of the memory, and brings the rows into the cache that are needed
-    next; only where it is not finite is looked at each value.
-    """
-    if np.isfinite(float(x.sum())):
-        return
-    values = x if isinstance(x, np.ndarray) else x.float().cpu().numpy()
-    bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
-    if len(bad):
-        raise ValueError(
-            f"input: row {start + bad[0]} has values that are not finite (NaN or infinity)"
-        )
 
 
 class Again(NamedTuple):

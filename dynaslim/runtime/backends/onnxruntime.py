@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from dynaslim.runtime.backends import Counts, Program, Resources
 from dynaslim.runtime.forms import Form, FormShape, FormSource
 from dynaslim.runtime.libraries import require
 
+_BINDINGS: Final = 64
+"""Kept per session."""
+
 
 class _Session:
     """A session whose outputs are written where they are wanted."""
@@ -26,14 +29,23 @@ class _Session:
     def __init__(self, session: Any) -> None:
         self._session = session
         self._outputs = [output.name for output in session.get_outputs()]
+        self._idle: dict[tuple[int, ...], Any] = {}
+        """Bindings by number of rows and addresses: calls come back to the same buffers."""
 
     def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         """As `Program.__call__`."""
-        binding = self._session.io_binding()
-        binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
-        for name, out in zip(self._outputs, outs, strict=True):
-            binding.bind_output(name, "cpu", 0, np.float32, out.shape, out.ctypes.data)
+        key = (*x.shape, x.ctypes.data, *(out.ctypes.data for out in outs))
+        # taken out while it is in use: a binding serves one thread
+        binding = self._idle.pop(key, None)
+        if binding is None:
+            binding = self._session.io_binding()
+            binding.bind_input("x", "cpu", 0, np.float32, x.shape, key[4])
+            for name, out, address in zip(self._outputs, outs, key[5:], strict=True):
+                binding.bind_output(name, "cpu", 0, np.float32, out.shape, address)
         self._session.run_with_iobinding(binding)
+        if len(self._idle) >= _BINDINGS:  # of callers who give new images each time
+            self._idle.clear()
+        self._idle[key] = binding
 
 
 class OnnxRuntimeBackend:
