@@ -2,14 +2,28 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+FROM := $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test check format setup clean
+.PHONY: demo test check format docs setup clean results results-quick
 
 demo: $(READY)  ## train, evaluate and show a small network on real images (about 2 minutes on 2 cores)
 	$(BIN)/dynaslim demo
 
 test: $(READY)  ## the tests
 	$(BIN)/pytest
+
+results: $(READY)  ## all numbers of docs/results.md anew; DATA=FOLDER has the images, else the hub (5 hours on 2 cores)
+	$(BIN)/python -m results.run headline targets gates quick rates --jobs 2 $(FROM)
+	$(BIN)/python -m results.run headline targets gates quick --judge $(FROM)
+	$(BIN)/python -m results.run headline targets gates quick --judge --test $(FROM)
+	$(BIN)/python -m results.measure_ms $(FROM)
+	$(BIN)/python -m results.run gates_ms --jobs 2 $(FROM)
+	$(BIN)/python -m results.run gates_ms --judge $(FROM)
+	$(BIN)/python -m results.run gates_ms --judge --test $(FROM)
+	$(BIN)/python -m results.table
+
+results-quick: $(READY)  ## repeat one ablation and compare (about 10 minutes on 2 cores)
+	$(BIN)/python -m results.quick
 
 check: $(READY)  ## lint, format and types
 	$(BIN)/ruff check .
@@ -20,6 +34,9 @@ format: $(READY)  ## put the code in order
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(READY)  ## the documentation as a site, into site/; look at it by .venv/bin/mkdocs serve
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 setup: $(READY)  ## make .venv with everything pinned in constraints.txt
 
 $(READY): pyproject.toml constraints.txt scripts/setup
@@ -27,4 +44,4 @@ $(READY): pyproject.toml constraints.txt scripts/setup
 	@touch $@
 
 clean:  ## remove what the targets made
-	rm -rf .venv runs .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv runs site .pytest_cache .mypy_cache .ruff_cache *.egg-info

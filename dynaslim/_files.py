@@ -1,10 +1,11 @@
-"""Writing files so that a reader, or a crash, never sees half of one."""
+"""Writing files so that a reader, or a crash, never sees half of one; reading people's YAML."""
 
 from __future__ import annotations
 
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 from dynaslim.errors import UsageError
 
@@ -39,3 +40,19 @@ def write_atomic(path: str | Path, content: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     return target
+
+
+def read_yaml(path: str | Path) -> Any:
+    """What a YAML file holds, as plain values.
+
+    Raises:
+        UsageError: if it cannot be read, or is not YAML; in one line that names it.
+    """
+    import yaml
+
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None

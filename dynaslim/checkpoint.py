@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +24,8 @@ from dynaslim._files import write_atomic
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.pretrained import Pretrained, local_path
+from dynaslim.shipped import names, resolve
 from dynaslim.spec import NetSpec
 from dynaslim.zoo import get_spec
 
@@ -32,7 +34,7 @@ VERSION: Final = 1
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Pretrained):
     """A network and what is needed to use it and to know where it came from."""
 
     net: SlimNet
@@ -108,11 +110,15 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint that `save` wrote; the network comes back in evaluation mode.
 
+    `path` is a file, the name of a model that ships (`dynaslim.shipped`), or an address on the hub
+    such as hf://user/model.
+
     Raises:
         CheckpointError: if the file is missing, truncated, altered, of another format or of a
             newer version, or its tensors do not fit its spec.
+        HubError: if there is nothing at the address.
     """
-    meta, tensors = _read_verified(Path(path))
+    meta, tensors = _read_verified(local_path(resolve(path)))
     try:
         spec = NetSpec.from_dict(meta["spec"])
         names = meta["class_names"]
@@ -165,6 +171,23 @@ def load(
     return net
 
 
+def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> SlimNet:
+    """A copy of the network, to be trained on these classes; in evaluation mode.
+
+    The classifier is the checkpoint's where its classes are the same in the same order, or where it
+    names none and has as many. Else it is a new one, drawn by torch's global generator.
+    """
+    known = checkpoint.class_names
+    spec = checkpoint.net.spec.replace(num_classes=len(class_names))
+    same = spec == checkpoint.net.spec and known in (None, tuple(class_names))
+    state = checkpoint.net.state_dict()
+    net = SlimNet(spec, device=next(iter(state.values())).device)
+    if not same:
+        state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    net.load_state_dict(state, strict=same)
+    return net.eval()
+
+
 def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     described = {key: value for key, value in meta.items() if key != "sha256"}
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
@@ -178,7 +201,8 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         what = "is a folder, not a file" if path.is_dir() else "no such file"
-        raise CheckpointError(f"{path}: {what}; expected a checkpoint (.safetensors)")
+        shipped = f", or the name of a model that ships ({', '.join(names())})" if names() else ""
+        raise CheckpointError(f"{path}: {what}; expected a checkpoint (.safetensors){shipped}")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}

@@ -25,6 +25,7 @@ from dynaslim.data.decode import IMAGE_SUFFIXES, decode_image
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
+from dynaslim.shipped import resolve
 
 if TYPE_CHECKING:
     from dynaslim.runtime.engine import Engine
@@ -182,7 +183,7 @@ def name_of(file: str | Path) -> str:
 
 
 def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Engine:
-    """The engine of a checkpoint file or of an exported package (a folder).
+    """The engine of a checkpoint file, an exported package (a folder) or a model that ships.
 
     Raises:
         UsageError: for a folder that is no package, and as `Engine`.
@@ -191,10 +192,10 @@ def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Eng
     from dynaslim.runtime.engine import Engine
     from dynaslim.runtime.package import is_package
 
-    path = Path(model)
-    if is_package(path):
-        engine = Engine.from_package(path, backend=backend, **options)
+    if is_package(model):
+        engine = Engine.from_package(model, backend=backend, **options)
     else:
+        path = resolve(model)
         check(
             not path.is_dir(),
             f"{model}: is a folder and no package; name a checkpoint file or an exported package",

@@ -12,11 +12,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from dynaslim._files import write_atomic
+from dynaslim._files import read_yaml, write_atomic
 from dynaslim.errors import UsageError
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 
-SPEC_SUFFIXES: Final = (".yaml", ".yml", ".json")
+SPEC_SUFFIXES: Final = (".yaml", ".yml")
 """What a file of a spec is called."""
 
 
@@ -192,8 +192,8 @@ def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:
         close = difflib.get_close_matches(name, ZOO, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UsageError(
-            f"model {name!r} is unknown: {hint}choose from {', '.join(ZOO)}, or name a spec file "
-            f"({', '.join(SPEC_SUFFIXES)})"
+            f"model {name!r} is unknown: {hint}choose from {', '.join(ZOO)}, or name a file of a "
+            f"spec ({', '.join(SPEC_SUFFIXES)})"
         )
     return spec if num_classes is None else spec.replace(num_classes=num_classes)
 
@@ -214,14 +214,13 @@ def write_spec(path: str | Path, spec: NetSpec) -> Path:
 
     if not is_spec_file(str(path)):
         raise UsageError(f"{path}: a spec file is called {' or '.join(SPEC_SUFFIXES)}")
-    # leaves on one line: widths read as widths. JSON's syntax is YAML too
-    flow = True if str(path).lower().endswith(".json") else None
-    text = yaml.safe_dump(_told(spec), sort_keys=False, default_flow_style=flow, width=100)
+    # flow style None puts the innermost lists, the widths, on one line
+    text = yaml.safe_dump(_told(spec), sort_keys=False, default_flow_style=None, width=100)
     return write_atomic(path, text.encode())
 
 
 def _told(part: Any) -> Any:
-    """Plain values of a spec or a part of one, without those that are defaults."""
+    """Plain values of a spec or of a part of one, but not those that are defaults."""
     if dataclasses.is_dataclass(part):
         fields = ((f, getattr(part, f.name)) for f in dataclasses.fields(part))
         return {f.name: _told(value) for f, value in fields if value != f.default}
@@ -229,14 +228,7 @@ def _told(part: Any) -> Any:
 
 
 def _read_spec(path: str) -> NetSpec:
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict) or "stages" not in data:
         raise UsageError(f"{path}: expected the spec of a network: name, stages, ...")
     try:

@@ -1,16 +1,26 @@
+import hashlib
+import inspect
+import itertools
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
-from helpers import lively, micro_spec, png, write_parquet
+from helpers import bright_pngs, lively, micro_spec, png, start_dynaslim, write_parquet
 
 from dynaslim import cli
-from dynaslim.checkpoint import Checkpoint, save
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.cli.parser import arguments, make_parser
+from dynaslim.cost import layer_costs, madds, params
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.zoo import ZOO
+from dynaslim.spec import GateSpec, NetSpec, StageSpec
+from dynaslim.zoo import ZOO, write_spec
 
 
 @pytest.fixture
@@ -30,6 +40,11 @@ def _fails(capsys, argv, code, message):
     assert out == ""
 
 
+def _unfolded(text):
+    """Help with its examples on one line each."""
+    return " ".join(re.sub(r" \\\n *", " ", text).split())
+
+
 def test_help_is_fast_and_needs_no_torch():
     script = (
         "import sys, dynaslim.cli as cli; code = cli.run(['--help']); "
@@ -43,7 +58,30 @@ def test_help_is_fast_and_needs_no_torch():
         assert done.returncode == 0, done.stderr
     assert min(times) < 0.5
     for verb in cli.VERBS.values():
-        assert verb.example in done.stdout
+        assert verb.example in _unfolded(done.stdout)
+
+
+@pytest.mark.parametrize(("columns", "most"), [(80, 80), (100, 100), (200, 100)])
+def test_help_fits_a_terminal(capsys, monkeypatch, columns, most):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.run(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= most
+    groups = [line.removesuffix(":") for line in lines if re.fullmatch(r"\w[\w ]*:", line)]
+    assert groups == list(dict.fromkeys(verb.group for verb in cli.VERBS.values()))
+    for verb in ("train gate", "calibrate-budget"):
+        assert cli.run(["help", *verb.split()]) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= most
+        assert out.startswith(f"usage: dynaslim {verb} ")
+
+
+def test_help_of_half_a_verb(capsys):
+    assert cli.run(["train", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert cli.VERBS["train gate"].example in _unfolded(out)
+    assert cli.VERBS["train supernet"].example in _unfolded(out)
+    assert "calibrate" not in out
 
 
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
@@ -54,13 +92,19 @@ def test_every_verb_has_help_and_needs_no_torch_for_it(verb):
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert cli.VERBS[verb].example in " ".join(done.stdout.split())
+    assert cli.VERBS[verb].example in _unfolded(done.stdout)
+
+
+# -- looking --------------------------------------------------------------------------------------
+
+
+def _info(capsys, model, *flags):
+    assert cli.run(["info", str(model), *flags, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
 
 
 def test_info_json_of_ds_mbnet(capsys):
-    assert cli.run(["info", "ds_mbnet", "--image-size", "224", "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
-    assert set(data) == {"model", "params", "image_size_px", "routes", "largest"}
+    data = _info(capsys, "ds_mbnet", "--image-size", "224")
     assert data["model"] == "ds_mbnet"
     assert data["image_size_px"] == 224
     assert len(data["routes"]) == 14
@@ -68,6 +112,42 @@ def test_info_json_of_ds_mbnet(capsys):
     assert data["routes"][0]["widths"] == [16, 32, 48, 96, 224, 736]
     assert data["routes"][0]["madds"] / 1e6 == pytest.approx(132.89, abs=0.01)
     assert data["params"] == 7_676_204
+    assert data["stages"][4] == {
+        "block": "depthwise_separable",
+        "blocks": 6,
+        "kernel": 3,
+        "stride": 2,
+        "expansion": 1,
+        "max_pool": False,
+        "widths": list(range(224, 641, 32)),
+        "largest_width": 640,
+        "gate": 0,
+        "governed_by": 0,
+    }
+    assert data["stages"][3]["widths"] == [96]
+    assert data["stages"][3]["largest_width"] == 264
+    assert data["stages"][3]["governed_by"] is None
+    [gate] = data["gates"]
+    assert (gate["stage"], gate["choices"]) == (4, [0, 4, 9, 13])
+    assert gate["widths"] == [224, 352, 512, 640]
+    assert data["routing_space"]["size"] == 4
+
+
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_segments_add_up_to_routes(name, capsys):
+    """Multiply-adds and parameters of the forms on a path, less the gates' heads, are a route's."""
+    spec = ZOO[name]
+    data = _info(capsys, name)
+    for option in (0, -1):
+        path = [0, *[option] * len(spec.gates)]
+        forms = [(0, 0), *itertools.pairwise(path)]
+        size = data["image_size_px"]
+        route = spec.cheapest_choice if option == 0 else spec.widest_choice
+        costs = [s["madds"][a][b] for s, (a, b) in zip(data["segments"], forms, strict=True)]
+        assert sum(costs) == madds(spec, route, size, slimming_heads=True)
+        heads = [one for one in layer_costs(spec, route, size) if one.slimming_head]
+        sizes = [s["params"][a][b] for s, (a, b) in zip(data["segments"], forms, strict=True)]
+        assert sum(sizes) == params(spec, route) + sum(head.params for head in heads)
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))
@@ -76,18 +156,124 @@ def test_info_and_models_for_a_person(name, capsys):
     out = capsys.readouterr().out
     for route in ZOO[name].routes:
         assert str(route) in out
+    for stage in ZOO[name].stages:
+        assert stage.block.replace("_", " ") in out
+    assert len(re.findall("^gate ", out, re.MULTILINE)) == len(ZOO[name].gates)
+    assert max(map(len, out.splitlines())) <= 120
     assert cli.run(["models"]) == 0
     assert name in capsys.readouterr().out
     assert cli.run(["models", "--json"]) == 0
-    assert name in [row["model"] for row in json.loads(capsys.readouterr().out)["models"]]
+    rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    row = rows[name]
+    for kind, route in (("cheapest", ZOO[name].smallest), ("widest", ZOO[name].routes[-1])):
+        assert row[f"{kind}_madds"] == madds(ZOO[name], route, row["image_size_px"])
+    assert row["gated_routes"] == len(ZOO[name].routing_space)
+
+
+def test_info_of_many_routes_is_short(capsys, tmp_path):
+    """256 routes are listed in the JSON; 1024 are only counted, and shown within a screen."""
+    data = _info(capsys, "ds_resnet50")
+    assert len(data["routing_space"]["routes"]) == 256
+    gated = StageSpec((4, 8, 12, 16), gate=GateSpec((0, 1, 2, 3)))
+    spec = NetSpec("five", (StageSpec((4,), block="conv"), *[gated] * 5), num_classes=3)
+    path = write_spec(tmp_path / "five.yaml", spec)
+    data = _info(capsys, path)
+    assert data["routing_space"]["size"] == 1024
+    assert data["routing_space"]["routes"] is None
+    assert cli.run(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert "the gates choose among 1024 routes" in out
+    assert len(out.splitlines()) < 50
 
 
 def test_info_of_a_checkpoint(micro, capsys):
     path, _ = micro
-    assert cli.run(["info", str(path), "--json"]) == 0
-    data = json.loads(capsys.readouterr().out)
+    data = _info(capsys, path)
     assert data["model"] == "micro"
     assert data["image_size_px"] == 16
+    held = data["checkpoint"]
+    assert held["bytes"] == path.stat().st_size
+    assert held["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert held["class_names"] is None
+    assert held["preprocessing"]["image_size_px"] == 16
+    assert (held["metrics"], held["budget"]) == ({}, None)
+    assert cli.run(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search("^classes +not named$", out, re.MULTILINE)
+    assert re.search("^measured +nothing$", out, re.MULTILINE)
+
+
+METRICS = {
+    "images": 40,
+    "routes": [
+        {"widths": [4, 4, 6], "madds": 11786, "top1": 0.5},
+        {"widths": [4, 12, 10], "madds": 16932, "top1": 0.625},
+    ],
+    "dynamic": {"mean_madds": 14000.5, "top1": 0.6},
+}
+
+
+def test_info_of_a_checkpoint_that_knows_more(micro, tmp_path, capsys):
+    path, folder = micro
+    argv = ["calibrate-budget", str(path), "--data", str(folder), "--split", "test"]
+    assert cli.run(argv) == 0
+    known = replace(
+        read(path),
+        class_names=tuple(f"class {n}" for n in range(5)),
+        metrics={"val": METRICS, "note": [1, 2], "broken": {"images": 3, "routes": [{}]}},
+        recipe={"supernet": {"epochs": 3}},
+    )
+    save(path, known)
+    capsys.readouterr()
+    assert cli.run(["info", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert re.search("^classes +5: class 0, class 1,", out, re.MULTILINE)
+    told = "top-1 on 40 held-out images: dynamic 60.00% at 0.01 M MAdds; routes 50.00% to 62.50%"
+    assert out.count("measured") == 1
+    assert told in out
+    assert re.search("^recipe +supernet", out, re.MULTILINE)
+    assert re.search(r"^budget +0\.70 to 1 of the widest route's cost, ", out, re.MULTILINE)
+    held = _info(capsys, path)["checkpoint"]
+    points = held["budget"]["points"]
+    for point in (points[0], points[-1]):
+        assert re.search(rf"^ +{point['share']:.3f} .*{point['top1']:.2%}", out, re.MULTILINE)
+    assert held["budget"]["images"] == 20
+    assert held["metrics"]["val"] == METRICS
+    assert held["recipe"] == {"supernet": {"epochs": 3}}
+
+
+def test_info_of_a_package_needs_no_torch(micro, tmp_path):
+    pytest.importorskip("onnx")
+    from dynaslim.runtime.export import export_package
+
+    path, _ = micro
+    export_package(replace(read(path), metrics=METRICS), tmp_path / "package")
+    script = (
+        f"import sys, dynaslim.cli as cli; code = cli.run({['info', str(tmp_path / 'package')]}); "
+        f"code += cli.run({['info', str(tmp_path / 'package'), '--json']}); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "package/manifest.json" not in done.stdout
+    assert re.search("^package +.*/package: 10 files, .* MB, fp32$", done.stdout, re.MULTILINE)
+    assert "dynamic 60.00%" in done.stdout
+    held = json.loads(done.stdout[done.stdout.index("{") :])["package"]
+    assert held["precision"] == "fp32"
+    assert sum(held["files"].values()) == held["bytes"]
+
+
+def test_info_of_a_network_without_gates(capsys, tmp_path):
+    spec = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((8,))), num_classes=3)
+    path = write_spec(tmp_path / "plain.yaml", spec)
+    data = _info(capsys, path)
+    assert data["gates"] == []
+    assert len(data["segments"]) == 1
+    assert cli.run(["info", str(path)]) == 0
+    assert "4-8" in capsys.readouterr().out
+
+
+# -- the rest -------------------------------------------------------------------------------------
 
 
 def test_evaluate(micro, capsys):
@@ -120,10 +306,10 @@ def test_bad_usage(capsys, micro):
     _fails(capsys, ["evaluate", path, "--data", folder, "--route", "x"], 2, "route 'x': expected")
     _fails(capsys, ["import-official", path, folder], 2, "is a folder; name a file to write")
     assert cli.run([]) == 2
-    for argv in (["info"], ["info", "ds_mbnet", "--nonsense"], ["evaluate", str(path)]):
-        capsys.readouterr()
-        assert cli.run(argv) == 2
-        assert "usage: dynaslim" in capsys.readouterr().err
+    capsys.readouterr()
+    _fails(
+        capsys, ["evaluate", path], 2, "evaluate: give --data DATA; see dynaslim evaluate --help"
+    )
 
 
 def test_files_that_fail(capsys, micro, tmp_path):
@@ -250,8 +436,225 @@ def test_verbs_of_two_words(capsys, argv, message):
     _fails(capsys, argv, 2, message)
 
 
-def test_flags_of_a_recipe_are_spelled_either_way():
-    argv = ["--batch-size", "3", "--optim.weight-decay=0.5", "--save-every-s", "1", "--out", "x"]
-    spelled = cli._as_spelled("train supernet", argv)
-    assert spelled[:3] == ["--batch_size", "3", "--optim.weight_decay=0.5"]
-    assert spelled[3:] == ["--save-every-s", "1", "--out", "x"]
+# -- parsers --------------------------------------------------------------------------------------
+
+
+def _parse(verb, *argv):
+    parser = make_parser(verb, cli.VERBS[verb].run, cli.VERBS[verb].example)
+    return parser, arguments(cli.VERBS[verb].run, parser, parser.parse_args(list(argv)))
+
+
+def test_flags_of_a_recipe_are_spelled_either_way(tmp_path):
+    argv = ("--batch-size", "3", "--optim.weight_decay=0.5", "--optim.warmup-share=0.2")
+    parser, given = _parse("train supernet", *argv, "--save-every-s", "1", "--out", "x")
+    recipe = given["recipe"]
+    assert (recipe.batch_size, recipe.optim.weight_decay) == (3, 0.5)
+    assert recipe.optim.warmup_share == 0.2
+    assert given["save_every_s"] == 1
+    assert given["out"] == Path("x")
+    told = parser.format_help()
+    assert "--batch-size N" in told
+    assert "--batch_size" not in told
+    config = tmp_path / "recipe.yaml"
+    config.write_text("batch_size: 5\noptim: {lr: 0.5}\n")
+    _, given = _parse("train gate", "--out", "x", "--config", str(config), "--optim.lr", "0.25")
+    assert (given["recipe"].batch_size, given["recipe"].optim.lr) == (5, 0.25)
+
+
+def test_a_recipe_is_printed_and_read_back(capsys, tmp_path):
+    assert cli.run(["train", "gate", "--out", "x", "--optim.lr", "0.5", "--print_config"]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    _, given = _parse("train gate", "--config", str(printed))
+    assert given["recipe"].optim.lr == 0.5
+
+
+def test_help_shows_defaults_that_say_something():
+    parser, _ = _parse("train gate", "--out", "x")
+    told = " ".join(parser.format_help().split())
+    assert "--seed N Of everything random in the stage. (default: 0)" in told
+    assert "--bf16 {true,false} bfloat16 autocast of the forward passes. (default: false)" in told
+    assert (
+        "--resume Go on where the run in the folder stopped; starts it if there is none. " in told
+    )
+    assert "None)" not in told
+    assert "<class" not in told
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["info"], "info: give MODEL; see"),
+        (["info", "ds_mbnet", "--nonsense"], "info: there is no --nonsense; see"),
+        (["info", "ds_mbnet", "--imagesize", "3"], "no --imagesize, did you mean --image-size?"),
+        (["info", "ds_mbnet", "--image-size"], "--image-size: needs a value"),
+        (["info", "ds_mbnet", "--image-size", "x"], "--image-size x: must be a whole number"),
+        (["info", "ds_mbnet", "--image-size", "3.5"], "--image-size 3.5: must be a whole number"),
+        (["info", "ds_mbnet", "more"], "'more' is one argument too many"),
+        (["models", "--json=3"], "--json: takes no value"),
+        (["--json", "models"], "flags follow the verb, as in dynaslim models --json"),
+        (["help", "modles"], "'modles' is not a verb; did you mean models?"),
+        (["completion", "tcsh"], "SHELL tcsh: choose from bash, zsh, fish"),
+        (["evaluate", "m", "--data", "d", "--corrupt-limit", "x"], "x: must be a number"),
+        (["train", "gate"], "train gate: give --out PATH; see dynaslim train gate --help"),
+        (["train", "gate", "--out", "x", "--data.pth", "x"], "did you mean --data.path?"),
+        (["train", "gate", "--out", "x", "--batch_sise", "3"], "did you mean --batch-size?"),
+        (["train", "gate", "--out", "x", "--sgs.hard", "k"], "k: choose from try_best, give_up"),
+        (["train", "gate", "--out", "x", "--bf16", "maybe"], "maybe: choose from true, false"),
+        (["train", "gate", "--out", "x", "--data.mean", "u"], "must be numbers such as [0.5,"),
+        (["train", "gate", "--out", "x", "--config", "no.yaml"], "--config: file does not exist"),
+        (["train", "gate", "--out", "x", "--config", "CONFIG"], "a recipe has no optim.lrr"),
+        (["train", "gate", "--out", "x", "--config", "TEXT"], "no keys and values of a recipe"),
+        (["train", "gate", "--out", "x", "--config", "BROKEN"], "--config: not YAML: "),
+        (["train", "gate", "--out", "x", "--config", "VALUE"], "--optim.lr fast: must be a number"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "CONFIG").write_text("optim: {lrr: 3}")
+    (tmp_path / "TEXT").write_text("hello")
+    (tmp_path / "BROKEN").write_text("a: [1\nb")
+    (tmp_path / "VALUE").write_text("optim: {lr: fast}")
+    _fails(capsys, argv, 2, message)
+
+
+# -- careless users, verb by verb -----------------------------------------------------------------
+
+MODELS = {"model", "checkpoint", "file", "run"}
+
+
+def _required(verb, folder, model):
+    """A command line that gives a verb what it asks for, its model being `model`."""
+    own = {
+        "model": model,
+        "checkpoint": model,
+        "file": model,
+        "out": folder / "out",
+        "paths": model,
+        "data": folder / "data",
+        "shell": "bash",
+        "run": model,
+    }
+    argv = verb.split()
+    for name, parameter in inspect.signature(cli.VERBS[verb].run).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            if parameter.default is parameter.empty:
+                argv += [f"--{name.replace('_', '-')}", str(own[name])]
+        elif name != "recipe":
+            argv.append(str(own[name]))
+    return argv
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_every_verb_refuses_an_unknown_flag(verb, micro, tmp_path, capsys):
+    path, _ = micro
+    _fails(capsys, [*_required(verb, tmp_path, path), "--no-such-flag"], 2, "there is no --no-such")
+
+
+def _takes_model(verb):
+    names = inspect.signature(cli.VERBS[verb].run).parameters
+    return bool(MODELS & set(names)) and verb != "demo"
+
+
+@pytest.mark.parametrize("verb", sorted(filter(_takes_model, cli.VERBS)))
+@pytest.mark.parametrize("what", ["missing", "text", "empty", "folder", "dangling"])
+def test_every_verb_refuses_what_is_no_model(verb, what, micro, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "wrong.safetensors"
+    if what == "text":
+        model.write_text("this is no checkpoint\n" * 20)
+    elif what == "empty":
+        model.touch()
+    elif what == "folder":
+        model.mkdir()
+    elif what == "dangling":
+        model.symlink_to(tmp_path / "gone")
+    argv = _required(verb, tmp_path, model)
+    if verb == "predict":
+        (tmp_path / "a.png").write_bytes(png())
+        argv.append(str(tmp_path / "a.png"))
+    if verb == "serve":
+        argv += ["--port", "0"]  # the usual one may be taken here
+    code = cli.run(argv)
+    out, err = capsys.readouterr()
+    assert code in (1, 2), (out, err)
+    assert "wrong.safetensors" in err
+    assert len(err.strip().splitlines()) == 1, err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "message"),
+    [
+        (["evaluate", "M", "--data", "empty"], 1, "empty: cannot be read as parquet"),
+        (["evaluate", "M", "--data", "zero"], 1, "zero: split test is empty"),
+        (["evaluate", "M", "--data", "M"], 1, "expected a .parquet file or a folder"),
+        (["evaluate", "M", "--data", "D", "--device", "tpu"], 2, "choose cpu, cuda or mps"),
+        (["calibrate", "M", "o", "--data", "D", "--workers", "-1"], 2, "--workers -1: must not"),
+        (["profile", "M", "l.json", "--rounds", "0"], 2, "--rounds 0: must be at least 1"),
+        (["bench", "ds_mbnet_tiny", "--seed", "-1"], 2, "--seed -1: must not be negative"),
+        (["demo", "--out", "M"], 1, "M: is a file, not a folder"),
+        (["calibrate-budget", "hf://user/model", "--data", "D"], 2, "with --out"),
+        (["info", "hf://user/model"], 1, "user/model: the hub is not reached"),
+    ],
+)
+def test_careless_values(capsys, micro, tmp_path, monkeypatch, argv, code, message):
+    path, folder = micro
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "M").write_bytes(path.read_bytes())
+    folder.rename(tmp_path / "D")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "test.parquet").touch()
+    write_parquet(tmp_path / "zero", [], 5)
+    _fails(capsys, argv, code, message)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to the superuser")
+def test_an_unreadable_file(micro, capsys):
+    path, _ = micro
+    path.chmod(0)
+    _fails(capsys, ["info", path], 1, "Permission denied")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["models"],
+        ["info", "M"],
+        ["evaluate", "M", "--data", "D"],
+        ["calibrate-budget", "M", "--data", "D", "--split", "test"],
+        ["profile", "M", "out.json", "--backend", "eager", "--batch-size", "2", "--rounds", "1"],
+        ["predict", "M", "a.png", "--backend", "eager"],
+        ["export", "M", "package"],
+    ],
+)
+def test_json_is_one_object_and_nothing_else(argv, micro, tmp_path, monkeypatch, capfd):
+    """At the level of the file descriptor: libraries in C write there too."""
+    pytest.importorskip("onnx")
+    path, folder = micro
+    monkeypatch.chdir(tmp_path)
+    path.rename(tmp_path / "M")
+    folder.rename(tmp_path / "D")
+    (tmp_path / "a.png").write_bytes(png())
+    capfd.readouterr()
+    assert cli.run([*argv, "--json"]) == 0
+    assert isinstance(json.loads(capfd.readouterr().out), dict)
+
+
+def test_ctrl_c_in_the_middle(tmp_path):
+    """A process that is at work ends with one line and 130."""
+    data = write_parquet(tmp_path / "data", bright_pngs(8), 4, split="train").parent
+    argv = ["train", "supernet", "--data.path", str(data), "--data.val-share", "0"]
+    argv += ["--batch-size", "4", "--epochs", "100000", "--workers", "0", "--out"]
+    started = start_dynaslim([*argv, str(tmp_path / "run")])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "run" / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        assert started.poll() is None, started.communicate()
+        time.sleep(0.05)
+    started.send_signal(signal.SIGINT)
+    out, err = started.communicate(timeout=60)
+    assert started.returncode == 130, err
+    assert "Traceback" not in out + err
+    assert err.strip().splitlines()[-1].startswith("dynaslim: ")

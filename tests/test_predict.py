@@ -651,9 +651,10 @@ def test_what_is_refused_before_any_work(fake, shades, tmp_path, capsys):
 
 
 def test_models_that_cannot_be_run(micro, shades, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
     for argv, code, message in [
         ([tmp_path / "no.safetensors"], 1, "no.safetensors: no such file"),
-        ([shades[0].parent], 2, "is a folder and no package"),
+        ([tmp_path / "empty"], 2, "is a folder and no package"),
         ([micro, "--backend", "nonsense"], 2, "backend 'nonsense': choose from auto"),
         ([micro, "--backend", "eager", "--budget", "x"], 2, "budget 'x'"),
     ]:

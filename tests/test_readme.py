@@ -1,5 +1,6 @@
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ def test_commands_are_targets_and_verbs():
 
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"^    make (\w+)", README, flags=re.MULTILINE)
-    assert targets == ["demo", "test"]
+    assert targets == ["demo", "test", "docs"]
     assert all(re.search(rf"^{target}:", makefile, flags=re.MULTILINE) for target in targets)
     lines = re.findall(r"^    dynaslim (.*)", README, flags=re.MULTILINE)
     verbs = {next((verb for verb in VERBS if line.startswith(f"{verb} ")), line) for line in lines}
@@ -77,3 +78,10 @@ def test_set_up_says_in_one_line_what_is_missing(tmp_path, version, message):
     assert done.returncode == 1
     assert re.search(message, done.stderr)
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_tables_of_the_performance_page_are_the_results():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "tables.py", "--check"], capture_output=True
+    )
+    assert done.returncode == 0, done.stderr

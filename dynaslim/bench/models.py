@@ -21,7 +21,7 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.package import is_package
 from dynaslim.train import recalibrate
-from dynaslim.zoo import ZOO, get_spec
+from dynaslim.zoo import ZOO, get_spec, is_spec_file
 
 
 def random_network(name: str, image_size: int, seed: int = 0) -> SlimNet:
@@ -42,14 +42,15 @@ def random_network(name: str, image_size: int, seed: int = 0) -> SlimNet:
 def open_engine(
     model: str, backend: str, image_size: int | None, precision: str, batch_size: int
 ) -> tuple[Engine, int]:
-    """An engine of a zoo entry, a package or a checkpoint file, and the side of its images in px.
+    """An engine of a zoo entry, a spec file, a package or a checkpoint, and its images' side in px.
 
     Raises:
         UsageError: as `Engine`, or for a precision that is not the package's.
         CheckpointError, PackageError: if the file cannot be read.
     """
     options: dict[str, Any] = {"backend": backend, "batch_size": batch_size}
-    if model in ZOO or not (Path(model).exists() or Path(model).suffix or os.sep in model):
+    is_name = not (Path(model).exists() or Path(model).suffix or os.sep in model)
+    if model in ZOO or is_spec_file(model) or is_name:
         spec = get_spec(model)
         side = image_size or (224 if spec.total_stride >= 32 else 32)
         spec.check_image_size(side, side)

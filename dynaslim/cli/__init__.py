@@ -11,16 +11,26 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, NoReturn, get_type_hints
+from typing import Final, NamedTuple, NoReturn
 
 from dynaslim import __version__
-from dynaslim.cli import budget, convert, deploy, look, measure, predicting, training
-from dynaslim.cli.output import fail, say
+from dynaslim.cli import (
+    budget,
+    completion,
+    convert,
+    deploy,
+    doctor,
+    look,
+    measure,
+    predicting,
+    reporting,
+    serving,
+    training,
+)
+from dynaslim.cli.output import fail, help_columns, say, shell_lines
 from dynaslim.errors import DynaslimError
-
-if TYPE_CHECKING:
-    from jsonargparse import ArgumentParser, Namespace
 
 
 class Verb(NamedTuple):
@@ -35,6 +45,7 @@ VERBS: Final = {
     "demo": Verb(training.demo, "start", "dynaslim demo"),
     "models": Verb(look.models, "look", "dynaslim models"),
     "info": Verb(look.info, "look", "dynaslim info ds_mbnet --image-size 224"),
+    "report": Verb(reporting.report, "look", "dynaslim report runs/demo -o report.html"),
     "train supernet": Verb(
         training.train_supernet,
         "train",
@@ -77,6 +88,7 @@ VERBS: Final = {
         "use",
         "dynaslim predict runs/demo/checkpoint.safetensors photos --json",
     ),
+    "serve": Verb(serving.serve, "use", "dynaslim serve runs/demo/checkpoint.safetensors"),
     "export": Verb(
         deploy.export,
         "convert",
@@ -87,6 +99,8 @@ VERBS: Final = {
         "convert",
         "dynaslim import-official model_best.pth.tar ds_mbnet.safetensors",
     ),
+    "doctor": Verb(doctor.doctor, "set up", "dynaslim doctor"),
+    "completion": Verb(completion.completion, "set up", "dynaslim completion bash"),
 }
 
 
@@ -109,13 +123,16 @@ def run(argv: list[str]) -> int:
         return 1
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return fail(f"{where}{error.strerror or error}", 1)
+        what = "is a file, not a folder" if isinstance(error, FileExistsError) else error.strerror
+        return fail(f"{where}{what or error}", 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     return code
 
 
 def _dispatch(argv: list[str]) -> int:
+    if len(argv) > 1 and argv[0] == "help":
+        argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
         say(_help(), end="")
         return 0 if argv else 2
@@ -127,12 +144,15 @@ def _dispatch(argv: list[str]) -> int:
         name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in VERBS:
         return _no_such_verb(name, rest)
-    parser = _parser(name)
+    from dynaslim.cli.parser import arguments, make_parser
+
+    verb = VERBS[name]
+    parser = make_parser(name, verb.run, verb.example)
     try:
-        parsed = parser.parse_args(_as_spelled(name, rest))
-    except SystemExit as stop:  # argparse has printed help or what is wrong
+        parsed = parser.parse_args(rest)
+    except SystemExit as stop:  # it has printed help
         return int(stop.code or 0)
-    return VERBS[name].run(**_arguments(name, parser, parsed)) or 0
+    return verb.run(**arguments(verb.run, parser, parsed)) or 0
 
 
 def _no_such_verb(name: str, rest: list[str]) -> int:
@@ -142,104 +162,36 @@ def _no_such_verb(name: str, rest: list[str]) -> int:
     if longer and (not rest or rest[0] in ("-h", "--help")):
         if not rest:
             return fail(f"{name}: say what, as in dynaslim {' or dynaslim '.join(longer)}", 2)
-        say(f"usage: dynaslim {' | '.join(longer)}")
+        say("\n\n".join(_told(verb) for verb in longer))
         return 0
+    if name.startswith("-"):
+        return fail(f"{name}: flags follow the verb, as in dynaslim models --json", 2)
     given = f"{name} {rest[0]}" if longer else name
     close = difflib.get_close_matches(given, VERBS, n=1)
     hint = f" did you mean {close[0]}?" if close else ""
     return fail(f"{given!r} is not a verb;{hint} see dynaslim --help", 2)
 
 
-def _recipe(name: str) -> type[Any] | None:
-    """The class of a verb's recipe, if it takes one."""
-    kind: type[Any] | None = get_type_hints(VERBS[name].run).get("recipe")
-    return kind
-
-
-def _parser(name: str) -> ArgumentParser:
-    """A parser made of a verb's signature and docstring; flags are spelled with dashes."""
-    import docstring_parser
-    import jsonargparse
-
-    function = VERBS[name].run
-    doc = docstring_parser.parse(inspect.getdoc(function) or "")
-    helps = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
-    types = get_type_hints(function)
-    parser = jsonargparse.ArgumentParser(
-        prog=f"dynaslim {name}",
-        description=doc.short_description,
-        epilog=f"example: {VERBS[name].example}",
-    )
-    for parameter in inspect.signature(function).parameters.values():
-        if parameter.name == "recipe":
-            continue
-        help_text = helps[parameter.name]
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            if types[parameter.name] == list[str]:
-                parser.add_argument(parameter.name, type=str, nargs="+", help=help_text)
-            else:
-                parser.add_argument(parameter.name, type=types[parameter.name], help=help_text)
-            continue
-        flag = f"--{parameter.name.replace('_', '-')}"
-        if types[parameter.name] is bool:
-            parser.add_argument(flag, action="store_true", help=help_text)
-        elif parameter.default is parameter.empty:
-            parser.add_argument(flag, type=types[parameter.name], required=True, help=help_text)
-        else:
-            parser.add_argument(
-                flag, type=types[parameter.name], default=parameter.default, help=help_text
-            )
-    kind = _recipe(name)
-    if kind is not None:
-        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        help_text = "File of the recipe's fields (YAML); flags that follow it change them."
-        parser.add_argument("--config", action="config", help=help_text)
-        parser.add_class_arguments(kind)
-    return parser
-
-
-def _as_spelled(name: str, argv: list[str]) -> list[str]:
-    """A recipe's flags may be written with dashes too; its fields have underscores."""
-    if _recipe(name) is None:
-        return argv
-    own = {
-        f"--{parameter.replace('_', '-')}"
-        for parameter in inspect.signature(VERBS[name].run).parameters
-    }
-    spelled = []
-    for argument in argv:
-        flag, equals, value = argument.partition("=")
-        if flag.startswith("--") and flag not in own:
-            flag = f"--{flag[2:].replace('-', '_')}"
-        spelled.append(flag + equals + value)
-    return spelled
-
-
-def _arguments(name: str, parser: ArgumentParser, parsed: Namespace) -> dict[str, Any]:
-    """What the verb's function is called with."""
-    kind = _recipe(name)
-    if kind is None:
-        return vars(parsed)
-    import dataclasses
-
-    parsed.pop("config", None)
-    values = vars(parser.instantiate(parsed))
-    fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
-    return {"recipe": kind(**fields), **values}
-
-
 def _help() -> str:
-    lines = ["usage: dynaslim VERB [options]", "", f"{_first_line(sys.modules['dynaslim'])}", ""]
+    documented = inspect.getdoc(sys.modules["dynaslim"]) or ""
+    title, _, purpose = documented.partition("\n\n")
+    about = f"{title} {purpose.splitlines()[0]}"
+    lines = ["usage: dynaslim VERB [options]", "", *textwrap.wrap(about, help_columns()), ""]
     for group in dict.fromkeys(verb.group for verb in VERBS.values()):
         lines.append(f"{group}:")
-        for name, verb in VERBS.items():
-            if verb.group == group:
-                lines.append(f"  {name:<16} {_first_line(verb.run)}")
-                lines.append(f"  {'':<16}   {verb.example}")
+        lines += [_told(name) for name, verb in VERBS.items() if verb.group == group]
         lines.append("")
     lines.append("dynaslim VERB --help shows a verb's options; dynaslim --version the version.")
+    lines.append("Exit codes: 0 done, 1 failed, 2 bad usage.")
     return "\n".join(lines) + "\n"
 
 
-def _first_line(documented: object) -> str:
-    return (inspect.getdoc(documented) or "").splitlines()[0]
+def _told(name: str) -> str:
+    """A verb for the help: what it does and, below, one example."""
+    verb, column = VERBS[name], " " * 20
+    columns = help_columns() - len(column)
+    summary = (inspect.getdoc(verb.run) or "").splitlines()[0]
+    below = textwrap.wrap(summary, columns)
+    first, *others = shell_lines(verb.example, columns - 2)
+    below += [f"$ {first}", *(f"  {line}" for line in others)]
+    return f"  {name:<18}" + f"\n{column}".join(below)

@@ -64,6 +64,7 @@ def calibrate_budget(
     from dynaslim.data.disk import DiskImages
     from dynaslim.errors import UsageError
     from dynaslim.evaluation import match_classes
+    from dynaslim.pretrained import is_hub_address
     from dynaslim.progress import progress
     from dynaslim.runtime.budget import parse_budget
     from dynaslim.runtime.budget_search import fit_curve, split_rows
@@ -77,6 +78,8 @@ def calibrate_budget(
     kind = None if budget is None else parse_budget(budget)[0]
     if kind == "ms" and table is None:
         raise UsageError(f"--budget {budget}: give a cost table in ms with --table")
+    if out is None and is_hub_address(checkpoint):
+        raise UsageError(f"{checkpoint}: is on the hub; name the checkpoint to write with --out")
     out = check_writable(checkpoint if out is None else out)
     loaded, preprocessing = read_prepared(checkpoint)
     spec = loaded.net.spec

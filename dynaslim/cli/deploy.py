@@ -27,7 +27,7 @@ def profile(
     """Measure every segment's milliseconds, as a cost table for training gates and merging.
 
     Args:
-        model: A checkpoint file, a package, or a name of the zoo.
+        model: A checkpoint file, a package, a name of the zoo, or a spec file (.yaml).
         out: The table to write (.json).
         backend: auto, eager, inductor, onnxruntime, openvino or cudagraph.
         batch_size: Most rows; 1, 2, 4, ... up to it are measured, it is what the table holds.
@@ -39,10 +39,12 @@ def profile(
     from dynaslim._files import check_writable
     from dynaslim.bench.models import open_engine
     from dynaslim.bench.timing import hardware
+    from dynaslim.errors import check
     from dynaslim.progress import progress
     from dynaslim.runtime.forms import segment_forms
     from dynaslim.runtime.latency import profile as measure
 
+    check(rounds >= 1, f"--rounds {rounds}: must be at least 1")
     check_writable(out)
     engine, side = open_engine(model, backend, image_size, precision, batch_size)
     forms = list(segment_forms(engine.spec))
@@ -81,7 +83,8 @@ def bench(
     """Time routed batches against the ideal and against static networks, interleaved.
 
     Args:
-        model: A checkpoint file, a package, or a name of the zoo (with random weights).
+        model: A checkpoint file, a package, or a name of the zoo or a spec file (with random
+            weights).
         backend: One or several, separated by commas: auto, eager, inductor, onnxruntime, openvino,
             cudagraph.
         image_size: Side of the image in pixels. Default: the model's.
@@ -103,6 +106,7 @@ def bench(
 
     check(batch_size >= 1, f"--batch-size {batch_size}: must be at least 1")
     check(rounds >= 2, f"--rounds {rounds}: must be at least 2")
+    check(seed >= 0, f"--seed {seed}: must not be negative")
     check((mix == "real") == (data is not None), "--mix real and --data go together")
     shares = None
     if mix != "real":

@@ -1,112 +1,337 @@
-"""Verbs that look at the zoo, and at what a network costs."""
+"""Verbs that look at the zoo, and at what a network is and costs."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cli.output import new_table, print_json, say
 
 if TYPE_CHECKING:
-    from dynaslim.spec import NetSpec, Route
+    from dynaslim.preprocessing import Preprocessing
+    from dynaslim.spec import NetSpec
+
+FEW: Final = 24
+"""So many forms of segments are shown one by one; of more, a range for each segment."""
+SHOWN: Final = 6
+"""Names or numbers shown of a longer list."""
 
 
 def models(*, json: bool = False) -> None:
-    """List the models of the zoo.
+    """List the models of the zoo: size, input, and what their cheapest and widest routes cost.
 
     Args:
         json: Print one JSON object.
     """
-    from dynaslim.cost import params
+    from dynaslim.cli.describe import usual_image_size
+    from dynaslim.cost import madds, params
     from dynaslim.zoo import ZOO
 
-    rows = [
-        {
-            "model": name,
-            "params": params(spec),
-            "routes": len(spec.routes),
-            "gates": len(spec.gates),
-        }
-        for name, spec in ZOO.items()
-    ]
+    rows: list[dict[str, Any]] = []
+    for name, spec in ZOO.items():
+        size = usual_image_size(spec)
+        rows.append(
+            {
+                "model": name,
+                "params": params(spec),
+                "image_size_px": size,
+                "cheapest_madds": madds(spec, spec.smallest, size),
+                "widest_madds": madds(spec, spec.routes[-1], size),
+                "routes": len(spec.routes),
+                "gates": len(spec.gates),
+                "gated_routes": len(spec.routing_space),
+            }
+        )
     if json:
         print_json({"models": rows})
         return
-    table = new_table("model", "parameters", "widths", "gates", "gated routes")
+    table = new_table(
+        "model", "parameters", "input px", "cheapest", "widest", "widths", "gates", "gated routes"
+    )
     for row in rows:
-        spec = ZOO[str(row["model"])]
         table.add_row(
-            spec.name,
-            f"{params(spec) / 1e6:.2f} M",
-            str(len(spec.routes)),
-            str(len(spec.gates)),
-            str(len(spec.routing_space)),
+            row["model"],
+            _millions(row["params"]),
+            str(row["image_size_px"]),
+            _millions(row["cheapest_madds"]),
+            _millions(row["widest_madds"]),
+            str(row["routes"]),
+            str(row["gates"]),
+            str(row["gated_routes"]),
         )
     say(table)
+    say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:
-    """Show what a model's routes cost: widths, multiply-adds, parameters.
+    """Show what a model is and costs: stages, gates, segments, routes; and what its file holds.
 
     Args:
-        model: A name of the zoo, or a checkpoint file.
+        model: A name of the zoo or of a model that ships, a spec file (.yaml), a checkpoint file,
+            or the folder of an exported package.
         image_size: Side of the image in pixels. Default: the checkpoint's, else 224, or 32 for
             models made for small images.
         json: Print one JSON object.
     """
-    from dynaslim.cost import madds, params
+    from dynaslim.cli.describe import describe_spec, usual_image_size
 
-    spec, size = _spec_and_size(model, image_size)
-
-    def describe(route: Route) -> dict[str, Any]:
-        return {
-            "widths": list(route.widths),
-            "madds": madds(spec, route, size),
-            "params": params(spec, route),
-        }
-
-    result = {
-        "model": spec.name,
-        "params": params(spec),
-        "image_size_px": size,
-        "routes": [describe(route) for route in spec.routes],
-        "largest": describe(spec.largest),
-    }
+    spec, pre, contents = _open(model)
+    usual = usual_image_size(spec) if pre is None else pre.image_size_px
+    told = describe_spec(spec, usual if image_size is None else image_size)
     if json:
-        print_json(result)
+        print_json({**told, **contents})
         return
-    say(
-        f"{spec.name}: {params(spec) / 1e6:.2f} M parameters, {spec.num_classes} classes, "
-        f"{len(spec.gates)} gate(s) with choices "
-        f"{', '.join(str(gate.choices) for gate in spec.gates)}, at {size}x{size} px"
-    )
-    table = new_table("route", "widths", "MAdds", "parameters")
-    for number, route in enumerate(spec.routes):
-        table.add_row(str(number), *_describe_cells(describe(route)))
-    table.add_row("largest", *_describe_cells(describe(spec.largest)))
-    say(table)
+    for kind, holds in contents.items():
+        say("\n".join(_contents_lines(kind, holds)))
+        say("" if holds["budget"] is None else _budget_table(holds["budget"]))
+    _say_architecture(told)
 
 
-def _describe_cells(description: dict[str, Any]) -> tuple[str, str, str]:
-    return (
-        "-".join(map(str, description["widths"])),
-        f"{description['madds'] / 1e6:.2f} M",
-        f"{description['params'] / 1e6:.3f} M",
-    )
-
-
-def _spec_and_size(model: str, image_size: int | None) -> tuple[NetSpec, int]:
-    """A zoo entry's or a checkpoint's spec, with the image size to count at."""
-    from dynaslim.zoo import ZOO, get_spec
+def _open(model: str) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
+    """A model's spec, how its images are prepared, and what else its file or folder holds."""
+    from dynaslim import shipped
+    from dynaslim.runtime.package import is_package
+    from dynaslim.zoo import ZOO, get_spec, is_spec_file
 
     path = Path(model)
-    if model in ZOO or not (path.exists() or path.suffix or len(path.parts) > 1):
-        spec = get_spec(model)
-        default = 224 if spec.total_stride >= 32 else 32
-    else:
-        from dynaslim.checkpoint import read
+    if shipped.is_name(model) and not is_package(path):
+        return _open_checkpoint(shipped.resolve(model))
+    is_name = not (path.exists() or path.suffix or len(path.parts) > 1)
+    if model in ZOO or is_spec_file(model) or is_name:
+        return get_spec(model), None, {}
+    return _open_package(path) if is_package(path) else _open_checkpoint(path)
 
-        checkpoint = read(model)
-        spec, pre = checkpoint.net.spec, checkpoint.preprocessing
-        default = 224 if pre is None else pre.image_size_px
-    return spec, default if image_size is None else image_size
+
+def _open_checkpoint(path: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
+    from dynaslim.checkpoint import read
+    from dynaslim.pretrained import local_path
+    from dynaslim.runtime.package import file_digest
+
+    file = local_path(path)
+    held = read(file)
+    return (
+        held.net.spec,
+        held.preprocessing,
+        {
+            "checkpoint": {
+                "file": str(file),
+                "bytes": file.stat().st_size,
+                "sha256": file_digest(file),
+                "class_names": None if held.class_names is None else list(held.class_names),
+                "preprocessing": held.preprocessing and held.preprocessing.to_dict(),
+                "metrics": dict(held.metrics),
+                "recipe": dict(held.recipe),
+                "budget": held.budget and dict(held.budget),
+            }
+        },
+    )
+
+
+def _open_package(path: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
+    from dynaslim.runtime.package import open_package
+
+    held = open_package(path)
+    manifest = held.manifest
+    return (
+        held.spec,
+        held.preprocessing,
+        {
+            "package": {
+                "folder": str(path),
+                "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+                "sha256": held.forms.key,
+                "precision": held.forms.precision,
+                "class_names": None if held.class_names is None else list(held.class_names),
+                "preprocessing": held.preprocessing and held.preprocessing.to_dict(),
+                "metrics": dict(manifest.get("metrics") or {}),
+                "notes": dict(manifest.get("notes") or {}),
+                "versions": dict(manifest.get("versions") or {}),
+                "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+                "budget": held.budget and dict(held.budget),
+            }
+        },
+    )
+
+
+# -- for a person ---------------------------------------------------------------------------------
+
+
+def _contents_lines(kind: str, holds: Mapping[str, Any]) -> Iterator[str]:
+    """What a checkpoint or a package holds beside its network, line by line."""
+    from dynaslim.interop.card import measured
+    from dynaslim.runtime.package import MANIFEST
+
+    def line(label: str, told: str) -> str:
+        return f"{label:<11}{told}"
+
+    size = f"{holds['bytes'] / 1e6:.2f} MB"
+    if kind == "package":
+        files = len(holds["files"])
+        yield line(kind, f"{holds['folder']}: {files} files, {size}, {holds['precision']}")
+        yield line("sha256", f"{holds['sha256']} ({MANIFEST})")
+        made_by = ", ".join(f"{name} {version}" for name, version in holds["versions"].items())
+        yield line("made by", made_by)
+    else:
+        yield line(kind, f"{holds['file']}: {size}")
+        yield line("sha256", holds["sha256"])
+    names = holds["class_names"]
+    yield line("classes", "not named" if names is None else f"{len(names)}: {_few(names)}")
+    pre = holds["preprocessing"]
+    if pre is None:
+        yield line("images", "it does not say how they are prepared")
+    else:
+        side, crop = pre["image_size_px"], pre["crop_fraction"]
+        mean, std = (", ".join(f"{v:.3f}" for v in pre[name]) for name in ("mean", "std"))
+        cropped = "" if crop == 1 else f", the centre {crop:g} of the shorter side"
+        yield line("images", f"{side}x{side} px{cropped}; mean {mean}; std {std}")
+    results = list(measured(holds["metrics"]))
+    for result in results:
+        yield line("measured", result.line())
+    if not results:
+        yield line("measured", "nothing")
+    if holds.get("recipe"):
+        yield line("recipe", ", ".join(holds["recipe"]) + " (--json shows it)")
+    budget = holds["budget"]
+    if budget is None:
+        yield line("budget", "not calibrated: dynaslim calibrate-budget")
+    else:
+        share = budget["cheapest_madds"] / budget["widest_madds"]
+        yield line(
+            "budget",
+            f"{share:.2f} to 1 of the widest route's cost, {len(budget['points'])} points, top-1 "
+            f"{budget['cheapest_top1']:.2%} to {budget['widest_top1']:.2%} on {budget['images']} "
+            f"images",
+        )
+
+
+def _budget_table(budget: Mapping[str, Any]) -> Any:
+    """Some points of a budget curve, evenly taken, the cheapest and the widest among them."""
+    points = budget["points"]
+    last = max(1, min(SHOWN, len(points)) - 1)
+    numbers = sorted({round(n * (len(points) - 1) / last) for n in range(last + 1)})
+    table = new_table("budget", "MAdds", "top-1", "escalated")
+    for point in (points[number] for number in numbers):
+        table.add_row(
+            f"{point['share']:.3f}",
+            _millions(point["madds"]),
+            f"{point['top1']:.2%}",
+            f"{point['escalated']:.1%}",
+        )
+    return table
+
+
+def _say_architecture(told: Mapping[str, Any]) -> None:
+    size = told["image_size_px"]
+    say(
+        f"{told['model']}: {_millions(told['params'])} parameters, {told['num_classes']} classes, "
+        f"{told['in_channels']} input channels; costs at {size}x{size} px"
+    )
+    say(_stages_table(told))
+    for number, gate in enumerate(told["gates"]):
+        place = gate["at"] + ("" if gate["at"] == "entrance" else " convolution")
+        say(
+            f"gate {number}, stage {gate['stage']}, {place}: picks {_few(gate['widths'], 12)} "
+            f"(width indices {_few(gate['choices'], 12)})"
+        )
+    say(_segments_table(told))
+    say(_routes_table(told))
+    space = told["routing_space"]
+    if told["gates"]:
+        say(
+            f"the gates choose among {space['size']} routes, "
+            f"{_millions(space['cheapest']['madds'])} to {_millions(space['widest']['madds'])} "
+            f"MAdds; segments include the heads of their gates, routes do not"
+        )
+
+
+def _stages_table(told: Mapping[str, Any]) -> Any:
+    table = new_table("stage", "block", "blocks", "kernel", "stride", "widths", "gate")
+    table.columns[1].justify = table.columns[5].justify = table.columns[6].justify = "left"
+    for number, stage in enumerate(told["stages"]):
+        widths = stage["widths"]
+        shown = _few(widths) if len(widths) <= SHOWN else _span(widths)
+        if stage["largest_width"] > widths[-1]:
+            shown += f" (largest {stage['largest_width']})"
+        governor = stage["governed_by"]
+        gate = "" if governor is None else f"by gate {governor}"
+        block = stage["block"].replace("_", " ") + (", max pool" if stage["max_pool"] else "")
+        if stage["expansion"] > 1:
+            block += f" x{stage['expansion']}"
+        table.add_row(
+            str(number),
+            block,
+            str(stage["blocks"]),
+            str(stage["kernel"]),
+            str(stage["stride"]),
+            shown,
+            gate if stage["gate"] is None else f"gate {governor}",
+        )
+    return table
+
+
+def _segments_table(told: Mapping[str, Any]) -> Any:
+    """MAdds and parameters of every form, or of the cheapest and the widest of each segment."""
+    table = new_table("segment", "form", "MAdds", "parameters")
+    table.columns[1].justify = "left"
+    forms = list(_forms(told))
+    if len(forms) <= FEW:
+        for number, before, own, cost, size in forms:
+            form = "trunk" if own is None else f"{own}" if before is None else f"{before} → {own}"
+            table.add_row(str(number), form, _millions(cost), _millions(size))
+        return table
+    for number in range(len(told["segments"])):
+        costs, sizes = zip(*(form[3:] for form in forms if form[0] == number), strict=True)
+        table.add_row(
+            str(number),
+            "trunk" if number == 0 else f"{len(costs)} forms",
+            _span([_millions(min(costs)), _millions(max(costs))]),
+            _span([_millions(min(sizes)), _millions(max(sizes))]),
+        )
+    return table
+
+
+def _forms(told: Mapping[str, Any]) -> Iterator[tuple[int, int | None, int | None, int, int]]:
+    """Segment, width behind the gate before, width, MAdds and parameters of every form."""
+    for number, segment in enumerate(told["segments"]):
+        own = told["gates"][number - 1]["widths"] if number > 0 else [None]
+        before = told["gates"][number - 2]["widths"] if number > 1 else [None]
+        for a, costs, sizes in zip(before, segment["madds"], segment["params"], strict=True):
+            yield from ((number, a, b, c, s) for b, c, s in zip(own, costs, sizes, strict=True))
+
+
+def _routes_table(told: Mapping[str, Any]) -> Any:
+    table = new_table("route", "widths", "MAdds", "parameters", "of the widest", "gates pick")
+    widest = told["routes"][-1]["madds"]
+    listed = told["routing_space"]["routes"]
+    chosen = None if listed is None else [route["widths"] for route in listed]
+    rows = [(str(number), route) for number, route in enumerate(told["routes"])]
+    if told["largest"] != told["routes"][-1]:
+        rows.append(("largest", told["largest"]))
+    for name, route in rows:
+        can = "" if chosen is None or not told["gates"] or route["widths"] not in chosen else "yes"
+        table.add_row(
+            name,
+            "-".join(map(str, route["widths"])),
+            _millions(route["madds"]),
+            _millions(route["params"]),
+            f"{route['madds'] / widest:.3f}",
+            can,
+        )
+    return table
+
+
+def _millions(count: float) -> str:
+    return f"{count / 1e6:.2f} M" if count >= 1e5 else f"{count / 1e3:.2f} k"
+
+
+def _few(items: Any, most: int = SHOWN) -> str:
+    """The first of a list, and how many more there are."""
+    more = len(items) - most
+    return ", ".join(map(str, items[:most])) + (f", and {more} more" if more > 0 else "")
+
+
+def _span(rising: Any) -> str:
+    first, last = str(rising[0]), str(rising[-1])
+    many = f" ({len(rising)})" if len(rising) > 2 else ""
+    return first if first == last else f"{first} to {last}{many}"

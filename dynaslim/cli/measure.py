@@ -147,6 +147,8 @@ def calibrate(
 
     if batches < 1 or batch_size < 2:
         raise UsageError("--batches must be at least 1 and --batch-size at least 2")
+    if workers < 0:
+        raise UsageError(f"--workers {workers}: must not be negative")
     check_writable(out)
     loaded, preprocessing = read_prepared(checkpoint)
     source = open_source(data, split)
@@ -179,6 +181,8 @@ def to_device(name: str) -> torch.device:
 
     from dynaslim.errors import UsageError
 
+    if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
+        raise UsageError(f"--device {name}: choose cpu, cuda or mps")
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:

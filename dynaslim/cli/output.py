@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -103,6 +105,24 @@ def new_table(*columns: str) -> Any:
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", no_wrap=True)
     return table
+
+
+def help_columns() -> int:
+    """Columns of help: those of the terminal, but no more than can be read with ease."""
+    return min(shutil.get_terminal_size().columns, 100)
+
+
+def shell_lines(command: str, columns: int) -> list[str]:
+    """A command in lines that can be copied into a shell as they stand; flags keep their values."""
+    words = re.sub(r"( --?\S+) (?=[^-])", "\\1\0", command).split(" ")
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 1 <= columns - 2:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(f"  {word}")
+    lines = [line.replace("\0", " ") for line in lines]
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def say(what: Any, end: str = "\n") -> None:

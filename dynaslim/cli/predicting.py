@@ -21,9 +21,9 @@ FEW: Final = 50
 
 
 def predict(
-    model: Path,
     paths: list[str],
     *,
+    model: str | None = None,
     budget: str | None = None,
     backend: str = "auto",
     batch_size: int = 64,
@@ -35,8 +35,10 @@ def predict(
     """Predict image files, each along the route that its gates choose.
 
     Args:
-        model: A checkpoint file, or the folder of an exported package.
-        paths: Image files, folders, and patterns such as "photos/**/*.jpg".
+        paths: A model, if --model names none, and images: files, folders, and patterns such as
+            "photos/**/*.jpg". Images alone are predicted by a model that ships with dynaslim.
+        model: A checkpoint file, the folder of an exported package, or the name of a model that
+            ships, such as cifar10. Default: the first path where it is one, else cifar10.
         budget: What an image may cost on average, such as 0.6 (of the widest route) or 4.5ms.
             Default: as trained.
         backend: What runs the network; auto takes the fastest that is installed.
@@ -48,14 +50,16 @@ def predict(
     """
     from dynaslim.errors import UsageError
     from dynaslim.predict import Summary, Unreadable, find_images
+    from dynaslim.shipped import resolve
 
+    model, paths = _divided(paths, model)
     files = find_images(paths)
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: must be at least 1")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
     table = None if parquet is None else _table(parquet, engine)
-    rows = _rows(engine, model, files, backend, batch_size, budget, workers)
+    rows = _rows(engine, resolve(model), files, backend, batch_size, budget, workers)
     show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
     summary = Summary()
     started = time.perf_counter()
@@ -78,7 +82,7 @@ def predict(
                 table.add(row)
         seconds = time.perf_counter() - started
         totals = {
-            "model": str(model),
+            "model": model,
             "budget": budget,
             "engine": engine,
             **summary.to_dict(),
@@ -94,6 +98,58 @@ def predict(
     if summary.unreadable:
         return fail(f"{len(summary.unreadable)} of {len(files)} images could not be read", 1)
     return 0
+
+
+def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
+    """Model and images of a command line.
+
+    Raises:
+        UsageError: if there are no images, there is a model too many, or the first path could be
+            either.
+    """
+    from dynaslim import shipped
+    from dynaslim.errors import check
+
+    first, *others = paths
+    if model is not None:
+        check(
+            not _is_model(first),
+            f"{first}: is a model, and --model {model} names one too; give one of them",
+        )
+        return model, paths
+    is_folder = Path(first).is_dir() and not _is_model(first)
+    check(
+        not (is_folder and shipped.is_name(first)),
+        f"{first}: is a folder here, and a model that ships; give --model {first} for the model, "
+        f"or ./{first} for the folder",
+    )
+    if _names_images(first):
+        return str(shipped.DEFAULT), paths
+    check(bool(others), f"{first}: is taken for the model; name image files, folders or patterns")
+    return first, others
+
+
+def _is_model(path: str) -> bool:
+    """Whether a path can be nothing but a model: by its suffix, or a package."""
+    from dynaslim.pretrained import is_hub_address
+    from dynaslim.runtime.package import is_package
+
+    return path.endswith(".safetensors") or is_hub_address(path) or is_package(path)
+
+
+def _names_images(path: str) -> bool:
+    """Whether a path is an image by its suffix, a folder that holds images, or a pattern."""
+    import glob
+
+    from dynaslim.data.decode import IMAGE_SUFFIXES
+
+    if _is_model(path):
+        return False
+    if Path(path).is_dir():
+        return any(f.suffix.lower() in IMAGE_SUFFIXES for f in Path(path).rglob("*"))
+    return Path(path).suffix.lower() in IMAGE_SUFFIXES or (
+        glob.has_magic(path) and not Path(path).exists()
+    )
 
 
 def _rows(

@@ -157,9 +157,12 @@ def open_tables(path: str, split: str, tables: list[str], *, streaming: bool = F
     """The dataset of one split's parquet files; raises `DataError` if they cannot be read."""
     # splits are opened one at a time: together, all would get the class names of one
     options = {"streaming": True} if streaming else {}
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors; we report the outcome
     try:
         return datasets.load_dataset("parquet", data_files={split: tables}, split=split, **options)
     except Exception as error:  # datasets lets through what its readers raise, of many kinds
+        if "corresponds to no data" in str(error):
+            raise DataError(f"{path}: split {split} is empty") from None
         raise DataError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
 
 

@@ -17,6 +17,7 @@ from dynaslim.cost import gate_hidden
 from dynaslim.nn.blocks import Block, Maker, make_block
 from dynaslim.nn.functional import AnyWidth, SoftWidth, slim_linear
 from dynaslim.nn.gate import Gate
+from dynaslim.pretrained import Pretrained
 from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
 
 Choose = Callable[[Tensor, int], Tensor]
@@ -77,7 +78,7 @@ def _make_program(indices: tuple[int, ...]) -> Program:
     return FunctionType(code, run.__globals__, name, None, run.__closure__)
 
 
-class SlimNet(nn.Module):
+class SlimNet(nn.Module, Pretrained):
     """A dynamic slimmable network built from a spec.
 
     `net(x, route)` runs one sub-network; `net.forward_gated(x, choose)` masks every row by its

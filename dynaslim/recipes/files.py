@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dynaslim._files import read_yaml
 from dynaslim.errors import UsageError
 from dynaslim.recipes.gate import GateRecipe
 from dynaslim.recipes.supernet import SupernetRecipe
@@ -20,14 +21,7 @@ def load_recipe(kind: type[Recipe], path: str | Path) -> Recipe:
         UsageError: if the file cannot be read, has keys that a recipe has not, or values that do
             not fit.
     """
-    import yaml
-
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: cannot be read: {getattr(error, 'strerror', error)}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    data = read_yaml(path)
     if not isinstance(data, dict):
         raise UsageError(f"{path}: expected keys and values of a recipe")
     try:

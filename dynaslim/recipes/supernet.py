@@ -49,7 +49,11 @@ class SupernetRecipe:
     """Stage I: the supernet, by the sandwich rule."""
 
     model: str = "ds_mbnet_tiny"
-    """A name of the zoo."""
+    """A name of the zoo, or a spec file (.yaml)."""
+    init: str | None = None
+    """Checkpoint of this model to start from, in place of random weights. The classifier starts
+    afresh where the classes are others; mean and std are the checkpoint's where `data` has none;
+    the gates' choices are the checkpoint's."""
     epochs: int = 10
     """Passes over the training images."""
     batch_size: int = 128

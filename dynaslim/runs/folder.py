@@ -27,7 +27,7 @@ from dynaslim.runs.snapshot import read_snapshot, save_snapshot
 
 SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"
-FIXED: Final = {"model", "optim.name", "objective", "targets", "choices", "supernet"}
+FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices", "supernet"}
 """Fields of a recipe that no run can change on its way."""
 
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dynaslim._files import write_atomic
-from dynaslim.checkpoint import Checkpoint, create_model, save
+from dynaslim.checkpoint import Checkpoint, read, save, with_classes
 from dynaslim.distributed import rank
+from dynaslim.errors import check
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
-from dynaslim.recipes import SupernetRecipe
+from dynaslim.recipes import DataRecipe, SupernetRecipe
 from dynaslim.report.curves import curves_figure
 from dynaslim.runs.context import RunContext, opened, skipped_lines
 from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
+from dynaslim.spec import NetSpec
 from dynaslim.train.loop import SupernetTraining
 from dynaslim.zoo import get_spec
 
@@ -32,7 +35,9 @@ def run_supernet(
     the way); all with BN statistics of their own for every route.
 
     Raises:
-        UsageError: if the folder holds another run, or the recipe does not fit the data.
+        UsageError: if the folder holds another run, or the recipe does not fit the data or the
+            checkpoint that it starts from.
+        CheckpointError: if that checkpoint cannot be read.
         DataError: if the images cannot be read.
         TrainingError: if a loss is not finite; the last snapshot is left as it was.
         Stopped: if asked to stop by SIGTERM or SIGINT; a snapshot has been written.
@@ -42,6 +47,32 @@ def run_supernet(
         return _SupernetRun(recipe, context).run()
 
 
+def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
+    """The checkpoint to start from, checked to hold the recipe's model."""
+    assert recipe.init is not None
+    start = read(recipe.init)
+    found = start.net.spec
+    check(
+        _shape(found) == _shape(spec),
+        f"init {recipe.init}: holds {found.name}, which is not the recipe's model {recipe.model}; "
+        f"name the model that it was trained as",
+    )
+    return start
+
+
+def _shape(spec: NetSpec) -> NetSpec:
+    """A spec without what may differ between a network and one that starts from it."""
+    return spec.with_choices((0,)).replace(name="", num_classes=1)
+
+
+def _prepared_as(start: Checkpoint, data: DataRecipe) -> DataRecipe:
+    """The recipe's images, normalised as the weights know it unless the recipe says how."""
+    pre = start.preprocessing
+    if pre is None or data.mean is not None:
+        return data
+    return replace(data, mean=pre.mean, std=pre.std)
+
+
 class _SupernetRun:
     """The parts of a run, while it lasts."""
 
@@ -49,9 +80,15 @@ class _SupernetRun:
         self.recipe, self.context = recipe, context
         self.folder, self.stop = context.folder, context.stop
         spec = get_spec(recipe.model)
-        self.data = context.open_images(recipe.data, recipe, spec.in_channels)
+        start = None if recipe.init is None else _start(recipe, spec)
+        data = recipe.data if start is None else _prepared_as(start, recipe.data)
+        self.data = context.open_images(data, recipe, spec.in_channels)
+        names = self.data.class_names
         torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
-        net = create_model(recipe.model, num_classes=len(self.data.class_names))
+        if start is not None:
+            net = with_classes(start, names)
+        else:
+            net = SlimNet(spec.replace(num_classes=len(names)))
         net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)
@@ -150,7 +187,7 @@ class _SupernetRun:
         skipped = skipped_lines(data)
         results = {
             "stage": "supernet",
-            "model": self.recipe.model,
+            "model": training.net.spec.name,
             "data": data.name,
             "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
             "val_images": 0 if data.validation is None else len(data.validation),

@@ -1,57 +1,23 @@
-import argparse
-import json
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import SHARED, needs_shared
+from released_file import released_state, write_released
 from torch.nn import functional as F
 
 from dynaslim import Engine, cli, from_official, load
 from dynaslim.errors import CheckpointError
 from dynaslim.nn import argmax_one_hot
 
-FIXTURE = Path(__file__).parents[1] / "fixtures" / "official.npz"
-
-
-def _rebuild(arrays):
-    """A released state dict of full size, with random values where the fixture has nothing."""
-    state = {}
-    torch.manual_seed(0)
-    for name, shape in json.loads(arrays["shapes"].tobytes()).items():
-        if name.endswith("num_batches_tracked"):
-            state[name] = torch.ones(shape, dtype=torch.int64)
-            continue
-        full = torch.rand(shape) + 0.5 if name.endswith("running_var") else torch.randn(shape) / 16
-        if f"weight/{name}" in arrays:
-            kept = torch.from_numpy(arrays[f"weight/{name}"]).view(torch.bfloat16).float()
-            full[tuple(slice(size) for size in kept.shape)] = kept
-        state[name] = full
-    return state
-
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
     """(path of a file in the released format, reference outputs)."""
-    with np.load(FIXTURE) as file:
-        arrays = dict(file)
-    state = {f"module.{name}": value for name, value in _rebuild(arrays).items()}
-    ema = dict(state)
-    ema["module.classifier.bias"] = ema["module.classifier.bias"] + 0.25
     path = tmp_path_factory.mktemp("official") / "model_best.pth.tar"
-    content = {
-        "epoch": 1,
-        "arch": "slimmable_mbnet_v1_bn_uniform",
-        "state_dict": state,
-        "state_dict_ema": ema,
-        "args": argparse.Namespace(num_choice=14),
-        "metric": 0.5,
-    }
-    torch.save(content, path)
-    return path, arrays
+    return path, write_released(path)
 
 
 def test_matches_the_released_network(official):
@@ -138,7 +104,7 @@ def _plain_forward(state, x, k, largest=False):
 def test_all_widths_and_the_largest_against_a_plain_transcription(official):
     """The fixture pins the transcription on the first four widths, that one pins us on all."""
     path, reference = official
-    state = _rebuild(reference)
+    state = released_state(reference)
     x = torch.from_numpy(reference["x"][:4])
     for k, expected in enumerate(reference["uniform"]):
         assert np.abs(_plain_forward(state, x, k).numpy() - expected[:4]).max() < 1e-5
@@ -247,7 +213,7 @@ def _saved(path, state, **more):
 
 def test_files_that_are_no_released_checkpoint(official, tmp_path):
     path, arrays = official
-    state = _rebuild(arrays)
+    state = released_state(arrays)
     bad = tmp_path / "bad.pth.tar"
     with pytest.raises(CheckpointError, match=r"none.pth: no such file"):
         from_official(tmp_path / "none.pth")

@@ -230,7 +230,9 @@ def test_mistakes_get_one_line(data, tmp_path, capsys):
     _fails(capsys, _argv(data, out, "--model", "ds_nothing"), 2, "ds_nothing")
     _fails(capsys, _argv(data, out, "--batch-size", "512"), 1, "128 images do not fill one batch")
     _fails(capsys, _argv(data, out, "--epochs", "0"), 2, "epochs 0: must be at least 1")
-    _fails(capsys, _argv(data, out, "--epoch-count", "3"), 2, "epoch_count")
+    _fails(
+        capsys, _argv(data, out, "--epoch-count", "3"), 2, "no --epoch-count, did you mean --epochs"
+    )
     _fails(capsys, _argv(data, out, "--device", "abacus"), 2, "device 'abacus'")
     file = tmp_path / "file"
     file.write_text("")

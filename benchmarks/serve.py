@@ -1,0 +1,394 @@
+"""The server under load: throughput by batching, latency, overload, malformed requests, drain.
+
+    python benchmarks/serve.py --json benchmarks/results/serve.json
+
+Networks with random weights are exported to packages in a temporary folder; each server is a
+process of its own, its clients (serve_client.py) are another, on the same machine: what the clients
+take of its cores is told beside each number (`client_cpu_share`, of one core). Throughput is
+measured in rounds in which the arms take turns: the server as it is, the same with batches of one,
+and batches of one on one core, which small networks run faster. Takes about six minutes, and less
+than one with --quick, whose numbers are good for nothing but to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dynaslim.bench.models import random_network
+from dynaslim.bench.timing import hardware, summary
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.export import export_package
+
+ARMS = {
+    "batched": [],
+    "one_at_a_time": ["--max-batch", "1"],
+    "one_at_a_time_one_core": ["--max-batch", "1", "--workers", "1"],
+}
+BOUNDARY = "bench"
+DEADLINE_MS = 2000.0
+
+
+@dataclass
+class Case:
+    """A network and what it is asked."""
+
+    model: str
+    side: int
+    images: int
+    """Of a request."""
+    seed: int = 0
+    """Of the weights: of 0, ds_mbnet is too inexact in float32 to be exported."""
+    full: bool = True
+    """Latency and overload too, not throughput alone."""
+
+    @property
+    def name(self) -> str:
+        """Of the results."""
+        return f"{self.model} at {self.side} px, {self.images} a request"
+
+
+CASES = (
+    Case("ds_mbnet_tiny", 32, 1),
+    Case("ds_mbnet_tiny", 32, 4, full=False),
+    Case("ds_mbnet", 224, 1, seed=1),
+)
+
+
+class Server:
+    """`dynaslim serve` as a process."""
+
+    def __init__(self, package: Path, flags: list[str]) -> None:
+        command = [sys.executable, "-m", "dynaslim", "serve", str(package), "--port", "0"]
+        self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r":(\d+)/", line)
+        assert found, f"the server did not start: {line}"
+        self.port = int(found[1])
+
+    def rss_mb(self) -> float:
+        """Resident memory."""
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+    def cpu_s(self) -> float:
+        """Processor time so far."""
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self.process.poll() is None
+
+    def stop(self) -> int:
+        """Its exit code."""
+        if self.alive():
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(40)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+def pictures(side: int, count: int) -> list[bytes]:
+    """JPEG files of smooth noise, somewhat larger than what the network sees."""
+    rng, found = np.random.default_rng(0), []
+    size = side if side <= 32 else side * 8 // 7
+    for _ in range(count):
+        rough = rng.integers(0, 256, (max(4, size // 8),) * 2 + (3,), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(rough).resize((size, size)).save(buffer, "JPEG", quality=85)
+        found.append(buffer.getvalue())
+    return found
+
+
+def form(images: list[bytes]) -> bytes:
+    """A multipart body."""
+    head = b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n\r\n'
+    edge = f"--{BOUNDARY}".encode()
+    return b"".join(edge + b"\r\n" + head + one + b"\r\n" for one in images) + edge + b"--\r\n"
+
+
+def plan(case: Case, port: int, **options: Any) -> str:
+    """What the clients are told."""
+    files = pictures(case.side, 32)
+    bodies = [form([files[(n + k) % 32] for k in range(case.images)]) for n in range(32)]
+    return json.dumps(
+        {
+            "port": port,
+            "requests": [body.decode("latin-1") for body in bodies],
+            "content_type": f"multipart/form-data; boundary={BOUNDARY}",
+            **options,
+        }
+    )
+
+
+def start_clients(text: str) -> subprocess.Popen[str]:
+    """Clients at work."""
+    made = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("serve_client.py"))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert made.stdin is not None
+    made.stdin.write(text)
+    made.stdin.close()
+    return made
+
+
+def result_of(clients: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
+    """What they have seen, at the latest after so many seconds."""
+    try:
+        clients.wait(seconds)
+    except subprocess.TimeoutExpired:
+        clients.kill()
+        raise
+    assert clients.stdout is not None
+    found: dict[str, Any] = json.loads(clients.stdout.read())
+    return found
+
+
+def load(server: Server, case: Case, seconds: float, **options: Any) -> dict[str, Any]:
+    """One period of load."""
+    cpu, start = server.cpu_s(), time.perf_counter()
+    clients = start_clients(plan(case, server.port, seconds=seconds, **options))
+    found = result_of(clients, seconds + 40)
+    found["server_cpu_share"] = (server.cpu_s() - cpu) / (time.perf_counter() - start)
+    return found
+
+
+# -- what is measured -----------------------------------------------------------------------------
+
+
+def throughput(
+    servers: dict[str, Server], case: Case, rounds: int, seconds: float
+) -> dict[str, Any]:
+    """Images per second of every arm by closed-loop clients, in turn."""
+    clients = max(4, 32 // case.images)
+    periods: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+    for server in servers.values():
+        load(server, case, seconds / 2, clients=clients)
+    for turn in range(rounds):
+        order = list(servers.items())
+        for name, server in order if turn % 2 == 0 else reversed(order):
+            periods[name].append(load(server, case, seconds, clients=clients))
+    arms: dict[str, Any] = {}
+    for name, found in periods.items():
+        arms[name] = {
+            "images_per_s": summary([p["answered_per_s"] * case.images for p in found]),
+            "p50_ms": statistics.median(p["p50_ms"] for p in found),
+            "mean_batch": statistics.median(p["mean_batch"] for p in found),
+            "client_cpu_share": statistics.median(p["client_cpu_share"] for p in found),
+            "server_cpu_share": statistics.median(p["server_cpu_share"] for p in found),
+            "codes": dict(sum((Counter(p["codes"]) for p in found), Counter())),
+        }
+    ratios = {
+        name: summary(
+            [
+                batched["answered_per_s"] / other["answered_per_s"]
+                for batched, other in zip(periods["batched"], periods[name], strict=True)
+            ]
+        )
+        for name in servers
+        if name != "batched"
+    }
+    return {"clients": clients, "rounds": rounds, "arms": arms, "batched_over": ratios}
+
+
+def latency(server: Server, case: Case, capacity: float, seconds: float) -> dict[str, Any]:
+    """Open loop at half and four fifths of the capacity (requests per second)."""
+    return {
+        f"{share:.0%}": load(server, case, seconds, rate=share * capacity) for share in (0.5, 0.8)
+    }
+
+
+def overload(server: Server, case: Case, capacity: float, seconds: float) -> dict[str, Any]:
+    """Three times what it can do, twice: memory must not have grown in the second time."""
+    before = server.rss_mb()
+    first = load(server, case, seconds, rate=3 * capacity)
+    between = server.rss_mb()
+    second = load(server, case, seconds, rate=3 * capacity, seed=1)
+    after = server.rss_mb()
+    longest = max(p["longest_from_sending_ms"] or 0 for p in (first, second))
+    return {
+        "first": first,
+        "second": second,
+        "rss_mb": [before, between, after],
+        "longest_answered_ms": longest,
+        "alive": server.alive(),
+    }
+
+
+def malformed(server: Server, count: int) -> dict[str, Any]:
+    """Requests that are wrong in all ways: made up from the OpenAPI document, and by hand."""
+    import httpx
+    import schemathesis
+    from hypothesis import HealthCheck, Phase, given, settings
+    from schemathesis import GenerationMode
+
+    url = f"http://127.0.0.1:{server.port}"
+    statuses: Counter[int] = Counter()
+    operation = schemathesis.openapi.from_url(f"{url}/openapi.json")["/v1/predict"]["POST"]
+    made_up = count * 2 // 5
+
+    @settings(
+        max_examples=made_up,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(GenerationMode.NEGATIVE))
+    def fuzz(case: Any) -> None:
+        statuses[case.call(base_url=url).status_code] += 1
+
+    fuzz()
+    rng = np.random.default_rng(0)
+    kinds = [encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")]
+    with httpx.Client(timeout=30) as client:
+        headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+        while sum(statuses.values()) < count:
+            turn = sum(statuses.values())
+            content = bytearray(kinds[turn % len(kinds)])
+            match turn % 4:
+                case 0:  # cut off
+                    content = content[: rng.integers(0, len(content))]
+                case 1:  # damaged
+                    for at in rng.integers(0, len(content), 20):
+                        content[at] = rng.integers(0, 256)
+                case 2:  # a large size in a small head
+                    at = rng.integers(0, 40)
+                    content[at : at + 4] = b"\xff\xff\xff\x7f"
+                case 3:  # something else
+                    content = bytearray(rng.bytes(int(rng.integers(0, 2000))))
+            body = form([bytes(content)])
+            if turn % 10 == 9:  # the form itself
+                body = body[: rng.integers(0, len(body))]
+            answer = client.post(f"{url}/v1/predict", content=body, headers=headers)
+            statuses[answer.status_code] += 1
+        good = client.post(
+            f"{url}/v1/predict", content=form([encoded("PNG")]), headers=headers
+        ).status_code
+    return {
+        "requests": sum(statuses.values()),
+        "made_up_from_the_document": made_up,
+        "codes": {str(code): n for code, n in sorted(statuses.items())},
+        "server_errors": sum(n for code, n in statuses.items() if code >= 500),
+        "alive": server.alive() and good == 200,
+    }
+
+
+def encoded(kind: str) -> bytes:
+    """A good picture."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def drain(package: Path, case: Case) -> dict[str, Any]:
+    """SIGTERM while clients ask without a pause."""
+    server = Server(package, [])
+    clients = start_clients(
+        plan(case, server.port, seconds=20, clients=32, settle_s=0, until_stopped=True)
+    )
+    time.sleep(2.5)
+    code = server.stop()
+    found = result_of(clients, 40)
+    return {
+        "exit_code": code,
+        "answered": found["codes"].get("200", 0),
+        "told_that_it_stops": found["codes"].get("503", 0),
+        "cut_off": found["cut_off"],
+    }
+
+
+# -- all of it ------------------------------------------------------------------------------------
+
+
+def measure(case: Case, package: Path, quick: bool, result: dict[str, Any]) -> None:
+    """Throughput, and where the case is full latency and overload."""
+    rounds, seconds = (2, 0.7) if quick else (5, 2.5)
+    servers = {name: Server(package, flags) for name, flags in ARMS.items()}
+    try:
+        found = throughput(servers, case, rounds, seconds)
+        result["throughput"] = found
+        speed = found["arms"]["batched"]["images_per_s"]["median"]
+        for name, ratio in found["batched_over"].items():
+            other = found["arms"][name]["images_per_s"]["median"]
+            print(
+                f"{case.name}: batched {speed:.0f} images/s, {name} {other:.0f}: "
+                f"{ratio['median']:.2f}x ({ratio['q1']:.2f} to {ratio['q3']:.2f})",
+                flush=True,
+            )
+        if not case.full:
+            return
+        capacity = speed / case.images
+        result["latency"] = latency(servers["batched"], case, capacity, 1.5 if quick else 8)
+        for share, one in result["latency"].items():
+            print(f"  at {share}: p50 {one['p50_ms']:.1f} ms, p99 {one['p99_ms']:.1f} ms")
+        result["overload"] = overload(servers["batched"], case, capacity, 1.5 if quick else 8)
+        over = result["overload"]
+        print(
+            f"  at 300%: {over['second']['codes']}, {over['second']['not_sent']} not sent, "
+            f"the longest answered {over['longest_answered_ms']:.0f} ms, RSS {over['rss_mb']} MB",
+            flush=True,
+        )
+    finally:
+        for server in servers.values():
+            server.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the result there")
+    parser.add_argument("--quick", action="store_true", help="short, to see that it runs")
+    options = parser.parse_args()
+    start = time.perf_counter()
+    result: dict[str, Any] = {"hardware": hardware(), "deadline_ms": DEADLINE_MS, "cases": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        packages: dict[str, Path] = {}
+        for case in CASES:
+            package = packages.setdefault(case.model, Path(folder) / case.model)
+            if not package.exists():
+                net = random_network(case.model, case.side, case.seed)
+                export_package(Checkpoint(net, preprocessing=Preprocessing(case.side)), package)
+            measure(case, package, options.quick, result["cases"].setdefault(case.name, {}))
+        tiny = packages[CASES[0].model]
+        server = Server(tiny, [])
+        try:
+            result["malformed"] = malformed(server, 200 if options.quick else 2000)
+        finally:
+            server.stop()
+        print("malformed:", result["malformed"], flush=True)
+        result["drain"] = drain(tiny, CASES[0])
+        print("drain:", result["drain"], flush=True)
+    result["took_s"] = time.perf_counter() - start
+    print(f"took {result['took_s']:.0f} s")
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

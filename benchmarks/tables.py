@@ -1,0 +1,241 @@
+"""Writes the tables of docs/performance.md from the results beside this script.
+
+    python benchmarks/tables.py           # --check says whether the page has what the results say
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what stands there is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "performance.md"
+
+
+def results(name: str) -> dict[str, Any]:
+    """What a script measured."""
+    found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
+    return found
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def spread(value: dict[str, float], digits: int, *, bold: bool = False) -> str:
+    """Median and quartiles."""
+    median = f"{value['median']:.{digits}f}"
+    median = f"**{median}**" if bold else median
+    return f"{median} ({value['q1']:.{digits}f} to {value['q3']:.{digits}f})"
+
+
+def machine() -> str:
+    """What was measured on."""
+    found = results("routed")["hardware"]
+    return (
+        f"{found['cores']} cores of {found['processor']}, {found['system']}, "
+        f"Python {found['python']}, torch {found['torch']}, ONNX Runtime {found['onnxruntime']}, "
+        f"OpenVINO {found['openvino']}; n = {results('routed')['runs'][0]['rounds']} rounds."
+    )
+
+
+def routed() -> str:
+    """Batches against the ideal."""
+    rows = [
+        [
+            run["backend"],
+            str(run["batch_size"]),
+            spread(run["routed_ms"], 1),
+            f"{run['ideal_ms']['median']:.1f}",
+            spread(run["ratio_to_ideal"], 3, bold=True),
+            f"{run['speedup_over_widest']['median']:.2f}x",
+        ]
+        for run in results("routed")["runs"]
+        if run["batch_size"] > 1
+    ]
+    header = ["backend", "batch", "routed, ms", "ideal, ms", "ideal / routed"]
+    return table([*header, "faster than the widest route"], rows)
+
+
+def statics() -> str:
+    """Static networks at their best."""
+    rows, header = [], ["backend"]
+    for run in results("routed")["runs"]:
+        if run["batch_size"] != 32:
+            continue
+        header = ["backend", *run["routes"]]
+        cells = []
+        for route in run["routes"]:
+            best = run["best_static_ms"][route]
+            how = ", side by side" if best["side_by_side"] else ""
+            cells.append(f"{best['median'] / 32:.2f} ({best['rows_per_piece']}{how})")
+        rows.append([run["backend"], *cells])
+    return table(header, rows)
+
+
+def single() -> str:
+    """One image at a time."""
+    rows = []
+    for run in results("routed")["runs"]:
+        if run["batch_size"] == 1:
+            static = [f"{run['best_static_ms'][route]['median']:.1f}" for route in run["routes"]]
+            ratios = [spread(run["routed_over_static"][route], 2) for route in run["routes"]]
+            rows.append([run["backend"], *static, *ratios])
+    names = ["0", "4", "9", "13"]
+    header = ["backend", *(f"static {n}" for n in names), *(f"ratio {n}" for n in names)]
+    return table(header, rows)
+
+
+def starts() -> str:
+    """A second process."""
+    rows = [
+        [backend, str(len(found["compiled"])), str(found["cached"]), f"{found['ready_s']:.2f} s"]
+        for backend, found in results("routed")["starts"].items()
+    ]
+    return table(["backend", "programs compiled", "read from disk", "until all are ready"], rows)
+
+
+def masked() -> str:
+    """Research code's way."""
+    found = results("masked")
+    names = {
+        "masked": "masked: every layer at its full width, masks, statistics gathered for each row, "
+        "as research code does it",
+        "masked_plain_trunk": "masked, but with a plain trunk as narrow as on the routes",
+        "gated": "this package's own masked mode, which training uses",
+        "wide_eager": "the widest route alone, static: what masking was meant to beat",
+    }
+    rows = [
+        [
+            text,
+            f"{found['ms'][name]['median']:.0f}",
+            f"{found['routed_is_faster_by'][name]['median']:.1f}x",
+        ]
+        for name, text in names.items()
+    ]
+    rows.insert(0, [f"routed, {found['backend']}", f"{found['ms']['routed']['median']:.0f}", ""])
+    return table(["eager PyTorch, where nothing else is said", "ms", "routed is faster"], rows)
+
+
+def extracted() -> str:
+    """Routes as plain networks."""
+    rows = [
+        [route, spread(one["extracted_over_by_hand"], 3)]
+        for route, one in results("extracted")["routes"].items()
+    ]
+    return table(["route", "extracted / by hand"], rows)
+
+
+def variants() -> str:
+    """What was tried."""
+    rows = [
+        [name, spread(one["over_the_engine"], 2)]
+        for name, one in results("variants")["variants"].items()
+        if "," in name
+    ]
+    return table(["variant", "time"], rows)
+
+
+def breakdown() -> str:
+    """Where the cores' time goes."""
+    found = results("variants")["breakdown"]
+    parts = list(next(iter(found.values())))
+    rows = [[name, *(f"{shares[part]:.1%}" for part in parts)] for name, shares in found.items()]
+    return table(["backend", *parts], rows)
+
+
+def floor() -> str:
+    """The processor's limits beside the best static network."""
+    found = results("variants")
+    best: dict[str, float] = {}
+    for run in results("routed")["runs"]:
+        if run["batch_size"] == 32:
+            for route, one in run["best_static_ms"].items():
+                best[route] = min(best.get(route, 1e9), one["median"] / 32)
+    routes = list(found["floor_ms_per_image"])
+    speed = found["machine"]
+    limits = f"{speed['gflops']:.0f} GFLOP/s, {speed['gbytes_per_s']:.0f} GB/s"
+    return table(
+        [limits, *routes],
+        [
+            ["floor", *(f"{found['floor_ms_per_image'][route]:.2f}" for route in routes)],
+            ["measured", *(f"{best[route]:.2f}" for route in routes)],
+        ],
+    )
+
+
+def int8() -> str:
+    """int8 beside fp32."""
+    rows = [
+        [
+            run["what"],
+            run["backend"],
+            str(run["batch_size"]),
+            f"{run['fp32_ms']['median']:.1f}",
+            f"{run['int8_ms']['median']:.1f}",
+            spread(run["int8_over_fp32"], 2),
+        ]
+        for run in results("int8")["runs"]
+    ]
+    return table(["what", "backend", "batch", "fp32, ms", "int8, ms", "int8 / fp32"], rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    make.__name__: make
+    for make in (
+        machine,
+        routed,
+        statics,
+        single,
+        starts,
+        masked,
+        extracted,
+        variants,
+        breakdown,
+        floor,
+        int8,
+    )
+}
+
+
+def filled(page: str) -> str:
+    """The page with every table as the results have it.
+
+    Raises:
+        SystemExit: if a table has no place on the page, or a place no table.
+    """
+    places = re.findall(r"<!-- table: (\w+) -->", page)
+    if sorted(places) != sorted(TABLES):
+        sys.exit(f"{PAGE.name} has places for {sorted(places)}, not for {sorted(TABLES)}")
+    for name in places:
+        page = re.sub(
+            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
+            lambda found, name=name: f"{found[1]}\n{TABLES[name]()}\n\n{found[2]}",
+            page,
+            flags=re.DOTALL,
+        )
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if stale")
+    options = parser.parse_args()
+    page = PAGE.read_text()
+    made = filled(page)
+    if options.check:
+        sys.exit(made != page)
+    PAGE.write_text(made)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""A verb's parser, made of its signature and docstring; help and complaints in plain words."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+import docstring_parser
+import jsonargparse
+
+from dynaslim.cli.output import help_columns, shell_lines
+from dynaslim.errors import UsageError
+
+EXAMPLE: Final = "example:"
+SHORT: Final = {"out": ("-o",)}
+"""Short forms of the flags of parameters."""
+
+_PLAIN: Final = {
+    int: "a whole number",
+    float: "a number",
+    Path: "a path",
+    str: "a text",
+    tuple[float, ...]: "numbers such as [0.5,0.5,0.5]",
+}
+_METAVARS: Final = {int: "N", float: "X", Path: "PATH"}
+
+
+class VerbParser(jsonargparse.ArgumentParser):
+    """A parser whose complaints are one line, and whose flags may have dashes or underscores."""
+
+    # not annotated with what it raises: jsonargparse calls it for every mistake
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong in one line.
+
+        Raises:
+            UsageError: always.
+        """
+        verb = self.prog.removeprefix("dynaslim ")
+        raise UsageError(f"{verb}: {_in_plain_words(self, message)}; see {self.prog} --help")
+
+
+class _Help(argparse.HelpFormatter):
+    """Flags with short names for their values, and defaults only where they say something."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, max_help_position=30, width=help_columns() - 1, **options)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        told, default = action.help or "", action.default
+        silent = action.required or action.nargs == 0 or not action.option_strings
+        if silent or default is None or default in ("", (), argparse.SUPPRESS):
+            return told
+        shown = str(default).lower() if isinstance(default, bool) else str(default)
+        return f"{told} (default: {shown.replace('%', '%%')})"
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith(EXAMPLE):
+            return "\n".join([EXAMPLE, *shell_lines(text.removeprefix(EXAMPLE), width)])
+        # paragraph by paragraph; one that is indented is code
+        return "\n\n".join(
+            part if part.startswith(" ") else super(_Help, self)._fill_text(part, width, indent)
+            for part in text.split("\n\n")
+        )
+
+    def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
+        def told(size: int) -> tuple[str, ...]:
+            return (metavar_of(action),) * size
+
+        return told
+
+
+def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbParser:
+    """A parser of a verb's function; a parameter called `recipe` has a flag for each field."""
+    doc = docstring_parser.parse(inspect.getdoc(function) or "")
+    helps = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
+    hints = get_type_hints(function)
+    parser = VerbParser(
+        prog=f"dynaslim {verb}",
+        description=doc.description,
+        epilog=f"{EXAMPLE}{example}",
+        formatter_class=_Help,
+    )
+    for parameter in inspect.signature(function).parameters.values():
+        name, hint = parameter.name, hints[parameter.name]
+        if name == "recipe":
+            continue
+        told = helps[name]
+        if parameter.kind is not parameter.KEYWORD_ONLY:
+            if hint == list[str]:
+                parser.add_argument(name, type=str, nargs="+", help=told)
+            else:
+                parser.add_argument(name, type=hint, help=told)
+            continue
+        flag = f"--{name.replace('_', '-')}"
+        # the long form last: it names the flag in messages and in help
+        spelled = [*SHORT.get(name, ()), flag]
+        if hint is bool:
+            parser.add_argument(*spelled, action="store_true", help=told)
+        elif parameter.default is parameter.empty:
+            parser.add_argument(*spelled, type=hint, required=True, help=told)
+        else:
+            parser.add_argument(*spelled, type=hint, default=parameter.default, help=told)
+    kind = recipe_of(function)
+    if kind is not None:
+        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        told = "File of the recipe's fields (YAML); flags that follow it change them."
+        parser.add_argument("--config", action="config", help=told)
+        parser.add_class_arguments(kind)
+        _spell_with_dashes(parser)
+        _tidy(parser, kind)
+    parser.usage = _usage(parser)
+    return parser
+
+
+def recipe_of(function: Callable[..., Any]) -> type[Any] | None:
+    """The class of a verb's recipe, if it takes one."""
+    kind: type[Any] | None = get_type_hints(function).get("recipe")
+    return kind
+
+
+def arguments(
+    function: Callable[..., Any], parser: VerbParser, parsed: jsonargparse.Namespace
+) -> dict[str, Any]:
+    """What the verb's function is called with."""
+    kind = recipe_of(function)
+    if kind is None:
+        return vars(parsed)
+    parsed.pop("config", None)
+    values = vars(parser.instantiate(parsed))
+    fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
+    return {"recipe": kind(**fields), **values}
+
+
+def flags(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
+    """The flags of a parser that its help shows."""
+    return (a for a in parser._actions if a.option_strings and a.help != argparse.SUPPRESS)
+
+
+def flag_of(action: argparse.Action) -> str:
+    """How a flag is spelled; a positional argument's name."""
+    return action.option_strings[-1] if action.option_strings else action.dest
+
+
+def choices_of(action: argparse.Action) -> tuple[str, ...]:
+    """The values that an argument can have, where they are few."""
+    if action.choices:
+        return tuple(map(str, action.choices))
+    hints = _hints(action)
+    if hints == {bool}:
+        return ("true", "false")
+    literals = [get_args(hint) for hint in hints if get_origin(hint) is Literal]
+    return tuple(str(value) for values in literals for value in values)
+
+
+def takes_path(action: argparse.Action) -> bool:
+    """Whether an argument is typed as a path."""
+    return Path in _hints(action) or "--config" in action.option_strings
+
+
+def metavar_of(action: argparse.Action) -> str:
+    """What stands for an argument's value in help."""
+    choices = choices_of(action)
+    if isinstance(action.metavar, str):
+        return action.metavar
+    if choices:
+        return "{" + ",".join(choices) + "}"
+    name = action.dest.rpartition(".")[2]
+    if not action.option_strings:
+        return name.upper().removesuffix("S") if action.nargs == "+" else name.upper()
+    if takes_path(action):
+        return _METAVARS[Path]
+    found = [_METAVARS[hint] for hint in _hints(action) if hint in _METAVARS]
+    return found[0] if found else name.upper()
+
+
+def _usage(parser: VerbParser) -> str:
+    """What has to be given, in one line; all flags are in the list below it."""
+    given = [
+        metavar_of(action) + (" ..." if action.nargs == "+" else "")
+        for action in parser._actions
+        if not action.option_strings
+    ]
+    needed = [f"{flag_of(a)} {metavar_of(a)}" for a in flags(parser) if a.required]
+    return " ".join([parser.prog, *given, *needed, "[options]"])
+
+
+def _hints(action: argparse.Action) -> set[Any]:
+    """The types that an argument's value may have, None left out."""
+    hint = getattr(action, "_typehint", action.type)
+    parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return set(parts) - {None, types.NoneType}
+
+
+def _spell_with_dashes(parser: VerbParser) -> None:
+    """Show the flags of a recipe's fields with dashes, and take them either way."""
+    known = parser._option_string_actions
+    for action in parser._actions:
+        if action.dest == argparse.SUPPRESS:
+            continue  # --help and --print_config are not fields
+        spelled = [flag.replace("_", "-") for flag in action.option_strings]
+        known.update(dict.fromkeys(spelled, action))
+        action.option_strings = spelled
+
+
+def _tidy(parser: VerbParser, recipe: type[Any]) -> None:
+    """What the library says of its own flags, shorter, or not at all."""
+    groups = {field.name for field in dataclasses.fields(recipe)}
+    for action in parser._actions:
+        if "--print_config" in action.option_strings:
+            action.help = "Print the recipe as YAML, with all that was given, and stop."
+            action.metavar = ""
+        elif action.help == "Path to a configuration file." and action.dest in groups:
+            action.help = argparse.SUPPRESS
+
+
+# -- what is wrong, in one line -------------------------------------------------------------------
+
+
+def _in_plain_words(parser: VerbParser, message: str) -> str:
+    message = " ".join(message.split())
+    if found := re.match(r"unrecognized arguments: (\S+)", message):
+        return _unknown(parser, found[1])
+    if found := re.match(r"the following arguments are required: (.+)", message):
+        missing = [_action(parser, key) for key in found[1].split(", ")]
+        return f"give {' and '.join(_asked(action) for action in missing if action)}"
+    if found := re.match(r"argument (\S+): expected (one|at least one) argument", message):
+        return f"{found[1]}: needs a value"
+    if found := re.match(r"argument (\S+): ignored explicit argument", message):
+        return f"{found[1]}: takes no value"
+    if found := re.match(r'Parser key "([^"]+)": (.+)', message):
+        return _wrong_value(parser, found[1], found[2])
+    if message.startswith("Unexpected config"):
+        return "--config: holds no keys and values of a recipe"
+    if message.startswith("Problems parsing config"):
+        return f"--config: not YAML: {message.partition(': ')[2]}"
+    if found := re.match(r"(?:Group '([^']+)' does not accept o|O)ption '([^']+)'", message):
+        return f"--config: a recipe has no {f'{found[1]}.' if found[1] else ''}{found[2]}"
+    return message.rstrip(".")
+
+
+def _unknown(parser: VerbParser, given: str) -> str:
+    if not given.startswith("-"):
+        return f"{given!r} is one argument too many"
+    name = given.partition("=")[0]
+    known = [flag for action in flags(parser) for flag in action.option_strings]
+    close = difflib.get_close_matches(name.replace("_", "-"), known, n=1)
+    return f"there is no {name}" + (f", did you mean {close[0]}?" if close else "")
+
+
+def _action(parser: VerbParser, key: str) -> argparse.Action | None:
+    return next((a for a in parser._actions if key in (a.dest, *a.option_strings)), None)
+
+
+def _named(parser: VerbParser, key: str) -> str:
+    action = _action(parser, key)
+    if action is None:
+        return key
+    return flag_of(action) if action.option_strings else action.dest.upper()
+
+
+def _asked(action: argparse.Action) -> str:
+    """An argument that has to be given, as the usage has it."""
+    metavar = metavar_of(action)
+    return f"{flag_of(action)} {metavar}" if action.option_strings else metavar
+
+
+def _wrong_value(parser: VerbParser, key: str, why: str) -> str:
+    """Why a value was not taken; jsonargparse tells it in terms of types, over several lines."""
+    action = _action(parser, key)
+    name = key if action is None else _named(parser, key)
+    value = re.search(r"(?:Got value|Given value): (.*)$", why)
+    if action is None or value is None:
+        return f"{name}: {why[0].lower()}{why[1:].rstrip('.')}"
+    choices = choices_of(action)
+    plain = [_PLAIN[hint] for hint in _hints(action) if hint in _PLAIN]
+    if choices:
+        return f"{name} {value[1]}: choose from {', '.join(choices)}"
+    if plain:
+        return f"{name} {value[1]}: must be {' or '.join(sorted(plain))}"
+    return f"{name} {value[1]}: {why.partition('. Got value')[0].partition(' Given value')[0]}"

@@ -1,0 +1,71 @@
+"""The verb that makes a page of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dynaslim.cli.output import print_json, say
+
+
+def report(
+    run: Path,
+    *,
+    out: Path = Path("report.html"),
+    data: str | None = None,
+    split: str | None = None,
+    target: float | None = None,
+    images: int | None = None,
+    baselines: Path | None = None,
+    title: str | None = None,
+    backend: str = "auto",
+    rounds: int | None = None,
+    batch_size: int = 256,
+    device: str = "cpu",
+    json: bool = False,
+) -> None:
+    """Make a page (HTML) that shows a run: accuracy, cost, time, routes, images, training.
+
+    Args:
+        run: The folder of a run or of the demo, or a checkpoint file.
+        out: The page to write (.html); one file that needs nothing else.
+        data: Images to evaluate on: a parquet file or a folder of them, a folder of images by
+            class, or a hub name. By default those that training held back, where they still are.
+        split: Split of the data; by default test, or what training held back.
+        target: Of a run with several gates, the one to show in detail; by default the middle one.
+        images: Take so many images at random, always the same.
+        baselines: Static networks to compare with, a JSON file
+            [{"name", "top1", "madds", "ms"}, ...]; by default baselines.json of the run.
+        title: Title of the page.
+        backend: What is timed: auto, eager, inductor, onnxruntime, openvino or cudagraph.
+        rounds: Times that each route is timed; 0 leaves milliseconds out. By default as many as
+            take ten seconds.
+        batch_size: Images per batch of the evaluation.
+        device: cpu, cuda or mps.
+        json: Print one JSON object.
+    """
+    from dynaslim._files import check_writable, write_atomic
+    from dynaslim.cli.measure import to_device
+    from dynaslim.report.facts import Request
+    from dynaslim.report.html import build_report
+
+    check_writable(out)
+    request = Request(
+        run,
+        data=data,
+        split=split,
+        target=target,
+        images=images,
+        baselines=baselines,
+        backend=backend,
+        rounds=rounds,
+        batch_size=batch_size,
+        device=to_device(device),
+    )
+    made = build_report(request, title=title)
+    write_atomic(out, made.html.encode())
+    if json:
+        print_json({"out": str(out), **made.summary})
+        return
+    for note in made.summary["notes"]:
+        say(note)
+    say(f"{out}: {made.summary['headline']}")

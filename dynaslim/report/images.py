@@ -1,0 +1,161 @@
+"""The images that a report evaluates a network on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+import dynaslim.data
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.data.disk import DiskImages
+from dynaslim.data.order import holdout
+from dynaslim.data.source import WHOLE, ImageSource, open_source
+from dynaslim.data.transforms import normalise
+from dynaslim.errors import CheckpointError, DataError
+from dynaslim.evaluation import match_classes
+from dynaslim.preprocessing import Preprocessing
+
+MINI: Final = Path(dynaslim.data.__file__).parent / "fashion_mnist_mini"
+"""The set that ships with the package."""
+
+
+class HeldOut(NamedTuple):
+    """Images that a training chose by: a split, or a share held back of the one it trained on."""
+
+    path: str
+    split: str
+    share: float | None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Images to evaluate on, and what they are."""
+
+    images: DiskImages
+    data: str
+    """The data set as it was named."""
+    split: str
+    held_back: float | None
+    """Share of the split that training held back, which these are; None for the whole split."""
+    whole: int
+    """How many there are before a limit."""
+    trained_on: bool
+    """Whether these are the images that the network was trained on, as far as its recipe says."""
+
+
+class NoImagesError(Exception):
+    """There are none to be had without being told where; the message says why."""
+
+
+def open_images(
+    checkpoint: Checkpoint,
+    *,
+    data: str | None,
+    split: str | None,
+    limit: int | None,
+) -> Opened:
+    """Images for a network: those named, or else those that its training held back.
+
+    `limit` takes so many at random, always the same.
+
+    Raises:
+        NoImagesError: if none are named and the recipe's are not to be had here.
+        DataError: if those named cannot be read, or their classes are not the network's.
+        CheckpointError: if images are named for a checkpoint that does not say how to prepare them.
+    """
+    pre = checkpoint.preprocessing
+    if pre is None:
+        reason = "the checkpoint does not say how images are prepared (preprocessing)"
+        raise CheckpointError(reason) if data is not None else NoImagesError(reason)
+    if data is not None:
+        return _open(checkpoint, pre, HeldOut(data, split or "test", None), limit)
+    found = held_out(checkpoint.recipe)
+    try:
+        if found is None:
+            return _open(checkpoint, pre, _shipped(checkpoint, split), limit)
+        if not Path(found.path).exists():
+            raise NoImagesError(f"the run's images are not at {found.path} here")
+        if split is not None:
+            found = HeldOut(found.path, split, None)
+        return _open(checkpoint, pre, found, limit)
+    except DataError as error:
+        raise NoImagesError(f"the run's images cannot be read ({error})") from None
+
+
+def held_out(recipe: Mapping[str, Any]) -> HeldOut | None:
+    """What the last stage of a checkpoint's recipe held back; None if it names no images.
+
+    Raises:
+        NoImagesError: if it names images and held none back.
+    """
+    for stage in (recipe.get("gate"), recipe.get("supernet")):
+        data = stage.get("data") if isinstance(stage, Mapping) else None
+        if not isinstance(data, Mapping) or not isinstance(data.get("path"), str):
+            continue
+        path, train, share = data["path"], data.get("split"), data.get("val_share")
+        if not path:
+            continue
+        if isinstance(data.get("val_split"), str):
+            return HeldOut(path, data["val_split"], None)
+        if not isinstance(train, str) or not isinstance(share, float) or not 0 < share < 1:
+            raise NoImagesError("training held no images back")
+        return HeldOut(path, train, share)
+    return None
+
+
+def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
+    """The set that ships, for a network that the demo made of it."""
+    stages = [checkpoint.recipe.get(stage) for stage in ("supernet", "gate")]
+    names = checkpoint.class_names
+    if all(isinstance(stage, Mapping) for stage in stages) and names is not None:
+        chosen = HeldOut(str(MINI), split or "test", None)
+        if open_source(MINI, chosen.split).class_names == names:
+            return chosen
+    raise NoImagesError("the checkpoint does not say which images it was trained on")
+
+
+def _open(checkpoint: Checkpoint, pre: Preprocessing, which: HeldOut, limit: int | None) -> Opened:
+    spec = checkpoint.net.spec
+    source = open_source(which.path, which.split)
+    order = match_classes(source.name, source.class_names, spec.num_classes, checkpoint.class_names)
+    rows = torch.arange(len(source))
+    if which.share is not None:
+        rows = holdout(source.labels(), which.share)[1]
+    whole = len(rows)
+    if limit is not None and limit < whole:
+        picked = torch.randperm(whole, generator=torch.Generator().manual_seed(0))[:limit]
+        rows = rows[picked.sort().values]
+    images = DiskImages.of(source, pre, rows=rows, workers=os.cpu_count() or 1)
+    if order is not None:
+        images = images.relabelled(order, checkpoint.class_names or ())
+    images.check_fits(pre, spec.num_classes)
+    trained_on = which.share is None and _is_trained_on(checkpoint.recipe, source)
+    return Opened(images, which.path, source.split, which.share, whole, trained_on)
+
+
+def readable_batches(
+    images: DiskImages, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Network inputs (B, C, S, S) and labels (B,) of the images that can be read."""
+    for pixels, labels in images.batches(batch_size):
+        good = labels >= 0
+        if good.any():
+            yield normalise(pixels[good], preprocessing), labels[good]
+
+
+def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:
+    for stage in (recipe.get("gate"), recipe.get("supernet")):
+        data = stage.get("data") if isinstance(stage, Mapping) else None
+        if not isinstance(data, Mapping) or not isinstance(data.get("path"), str):
+            continue
+        path = Path(data["path"] or MINI)
+        same = path.exists() and path.resolve() == Path(source.name).resolve()
+        if same and source.split in (data.get("split"), WHOLE):
+            return True
+    return False

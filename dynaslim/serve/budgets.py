@@ -1,0 +1,120 @@
+"""Which budget a row runs with: the request's, the server's, or what the load leaves of them."""
+
+from __future__ import annotations
+
+import math
+from typing import Final, NamedTuple
+
+from dynaslim.errors import UsageError, check
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.serve.load import BudgetControl, spread
+from dynaslim.serve.options import ServeOptions
+
+LEVELS: Final = 8
+Escalate = str | float | None
+
+
+class Setting(NamedTuple):
+    """What a request asks of the engine; requests of the same setting run together."""
+
+    point: BudgetPoint | None = None
+    """None for as trained."""
+    escalate: Escalate = "auto"
+    asked: str | None = None
+    """The budget as the request, or else the server, names it."""
+    used: str | None = None
+    """The budget that `point` was read at."""
+
+    def runs_as(self, other: Setting) -> bool:
+        """Whether rows of both can share a batch."""
+        return self.point == other.point and self.escalate == other.escalate
+
+
+class Budgets:
+    """The budgets of a network, fixed or adaptive."""
+
+    def __init__(self, curve: BudgetCurve | None, options: ServeOptions, now: float) -> None:
+        """Check what the options ask for.
+
+        Raises:
+            UsageError: for a budget, fixed or adaptive, without a budget curve, or a range in which
+                the curve has no two points.
+        """
+        self._curve = curve
+        self._default = options.budget
+        self._levels: list[str] = []
+        self._control: BudgetControl | None = None
+        if options.adaptive_budget is not None:
+            check(
+                curve is not None,
+                f"--adaptive-budget {options.adaptive_budget}: the network has no budget curve; "
+                f"measure one with: dynaslim calibrate-budget CHECKPOINT --data HELD_OUT",
+            )
+            assert curve is not None
+            self._levels = _levels(curve, *options.adaptive_range())
+            check(
+                len(self._levels) > 1,
+                f"--adaptive-budget {options.adaptive_budget}: the budget curve has no two points "
+                f"in that range; its cheapest is {curve.points[0].share:.4g}",
+            )
+            self._default = self._levels[-1]
+            self._control = BudgetControl(len(self._levels), options.adaptive_wait_ms / 1000, now)
+        self.setting(None, "auto")
+
+    def setting(self, budget: str | None, escalate: Escalate) -> Setting:
+        """What a request asks for; raises `UsageError` for what the network cannot be asked."""
+        check(
+            escalate in ("auto", None)
+            or (isinstance(escalate, int | float) and 0 <= escalate <= 1),
+            f"escalate {escalate!r}: give auto, never, or a margin from 0 to 1",
+        )
+        asked = self._default if budget is None else budget
+        if asked is None:
+            return Setting(None, escalate)
+        if self._curve is None:
+            raise UsageError(
+                f"budget {asked!r}: the network has no budget curve; measure one with: "
+                f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT"
+            )
+        point = self._curve.at(asked, escalate=escalate == "auto")
+        return Setting(point, escalate, asked, asked)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the load has a say."""
+        return self._control is not None
+
+    def observe(self, wait_s: float, now: float) -> None:
+        """Hear how long a row that comes is expected to wait."""
+        if self._control is not None:
+            self._control.observe(wait_s, now)
+
+    def in_use(self, setting: Setting) -> Setting:
+        """What of a setting the load leaves: the cheaper of its own budget and the level's."""
+        if self._control is None or self._curve is None or setting.point is None:
+            return setting
+        level = self._levels[self._control.level]
+        if level == setting.used:
+            return setting
+        point = self._curve.at(level, escalate=setting.escalate == "auto")
+        if point.madds >= setting.point.madds:
+            return setting
+        return setting._replace(point=point, used=level)
+
+    @property
+    def current(self) -> Setting:
+        """What a request runs with that names no budget."""
+        return self.in_use(self.setting(None, "auto"))
+
+
+def share_text(point: BudgetPoint) -> str:
+    """A share that affords the point, short."""
+    return f"{min(1.0, math.ceil(point.share * 1e4 - 1e-6) / 1e4):g}"
+
+
+def _levels(curve: BudgetCurve, low: float, high: float) -> list[str]:
+    """Shares at which the curve's points are to be had, cheapest first."""
+    cheapest, dearest = curve.at(low), curve.at(high)
+    points = [p for p in curve.points if cheapest.madds <= p.madds <= dearest.madds]
+    kept = spread([p.madds for p in points], LEVELS)
+    return [share_text(points[k]) for k in kept[:-1]] + [f"{high:.10g}"] if points else []

@@ -1,0 +1,328 @@
+"""POST /v1/predict, as a plain ASGI endpoint: a tenth of a millisecond less than by a framework."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import sys
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from dynaslim.errors import UsageError
+from dynaslim.serve.bodies import BodyReader, Upload, check_type, parse
+from dynaslim.serve.jobs import Answer, DeadlineError, Job, QueueFullError, StoppingError
+from dynaslim.serve.problems import (
+    ClientGone,
+    Problem,
+    Receive,
+    Send,
+    send_json,
+    send_problem,
+)
+from dynaslim.serve.queries import Query, parse_query
+from dynaslim.serve.service import RETRY_STOPPING_S, Service, failure
+
+WATCH_AFTER_S: Final = 0.05
+"""From then on a client that waits is watched for hanging up; most have their answer before."""
+_CLIENT_GONE: Final = 499
+_log = logging.getLogger("dynaslim.serve")
+
+
+@dataclass
+class _Request:
+    """A prediction on its way."""
+
+    began: float
+    deadline: float
+    query: Query
+    uploads: list[Upload]
+    read: float = 0.0
+    """When the body was there."""
+
+
+class _Outbox:
+    """Jobs that other threads have finished, handed to an event loop, many at a time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self._done: deque[tuple[asyncio.Future[Job], Job]] = deque()
+        self._called = False
+
+    def put(self, future: asyncio.Future[Job], job: Job) -> None:
+        """From any thread."""
+        self._done.append((future, job))
+        if not self._called:
+            self._called = True
+            try:
+                self.loop.call_soon_threadsafe(self._deliver)
+            except RuntimeError:  # the loop has ended, and with it whoever waited
+                self._done.clear()
+
+    def _deliver(self) -> None:
+        self._called = False  # first: what is put from here on calls again
+        while self._done:
+            future, job = self._done.popleft()
+            if future.done():
+                continue
+            if job.error is None:
+                future.set_result(job)
+            else:
+                future.set_exception(job.error)
+
+
+class Prediction:
+    """The endpoint."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._outbox: _Outbox | None = None
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        service = self._service
+        began = time.monotonic()
+        reader = BodyReader(scope["headers"], service.options.body_bytes, service.buffers)
+        status, images = _CLIENT_GONE, 0
+        service.in_flight += 1
+        try:
+            request, job = await self._predict(scope, receive, reader, began)
+            images, status = len(request.uploads), 200
+            await send_json(send, 200, self._show(request, job))
+        except Problem as problem:
+            status = await self._refuse(problem, reader, receive, send)
+        except ClientGone:
+            pass
+        except Exception as error:
+            _log.exception("a prediction failed")
+            status = await self._refuse(failure(error), reader, receive, send)
+        finally:
+            reader.release()
+            service.in_flight -= 1
+            service.metrics.request(status, time.monotonic() - began)
+            if service.options.access_log:
+                _say_access("POST", scope["path"], status, began, images)
+
+    async def _refuse(
+        self, problem: Problem, reader: BodyReader, receive: Receive, send: Send
+    ) -> int:
+        if problem.status in (429, 503):
+            self._service.metrics.rejected(problem.code)
+        if problem.status in (408, 504):
+            self._service.metrics.missed()
+        try:
+            if not reader.complete and problem.status != 408:
+                await reader.discard(receive)
+        except ClientGone:
+            return _CLIENT_GONE
+        close = not reader.complete or self._service.stopping
+        await send_problem(send, problem, close=close)
+        return problem.status
+
+    async def _predict(
+        self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
+    ) -> tuple[_Request, Job]:
+        service, options = self._service, self._service.options
+        service.check_accepting()
+        query = parse_query(scope["query_string"])
+        longest = options.deadline_ms
+        milliseconds = longest if query.deadline_ms is None else query.deadline_ms
+        if milliseconds > longest:
+            raise Problem(
+                422, "bad_parameter", f"deadline_ms {milliseconds:g}: at most {longest:g} here"
+            )
+        deadline = began + milliseconds / 1000
+        boundary = check_type(reader.type)
+        try:
+            setting = service.batcher.budgets.setting(query.budget, query.escalate)
+        except UsageError as error:
+            raise Problem(422, "bad_parameter", str(error)) from None
+        top_k = min(query.top_k, service.engine.spec.num_classes)
+        self._check_room(deadline)
+        body = await self._body(reader, receive, deadline)
+        request = _Request(began, deadline, query, [], time.monotonic())
+        loop = asyncio.get_running_loop()
+        if self._outbox is None or self._outbox.loop is not loop:
+            self._outbox = _Outbox(loop)
+        future: asyncio.Future[Job] = loop.create_future()
+        deliver = functools.partial(self._outbox.put, future)
+        try:
+            job = service.batcher.admit(1, setting, top_k=top_k, deadline=deadline, on_done=deliver)
+        except (QueueFullError, StoppingError) as error:
+            raise _refused(error) from None
+        service.in_background(functools.partial(self._decode, job, request, body, boundary))
+        del body
+        try:
+            return request, await _answer(loop, future, receive, deadline)
+        except BaseException as error:
+            service.batcher.cancel(job)
+            if isinstance(error, QueueFullError | StoppingError):
+                raise _refused(error) from None
+            if isinstance(error, DeadlineError | TimeoutError):
+                raise _late(milliseconds) from None
+            raise
+
+    def _check_room(self, deadline: float) -> None:
+        """Refuse before the body is read where it would be refused behind."""
+        try:
+            self._service.batcher.check_room(deadline)
+        except (QueueFullError, StoppingError) as error:
+            raise _refused(error) from None
+
+    async def _body(self, reader: BodyReader, receive: Receive, deadline: float) -> bytes:
+        try:
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                return await reader.read(receive)
+        except TimeoutError:
+            raise Problem(408, "body_late", "the body did not arrive in time") from None
+
+    # -- by a decoder -------------------------------------------------------------------------
+
+    def _decode(self, job: Job, request: _Request, body: bytes, boundary: bytes) -> None:
+        """Take a body apart; decode its first image, let any decoder take the others."""
+        service = self._service
+        try:
+            if job.done:
+                return
+            uploads = parse(body, boundary, service.options.max_images)
+            request.uploads = uploads
+            if len(uploads) > 1:
+                service.batcher.grow(job, len(uploads) - 1)
+                for row in range(1, len(uploads)):
+                    service.in_background(functools.partial(self._decode_one, job, uploads, row))
+        except Exception as error:
+            service.batcher.fail(job, error)
+            return
+        self._decode_one(job, uploads, 0)
+
+    def _decode_one(self, job: Job, uploads: list[Upload], row: int) -> None:
+        try:
+            if job.done:
+                return
+            content = uploads[row].content
+            uploads[row] = uploads[row]._replace(content=b"")  # not to be kept for the answer
+            self._service.batcher.put(job, row, self._service.decode(content, row))
+        except Exception as error:
+            self._service.batcher.fail(job, error)
+
+    # -- the answer ---------------------------------------------------------------------------
+
+    def _show(self, request: _Request, job: Job) -> dict[str, Any]:
+        service = self._service
+        now = time.monotonic()
+        return {
+            "model": service.name,
+            "budget": job.setting.asked,
+            "budget_used": job.used,
+            "results": [
+                self._result(upload.name, answer)
+                for upload, answer in zip(request.uploads, job.answers, strict=True)
+            ],
+            "timing_ms": {
+                "decode": _ms(job.decoded - request.read),
+                "queue": _ms(job.started - job.decoded),
+                "engine": _ms(job.finished - job.started),
+                "total": _ms(now - request.began),
+            },
+            "batch_size": job.batch_size,
+        }
+
+    def _result(self, name: str | None, answer: Answer | None) -> dict[str, Any]:
+        assert answer is not None, "a job that is done has all its answers"
+        facts, classes = self._service.facts, self._service.engine.class_names
+        route = facts.route(answer.choices)
+        widest_ms = facts.widest.ms
+        return {
+            "name": name,
+            "top": [
+                {
+                    "index": index,
+                    "class": None if classes is None else classes[index],
+                    "probability": probability,
+                }
+                for index, probability in answer.top
+            ],
+            "route": route.name,
+            "widths": route.widths,
+            "choices": route.choices,
+            "escalated": answer.escalated,
+            "madds": answer.madds,
+            "madds_share": answer.madds / facts.widest_madds,
+            "ms": route.ms,
+            "ms_share": route.ms / widest_ms if route.ms and widest_ms else None,
+        }
+
+
+async def _answer(
+    loop: asyncio.AbstractEventLoop,
+    future: asyncio.Future[Job],
+    receive: Receive,
+    deadline: float,
+) -> Job:
+    """The job when it is done.
+
+    Raises:
+        TimeoutError: at the deadline.
+        ClientGone: when the client hangs up.
+        Exception: what the job failed with.
+    """
+    watch: list[asyncio.Task[None]] = []
+
+    def give_up(error: Exception) -> None:
+        if not future.done():
+            future.set_exception(error)
+
+    def start_watch() -> None:
+        watch.append(loop.create_task(_hang_up(receive, give_up)))
+
+    late = loop.call_at(_loop_time(deadline), give_up, TimeoutError())
+    slow = loop.call_later(WATCH_AFTER_S, start_watch)
+    try:
+        return await future
+    finally:
+        late.cancel()
+        slow.cancel()
+        for task in watch:
+            task.cancel()
+
+
+async def _hang_up(receive: Receive, tell: Callable[[Exception], None]) -> None:
+    # behind the whole body nothing else comes
+    if (await receive())["type"] == "http.disconnect":
+        tell(ClientGone())
+
+
+def _loop_time(when: float) -> float:
+    """A time of `time.monotonic` by the clock of the running loop."""
+    return asyncio.get_running_loop().time() + when - time.monotonic()
+
+
+def _refused(error: QueueFullError | StoppingError) -> Problem:
+    if isinstance(error, QueueFullError):
+        return Problem(429, "busy", str(error), retry_after_s=error.retry_after_s)
+    return Problem(503, "stopping", "the server is stopping", retry_after_s=RETRY_STOPPING_S)
+
+
+def _late(milliseconds: float) -> Problem:
+    return Problem(504, "deadline", f"no answer within {milliseconds:g} ms")
+
+
+def _ms(seconds: float) -> float:
+    return round(max(0.0, seconds) * 1e3, 3)
+
+
+def _say_access(method: str, path: str, status: int, began: float, images: int) -> None:
+    """A prediction as a line of JSON on standard error."""
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "method": method,
+        "path": path,
+        "status": status,
+        "images": images,
+        "ms": round((time.monotonic() - began) * 1e3, 2),
+    }
+    sys.stderr.write(json.dumps(line) + "\n")

@@ -1,0 +1,196 @@
+"""`dynaslim serve`: the application in a process of its own, and how it stops."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+from dynaslim.errors import DynaslimError, UsageError, check
+from dynaslim.runtime.libraries import installed, require
+from dynaslim.serve.options import ServeOptions
+from dynaslim.serve.service import Service
+
+LIBRARIES: Final = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
+LINGER_S: Final = 0.3
+"""How long the port stays open at least when the server stops: clients on connections that they
+keep are told so, instead of being cut off."""
+_CLOSE_S: Final = 3
+"""For connections whose client does not read its answer."""
+_KEEP_ALIVE_S: Final = 75
+_TICK_S: Final = 0.02
+
+
+def serve(
+    model: str | Path,
+    options: ServeOptions,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    backend: str = "auto",
+    workers: int | None = None,
+    drain_s: float = 30.0,
+    tell: Callable[[str], None] = print,
+) -> int:
+    """Serve until SIGTERM or SIGINT; returns the exit code.
+
+    After the signal all requests that were accepted are answered: 0 if they were within `drain_s`
+    seconds, else 1. A second signal ends the process at once, with 128 plus its number.
+
+    Raises:
+        UsageError: for a host or port that does not exist, a missing library, as `create_app`.
+        DynaslimError: if the port is in use, or the model does not start.
+    """
+    check_libraries()
+    uvicorn = require("uvicorn")
+    from dynaslim.serve.app import create_app
+
+    started = time.perf_counter()
+    listener = bind(host, port)
+    try:
+        url = _url(listener)
+        if options.token is None and not _is_loopback(listener):
+            sys.stderr.write(
+                f"dynaslim: warning: whoever reaches {url} can use it; set DYNASLIM_TOKEN\n"
+            )
+        _quiet()
+        app = create_app(model, options, backend=backend, workers=workers)
+        service: Service = app.state.service
+        config = uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="on",
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=_CLOSE_S,
+        )
+
+        def ready() -> None:
+            seconds = time.perf_counter() - started
+            tell(f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s)")
+
+        return asyncio.run(
+            _run(uvicorn.Server(config), service, listener, drain_s=drain_s, ready=ready)
+        )
+    finally:
+        listener.close()
+
+
+def check_libraries() -> None:
+    """Raise `UsageError` if a library is missing; the message is the line that installs all."""
+    missing = [library for library in LIBRARIES if not installed(library)]
+    if missing:
+        raise UsageError(
+            f"{', '.join(missing)} not installed: pip install 'dynaslim[serve]' (or, where a "
+            f"package runs without torch: pip install fastapi uvicorn python-multipart "
+            f"prometheus-client)"
+        )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket with an address, not listening yet.
+
+    Raises:
+        UsageError: if there is no such host or port.
+        DynaslimError: if the port is in use, or may not be taken.
+    """
+    check(0 <= port <= 65535, f"--port {port}: must be from 0 to 65535")
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise UsageError(f"--host {host}: {error.strerror or error}") from None
+    family, _, _, _, address = found[0]
+    # with the protocol named: asyncio lets no answer wait for more only where it sees TCP
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        listener.close()
+        what = "is in use" if error.errno == errno.EADDRINUSE else str(error.strerror or error)
+        raise DynaslimError(f"port {port} of {host}: {what}; choose another by --port") from None
+    return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
+def _is_loopback(listener: socket.socket) -> bool:
+    return ipaddress.ip_address(listener.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _quiet() -> None:
+    """Nobody can do anything about what clients send: it is answered, and counted, not logged."""
+    for name in ("uvicorn.error", "python_multipart"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="PIL")
+    require("prometheus_client").disable_created_metrics()  # a series more for each, of no use here
+
+
+async def _run(
+    server: Any,
+    service: Service,
+    listener: socket.socket,
+    *,
+    drain_s: float,
+    ready: Callable[[], None],
+) -> int:
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started and not serving.done():
+        await asyncio.sleep(_TICK_S)
+    stop = asyncio.Event()
+
+    def on_signal(number: int) -> None:
+        if stop.is_set():
+            os._exit(128 + number)
+        stop.set()
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):  # in the place of the ones of uvicorn
+        loop.add_signal_handler(number, on_signal, number)
+    while service.state == "starting" and not stop.is_set():
+        await asyncio.sleep(_TICK_S)
+    compiling = service.state == "starting"
+    if service.state == "ready":
+        ready()
+        await stop.wait()
+    elif not stop.is_set():
+        stop.set()
+    left = await _drain(service, drain_s)
+    if left or compiling:  # what hangs in a library cannot be ended otherwise
+        if left:
+            sys.stderr.write(f"dynaslim: requests not answered in {drain_s:g} s: {left}\n")
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(1 if left else 0)
+    server.should_exit = True
+    await serving
+    if service.error is not None:
+        if isinstance(service.error, DynaslimError):
+            raise service.error
+        raise DynaslimError(f"the model does not start: {service.error}") from service.error
+    return 0
+
+
+async def _drain(service: Service, drain_s: float) -> int:
+    """Refuse what comes, answer what is there; the number of requests left at the end."""
+    service.stop()
+    start = time.monotonic()
+    while True:
+        passed = time.monotonic() - start
+        if passed >= LINGER_S and (not service.in_flight or passed >= drain_s):
+            return service.in_flight
+        await asyncio.sleep(_TICK_S)

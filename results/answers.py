@@ -1,0 +1,172 @@
+"""What a network answers along every route for every image, computed once and kept in a file.
+
+Suffixes: N images, B rows of a batch, R routes, C classes, F features.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dynaslim._files import write_atomic
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.cost import CostTable
+from dynaslim.data import MemoryImages, load_images, open_source
+from dynaslim.data.order import holdout
+from dynaslim.data.transforms import normalise
+from dynaslim.errors import UsageError
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.budget import margins
+from dynaslim.runtime.calibrate_budget import PathAnswers
+from dynaslim.spec import NetSpec
+from results.policies import sureness
+from results.statics import static_spec
+
+
+@dataclass(frozen=True)
+class Table:
+    """One network on one set of images; a network with one gate, or none and one route.
+
+    `costs_R` are multiply-adds, `trunk` those of the segment before the gate with the gate in it.
+    """
+
+    spec: NetSpec
+    image_size_px: int
+    logits_NRC: npt.NDArray[np.float32]
+    labels_N: npt.NDArray[np.int64]
+    gate_logits_NR: npt.NDArray[np.float32]
+    """Of the slimming head in the checkpoint."""
+    hidden_NF: npt.NDArray[np.float32]
+    """What the slimming head reads."""
+    mean_NF: npt.NDArray[np.float32]
+    """The channels' means where the gate sits."""
+    deviation_NF: npt.NDArray[np.float32]
+    """Their standard deviations over the pixels."""
+
+    @cached_property
+    def correct_NR(self) -> npt.NDArray[np.bool_]:
+        """Whether each route is right."""
+        return np.asarray(self.logits_NRC.argmax(2) == self.labels_N[:, None])
+
+    @cached_property
+    def top1_R(self) -> list[float]:
+        """Accuracy of every route."""
+        return [float(v) for v in self.correct_NR.mean(0)]
+
+    @cached_property
+    def losses_NR(self) -> npt.NDArray[np.float64]:
+        """Cross-entropy in nats."""
+        scaled = self.logits_NRC.astype(np.float64)
+        scaled -= scaled.max(2, keepdims=True)
+        own = np.take_along_axis(scaled, self.labels_N[:, None, None], 2)[..., 0]
+        return np.asarray(np.log(np.exp(scaled).sum(2)) - own, np.float64)
+
+    @cached_property
+    def costs_R(self) -> list[float]:
+        """Multiply-adds of every route, cheapest first."""
+        table = CostTable.from_madds(self.spec, self.image_size_px)
+        return [table.route_cost((k,)) for k in range(len(self.spec.gates[0].choices))]
+
+    @cached_property
+    def trunk(self) -> float:
+        """Multiply-adds that an escalated image does not pay again."""
+        return float(CostTable.from_madds(self.spec, self.image_size_px).segments[0][0][0])
+
+    @cached_property
+    def sure_NR(self) -> npt.NDArray[np.float64]:
+        """The margin of every route's answer."""
+        return sureness(self.logits_NRC)
+
+    def route(self, k: int) -> Table:
+        """One route alone, as a network of its own would be."""
+        stages = static_spec(self.spec, k)
+        return replace(self, spec=stages, logits_NRC=self.logits_NRC[:, k : k + 1])
+
+    def with_head(self, weight_RF: npt.NDArray[np.float32]) -> Table:
+        """The same network with another slimming head."""
+        return replace(self, gate_logits_NR=self.hidden_NF @ weight_RF.T)
+
+    @cached_property
+    def paths(self) -> PathAnswers:
+        """The same as the runtime's own search for budgets takes it."""
+        shape = self.logits_NRC.shape
+        return PathAnswers(
+            self.spec,
+            self.image_size_px,
+            (self.gate_logits_NR[None],),
+            self.correct_NR,
+            margins(self.logits_NRC.reshape(-1, shape[2])).reshape(shape[:2]),
+        )
+
+    def rows(self, rows: npt.NDArray[Any]) -> Table:
+        """Some of the images."""
+        return replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
+
+    def save(self, path: Path) -> None:
+        """Write a file that `Table.read` reads."""
+        buffer = io.BytesIO()
+        about = json.dumps({"spec": self.spec.to_dict(), "image_size_px": self.image_size_px})
+        np.savez(buffer, about=np.array(about), **{n: getattr(self, n) for n in _ARRAYS})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, buffer.getvalue())
+
+    @classmethod
+    def read(cls, path: Path) -> Table:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as file:
+            about = json.loads(str(file["about"]))
+            arrays = {name: file[name] for name in _ARRAYS}
+        return cls(NetSpec.from_dict(about["spec"]), about["image_size_px"], **arrays)
+
+
+_ARRAYS = ("logits_NRC", "labels_N", "gate_logits_NR", "hidden_NF", "mean_NF", "deviation_NF")
+
+
+@torch.inference_mode()
+def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) -> Table:
+    """Run a network along all its uniform routes; the trunk once.
+
+    Raises:
+        UsageError: for a network of several gates, or a checkpoint without preprocessing.
+    """
+    net, spec, pre = checkpoint.net.eval(), checkpoint.net.spec, checkpoint.preprocessing
+    if len(spec.gates) != 1 or pre is None:
+        raise UsageError(f"{spec.name}: a table needs one gate, and how images are prepared")
+    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _ARRAYS}
+    for pixels, labels in images.batches(batch_size):
+        x = normalise(pixels, pre)
+        before, gate = net._before_gate(0, x, 0)
+        assert gate is not None
+        scaled, gate_logits = gate(before, decide=True)
+        assert gate_logits is not None
+        tails = [net.segment(1, scaled, k).features for k in range(spec.num_widths)]
+        values = {
+            "logits_NRC": torch.stack(tails, 1),
+            "labels_N": labels,
+            "gate_logits_NR": gate_logits,
+            "hidden_NF": gate.hidden(before),
+            "mean_NF": before.mean((2, 3)),
+            "deviation_NF": before.std((2, 3), correction=0),
+        }
+        for name, value in values.items():
+            parts[name].append(value.numpy())
+    joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}
+    return Table(spec, pre.image_size_px, **joined)
+
+
+def images_of(data: str, split: str, pre: Preprocessing, val_share: float = 0.1) -> MemoryImages:
+    """`train` (without what is held out), `held_out` of it, or `test`, decoded as prepared."""
+    source = open_source(data, "test" if split == "test" else "train")
+    everything = load_images(source, pre)
+    if split == "test":
+        return everything
+    train, held = holdout(everything.labels_N, val_share)
+    return everything.subset(held if split == "held_out" else train)

@@ -1,0 +1,198 @@
+"""Ways of spending compute compared at equal cost, from tables of answers.
+
+Settings are chosen on one set of images and judged on another. A *rival* is judged by how far its
+top-1 lies above the line of the uniform routes at its own cost (`policies.uniform_line`).
+
+Suffixes: N images, R routes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+
+from dynaslim.runtime.budget import BudgetPoint
+from dynaslim.runtime.budget_search import fit_curve
+from dynaslim.runtime.calibrate_budget import simulate
+from results import policies
+from results.answers import Table
+from results.policies import Outcome
+
+SHARES: Final = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8)
+"""Budgets, as parts of the widest route's cost."""
+FAR: Final = 1e6
+"""A shift that sends every image along the cheapest route."""
+STEPS: Final = 40
+"""Thresholds that are tried for every pair of routes or networks, as evenly spaced shares."""
+
+
+def compare(choosing: Table, judging: Table) -> dict[str, Any]:
+    """Every way at every budget of `SHARES`: chosen on one table, judged on another.
+
+    The two are of one network with trained gates. `settings` say what the engine is to do for it.
+    """
+    costs = judging.costs_R
+    curve = fit_curve(choosing.paths, split=False)
+    settings = {
+        "both": [_plain(curve.at(share)) for share in SHARES],
+        "gate": [_plain(curve.at(share, escalate=False)) for share in SHARES],
+        "escalation": [_plain(point) for point in escalation(choosing)],
+    }
+    ways = {name: [_at(judging, point) for point in found] for name, found in settings.items()}
+    ways["ladder"] = ladder(choosing, judging)
+    ways["cascade_one_network"] = cascade(_alone(choosing), _alone(judging))
+    ways["random"] = [_random(judging, point["shift"]) for point in settings["gate"]]
+    return {
+        "images": len(judging.labels_N),
+        "shares": list(SHARES),
+        "madds": costs,
+        "trunk_madds": judging.trunk,
+        "top1": judging.top1_R,
+        "settings": settings,
+        "ways": {name: _rows(judging, found) for name, found in ways.items()},
+        "oracle": policies.oracle(judging.correct_NR, costs)._asdict(),
+    }
+
+
+def _plain(point: BudgetPoint) -> dict[str, Any]:
+    target = None if point.escalate_to is None else list(point.escalate_to)
+    return {"shift": point.shift, "tau": point.tau, "escalate_to": target}
+
+
+def _at(table: Table, point: Mapping[str, Any]) -> Outcome:
+    """What the engine gives at a setting, by the runtime's own arithmetic."""
+    target = None if point["escalate_to"] is None else tuple(point["escalate_to"])
+    found = simulate(table.paths, point["shift"], point["tau"], target)
+    return Outcome(found.madds, found.top1, found.escalated)
+
+
+def _rows(judging: Table, found: Sequence[Outcome]) -> list[dict[str, float]]:
+    costs, top1 = judging.costs_R, judging.top1_R
+    return [
+        {
+            "share": o.cost / max(costs),
+            "madds": o.cost,
+            "top1": o.top1,
+            "again": o.again,
+            "over_uniform": o.top1 - policies.uniform_line(costs, top1, o.cost),
+        }
+        for o in found
+    ]
+
+
+def _random(judging: Table, shift: float) -> Outcome:
+    """Routes at random, in the shares in which the gate takes them at this budget."""
+    option_N = judging.paths.taken(shift)
+    counts = np.bincount(option_N, minlength=len(judging.costs_R))
+    return policies.random_routing(judging.costs_R, judging.top1_R, list(counts / len(option_N)))
+
+
+def escalation(choosing: Table) -> list[BudgetPoint]:
+    """All images along the cheapest route, the unsure ones on along a wider one; no gate.
+
+    The best target and threshold for every budget.
+    """
+    points = [_escalate(choosing, 0, None)]
+    for target in range(1, len(choosing.costs_R)):
+        for step in range(1, STEPS + 1):
+            tau = policies.threshold_for(choosing.sure_NR[:, 0], step / STEPS)
+            points.append(_escalate(choosing, target, tau))
+    best = policies.best_settings(
+        np.array([point.madds for point in points]),
+        np.array([point.top1 for point in points]),
+        _limits(choosing),
+    )
+    return [points[number] for number in best]
+
+
+def _escalate(table: Table, target: int, tau: float | None) -> BudgetPoint:
+    first_N = np.zeros(len(table.labels_N), np.int64)
+    found = policies.escalated(
+        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, first_N, target, tau or 0.0
+    )
+    return BudgetPoint(
+        shift=FAR,
+        tau=tau,
+        escalate_to=None if tau is None else (target,),
+        madds=found.cost,
+        share=found.cost / max(table.costs_R),
+        ms=None,
+        top1=found.top1,
+        escalated=found.again,
+    )
+
+
+def _limits(table: Table) -> list[float]:
+    return [share * max(table.costs_R) for share in SHARES]
+
+
+def ladder(choosing: Table, judging: Table) -> list[Outcome]:
+    """Escalation in two steps: cheapest, a wider, the widest; no gate."""
+    last = len(choosing.costs_R) - 1
+    seen, settings = [], []
+    for middle in range(1, last):
+        for first, second in itertools.product(range(2, 25, 2), repeat=2):
+            taus = (
+                policies.threshold_for(choosing.sure_NR[:, 0], first / STEPS),
+                policies.threshold_for(choosing.sure_NR[:, middle], second / STEPS),
+            )
+            settings.append((middle, taus))
+            seen.append(_climb(choosing, middle, taus))
+    best = policies.best_settings(
+        np.array([o.cost for o in seen]), np.array([o.top1 for o in seen]), _limits(choosing)
+    )
+    return [_climb(judging, *settings[number]) for number in best]
+
+
+def _climb(table: Table, middle: int, taus: Sequence[float]) -> Outcome:
+    steps = (0, middle, len(table.costs_R) - 1)
+    return policies.ladder(table.correct_NR, table.sure_NR, table.costs_R, table.trunk, steps, taus)
+
+
+Networks = Mapping[int, Table]
+"""Single-route tables by width."""
+
+
+def _alone(table: Table) -> Networks:
+    """A network's routes as if they were networks of their own."""
+    return {k: table.route(k) for k in range(len(table.costs_R))}
+
+
+def cascade(choosing: Networks, judging: Networks) -> list[Outcome]:
+    """The best two-network cascade at every budget: both run as a whole on unsure images.
+
+    Budgets are parts of the cost of the widest.
+    """
+    widest = max(table.costs_R[0] for table in choosing.values())
+    seen, settings = [], []
+    for first, second in itertools.combinations(sorted(choosing), 2):
+        sure_N = choosing[first].sure_NR[:, 0]
+        for step in range(STEPS + 1):
+            tau = policies.threshold_for(sure_N, step / STEPS)
+            settings.append((first, second, tau))
+            seen.append(_cascade(choosing, first, second, tau))
+    best = policies.best_settings(
+        np.array([o.cost for o in seen]),
+        np.array([o.top1 for o in seen]),
+        [share * widest for share in SHARES],
+    )
+    return [_cascade(judging, *settings[number]) for number in best]
+
+
+def _cascade(tables: Networks, first: int, second: int, tau: float) -> Outcome:
+    a, b = tables[first], tables[second]
+    return policies.cascade(
+        a.correct_NR[:, 0],
+        a.sure_NR[:, 0],
+        b.correct_NR[:, 0],
+        (a.costs_R[0], b.costs_R[0]),
+        tau,
+    )
+
+
+def cascade_rows(choosing: Networks, judging: Networks, supernet: Table) -> list[dict[str, float]]:
+    """`cascade` of separately trained networks, against the uniform routes of the supernet."""
+    return _rows(supernet, cascade(choosing, judging))

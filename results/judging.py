@@ -1,0 +1,259 @@
+"""Trained networks judged: tables of answers, and the cells of comparisons made of them.
+
+On held-out images one half chooses and the other judges. With `test`, all held-out images choose
+and the test split judges: done once, when nothing is left to choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+from dynaslim.checkpoint import read
+from dynaslim.cost_file import read_cost_table
+from dynaslim.data import MemoryImages
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.recipes import SupernetRecipe
+from dynaslim.runtime.budget_search import split_rows
+from results import heads, plan, policies
+from results.answers import Table, answer, images_of
+from results.cells import HERE, RUNS, Cell
+from results.comparisons import cascade_rows, compare
+
+FEATURES: Final = ("hidden", "mean", "mean and deviation")
+WIDTHS: Final = 4
+
+
+@cache
+def _images(data: str, split: str, pre: Preprocessing, share: float) -> MemoryImages:
+    return images_of(data, split, pre, share)
+
+
+def table_of(cell: Cell, recipe: SupernetRecipe, split: str) -> Table:
+    """The answers of a cell's network, computed once."""
+    checkpoint = cell.run / "last.safetensors"
+    file = RUNS / "tables" / f"{str(cell).replace('/', '_')}_{split}.npz"
+    if file.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
+        return Table.read(file)
+    network = read(checkpoint)
+    assert network.preprocessing is not None
+    data = recipe.data
+    made = answer(network, _images(data.path, split, network.preprocessing, data.val_share))
+    made.save(file)
+    return made
+
+
+Pair = tuple[Table, Table]
+
+
+def pair_of(cell: Cell, recipe: SupernetRecipe, test: bool) -> Pair:
+    """A table to choose by and one to judge by."""
+    held = table_of(cell, recipe, "held_out")
+    if test:
+        return held, table_of(cell, recipe, "test")
+    choosing, judging = split_rows(len(held.labels_N))
+    return held.rows(choosing), held.rows(judging)
+
+
+def _with_gate(pair: Pair, file: Path) -> Pair:
+    (weight,) = read(file).net.slimming_parameters()
+    head = weight.detach().numpy()
+    return pair[0].with_head(head), pair[1].with_head(head)
+
+
+# -- CIFAR-10 --------------------------------------------------------------------------------------
+
+
+def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """The supernet with its gates, beside static networks and in-place distillation."""
+    recipe = plan.cifar10(folder, seed)
+    cell = Cell("headline", "supernet", seed)
+    pair = pair_of(cell, recipe, test)
+    gates = Cell("headline", "gates", seed)
+    middle = f"gate_{plan.TARGETS[1]:.2f}.safetensors"
+    found = compare(*_with_gate(pair, gates.run / middle))
+    found["gates"] = _gate_rows(pair, gates)
+    statics = {
+        k: pair_of(other, recipe, test)
+        for k in range(WIDTHS)
+        if _is_trained(other := Cell("headline", f"static{k}", seed))
+    }
+    if len(statics) == WIDTHS:
+        found["static_top1"] = [statics[k][1].top1_R[0] for k in range(WIDTHS)]
+        found["ways"]["cascade"] = cascade_rows(
+            {k: p[0] for k, p in statics.items()}, {k: p[1] for k, p in statics.items()}, pair[1]
+        )
+    other = Cell("headline", "distillation", seed)
+    if _is_trained(other):
+        found["distillation_top1"] = pair_of(other, recipe, test)[1].top1_R
+    return found
+
+
+def _is_trained(cell: Cell) -> bool:
+    return (cell.run / "last.safetensors").exists()
+
+
+def _gate_rows(pair: Pair, gates: Cell) -> list[dict[str, Any]]:
+    """Every gate of a cell as it was trained: no shift, no escalation."""
+    rows = []
+    for file in sorted(gates.run.glob("gate_*.safetensors")):
+        _, judging = _with_gate(pair, file)
+        rows.append({"target": float(file.stem.removeprefix("gate_")), **_gated(judging)})
+    return rows
+
+
+def _gated(judging: Table) -> dict[str, Any]:
+    option_N = judging.gate_logits_NR.argmax(1)
+    found = policies.gated(judging.correct_NR, judging.costs_R, option_N)
+    counts = np.bincount(option_N, minlength=len(judging.costs_R))
+    line = policies.uniform_line(judging.costs_R, judging.top1_R, found.cost)
+    asked_N = np.where(judging.correct_NR[:, 0], 0, len(judging.costs_R) - 1)
+    return {
+        "madds": found.cost,
+        "share": found.cost / max(judging.costs_R),
+        "top1": found.top1,
+        "over_uniform": found.top1 - line,
+        "shares": list(counts / len(option_N)),
+        "gate_accuracy": float((option_N == asked_N).mean()),
+    }
+
+
+# -- Fashion-MNIST ---------------------------------------------------------------------------------
+
+
+def targets(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """Top-1 of the routes by what they learnt."""
+    return _targets("targets", plan.fashion(folder, seed), seed, test)
+
+
+def quick(_: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """The same on the images that ship."""
+    return _targets("quick", plan.mini(seed), seed, test)
+
+
+def _targets(experiment: str, recipe: SupernetRecipe, seed: int, test: bool) -> dict[str, Any]:
+    found = {}
+    for target in ("labels", "distillation", "bootstrap", "ensemble"):
+        cell = Cell(experiment, target, seed)
+        if _is_trained(cell):
+            found[target] = pair_of(cell, recipe, test)[1].top1_R
+    return {"top1": found}
+
+
+def gates(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """Objectives of the gate, features that it could read, and every way to spend compute."""
+    recipe = plan.fashion(folder, seed)
+    supernet = Cell("targets", "ensemble", seed)
+    pair = pair_of(supernet, recipe, test)
+    expected = Cell("gates", "expected", seed)
+    middle = f"gate_{plan.TARGETS[1]:.2f}.safetensors"
+    found = compare(*_with_gate(pair, expected.run / middle))
+    found["objectives"] = {
+        variant: _gate_rows(pair, Cell("gates", variant, seed))
+        for variant in plan.GATES
+        if Cell("gates", variant, seed).run.exists()
+    }
+    train = table_of(supernet, recipe, "train")
+    found["features"] = features(train, *pair)
+    return found
+
+
+def features(train: Table, choosing: Table, judging: Table) -> dict[str, list[dict[str, Any]]]:
+    """Small heads on what a gate could read, with a hidden layer of their own or without.
+
+    Fitted on the training images' losses, to the targets' cost on the choosing images.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name in FEATURES:
+        seen, chosen, judged = (_features(t, name) for t in (train, choosing, judging))
+        for hidden in (0, 32):
+            rows = []
+            for target in plan.TARGETS:
+
+                def fit(weight: float, x: Any = seen, hidden: int = hidden) -> heads.Head:
+                    return heads.fit(
+                        x, train.losses_NR, train.costs_R, cost_weight=weight, hidden=hidden
+                    )
+
+                head = heads.fit_to_cost(fit, chosen, choosing.costs_R, target)
+                table = _with_logits(judging, head(judged))
+                rows.append({"target": target, **_gated(table)})
+            found[name + (", hidden layer" if hidden else "")] = rows
+    return found
+
+
+def _with_logits(table: Table, logits_NR: Any) -> Table:
+    from dataclasses import replace
+
+    return replace(table, gate_logits_NR=logits_NR)
+
+
+def _features(table: Table, name: str) -> Any:
+    if name == "hidden":
+        return table.hidden_NF
+    if name == "mean":
+        return table.mean_NF
+    return np.concatenate([table.mean_NF, table.deviation_NF], 1)
+
+
+# -- by milliseconds -------------------------------------------------------------------------------
+
+
+def gates_ms(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """Gates trained on multiply-adds and on milliseconds, both judged by milliseconds."""
+    recipe = plan.fashion(folder, seed)
+    pair = pair_of(Cell("targets", "ensemble", seed), recipe, test)
+    spec, side = pair[0].spec, pair[0].image_size_px
+    table = read_cost_table(HERE.parent / plan.LATENCY, spec, image_size=side)
+    ms = [table.route_cost((k,)) for k in range(len(pair[1].costs_R))]
+    found: dict[str, Any] = {"ms": ms, "top1": pair[1].top1_R, "trained_on": {}}
+    for name, experiment in (("madds", "gates"), ("ms", "gates_ms")):
+        rows = []
+        gate_files = Cell(experiment, "expected", seed).run.glob("gate_*.safetensors")
+        for file in sorted(gate_files):
+            judging = _with_gate(pair, file)[1]
+            option_N = judging.gate_logits_NR.argmax(1)
+            got = policies.gated(judging.correct_NR, ms, option_N)
+            line = policies.uniform_line(ms, judging.top1_R, got.cost)
+            rows.append(
+                {
+                    "target": float(file.stem.removeprefix("gate_")),
+                    "ms": got.cost,
+                    "share": got.cost / max(ms),
+                    "top1": got.top1,
+                    "over_uniform": got.top1 - line,
+                }
+            )
+        found["trained_on"][name] = rows
+    return found
+
+
+JUDGED: Final[Mapping[str, Any]] = {
+    "headline": headline,
+    "targets": targets,
+    "quick": quick,
+    "gates": gates,
+    "gates_ms": gates_ms,
+}
+
+
+def judge(name: str, folder: str | None, seeds: Sequence[int], test: bool) -> list[Cell]:
+    """Write the comparison's cell for every seed; what was judged on the test split stays.
+
+    Returns the cells.
+    """
+    torch.manual_seed(0)
+    cells = []
+    for seed in seeds:
+        cell = Cell("compare", name, seed)
+        before = cell.read() or {}
+        values: dict[str, Any] = {key: before[key] for key in ("held_out", "test") if key in before}
+        values["test" if test else "held_out"] = JUDGED[name](folder, seed, test)
+        cell.write({"compare": name, "seed": seed, "shares": list(plan.TARGETS)}, values)
+        cells.append(cell)
+    return cells

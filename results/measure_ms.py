@@ -1,0 +1,149 @@
+"""Measures milliseconds: `python -m results.measure_ms --data FOLDER`, on a machine that is quiet.
+
+All in one run and interleaved: the uniform routes of the CIFAR-10 supernet as plain programs, the
+static networks, and the routed engine at every budget, on the same held-out images in batches
+of 32. Also the tables of segments' milliseconds (`latency/`) that gates are trained by.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+
+from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.checkpoint import read
+from dynaslim.data.transforms import normalise
+from dynaslim.errors import DynaslimError, UsageError
+from dynaslim.progress import progress
+from dynaslim.runs.folder import write_json
+from dynaslim.runtime.budget import BudgetPoint
+from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.latency import profile
+from results import plan
+from results.answers import images_of
+from results.cells import HERE, Cell
+from results.comparisons import SHARES
+from results.judging import WIDTHS
+
+BACKENDS: Final = ("openvino", "onnxruntime")
+BATCH: Final = 32
+BATCHES: Final = 16
+"""Different batches that every arm runs in a round: routes differ from batch to batch."""
+ROUNDS: Final = 25
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m results.measure_ms", description=__doc__)
+    parser.add_argument("--data", help="folder with cifar10, fashion_mnist; else the hub")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--only", default="networks,tables", help="networks, tables or both")
+    given = parser.parse_args(argv)
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    try:
+        if "tables" in given.only:
+            write_tables(given.data, seeds[0])
+        for seed in seeds if "networks" in given.only else ():
+            made = measure(given.data, seed, given.rounds)
+            write_json(HERE / "ms" / f"cifar10_s{seed}.json", made)
+    except DynaslimError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+    return 0
+
+
+def write_tables(folder: str | None, seed: int) -> None:
+    """Milliseconds of every segment of the network of the gate ablation."""
+    cell, recipe = Cell("targets", "ensemble", seed), plan.fashion(folder, seed)
+    engine = Engine.from_checkpoint(cell.run / "last.safetensors", backend=BACKENDS[0])
+    note = {"backend": engine.backend, **hardware()}
+    made = profile(engine.router, recipe.data.image_size_px, BATCH, rounds=15, note=note)
+    made.write(HERE.parent / plan.LATENCY, engine.spec)
+
+
+def measure(folder: str | None, seed: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds per image of everything in the headline's table, by backend."""
+    recipe = plan.cifar10(folder, seed)
+    gates = Cell("headline", "gates", seed).run / f"gate_{plan.TARGETS[1]:.2f}.safetensors"
+    if not gates.exists():
+        raise UsageError(f"{gates}: is not there; run the experiment headline first")
+    judged = Cell("compare", "headline", seed).read() or {}
+    compared = judged.get("test") or judged.get("held_out")
+    if compared is None:
+        raise UsageError("compare the headline first: python -m results.run headline --judge")
+    checkpoint = read(gates)
+    assert checkpoint.preprocessing is not None
+    images = images_of(recipe.data.path, "held_out", checkpoint.preprocessing)
+    # in an order of its own: the set is sorted by nothing, but neither is this
+    order = np.random.default_rng(0).permutation(len(images))[: BATCH * BATCHES]
+    x = normalise(images.images_NCSS[order], checkpoint.preprocessing).numpy()
+    batches = [x[at : at + BATCH] for at in range(0, len(x), BATCH)]
+    found: dict[str, Any] = {}
+    for backend in BACKENDS:
+        arms = _arms(checkpoint, backend, seed, compared)
+        with progress(f"timing {backend}, seed {seed}", rounds) as bar:
+            times = interleave(
+                {name: partial(_all, arm, batches) for name, arm in arms.items()},
+                rounds,
+                lambda bar=bar: bar.advance(),
+            )
+        widest = times[f"route{WIDTHS - 1}"]
+        found[backend] = {
+            name: {
+                **{k: v / len(x) for k, v in summary(values).items()},
+                "faster_than_widest": summary([a / b for a, b in zip(widest, values, strict=True)]),
+            }
+            for name, values in times.items()
+        }
+    return {
+        "batch": BATCH,
+        "images": len(x),
+        "rounds": rounds,
+        "hardware": hardware(),
+        "shares": list(SHARES),
+        "ms_per_image": found,
+    }
+
+
+Arm = Callable[[np.ndarray], object]
+
+
+def _all(arm: Arm, batches: list[np.ndarray]) -> None:
+    for batch in batches:
+        arm(batch)
+
+
+def _arms(checkpoint: Any, backend: str, seed: int, compared: dict[str, Any]) -> dict[str, Arm]:
+    """Routes and static networks as plain programs; the engine at every budget."""
+    engine = Engine(replace(checkpoint, budget=None), backend=backend)
+    arms: dict[str, Arm] = {
+        f"route{k}": engine.static(route) for k, route in enumerate(engine.spec.routes)
+    }
+    for k in range(WIDTHS):
+        file = Cell("headline", f"static{k}", seed).run / "last.safetensors"
+        if file.exists():
+            alone = Engine.from_checkpoint(file, backend=backend)
+            arms[f"static{k}"] = alone.static(alone.spec.smallest)
+    for way in ("both", "gate", "escalation"):
+        for share, row in zip(SHARES, compared["settings"][way], strict=True):
+            arms[f"{way}@{share:g}"] = partial(engine, budget=_point(row))
+    for file in sorted(Cell("headline", "gates", seed).run.glob("gate_*.safetensors")):
+        gated = Engine(replace(read(file), budget=None), backend=backend)
+        arms[f"trained@{file.stem.removeprefix('gate_')}"] = gated
+    return arms
+
+
+def _point(row: dict[str, Any]) -> BudgetPoint:
+    target = None if row["escalate_to"] is None else tuple(row["escalate_to"])
+    return BudgetPoint(row["shift"], row["tau"], target, 1.0, 1.0, None, 0.0, 0.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,352 @@
+"""The page docs/results.md, as text made of the summaries alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
+
+from results.summaries import GOALS, MAIN
+
+WAYS: Final = {
+    "both": "gate and escalation",
+    "gate": "gate alone",
+    "escalation": "escalation alone",
+    "ladder": "escalation in two steps",
+    "random": "random routing, the gate's shares",
+    "cascade": "cascade of two static networks",
+    "cascade_one_network": "cascade of two routes, trunk run twice",
+}
+TARGETS: Final = {
+    "labels": "the labels",
+    "distillation": "the live largest (in-place distillation)",
+    "bootstrap": "the averaged largest (bootstrapping)",
+    "ensemble": "the averaged ensemble (in-place ensemble bootstrapping)",
+}
+OBJECTIVES: Final = {
+    "expected": "expected loss",
+    "sgs_try_best": "SGS, the paper's weights, try best",
+    "sgs_give_up": "SGS, give up",
+    "sgs_no_gumbel": "SGS without Gumbel noise",
+    "sgs_balanced": "SGS, easy and hard images weighed alike, cost weight 0.1",
+    "both": "expected loss and SGS labels (weight 0.2)",
+}
+HEAD: Final = """# Results
+
+<!-- made by `python -m results.table` from results/*.json; changes here are lost -->
+
+What the networks of this package give, measured: accuracy against multiply-adds and milliseconds,
+beside what one would build instead, and what each part of the method is worth. Numbers are means
+over seeds ± their standard deviation. Choices (thresholds, budgets, gates) were made on images held
+out of the training split.
+"""
+Summary = Mapping[str, Any]
+
+
+def page(summaries: Summary, notes: str) -> str:
+    """All of it; parts whose numbers are missing are left out."""
+    parts = [HEAD]
+    if main := summaries["cifar10"]:
+        parts += [_goals(main), _headline(main), _equal_cost(main, "CIFAR-10")]
+    if notes:
+        parts.append(notes.strip() + "\n")
+    parts += [*_ablations(summaries), _repeat(summaries)]
+    return "\n".join(parts)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+
+
+def percent(value: Mapping[str, float]) -> str:
+    """Mean and standard deviation of shares, in percent."""
+    spread = f" ± {100 * value['sd']:.2f}" if value["n"] > 1 else ""
+    return f"{100 * value['mean']:.2f}{spread}"
+
+
+def points(value: Mapping[str, float]) -> str:
+    """Mean and standard deviation of a difference, in percentage points."""
+    spread = f" ± {100 * value['sd']:.2f}" if value["n"] > 1 else ""
+    return f"{signed(100 * value['mean'])}{spread}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _split(found: Summary) -> str:
+    if found["split"] == "test":
+        return "the test split"
+    return "held-out images (the test split has not been opened yet)"
+
+
+# -- CIFAR-10 --------------------------------------------------------------------------------------
+
+
+def _goals(main: Summary) -> str:
+    goals = main["goals"]
+    rows = []
+    for row in goals["budgets"]:
+        speed, ms = row["speed"], row["over_uniform_ms"]
+        rows.append(
+            [
+                f"{row['budget']:g}",
+                f"{row['share']:.3f}",
+                signed(-row["drop"]),
+                "" if speed is None else f"{speed:.2f}x",
+                signed(row["over_uniform_madds"]),
+                "" if ms is None else signed(ms),
+            ]
+        )
+    static = main.get("supernet_less_static_top1")
+    lines = [
+        "## Against the goals\n",
+        f"CIFAR-10, {WAYS[MAIN]}, on {_split(main)}; points of top-1.\n",
+        table(
+            [
+                "budget",
+                "of the widest's MAdds",
+                "to the widest route",
+                "faster than it",
+                "over uniform, equal MAdds",
+                "over uniform, equal ms",
+            ],
+            rows,
+        ),
+        _verdict(
+            f"At most {GOALS['drop']} points below the widest route at {GOALS['share']:g} of its "
+            f"multiply-adds or less and {GOALS['speed']}x faster",
+            goals["near_the_widest"],
+        ),
+        _verdict(
+            f"At least {GOALS['over_uniform_madds']} points over the uniform routes at equal "
+            f"multiply-adds and {GOALS['over_uniform_ms']} at equal milliseconds",
+            goals["over_uniform"],
+        ),
+    ]
+    if static is not None:
+        met = "met" if goals["not_below_statics"] else "**missed**"
+        lines.append(
+            f"- Uniform routes not below networks trained alone, on average over the widths: "
+            f"{met} ({points(static)} points)."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _verdict(goal: str, budgets: Sequence[float]) -> str:
+    if not budgets:
+        return f"- {goal}: **missed** at every budget."
+    return f"- {goal}: met at budget {', '.join(f'{b:g}' for b in budgets)}."
+
+
+def _headline(main: Summary) -> str:
+    ms = main.get("ms")
+    rows = []
+
+    def row(name: str, madds: float, top1: Mapping[str, float], arm: str) -> None:
+        timed = "" if ms is None or arm not in ms["per_image"] else _ms(ms["per_image"][arm])
+        rows.append([name, f"{madds / 1e6:.2f}", percent(top1), timed])
+
+    for k, madds in enumerate(main["madds"]):
+        row(f"supernet, width {k}", madds, main["routes"][k], f"route{k}")
+    for gate in main["gates"]:
+        name = f"gate as trained, target {gate['target']:g}"
+        row(name, gate["madds"]["mean"], gate["top1"], f"trained@{gate['target']:.2f}")
+    for way in ("escalation", "both"):
+        for number, share in enumerate(main["shares"]):
+            if share in (0.35, 0.5, 0.7):
+                found = main["ways"][way][number]
+                row(
+                    f"{WAYS[way]}, budget {share:g}",
+                    found["madds"]["mean"],
+                    found["top1"],
+                    f"{way}@{share:g}",
+                )
+    for k, madds in enumerate(main["madds"]):
+        if "static_top1" in main:
+            row(f"static, width {k} alone", madds, main["static_top1"][k], f"static{k}")
+    for k, madds in enumerate(main["madds"]):
+        if "distillation_top1" in main:
+            row(f"in-place distillation, width {k}", madds, main["distillation_top1"][k], "")
+    oracle = main["oracle"]
+    row("oracle: the cheapest route that is right", oracle["cost"]["mean"], oracle["top1"], "")
+    lines = [
+        "## CIFAR-10\n",
+        f"`ds_resnet8_cifar`, {len(main['seeds'])} seeds, {main['images']:,} images of "
+        f"{_split(main)}; recipe `recipes/cifar10_resnet8_supernet.yaml`. Static networks: the "
+        f"same recipe, one width alone, labels.",
+    ]
+    if ms is not None:
+        hardware = ms["hardware"]
+        lines.append(
+            f"Milliseconds per image: {ms['backend']}, batches of {ms['batch']}, "
+            f"{hardware['cores']} cores of {hardware['processor']}, medians of {ms['rounds']} "
+            f"interleaved rounds."
+        )
+    lines.append("")
+    lines.append(table(["network", "M MAdds", "top-1, %", "ms per image"], rows))
+    lines.append("![Accuracy against multiply-adds](img/results_madds.svg)\n")
+    if ms is not None:
+        lines.append("![Accuracy against milliseconds](img/results_ms.svg)\n")
+    return "\n".join(lines)
+
+
+def _ms(value: Mapping[str, float]) -> str:
+    return f"{value['mean']:.3f}"
+
+
+def _equal_cost(found: Summary, name: str) -> str:
+    shares = found["shares"]
+    rows = []
+    for way, told in WAYS.items():
+        if way in found["ways"]:
+            rows.append([told, *(points(row["over_uniform"]) for row in found["ways"][way])])
+    ms = found.get("ms")
+    lines = [
+        f"### {name}: top-1 over the uniform routes at equal cost\n",
+        "Points above the best that uniform routes, or a random choice among them, give at the "
+        "same multiply-adds; columns are budgets, as parts of the widest route's cost.\n",
+        table(["way", *(f"{share:g}" for share in shares)], rows),
+    ]
+    if ms is not None:
+        rows = [
+            [WAYS[way], *(points(value) for value in values)]
+            for way, values in ms["over_uniform"].items()
+        ]
+        lines += [
+            "The same at equal measured milliseconds:\n",
+            table(["way", *(f"{share:g}" for share in shares)], rows),
+        ]
+    lines += [*_losses(found)]
+    return "\n".join(lines)
+
+
+def _losses(found: Summary) -> Iterator[str]:
+    """Where the main way does not win, in words."""
+    ours = found["ways"][MAIN]
+    for way, told in WAYS.items():
+        if way == MAIN or way not in found["ways"]:
+            continue
+        behind = [
+            f"{share:g}"
+            for share, a, b in zip(found["shares"], ours, found["ways"][way], strict=True)
+            if b["over_uniform"]["mean"] > a["over_uniform"]["mean"] + 5e-4
+        ]
+        if behind:
+            yield f"- {WAYS[MAIN]} is behind {told} at budget {', '.join(behind)}."
+    below = [
+        f"{share:g}"
+        for share, row in zip(found["shares"], ours, strict=True)
+        if row["over_uniform"]["mean"] < 0
+    ]
+    if below:
+        yield f"- {WAYS[MAIN]} is below the uniform routes at budget {', '.join(below)}."
+    oracle = found["oracle"]
+    best = max(row["top1"]["mean"] for row in ours)
+    yield (
+        f"- The oracle gives {percent(oracle['top1'])} at {oracle['cost']['mean'] / 1e6:.2f} M "
+        f"MAdds: {100 * (oracle['top1']['mean'] - best):.2f} points above the best budget.\n"
+    )
+
+
+# -- ablations -------------------------------------------------------------------------------------
+
+
+def _ablations(summaries: Summary) -> Iterator[str]:
+    yield "## Ablations\n"
+    found = summaries["targets"]
+    if found:
+        yield (
+            f"### What the sub-networks learn\n\nFashion-MNIST, `resnet8_small`, "
+            f"{len(found['seeds'])} seeds, top-1 (%) on {_split(found)}.\n"
+        )
+        yield _targets(found)
+    found = summaries["gates"]
+    if found:
+        yield _equal_cost(found, "Fashion-MNIST")
+        yield (
+            "### What the gate minimises\n\nFashion-MNIST, gates as they were trained for the "
+            "targets: part of the widest route's cost, and points over the uniform routes at equal "
+            "multiply-adds.\n"
+        )
+        yield _by_target(found["objectives"], OBJECTIVES)
+        yield (
+            "### What the gate reads\n\nSmall heads fitted beside the network on stored features "
+            "of the trunk, expected loss, the same images. `hidden`: what the network's own gate "
+            "reads; a hidden layer has 32 units.\n"
+        )
+        yield _by_target(found["features"], {})
+    found = summaries["gates_ms"]
+    if found:
+        rows = [
+            [
+                f"{name}, target {row['target']:g}",
+                f"{row['share']['mean']:.3f}",
+                percent(row["top1"]),
+                points(row["over_uniform"]),
+            ]
+            for name, rows in found["trained_on"].items()
+            for row in rows
+        ]
+        yield (
+            "### Trained on multiply-adds against milliseconds\n\nBoth judged by a table of "
+            "measured milliseconds.\n"
+        )
+        header = ["trained on", "of the widest's ms", "top-1, %", "over uniform, equal ms"]
+        yield table(header, rows)
+    if found := summaries["rates"]:
+        yield _rates(found)
+    yield (
+        "### Imagenette\n\nNot run: `ds_mbnet` on photographs of 128 px needs a GPU. "
+        "`python -m results.run imagenette` does it where there is one.\n"
+    )
+
+
+def _targets(found: Summary) -> str:
+    widths = len(next(iter(found["top1"].values())))
+    rows = [
+        [TARGETS[name], *map(percent, values), percent(found["mean"][name])]
+        for name, values in found["top1"].items()
+    ]
+    return table(["targets", *(f"width {k}" for k in range(widths)), "mean"], rows)
+
+
+def _by_target(found: Summary, names: Mapping[str, str]) -> str:
+    if not found:
+        return ""
+    targets = [row["target"] for row in next(iter(found.values()))]
+    rows = [
+        [
+            names.get(name, name),
+            *(f"{points(r['over_uniform'])} at {r['share']['mean']:.2f}" for r in values),
+        ]
+        for name, values in found.items()
+    ]
+    return table(["", *(f"target {target:g}" for target in targets)], rows)
+
+
+def _rates(found: Summary) -> str:
+    rates = sorted({rate for rows in found.values() for rate in rows}, key=float)
+    rows = [
+        [f"width {width}", *(f"{100 * values[r]:.2f}" if r in values else "" for r in rates)]
+        for width, values in sorted(found.items())
+    ]
+    return (
+        "### Learning rate of the static networks\n\nCIFAR-10, one seed, top-1 (%) on held-out "
+        "images.\n\n" + table(["", *(f"lr {rate}" for rate in rates)], rows)
+    )
+
+
+def _repeat(summaries: Summary) -> str:
+    text = (
+        "## Repeating it\n\n`make results-quick` trains one ablation again on the images that ship "
+        "with the package and compares with these numbers (about ten minutes on two cores):\n\n"
+    )
+    found = summaries["quick"]
+    text += _targets(found) + "\n" if found else ""
+    return text + (
+        "`make results` runs all of it; every network and comparison is a file in "
+        "`results/cells/`, with its recipe and the machine.\n"
+    )

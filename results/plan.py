@@ -1,0 +1,242 @@
+"""What is trained: every experiment as a list of jobs, the most telling first.
+
+Recipes are the package's own. A static network is trained by the recipe of the supernet that it is
+compared with: same images, epochs, optimizer and averaging; one width, the labels, one pass a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from dynaslim.demo import DATA as MINI
+from dynaslim.errors import UsageError
+from dynaslim.recipes import (
+    AugmentRecipe,
+    DataRecipe,
+    ExpectedRecipe,
+    GateRecipe,
+    OptimRecipe,
+    SgsRecipe,
+    SupernetRecipe,
+    Target,
+    load_recipe,
+)
+from results.cells import HERE, Cell
+
+Kind = Literal["supernet", "static", "gate"]
+TARGETS: Final = (0.35, 0.5, 0.7)
+"""Mean costs that gates are trained for, as shares of the widest route's."""
+HUB: Final = {
+    "cifar10": "uoft-cs/cifar10",
+    "fashion_mnist": "zalando-datasets/fashion_mnist",
+    "imagenette": "frgfm/imagenette",
+}
+"""Where the images come from unless a folder is given."""
+SMALL: Final = "results/nets/resnet8_small.yaml"
+LATENCY: Final = "results/latency/resnet8_small.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell and how its network comes about."""
+
+    cell: Cell
+    kind: Kind
+    recipe: SupernetRecipe | GateRecipe
+    width: int | None = None
+    """Of a static network: which width of the recipe's model."""
+    needs: Cell | None = None
+    """Of a gate: the supernet that it is trained for."""
+
+    def asked(self) -> dict[str, Any]:
+        """All that decides its numbers, as plain values."""
+        needs = None if self.needs is None else str(self.needs)
+        return {
+            "kind": self.kind,
+            "width": self.width,
+            "needs": needs,
+            "recipe": self.recipe.to_dict(),
+        }
+
+
+def _data(folder: str | None, name: str, **fields: Any) -> DataRecipe:
+    return DataRecipe(path=HUB[name] if folder is None else f"{folder}/{name}", **fields)
+
+
+@cache
+def _shipped(name: str) -> SupernetRecipe:
+    return load_recipe(SupernetRecipe, HERE.parent / "recipes" / f"{name}.yaml")
+
+
+def cifar10(folder: str | None, seed: int) -> SupernetRecipe:
+    """The recipe of the model that ships."""
+    recipe = _shipped("cifar10_resnet8_supernet")
+    path = _data(folder, "cifar10").path
+    return replace(recipe, seed=seed, data=replace(recipe.data, path=path))
+
+
+def fashion(folder: str | None, seed: int) -> SupernetRecipe:
+    """Three minutes on two cores."""
+    return SupernetRecipe(
+        model=SMALL,
+        epochs=2,
+        seed=seed,
+        optim=OptimRecipe(lr=0.2, weight_decay=5e-4),
+        data=_data(folder, "fashion_mnist", image_size_px=28),
+        augment=AugmentRecipe(shift_px=2),
+    )
+
+
+def mini(seed: int) -> SupernetRecipe:
+    """A minute and a half on two cores; the images ship with the package."""
+    return replace(fashion(None, seed), epochs=5, data=DataRecipe(path=str(MINI), image_size_px=28))
+
+
+def gate(supernet: SupernetRecipe, **fields: Any) -> GateRecipe:
+    """A gate's recipe on the images of a supernet's."""
+    given: dict[str, Any] = {"targets": TARGETS, **fields}
+    return GateRecipe(seed=supernet.seed, data=supernet.data, augment=supernet.augment, **given)
+
+
+# -- experiments -----------------------------------------------------------------------------------
+
+
+def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """CIFAR-10: supernet, gates, and what a user would train instead."""
+    jobs = []
+    for seed in seeds:
+        recipe = cifar10(folder, seed)
+        supernet = Cell("headline", "supernet", seed)
+        jobs.append(Job(supernet, "supernet", recipe))
+        jobs.append(Job(Cell("headline", "gates", seed), "gate", gate(recipe), needs=supernet))
+        jobs += [
+            Job(Cell("headline", f"static{k}", seed), "static", recipe, width=k)
+            for k in (0, 3, 1, 2)
+        ]
+        other = replace(recipe, target="distillation")
+        jobs.append(Job(Cell("headline", "distillation", seed), "supernet", other))
+    return jobs
+
+
+def targets(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """Fashion-MNIST: what the sub-networks of a supernet learn."""
+    return _targets("targets", lambda seed: fashion(folder, seed), seeds)
+
+
+def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
+    """The same on the images that ship with the package, to be repeated by anyone."""
+    return _targets("quick", mini, seeds)
+
+
+def _targets(
+    experiment: str, recipe: Callable[[int], SupernetRecipe], seeds: Sequence[int]
+) -> list[Job]:
+    return [
+        Job(Cell(experiment, target, seed), "supernet", replace(recipe(seed), target=target))
+        for seed in seeds
+        for target in reversed(get_args(Target))
+    ]
+
+
+GATES: Final[dict[str, dict[str, Any]]] = {
+    "expected": {},
+    "sgs_try_best": {"objective": "sgs"},
+    "sgs_balanced": {
+        "objective": "sgs",
+        "sgs": SgsRecipe(easy_share=0.5, cost_weight=0.1),
+    },
+    "sgs_give_up": {"objective": "sgs", "sgs": SgsRecipe(hard="give_up")},
+    "sgs_no_gumbel": {"objective": "sgs", "sgs": SgsRecipe(gumbel=False)},
+    "both": {"expected": ExpectedRecipe(sgs_weight=0.2)},
+}
+"""Objectives of the gate; `sgs_try_best` has the paper's weights."""
+
+
+def gates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """Fashion-MNIST: what the gate minimises, on the supernets of `targets`."""
+    return [
+        Job(
+            Cell("gates", variant, seed),
+            "gate",
+            gate(fashion(folder, seed), **{"epochs": 1, **fields}),
+            needs=Cell("targets", "ensemble", seed),
+        )
+        for seed in seeds
+        for variant, fields in GATES.items()
+    ]
+
+
+def gates_ms(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """The same gates, trained on measured milliseconds: `measure_ms` first."""
+    return [
+        Job(
+            Cell("gates_ms", "expected", seed),
+            "gate",
+            gate(fashion(folder, seed), cost_table=LATENCY),
+            needs=Cell("targets", "ensemble", seed),
+        )
+        for seed in seeds
+    ]
+
+
+def rates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """CIFAR-10: whether static networks want another learning rate; the first seed only."""
+    return [
+        Job(
+            Cell("rates", f"static{k}_lr{lr:g}", seed),
+            "static",
+            replace(cifar10(folder, seed), optim=replace(cifar10(folder, seed).optim, lr=lr)),
+            width=k,
+        )
+        for seed in seeds[:1]
+        for k in (0, 3)
+        for lr in (0.4, 0.1)
+    ]
+
+
+def imagenette(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """Photographs at 128 px, for a GPU: supernet and gates by the recipes that ship."""
+    jobs = []
+    for seed in seeds:
+        recipe = _shipped("imagenette_ds_mbnet_supernet")
+        path = _data(folder, "imagenette").path
+        recipe = replace(recipe, seed=seed, data=replace(recipe.data, path=path))
+        supernet = Cell("imagenette", "supernet", seed)
+        jobs.append(Job(supernet, "supernet", recipe))
+        jobs.append(Job(Cell("imagenette", "gates", seed), "gate", gate(recipe), needs=supernet))
+    return jobs
+
+
+EXPERIMENTS: Final = {
+    "headline": headline,
+    "targets": targets,
+    "gates": gates,
+    "gates_ms": gates_ms,
+    "quick": quick,
+    "rates": rates,
+    "imagenette": imagenette,
+}
+
+
+def jobs_of(
+    experiment: str, folder: str | None, seeds: Sequence[int], only: Sequence[str] = ()
+) -> list[Job]:
+    """The jobs of an experiment, `only` those of some variants.
+
+    Raises:
+        UsageError: for an experiment or a variant that there is not.
+    """
+    if experiment not in EXPERIMENTS:
+        raise UsageError(f"experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")
+    if folder is not None and not Path(folder).is_dir():
+        raise UsageError(f"--data {folder}: no such folder")
+    jobs = EXPERIMENTS[experiment](folder, seeds)
+    known = list(dict.fromkeys(job.cell.variant for job in jobs))
+    for variant in only:
+        if variant not in known:
+            raise UsageError(f"--only {variant}: {experiment} has {', '.join(known)}")
+    return [job for job in jobs if not only or job.cell.variant in only]

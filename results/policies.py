@@ -1,0 +1,228 @@
+"""What ways of choosing a route give, as arithmetic on tables of answers.
+
+A table has, for every image and every route of a network (cheapest first), whether the route is
+right, and how sure it is of its answer. Whoever runs an image twice pays twice; only escalation
+within one network keeps what the trunk computed. Everything here is a pure function of arrays.
+
+Suffixes: N images, R routes, S settings of a threshold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.floating]
+Ints = npt.NDArray[np.integer]
+Bools = npt.NDArray[np.bool_]
+Signal = Literal["margin", "confidence", "entropy"]
+
+
+class Outcome(NamedTuple):
+    """Means over images: cost in the unit of the costs given, top-1 and the share that ran twice
+    in 0..1.
+    """
+
+    cost: float
+    top1: float
+    again: float = 0.0
+
+
+# -- what to compare with --------------------------------------------------------------------------
+
+
+def uniform_line(costs_R: Sequence[float], top1_R: Sequence[float], cost: float) -> float:
+    """The best top-1 at a mean cost without looking at the images: the upper hull of the routes.
+
+    On the hull between two routes stands what a random choice between them gives. Below the
+    cheapest route's cost there is nothing: the cheapest's top-1; above the dearest, the best.
+
+    Raises:
+        ValueError: for lists of different lengths, or none.
+    """
+    points = sorted(zip(costs_R, top1_R, strict=True))
+    if not points:
+        raise ValueError("no routes to draw a line through")
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        if hull and y <= hull[-1][1]:
+            continue  # dearer and no better
+        while len(hull) > 1 and _below(hull[-2], hull[-1], (x, y)):
+            hull.pop()
+        hull.append((x, y))
+    return float(np.interp(cost, [x for x, _ in hull], [y for _, y in hull]))
+
+
+def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> bool:
+    """Whether b lies on or below the line from a to c."""
+    return (b[1] - a[1]) * (c[0] - a[0]) <= (c[1] - a[1]) * (b[0] - a[0])
+
+
+def random_routing(
+    costs_R: Sequence[float], top1_R: Sequence[float], shares_R: Sequence[float]
+) -> Outcome:
+    """What images give on average that are sent along the routes at random, in these shares.
+
+    Raises:
+        ValueError: if the shares are not one for each route, or their sum is not 1.
+    """
+    if not np.isclose(sum(shares_R), 1):
+        raise ValueError(f"shares {list(shares_R)}: must add up to 1")
+    parts = list(zip(costs_R, top1_R, shares_R, strict=True))
+    return Outcome(sum(c * s for c, _, s in parts), sum(t * s for _, t, s in parts))
+
+
+def oracle(correct_NR: Bools, costs_R: Sequence[float]) -> Outcome:
+    """Every image along the cheapest route that is right; along the cheapest if none is."""
+    costs = np.asarray(costs_R, float)
+    order = np.argsort(costs, kind="stable")
+    first_N = correct_NR[:, order].argmax(1)  # 0 where none is right
+    return Outcome(float(costs[order][first_N].mean()), float(correct_NR.any(1).mean()))
+
+
+# -- how sure an answer is -------------------------------------------------------------------------
+
+
+def sureness(logits: Floats, signal: Signal = "margin", temperature: float = 1.0) -> Floats:
+    """How sure answers (..., classes) are: a number for each, higher is surer.
+
+    `margin` is the likeliest class's probability less the next one's, `confidence` the likeliest's,
+    `entropy` the negative entropy in nats; all of probabilities at a temperature.
+    """
+    scaled = np.asarray(logits, np.float64) / temperature
+    scaled = scaled - scaled.max(-1, keepdims=True)
+    chances = np.exp(scaled)
+    chances /= chances.sum(-1, keepdims=True)
+    if signal == "entropy":
+        return np.asarray((chances * np.log(np.maximum(chances, 1e-300))).sum(-1))
+    best = np.sort(chances, -1)
+    return np.asarray(best[..., -1] if signal == "confidence" else best[..., -1] - best[..., -2])
+
+
+def fit_temperature(logits_NC: Floats, labels_N: Ints) -> float:
+    """The temperature at which the labels' mean cross-entropy is lowest, to about 1 %."""
+    low, high = -3.0, 3.0  # of its logarithm
+    golden = (np.sqrt(5) - 1) / 2
+
+    def loss(log: float) -> float:
+        scaled = np.asarray(logits_NC, np.float64) / np.exp(log)
+        scaled = scaled - scaled.max(1, keepdims=True)
+        own_N = scaled[np.arange(len(labels_N)), labels_N]
+        return float((np.log(np.exp(scaled).sum(1)) - own_N).mean())
+
+    while high - low > 0.01:
+        a, b = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, b) if loss(a) < loss(b) else (a, high)
+    return float(np.exp((low + high) / 2))
+
+
+# -- policies --------------------------------------------------------------------------------------
+
+
+def gated(correct_NR: Bools, costs_R: Sequence[float], option_N: Ints) -> Outcome:
+    """Every image along the route that a gate chose for it."""
+    everyone = np.arange(len(correct_NR))
+    return Outcome(
+        float(np.asarray(costs_R, float)[option_N].mean()),
+        float(correct_NR[everyone, option_N].mean()),
+    )
+
+
+def escalated(
+    correct_NR: Bools,
+    sure_NR: Floats,
+    costs_R: Sequence[float],
+    trunk: float,
+    option_N: Ints,
+    target: int,
+    tau: float,
+) -> Outcome:
+    """As `gated`; answers less sure than tau are replaced by those of a wider route.
+
+    It goes on from the trunk's features, which were kept: the second pass costs `costs_R[target]`
+    less `trunk`. Images whose own route is the target or a wider one keep their answer.
+    """
+    everyone = np.arange(len(correct_NR))
+    costs = np.asarray(costs_R, float)
+    again_N = (option_N < target) & (sure_NR[everyone, option_N] < tau)
+    right_N = np.where(again_N, correct_NR[:, target], correct_NR[everyone, option_N])
+    cost_N = costs[option_N] + again_N * (costs[target] - trunk)
+    return Outcome(float(cost_N.mean()), float(right_N.mean()), float(again_N.mean()))
+
+
+def ladder(
+    correct_NR: Bools,
+    sure_NR: Floats,
+    costs_R: Sequence[float],
+    trunk: float,
+    steps: Sequence[int],
+    taus: Sequence[float],
+) -> Outcome:
+    """Escalation in several steps: the first route for all, on to the next where unsure.
+
+    `taus` has one threshold for every step but the last. `again` counts the second passes and all
+    later ones, per image.
+
+    Raises:
+        ValueError: for another number of thresholds.
+    """
+    if len(taus) != len(steps) - 1:
+        raise ValueError(f"{len(steps)} steps need {len(steps) - 1} thresholds, got {len(taus)}")
+    costs = np.asarray(costs_R, float)
+    right_N = correct_NR[:, steps[0]].copy()
+    cost_N = np.full(len(correct_NR), costs[steps[0]])
+    on_N = np.ones(len(correct_NR), bool)
+    again = 0.0
+    for before, step, tau in zip(steps, steps[1:], taus, strict=False):
+        on_N &= sure_NR[:, before] < tau
+        right_N[on_N] = correct_NR[on_N, step]
+        cost_N[on_N] += costs[step] - trunk
+        again += float(on_N.mean())
+    return Outcome(float(cost_N.mean()), float(right_N.mean()), again)
+
+
+def cascade(
+    correct_first_N: Bools,
+    sure_first_N: Floats,
+    correct_second_N: Bools,
+    costs: tuple[float, float],
+    tau: float,
+) -> Outcome:
+    """Two separate networks: where the first is less sure than tau, the second runs as a whole."""
+    again_N = sure_first_N < tau
+    right_N = np.where(again_N, correct_second_N, correct_first_N)
+    share = float(again_N.mean())
+    return Outcome(costs[0] + share * costs[1], float(right_N.mean()), share)
+
+
+# -- thresholds ------------------------------------------------------------------------------------
+
+
+def threshold_for(sure_N: Floats, share: float) -> float:
+    """A threshold under which just so many of the images are, to the nearest whole image.
+
+    Between two of them where there is room, so that rounding moves nobody across.
+    """
+    ordered = np.sort(np.asarray(sure_N, np.float64))
+    count = round(share * len(ordered))
+    if count <= 0:
+        return float(ordered[0])  # nobody is below the least sure
+    if count >= len(ordered):
+        return float(np.nextafter(ordered[-1], np.inf))
+    return float((ordered[count - 1] + ordered[count]) / 2)
+
+
+def best_settings(costs_S: Floats, top1_S: Floats, limits: Sequence[float]) -> list[int]:
+    """For every limit the setting of the highest top-1 that costs no more; of equals the cheapest.
+
+    Where none is cheap enough, the cheapest of all.
+    """
+    order = np.lexsort((costs_S, -top1_S))  # best first, of equals the cheapest
+    found = []
+    for limit in limits:
+        within = order[costs_S[order] <= limit * (1 + 1e-9)]
+        found.append(int(within[0]) if len(within) else int(np.argmin(costs_S)))
+    return found

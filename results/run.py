@@ -1,0 +1,136 @@
+"""Runs experiments: `python -m results.run headline targets gates --data FOLDER --jobs 2`.
+
+Jobs whose cell is there are passed over, so the same line goes on after any interruption. With
+`--jobs 2` two networks are trained side by side on one core each, which is faster than one on two.
+`--judge` compares what is trained, on held-out images, or with `--test` on the test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from dynaslim.errors import DynaslimError, UsageError
+from results.cells import HERE
+from results.plan import EXPERIMENTS, Job, jobs_of
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m results.run", description=__doc__)
+    parser.add_argument("experiments", nargs="+", help=f"of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("--data", help="folder with cifar10, fashion_mnist, ...; else the hub")
+    parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2")
+    parser.add_argument("--only", default="", help="variants, such as supernet,static0")
+    parser.add_argument("--jobs", type=int, default=1, help="networks trained side by side")
+    parser.add_argument("--list", action="store_true", help="say what is done and what is not")
+    parser.add_argument("--judge", action="store_true", help="compare what is trained")
+    parser.add_argument("--test", action="store_true", help="judge on the test split")
+    given = parser.parse_args(argv)
+    os.chdir(HERE.parent)  # recipes name spec files from here
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    only = [variant for variant in given.only.split(",") if variant]
+    try:
+        if given.judge:
+            from results.judging import JUDGED, judge
+
+            for name in given.experiments:
+                if name not in JUDGED:
+                    raise UsageError(f"experiment {name!r}: choose from {', '.join(JUDGED)}")
+                for cell in judge(name, given.data, seeds, given.test):
+                    say(f"{cell}: written")
+            return 0
+        if "imagenette" in given.experiments and not has_gpu():
+            say("imagenette: skipped, it needs a GPU (on two cores a seed takes more than a day)")
+        jobs = [
+            job
+            for name in given.experiments
+            if name != "imagenette" or has_gpu()
+            for job in jobs_of(name, given.data, seeds, only)
+        ]
+        return _run(jobs, given)
+    except DynaslimError as error:
+        sys.stderr.write(f"{error}\n")
+        return error.exit_code
+
+
+def has_gpu() -> bool:
+    """Whether torch sees one."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def say(line: str) -> None:
+    """A line for whoever watches."""
+    sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
+    sys.stdout.flush()
+
+
+def _run(jobs: list[Job], given: argparse.Namespace) -> int:
+    left = [job for job in jobs if not job.cell.is_done(job.asked())]
+    for job in jobs if given.list else left:
+        say(f"{job.cell}: {'to do' if job in left else 'done'}")
+    if given.list:
+        return 0
+    if given.jobs == 1:
+        from results.training import run
+
+        for job in left:
+            started = time.monotonic()
+            run(job)
+            say(f"{job.cell}: done in {(time.monotonic() - started) / 60:.1f} min")
+        return 0
+    return _side_by_side(left, given)
+
+
+def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
+    """Every job in a process of its own, so many at a time, each on one core."""
+    waiting, running, failed = list(left), dict[subprocess.Popen[bytes], Job](), set[str]()
+    try:
+        while waiting or running:
+            for process, job in list(running.items()):
+                if process.poll() is not None:
+                    del running[process]
+                    say(f"{job.cell}: {'done' if process.returncode == 0 else 'FAILED'}")
+                    if process.returncode:
+                        failed.add(str(job.cell))
+            waiting = [job for job in waiting if str(job.needs) not in failed]
+            ready = [job for job in waiting if _is_ready(job, left)]
+            if ready and len(running) < given.jobs:
+                waiting.remove(ready[0])
+                running[_start(ready[0], given.data)] = ready[0]
+                continue
+            time.sleep(1)
+    finally:
+        for process in running:
+            process.terminate()  # trainings save and stop
+            process.wait()
+    return 1 if failed else 0
+
+
+def _is_ready(job: Job, left: list[Job]) -> bool:
+    """Whether the network that it builds on is trained."""
+    needs = next((other for other in left if other.cell == job.needs), None)
+    return needs is None or needs.cell.is_done(needs.asked())
+
+
+def _start(job: Job, data: str | None) -> subprocess.Popen[bytes]:
+    cell = job.cell
+    cell.run.mkdir(parents=True, exist_ok=True)
+    argv = [sys.executable, "-m", "results.run", cell.experiment]
+    argv += ["--only", cell.variant, "--seeds", str(cell.seed)]
+    argv += [] if data is None else ["--data", data]
+    say(f"{cell}: started")
+    with open(cell.run / "log.txt", "ab") as log:
+        return subprocess.Popen(
+            argv, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

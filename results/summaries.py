@@ -1,0 +1,292 @@
+"""From cells to summaries: means and spreads over seeds, and whether the goals are met."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from results.cells import HERE, all_cells
+from results.policies import uniform_line
+
+MAIN: Final = "both"
+"""The way that the goals are judged by: gate and escalation, thresholds chosen on held-out."""
+GOALS: Final = {
+    "drop": 0.3,
+    "share": 0.5,
+    "speed": 1.62,
+    "over_uniform_madds": 0.5,
+    "over_uniform_ms": 0.3,
+}
+"""Points of top-1, a part of the widest route's cost, a ratio of times, points, points."""
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, standard deviation (0 for one) and number of some seeds' values."""
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+        "n": len(values),
+    }
+
+
+def compared(name: str) -> tuple[str, dict[int, dict[str, Any]]]:
+    """What was judged by seed, on the test split if all seeds were; and on which split."""
+    cells = {cell["seed"]: cell for cell in all_cells("compare") if cell["variant"] == name}
+    split = "test" if cells and all("test" in cell for cell in cells.values()) else "held_out"
+    return split, {seed: cell[split] for seed, cell in cells.items() if split in cell}
+
+
+def _over(cells: Mapping[int, Any], value: Callable[[Any], float]) -> dict[str, float]:
+    return spread([value(cell) for cell in cells.values()])
+
+
+# -- CIFAR-10 --------------------------------------------------------------------------------------
+
+
+def cifar10() -> dict[str, Any]:
+    """The headline: routes, static networks, every way at every budget, times, goals."""
+    split, cells = compared("headline")
+    if not cells:
+        return {}
+    first = next(iter(cells.values()))
+    times = {seed: run for seed, run in _times().items() if seed in cells}
+    routes = range(len(first["madds"]))
+    found: dict[str, Any] = {
+        "split": split,
+        "images": first["images"],
+        "seeds": sorted(cells),
+        "madds": first["madds"],
+        "trunk_madds": first["trunk_madds"],
+        "shares": first["shares"],
+        "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in routes],
+        "oracle": {key: _over(cells, lambda c, key=key: c["oracle"][key]) for key in _ORACLE},
+        "ways": _ways(cells),
+        "gates": _gates([c["gates"] for c in cells.values()]),
+    }
+    for name in ("static_top1", "distillation_top1"):
+        some = {seed: c for seed, c in cells.items() if name in c}
+        if some:
+            found[name] = [_over(some, lambda c, k=k, name=name: c[name][k]) for k in routes]
+            found[f"supernet_less_{name}"] = spread(
+                [statistics.fmean(c["top1"]) - statistics.fmean(c[name]) for c in some.values()]
+            )
+    if times:
+        found["ms"] = _ms(cells, times)
+    found["goals"] = goals(found)
+    return found
+
+
+_ORACLE: Final = ("cost", "top1")
+
+
+def _ways(cells: Mapping[int, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    names = list(dict.fromkeys(name for cell in cells.values() for name in cell["ways"]))
+    found = {}
+    for name in names:
+        lists = [cell["ways"][name] for cell in cells.values() if name in cell["ways"]]
+        found[name] = [
+            {key: spread([row[key] for row in rows]) for key in rows[0]}
+            for rows in zip(*lists, strict=True)
+        ]
+    return found
+
+
+def _gates(lists: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Gates as they were trained, target by target."""
+    return [
+        {
+            "target": rows[0]["target"],
+            **{
+                key: spread([row[key] for row in rows])
+                for key in ("madds", "share", "top1", "over_uniform", "gate_accuracy")
+                if key in rows[0]
+            },
+        }
+        for rows in zip(*lists, strict=True)
+    ]
+
+
+def _times() -> dict[int, dict[str, Any]]:
+    found = {}
+    for file in sorted((HERE / "ms").glob("cifar10_s*.json")):
+        found[int(file.stem.removeprefix("cifar10_s"))] = json.loads(file.read_text())
+    return found
+
+
+def fastest(times: Mapping[int, Mapping[str, Any]]) -> str:
+    """The backend that runs the widest route fastest: the one that is hardest to beat."""
+    backends = next(iter(times.values()))["ms_per_image"]
+
+    def widest(backend: str) -> float:
+        runs = [run["ms_per_image"][backend] for run in times.values()]
+        last = max(name for name in runs[0] if name.startswith("route"))
+        return statistics.fmean(run[last]["median"] for run in runs)
+
+    return min(backends, key=widest)
+
+
+def _ms(cells: Mapping[int, Any], times: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
+    """Milliseconds of every arm on the fastest backend, and what dynamic gives at equal ones."""
+    backend = fastest(times)
+    runs = {seed: run["ms_per_image"][backend] for seed, run in times.items()}
+    arms = list(next(iter(runs.values())))
+    first = next(iter(times.values()))
+    found: dict[str, Any] = {
+        "backend": backend,
+        "hardware": first["hardware"],
+        "batch": first["batch"],
+        "rounds": first["rounds"],
+        "per_image": {
+            arm: spread([run[arm]["median"] for run in runs.values() if arm in run]) for arm in arms
+        },
+        "faster_than_widest": {
+            arm: spread(
+                [run[arm]["faster_than_widest"]["median"] for run in runs.values() if arm in run]
+            )
+            for arm in arms
+        },
+        "over_uniform": {},
+    }
+    for way in ("both", "gate", "escalation"):
+        rows = []
+        for number, share in enumerate(first["shares"]):
+            gains = []
+            for seed, run in runs.items():
+                cell, arm = cells[seed], run[f"{way}@{share:g}"]["median"]
+                routes = [run[f"route{k}"]["median"] for k in range(len(cell["top1"]))]
+                top1 = cell["ways"][way][number]["top1"]
+                gains.append(top1 - uniform_line(routes, cell["top1"], arm))
+            rows.append(spread(gains))
+        found["over_uniform"][way] = rows
+    return found
+
+
+def goals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """For every budget of the main way what the goals ask for; and whether they are met."""
+    widest = found["routes"][-1]["mean"]
+    rows = []
+    for number, share in enumerate(found["shares"]):
+        row = found["ways"][MAIN][number]
+        arm = f"{MAIN}@{share:g}"
+        ms = found.get("ms")
+        rows.append(
+            {
+                "budget": share,
+                "share": row["share"]["mean"],
+                "drop": 100 * (widest - row["top1"]["mean"]),
+                "speed": None if ms is None else ms["faster_than_widest"][arm]["mean"],
+                "over_uniform_madds": 100 * row["over_uniform"]["mean"],
+                "over_uniform_ms": None
+                if ms is None
+                else 100 * ms["over_uniform"][MAIN][number]["mean"],
+            }
+        )
+    static = found.get("supernet_less_static_top1")
+    return {
+        "asked": dict(GOALS),
+        "budgets": rows,
+        "near_the_widest": [r["budget"] for r in rows if _is_near(r)],
+        "over_uniform": [r["budget"] for r in rows if _is_over(r)],
+        "not_below_statics": None if static is None else static["mean"] >= 0,
+    }
+
+
+def _is_near(row: Mapping[str, Any]) -> bool:
+    """No more than 0.3 points lost at half the cost, and fast enough."""
+    return (
+        row["drop"] <= GOALS["drop"]
+        and row["share"] <= GOALS["share"]
+        and row["speed"] is not None
+        and row["speed"] >= GOALS["speed"]
+    )
+
+
+def _is_over(row: Mapping[str, Any]) -> bool:
+    """Above the uniform line by multiply-adds and by milliseconds."""
+    return (
+        row["over_uniform_madds"] >= GOALS["over_uniform_madds"]
+        and row["over_uniform_ms"] is not None
+        and row["over_uniform_ms"] >= GOALS["over_uniform_ms"]
+    )
+
+
+# -- ablations -------------------------------------------------------------------------------------
+
+
+def targets(name: str) -> dict[str, Any]:
+    """Top-1 of the routes by what they learnt, and how far above labels on average."""
+    split, cells = compared(name)
+    found: dict[str, Any] = {"split": split, "seeds": sorted(cells), "top1": {}, "mean": {}}
+    for target in ("labels", "distillation", "bootstrap", "ensemble"):
+        runs = [cell["top1"][target] for cell in cells.values() if target in cell["top1"]]
+        if runs:
+            found["top1"][target] = [spread(values) for values in zip(*runs, strict=True)]
+            found["mean"][target] = spread([statistics.fmean(run) for run in runs])
+    return found if found["top1"] else {}
+
+
+def gates() -> dict[str, Any]:
+    """Fashion-MNIST: ways, objectives and features."""
+    split, cells = compared("gates")
+    if not cells:
+        return {}
+    first = next(iter(cells.values()))
+    found: dict[str, Any] = {
+        "split": split,
+        "images": first["images"],
+        "seeds": sorted(cells),
+        "shares": first["shares"],
+        "madds": first["madds"],
+        "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in range(len(first["madds"]))],
+        "oracle": {key: _over(cells, lambda c, key=key: c["oracle"][key]) for key in _ORACLE},
+        "ways": _ways(cells),
+    }
+    for part in ("objectives", "features"):
+        names = [n for n in first[part] if all(n in cell[part] for cell in cells.values())]
+        found[part] = {n: _gates([cell[part][n] for cell in cells.values()]) for n in names}
+    return found
+
+
+def gates_ms() -> dict[str, Any]:
+    """Gates trained on multiply-adds and on milliseconds."""
+    split, cells = compared("gates_ms")
+    if not cells:
+        return {}
+    found: dict[str, Any] = {"split": split, "seeds": sorted(cells), "trained_on": {}}
+    for name in ("madds", "ms"):
+        lists = [cell["trained_on"][name] for cell in cells.values()]
+        found["trained_on"][name] = [
+            {
+                "target": rows[0]["target"],
+                **{k: spread([r[k] for r in rows]) for k in ("ms", "share", "top1")},
+                "over_uniform": spread([r["over_uniform"] for r in rows]),
+            }
+            for rows in zip(*lists, strict=True)
+        ]
+    return found
+
+
+def rates() -> dict[str, Any]:
+    """Static networks at other learning rates, on held-out images."""
+    found: dict[str, Any] = {}
+    for experiment in ("headline", "rates"):
+        for cell in all_cells(experiment):
+            if cell["asked"]["kind"] == "static" and cell["seed"] == 0:
+                lr = cell["asked"]["recipe"]["optim"]["lr"]
+                width = found.setdefault(str(cell["asked"]["width"]), {})
+                width[f"{lr:g}"] = cell["held_out"]["top1"][0]
+    return {width: rows for width, rows in found.items() if len(rows) > 1}
+
+
+# -- repeating -------------------------------------------------------------------------------------
+
+
+def within(value: float, committed: Mapping[str, float], *, least: float = 0.01) -> bool:
+    """Whether a repeated number lies within three standard deviations, or `least`, of the mean.
+
+    `least` is what seeds of few images differ by at any rate.
+    """
+    return math.fabs(value - committed["mean"]) <= max(3 * committed["sd"], least)

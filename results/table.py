@@ -1,0 +1,109 @@
+"""Makes summaries and the page: `python -m results.table`; `--check` says whether they are current.
+
+Reads `cells/` and `ms/`, writes results/*.json, docs/results.md and its pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dynaslim._files import write_atomic
+from results import summaries
+from results.cells import HERE
+from results.page import WAYS, page
+
+DOCS = HERE.parent / "docs"
+BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#D55E00", "#009E73", "0.5", "#CC79A7"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m results.table", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
+    given = parser.parse_args(argv)
+    files = made()
+    stale = [path for path, content in files.items() if _held(path) != content]
+    for path in stale:
+        if not given.check:
+            write_atomic(path, files[path])
+        sys.stdout.write(f"{path.relative_to(HERE.parent)}: {'stale' if given.check else 'made'}\n")
+    return 1 if given.check and stale else 0
+
+
+def _held(path: Path) -> bytes | None:
+    return path.read_bytes() if path.exists() else None
+
+
+def made() -> dict[Path, bytes]:
+    """Every file and its content, from the cells that there are."""
+    found: dict[str, Any] = {
+        "cifar10": summaries.cifar10(),
+        "targets": summaries.targets("targets"),
+        "gates": summaries.gates(),
+        "gates_ms": summaries.gates_ms(),
+        "rates": summaries.rates(),
+        "quick": summaries.targets("quick"),
+    }
+    notes = HERE / "notes.md"
+    text = page(found, notes.read_text(encoding="utf-8") if notes.exists() else "")
+    files = {
+        HERE / f"{name}.json": (json.dumps(value, indent=1) + "\n").encode()
+        for name, value in found.items()
+        if value
+    }
+    files[DOCS / "results.md"] = text.encode()
+    if main := found["cifar10"]:
+        files[DOCS / "img" / "results_madds.svg"] = picture(main, "madds")
+        if "ms" in main:
+            files[DOCS / "img" / "results_ms.svg"] = picture(main, "ms")
+    return files
+
+
+def picture(main: Mapping[str, Any], unit: str) -> bytes:
+    """Top-1 against cost: routes, static networks and every way at every budget, as SVG."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    def at(arm: str, madds: float) -> float:
+        return madds / 1e6 if unit == "madds" else main["ms"]["per_image"][arm]["mean"]
+
+    with matplotlib.rc_context({"svg.hashsalt": "results", "svg.fonttype": "none"}):
+        figure = Figure(figsize=(7.5, 4.6), layout="constrained")
+        axes = figure.subplots()
+        costs = main["madds"]
+
+        def line(name: str, x: list[float], rows: Sequence[Any], **style: Any) -> None:
+            y, sd = ([100 * row[key] for row in rows] for key in ("mean", "sd"))
+            axes.errorbar(x, y, yerr=sd, label=name, capsize=2, **style)
+
+        routes = [at(f"route{k}", c) for k, c in enumerate(costs)]
+        line("uniform routes", routes, main["routes"], color=BLUE, marker="o")
+        if "static_top1" in main:
+            line("static networks", routes, main["static_top1"], color=GREY, marker="s", ls=":")
+        styles = {"both": (ORANGE, "*"), "gate": (GREEN, "^"), "escalation": (PINK, "v")}
+        for way, (colour, marker) in styles.items():
+            rows = main["ways"][way]
+            x = [
+                at(f"{way}@{share:g}", row["madds"]["mean"])
+                for share, row in zip(main["shares"], rows, strict=True)
+            ]
+            top1 = [row["top1"] for row in rows]
+            line(WAYS[way], x, top1, color=colour, marker=marker, lw=1)
+        told = "million multiply-adds" if unit == "madds" else "milliseconds"
+        axes.set_xlabel(f"{told} per image")
+        axes.set_ylabel("top-1, %")
+        axes.grid(alpha=0.3)
+        axes.legend(loc="lower right")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""The commands and Python of the documents, taken out of them and run as a reader would.
+
+A block is a fence, or in README.md lines indented by four spaces that begin with a command. A block
+that is not to be run says so in the source, in a comment right before it:
+
+    <!-- not run: why -->
+
+What the documents write for something of the reader's (DATA, CKPT, photos) stands in the folder
+under that very name; the few words that cannot, and the flags that make a command short, are in the
+tables below and nowhere else.
+"""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import free_port, start_dynaslim
+
+from dynaslim import cli
+from dynaslim.recipes import GateRecipe, SupernetRecipe, recipe_from_dict
+from dynaslim.spec import NetSpec
+
+ROOT = Path(__file__).parents[1]
+
+COMMANDS = ("dynaslim", "make", "python", "pip", "export", "torchrun", "curl", "docker", "cd")
+"""What a line begins with that is for a shell."""
+DATA_LANGUAGES = ("text", "yaml", "json", "ini", "nginx", "html", "diff")
+
+SHORTER = {
+    "train supernet": "--epochs 1 --batch-size 16 --calibration-batches 1 "
+    "--val-calibration-batches 1 --workers 0",
+    "train gate": "--batch-size 16 --expected.iterations 5 --expected.bisections 2 --workers 0",
+    "calibrate": "--batches 1 --batch-size 8 --workers 0",
+    "profile": "--batch-size 2 --rounds 2",
+    "bench": "--image-size 32 --batch-size 4 --rounds 2",
+    "report": "--rounds 2 --backend eager",
+    "export": "",  # an int8 one is made shorter below
+    "examples/finetune_folder.py": "1",
+}
+"""Added to a command so that it is done in seconds: fewer epochs, images and rounds."""
+FINE = {"doctor": (0, 1)}
+"""Exit codes that are as good as 0: 1 where something on this machine does not work."""
+SHORTER_INT8 = "--calibration-images 8 --report-images 8"
+
+RECIPES = {
+    "train supernet": "recipes/cifar10_supernet.yaml",
+    "train gate": "recipes/cifar10_gate.yaml",
+}
+_numbers = itertools.count()
+
+
+def short_recipe(path: Path) -> str:
+    """A recipe of the repository with one epoch of small batches."""
+    return re.sub(r"(?m)^(epochs|batch_size): \d+", _few, path.read_text())
+
+
+def _few(line: re.Match[str]) -> str:
+    return f"{line[1]}: {1 if line[1] == 'epochs' else 16}"
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a page that a reader might copy."""
+
+    page: str
+    line: int
+    """Of its first line of content, from 1."""
+    language: str
+    text: str
+    title: str | None
+    """The file that a fence says it is."""
+    excuse: str | None
+    """Why it is not run."""
+
+    @property
+    def where(self):
+        return f"{self.page}:{self.line}"
+
+
+def blocks_of(path: Path) -> list[Block]:
+    """All blocks of a page in order."""
+    lines = path.read_text().split("\n")
+    found, number, excuse = [], 0, None
+    while number < len(lines):
+        line = lines[number]
+        if marker := re.fullmatch(r"<!-- not run: (.*\S) -->", line.strip()):
+            excuse = marker[1]
+        elif opened := re.fullmatch(r"```(\w*)(.*)", line):
+            end = lines.index("```", number + 1)
+            title = re.search(r'title="(.+?)"', opened[2])
+            body = "\n".join(lines[number + 1 : end])
+            found.append(Block(path.name, number + 2, opened[1], body, title and title[1], excuse))
+            number, excuse = end, None
+        elif line.startswith("    ") and line.split()[0] in COMMANDS:
+            end = number
+            while end < len(lines) and lines[end].startswith("    "):
+                end += 1
+            body = "\n".join(text[4:] for text in lines[number:end])
+            found.append(Block(path.name, number + 1, "bash", body, None, excuse))
+            number, excuse = end - 1, None
+        elif line.strip():
+            excuse = None  # a marker excuses what follows it at once
+        number += 1
+    return found
+
+
+def commands_of(block: Block) -> list[str]:
+    """Every command of a block as one line; lines that are comments alone are left out."""
+    lines = block.text.replace("\\\n", " ").split("\n")
+    return [line for line in lines if words_of(line)]
+
+
+def words_of(line: str) -> list[str]:
+    """The words of a command, without the comment behind it."""
+    return shlex.split(line, comments=True)
+
+
+class Servers:
+    """The server that a page has started: it runs until the page starts another, or ends."""
+
+    def __init__(self):
+        self._process, self._port = None, 0
+
+    def start(self, argv: list[str]) -> None:
+        """Start `dynaslim serve` on a free port and wait until it accepts."""
+        self.stop()
+        self._port = free_port()
+        self._process = start_dynaslim([*shortened(argv), "--port", str(self._port)])
+        told = self._process.stdout.readline()  # when it is ready; empty where the process ends
+        if f":{self._port}" not in told:
+            process, self._process = self._process, None
+            process.kill()
+            raise AssertionError(f"{told}{process.communicate()[1]}")
+
+    def ask(self, line: str) -> None:
+        """Run a line with curl in it; an answer that is an error fails."""
+        if shutil.which("curl") is None:
+            pytest.skip("curl is not installed")
+        line = re.sub(r"\bcurl ", "curl --fail-with-body ", line.replace("8000", str(self._port)))
+        done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True)
+        assert done.returncode == 0, f"{line}: {done.stdout} {done.stderr}"
+
+    def stop(self) -> None:
+        """Tell the server to end, as a page's reader does by Ctrl-C."""
+        process, self._process = self._process, None
+        if process is not None:
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=60)
+            assert process.returncode == 0, said
+
+
+def run_command(line: str, servers: Servers) -> None:
+    """Run one command, in this process if it can be; AssertionError if it fails or cannot be."""
+    match words_of(line):
+        case ["dynaslim", "serve", *argv]:
+            servers.start(["serve", *argv])
+        case ["curl", *_]:
+            servers.ask(line)
+        case ["dynaslim", *argv]:
+            argv = shortened(argv)
+            code = cli.run(argv)
+            fine = FINE.get(verb_of(argv), (0,))
+            assert code in fine, f"dynaslim {shlex.join(argv)} ended with {code}"
+        case ["make", target]:
+            # what targets do has tests of its own; a document must not name one that is not there
+            makefile = (ROOT / "Makefile").read_text()
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
+        case ["python", script, *argv] if script.startswith("examples/"):
+            run_script(script, [*argv, *SHORTER.get(script, "").split()])
+        case _:
+            raise AssertionError(
+                f"{line}: not a command that this test can run; if it is right as it is, put "
+                f"<!-- not run: why --> before its block"
+            )
+
+
+def shortened(argv: list[str]) -> list[str]:
+    """A command line of a document with its words replaced, and made short."""
+    verb = verb_of(argv)
+    words = {
+        "R": RECIPES.get(verb, "R"),
+        "[--json]": "--json",
+        "PATHS...": "photos",
+        **{word: f"{word.lower()}{next(_numbers)}" for word in ("RUN", "OUT")},
+    }
+    if verb == "report":
+        words["RUN"] = "runs/demo"  # one that is there
+    extra = SHORTER.get(verb, "").split()
+    if "int8" in argv:
+        extra = SHORTER_INT8.split()
+    return [*(words.get(word, word) for word in argv), *extra]
+
+
+def verb_of(argv: list[str]) -> str:
+    """The verb that a command line names, of one word or two."""
+    return next((verb for verb in cli.VERBS if argv[: verb.count(" ") + 1] == verb.split()), "")
+
+
+def run_script(script: str, argv: list[str]) -> None:
+    """Run a Python file as a program."""
+    before = sys.argv
+    sys.argv = [script, *argv]
+    try:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    finally:
+        sys.argv = before
+
+
+def check_flags(line: str, monkeypatch) -> None:
+    """Of a command that is not run, that dynaslim would understand it."""
+    words = words_of(line)
+    if "dynaslim" not in words:
+        return
+    argv = words[words.index("dynaslim") + 1 :]
+    verb = verb_of(argv)
+    assert verb, f"{line}: no such verb"
+    real = cli.VERBS[verb]
+
+    @functools.wraps(real.run)  # the signature makes the flags
+    def run(*_, **__):
+        return None
+
+    monkeypatch.setitem(cli.VERBS, verb, real._replace(run=run))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.run([{"R": RECIPES.get(verb, "R")}.get(word, word) for word in argv])
+    monkeypatch.setitem(cli.VERBS, verb, real)
+    assert code == 0, f"{line}: {said.getvalue()}"
+
+
+def run_python(block: Block, namespace: dict[str, object]) -> str:
+    """Run a block in a page's namespace; returns what it prints."""
+    printed = io.StringIO()
+    # lines of a traceback are then those of the page
+    code = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
+    with contextlib.redirect_stdout(printed):
+        exec(code, namespace)
+    return printed.getvalue()
+
+
+def check_data(block: Block) -> None:
+    """JSON must be JSON; YAML is a recipe or a spec, and must be one."""
+    if block.language == "json":
+        json.loads(block.text)
+    if block.language != "yaml":
+        return
+    data = yaml.safe_load(block.text)
+    if "stages" in data:
+        NetSpec.from_dict(data)
+    else:
+        kind = GateRecipe if {"targets", "supernet", "objective"} & set(data) else SupernetRecipe
+        recipe_from_dict(kind, data)

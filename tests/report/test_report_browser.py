@@ -1,0 +1,173 @@
+"""Reports in a real browser: on a desk, on a phone, in the dark and on paper."""
+
+import re
+import shutil
+
+import pytest
+from report_runs import Page
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no browser here: apt-get install chromium"
+)
+
+WIDTHS = {"desk": 1280, "phone": 390}
+
+# the lowest contrast of any text with what is painted behind it, as WCAG counts it
+CONTRAST = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = colour => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const over = (top, below) => top.slice(0, 3).map((v, i) => v * top[3] + below[i] * (1 - top[3]));
+  const light = colour => {
+    const [r, g, b] = colour.map(v => v / 255)
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = element => {
+    const layers = [];
+    for (let e = element; e; e = e.parentElement)
+      layers.unshift(rgba(getComputedStyle(e).backgroundColor));
+    return layers.reduce((below, top) => over(top, below), [255, 255, 255]);
+  };
+  const ratio = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05);
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.getClientRects().length) continue;
+    if (element.closest("title, style")) continue;
+    const style = getComputedStyle(element);
+    let below = behind(element);
+    if (element.matches("text.in")) {  // on a bar of the same route
+      const bar = element.previousElementSibling;
+      const fill = getComputedStyle(bar).fill;
+      if (fill.startsWith("url")) continue;
+      below = rgba(fill);
+    }
+    const colour = over(rgba(element.closest("svg") ? style.fill : style.color), below);
+    found.push([ratio(colour, below), element.outerHTML.slice(0, 120)]);
+  }
+  return [found.length, ...found.sort((a, b) => a[0] - b[0])[0]];
+}"""
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def file(gate_page, tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "report.html"
+    path.write_text(gate_page.html, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def opened(browser, file):
+    """Opens the page; requests but for the file itself are refused and told, as are complaints."""
+    contexts = []
+
+    def open_page(width, scheme="light"):
+        context = browser.new_context(
+            viewport={"width": width, "height": 800}, color_scheme=scheme, locale="en-GB"
+        )
+        contexts.append(context)
+        page = context.new_page()
+        page.asked, page.said = [], []
+
+        def refuse(route):
+            page.asked.append(route.request.url)
+            route.abort()
+
+        context.route(lambda url: url != file.as_uri() and not url.startswith("data:"), refuse)
+        page.on("console", lambda message: page.said.append(message.text))
+        page.on("pageerror", lambda error: page.said.append(str(error)))
+        page.on("dialog", lambda dialog: (page.said.append(dialog.message), dialog.dismiss()))
+        page.goto(file.as_uri())
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+
+
+@pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
+def test_page_alone(opened, width, gate_page):
+    """It asks for nothing and says nothing, all pictures are there, and nothing sticks out."""
+    page = opened(width)
+    assert page.asked == []
+    assert page.said == [], "not a word of a name that would be a script either"
+    pictures = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth])")
+    assert len(pictures) == sum(tag == "img" for tag, _ in Page(gate_page.html).elements) > 10
+    assert all(done and wide > 0 for done, wide in pictures)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate("document.scripts.length") == 0
+    # with all tables open too
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_charts_can_be_read_on_a_phone(opened):
+    """The smallest letters of the charts, and how much of the width the charts take."""
+    page = opened(WIDTHS["phone"])
+    sizes = page.evaluate(
+        """[...document.querySelectorAll('figure > svg')].map(svg => {
+             const scale = svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+             const sizes = [...svg.querySelectorAll('text')]
+               .map(t => parseFloat(getComputedStyle(t).fontSize) * scale);
+             return [Math.min(...sizes), svg.getBoundingClientRect().width];
+           })"""
+    )
+    assert len(sizes) == 8
+    assert min(size for size, _ in sizes) > 8.5
+    assert all(width > 330 for _, width in sizes)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out(opened, scheme):
+    page = opened(WIDTHS["desk"], scheme)
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
+    texts, lowest, where = page.evaluate(CONTRAST)
+    assert texts > 300
+    assert lowest >= 4.5, f"{lowest:.2f} in {where}"
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    channels = [int(value) for value in re.findall(r"\d+", background)]
+    assert max(channels) < 60 if scheme == "dark" else min(channels) > 240
+
+
+def test_it_prints(opened, tmp_path):
+    page = opened(WIDTHS["desk"], "dark")
+    paper = page.pdf(format="A4")
+    assert paper.startswith(b"%PDF")
+    pages = len(re.findall(rb"/Type\s*/Page\b", paper))
+    assert 1 < pages < 15
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    assert not page.is_visible("nav")
+    page.set_viewport_size({"width": 690, "height": 1000})  # A4 less its margins
+    assert page.evaluate("document.documentElement.scrollWidth") <= 690
+
+
+def test_links_and_tables_answer_the_keyboard(opened):
+    page = opened(WIDTHS["desk"])
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.getAttribute('href')") == "#costs"
+    page.locator("nav a", has_text="Confusions").press("Enter")
+    top = page.evaluate("document.getElementById('confusion').getBoundingClientRect().top")
+    assert 0 <= top < 200, "the heading is not under the bar"
+    page.locator("summary").first.press("Enter")
+    assert page.locator("details[open] table").first.is_visible()

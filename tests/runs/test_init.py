@@ -1,0 +1,131 @@
+"""Stage I from a checkpoint: the same classes, other ones, and what does not fit."""
+
+import json
+
+import pytest
+import torch
+from helpers import bright_pngs, lively, micro_spec, write_parquet
+
+from dynaslim import cli
+from dynaslim.checkpoint import Checkpoint, read, save, with_classes
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.recipes import DataRecipe, OptimRecipe, SupernetRecipe
+from dynaslim.runs import RunOptions, run_supernet
+from dynaslim.zoo import write_spec
+
+NAMES = tuple(f"class {n}" for n in range(4))  # those of the images
+CHOICES = ((1, 2), (0, 1))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Images of four classes, the spec of a small network, and checkpoints of it."""
+    root = tmp_path_factory.mktemp("init")
+    write_parquet(root / "images", bright_pngs(64), 4, "train")
+    write_spec(root / "micro.yaml", micro_spec())
+    for seed, (name, classes) in enumerate({"same": NAMES, "others": tuple("abcd")}.items()):
+        net = lively(micro_spec(num_classes=4).with_choices(*CHOICES), seed=seed + 1)
+        preprocessing = Preprocessing(16, mean=(0.4,) * 3, std=(0.3,) * 3)
+        checkpoint = Checkpoint(net, class_names=classes, preprocessing=preprocessing)
+        save(root / f"{name}.safetensors", checkpoint)
+    return root
+
+
+def _recipe(folder, name, *, lr=1e-9, **data):
+    """Four steps at a rate that moves nothing much: what comes out is what went in."""
+    return SupernetRecipe(
+        model=str(folder / "micro.yaml"),
+        init=None if name is None else str(folder / f"{name}.safetensors"),
+        epochs=1,
+        batch_size=16,
+        calibration_batches=1,
+        optim=OptimRecipe(lr=lr),
+        data=DataRecipe(str(folder / "images"), image_size_px=16, val_share=0, **data),
+    )
+
+
+@pytest.fixture(scope="module")
+def kept(folder, tmp_path_factory):
+    """A run on the classes that its checkpoint knows."""
+    out = tmp_path_factory.mktemp("kept") / "run"
+    run_supernet(_recipe(folder, "same"), out)
+    return out
+
+
+def _moved(a, b, part=""):
+    """Largest difference of the weights, BN statistics apart, whose name begins with `part`."""
+    ours, theirs = dict(a.named_parameters()), dict(b.named_parameters())
+    assert ours.keys() == theirs.keys()
+    return max((ours[k] - theirs[k]).abs().max().item() for k in ours if k.startswith(part))
+
+
+def test_the_same_classes_keep_everything(folder, kept):
+    before = read(folder / "same.safetensors")
+    for name in ("last", "last_live"):
+        made = read(kept / f"{name}.safetensors")
+        assert made.net.spec == before.net.spec
+        assert [gate.choices for gate in made.net.spec.gates] == list(CHOICES)
+        assert _moved(made.net, before.net) < 1e-6
+        assert made.preprocessing == before.preprocessing
+        assert made.recipe["supernet"]["init"] == str(folder / "same.safetensors")
+    assert json.loads((kept / "results.json").read_text())["model"] == "micro"
+
+
+def test_other_classes_train_a_fresh_classifier(folder, tmp_path):
+    own = {"mean": (0.5,) * 3, "std": (0.2,) * 3}
+    recipe = _recipe(folder, "others", lr=0.01, **own)
+    made = read(run_supernet(recipe, tmp_path / "run")["files"]["last_live"])
+    before = read(folder / "others.safetensors").net
+    assert made.class_names == NAMES
+    assert made.preprocessing == Preprocessing(16, **own), "the recipe's own come first"
+    assert 1e-5 < _moved(made.net, before, "stages") < 0.1, "trained, from where it was"
+    fresh = lively(micro_spec(num_classes=4).with_choices(*CHOICES), seed=9)
+    assert _moved(fresh, before, "stages") > 0.5
+
+
+@pytest.mark.parametrize(
+    ("known", "asked", "same"),
+    [
+        (NAMES, NAMES, True),
+        (None, NAMES, True),  # imported ones name none: as many are taken for the same
+        (NAMES, tuple("abcd"), False),
+        (NAMES, NAMES[::-1], False),
+        (NAMES, NAMES[:3], False),
+        (None, NAMES[:3], False),
+    ],
+)
+def test_the_classifier_is_kept_for_the_same_classes_alone(known, asked, same):
+    net = lively(micro_spec(num_classes=4))
+    made = with_classes(Checkpoint(net, class_names=known), asked)
+    assert made is not net
+    assert not made.training
+    assert made.spec == net.spec.replace(num_classes=len(asked))
+    theirs = net.state_dict()
+    for name, value in made.state_dict().items():
+        expected = theirs[name][: len(asked)] if name.startswith("classifier") else theirs[name]
+        if name == "classifier.weight":
+            assert torch.equal(value, expected) == same
+        else:  # a bias is zero in the one and in the other
+            assert torch.equal(value, expected), name
+        assert value.data_ptr() != theirs[name].data_ptr()
+
+
+def test_another_model_is_refused(folder, tmp_path, capsys):
+    argv = ["train", "supernet", "--data.path", str(folder / "images"), "--out"]
+    init = str(folder / "same.safetensors")
+    assert cli.run([*argv, str(tmp_path / "run"), "--init", init]) == 2
+    err = capsys.readouterr().err
+    assert "holds micro, which is not the recipe's model ds_mbnet_tiny" in err
+    assert len(err.strip().splitlines()) == 1
+    assert cli.run([*argv, str(tmp_path / "other"), "--init", str(tmp_path / "none")]) == 1
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_a_resumed_run_keeps_to_its_start(folder, kept):
+    """Another checkpoint, or none, makes another run, --force or not."""
+    again = RunOptions(resume=True, force=True)
+    for other in (None, "others"):
+        with pytest.raises(ValueError, match=r"init was .* that makes another run"):
+            run_supernet(_recipe(folder, other), kept, again)
+    told = json.loads((kept / "results.json").read_text())
+    assert run_supernet(_recipe(folder, "same"), kept, again) == told

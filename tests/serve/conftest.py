@@ -1,0 +1,164 @@
+"""A small package to serve, with a budget curve, and servers of it."""
+
+import io
+import threading
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import uvicorn
+from helpers import lively, micro_spec
+from PIL import Image
+from starlette.testclient import TestClient
+
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.cost import CostTable
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.export import export_package
+from dynaslim.serve import ServeOptions, create_app
+
+SIDE = 16
+CLASSES = tuple("abcde")
+
+
+def _curve(spec):
+    table = CostTable.from_madds(spec, SIDE)
+
+    def point(path, shift, top1):
+        madds = table.route_cost(path)
+        share = madds / table.widest_cost
+        return BudgetPoint(shift, None, None, madds, share, None, top1, 0.0)
+
+    # shifts so large that all images take the path
+    points = (point((0, 0), 1e6, 0.5), point((0, 1), 40.0, 0.6), point((1, 2), -1e6, 0.9))
+    return BudgetCurve(
+        image_size_px=SIDE,
+        images=100,
+        widest_madds=table.widest_cost,
+        widest_ms=None,
+        widest_top1=0.9,
+        cheapest_madds=points[0].madds,
+        cheapest_ms=None,
+        cheapest_top1=0.5,
+        points=points,
+        gate_points=points,
+    )
+
+
+def _export(folder, **changes):
+    spec = micro_spec()
+    fields = {
+        "class_names": CLASSES,
+        "preprocessing": Preprocessing(SIDE, std=(0.05,) * 3),
+        "budget": _curve(spec).to_dict(),
+        **changes,
+    }
+    export_package(Checkpoint(lively(spec, image_size=SIDE), **fields), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def package(tmp_path_factory):
+    """A package with a budget curve; not to be changed."""
+    return _export(tmp_path_factory.mktemp("served") / "micro")
+
+
+@pytest.fixture(scope="session")
+def plain_package(tmp_path_factory):
+    """One without a curve and without names of its classes."""
+    return _export(tmp_path_factory.mktemp("served") / "plain", class_names=None, budget=None)
+
+
+@pytest.fixture(scope="session")
+def engine(package):
+    """The package's engine; shared."""
+    made = Engine.from_package(package, backend="onnxruntime", workers=1)
+    made.warm_up()
+    return made
+
+
+@pytest.fixture(scope="session")
+def pictures():
+    """Encoded pictures that the gates tell apart."""
+    rng = np.random.default_rng(0)
+    made = []
+    for n in range(8):
+        rough = rng.standard_normal((20 + n, 24, 3)) * rng.uniform(0, 80)
+        buffer = io.BytesIO()
+        pixels = (rng.uniform(0, 255, 3) + rough).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(buffer, "PNG")
+        made.append(buffer.getvalue())
+    return made
+
+
+class Held:
+    """An engine that waits for `open` before it answers, and keeps what it was asked."""
+
+    def __init__(self, engine):
+        self._engine = engine
+        self.open = threading.Event()
+        self.entered = threading.Semaphore(0)
+        self.calls = []
+
+    def __getattr__(self, name):
+        return getattr(self._engine, name)
+
+    def __call__(self, x, **arguments):
+        self.calls.append((len(x), arguments))
+        self.entered.release()
+        assert self.open.wait(20), "nobody opened the engine"
+        return self._engine(x, **arguments)
+
+
+@pytest.fixture
+def held(engine):
+    """An engine that is open; close it by `held.open.clear()`."""
+    made = Held(engine)
+    made.open.set()
+    yield made
+    made.open.set()
+
+
+@contextmanager
+def _ready(app):
+    with TestClient(app, raise_server_exceptions=False) as client:
+        end = time.monotonic() + 20
+        while client.get("/readyz").status_code != 200:
+            assert time.monotonic() < end, app.state.service.error
+            time.sleep(0.01)
+        yield client
+
+
+@pytest.fixture
+def serve(engine):
+    """`with serve(option=...) as client:` a ready server of the engine, or of another model."""
+
+    def start(model=None, **options):
+        return _ready(create_app(engine if model is None else model, ServeOptions(**options)))
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def live():
+    """`with live(app) as port:` an app behind a real socket."""
+
+    @contextmanager
+    def start(app):
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        end = time.monotonic() + 20
+        while not (server.started and app.state.service.state == "ready"):
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        try:
+            yield server.servers[0].sockets[0].getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+    return start

@@ -1,0 +1,73 @@
+"""Requests made up from the OpenAPI document, valid and not: it tells the truth about answers."""
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from schemathesis import GenerationMode
+from schemathesis.specs.openapi import checks
+
+from dynaslim.serve import ServeOptions, create_app
+
+HEADERS = {"Authorization": "Bearer secret"}
+OPERATIONS = (
+    ("/v1/predict", "POST"),
+    ("/v1/models", "GET"),
+    ("/healthz", "GET"),
+    ("/readyz", "GET"),
+    ("/metrics", "GET"),
+)
+CHECKS = [
+    schemathesis.checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_headers_conformance,
+    checks.response_schema_conformance,
+    checks.negative_data_rejection,
+    checks.unsupported_method,
+    checks.ignored_auth,
+]
+# that what fits the document is also taken cannot be checked: hardly any string is a picture
+
+
+CASES = [
+    *((path, method, GenerationMode.POSITIVE) for path, method in OPERATIONS),
+    ("/v1/predict", "POST", GenerationMode.NEGATIVE),  # the others have nothing to be wrong
+]
+
+
+@pytest.fixture(scope="module")
+def api(engine, live):
+    app = create_app(engine, ServeOptions(token="secret", max_body_mb=0.5, max_images=4))
+    with live(app) as port:
+        yield schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+
+
+@pytest.mark.parametrize(("path", "method", "mode"), CASES)
+def test_the_document_tells_the_truth(api, path, method, mode):
+    operation = api[path][method]
+    statuses = set()
+
+    @settings(
+        max_examples=80 if path == "/v1/predict" else 3,
+        derandomize=True,
+        database=None,
+        deadline=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=operation.as_strategy(mode))
+    def check(case):
+        answer = case.call_and_validate(headers=HEADERS, checks=CHECKS)
+        statuses.add(answer.status_code)
+
+    check()
+    assert all(status < 500 for status in statuses)
+    if path == "/v1/predict":
+        assert statuses & {400, 415, 422}
+    if mode is GenerationMode.POSITIVE:
+        assert 200 in statuses, "some of the files that it makes up are pictures"
+
+
+def test_all_operations_are_tried(api):
+    found = {(op.ok().path, op.ok().method.upper()) for op in api.get_all_operations()}
+    assert found == set(OPERATIONS)

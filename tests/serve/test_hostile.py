@@ -1,0 +1,180 @@
+"""Pictures of all kinds, and such as are made to do harm: answered as `predict` does, or 4xx."""
+
+import io
+import struct
+import zlib
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from PIL import Image
+from starlette.testclient import TestClient
+
+from dynaslim.predict import Unreadable, predict
+from dynaslim.serve import ServeOptions, create_app
+
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (24, 30, 3), dtype=np.uint8)
+
+
+def encode(image, kind, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def rgb():
+    return Image.fromarray(PIXELS)
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def bomb_png(width, height):
+    """A PNG whose head says a size, with hardly any data."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+def many_scans():
+    """A progressive JPEG with one of its scans over and over."""
+    content = encode(rgb(), "JPEG", progressive=True)
+    start = content.rindex(b"\xff\xda")
+    return content[:start] + content[start:-2] * 500 + content[-2:]
+
+
+def animated(kind):
+    frames = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
+    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
+
+
+def upright():
+    """Turned by its EXIF tag."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return encode(rgb(), "JPEG", exif=exif)
+
+
+TAKEN = {
+    "png": lambda: encode(rgb(), "PNG"),
+    "jpeg": lambda: encode(rgb(), "JPEG"),
+    "progressive jpeg": lambda: encode(rgb(), "JPEG", progressive=True),
+    "cmyk jpeg": lambda: encode(rgb().convert("CMYK"), "JPEG"),
+    "grey jpeg": lambda: encode(rgb().convert("L"), "JPEG"),
+    "turned jpeg": upright,
+    "jpeg of several pictures": lambda: animated("MPO"),
+    "palette png": lambda: encode(rgb().convert("P"), "PNG"),
+    "transparent png": lambda: encode(rgb().convert("RGBA"), "PNG"),
+    "one bit png": lambda: encode(rgb().convert("1"), "PNG"),
+    "sixteen bit png": lambda: encode(
+        Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257), "PNG"
+    ),
+    "animated gif": lambda: animated("GIF"),
+    "animated webp": lambda: animated("WEBP"),
+    "animated png": lambda: animated("PNG"),
+    "bmp": lambda: encode(rgb(), "BMP"),
+    "tiff": lambda: encode(rgb(), "TIFF"),
+    "tiff of several pages": lambda: animated("TIFF"),
+    "float tiff": lambda: encode(Image.fromarray(PIXELS[:, :, 0].astype(np.float32)), "TIFF"),
+    "ppm": lambda: encode(rgb(), "PPM"),
+    "one pixel": lambda: encode(Image.new("RGB", (1, 1)), "PNG"),
+    "long and thin": lambda: encode(Image.new("L", (60_000, 1)), "PNG"),
+}
+REFUSED = {
+    "no picture": (415, "image_type", lambda: b"hello"),
+    "empty": (400, "image_unreadable", lambda: b""),
+    "html": (415, "image_type", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "pdf": (415, "image_type", lambda: encode(rgb(), "PDF")),
+    "ico": (415, "image_type", lambda: encode(rgb(), "ICO")),
+    "postscript": (415, "image_type", lambda: encode(rgb(), "EPS")),
+    "zeros": (415, "image_type", lambda: bytes(1000)),
+    "wave file": (400, "image_unreadable", lambda: b"RIFF\x24\0\0\0WAVEfmt " + bytes(100)),
+    "cut off png": (400, "image_unreadable", lambda: TAKEN["png"]()[:-300]),
+    "cut off jpeg": (400, "image_unreadable", lambda: TAKEN["jpeg"]()[:-300]),
+    "cut off gif": (400, "image_unreadable", lambda: TAKEN["animated gif"]()[:30]),
+    "cut off webp": (400, "image_unreadable", lambda: TAKEN["animated webp"]()[:40]),
+    "cut off tiff": (400, "image_unreadable", lambda: TAKEN["tiff"]()[:-500]),
+    "cut off bmp": (400, "image_unreadable", lambda: TAKEN["bmp"]()[:-500]),
+    "head alone": (400, "image_unreadable", lambda: b"\x89PNG\r\n\x1a\n"),
+    "bad checksum": (400, "image_unreadable", lambda: TAKEN["png"]().replace(b"IDAT", b"IDAT\xff")),
+    "bomb": (413, "too_many_pixels", lambda: bomb_png(60_000, 60_000)),
+    "larger bomb": (413, "too_many_pixels", lambda: bomb_png(2**31 - 1, 2**31 - 1)),
+    "no size": (400, "image_unreadable", lambda: bomb_png(0, 10)),
+    "just too large": (413, "too_many_pixels", lambda: bomb_png(1001, 1000)),
+    "bomb of another kind": (413, "too_many_pixels", lambda: b"P6 50000 50000 255\n"),
+    "bomb as gif": (
+        413,
+        "too_many_pixels",
+        lambda: b"GIF89a" + struct.pack("<HH", 65535, 65535) + TAKEN["animated gif"]()[10:],
+    ),
+    "many scans": (400, "image_unreadable", many_scans),
+    "data of a smaller picture": (400, "image_unreadable", lambda: bomb_png(500, 500)),
+}
+
+
+@contextmanager
+def client_of(engine):
+    with TestClient(create_app(engine, ServeOptions(max_pixels=1_000_000))) as client:
+        while client.get("/readyz").status_code != 200:
+            pass
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(engine):
+    with client_of(engine) as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken_as_predict_takes_them(client, engine, name, tmp_path):
+    content = TAKEN[name]()
+    (tmp_path / "file").write_bytes(content)
+    (row,) = predict(engine, [tmp_path / "file"])
+    # neither the name nor the type that the client gives matter
+    files = [("images", ("x.exe", content, "text/html"))]
+    response = client.post("/v1/predict", files=files)
+    assert response.status_code == 200, response.text
+    (result,) = response.json()["results"]
+    assert result["top"][0]["index"] == row.label
+    assert result["top"][0]["probability"] == pytest.approx(row.confidence, abs=1e-5)
+    assert result["route"] == row.route
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(client, name):
+    status, code, make = REFUSED[name]
+    good = TAKEN["png"]()
+    files = [("images", ("0.png", good)), ("images", ("1.png", make())), ("images", ("2", good))]
+    response = client.post("/v1/predict", files=files)
+    assert (response.status_code, response.json()["error"]["code"]) == (status, code), response.text
+    assert response.json()["error"]["image"] == 1
+    assert "\n" not in response.text
+
+
+def test_many_scans_would_be_taken_if_they_were_few(engine, tmp_path):
+    """The test's picture is one that could be decoded."""
+    (tmp_path / "file").write_bytes(many_scans())
+    assert not isinstance(next(iter(predict(engine, [tmp_path / "file"]))), Unreadable)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_damaged_at_random(client):
+    """Pictures with some bytes changed: an answer, or an error of the client's."""
+    rng = np.random.default_rng(1)
+    names = (
+        "png", "jpeg", "animated gif", "bmp", "tiff", "ppm", "animated webp", "sixteen bit png",
+        "cmyk jpeg",
+    )  # fmt: skip
+    kinds = [TAKEN[name]() for name in names]
+    statuses = set()
+    for turn in range(180):
+        content = bytearray(kinds[turn % len(kinds)])
+        for at in rng.integers(0, min(len(content), 200 if turn % 2 else 10**9), 1 + turn % 5):
+            content[at] = rng.integers(0, 256)
+        response = client.post("/v1/predict", files=[("images", ("x", bytes(content)))])
+        statuses.add(response.status_code)
+    assert statuses <= {200, 400, 413, 415}
+    assert {200, 400} <= statuses

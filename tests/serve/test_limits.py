@@ -1,0 +1,312 @@
+"""Load, time and clients that leave or hold on, over real sockets."""
+
+import json
+import re
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from dynaslim.serve import ServeOptions, create_app
+
+
+@pytest.fixture
+def start(held, live):
+    """`with start(option=...) as (url, service):` a server of an engine that can be held."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def run(**options):
+        app = create_app(held, ServeOptions(**options))
+        with live(app) as port:
+            held.calls.clear()
+            while held.entered.acquire(blocking=False):
+                pass
+            try:
+                yield f"http://127.0.0.1:{port}", app.state.service
+            finally:
+                held.open.set()
+
+    return run
+
+
+def ask(url, picture, query="", images=1, **options):
+    files = [("images", (f"{n}.png", picture)) for n in range(images)]
+    return httpx.post(f"{url}/v1/predict{query}", files=files, timeout=20, **options)
+
+
+def code(response):
+    return response.status_code, response.json()["error"]["code"]
+
+
+def until(condition):
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.002)
+
+
+def counted(service, name):
+    text = service.metrics.text()[0].decode()
+    found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    return float(found[1]) if found else 0.0
+
+
+@pytest.fixture
+def background():
+    """Requests that wait for their answer."""
+    with ThreadPoolExecutor(16) as pool:
+        yield pool
+
+
+def test_a_full_queue_is_429(start, held, pictures, background):
+    with start(queue=4, max_images=4, max_batch=2) as (url, service):
+        held.open.clear()
+        running = background.submit(ask, url, pictures[0])
+        assert held.entered.acquire(timeout=10)
+        waiting = [background.submit(ask, url, pictures[n]) for n in range(3)]
+        until(lambda: service.batcher.waiting == 3)
+        whole = ask(url, pictures[0], images=2)  # one would fit
+        assert code(whole) == (429, "busy")
+        assert int(whole.headers["retry-after"]) >= 1
+        waiting.append(background.submit(ask, url, pictures[3]))
+        until(lambda: service.batcher.waiting == 4)
+        refused = ask(url, pictures[4])
+        assert code(refused) == (429, "busy")
+        assert int(refused.headers["retry-after"]) >= 1
+        held.open.set()
+        assert [f.result().status_code for f in (running, *waiting)] == [200] * 5
+        assert ask(url, pictures[0]).status_code == 200
+        assert counted(service, 'dynaslim_rejected_total{reason="busy"}') == 2
+        assert counted(service, 'dynaslim_requests_total{code="429"}') == 2
+    assert max(rows for rows, _ in held.calls) == 2
+
+
+def test_images_of_several_requests_share_a_batch(start, held, pictures, background):
+    with start() as (url, service):
+        held.open.clear()
+        first = background.submit(ask, url, pictures[0])
+        assert held.entered.acquire(timeout=10)
+        rest = [background.submit(ask, url, pictures[n], images=n) for n in (1, 2, 3)]
+        until(lambda: service.batcher.waiting == 6)
+        held.open.set()
+        assert first.result().json()["batch_size"] == 1
+        assert {f.result().json()["batch_size"] for f in rest} == {6}
+    assert [rows for rows, _ in held.calls] == [1, 6]
+
+
+@pytest.mark.parametrize(
+    ("options", "query"), [({"deadline_ms": 150}, ""), ({}, "?deadline_ms=150")]
+)
+def test_a_deadline_is_504_and_what_is_late_is_not_run(
+    start, held, pictures, background, options, query
+):
+    with start(**options) as (url, service):
+        held.open.clear()
+        began = time.monotonic()
+        running = background.submit(ask, url, pictures[0], query)
+        assert held.entered.acquire(timeout=10)
+        waiting = [background.submit(ask, url, pictures[n], query) for n in range(3)]
+        for future in (running, *waiting):
+            assert code(future.result()) == (504, "deadline")
+        assert 0.15 <= time.monotonic() - began < 5, "they are told at once, not when it is free"
+        assert service.batcher.waiting == 0
+        assert counted(service, "dynaslim_deadline_missed_total") == 4
+        held.open.set()
+        if not options:
+            assert ask(url, pictures[0]).status_code == 200
+    assert [rows for rows, _ in held.calls[1:]] == ([] if options else [1])
+
+
+def test_who_has_left_is_not_run(start, held, pictures, background):
+    with start(deadline_ms=60_000) as (url, service):
+        held.open.clear()
+        running = background.submit(ask, url, pictures[0])
+        assert held.entered.acquire(timeout=10)
+        files = [("images", ("x", pictures[1]))] * 3
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{url}/v1/predict", files=files, timeout=httpx.Timeout(20, read=0.3))
+        until(lambda: service.batcher.waiting == 0)
+        held.open.set()
+        assert running.result().status_code == 200
+        until(lambda: counted(service, 'dynaslim_requests_total{code="499"}') == 1)
+    assert [rows for rows, _ in held.calls] == [1]
+
+
+def test_who_leaves_halfway_through_a_body(start, pictures):
+    with start() as (url, service):
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head(length=1000) + b"--b\r\n")
+            until(lambda: service.buffers.held == 5)
+        until(lambda: service.buffers.held == 0)
+        assert service.in_flight == 0
+        assert ask(url, pictures[0]).status_code == 200
+
+
+def head(length=None, extra=""):
+    how = "Transfer-Encoding: chunked" if length is None else f"Content-Length: {length}"
+    return (
+        "POST /v1/predict HTTP/1.1\r\nHost: x\r\n"
+        f"Content-Type: multipart/form-data; boundary=b\r\n{how}\r\n{extra}\r\n"
+    ).encode()
+
+
+def answer_of(connection):
+    """Status and JSON of the next answer; what follows stays."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        more = connection.recv(1)
+        assert more, "the connection ended without an answer"
+        data += more
+    length = int(re.search(rb"content-length: (\d+)", data.lower())[1])
+    body = b""
+    while len(body) < length:
+        body += connection.recv(length - len(body))
+    return int(data[9:12]), json.loads(body), data.lower()
+
+
+@pytest.fixture
+def connect():
+    """Plain connections, closed at the end."""
+    made = []
+
+    def open_one(url):
+        made.append(socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 20))
+        return made[-1]
+
+    yield open_one
+    for connection in made:
+        connection.close()
+
+
+def test_a_large_body_is_refused_by_its_length(start, connect):
+    with start(max_body_mb=0.1) as (url, service):
+        connection = connect(url)
+        connection.sendall(head(length=10**12))
+        status, body, headers = answer_of(connection)
+        assert (status, body["error"]["code"]) == (413, "body_too_large")
+        assert b"connection: close" in headers
+        # a client that asks before it sends never sends
+        connection = connect(url)
+        connection.sendall(head(length=10**6, extra="Expect: 100-continue\r\n"))
+        assert answer_of(connection)[0] == 413
+        assert service.buffers.held == 0
+
+
+def test_a_large_body_without_a_length_is_refused_while_it_is_read(start, connect):
+    with start(max_body_mb=0.1) as (url, service):
+        connection = connect(url)
+        connection.sendall(head())
+        sent, most = 0, 0
+        connection.settimeout(0)
+        piece = b"4000\r\n" + bytes(0x4000) + b"\r\n"
+        end = time.monotonic() + 10
+        while sent < 4000 * len(piece) and time.monotonic() < end:
+            try:
+                sent += connection.send(piece[sent % len(piece) :])
+            except BlockingIOError:
+                time.sleep(0.002)
+            except ConnectionError:
+                break
+            most = max(most, service.buffers.held)
+        connection.settimeout(20)
+        assert most < 300_000, "hardly more than the limit is kept"
+        until(lambda: counted(service, 'dynaslim_requests_total{code="413"}') == 1)
+        assert sent < 4000 * len(piece), "the rest is not read"
+        assert service.buffers.held == 0
+
+
+def test_a_client_that_sends_a_little_too_much_reads_why(start, pictures):
+    """Its body is read to the end, though not kept, so that it comes to read the answer."""
+    with start(max_body_mb=0.1) as (url, _), httpx.Client() as client:
+        for content in (bytes(150_000), iter([bytes(50_000)] * 3)):
+            headers = {"content-type": "application/json"}
+            response = client.post(f"{url}/v1/predict", content=content, headers=headers)
+            assert code(response) == (413, "body_too_large")
+        files = [("images", ("x", pictures[0]))]
+        assert client.post(f"{url}/v1/predict", files=files).status_code == 200
+
+
+def test_all_bodies_together_are_bounded(start, connect, pictures):
+    with start(max_body_mb=0.1, max_buffer_mb=0.1) as (url, service):
+        slow = connect(url)
+        slow.sendall(head(length=99_000) + bytes(98_900))
+        until(lambda: service.buffers.held == 98_900)
+        response = ask(url, pictures[0])
+        assert code(response) == (429, "busy")
+        assert response.headers["retry-after"] == "1"
+        slow.close()
+        until(lambda: service.buffers.held == 0)
+        assert ask(url, pictures[0]).status_code == 200
+
+
+def test_a_slow_body_is_408(start, connect):
+    with start(deadline_ms=200) as (url, service):
+        connection = connect(url)
+        connection.sendall(head(length=1000) + b"--b")
+        status, body, headers = answer_of(connection)
+        assert (status, body["error"]["code"]) == (408, "body_late")
+        assert b"connection: close" in headers
+        assert service.in_flight == 0
+
+
+def test_requests_behind_each_other_on_one_connection(start, connect, pictures):
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="images"\r\n\r\n'
+        + pictures[0] + b"\r\n--b--\r\n"
+    )  # fmt: skip
+    with start() as (url, _):
+        connection = connect(url)
+        connection.sendall((head(length=len(body)) + body) * 3)
+        answers = [answer_of(connection) for _ in range(3)]
+    assert [status for status, _, _ in answers] == [200] * 3
+
+
+def test_stopping(start, held, pictures, background):
+    with start(deadline_ms=60_000) as (url, service):
+        held.open.clear()
+        running = background.submit(ask, url, pictures[0])
+        assert held.entered.acquire(timeout=10)
+        waiting = background.submit(ask, url, pictures[1], images=2)
+        until(lambda: service.batcher.waiting == 2)
+        service.stop()
+        ready = httpx.get(f"{url}/readyz")
+        assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
+        assert httpx.get(f"{url}/healthz").status_code == 200
+        refused = ask(url, pictures[2])
+        assert code(refused) == (503, "stopping")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.headers["connection"] == "close"
+        held.open.set()
+        assert running.result().status_code == waiting.result().status_code == 200
+        assert counted(service, "dynaslim_ready") == 0
+
+
+def test_many_clients_at_once(start, held, pictures):
+    """Every answer is the one to its own question."""
+    with start() as (url, service):
+        alone = [ask(url, picture).json()["results"][0] for picture in pictures]
+        wrong = []
+
+        def client(number):
+            with httpx.Client(timeout=20) as mine:
+                for turn in range(10):
+                    n = (number + turn) % len(pictures)
+                    files = [("images", (str(n), pictures[n]))]
+                    (result,) = mine.post(f"{url}/v1/predict", files=files).json()["results"]
+                    if (result["name"], result["route"], result["top"][0]["index"]) != (
+                        str(n), alone[n]["route"], alone[n]["top"][0]["index"],
+                    ):  # fmt: skip
+                        wrong.append(result)
+
+        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert wrong == []
+        assert counted(service, 'dynaslim_requests_total{code="200"}') == 88

@@ -1,0 +1,245 @@
+"""`dynaslim serve` as a process: how it starts, how it stops, what it needs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import pytest
+from helpers import free_port
+
+from dynaslim import cli
+from dynaslim.serve import server
+
+# a finder that refuses what a server of a package must not need, then the command line
+WITHOUT = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in %r:
+            raise ModuleNotFoundError(f"refused: {name}")
+sys.meta_path.insert(0, Refuse())
+from dynaslim import cli
+cli.main(sys.argv[1:])
+"""
+# an engine that takes its time, so that requests wait when the signal comes
+SLOW = """
+import sys, time
+from dynaslim import cli
+from dynaslim.runtime.engine import Engine
+answer = Engine.__call__
+def slow(self, x, **options):
+    if x.any():  # not while it starts
+        time.sleep(%r)
+    return answer(self, x, **options)
+Engine.__call__ = slow
+cli.main(sys.argv[1:])
+"""
+
+
+@contextmanager
+def running(package, *flags, script="from dynaslim import cli; cli.main()"):
+    """A server process that is ready; yields it and its address."""
+    command = [sys.executable, "-c", script, "serve", str(package), "--port", "0", *flags]
+    process = subprocess.Popen(
+        [*command, "--backend", "onnxruntime", "--workers", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+(?=/ )", line)
+        assert found, (line, process.stderr.read())
+        yield process, found[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def ended(process, seconds=30):
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def test_a_package_is_served_without_torch(package, pictures):
+    refused = ("torch", "datasets", "kornia", "lightning_fabric", "torchmetrics", "pyarrow")
+    with running(package, script=WITHOUT % (refused,)) as (process, url):
+        answer = httpx.post(f"{url}/v1/predict", files=[("images", pictures[0])], timeout=20)
+        assert answer.status_code == 200
+        assert answer.json()["results"][0]["ms"] > 0
+        process.terminate()
+        assert ended(process) == (0, "", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_under_load_loses_no_accepted_request(package, pictures, number):
+    """Clients ask without a pause; each request that was sent before has its answer."""
+    sent, answered, refused, cut_off = [0] * 8, [0] * 8, [0] * 8, [0] * 8
+    with running(package, "--max-batch", "2", script=SLOW % 0.02) as (process, url):
+        stopping = threading.Event()
+
+        def client(n):
+            with httpx.Client(timeout=20) as mine:
+                while True:
+                    asked_before = not stopping.is_set()
+                    sent[n] += 1
+                    try:
+                        files = [("images", pictures[n])]
+                        answer = mine.post(f"{url}/v1/predict", files=files)
+                    except httpx.TransportError:
+                        cut_off[n] += asked_before
+                        return
+                    if answer.status_code == 200:
+                        answered[n] += 1
+                    else:
+                        assert answer.status_code == 503
+                        assert answer.json()["error"]["code"] == "stopping"
+                        refused[n] += 1
+                        return
+
+        threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 20
+        while min(answered) < 3:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        process.send_signal(number)
+        time.sleep(0.005)
+        stopping.set()
+        for thread in threads:
+            thread.join(20)
+        returned, _, err = ended(process)
+    assert sum(cut_off) == 0
+    assert sum(refused) == 8, "the port stays open for a moment, to say that it stops"
+    assert sum(sent) == sum(answered) + sum(refused)
+    assert (returned, err) == (0, "")
+
+
+def test_what_cannot_be_answered_in_time(package, pictures):
+    flags = ["--drain-s", "0.2", "--deadline-ms", "60000"]
+    with running(package, *flags, script=SLOW % 1.5) as (process, url):
+        outcome = []
+
+        def client():
+            try:
+                httpx.post(f"{url}/v1/predict", files=[("images", pictures[0])], timeout=20)
+            except httpx.TransportError as error:
+                outcome.append(error)
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        time.sleep(0.5)
+        process.terminate()
+        returned, _, err = ended(process)
+        thread.join()
+    assert returned == 1
+    assert err == "dynaslim: requests not answered in 0.2 s: 1\n"
+    assert len(outcome) == 1
+
+
+def test_a_second_signal_stops_at_once(package, pictures):
+    with running(package, "--deadline-ms", "60000", script=SLOW % 5) as (process, url):
+
+        def client():
+            with pytest.raises(httpx.TransportError):
+                httpx.post(f"{url}/v1/predict", files=[("images", pictures[0])], timeout=20)
+
+        thread = threading.Thread(target=client)
+        thread.start()
+        time.sleep(0.5)
+        process.terminate()
+        end = time.monotonic() + 5
+        while httpx.get(f"{url}/readyz").status_code != 503:
+            assert time.monotonic() < end
+        began = time.monotonic()
+        process.terminate()
+        assert ended(process)[0] == 128 + signal.SIGTERM
+        assert time.monotonic() - began < 3
+        thread.join()
+
+
+def test_a_process_s_token_log_and_warning(package, pictures, monkeypatch):
+    monkeypatch.setenv("DYNASLIM_TOKEN", "from the environment")
+    with running(package, "--access-log") as (process, url):
+        files = [("images", pictures[0])] * 2
+        assert httpx.post(f"{url}/v1/predict", files=files).status_code == 401
+        headers = {"authorization": "Bearer from the environment"}
+        good = httpx.post(f"{url}/v1/predict", files=files, headers=headers)
+        assert good.status_code == 200
+        process.terminate()
+        returned, _, err = ended(process)
+    (line,) = map(json.loads, err.splitlines())
+    assert returned == 0
+    assert (line["method"], line["path"], line["status"], line["images"]) == (
+        "POST", "/v1/predict", 200, 2,
+    )  # fmt: skip
+    assert "environment" not in err
+    monkeypatch.delenv("DYNASLIM_TOKEN")
+    with running(package, "--host", "0.0.0.0") as (process, url):
+        process.terminate()
+        _, _, err = ended(process)
+    assert err == f"dynaslim: warning: whoever reaches {url}/ can use it; set DYNASLIM_TOKEN\n"
+
+
+# -- one line for each mistake --------------------------------------------------------------------
+
+
+def fails(capsys, *argv):
+    """Exit code and the one line of a command that does not start."""
+    returned = cli.run(["serve", *map(str, argv)])
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1, err
+    return returned, err
+
+
+def test_mistakes(package, plain_package, tmp_path, capsys):
+    port = free_port()
+    with server.bind("127.0.0.1", port) as taken:
+        taken.listen()
+        returned, line = fails(capsys, package, "--port", port)
+        assert (returned, f"port {port} of 127.0.0.1: is in use" in line) == (1, True)
+    assert fails(capsys, package, "--port", 70_000)[0] == 2
+    returned, line = fails(capsys, package, "--host", "no.such.host.invalid")
+    assert (returned, "--host no.such.host.invalid" in line) == (2, True)
+    assert fails(capsys, package, "--max-batch", 0)[0] == 2
+    assert fails(capsys, package, "--drain-s", -1)[0] == 2
+    assert fails(capsys, package, "--workers", 0)[0] == 2
+    returned, line = fails(capsys, package, "--port", 0, "--backend", "abacus")
+    assert (returned, "backend 'abacus': choose from" in line) == (2, True)
+    returned, line = fails(
+        capsys, plain_package, "--port", 0, "--adaptive-budget", 0.5, "--backend", "onnxruntime"
+    )
+    assert (returned, "has no budget curve" in line) == (2, True)
+    (tmp_path / "manifest.json").write_text("{")
+    returned, line = fails(capsys, tmp_path, "--port", 0)
+    assert (returned, "not JSON" in line) == (1, True)
+
+
+def test_a_missing_library(package, capsys, monkeypatch):
+    monkeypatch.setattr(server, "installed", lambda library: library != "uvicorn")
+    returned, line = fails(capsys, package, "--port", 0)
+    assert returned == 2
+    assert "uvicorn not installed: pip install 'dynaslim[serve]'" in line
+
+
+def test_a_model_that_does_not_start(package, capsys, monkeypatch):
+    from dynaslim.runtime.engine import Engine
+
+    def broken(self, *_):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(Engine, "warm_up", broken)
+    handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    returned, line = fails(capsys, package, "--port", 0, "--backend", "onnxruntime")
+    assert returned == 1
+    assert line == "dynaslim: the model does not start: no such kernel\n"
+    assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

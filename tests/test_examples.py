@@ -1,0 +1,129 @@
+"""The examples run as they are, on little data, and do what their first lines say.
+
+That of a package is in tests/runtime/test_package.py.
+"""
+
+import ast
+import re
+
+import pytest
+from docs_blocks import ROOT, run_script
+from helpers import bright_pngs, lively, micro_spec
+
+import dynaslim
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.engine import Engine
+from dynaslim.zoo import get_spec
+
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, one_thread):
+    """Pictures of four classes by brightness, in a folder for each class."""
+    for n, picture in enumerate(bright_pngs(48)):
+        place = tmp_path / "photos" / f"level {n % 4}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{n:02}.png").write_bytes(picture)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_is_short_and_says_how_it_is_run(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 82
+    described = ast.get_docstring(ast.parse(text))
+    assert re.search(rf"^    python examples/{path.name} \S", described, re.MULTILINE)
+    assert f"## {path.stem}\n" in (ROOT / "docs" / "examples.md").read_text()
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_an_example_without_arguments_says_what_it_takes(path):
+    with pytest.raises(SystemExit, match=rf"usage: {path.name} "):
+        run_script(f"examples/{path.name}", [])
+
+
+def test_finetune_folder(folder, capsys):
+    """From a network of ten classes to four others; stopped or not, the same line goes on."""
+    start = lively(get_spec("ds_mbnet_tiny"), image_size=16)
+    names = tuple(f"digit {n}" for n in range(10))
+    save(folder / "start.safetensors", Checkpoint(start, names, Preprocessing(16)))
+    argv = ["start.safetensors", "photos", "out", "1"]
+    run_script("examples/finetune_folder.py", argv)
+    printed = capsys.readouterr().out
+    tuned = read("out/gate.safetensors")
+    assert tuned.class_names == tuple(f"level {n}" for n in range(4))
+    assert tuned.recipe["supernet"]["init"] == "start.safetensors"
+    assert tuned.recipe["target"] == 0.6
+    assert tuned.preprocessing == Preprocessing(16), "as the network was trained"
+    assert str(start.spec.routes[0]) in printed
+    assert re.search(r"every image its route +\d\.\d\d M +\d+\.\d%", printed)
+    run_script("examples/finetune_folder.py", argv)
+    assert capsys.readouterr().out == printed
+
+
+def test_add_zoo_entry(folder, capsys):
+    run_script("examples/add_zoo_entry.py", ["mine.yaml"])
+    printed = capsys.readouterr().out
+    spec = get_spec("mine.yaml")
+    for route in spec.routing_space:
+        assert f"{route} " in printed
+        assert f"{dynaslim.madds(spec, route, 48) / 1e6:.2f} M" in printed
+    seen = re.findall(r"(\w+) against static, (\d+) routes: (\S+) of", printed)
+    assert [name for name, _, _ in seen] == ["masked", "routed"]
+    assert all(int(routes) > 2 and float(error) < 1e-4 for _, routes, error in seen)
+    assert dynaslim.create_model("mine.yaml").spec == spec
+
+
+@pytest.fixture
+def classifier(folder, monkeypatch):
+    """The example's class on a small network, its engine's calls written down."""
+    names = tuple(f"class {n}" for n in range(5))
+    path = folder / "micro.safetensors"
+    save(path, Checkpoint(lively(micro_spec()), names, Preprocessing(16)))
+    calls = []
+    real = Engine.__call__
+
+    def call(self, x, **options):
+        calls.append((len(x), options))
+        return real(self, x, **options)
+
+    monkeypatch.setattr(Engine, "__call__", call)
+    return path, calls
+
+
+def test_embed_engine(folder, classifier, capsys):
+    path, calls = classifier
+    files = sorted(map(str, folder.glob("photos/*/*.png")))
+    run_script("examples/embed_engine.py", [str(path), *files])
+    told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(told) == files
+    engine = Engine.from_checkpoint(path, backend="eager")
+    for file, answer in told.items():
+        (row,) = dynaslim.predict.predict(engine, [file])
+        assert answer == f"{row.class_name}  {row.route}", "as one image at a time"
+    assert sum(rows for rows, _ in calls) >= len(files) * 2
+    assert max(rows for rows, _ in calls) <= 32
+
+
+def test_embed_engine_when_it_is_busy_and_when_it_fails(folder, classifier):
+    """More waiting than a batch holds: cheaper gates. An error reaches all that asked."""
+    from runpy import run_path
+
+    path, calls = classifier
+    kind = run_path(str(ROOT / "examples" / "embed_engine.py"))["Classifier"]
+    asked = kind(str(path), most=4)
+    picture = next(folder.glob("photos/*/*.png")).read_bytes()
+    assert asked.ask(picture, "one")[0].startswith("class")
+    assert calls[-1] == (1, {"shift": 0.0})
+    asked._asked.qsize = lambda: 5
+    asked.ask(picture, "busy")
+    assert calls[-1] == (1, {"shift": 1.0})
+    asked.engine = lambda *_, **__: 1 / 0
+    asked.engine.preprocessing = Preprocessing(16)
+    with pytest.raises(ZeroDivisionError):
+        asked.ask(picture, "two")
+    with pytest.raises(ValueError, match="three: not an image"):
+        asked.ask(b"no picture", "three")

@@ -1,0 +1,510 @@
+"""The arithmetic of the comparisons on tables made by hand, and all steps on a toy of images."""
+
+import json
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import bright_pngs, write_parquet
+
+import dynaslim
+from dynaslim.cost import madds
+from dynaslim.data.transforms import normalise
+from dynaslim.errors import UsageError
+from dynaslim.recipes import DataRecipe, OptimRecipe, SupernetRecipe
+from dynaslim.runtime.calibrate_budget import simulate
+from dynaslim.zoo import ZOO, write_spec
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))
+
+from results import (  # noqa: E402
+    cells,
+    comparisons,
+    heads,
+    judging,
+    page,
+    plan,
+    policies,
+    quick,
+    run,
+    summaries,
+    table,
+    training,
+)
+from results.answers import Table, images_of  # noqa: E402
+from results.statics import static_spec  # noqa: E402
+
+# six images, three routes of cost 1, 2 and 4; the trunk costs 0.5
+RIGHT = np.array(
+    [[1, 1, 1], [1, 1, 1], [1, 0, 1], [0, 1, 1], [0, 0, 1], [0, 0, 0]], bool
+)  # fmt: skip
+SURE = np.array([0.9, 0.8, 0.3, 0.4, 0.2, 0.1])[:, None].repeat(3, 1)
+COSTS = [1.0, 2.0, 4.0]
+
+
+# -- policies --------------------------------------------------------------------------------------
+
+
+def test_the_uniform_line_is_the_upper_hull():
+    costs, top1 = [1, 2, 3, 4], [0.5, 0.52, 0.7, 0.6]
+    line = policies.uniform_line
+    assert line(costs, top1, 1) == 0.5
+    assert line(costs, top1, 2) == pytest.approx(0.6)  # above the second route: between its mates
+    assert line(costs, top1, 3.5) == 0.7  # dearer is worse: nobody would take it
+    assert line(costs, top1, 0.5) == 0.5
+    with pytest.raises(ValueError, match="no routes"):
+        line([], [], 1)
+
+
+def test_random_routing_is_a_weighted_mean():
+    found = policies.random_routing(COSTS, [0.5, 0.6, 0.8], [0.5, 0, 0.5])
+    assert found == pytest.approx((2.5, 0.65, 0))
+    with pytest.raises(ValueError, match="add up to 1"):
+        policies.random_routing(COSTS, [0.5, 0.6, 0.8], [0.5, 0.1, 0.5])
+
+
+def test_the_oracle_takes_the_cheapest_that_is_right():
+    found = policies.oracle(RIGHT, COSTS)
+    assert found == pytest.approx(((1 + 1 + 1 + 2 + 4 + 1) / 6, 5 / 6, 0))
+
+
+def test_a_gate_sends_every_image_where_it_says():
+    found = policies.gated(RIGHT, COSTS, np.array([0, 1, 1, 1, 2, 0]))
+    assert found == pytest.approx(((1 + 2 + 2 + 2 + 4 + 1) / 6, 4 / 6, 0))
+
+
+def test_escalation_pays_for_both_but_one_trunk():
+    first = np.array([0, 0, 0, 0, 0, 2])  # the last is as wide as it gets and stays
+    found = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau=0.35)
+    # images 2 and 4 go on: 2 stays right, 4 becomes right
+    assert found == pytest.approx(((5 * 1 + 4 + 2 * 3.5) / 6, 4 / 6, 2 / 6))
+    nobody = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau=0.0)
+    assert nobody == policies.gated(RIGHT, COSTS, first)
+
+
+def test_a_ladder_of_two_steps_is_escalation():
+    first = np.zeros(6, int)
+    for tau in (0.15, 0.35, 0.85):
+        one = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau)
+        assert policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 2), (tau,)) == pytest.approx(one)
+    found = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 1, 2), (0.35, 0.25))
+    # 2, 4 and 5 go on to the second route, of them 4 and 5 to the third
+    assert found == pytest.approx((1 + (3 * 1.5 + 2 * 3.5) / 6, 3 / 6, 5 / 6))
+    with pytest.raises(ValueError, match="3 steps need 2 thresholds, got 1"):
+        policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 1, 2), (0.35,))
+
+
+def test_a_cascade_pays_for_both_networks():
+    found = policies.cascade(RIGHT[:, 0], SURE[:, 0], RIGHT[:, 2], (1.0, 4.0), tau=0.35)
+    assert found == pytest.approx((1 + 4 * 3 / 6, 4 / 6, 3 / 6))
+
+
+def test_how_sure_an_answer_is():
+    logits = np.log(np.array([[0.6, 0.3, 0.1], [0.4, 0.4, 0.2]]))
+    assert policies.sureness(logits) == pytest.approx([0.3, 0.0])
+    assert policies.sureness(logits, "confidence") == pytest.approx([0.6, 0.4])
+    entropy = -(0.6 * np.log(0.6) + 0.3 * np.log(0.3) + 0.1 * np.log(0.1))
+    assert policies.sureness(logits, "entropy")[0] == pytest.approx(-entropy)
+    hot = policies.sureness(logits, temperature=100.0)
+    assert hot[0] < 0.01
+
+
+def test_the_temperature_is_the_one_that_the_answers_were_made_with():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(20000, 4)) * 2
+    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (rng.random(len(logits))[:, None] > chances.cumsum(1)).sum(1).clip(max=3)
+    assert policies.fit_temperature(logits * 3, labels) == pytest.approx(3, rel=0.05)
+
+
+def test_thresholds_part_the_images_at_a_share():
+    sure = np.array([0.1, 0.5, 0.2, 0.9])
+    for share, under in [(0, 0), (0.25, 1), (0.5, 2), (0.75, 3), (1, 4)]:
+        assert (sure < policies.threshold_for(sure, share)).sum() == under
+
+
+def test_the_best_setting_within_a_budget():
+    costs, top1 = np.array([1.0, 2.0, 2.5, 3.0]), np.array([0.5, 0.7, 0.7, 0.6])
+    assert policies.best_settings(costs, top1, [0.5, 1, 2.2, 9]) == [0, 0, 1, 1]
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def _table(images: int = 400, seed: int = 0) -> Table:
+    """Answers of a network of four routes that are right the more often the wider they are."""
+    rng = np.random.default_rng(seed)
+    spec = ZOO["ds_resnet8_cifar"]
+    labels = rng.integers(0, 10, images)
+    hard = rng.random(images)
+    logits = rng.normal(size=(images, 4, 10)).astype(np.float32)
+    for k in range(4):
+        logits[np.arange(images), k, labels] += 6 * (1 - hard) + k * hard
+    gate = np.stack([-hard, -hard / 2, hard / 2, hard], 1).astype(np.float32) - 0.5
+    features = hard[:, None].astype(np.float32)
+    return Table(spec, 32, logits, labels, gate, features, features, features)
+
+
+def test_a_table_comes_back_from_its_file(tmp_path):
+    table = _table(20)
+    table.save(tmp_path / "t.npz")
+    found = Table.read(tmp_path / "t.npz")
+    assert found.spec == table.spec
+    assert (found.logits_NRC == table.logits_NRC).all()
+    assert (found.rows(np.array([3, 5])).labels_N == table.labels_N[[3, 5]]).all()
+
+
+def test_costs_and_losses_of_a_table():
+    table = _table(50)
+    spec = table.spec
+    for cost, route in zip(table.costs_R, spec.routes, strict=True):
+        # a path has its gate's slimming head, a route alone has not
+        assert cost == pytest.approx(madds(spec, route, 32), rel=1e-4)
+        assert cost >= madds(spec, route, 32)
+    chances = np.exp(table.logits_NRC) / np.exp(table.logits_NRC).sum(2, keepdims=True)
+    own = chances[np.arange(50), :, table.labels_N]
+    assert table.losses_NR == pytest.approx(-np.log(own), rel=1e-4)
+
+
+def test_the_arithmetic_here_is_the_runtimes():
+    """`policies.escalated` and `simulate`, which the engine is tested against, agree."""
+    table = _table()
+    first = np.zeros(len(table.labels_N), int)
+    for target, tau in [(1, 0.3), (3, 0.7)]:
+        ours = policies.escalated(
+            table.correct_NR, table.sure_NR, table.costs_R, table.trunk, first, target, tau
+        )
+        found = simulate(table.paths, comparisons.FAR, tau, (target,))
+        assert (ours.cost, ours.top1) == pytest.approx((found.madds, found.top1))
+        assert ours.again == pytest.approx(found.escalated)
+
+
+def test_every_way_keeps_to_its_budget_where_it_was_chosen():
+    table = _table()
+    found = comparisons.compare(table, table)
+    assert set(found["ways"]) == {
+        "both", "gate", "escalation", "ladder", "cascade_one_network", "random",
+    }  # fmt: skip
+    for name, rows in found["ways"].items():
+        for share, row in zip(found["shares"], rows, strict=True):
+            cheapest = min(found["madds"]) / max(found["madds"])
+            assert row["share"] <= max(share, cheapest) + 1e-9 or name == "ladder"
+            line = policies.uniform_line(found["madds"], found["top1"], row["madds"])
+            assert row["over_uniform"] == pytest.approx(row["top1"] - line)
+    both, gate = (np.array([r["top1"] for r in found["ways"][w]]) for w in ("both", "gate"))
+    assert (both >= gate - 1e-9).all()
+    assert found["oracle"]["top1"] >= both.max()
+    json.dumps(found)
+
+
+def test_a_cascade_of_one_network_pays_its_trunk_twice():
+    table = _table()
+    alone = {k: table.route(k) for k in range(4)}
+    (first, *_) = comparisons.cascade(alone, alone)
+    assert first.again == 0 or first.cost > table.costs_R[0]
+    tau = policies.threshold_for(table.sure_NR[:, 0], 0.3)
+    whole = comparisons._cascade(alone, 0, 3, tau)
+    kept = policies.escalated(
+        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, np.zeros(400, int), 3, tau
+    )
+    assert whole.top1 == kept.top1
+    assert whole.cost == pytest.approx(kept.cost + 0.3 * table.trunk, rel=1e-3)
+
+
+def test_heads_find_what_tells_the_routes_apart(monkeypatch, one_thread):
+    """Hard images gain by width: a head that sees how hard they are beats the uniform line."""
+    monkeypatch.setattr(heads, "BISECTIONS", 5)
+    table = _table(1500)
+    noise = np.random.default_rng(1).normal(size=(1500, 3)).astype(np.float32)
+    features = np.concatenate([table.hidden_NF, noise], 1)
+
+    def fit(weight: float) -> heads.Head:
+        return heads.fit(
+            features, table.losses_NR, table.costs_R, cost_weight=weight, iterations=20
+        )
+
+    head = heads.fit_to_cost(fit, features, table.costs_R, 0.5)
+    found = policies.gated(table.correct_NR, table.costs_R, head(features).argmax(1))
+    assert 0.3 < found.cost / max(table.costs_R) <= 0.5
+    assert found.top1 > policies.uniform_line(table.costs_R, table.top1_R, found.cost) + 0.02
+
+
+# -- plans and cells -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("experiment", plan.EXPERIMENTS)
+def test_every_experiment_has_jobs_with_cells_of_their_own(experiment):
+    jobs = plan.jobs_of(experiment, None, (0, 1, 2))
+    assert len({str(job.cell) for job in jobs}) == len(jobs)
+    assert {job.cell.seed for job in jobs} == ({0} if experiment == "rates" else {0, 1, 2})
+    for job in jobs:
+        assert job.recipe.seed == job.cell.seed
+        json.dumps(job.asked())
+        assert job.needs is None or job.needs.seed == job.cell.seed
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(UsageError, match="choose from headline"):
+        plan.jobs_of("headlines", None, (0,))
+    with pytest.raises(UsageError, match="headline has supernet, gates, static0"):
+        plan.jobs_of("headline", None, (0,), ["static9"])
+
+
+def test_where_the_images_lie_is_no_part_of_what_was_asked():
+    here, there = (plan.cifar10(folder, 0).to_dict() for folder in (None, "elsewhere"))
+    assert here != there
+    assert cells.digest(here) == cells.digest(there)
+    assert cells.digest(here) != cells.digest(plan.cifar10(None, 1).to_dict())
+
+
+def test_committed_cells_are_what_the_plan_asks_for():
+    """A recipe that was changed after its numbers were made would tell of other networks."""
+    jobs = [job for name in plan.EXPERIMENTS for job in plan.jobs_of(name, None, range(3))]
+    for job in jobs:
+        found = job.cell.read()
+        assert found is None or found["asked_sha256"] == cells.digest(job.asked()), job.cell
+
+
+def test_a_static_network_is_the_route_alone():
+    # where every block has attention, that of a narrow network has fewer hidden features
+    for name, near in (("ds_resnet8_cifar", 0), ("ds_mbnet_tiny", 0.01)):
+        spec = ZOO[name]
+        for k, route in enumerate(spec.routes):
+            alone = static_spec(spec, k)
+            assert alone.routes == (route,)
+            cost = madds(spec, route, 32)
+            assert madds(alone, alone.smallest, 32) == pytest.approx(cost, rel=near)
+
+
+# -- all steps -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    """Experiments on pictures of 16 px whose class is their brightness; files in `tmp_path`."""
+    folder = tmp_path / "data" / "toy"
+    write_parquet(folder, bright_pngs(240), classes=4, split="train")
+    write_parquet(folder, bright_pngs(80), classes=4, split="test")
+    spec = ZOO["ds_resnet8_cifar"].replace(name="toy", num_classes=4)
+    widths = (4,), (4,), (4, 8, 14, 24), (4, 8, 14, 24)
+    stages = tuple(
+        replace(stage, widths=w, stride=2) for stage, w in zip(spec.stages, widths, strict=True)
+    )
+    model = write_spec(tmp_path / "toy.yaml", spec.replace(stages=stages))
+
+    def recipe(_, seed):
+        return SupernetRecipe(
+            model=str(model),
+            epochs=2,
+            batch_size=24,
+            seed=seed,
+            calibration_batches=4,
+            channels_last=False,
+            optim=OptimRecipe(lr=0.1),
+            data=DataRecipe(path=str(folder), val_share=0.2, image_size_px=16),
+        )
+
+    monkeypatch.setattr(plan, "cifar10", recipe)
+    monkeypatch.setattr(plan, "fashion", recipe)
+    monkeypatch.setattr(cells, "CELLS", tmp_path / "cells")
+    monkeypatch.setattr(cells, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(judging, "RUNS", tmp_path / "runs")
+    judging._images.cache_clear()
+    return tmp_path
+
+
+def test_headline_from_training_to_cell(toy, one_thread, capsys):
+    jobs = plan.jobs_of("headline", None, [0])
+    for job in jobs:
+        training.run(job)
+        assert job.cell.is_done(job.asked())
+    cell = jobs[0].cell.read()
+    assert len(cell["held_out"]["top1"]) == len(cell["madds"]) == 4
+    assert not re.search(r"/data/|tmp", json.dumps(cell["asked"]["recipe"]["data"]))
+    static = plan.Cell("headline", "static3", 0).read()
+    assert static["madds"] == cell["madds"][3:]
+    assert static["held_out"]["top1"][0] > 0.3, "four classes"
+    assert run.main(["headline", "--seeds", "0", "--list"]) == 0
+    assert capsys.readouterr().out.count(": done") == len(jobs)
+
+    (compared,) = judging.judge("headline", None, [0], test=False)
+    judging.judge("headline", None, [0], test=True)
+    found = compared.read()
+    assert found["held_out"]["images"] == 24
+    assert found["test"]["images"] == 80
+    assert "cascade" in found["test"]["ways"]
+    assert len(found["test"]["static_top1"]) == len(found["test"]["distillation_top1"]) == 4
+    assert [g["target"] for g in found["test"]["gates"]] == list(plan.TARGETS)
+
+
+def test_a_static_training_goes_on_where_it_stopped(toy, one_thread):
+    (job,) = plan.jobs_of("headline", None, [0], ["static0"])
+    training.run(job)
+    straight = training.checkpoint_of(job).read_bytes()
+    # as if it had been killed after the last epoch
+    training.checkpoint_of(job).unlink()
+    job.cell.path.unlink()
+    training.run(job)
+    assert training.checkpoint_of(job).read_bytes() == straight
+    assert job.cell.read()["held_out"]["images_per_s"] is None
+
+
+def test_gates_of_every_objective_and_feature(toy, one_thread, monkeypatch):
+    monkeypatch.setattr(plan, "GATES", {k: plan.GATES[k] for k in ("expected", "sgs_balanced")})
+    monkeypatch.setattr(heads, "BISECTIONS", 1)
+    for job in plan.jobs_of("targets", None, [0], ["ensemble"]):
+        training.run(job)
+    for job in plan.jobs_of("gates", None, [0]):
+        training.run(job)
+    (compared,) = judging.judge("gates", None, [0], test=False)
+    found = compared.read()["held_out"]
+    assert set(found["objectives"]) == {"expected", "sgs_balanced"}
+    assert set(found["features"]) == {
+        name + more for name in judging.FEATURES for more in ("", ", hidden layer")
+    }
+    for rows in (*found["objectives"].values(), *found["features"].values()):
+        assert [row["target"] for row in rows] == list(plan.TARGETS)
+
+
+def test_a_gate_without_its_supernet_says_so(toy):
+    (job,) = plan.jobs_of("headline", None, [0], ["gates"])
+    with pytest.raises(UsageError, match="needs headline/supernet_s0, which is not trained yet"):
+        training.run(job)
+
+
+def test_imagenette_is_skipped_without_a_gpu(capsys, monkeypatch):
+    monkeypatch.setattr(run, "has_gpu", lambda: False)
+    assert run.main(["imagenette"]) == 0
+    assert "skipped, it needs a GPU" in capsys.readouterr().out
+
+
+# -- summaries and page ----------------------------------------------------------------------------
+
+
+def _compared(seed: int) -> dict:
+    table = _table(300, seed)
+    found = comparisons.compare(table, _table(300, seed + 10))
+    found["gates"] = [{"target": t, **judging._gated(table)} for t in plan.TARGETS]
+    found["static_top1"] = [top1 - 0.01 for top1 in found["top1"]]
+    found["distillation_top1"] = [top1 - 0.02 for top1 in found["top1"]]
+    return found
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """Cells of three seeds, times of one, and where the page goes."""
+    for name in ("CELLS", "RUNS"):
+        monkeypatch.setattr(cells, name, tmp_path / name.lower())
+    for module in (summaries, table):
+        monkeypatch.setattr(module, "HERE", tmp_path / "results")
+    monkeypatch.setattr(table, "DOCS", tmp_path / "docs")
+    for seed in range(3):
+        found = _compared(seed)
+        cells.Cell("compare", "headline", seed).write({"seed": seed}, {"test": found})
+        top1 = {target: [0.7 + k / 50 for k in range(4)] for target in page.TARGETS}
+        cells.Cell("compare", "quick", seed).write({"seed": seed}, {"test": {"top1": top1}})
+    times = {f"route{k}": {"median": 0.1 * (k + 1)} for k in range(4)}
+    for way in ("both", "gate", "escalation"):
+        for share in comparisons.SHARES:
+            times[f"{way}@{share:g}"] = {"median": 0.4 * share}
+    for arm in times.values():
+        arm["faster_than_widest"] = {"median": 0.4 / arm["median"]}
+    slow = {name: {**arm, "median": 2 * arm["median"]} for name, arm in times.items()}
+    made = {"ms_per_image": {"slow": slow, "fast": times}, "shares": list(comparisons.SHARES)}
+    made |= {"hardware": {"cores": 2, "processor": "P"}, "batch": 32, "rounds": 9}
+    (tmp_path / "results" / "ms").mkdir(parents=True)
+    (tmp_path / "results" / "ms" / "cifar10_s0.json").write_text(json.dumps(made))
+    return tmp_path
+
+
+def test_means_spreads_and_goals(written):
+    found = summaries.cifar10()
+    seeds = [_compared(seed)["top1"][3] for seed in range(3)]
+    assert found["split"] == "test"
+    assert found["routes"][3]["mean"] == pytest.approx(np.mean(seeds))
+    assert found["routes"][3]["sd"] == pytest.approx(np.std(seeds, ddof=1))
+    assert found["supernet_less_static_top1"]["mean"] == pytest.approx(0.01)
+    assert found["ms"]["backend"] == "fast"
+    goals = found["goals"]
+    assert goals["not_below_statics"] is True
+    for row in goals["budgets"]:
+        near = row["drop"] <= 0.3 and row["share"] <= 0.5 and row["speed"] >= 1.62
+        assert (row["budget"] in goals["near_the_widest"]) == near
+        over = row["over_uniform_madds"] >= 0.5 and row["over_uniform_ms"] >= 0.3
+        assert (row["budget"] in goals["over_uniform"]) == over
+    assert goals["over_uniform"], "these tables are made for gates to win"
+
+
+def test_one_seed_that_was_not_tested_keeps_the_test_split_shut(written):
+    cells.Cell("compare", "headline", 3).write({"seed": 3}, {"held_out": _compared(3)})
+    assert summaries.cifar10()["split"] == "held_out"
+    assert summaries.cifar10()["seeds"] == [3]
+
+
+def test_the_page_has_what_the_summaries_say(written, capsys):
+    (written / "results" / "notes.md").write_text("A note of a person.\n")
+    assert table.main([]) == 0
+    assert table.main(["--check"]) == 0
+    text = (written / "docs" / "results.md").read_text()
+    found = json.loads((written / "results" / "cifar10.json").read_text())
+    for value in found["routes"]:
+        assert f"{100 * value['mean']:.2f} ± {100 * value['sd']:.2f}" in text
+    assert "A note of a person." in text
+    for picture in re.findall(r"\]\((img/.*?)\)", text):
+        assert b"uniform routes" in (written / "docs" / picture).read_bytes()
+    (written / "docs" / "results.md").write_text(text.replace("CIFAR-10", "CIFAR-11"))
+    capsys.readouterr()
+    assert table.main(["--check"]) == 1
+    assert capsys.readouterr().out == "docs/results.md: stale\n"
+
+
+def test_the_committed_page_is_current():
+    assert table.main(["--check"]) == 0
+
+
+def test_a_repeated_number_is_held_against_the_spread(written, monkeypatch, capsys):
+    assert summaries.within(0.71, {"mean": 0.70, "sd": 0.004})
+    assert not summaries.within(0.713, {"mean": 0.70, "sd": 0.004})
+    assert summaries.within(0.709, {"mean": 0.70, "sd": 0.0})
+    monkeypatch.setattr(quick, "repeat", lambda seed, folder: dict.fromkeys(page.TARGETS, 0.735))
+    assert quick.main([]) == 0
+    assert capsys.readouterr().out.count("within the spread") == 4
+    monkeypatch.setattr(quick, "repeat", lambda seed, folder: {"labels": 0.76, "ensemble": 0.73})
+    assert quick.main([]) == 1
+    out = capsys.readouterr().out
+    assert out.count("OUTSIDE") == out.count("within") == 1
+
+
+# -- the model that ships --------------------------------------------------------------------------
+
+
+def test_what_ships_is_made_of_a_supernet(toy, one_thread):
+    from results import ship
+
+    (job,) = plan.jobs_of("headline", None, [0], ["supernet"])
+    training.run(job)
+    argv = [str(training.checkpoint_of(job)), "--data", str(toy / "data"), "--name", "toy"]
+    assert ship.main([*argv, "--out", str(toy), "--run", str(toy / "ship")]) == 0
+    made = dynaslim.read(toy / "toy.safetensors")
+    assert made.recipe["supernet"]["data"]["path"] == "toy"
+    for place in ("data", "runs", "ship"):
+        assert f"{toy}/{place}" not in json.dumps(dict(made.recipe))
+    assert made.metrics["test"]["images"] == 80
+    rows = made.metrics["test_budgets"]
+    engine = dynaslim.Engine(made, backend="eager", cache_dir=None)
+    images = images_of(str(toy / "data" / "toy"), "test", made.preprocessing)
+    x = normalise(images.images_NCSS, made.preprocessing).numpy()
+    for row in rows:
+        out = engine(x, budget=row["budget"])
+        assert out.madds.mean() == pytest.approx(row["madds"])
+        assert (out.logits.argmax(1) == images.labels_N.numpy()).mean() == row["top1"]
+    card = (toy / "toy.md").read_text()
+    assert card.startswith("# toy")
+    for row in rows:
+        assert (
+            f"| budget {row['budget']:g} | {row['madds'] / 1e6:.2f} M | {row['top1']:.2%}" in card
+        )
