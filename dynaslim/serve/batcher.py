@@ -38,6 +38,8 @@ from dynaslim.serve.options import ServeOptions
 
 LEAST_ROWS: Final = 4
 """Of a batch that is cut short for time."""
+MARGIN: Final = 1.25
+"""Times the expected wait that must be left before a deadline: speed varies."""
 
 
 class Batcher:
@@ -165,18 +167,19 @@ class Batcher:
                 f"later",
                 self._throughput.seconds_for(over),
             )
-        before = self._waiting + self._running
-        if deadline is not None and before:
-            # rows come back by whole batches, which others fill up
-            batch = self._batch_rows()
-            until = self._throughput.seconds_for(-(-(before + rows) // batch) * batch)
-            late = self._clock() + until - deadline
-            if late > 0:
-                raise QueueFullError(
-                    f"{self._waiting} images wait, more than can be run in the time that the "
-                    f"request has; try again later",
-                    late,
-                )
+        ahead = self._waiting + self._running
+        if deadline is None or not ahead:
+            return
+        # rows come back by whole batches, which others fill up
+        batch = self._batch_rows()
+        wait_s = self._throughput.seconds_for(-(-(ahead + rows) // batch) * batch)
+        late = self._clock() + MARGIN * wait_s - deadline
+        if late > 0:
+            raise QueueFullError(
+                f"{ahead} images are before it, more than can be run in the time that the request "
+                f"has; try again later",
+                late,
+            )
 
     def grow(self, job: Job, rows: int) -> None:
         """Room for more rows of a job.

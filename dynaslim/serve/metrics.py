@@ -61,6 +61,7 @@ class Metrics:
                 ("budget_share", "Budget of requests that name none, of the widest route's cost."),
                 ("ready", "1 if the server takes requests."),
                 ("body_bytes", "Bytes of bodies that are held."),
+                ("lag_seconds", "How long requests wait before the server looks at them."),
             )
         }
 

@@ -8,7 +8,6 @@ import json
 import logging
 import sys
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,6 +15,7 @@ from typing import Any, Final
 from dynaslim.errors import UsageError
 from dynaslim.serve.bodies import BodyReader, Upload, check_type, parse
 from dynaslim.serve.jobs import Answer, DeadlineError, Job, QueueFullError, StoppingError
+from dynaslim.serve.loops import Lag, Outbox
 from dynaslim.serve.problems import (
     ClientGone,
     Problem,
@@ -45,34 +45,13 @@ class _Request:
     """When the body was there."""
 
 
-class _Outbox:
-    """Jobs that other threads have finished, handed to an event loop, many at a time."""
+class _Loop:
+    """What a prediction needs of the event loop that it runs in."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self._done: deque[tuple[asyncio.Future[Job], Job]] = deque()
-        self._called = False
-
-    def put(self, future: asyncio.Future[Job], job: Job) -> None:
-        """From any thread."""
-        self._done.append((future, job))
-        if not self._called:
-            self._called = True
-            try:
-                self.loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # the loop has ended, and with it whoever waited
-                self._done.clear()
-
-    def _deliver(self) -> None:
-        self._called = False  # first: what is put from here on calls again
-        while self._done:
-            future, job = self._done.popleft()
-            if future.done():
-                continue
-            if job.error is None:
-                future.set_result(job)
-            else:
-                future.set_exception(job.error)
+        self.outbox = Outbox(loop)
+        self.lag = Lag(loop)
 
 
 class Prediction:
@@ -80,12 +59,16 @@ class Prediction:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._outbox: _Outbox | None = None
+        self._loop: _Loop | None = None
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request."""
         service = self._service
-        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        if self._loop is None or self._loop.loop is not loop:
+            self._loop = _Loop(loop)
+        service.lag_s = self._loop.lag.request()
+        began = time.monotonic() - service.lag_s
         reader = BodyReader(scope["headers"], service.options.body_bytes, service.buffers)
         status, images = _CLIENT_GONE, 0
         service.in_flight += 1
@@ -145,11 +128,10 @@ class Prediction:
         self._check_room(deadline)
         body = await self._body(reader, receive, deadline)
         request = _Request(began, deadline, query, [], time.monotonic())
-        loop = asyncio.get_running_loop()
-        if self._outbox is None or self._outbox.loop is not loop:
-            self._outbox = _Outbox(loop)
+        assert self._loop is not None
+        loop = self._loop.loop
         future: asyncio.Future[Job] = loop.create_future()
-        deliver = functools.partial(self._outbox.put, future)
+        deliver = functools.partial(self._loop.outbox.put, future)
         try:
             job = service.batcher.admit(1, setting, top_k=top_k, deadline=deadline, on_done=deliver)
         except (QueueFullError, StoppingError) as error:

@@ -56,6 +56,7 @@ class Service:
                 "budget_share": self._budget_share,
                 "ready": lambda: float(self.accepting),
                 "body_bytes": lambda: self.buffers.held,
+                "lag_seconds": lambda: self.lag_s,
             }
         )
         assert engine.preprocessing is not None, "checked by the batcher"
@@ -68,6 +69,8 @@ class Service:
         self.stopping = False
         self.in_flight = 0
         """Predictions that were accepted and are not answered."""
+        self.lag_s = 0.0
+        """How long the last prediction had waited before it was looked at, about."""
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._decoders = [
             threading.Thread(target=self._decoding, name=f"dynaslim-decode-{n}", daemon=True)
@@ -126,11 +129,11 @@ class Service:
     def close(self) -> None:
         """Answer what was taken, and end the threads."""
         self.stop()
+        self.batcher.close()  # the decoders still work on what it waits for
         for _ in self._decoders:
             self._work.put(None)
         for thread in self._decoders:
             thread.join()
-        self.batcher.close()
 
     # -- work ---------------------------------------------------------------------------------
 

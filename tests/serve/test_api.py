@@ -2,6 +2,7 @@
 
 import base64
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -542,3 +543,26 @@ def test_before_it_is_ready(held, pictures):
         while client.get("/readyz").status_code != 200:
             pass
         assert client.post("/v1/predict", files=form(pictures[0])).status_code == 200
+
+
+def test_closing_answers_what_is_still_being_decoded(engine):
+    service = create_app(engine, ServeOptions(decoders=1)).state.service
+    gate, done = threading.Event(), []
+    pixels = np.zeros((3, 16, 16), np.uint8)
+
+    def decode_first():
+        """As a body with two images does: the second is left to whoever is free."""
+        gate.wait(20)
+        service.in_background(lambda: service.batcher.put(job, 1, pixels))
+        service.batcher.put(job, 0, pixels)
+
+    setting = service.batcher.budgets.setting(None, "auto")
+    job = service.batcher.admit(2, setting, top_k=1, deadline=None, on_done=done.append)
+    service.in_background(decode_first)
+    closing = threading.Thread(target=service.close)
+    closing.start()
+    gate.set()
+    closing.join(20)
+    assert not closing.is_alive()
+    assert done == [job]
+    assert all(job.answers)

@@ -11,6 +11,7 @@ from dynaslim.data.decode import decode_image
 from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.serve import Batcher, DeadlineError, QueueFullError, ServeOptions, StoppingError
+from dynaslim.serve.batcher import MARGIN
 from dynaslim.serve.jobs import answers_of
 
 PIXELS = np.zeros((3, 4, 4), np.uint8)
@@ -189,10 +190,10 @@ def test_who_would_be_late_is_refused_at_once(steps):
     batcher.submit([PIXELS])
     assert engine.entered.acquire(timeout=WAIT_S)
     batcher.submit([PIXELS] * 2)
-    with pytest.raises(QueueFullError, match="2 images wait") as caught:
-        batcher.submit([PIXELS], deadline_s=5)  # three are before it; four, a batch, take eight
-    assert caught.value.retry_after_s == pytest.approx(3)
-    batcher.submit([PIXELS], deadline_s=8)
+    with pytest.raises(QueueFullError, match="3 images are before it") as caught:
+        batcher.submit([PIXELS], deadline_s=8)  # a batch, four of them, takes eight
+    assert caught.value.retry_after_s == pytest.approx(MARGIN * 8 - 8)
+    batcher.submit([PIXELS], deadline_s=MARGIN * 8)
 
 
 def test_slow_networks_get_small_batches(steps):

@@ -1,5 +1,6 @@
 """Load, time and clients that leave or hold on, over real sockets."""
 
+import asyncio
 import json
 import re
 import socket
@@ -11,6 +12,7 @@ import httpx
 import pytest
 
 from dynaslim.serve import ServeOptions, create_app
+from dynaslim.serve.loops import Lag
 
 
 @pytest.fixture
@@ -119,6 +121,33 @@ def test_a_deadline_is_504_and_what_is_late_is_not_run(
         if not options:
             assert ask(url, pictures[0]).status_code == 200
     assert [rows for rows, _ in held.calls[1:]] == ([] if options else [1])
+
+
+def test_time_before_the_server_looks_at_a_request_counts(start, pictures, monkeypatch):
+    with start() as (url, service):
+        assert ask(url, pictures[0], "?deadline_ms=1500").status_code == 200
+        monkeypatch.setattr(Lag, "request", lambda _: 1.6)
+        assert code(ask(url, pictures[0], "?deadline_ms=1500")) == (504, "deadline")
+        slow = ask(url, pictures[0])
+        assert slow.status_code == 200
+        assert slow.json()["timing_ms"]["total"] > 1600
+        assert counted(service, "dynaslim_lag_seconds") == 1.6
+
+
+def test_a_loop_knows_how_far_it_is_behind():
+    async def measure():
+        lag = Lag(asyncio.get_running_loop())
+        assert lag.request() == 0
+        await asyncio.sleep(0.005)
+        time.sleep(0.12)  # something takes the loop
+        await asyncio.sleep(0)
+        behind = lag.request()
+        await asyncio.sleep(0.1)
+        return behind, lag.request()
+
+    behind, after = asyncio.run(measure())
+    assert 0.08 < behind < 1
+    assert after == 0, "it does not stay behind when nobody asks"
 
 
 def test_who_has_left_is_not_run(start, held, pictures, background):
