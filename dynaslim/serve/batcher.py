@@ -38,8 +38,9 @@ from dynaslim.serve.options import ServeOptions
 
 LEAST_ROWS: Final = 4
 """Of a batch that is cut short for time."""
-MARGIN: Final = 1.25
-"""Times the expected wait that must be left before a deadline: speed varies."""
+MARGIN: Final = 2.0
+"""Times the expected wait that must be left before a deadline: speed varies, and a shorter queue
+keeps the engine as busy."""
 
 
 class Batcher:
@@ -66,7 +67,7 @@ class Batcher:
         self._clock = clock
         self.budgets = Budgets(engine.curve, self.options, clock())
         self._on_batch = on_batch
-        self._throughput = Throughput()
+        self.throughput = Throughput()
         self._changed = threading.Condition()
         self._ready: deque[Job] = deque()
         """Jobs with rows for the engine, in the order they came to have some."""
@@ -165,14 +166,14 @@ class Batcher:
             raise QueueFullError(
                 f"the queue is full ({self._waiting} of {self.options.queue} images); try again "
                 f"later",
-                self._throughput.seconds_for(over),
+                self.throughput.seconds_for(over),
             )
         ahead = self._waiting + self._running
         if deadline is None or not ahead:
             return
         # rows come back by whole batches, which others fill up
         batch = self._batch_rows()
-        wait_s = self._throughput.seconds_for(-(-(ahead + rows) // batch) * batch)
+        wait_s = self.throughput.seconds_for(-(-(ahead + rows) // batch) * batch)
         late = self._clock() + MARGIN * wait_s - deadline
         if late > 0:
             raise QueueFullError(
@@ -194,7 +195,7 @@ class Batcher:
             if over > 0:
                 raise QueueFullError(
                     f"the queue has no room for {len(job.answers) + rows} images; try again later",
-                    self._throughput.seconds_for(over),
+                    self.throughput.seconds_for(over),
                 )
             self._waiting += rows
             self._decoding += rows
@@ -262,13 +263,13 @@ class Batcher:
     @property
     def expected_wait_s(self) -> float:
         """How long an image that comes now will wait, by the throughput of late."""
-        return self._throughput.seconds_for(self._waiting + self._running)
+        return self.throughput.seconds_for(self._waiting + self._running)
 
     @property
     def budget(self) -> Setting:
         """What requests run with now if they name no budget."""
         with self._changed:
-            wait_s = self._throughput.seconds_for(self._ready_rows)
+            wait_s = self.throughput.seconds_for(self._ready_rows)
             self.budgets.observe(wait_s, self._clock())  # time alone may have raised it
             return self.budgets.current
 
@@ -276,7 +277,7 @@ class Batcher:
         """Most rows of the next batch."""
         most = self.options.max_batch
         least = min(LEAST_ROWS, most)
-        return self._throughput.rows_in(self.options.max_batch_ms / 1000, least, most)
+        return self.throughput.rows_in(self.options.max_batch_ms / 1000, least, most)
 
     def stop(self) -> None:
         """Take no more; what was taken is answered."""
@@ -352,7 +353,7 @@ class Batcher:
         return late
 
     def _take(self, now: float) -> tuple[Setting, list[tuple[Job, int]], list[np.ndarray]]:
-        self.budgets.observe(self._throughput.seconds_for(self._ready_rows), now)
+        self.budgets.observe(self.throughput.seconds_for(self._ready_rows), now)
         setting = self.budgets.in_use(self._ready[0].setting)
         members: list[tuple[Job, int]] = []
         pixels: list[np.ndarray] = []
@@ -394,7 +395,7 @@ class Batcher:
         answers = answers_of(output, max(job.top_k for job, _ in members))
         done = []
         with self._changed:
-            self._throughput.add(len(members), max(1e-6, now - self._busy_since))
+            self.throughput.add(len(members), max(1e-6, now - self._busy_since))
             for (job, row), answer in zip(members, answers, strict=True):
                 if job.done:  # its caller has left meanwhile
                     continue

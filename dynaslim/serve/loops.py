@@ -42,9 +42,10 @@ class Outbox:
 
 
 class Lag:
-    """How long what arrives waits before the loop looks at it: a timer that looks how late it is.
+    """How long a turn of the loop takes: a timer that looks how late it is.
 
-    It runs while there are requests.
+    A turn serves all that is there, so what arrives waits for about one until it is looked at. The
+    timer runs while there are requests.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

@@ -7,6 +7,7 @@ from typing import Any, Final
 from dynaslim import __version__
 from dynaslim.runtime.budget import FORMS
 from dynaslim.serve.bodies import FIELD
+from dynaslim.serve.queries import LEAST_DEADLINE_MS, TOP_K
 from dynaslim.serve.service import Service
 
 _PROBLEMS: Final = {
@@ -89,7 +90,7 @@ def _predict(service: Service) -> dict[str, Any]:
             _parameter("budget", _TEXT, f"What an image may cost on average: {FORMS}."),
             _parameter(
                 "top_k",
-                {"type": "integer", "minimum": 1, "default": 5},
+                {"type": "integer", "minimum": 1, "default": TOP_K},
                 "Likeliest classes to name; of more than there are all are named.",
             ),
             _parameter(
@@ -108,7 +109,7 @@ def _predict(service: Service) -> dict[str, Any]:
                 "deadline_ms",
                 {
                     "type": "number",
-                    "exclusiveMinimum": 0,
+                    "minimum": LEAST_DEADLINE_MS,
                     "maximum": options.deadline_ms,
                     "default": options.deadline_ms,
                 },

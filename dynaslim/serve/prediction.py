@@ -124,6 +124,8 @@ class Prediction:
             setting = service.batcher.budgets.setting(query.budget, query.escalate)
         except UsageError as error:
             raise Problem(422, "bad_parameter", str(error)) from None
+        if time.monotonic() > deadline:  # it has waited that long to be looked at
+            raise _late(milliseconds)
         top_k = min(query.top_k, service.engine.spec.num_classes)
         self._check_room(deadline)
         body = await self._body(reader, receive, deadline)

@@ -13,6 +13,7 @@ from dynaslim.serve.problems import Problem
 
 NAMES: Final = ("budget", "top_k", "escalate", "deadline_ms")
 TOP_K: Final = 5
+LEAST_DEADLINE_MS: Final = 1.0
 _NUMBER: Final = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _COUNT: Final = re.compile(r"[0-9]{1,1000}")
 
@@ -79,6 +80,6 @@ def _milliseconds(text: str | None) -> float | None:
     if text is None:
         return None
     value = float(text) if _NUMBER.fullmatch(text) else math.nan
-    if not 0 < value < math.inf:
-        raise _bad(f"deadline_ms {text!r:.60}: must be a number above 0")
+    if not LEAST_DEADLINE_MS <= value < math.inf:
+        raise _bad(f"deadline_ms {text!r:.60}: must be a number of at least {LEAST_DEADLINE_MS:g}")
     return value

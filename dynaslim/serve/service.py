@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,6 +18,7 @@ from dynaslim.runtime.cache import usable_cores
 from dynaslim.serve.batcher import Batcher
 from dynaslim.serve.bodies import Buffers
 from dynaslim.serve.facts import Facts, ServedEngine
+from dynaslim.serve.load import KNOWN
 from dynaslim.serve.metrics import Metrics
 from dynaslim.serve.options import MEGABYTE, ServeOptions
 from dynaslim.serve.pictures import Decoder
@@ -24,6 +26,7 @@ from dynaslim.serve.problems import Problem
 from dynaslim.serve.samples import find_samples
 
 State = Literal["new", "starting", "ready", "failed"]
+MEASURED_ROWS: Final = 8
 RETRY_STARTING_S: Final = 2.0
 RETRY_STOPPING_S: Final = 5.0
 
@@ -99,15 +102,27 @@ class Service:
         try:
             self.engine.warm_up()
             self.backend = self.engine.backend
-            spec, side = self.engine.spec, self.facts.side
-            for rows in (self.options.max_batch, 1):
-                self.engine(np.zeros((rows, spec.in_channels, side, side), np.float32))
+            self._measure()
             self.facts.measure()
             self.decode(_one_pixel(), 0)  # Pillow reads its plugins in when they are first needed
             self.state = "ready"
         except Exception as error:
             self.error = error
             self.state = "failed"
+
+    def _measure(self) -> None:
+        """Run batches for the memory they need, and to know how long they take."""
+        spec, side, most = self.engine.spec, self.facts.side, self.options.max_batch
+        shape = (spec.in_channels, side, side)
+        x_BCSS = np.random.default_rng(0).standard_normal((most, *shape), np.float32)
+        rows = min(MEASURED_ROWS, most)
+        self.engine(x_BCSS)
+        self.engine(x_BCSS[:1])
+        for turn in range(KNOWN + 1):
+            start = time.perf_counter()
+            self.engine(x_BCSS[:rows])
+            if turn:  # the first meets cold memory
+                self.batcher.throughput.add(rows, time.perf_counter() - start)
 
     def check_accepting(self) -> None:
         """Raise `Problem` unless a prediction that comes now is taken."""

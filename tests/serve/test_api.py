@@ -532,7 +532,8 @@ def test_a_model_that_does_not_start(engine, pictures):
 
 def test_before_it_is_ready(held, pictures):
     held.open.clear()
-    with TestClient(create_app(held)) as client:
+    app = create_app(held)
+    with TestClient(app) as client:
         assert held.entered.acquire(timeout=20)
         response = client.post("/v1/predict", files=form(pictures[0]))
         assert said(response) == (503, "starting")
@@ -543,6 +544,7 @@ def test_before_it_is_ready(held, pictures):
         while client.get("/readyz").status_code != 200:
             pass
         assert client.post("/v1/predict", files=form(pictures[0])).status_code == 200
+        assert app.state.service.batcher.throughput.seconds_for(1) > 0, "it knows its speed"
 
 
 def test_closing_answers_what_is_still_being_decoded(engine):

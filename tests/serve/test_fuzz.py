@@ -17,7 +17,6 @@ OPERATIONS = (
     ("/metrics", "GET"),
 )
 CHECKS = [
-    schemathesis.checks.not_a_server_error,
     checks.status_code_conformance,
     checks.content_type_conformance,
     checks.response_headers_conformance,
@@ -26,6 +25,11 @@ CHECKS = [
     checks.unsupported_method,
     checks.ignored_auth,
 ]
+# what breaks the document may also be too large (too many images are 413), or late as it asked
+REJECTED = ["400", "401", "404", "405", "413", "415", "422", "429", "504"]
+CONFIG = schemathesis.Config.from_dict(
+    {"checks": {"negative_data_rejection": {"expected-statuses": REJECTED}}}
+)
 # that what fits the document is also taken cannot be checked: hardly any string is a picture
 
 
@@ -39,7 +43,7 @@ CASES = [
 def api(engine, live):
     app = create_app(engine, ServeOptions(token="secret", max_body_mb=0.5, max_images=4))
     with live(app) as port:
-        yield schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json")
+        yield schemathesis.openapi.from_url(f"http://127.0.0.1:{port}/openapi.json", config=CONFIG)
 
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)
@@ -61,7 +65,7 @@ def test_the_document_tells_the_truth(api, path, method, mode):
         statuses.add(answer.status_code)
 
     check()
-    assert all(status < 500 for status in statuses)
+    assert all(status < 500 or status == 504 for status in statuses), "504: as it was asked"
     if path == "/v1/predict":
         assert statuses & {400, 415, 422}
     if mode is GenerationMode.POSITIVE:

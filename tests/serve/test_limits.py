@@ -83,7 +83,7 @@ def test_a_full_queue_is_429(start, held, pictures, background):
         assert [f.result().status_code for f in (running, *waiting)] == [200] * 5
         assert ask(url, pictures[0]).status_code == 200
         assert counted(service, 'dynaslim_rejected_total{reason="busy"}') == 2
-        assert counted(service, 'dynaslim_requests_total{code="429"}') == 2
+        until(lambda: counted(service, 'dynaslim_requests_total{code="429"}') == 2)
     assert max(rows for rows, _ in held.calls) == 2
 
 
@@ -338,4 +338,4 @@ def test_many_clients_at_once(start, held, pictures):
         for thread in threads:
             thread.join()
         assert wrong == []
-        assert counted(service, 'dynaslim_requests_total{code="200"}') == 88
+        until(lambda: counted(service, 'dynaslim_requests_total{code="200"}') == 88)

@@ -28,17 +28,16 @@ sys.meta_path.insert(0, Refuse())
 from dynaslim import cli
 cli.main(sys.argv[1:])
 """
-# an engine that takes its time, so that requests wait when the signal comes
+# batches that take their time, so that requests wait when the signal comes
 SLOW = """
 import sys, time
 from dynaslim import cli
-from dynaslim.runtime.engine import Engine
-answer = Engine.__call__
-def slow(self, x, **options):
-    if x.any():  # not while it starts
-        time.sleep(%r)
-    return answer(self, x, **options)
-Engine.__call__ = slow
+from dynaslim.serve import batcher
+prepare = batcher.normalise_pixels
+def slow(*given):
+    time.sleep(%r)
+    return prepare(*given)
+batcher.normalise_pixels = slow
 cli.main(sys.argv[1:])
 """
 
