@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final
 
-from results.summaries import GOALS, MAIN
+from results.summaries import GOALS
 
 WAYS: Final = {
     "both": "gate and escalation",
@@ -103,7 +103,7 @@ def _goals(main: Summary) -> str:
     static = main.get("supernet_less_static_top1")
     lines = [
         "## Against the goals\n",
-        f"CIFAR-10, {WAYS[MAIN]}, on {_split(main)}; points of top-1.\n",
+        f"CIFAR-10, {WAYS[main['main']]}, on {_split(main)}; points of top-1.\n",
         table(
             [
                 "budget",
@@ -225,9 +225,9 @@ def _equal_cost(found: Summary, name: str) -> str:
 
 def _losses(found: Summary) -> Iterator[str]:
     """Where the main way does not win, in words."""
-    ours = found["ways"][MAIN]
+    ours, main = found["ways"][found["main"]], WAYS[found["main"]].capitalize()
     for way, told in WAYS.items():
-        if way == MAIN or way not in found["ways"]:
+        if way == found["main"] or way not in found["ways"]:
             continue
         behind = [
             f"{share:g}"
@@ -235,14 +235,14 @@ def _losses(found: Summary) -> Iterator[str]:
             if b["over_uniform"]["mean"] > a["over_uniform"]["mean"] + 5e-4
         ]
         if behind:
-            yield f"- {WAYS[MAIN]} is behind {told} at budget {', '.join(behind)}."
+            yield f"- {main} is behind {told} at budget {', '.join(behind)}."
     below = [
         f"{share:g}"
         for share, row in zip(found["shares"], ours, strict=True)
         if row["over_uniform"]["mean"] < 0
     ]
     if below:
-        yield f"- {WAYS[MAIN]} is below the uniform routes at budget {', '.join(below)}."
+        yield f"- {main} is below the uniform routes at budget {', '.join(below)}."
     oracle = found["oracle"]
     best = max(row["top1"]["mean"] for row in ours)
     yield (

@@ -14,6 +14,7 @@ import numpy as np
 from dynaslim.cost import CostTable
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
+from dynaslim.runtime.forms import Form
 from dynaslim.runtime.latency import profile
 from dynaslim.runtime.router import Decide
 from dynaslim.serve.budgets import share_text
@@ -86,6 +87,7 @@ class Facts:
         self._table = CostTable.from_madds(self.spec, self.side)
         self.widest_madds = self._table.widest_cost
         self._ms_table: CostTable | None = None
+        self._trunk_ms: float | None = None
         self._routes: dict[tuple[int, ...], RouteFacts] = {}
         self.widest = self.route(tuple(gate.choices[-1] for gate in self.spec.gates))
 
@@ -98,6 +100,18 @@ class Facts:
                 known.ms = self._ms_table.route_cost(self._options(choices))
             self._routes[choices] = known
         return known
+
+    def ms_of(self, route: RouteFacts, madds: float, escalated: bool) -> float | None:
+        """What an image takes alone: the time of its route, of both where it ran twice.
+
+        The first route of an image that was `escalated` is the one that its `madds` leave room for;
+        the trunk, whose features are kept, counts once.
+        """
+        if not escalated or route.ms is None or self._trunk_ms is None:
+            return route.ms
+        left = madds - route.madds + self._table.segments[0][0][0]
+        first = min(self.listed(), key=lambda other: abs(other.madds - left))
+        return None if first.ms is None else route.ms + max(0.0, first.ms - self._trunk_ms)
 
     def _options(self, choices: Sequence[int]) -> list[int]:
         gates = self.spec.gates
@@ -115,11 +129,13 @@ class Facts:
         return sorted(map(self.route, space), key=lambda route: route.madds)
 
     def measure(self) -> None:
-        """Time one image along every route, for about a second."""
+        """Time one image along every route, and the trunk, for about a second."""
         router, spec = self._engine.router, self.spec
         routes = self.listed()
+        by_form = profile(router, self.side, 1, rounds=_PROFILE_ROUNDS)
+        self._trunk_ms = by_form.ms[Form(0).name][0]
         if math.prod(len(gate.choices) for gate in spec.gates) > MOST_ROUTES:
-            self._ms_table = profile(router, self.side, 1, rounds=_PROFILE_ROUNDS).table
+            self._ms_table = by_form.table
             for choices, route in self._routes.items():
                 route.ms = self._ms_table.route_cost(self._options(choices))
             return

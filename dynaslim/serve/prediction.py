@@ -219,7 +219,7 @@ class Prediction:
         assert answer is not None, "a job that is done has all its answers"
         facts, classes = self._service.facts, self._service.engine.class_names
         route = facts.route(answer.choices)
-        widest_ms = facts.widest.ms
+        ms, widest_ms = facts.ms_of(route, answer.madds, answer.escalated), facts.widest.ms
         return {
             "name": name,
             "top": [
@@ -236,8 +236,8 @@ class Prediction:
             "escalated": answer.escalated,
             "madds": answer.madds,
             "madds_share": answer.madds / facts.widest_madds,
-            "ms": route.ms,
-            "ms_share": route.ms / widest_ms if route.ms and widest_ms else None,
+            "ms": ms,
+            "ms_share": ms / widest_ms if ms and widest_ms else None,
         }
 
 

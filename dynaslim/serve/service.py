@@ -76,7 +76,7 @@ class Service:
         """How long the last prediction had waited before it was looked at, about."""
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._decoders = [
-            threading.Thread(target=self._decoding, name=f"dynaslim-decode-{n}", daemon=True)
+            threading.Thread(target=self._decoding, name=f"dynaslim-serve-decode-{n}", daemon=True)
             for n in range(options.decoders or usable_cores())
         ]
         for thread in self._decoders:

@@ -10,12 +10,14 @@ from fastapi import FastAPI
 from helpers import png
 from starlette.testclient import TestClient
 
+from dynaslim.cost import CostTable
 from dynaslim.data.decode import decode_image
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.predict import predict
 from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime.package import PackageError
 from dynaslim.serve import ServeOptions, create_app
+from dynaslim.serve.facts import Facts
 from dynaslim.serve.samples import find_samples
 
 RESULT_KEYS = {
@@ -129,6 +131,22 @@ def test_budgets_and_escalation(serve, engine, pictures):
     assert all(r["escalated"] for r in unsure["results"])
     assert {r["route"] for r in unsure["results"]} == {str(spec.widest_choice)}
     assert all(r["madds_share"] > 1 for r in unsure["results"]), "both routes are counted"
+
+
+def test_the_time_of_an_image_that_ran_twice(engine):
+    facts = Facts(engine)
+    for n, route in enumerate(facts.listed(), start=1):
+        route.ms = float(n)
+    facts._trunk_ms = 0.25
+    cheapest, widest = facts.listed()[0], facts.widest
+    trunk = CostTable.from_madds(engine.spec, facts.side).segments[0][0][0]
+    twice = cheapest.madds + widest.madds - trunk
+    assert facts.ms_of(widest, widest.madds, False) == widest.ms
+    assert facts.ms_of(widest, twice, True) == widest.ms + 1 - 0.25
+    facts._trunk_ms = 5.0  # noise of the measurement makes no image free
+    assert facts.ms_of(widest, twice, True) == widest.ms
+    widest.ms = None
+    assert facts.ms_of(widest, twice, True) is None
 
 
 def test_a_budget_of_the_server(serve, pictures):

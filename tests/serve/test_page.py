@@ -211,13 +211,13 @@ def test_a_second_answer_is_told(visit):
 
     def escalate(route):
         answer = route.fetch().json()
-        answer["results"][0] |= {"escalated": True, "madds_share": 1.33}
+        answer["results"][0] |= {"escalated": True, "madds_share": 1.33, "ms": 12.5}
         route.fulfill(json=answer)
 
     page.route("**/v1/predict*", escalate)
     _add(page, FILES[0])
     expect(page.locator("#cost-body .headline")).to_contain_text("133%")
-    expect(page.locator("#cost-body .headline")).to_contain_text("over ")
+    expect(page.locator("#cost-body .headline")).to_contain_text("12.5\u00a0ms instead of")
     expect(page.locator("#route-note")).to_contain_text("The first answer was unsure")
 
 

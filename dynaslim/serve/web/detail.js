@@ -94,8 +94,7 @@ function bar(share, ticks = []) {
 
 function cost(model, result) {
   const timed = result.ms !== null && model.widest.ms !== null;
-  // of a picture that was sent along two routes, the server has measured the second
-  const spentMs = timed ? `${result.escalated ? "over " : ""}${milliseconds(result.ms)}` : null;
+  const spentMs = timed ? milliseconds(result.ms) : null;
   const time = timed ? `, ${spentMs} instead of ${milliseconds(model.widest.ms)}` : "";
   const share = percent(result.madds_share);
   const routeLevel = level(model, result.route, result.madds);
