@@ -25,6 +25,7 @@ from dynaslim.data.decode import IMAGE_SUFFIXES, decode_image
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
+from dynaslim.pretrained import local_path
 from dynaslim.shipped import resolve
 
 if TYPE_CHECKING:
@@ -183,7 +184,8 @@ def name_of(file: str | Path) -> str:
 
 
 def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Engine:
-    """The engine of a checkpoint file, an exported package (a folder) or a model that ships.
+    """The engine of a checkpoint file, a folder (an exported package, or one of `save_pretrained`),
+    a repository on the hub, or a model that ships.
 
     Raises:
         UsageError: for a folder that is no package, and as `Engine`.
@@ -195,7 +197,7 @@ def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Eng
     if is_package(model):
         engine = Engine.from_package(model, backend=backend, **options)
     else:
-        path = resolve(model)
+        path = local_path(resolve(model))
         check(
             not path.is_dir(),
             f"{model}: is a folder and no package; name a checkpoint file or an exported package",

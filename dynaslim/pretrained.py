@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import torch
 
 
+WEIGHTS: Final = "model.safetensors"
+"""What the hub's own tools call it."""
 _ADDRESS: Final = re.compile(r"hf:/+(?P<name>[^@]+)(?:@(?P<revision>.+))?")
 
 
@@ -31,15 +33,22 @@ def is_hub_address(path: str | Path) -> bool:
     return _ADDRESS.fullmatch(str(path)) is not None  # one slash, after it was a `Path`
 
 
+def is_saved_folder(path: str | Path) -> bool:
+    """Whether a path is a folder with a checkpoint as `save_pretrained` writes them."""
+    return (Path(path) / WEIGHTS).is_file()
+
+
 def local_path(path: str | Path) -> Path:
-    """A path as it is; for the address of a repository on the hub its checkpoint, downloaded.
+    """A path as it is; of a folder of `save_pretrained` the checkpoint in it.
+
+    For the address of a repository on the hub its checkpoint, downloaded.
 
     Raises:
         HubError: if the hub cannot be reached and its cache has not the checkpoint.
     """
     found = _ADDRESS.fullmatch(str(path))
     if found is None:
-        return Path(path)
+        return Path(path) / WEIGHTS if is_saved_folder(path) else Path(path)
     downloaded: Path = _hub().download(found["name"], found["revision"])
     return downloaded
 

@@ -18,6 +18,7 @@ from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.pretrained import is_saved_folder
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.package import is_package
 from dynaslim.train import recalibrate
@@ -56,7 +57,7 @@ def open_engine(
         spec.check_image_size(side, side)
         net = random_network(model, side)
         return Engine(net, precision=precision, image_size=side, **options), side
-    if is_package(model) or Path(model).is_dir():
+    if is_package(model) or (Path(model).is_dir() and not is_saved_folder(model)):
         engine = Engine.from_package(model, image_size=image_size, **options)
         own = engine.source.precision
         check(precision in ("fp32", own), f"precision {precision}: the package is {own}")

@@ -20,6 +20,10 @@ FEW: Final = 50
 """Of so many files each has its line on the screen; of more there are totals."""
 
 
+MOST_ROWS: Final = 1 << 16
+"""Of a batch; so many images of any size fill any memory."""
+
+
 def predict(
     paths: list[str],
     *,
@@ -54,8 +58,8 @@ def predict(
 
     model, paths = _divided(paths, model)
     files = find_images(paths)
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size}: must be at least 1")
+    if not 1 <= batch_size <= MOST_ROWS:
+        raise UsageError(f"--batch-size {batch_size}: must be between 1 and {MOST_ROWS:,}")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
     table = None if parquet is None else _table(parquet, engine)
@@ -131,10 +135,11 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
 
 def _is_model(path: str) -> bool:
     """Whether a path can be nothing but a model: by its suffix, or a package."""
-    from dynaslim.pretrained import is_hub_address
+    from dynaslim.pretrained import is_hub_address, is_saved_folder
     from dynaslim.runtime.package import is_package
 
-    return path.endswith(".safetensors") or is_hub_address(path) or is_package(path)
+    is_folder = is_package(path) or is_saved_folder(path)
+    return path.endswith(".safetensors") or is_hub_address(path) or is_folder
 
 
 def _names_images(path: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cost import params
+from dynaslim.pretrained import WEIGHTS
 from dynaslim.runtime.budget import BudgetCurve
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def _evaluation(split: str, value: Mapping[str, Any]) -> Measured:
 
 # -- the card -------------------------------------------------------------------------------------
 
-WEIGHTS: Final = "model.safetensors"
-"""The checkpoint's name in a folder of the hub."""
 CLASSES: Final = 20
 """Class names in a card; `config.json` has all."""
 SHARES: Final = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)

@@ -36,8 +36,9 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read
 from dynaslim.checkpoint import save as save_checkpoint
 from dynaslim.errors import DynaslimError, UsageError
-from dynaslim.interop.card import WEIGHTS, card_text, dataset_of, measured
+from dynaslim.interop.card import card_text, dataset_of, measured
 from dynaslim.nn.net import SlimNet
+from dynaslim.pretrained import WEIGHTS
 
 TAGS: Final = ["dynaslim", "dynamic-slimmable-network", "slimmable", "pytorch"]
 TASK: Final = "image-classification"

@@ -26,6 +26,7 @@ from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.interop import hub
 from dynaslim.interop.hub import HubError
 from dynaslim.nn import SlimNet
+from dynaslim.predict import open_engine
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.pretrained import is_hub_address
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
@@ -105,6 +106,8 @@ def test_a_checkpoint_comes_back_whole(checkpoint, tmp_path):
     assert type(made) is Checkpoint
     # it is our own checkpoint, and any other reader of those reads it
     assert read(folder / "model.safetensors").class_names == NAMES
+    assert read(folder).class_names == NAMES
+    assert open_engine(folder, "eager").class_names == NAMES
     assert Checkpoint.from_pretrained(folder / "model.safetensors").class_names == NAMES
 
 
