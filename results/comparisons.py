@@ -21,7 +21,7 @@ from results import policies
 from results.answers import Table
 from results.policies import Outcome
 
-SHARES: Final = (0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8)
+SHARES: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8)
 """Budgets, as parts of the widest route's cost."""
 FAR: Final = 1e6
 """A shift that sends every image along the cheapest route."""

@@ -35,7 +35,7 @@ from results.cells import RUNS
 from results.plan import HUB
 
 TARGET: Final = 0.5
-BUDGETS: Final = (0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 1.0)
+BUDGETS: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,6 +95,10 @@ def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbPa
         if parameter.kind is not parameter.KEYWORD_ONLY:
             if hint == list[str]:
                 parser.add_argument(name, type=str, nargs="+", help=told)
+            elif parameter.default is not parameter.empty:
+                parser.add_argument(
+                    name, type=hint, nargs="?", default=parameter.default, help=told
+                )
             else:
                 parser.add_argument(name, type=hint, help=told)
             continue
@@ -183,7 +187,9 @@ def metavar_of(action: argparse.Action) -> str:
 def _usage(parser: VerbParser) -> str:
     """What has to be given, in one line; all flags are in the list below it."""
     given = [
-        metavar_of(action) + (" ..." if action.nargs == "+" else "")
+        f"[{metavar_of(action)}]"
+        if action.nargs == "?"
+        else metavar_of(action) + (" ..." if action.nargs == "+" else "")
         for action in parser._actions
         if not action.option_strings
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def serve(
-    model: str,
+    model: str = "cifar10",
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
@@ -37,7 +37,7 @@ def serve(
 
     Args:
         model: A checkpoint file, the folder of an exported package, or the name of a model that
-            ships, such as cifar10.
+            ships. Default: cifar10.
         host: Address to listen at; 0.0.0.0 for all, which asks for a token.
         port: Port to listen at; 0 takes a free one.
         backend: What runs the network; auto takes the fastest that is installed.
