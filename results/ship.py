@@ -74,11 +74,16 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
         gated,
         budget=curve.to_dict(),
         metrics=metrics,
-        recipe=_without_places(gated.recipe, HUB.get(name, name)),
+        recipe=_without_places({**gated.recipe, **_before(recipe)}, HUB.get(name, name)),
     )
     file = save(out / f"{name}.safetensors", made)
     write_atomic(out / f"{name}.md", card(name, made).encode())
     return file
+
+
+def _before(recipe: SupernetRecipe) -> dict[str, Any]:
+    """The recipe of the network that the training went on from, if it did."""
+    return {} if recipe.init is None else {"before": read(recipe.init).recipe["supernet"]}
 
 
 def _with_gate(supernet: Path, recipe: SupernetRecipe, data: DataRecipe, run: Path) -> Checkpoint:
@@ -131,6 +136,8 @@ def _without_places(value: Any, data: str) -> Any:
             found["path"] = data
         if "supernet" in found and isinstance(found["supernet"], str):
             found["supernet"] = ""
+        if isinstance(found.get("init"), str):
+            found["init"] = Path(found["init"]).name
         return found
     return value
 
@@ -161,11 +168,16 @@ def card(name: str, made: Checkpoint) -> str:
     table = "\n".join(rows)
     classes = ", ".join(made.class_names or ())
     held = made.metrics["val"]["images"]
+    before = made.recipe.get("before")
+    again = "" if before is None else f", then a warm restart of {supernet['epochs']} more"
+    epochs = (before or supernet)["epochs"]
     return f"""# {name}
 
 `{spec.name}`, {params(spec) / 1e6:.2f} M parameters, for images of {pre.image_size_px}x\
-{pre.image_size_px} px: {classes}. Used by `dynaslim predict` and `dynaslim serve` where no model is
-named; anywhere else by its name, `dynaslim.load("{name}")`.
+{pre.image_size_px} px:
+{classes}.
+Used by `dynaslim predict` and `dynaslim serve` where no model is named; anywhere else by its name,
+`dynaslim.load("{name}")`.
 
 ## What it gives
 
@@ -180,10 +192,10 @@ training split.
 ## How it was made
 
 Trained on `{supernet["data"]["path"]}`, split `{supernet["data"]["split"]}`, but for {held:,} \
-images: {supernet["epochs"]} epochs, target \
-{supernet["target"]}, seed {supernet["seed"]}. Gate: {gate["objective"]} loss, target \
-{made.recipe["target"]:g}. The whole recipe is in the checkpoint: `dynaslim info {name} --json`.
-`python -m results.ship` makes it of a supernet.
+images: {epochs} epochs{again},
+target {supernet["target"]}, seed {supernet["seed"]}. Gate: {gate["objective"]} loss, target \
+{made.recipe["target"]:g}. The whole recipe is in the
+checkpoint: `dynaslim info {name} --json`. `python -m results.ship` makes it of a supernet.
 
 ## What it is not for
 
