@@ -193,6 +193,7 @@ def shortened(argv: list[str]) -> list[str]:
     words = {
         "R": RECIPES.get(verb, "R"),
         "[--json]": "--json",
+        "[CKPT]": "CKPT",
         "PATHS...": "photos",
         **{word: f"{word.lower()}{next(_numbers)}" for word in ("RUN", "OUT")},
     }
