@@ -6,9 +6,11 @@ import os
 import sys
 from pathlib import Path
 
+from dynaslim.shipped import DEFAULT
+
 
 def serve(
-    model: str = "cifar10",
+    model: str = DEFAULT,
     *,
     host: str = "127.0.0.1",
     port: int = 8000,

@@ -152,7 +152,7 @@ def profile(
     ms: dict[str, tuple[float, ...]] = {}
     spread: dict[str, tuple[float, ...]] = {}
     for form in segment_forms(spec):
-        times = _time_form(router, form, size, rows, rounds, rng)
+        times = time_form(router, form, size, rows, rounds, rng)
         ms[form.name] = tuple(statistics.median(values) for values in times)
         spread[form.name] = tuple(_quartiles(values) for values in times)
         if on_form is not None:
@@ -163,7 +163,7 @@ def profile(
     )
 
 
-def _time_form(
+def time_form(
     router: Router,
     form: Form,
     size: tuple[int, int],
@@ -171,7 +171,10 @@ def _time_form(
     rounds: int,
     rng: np.random.Generator,
 ) -> list[list[float]]:
-    """Milliseconds of every round, for each number of rows; the numbers take turns."""
+    """One form as `profile` times it: milliseconds of every round, for each number of rows.
+
+    The numbers of rows take turns.
+    """
     arrays, shape = router.backend.arrays, router.shape(form, size)
     values = rng.standard_normal((rows[-1], *shape.row_in), np.float32)
     source = arrays.images(values)

@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Final, Protocol
 
 import numpy as np
@@ -15,7 +16,7 @@ from dynaslim.cost import CostTable
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form
-from dynaslim.runtime.latency import profile
+from dynaslim.runtime.latency import profile, time_form
 from dynaslim.runtime.router import Decide
 from dynaslim.serve.budgets import share_text
 from dynaslim.serve.options import ServeOptions
@@ -119,6 +120,10 @@ class Facts:
 
     def listed(self) -> list[RouteFacts]:
         """All routes of the gates, the cheapest first; of many those with one choice behind all."""
+        return self._listed
+
+    @cached_property
+    def _listed(self) -> list[RouteFacts]:
         gates = self.spec.gates
         if math.prod(len(gate.choices) for gate in gates) <= MOST_ROUTES:
             space = list(itertools.product(*(gate.choices for gate in gates)))
@@ -132,15 +137,18 @@ class Facts:
         """Time one image along every route, and the trunk, for about a second."""
         router, spec = self._engine.router, self.spec
         routes = self.listed()
-        by_form = profile(router, self.side, 1, rounds=_PROFILE_ROUNDS)
-        self._trunk_ms = by_form.ms[Form(0).name][0]
         if math.prod(len(gate.choices) for gate in spec.gates) > MOST_ROUTES:
+            by_form = profile(router, self.side, 1, rounds=_PROFILE_ROUNDS)
             self._ms_table = by_form.table
+            self._trunk_ms = by_form.ms[Form(0).name][0]
             for choices, route in self._routes.items():
                 route.ms = self._ms_table.route_cost(self._options(choices))
             return
         shape = (1, spec.in_channels, self.side, self.side)
-        x = np.random.default_rng(0).standard_normal(shape, np.float32)
+        rng = np.random.default_rng(0)
+        (trunk,) = time_form(router, Form(0), shape[2:], (1,), MEASURE_ROUNDS, rng)
+        self._trunk_ms = statistics.median(trunk)
+        x = rng.standard_normal(shape, np.float32)
         images = router.backend.arrays.images(x)
         times: dict[str, list[float]] = {route.name: [] for route in routes}
         end = time.perf_counter() + MEASURE_S
