@@ -73,15 +73,31 @@ def choose(
     rise (`option_costs`); options above `limit` are left out. A row's option never grows with the
     shift, to the last bit.
     """
-    logits_BK = np.asarray(gate_logits_BK, np.float64)[:, : None if limit is None else limit + 1]
-    costs_K = np.asarray(costs_K, np.float64)[: logits_BK.shape[1]]
+    return choose_by_prices(gate_logits_BK, prices(shift, costs_K, limit))
+
+
+def prices(
+    shift: float, costs_K: npt.NDArray[np.float64], limit: int | None = None
+) -> npt.NDArray[np.float64]:
+    """(K, K): how much higher the logit of an option (column) must be to beat an earlier one (row).
+
+    Infinite for the option itself and those before. The same for all rows of many calls.
+    """
+    costs_K = np.asarray(costs_K, np.float64)[: None if limit is None else limit + 1]
+    price_KK = shift * (costs_K[None, :] - costs_K[:, None])
+    price_KK[np.tri(len(costs_K), dtype=bool)] = np.inf
+    return price_KK
+
+
+def choose_by_prices(
+    gate_logits_BK: npt.NDArray[np.floating[Any]], price_KK: npt.NDArray[np.float64]
+) -> npt.NDArray[np.int64]:
+    """As `choose`."""
+    logits_BK = np.asarray(gate_logits_BK, np.float64)[:, : len(price_KK)]
     # option by option rather than by argmax: rounding could make the latter go back and forth.
     # The choice is the first option that no later one beats; the last is never beaten.
     gain_BKK = logits_BK[:, None, :] - logits_BK[:, :, None]
-    price_KK = shift * (costs_K[None, :] - costs_K[:, None])
-    later_KK = np.triu(np.ones_like(price_KK, bool), 1)
-    beaten_BK = ((gain_BKK > price_KK) & later_KK).any(2)
-    option_B: npt.NDArray[np.int64] = beaten_BK.argmin(1).astype(np.int64)
+    option_B: npt.NDArray[np.int64] = (gain_BKK > price_KK).any(2).argmin(1)
     return option_B
 
 

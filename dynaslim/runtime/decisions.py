@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -21,12 +22,40 @@ from dynaslim.spec import NetSpec, Route
 Budget = float | str | BudgetPoint
 
 
+class RouteCosts:
+    """What routes cost for one size of image, laid out for use at every call."""
+
+    def __init__(self, spec: NetSpec, size: tuple[int, int]) -> None:
+        self.spec = spec
+        self.table = CostTable.from_madds(spec, size)
+        self.options = budgets.option_costs(self.table)
+        self.trunk = self.table.segments[0][0][0]
+        self._segments = [np.array(segment) for segment in self.table.segments[1:]]
+        self._may_escalate: dict[tuple[tuple[int, ...], tuple[int, ...]], bool] = {}
+
+    def of_paths(self, options_BG: np.ndarray) -> np.ndarray:
+        """Multiply-adds (B,) float64."""
+        total_B = np.full(len(options_BG), self.trunk)
+        before_B: Any = 0
+        for segment, option_B in zip(self._segments, options_BG.T, strict=True):
+            total_B += segment[before_B, option_B]
+            before_B = option_B
+        return total_B
+
+    def may_escalate(self, own: tuple[int, ...], target: tuple[int, ...]) -> bool:
+        """As `budget.may_escalate`; remembered."""
+        found = self._may_escalate.get((own, target))
+        if found is None:
+            found = budgets.may_escalate(self.table, own, target)
+            self._may_escalate[own, target] = found
+        return found
+
+
 @dataclass(frozen=True)
 class Decisions:
-    """How the rows of a call choose their routes."""
+    """How the rows of a call choose their routes; good for any number of calls."""
 
-    spec: NetSpec
-    size: tuple[int, int]
+    route_costs: RouteCosts
     shift: float
     tau: float | None
     """Rows of a smaller margin run once more; None lets none."""
@@ -36,20 +65,19 @@ class Decisions:
     """The highest option of every gate that is allowed."""
 
     @cached_property
-    def _table(self) -> CostTable:
-        return CostTable.from_madds(self.spec, self.size)
-
-    @cached_property
-    def _option_costs(self) -> tuple[np.ndarray, ...]:
-        return budgets.option_costs(self._table)
+    def _prices(self) -> list[np.ndarray]:
+        limits = self.limits or [None] * len(self.route_costs.options)
+        return [
+            budgets.prices(self.shift, costs_K, limit)
+            for costs_K, limit in zip(self.route_costs.options, limits, strict=True)
+        ]
 
     def decide(self, gate: int, logits_BK: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Options (B,) that the rows take; see `router.Decide`."""
         if not self.shift and self.limits is None:
             options: np.ndarray = logits_BK.argmax(1)
             return options
-        limit = None if self.limits is None else self.limits[gate]
-        return budgets.choose(logits_BK, self.shift, self._option_costs[gate], limit)
+        return budgets.choose_by_prices(logits_BK, self._prices[gate])
 
     @property
     def again(self) -> Callable[[np.ndarray, np.ndarray], Again] | None:
@@ -58,34 +86,24 @@ class Decisions:
 
     def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Again:
         assert self.tau is not None
-        paths, which_B = np.unique(options_BG, axis=0, return_inverse=True)
-        may = np.array(
-            [budgets.may_escalate(self._table, path, self.target) for path in paths.tolist()]
-        )
-        below_B = budgets.margins(logits_BN) < self.tau
-        return Again(np.flatnonzero(below_B & may[which_B.reshape(-1)]), self.target)
+        may, target = self.route_costs.may_escalate, self.target
+        below = np.flatnonzero(budgets.margins(logits_BN) < self.tau)
+        able = [may(tuple(path), target) for path in options_BG[below].tolist()]
+        return Again(below[able] if len(below) else below, target)
 
     def costs(self, options_BG: np.ndarray, first_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Multiply-adds of every row (B,) float64, and whether it ran twice (B,) bool."""
-        madds_B = self._path_costs(first_BG)
+        madds_B = self.route_costs.of_paths(first_BG)
         if first_BG is options_BG:
             return madds_B, np.zeros(len(madds_B), bool)
         again_B = (first_BG != options_BG).any(1)
-        madds_B[again_B] += self._path_costs(options_BG[again_B]) - self._table.segments[0][0][0]
+        more_B = self.route_costs.of_paths(options_BG[again_B]) - self.route_costs.trunk
+        madds_B[again_B] += more_B
         return madds_B, again_B
-
-    def _path_costs(self, options_BG: np.ndarray) -> np.ndarray:
-        total_B = np.full(len(options_BG), self._table.segments[0][0][0])
-        before_B = np.zeros(len(options_BG), np.int64)
-        for segment, option_B in zip(self._table.segments[1:], options_BG.T, strict=True):
-            total_B += np.array(segment)[before_B, option_B]
-            before_B = option_B
-        return total_B
 
 
 def make_decisions(
-    spec: NetSpec,
-    size: tuple[int, int],
+    costs: RouteCosts,
     curve: BudgetCurve | None,
     *,
     budget: Budget | None,
@@ -110,6 +128,7 @@ def make_decisions(
         asked = budget if curve is None else curve.at(budget, escalate=escalate == "auto")
         assert isinstance(asked, BudgetPoint)
         point, shift = asked, asked.shift
+    spec = costs.spec
     limits = None if max_route is None else _limits(spec, max_route)
     target = tuple(len(gate.choices) - 1 for gate in spec.gates)
     tau: float | None = None
@@ -126,7 +145,7 @@ def make_decisions(
         target = tuple(map(min, target, limits))
     shift = 0.0 if shift is None else float(shift)
     check(bool(np.isfinite(shift)), f"shift {shift}: must be finite")
-    return Decisions(spec, size, shift, tau or None, target, limits)
+    return Decisions(costs, shift, tau or None, target, limits)
 
 
 def _limits(spec: NetSpec, max_route: Route | Sequence[int]) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from dynaslim.runtime.auto import fastest
 from dynaslim.runtime.backends import Backend, Counts, Resources, make_backend
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.cache import cache_folder, usable_cores
-from dynaslim.runtime.decisions import Budget, Decisions, make_decisions
+from dynaslim.runtime.decisions import Budget, Decisions, RouteCosts, make_decisions
 from dynaslim.runtime.forms import FormSource, check_precision, segment_forms
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
 from dynaslim.runtime.router import Router
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from dynaslim.nn.net import SlimNet
 
 Escalate = Literal["auto"] | float | None
+_KEPT_DECISIONS = 64
 
 
 class Engine:
@@ -176,6 +177,8 @@ class Engine:
         self._max_batch = options.max_batch
         cache = None if options.cache_dir is None else cache_folder(source.key, options.cache_dir)
         self._resources = Resources(options.workers or usable_cores(), cache)
+        self._costs: dict[tuple[int, int], RouteCosts] = {}
+        self._decided: dict[tuple[Any, ...], Decisions] = {}
         self._started: tuple[Backend, Router] | None = None
         self._starting = threading.Lock()
         if backend != "auto":
@@ -269,15 +272,7 @@ class Engine:
         """
         size = check_images(x, self.spec)
         backend, router = self._running(size)
-        decisions = make_decisions(
-            self.spec,
-            size,
-            self.curve,
-            budget=budget,
-            shift=shift,
-            escalate=escalate,
-            max_route=max_route,
-        )
+        decisions = self._decisions(size, budget, shift, escalate, max_route)
         images = backend.arrays.images(x)
         parts = [
             self._routed(router, images[start : start + self._max_batch], decisions, start)
@@ -349,6 +344,44 @@ class Engine:
 
     # -- one call -----------------------------------------------------------------------------
 
+    def _decisions(
+        self,
+        size: tuple[int, int],
+        budget: Budget | None,
+        shift: float | None,
+        escalate: Escalate,
+        max_route: Route | Sequence[int] | None,
+    ) -> Decisions:
+        """What the arguments of a call ask for; that of the last calls is kept."""
+        # types too: True is no budget, though it equals 1.0
+        asked = (budget, shift, escalate, max_route)
+        key = (size, *asked, *map(type, asked))
+        try:
+            known = self._decided.get(key)
+        except TypeError:  # a list cannot be looked up
+            return self._make_decisions(size, *asked)
+        if known is None:
+            known = self._make_decisions(size, *asked)
+            if len(self._decided) >= _KEPT_DECISIONS:  # a budget that moves all the time
+                self._decided.clear()
+            self._decided[key] = known
+        return known
+
+    def _make_decisions(
+        self,
+        size: tuple[int, int],
+        budget: Budget | None,
+        shift: float | None,
+        escalate: Escalate,
+        max_route: Route | Sequence[int] | None,
+    ) -> Decisions:
+        costs = self._costs.get(size)
+        if costs is None:
+            costs = self._costs[size] = RouteCosts(self.spec, size)
+        return make_decisions(
+            costs, self.curve, budget=budget, shift=shift, escalate=escalate, max_route=max_route
+        )
+
     def _routed(
         self, router: Router, images: Array, decisions: Decisions, start: int
     ) -> tuple[np.ndarray, ...]:
@@ -356,9 +389,9 @@ class Engine:
             images, decisions.decide, decisions.again, limits=decisions.limits, first=start
         )
         madds, escalated = decisions.costs(options, first)
-        choices = np.stack(
-            [self._choices[g][options[:, g]] for g in range(len(self._choices))], axis=1
-        )
+        choices = np.empty_like(options)
+        for gate, widths in enumerate(self._choices):
+            choices[:, gate] = widths[options[:, gate]]
         return logits, choices, madds, escalated
 
     @cached_property

@@ -80,6 +80,7 @@ class Router:
         self._programs: dict[tuple[Form, tuple[int, int], bool], Program] = {}
         self._shapes: dict[tuple[Form, tuple[int, int]], FormShape] = {}
         self._madds: dict[tuple[Form, tuple[int, int]], float] = {}
+        self._caps: dict[tuple[Form, tuple[int, int]], int] = {}
         self._lock = threading.Lock()
         self.timings: dict[tuple[int, int], Timings] = {}
         """What forms have taken so far, by size of image."""
@@ -233,27 +234,24 @@ class Router:
                     counts = np.bincount(picked, minlength=allowed)
                     picked = self._merge(number - 1, before, counts)[picked]
                 options_BG[bucket.members[among], number - 1] = picked
-                order = np.argsort(picked, kind="stable")
-                counts = np.bincount(picked, minlength=len(gate.choices))
-                stops = np.cumsum(counts)
-                for option in np.flatnonzero(counts).tolist():
-                    part = among[order[stops[option] - counts[option] : stops[option]]]
+                for option, where in _by_option(picked):
+                    part = among if where is None else among[where]
                     form = Form(number, before, gate.choices[option])
                     arriving.setdefault(option, []).append((form, bucket, part))
             jobs, buckets = [], []
             for option, parts in sorted(arriving.items()):
-                members = np.concatenate([bucket.members[part] for _, bucket, part in parts])
+                joining = [bucket.members[part] for _, bucket, part in parts]
+                members = joining[0] if len(joining) == 1 else np.concatenate(joining)
                 joined = self._bucket(workspace, number, option, members, size)
                 buckets.append(joined)
                 start = 0
                 for form, bucket, part in parts:
                     stop = start + len(part)
-                    whole = len(part) == len(bucket.members)
                     outs: tuple[Array, ...] = (joined.features[start:stop],)
                     if number < len(self.spec.gates):
                         outs = (*outs, joined.gate_logits[start:stop])
-                    in_order = whole and bool((np.diff(part) > 0).all())
-                    rows = None if in_order else part
+                    # parts are in rising order: one with every row of its bucket is the bucket
+                    rows = None if len(part) == len(bucket.members) else part
                     jobs.append(Job(form, bucket.features, rows, outs, len(part)))
                     start = stop
             self.run(jobs, size)
@@ -263,7 +261,7 @@ class Router:
     def _decide(
         self, gate: int, bucket: Bucket, decide: Decide, only: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Options of a bucket's rows, and which rows of the bucket these are."""
+        """Options of a bucket's rows, and which rows of the bucket these are, in rising order."""
         if only is not None:  # of the trunk, whose rows stand in order
             return decide(gate, np.empty((0, 0), np.float32), only), only
         logits_BK = self._gate_logits(bucket.gate_logits)
@@ -305,7 +303,7 @@ class Router:
     def run(self, jobs: Sequence[Job], size: tuple[int, int]) -> None:
         """Divide the rows of all jobs among the cores and run them."""
         backend = self.backend
-        timings = self.timings.setdefault(size, Timings())
+        timings = self.timings.get(size) or self.timings.setdefault(size, Timings())
         caps = [self._cap(job.form, size) for job in jobs]
         seconds = [timings.get(job.form, self.madds(job.form, size)) for job in jobs]
         plan = plan_step([job.rows for job in jobs], seconds, caps, backend.workers)
@@ -333,14 +331,16 @@ class Router:
         self._workers.run(tasks)
 
     def _cap(self, form: Form, size: tuple[int, int]) -> int:
-        asked, sizes = self._rows_per_piece, self.backend.sizes
-        if sizes is not None:
-            return sizes[-1] if asked is None else min(asked, sizes[-1])
-        return (
-            rows_in_cache(self.shape(form, size).peak, self.backend.piece_values)
-            if asked is None
-            else asked
-        )
+        key = (form, size)
+        cap = self._caps.get(key)
+        if cap is None:
+            cap, sizes = self._rows_per_piece, self.backend.sizes
+            if sizes is not None:
+                cap = sizes[-1] if cap is None else min(cap, sizes[-1])
+            elif cap is None:
+                cap = rows_in_cache(self.shape(form, size).peak, self.backend.piece_values)
+            self._caps[key] = cap
+        return cap
 
     def _piece(self, job: Job, piece: Piece, program: Program, size: tuple[int, int]) -> None:
         arrays, rows = self.backend.arrays, piece.stop - piece.start
@@ -393,12 +393,22 @@ class Router:
         self._workers.close()
 
 
+def _by_option(picked: np.ndarray) -> list[tuple[int, np.ndarray | None]]:
+    """The options that were picked, and where, in rising order; None for everywhere."""
+    counts = np.bincount(picked)
+    if counts[-1] == len(picked):
+        return [(len(counts) - 1, None)]
+    return [
+        (option, np.flatnonzero(picked == option)) for option in np.flatnonzero(counts).tolist()
+    ]
+
+
 def _size(x: Array) -> tuple[int, int]:
     return int(x.shape[2]), int(x.shape[3])
 
 
 class Again(NamedTuple):
-    """Rows that run once more, and the option of every gate that they then take."""
+    """Rows that run once more, in rising order, and the option of every gate that they take."""
 
     members: np.ndarray
     path: tuple[int, ...]

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 from dynaslim.runtime.forms import Form
@@ -66,6 +68,8 @@ def plan_step(
     """
     if workers == 1:
         return _together(rows, caps)
+    if len(rows) == 1:
+        return _plan_one(rows[0], caps[0], workers)
     mean = sum(n * s for n, s in zip(rows, seconds, strict=True)) / workers
     loads = [0.0] * workers
     pieces: list[Piece] = []
@@ -83,6 +87,21 @@ def plan_step(
         return _together(rows, caps)
     # whoever is idle takes the next, the longest first: a core that is held up holds up no other
     pieces.sort(key=lambda piece: -(piece.stop - piece.start) * seconds[piece.bucket])
+    return Plan(tuple(pieces), wide=False)
+
+
+@lru_cache(maxsize=4096)
+def _plan_one(rows: int, cap: int, workers: int) -> Plan:
+    """One bucket, in equal shares; the same at every call of as many rows."""
+    if -(-rows // workers) > TOGETHER * rows / workers:
+        return _together([rows], [cap])
+    bounds = [rows * n // workers for n in range(workers + 1)]
+    pieces = [
+        Piece(0, start + a, start + b)
+        for start, stop in pairwise(bounds)
+        for a, b in _even(stop - start, cap)
+    ]
+    pieces.sort(key=lambda piece: piece.start - piece.stop)
     return Plan(tuple(pieces), wide=False)
 
 

@@ -532,6 +532,24 @@ def test_cap_below_all_that_the_gate_can_choose():
         engine(x, max_route=(4, 4))
 
 
+@pytest.mark.parametrize("name", ["micro", "ds_resnet50"])
+def test_arguments_of_calls_do_not_mix(name):
+    """What calls ask for is kept between them."""
+    x, engine = noise(lively_net(name).spec, 9), engine_of(name, "eager")
+    spec = engine.spec
+    asked: list[dict] = [{}, {"shift": -5.0}, {"shift": 2.0}, {"escalate": 0.5}, {"escalate": 1}]
+    asked += [{"max_route": spec.routes[1]}, {"max_route": list(spec.routes[1].widths)}]
+    asked += [{"shift": n / 50} for n in range(70)]
+    alone = [Engine(lively_net(name), backend="eager")(x, **arguments) for arguments in asked[:7]]
+    for _ in range(2):
+        for arguments, one in zip(asked, [*alone, *[None] * 70], strict=False):
+            out = engine(x, **arguments)
+            if one is not None:
+                assert out.routes.tolist() == one.routes.tolist()
+                assert out.madds.tolist() == one.madds.tolist()
+    assert len({tuple(map(tuple, one.routes.tolist())) for one in alone}) > 2
+
+
 # -- budgets --------------------------------------------------------------------------------------
 
 
@@ -616,6 +634,7 @@ def test_a_budget_is_its_points_shift_and_escalation():
 def test_refused_budgets():
     engine, x, _ = with_curve()
     expected = engine(x).logits
+    engine(x, budget=1.0)  # what a call asked for is remembered; True equals 1.0
     for budget, message in (
         ("4.5ms", "has no milliseconds"),
         ("drop=-1", "give a share"),

@@ -1,5 +1,6 @@
 """Threads: of callers, of the engine, and what they leave alone."""
 
+import gc
 import signal
 import threading
 import time
@@ -337,6 +338,56 @@ def test_the_error_of_a_task_reaches_the_caller(own_threads):
         done.clear()
         workers.run([ok] * 5)
         assert len(done) == 5
+    workers.close()
+
+
+def test_nobody_waits_for_a_helper_that_is_held_up_elsewhere():
+    workers, go_on, held = _workers(2, False), threading.Event(), threading.Barrier(3)
+
+    def hold():
+        held.wait(timeout=60)
+        go_on.wait(timeout=60)
+
+    other = threading.Thread(target=workers.run, args=([hold, hold],))
+    other.start()
+    held.wait(timeout=60)  # its caller and the only helper are at it
+    done = []
+    workers.run([partial(done.append, 1)] * 5)
+    assert len(done) == 5
+    assert other.is_alive()
+    go_on.set()
+    other.join(timeout=60)
+    workers.close()
+
+
+def test_helpers_end_with_their_workers():
+    workers = _workers(3, True)
+    before = set(threading.enumerate())
+    workers.run([lambda: None] * 9)
+    mine = set(threading.enumerate()) - before
+    assert len(mine) == 3
+    del workers
+    gc.collect()
+    for thread in mine:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("own_threads", [True, False])
+def test_a_helper_that_does_not_start(own_threads):
+    """As where a process may have no more threads."""
+    calls = []
+
+    def start():
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("no room")
+
+    workers, done = _workers(3, own_threads, start), []
+    with pytest.raises(OSError, match="no room"):
+        workers.run([lambda: None] * 3)
+    workers.run([partial(done.append, 1)] * 9)
+    assert len(done) == 9
     workers.close()
 
 
