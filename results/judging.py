@@ -72,12 +72,7 @@ def _with_gate(pair: Pair, file: Path) -> Pair:
 def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     """The supernet with its gates, beside static networks and in-place distillation."""
     recipe = plan.cifar10(folder, seed)
-    cell = Cell("headline", "supernet", seed)
-    pair = pair_of(cell, recipe, test)
-    gates = Cell("headline", "gates", seed)
-    middle = f"gate_{plan.TARGETS[1]:.2f}.safetensors"
-    found = compare(*_with_gate(pair, gates.run / middle))
-    found["gates"] = _gate_rows(pair, gates)
+    pair, found = _supernet_and_gates("headline", recipe, seed, test)
     statics = {
         k: pair_of(other, recipe, test)
         for k in range(WIDTHS)
@@ -92,6 +87,22 @@ def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     if _is_trained(other):
         found["distillation_top1"] = pair_of(other, recipe, test)[1].top1_R
     return found
+
+
+def longer(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """The supernet that was trained on, with gates of its own."""
+    return _supernet_and_gates("longer", plan.cifar10(folder, seed), seed, test)[1]
+
+
+def _supernet_and_gates(
+    experiment: str, recipe: SupernetRecipe, seed: int, test: bool
+) -> tuple[Pair, dict[str, Any]]:
+    pair = pair_of(Cell(experiment, "supernet", seed), recipe, test)
+    gates = Cell(experiment, "gates", seed)
+    middle = f"gate_{plan.TARGETS[1]:.2f}.safetensors"
+    found = compare(*_with_gate(pair, gates.run / middle))
+    found["gates"] = _gate_rows(pair, gates)
+    return pair, found
 
 
 def _is_trained(cell: Cell) -> bool:
@@ -235,6 +246,7 @@ def gates_ms(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
 
 JUDGED: Final[Mapping[str, Any]] = {
     "headline": headline,
+    "longer": longer,
     "targets": targets,
     "quick": quick,
     "gates": gates,

@@ -1,8 +1,8 @@
 """Measures milliseconds: `python -m results.measure_ms --data FOLDER`, on a machine that is quiet.
 
-All in one run and interleaved: the uniform routes of the CIFAR-10 supernet as plain programs, the
-static networks, and the routed engine at every budget, on the same held-out images in batches
-of 32. Also the tables of segments' milliseconds (`latency/`) that gates are trained by.
+All in one run and interleaved: the uniform routes of a CIFAR-10 supernet as plain programs, the
+static networks beside it, and the routed engine at every budget, on the same held-out images in
+batches of 32. Also the tables of segments' milliseconds (`latency/`) that gates are trained by.
 """
 
 from __future__ import annotations
@@ -44,15 +44,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="folder with cifar10, fashion_mnist; else the hub")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", default="networks,tables", help="networks, tables or both")
+    parser.add_argument("--only", default="headline,longer,tables", help="some of these")
     given = parser.parse_args(argv)
-    seeds = [int(seed) for seed in given.seeds.split(",")]
+    seeds, only = [int(seed) for seed in given.seeds.split(",")], given.only.split(",")
     try:
-        if "tables" in given.only:
+        for name in only:
+            if name not in ("headline", "longer", "tables"):
+                raise UsageError(f"--only {name}: choose from headline, longer, tables")
+        if "tables" in only:
             write_tables(given.data, seeds[0])
-        for seed in seeds if "networks" in given.only else ():
-            made = measure(given.data, seed, given.rounds)
-            write_json(HERE / "ms" / f"cifar10_s{seed}.json", made)
+        for name in ("headline", "longer"):
+            for seed in seeds if name in only else ():
+                made = measure(name, given.data, seed, given.rounds)
+                write_json(HERE / "ms" / f"{name}_s{seed}.json", made)
     except DynaslimError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
@@ -68,16 +72,16 @@ def write_tables(folder: str | None, seed: int) -> None:
     made.write(HERE.parent / plan.LATENCY, engine.spec)
 
 
-def measure(folder: str | None, seed: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds per image of everything in the headline's table, by backend."""
+def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, Any]:
+    """Milliseconds per image of everything in an experiment's table, by backend."""
     recipe = plan.cifar10(folder, seed)
-    gates = Cell("headline", "gates", seed).run / f"gate_{plan.TARGETS[1]:.2f}.safetensors"
+    gates = Cell(name, "gates", seed).run / f"gate_{plan.TARGETS[1]:.2f}.safetensors"
     if not gates.exists():
-        raise UsageError(f"{gates}: is not there; run the experiment headline first")
-    judged = Cell("compare", "headline", seed).read() or {}
+        raise UsageError(f"{gates}: is not there; run the experiment {name} first")
+    judged = Cell("compare", name, seed).read() or {}
     compared = judged.get("test") or judged.get("held_out")
     if compared is None:
-        raise UsageError("compare the headline first: python -m results.run headline --judge")
+        raise UsageError(f"compare it first: python -m results.run {name} --judge")
     checkpoint = read(gates)
     assert checkpoint.preprocessing is not None
     images = images_of(recipe.data.path, "held_out", checkpoint.preprocessing)
@@ -87,7 +91,7 @@ def measure(folder: str | None, seed: int, rounds: int) -> dict[str, Any]:
     batches = [x[at : at + BATCH] for at in range(0, len(x), BATCH)]
     found: dict[str, Any] = {}
     for backend in BACKENDS:
-        arms = _arms(checkpoint, backend, seed, compared)
+        arms = _arms(name, checkpoint, backend, seed, compared)
         with progress(f"timing {backend}, seed {seed}", rounds) as bar:
             times = interleave(
                 {name: partial(_all, arm, batches) for name, arm in arms.items()},
@@ -120,21 +124,23 @@ def _all(arm: Arm, batches: list[np.ndarray]) -> None:
         arm(batch)
 
 
-def _arms(checkpoint: Any, backend: str, seed: int, compared: dict[str, Any]) -> dict[str, Arm]:
+def _arms(
+    name: str, checkpoint: Any, backend: str, seed: int, compared: dict[str, Any]
+) -> dict[str, Arm]:
     """Routes and static networks as plain programs; the engine at every budget."""
     engine = Engine(replace(checkpoint, budget=None), backend=backend)
     arms: dict[str, Arm] = {
         f"route{k}": engine.static(route) for k, route in enumerate(engine.spec.routes)
     }
     for k in range(WIDTHS):
-        file = Cell("headline", f"static{k}", seed).run / "last.safetensors"
+        file = Cell(name, f"static{k}", seed).run / "last.safetensors"
         if file.exists():
             alone = Engine.from_checkpoint(file, backend=backend)
             arms[f"static{k}"] = alone.static(alone.spec.smallest)
     for way in ("both", "gate", "escalation"):
         for share, row in zip(SHARES, compared["settings"][way], strict=True):
             arms[f"{way}@{share:g}"] = partial(engine, budget=_point(row))
-    for file in sorted(Cell("headline", "gates", seed).run.glob("gate_*.safetensors")):
+    for file in sorted(Cell(name, "gates", seed).run.glob("gate_*.safetensors")):
         gated = Engine(replace(read(file), budget=None), backend=backend)
         arms[f"trained@{file.stem.removeprefix('gate_')}"] = gated
     return arms

@@ -50,7 +50,7 @@ class Job:
     width: int | None = None
     """Of a static network: which width of the recipe's model."""
     needs: Cell | None = None
-    """Of a gate: the supernet that it is trained for."""
+    """The supernet that a gate is trained for, or that a training goes on from."""
 
     def asked(self) -> dict[str, Any]:
         """All that decides its numbers, as plain values."""
@@ -119,6 +119,34 @@ def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
         ]
         other = replace(recipe, target="distillation")
         jobs.append(Job(Cell("headline", "distillation", seed), "supernet", other))
+    return jobs
+
+
+def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """The same supernets trained on, as the one that ships was; no static networks."""
+    jobs = []
+    for seed in seeds:
+        before = Cell("headline", "supernet", seed)
+        recipe = replace(
+            _shipped("cifar10_resnet8_longer_supernet"),
+            seed=seed,
+            data=cifar10(folder, seed).data,
+            init=str((before.run / "last.safetensors").relative_to(HERE.parent)),
+        )
+        supernet = Cell("longer", "supernet", seed)
+        jobs.append(Job(supernet, "supernet", recipe, needs=before))
+        jobs.append(Job(Cell("longer", "gates", seed), "gate", gate(recipe), needs=supernet))
+    return jobs
+
+
+def labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """CIFAR-10: all routes of the supernet taught by the labels, the recipe otherwise the same."""
+    jobs = []
+    for seed in seeds:
+        recipe = replace(cifar10(folder, seed), target="labels")
+        supernet = Cell("labels", "supernet", seed)
+        jobs.append(Job(supernet, "supernet", recipe))
+        jobs.append(Job(Cell("labels", "gates", seed), "gate", gate(recipe), needs=supernet))
     return jobs
 
 
@@ -213,6 +241,8 @@ def imagenette(folder: str | None, seeds: Sequence[int]) -> list[Job]:
 
 EXPERIMENTS: Final = {
     "headline": headline,
+    "labels": labels,
+    "longer": longer,
     "targets": targets,
     "gates": gates,
     "gates_ms": gates_ms,

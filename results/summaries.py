@@ -58,13 +58,13 @@ def main_way(name: str) -> str:
 # -- CIFAR-10 --------------------------------------------------------------------------------------
 
 
-def cifar10() -> dict[str, Any]:
-    """The headline: routes, static networks, every way at every budget, times, goals."""
-    split, cells = compared("headline")
+def cifar10(name: str = "headline") -> dict[str, Any]:
+    """Routes, static networks, every way at every budget, times, goals."""
+    split, cells = compared(name)
     if not cells:
         return {}
     first = next(iter(cells.values()))
-    times = {seed: run for seed, run in _times().items() if seed in cells}
+    times = {seed: run for seed, run in _times(name).items() if seed in cells}
     routes = range(len(first["madds"]))
     found: dict[str, Any] = {
         "split": split,
@@ -77,14 +77,14 @@ def cifar10() -> dict[str, Any]:
         "oracle": {key: _over(cells, lambda c, key=key: c["oracle"][key]) for key in _ORACLE},
         "ways": _ways(cells),
         "gates": _gates([c["gates"] for c in cells.values()]),
-        "main": main_way("headline"),
+        "main": main_way(name),
     }
-    for name in ("static_top1", "distillation_top1"):
-        some = {seed: c for seed, c in cells.items() if name in c}
+    for other in ("static_top1", "distillation_top1"):
+        some = {seed: c for seed, c in cells.items() if other in c}
         if some:
-            found[name] = [_over(some, lambda c, k=k, name=name: c[name][k]) for k in routes]
-            found[f"supernet_less_{name}"] = spread(
-                [statistics.fmean(c["top1"]) - statistics.fmean(c[name]) for c in some.values()]
+            found[other] = [_over(some, lambda c, k=k, other=other: c[other][k]) for k in routes]
+            found[f"supernet_less_{other}"] = spread(
+                [statistics.fmean(c["top1"]) - statistics.fmean(c[other]) for c in some.values()]
             )
     if times:
         found["ms"] = _ms(cells, times)
@@ -122,10 +122,10 @@ def _gates(lists: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]
     ]
 
 
-def _times() -> dict[int, dict[str, Any]]:
+def _times(name: str) -> dict[int, dict[str, Any]]:
     found = {}
-    for file in sorted((HERE / "ms").glob("cifar10_s*.json")):
-        found[int(file.stem.removeprefix("cifar10_s"))] = json.loads(file.read_text())
+    for file in sorted((HERE / "ms").glob(f"{name}_s*.json")):
+        found[int(file.stem.removeprefix(f"{name}_s"))] = json.loads(file.read_text())
     return found
 
 

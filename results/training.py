@@ -47,17 +47,24 @@ def checkpoint_of(job: Job) -> Path:
 
 def _supernet(job: Job) -> dict[str, Any]:
     assert isinstance(job.recipe, SupernetRecipe)
+    _needed(job)
     done = run_supernet(job.recipe, job.cell.run, RunOptions(resume=True))
     return {**_routes(done["val"]["last"]), "images_per_s": done["images_per_s"]}
 
 
+def _needed(job: Job) -> Path | None:
+    """The checkpoint that a job builds on."""
+    if job.needs is None:
+        return None
+    checkpoint = job.needs.run / "last.safetensors"
+    if not checkpoint.exists():
+        raise UsageError(f"{job.cell}: needs {job.needs}, which is not trained yet")
+    return checkpoint
+
+
 def _gates(job: Job) -> dict[str, Any]:
     assert isinstance(job.recipe, GateRecipe)
-    assert job.needs is not None
-    supernet = job.needs.run / "last.safetensors"
-    if not supernet.exists():
-        raise UsageError(f"{job.cell}: needs {job.needs}, which is not trained yet")
-    recipe = replace(job.recipe, supernet=str(supernet))
+    recipe = replace(job.recipe, supernet=str(_needed(job)))
     started = time.perf_counter()
     done = run_gate(recipe, job.cell.run, RunOptions(resume=True))
     widest = done["widest_madds"]

@@ -417,7 +417,7 @@ def written(tmp_path, monkeypatch):
     made = {"ms_per_image": {"slow": slow, "fast": times}, "shares": list(comparisons.SHARES)}
     made |= {"hardware": {"cores": 2, "processor": "P"}, "batch": 32, "rounds": 9}
     (tmp_path / "results" / "ms").mkdir(parents=True)
-    (tmp_path / "results" / "ms" / "cifar10_s0.json").write_text(json.dumps(made))
+    (tmp_path / "results" / "ms" / "headline_s0.json").write_text(json.dumps(made))
     return tmp_path
 
 

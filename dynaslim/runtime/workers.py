@@ -109,6 +109,7 @@ class Workers:
                 # not joined there: the collector runs at any time, in any thread
                 weakref.finalize(self, _dismiss, inbox, self._helpers).atexit = False
                 _LIVE.add(self)
+                _HELPERS.update(threads)
             return self._inbox
 
     def close(self) -> None:
@@ -122,13 +123,16 @@ class Workers:
 
 
 _LIVE: weakref.WeakSet[Workers] = weakref.WeakSet()
+_HELPERS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 
 @atexit.register
 def _close_all() -> None:
-    """Nobody is inside a library when it is taken down."""
+    """Nobody is inside a library when it is taken down, nor on the way out of one."""
     for workers in list(_LIVE):
         workers.close()
+    for thread in list(_HELPERS):  # of workers that were collected a moment ago
+        thread.join()
 
 
 def _drop(waiting: deque[Task]) -> int:

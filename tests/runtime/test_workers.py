@@ -2,6 +2,8 @@
 
 import gc
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -371,6 +373,31 @@ def test_helpers_end_with_their_workers():
     for thread in mine:
         thread.join(timeout=60)
         assert not thread.is_alive()
+
+
+EXIT = """
+import atexit, threading, time
+from functools import partial
+from types import SimpleNamespace
+
+def look():
+    print([t.name for t in threading.enumerate() if t.name.startswith("dynaslim")])
+
+atexit.register(look)  # before the workers' own: runs after it
+from dynaslim.runtime.workers import Workers
+
+backend = SimpleNamespace(workers=2, own_threads=True, start_worker=lambda: None)
+kept, dropped = Workers(backend), Workers(backend)
+for workers in (kept, dropped):
+    workers._started().put(partial(time.sleep, 0.3))
+del dropped, workers
+"""
+
+
+def test_no_helper_is_about_when_the_process_ends():
+    """A thread on its way out of a C++ library would bring the process down."""
+    done = subprocess.run([sys.executable, "-c", EXIT], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
 
 
 @pytest.mark.parametrize("own_threads", [True, False])
