@@ -13,9 +13,9 @@ test: $(READY)  ## the tests
 	$(BIN)/pytest
 
 results: $(READY)  ## all numbers of docs/results.md anew; DATA=FOLDER has the images, else the hub (5 hours on 2 cores)
-	$(BIN)/python -m results.run headline longer targets gates quick rates --jobs 2 $(FROM)
-	$(BIN)/python -m results.run headline longer targets gates quick --judge $(FROM)
-	$(BIN)/python -m results.run headline longer targets gates quick --judge --test $(FROM)
+	$(BIN)/python -m results.run headline labels longer targets gates quick rates --jobs 2 $(FROM)
+	$(BIN)/python -m results.run headline labels longer targets gates quick --judge $(FROM)
+	$(BIN)/python -m results.run headline labels longer targets gates quick --judge --test $(FROM)
 	$(BIN)/python -m results.measure_ms $(FROM)
 	$(BIN)/python -m results.run gates_ms --jobs 2 $(FROM)
 	$(BIN)/python -m results.run gates_ms --judge $(FROM)

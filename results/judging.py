@@ -73,6 +73,17 @@ def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     """The supernet with its gates, beside static networks and in-place distillation."""
     recipe = plan.cifar10(folder, seed)
     pair, found = _supernet_and_gates("headline", recipe, seed, test)
+    _beside_statics(found, pair, recipe, seed, test)
+    other = Cell("headline", "distillation", seed)
+    if _is_trained(other):
+        found["distillation_top1"] = pair_of(other, recipe, test)[1].top1_R
+    return found
+
+
+def _beside_statics(
+    found: dict[str, Any], pair: Pair, recipe: SupernetRecipe, seed: int, test: bool
+) -> None:
+    """Networks trained alone as long as the supernet, and cascades of two of them."""
     statics = {
         k: pair_of(other, recipe, test)
         for k in range(WIDTHS)
@@ -83,9 +94,13 @@ def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
         found["ways"]["cascade"] = cascade_rows(
             {k: p[0] for k, p in statics.items()}, {k: p[1] for k, p in statics.items()}, pair[1]
         )
-    other = Cell("headline", "distillation", seed)
-    if _is_trained(other):
-        found["distillation_top1"] = pair_of(other, recipe, test)[1].top1_R
+
+
+def labels(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """The supernet whose routes all learnt the labels, beside the same static networks."""
+    recipe = plan.cifar10(folder, seed)
+    pair, found = _supernet_and_gates("labels", recipe, seed, test)
+    _beside_statics(found, pair, recipe, seed, test)
     return found
 
 
@@ -246,6 +261,7 @@ def gates_ms(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
 
 JUDGED: Final[Mapping[str, Any]] = {
     "headline": headline,
+    "labels": labels,
     "longer": longer,
     "targets": targets,
     "quick": quick,

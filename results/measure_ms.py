@@ -36,6 +36,7 @@ BATCH: Final = 32
 BATCHES: Final = 16
 """Different batches that every arm runs in a round: routes differ from batch to batch."""
 ROUNDS: Final = 25
+EXPERIMENTS: Final = ("headline", "labels", "longer")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,16 +45,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="folder with cifar10, fashion_mnist; else the hub")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", default="headline,longer,tables", help="some of these")
+    parser.add_argument("--only", default="headline,labels,longer,tables", help="some of these")
     given = parser.parse_args(argv)
     seeds, only = [int(seed) for seed in given.seeds.split(",")], given.only.split(",")
     try:
         for name in only:
-            if name not in ("headline", "longer", "tables"):
-                raise UsageError(f"--only {name}: choose from headline, longer, tables")
+            if name not in (*EXPERIMENTS, "tables"):
+                raise UsageError(f"--only {name}: choose from {', '.join(EXPERIMENTS)}, tables")
         if "tables" in only:
             write_tables(given.data, seeds[0])
-        for name in ("headline", "longer"):
+        for name in EXPERIMENTS:
             for seed in seeds if name in only else ():
                 made = measure(name, given.data, seed, given.rounds)
                 write_json(HERE / "ms" / f"{name}_s{seed}.json", made)
@@ -133,7 +134,7 @@ def _arms(
         f"route{k}": engine.static(route) for k, route in enumerate(engine.spec.routes)
     }
     for k in range(WIDTHS):
-        file = Cell(name, f"static{k}", seed).run / "last.safetensors"
+        file = Cell("headline", f"static{k}", seed).run / "last.safetensors"
         if file.exists():
             alone = Engine.from_checkpoint(file, backend=backend)
             arms[f"static{k}"] = alone.static(alone.spec.smallest)

@@ -44,6 +44,7 @@ def made() -> dict[Path, bytes]:
     """Every file and its content, from the cells that there are."""
     found: dict[str, Any] = {
         "cifar10": summaries.cifar10(),
+        "cifar10_labels": summaries.cifar10("labels"),
         "cifar10_longer": summaries.cifar10("longer"),
         "targets": summaries.targets("targets"),
         "gates": summaries.gates(),
