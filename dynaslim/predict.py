@@ -54,7 +54,9 @@ class Prediction:
     route: str
     """Widths of the stages, such as 12-24-48-80-160."""
     madds: float
-    """Multiply-adds that the image cost."""
+    """Multiply-adds that the image cost, those of both routes if it is escalated."""
+    escalated: bool = False
+    """Whether it was unsure on a first, narrower route and ran again on `route`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `label` is called `class`, as in the tables."""
@@ -65,6 +67,7 @@ class Prediction:
             "confidence": self.confidence,
             "route": self.route,
             "madds": self.madds,
+            "escalated": self.escalated,
         }
 
 
@@ -335,9 +338,16 @@ def _answers(
             float(confidence),
             route_name(row_G),
             float(madds),
+            bool(escalated),
         )
-        for picture, label, confidence, row_G, madds in zip(
-            pictures, labels_B, confidence_B, output.routes, output.madds, strict=True
+        for picture, label, confidence, row_G, madds, escalated in zip(
+            pictures,
+            labels_B,
+            confidence_B,
+            output.routes,
+            output.madds,
+            output.escalated,
+            strict=True,
         )
     ]
 

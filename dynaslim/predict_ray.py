@@ -172,9 +172,13 @@ def _in_order(answered: Any, files: Sequence[str | Path]) -> Rows:
                     row["confidence"],
                     row["route"],
                     row["madds"],
+                    row["escalated"],
                 )
     if done != len(files):
         raise RuntimeError(f"{done} rows came from the cluster for {len(files)} files")
+
+
+_ANSWERED: Final = ("label", "class_name", "confidence", "route", "madds", "escalated")
 
 
 class _Worker:
@@ -210,6 +214,7 @@ class _Worker:
                 "confidence": pa.float64(),
                 "route": pa.string(),
                 "madds": pa.float64(),
+                "escalated": pa.bool_(),
                 "reason": pa.string(),
                 "error": pa.string(),
                 "kind": pa.string(),
@@ -228,8 +233,7 @@ class _Worker:
                 if isinstance(row, Unreadable):
                     yield {"reason": row.reason}
                 else:
-                    fields = ("label", "class_name", "confidence", "route", "madds")
-                    yield {field: getattr(row, field) for field in fields}
+                    yield {field: getattr(row, field) for field in _ANSWERED}
 
 
 @contextmanager

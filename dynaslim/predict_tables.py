@@ -32,6 +32,7 @@ class _Buffer:
                 "confidence": pa.float32(),
                 "route": pa.string(),
                 "madds": pa.float64(),
+                "escalated": pa.bool_(),
             }
         )
         self._rows: list[dict[str, Any]] = []
@@ -53,7 +54,7 @@ class ParquetFile:
 
     A context manager; what has not been committed by its end is removed, and an older file of that
     name is left as it was. Columns: file, class, class_name (null where unknown), confidence
-    (0..1, float32), route (such as 12-24-48), madds.
+    (0..1, float32), route (such as 12-24-48), madds, escalated.
     """
 
     GROUP_ROWS: Final = 10_000

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from dynaslim._files import read_yaml, write_atomic
 from dynaslim.errors import UsageError
+from dynaslim.shipped import names
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 
 SPEC_SUFFIXES: Final = (".yaml", ".yml")
@@ -194,7 +195,7 @@ def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:
         hint = f"did you mean {close[0]}? " if close else ""
         raise UsageError(
             f"model {name!r} is unknown: {hint}choose from {', '.join(ZOO)}, or name a file of a "
-            f"spec ({', '.join(SPEC_SUFFIXES)})"
+            f"spec ({', '.join(SPEC_SUFFIXES)}); trained networks that ship: {', '.join(names())}"
         )
     return spec if num_classes is None else spec.replace(num_classes=num_classes)
 

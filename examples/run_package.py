@@ -1,10 +1,9 @@
 """Run an exported package with onnxruntime and numpy alone: no torch, no dynaslim.
 
-    python examples/run_package.py PACKAGE IMAGES.npy
+    python examples/run_package.py PACKAGE IMAGES
 
-IMAGES.npy holds normalised images, float32 (rows, channels, height, width). Prints, for each, its
-row, the width index that each gate chose, and its class. `dynaslim.Engine.from_package` does the
-same side by side on all cores, with budgets; this shows all there is to a package.
+IMAGES: a picture (which takes Pillow), or an .npy file of normalised images, float32 (rows,
+channels, height, width). Prints the row of each, the width index behind each gate, and its class.
 """
 
 import json
@@ -16,34 +15,38 @@ import numpy as np
 import onnxruntime
 
 
+def read(images: str, wanted: dict) -> np.ndarray:
+    if images.endswith(".npy"):
+        return np.load(images)
+    from PIL import Image, ImageOps
+
+    side, bleed = wanted["image_size_px"], (1 - wanted["crop_fraction"]) / 2
+    image = Image.open(images).convert("RGB" if len(wanted["mean"]) == 3 else "L")
+    pixels = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR, bleed))
+    x = (pixels.reshape(1, side, side, -1) / 255 - wanted["mean"]) / wanted["std"]
+    return x.transpose(0, 3, 1, 2).astype(np.float32)
+
+
 def main(folder: Path, x: np.ndarray) -> None:
     manifest = json.loads((folder / "manifest.json").read_text())
     gates = [stage["gate"]["choices"] for stage in manifest["spec"]["stages"] if stage["gate"]]
-
-    @cache
-    def session(form: str) -> onnxruntime.InferenceSession:
-        return onnxruntime.InferenceSession(folder / manifest["forms"][form])
-
-    rows = np.arange(len(x))
+    session = cache(lambda form: onnxruntime.InferenceSession(folder / manifest["forms"][form]))
     choices = np.zeros((len(x), len(gates)), int)
     logits = np.empty((len(x), manifest["spec"]["num_classes"]), np.float32)
-
     # a bucket: which rows, what they chose last, their features, their next gate's logits
-    buckets = [(rows, 0, *session("segment0_0_0").run(None, {"x": x}))]
+    buckets = [(np.arange(len(x)), 0, *session("segment0_0_0").run(None, {"x": x}))]
     for number, options in enumerate(gates, start=1):
         arriving = []
         for members, before, features, gate_logits in buckets:
             picked = np.array(options)[gate_logits.argmax(1)]
             choices[members, number - 1] = picked
             for choice in np.unique(picked):
-                among = picked == choice
-                form = f"segment{number}_{before}_{choice}"
+                among, form = picked == choice, f"segment{number}_{before}_{choice}"
                 made = session(form).run(None, {"x": features[among]})
                 arriving.append((members[among], choice, made[0], made[-1]))
         buckets = arriving
     for members, _, result, _ in buckets:
         logits[members] = result
-
     names = manifest["class_names"] or [str(n) for n in range(logits.shape[1])]
     for row, (route, best) in enumerate(zip(choices, logits.argmax(1), strict=True)):
         print(row, "-".join(map(str, route)), names[best])
@@ -51,5 +54,7 @@ def main(folder: Path, x: np.ndarray) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        sys.exit("usage: run_package.py PACKAGE IMAGES.npy")
-    main(Path(sys.argv[1]), np.load(sys.argv[2]))
+        sys.exit("usage: run_package.py PACKAGE IMAGES")
+    if not (found := Path(sys.argv[1], "manifest.json")).is_file():
+        sys.exit(f"{sys.argv[1]}: is no exported package, it has no manifest.json")
+    main(found.parent, read(sys.argv[2], json.loads(found.read_text())["preprocessing"]))

@@ -38,7 +38,7 @@ from dynaslim.runtime.export import export_package
 from dynaslim.spec import Route
 
 CLASSES = ("dark", "dim", "fair", "bright")
-COLUMNS = ["file", "class", "class_name", "confidence", "route", "madds"]
+COLUMNS = ["file", "class", "class_name", "confidence", "route", "madds", "escalated"]
 
 
 class FakeEngine:
@@ -59,6 +59,7 @@ class FakeEngine:
             logits=np.eye(4, dtype=np.float32)[level] * 3,
             routes=wide[:, None],
             madds=1e6 * (1.0 + wide),
+            escalated=level == 3,
         )
 
     def route_of(self, row):
@@ -224,6 +225,7 @@ def test_rows_say_what_the_engine_says(shades):
     assert [row.label for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [row.route for row in rows] == ["4-8"] * 4 + ["4-12"] * 4
     assert [row.madds for row in rows] == [1e6] * 4 + [2e6] * 4
+    assert [row.escalated for row in rows] == [False] * 6 + [True] * 2
     assert rows[0].confidence == pytest.approx(np.exp(3) / (np.exp(3) + 3))
     assert engine.budgets == ["4.5ms"] * 3
     assert len(engine.asked) == 2  # once for each route
@@ -608,7 +610,7 @@ def test_parquet_has_a_row_for_every_image_that_was_read(fake, shades, tmp_path,
     target = tmp_path / "out" / "rows.parquet"
     code, out, _ = _run(capsys, "m", shades[0].parent, "--parquet", target)
     assert code == 1
-    assert out.splitlines()[-1] == f"{target}: a row for every image"
+    assert out.splitlines()[-1] == f"{target}: 7 rows, one for each image predicted"
     rows = pyarrow.parquet.read_table(target).to_pylist()
     expected = [r.to_dict() for r in predict(FakeEngine(), shades) if isinstance(r, Prediction)]
     assert [row.pop("confidence") for row in rows] == pytest.approx(

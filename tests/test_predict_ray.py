@@ -82,7 +82,10 @@ class Steps:
             log.write(f"{os.getpid()}\n")
         self.trouble(level, budget)
         return SimpleNamespace(
-            logits=np.eye(10)[level], routes=level[:, None] % 3, madds=level * 1e3 + 1
+            logits=np.eye(10)[level],
+            routes=level[:, None] % 3,
+            madds=level * 1e3 + 1,
+            escalated=level > 5,
         )
 
     def route_of(self, row):
@@ -287,7 +290,7 @@ def test_pieces_are_whole_batches_and_hold_every_file_once(count, batch_size, wo
 
 
 def _answer(*rows):
-    fields = ("number", "label", "class_name", "confidence", "route", "madds", "reason", "error")
+    fields = ("number", *predict_ray._ANSWERED, "reason", "error")
     table = pa.Table.from_pylist([{field: row.get(field) for field in fields} for row in rows])
     return SimpleNamespace(iter_batches=lambda **options: iter([table]))
 

@@ -82,6 +82,24 @@ def test_a_name_is_a_checkpoint_everywhere(here, trained):
         dynaslim.read("cifar11")
 
 
+def test_verbs_that_take_more_than_checkpoints_know_the_name(here, trained, capsys, monkeypatch):
+    from dynaslim.bench.models import open_engine as open_benched
+    from dynaslim.cli import serving
+
+    engine, side = open_benched("cifar10", "eager", None, "fp32", 4)
+    assert (engine.class_names, side) == (NAMES, 32)
+    with pytest.raises(UsageError, match="trained networks that ship: cifar10"):
+        dynaslim.create_model("cifar-10")
+    argv = ["report", "cifar10", "-o", "r.html", "--data", "photos"]
+    assert cli.run(argv) != 0
+    assert "photos" in capsys.readouterr().err, "not the name, the images are at fault"
+    names = []
+    monkeypatch.setattr("dynaslim.serve.server.serve", lambda m, o, **_: names.append(o.name) or 0)
+    for model in ("cifar10", "./cifar10"):
+        assert serving.serve(model) == 0
+    assert names == ["cifar10", None]
+
+
 def test_a_package_of_that_name_comes_first(here):
     other = Checkpoint(lively(micro_spec(), seed=1), None, dynaslim.read("cifar10").preprocessing)
     export_package(other, here / "cifar10")
@@ -107,6 +125,23 @@ def test_predict_by_name_by_flag_by_file_or_by_none_of_them(here, trained, argv,
     assert found["predicted"] == 3
     assert found["model"] == (str(trained) if "{trained}" in argv else "cifar10")
     assert {image["class_name"] for image in found["images"]} <= set(NAMES)
+
+
+def test_predict_does_not_take_a_run_for_pictures(here, trained, capsys):
+    run = here / "runs" / "demo"
+    run.mkdir(parents=True)
+    shutil.copy(trained, run / "checkpoint.safetensors")
+    (run / "accuracy.png").write_bytes(png(1))
+    for argv in (["runs/demo"], ["runs/demo", "photos/0.png"]):
+        code, out, err = _run(capsys, *argv)
+        assert (code, out) == (2, "")
+        assert "the folder of a run; name its checkpoint" in err
+        assert "runs/demo/checkpoint.safetensors" in err
+    code, out, _ = _run(capsys, "--model", "cifar10", "runs/demo")
+    assert code == 0
+    assert out.rstrip().endswith("images/s, by cifar10")
+    (here / "empty").mkdir()
+    assert "empty: holds no images" in _run(capsys, "empty")[2]
 
 
 def test_predict_refuses_what_is_not_clear(here, trained, capsys):

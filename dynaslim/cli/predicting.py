@@ -98,7 +98,8 @@ def predict(
             table.commit({**totals, "unreadable": unreadable})
     show.end(summary, totals)
     if parquet is not None and not json:
-        say(f"{parquet}: a row for every image")
+        count = summary.predicted
+        say(f"{parquet}: {count} row{'' if count == 1 else 's'}, one for each image predicted")
     if summary.unreadable:
         return fail(f"{len(summary.unreadable)} of {len(files)} images could not be read", 1)
     return 0
@@ -127,10 +128,26 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
         f"{first}: is a folder here, and a model that ships; give --model {first} for the model, "
         f"or ./{first} for the folder",
     )
+    if is_folder:
+        _check_no_run(Path(first))
     if _names_images(first):
         return str(shipped.DEFAULT), paths
+    check(bool(others) or not is_folder, f"{first}: holds no images, and is no package")
     check(bool(others), f"{first}: is taken for the model; name image files, folders or patterns")
     return first, others
+
+
+def _check_no_run(folder: Path) -> None:
+    """A run's pictures are no images to predict: whoever names a run means its network."""
+    from dynaslim.errors import UsageError
+
+    checkpoints = sorted(folder.glob("*.safetensors"))
+    if checkpoints:
+        best = [file for file in checkpoints if file.stem in ("checkpoint", "best")]
+        raise UsageError(
+            f"{folder}: is the folder of a run; name its checkpoint, such as "
+            f"{(best or checkpoints)[0]}, or give --model and the folder for the images in it"
+        )
 
 
 def _is_model(path: str) -> bool:
@@ -244,7 +261,7 @@ class _Screen:
             return
         images = f"{summary.predicted} image{'' if summary.predicted == 1 else 's'}"
         madds = f"{totals['mean_madds'] / 1e6:.2f} M MAdds on average"
-        say(f"{images}, {madds}, {totals['images_per_s']:.1f} images/s")
+        say(f"{images}, {madds}, {totals['images_per_s']:.1f} images/s, by {totals['model']}")
 
 
 def _rows_table(rows: list[Prediction]) -> Any:
@@ -260,7 +277,7 @@ def _rows_table(rows: list[Prediction]) -> Any:
             Text(str(row.label) if row.class_name is None else row.class_name),
             f"{row.confidence:.1%}",
             row.route,
-            f"{row.madds / 1e6:.2f} M",
+            f"{row.madds / 1e6:.2f} M" + (", ran twice" if row.escalated else ""),
         )
     return table
 

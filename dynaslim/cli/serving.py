@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from dynaslim.shipped import DEFAULT
+from dynaslim.shipped import DEFAULT, is_name
 
 
 def serve(
@@ -59,7 +59,8 @@ def serve(
         adaptive_wait_ms: Wait in the queue that an adaptive budget keeps below.
         token: What clients must send as a bearer token; better by DYNASLIM_TOKEN.
         samples: Folder of pictures that the page offers to try.
-        name: What the model is called in answers. Default: as its network is.
+        name: What the model is called in answers. Default: as its network is, or as a
+            model that ships is.
         drain_s: Seconds to answer what was accepted when the server is told to stop.
         access_log: Write a line of JSON to standard error for every prediction.
     """
@@ -71,7 +72,7 @@ def serve(
     check(drain_s >= 0, f"--drain-s {drain_s:g}: must be at least 0")
     check(workers is None or workers >= 1, f"--workers {workers}: must be at least 1")
     options = ServeOptions(
-        name=name,
+        name=model if name is None and is_name(model) else name,
         max_batch=max_batch,
         max_batch_ms=max_batch_ms,
         max_wait_ms=max_wait_ms,

@@ -25,7 +25,7 @@ def demo(
         out: Folder for the checkpoint, the results and the picture.
         epochs: Passes over the 10,000 images in stage I (the supernet).
         target: Mean cost that the gate of stage II aims at, as a share of the widest route's.
-        seed: Of everything random: the same seed gives the same numbers.
+        seed: Of everything random: the same seed and number of threads give the same numbers.
         json: Print one JSON object.
     """
     from dynaslim.demo import run_demo

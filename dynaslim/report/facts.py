@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 
+from dynaslim import shipped
 from dynaslim.cost import madds
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
@@ -140,7 +141,7 @@ def gather(request: Request) -> Facts:
         DataError: if images that were named cannot be read or do not fit the network.
     """
     baselines = () if request.baselines is None else read_baselines(request.baselines)
-    subject = find_subject(request.run, request.target)
+    subject = find_subject(shipped.resolve(request.run), request.target)
     if request.baselines is None and (subject.path / FILE).is_file():
         baselines = read_baselines(subject.path / FILE)
     chosen = subject.chosen

@@ -59,7 +59,7 @@ def _checkpoint(facts: Facts) -> Table:
     content = chosen.file.read_bytes()
     pre = chosen.checkpoint.preprocessing
     gates = "; ".join(
-        f"gate {number + 1} chooses among {len(gate.choices)} widths"
+        f"gate {number} chooses among {len(gate.choices)} widths"
         for number, gate in enumerate(spec.gates)
     )
     rows = {

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynaslim.cost import CostTable
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import BudgetCurve
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.forms import Form
 from dynaslim.runtime.latency import profile, time_form
 from dynaslim.runtime.router import Decide
@@ -26,6 +26,8 @@ MOST_ROUTES: Final = 64
 """Routing spaces up to so many routes are listed and timed one by one."""
 MEASURE_S: Final = 1.0
 MEASURE_ROUNDS: Final = 25
+_STEADY: Final = 0.9
+"""Times are not to be trusted where a dearer route takes less than so much of a cheaper one's."""
 _PROFILE_ROUNDS: Final = 3
 
 
@@ -89,6 +91,8 @@ class Facts:
         self.widest_madds = self._table.widest_cost
         self._ms_table: CostTable | None = None
         self._trunk_ms: float | None = None
+        self.steady = True
+        """False where the times say that something else kept the machine busy."""
         self._routes: dict[tuple[int, ...], RouteFacts] = {}
         self.widest = self.route(tuple(gate.choices[-1] for gate in self.spec.gates))
 
@@ -163,6 +167,8 @@ class Facts:
                 break
         for route in routes:
             route.ms = statistics.median(times[route.name])
+        medians = [statistics.median(times[route.name]) for route in routes]
+        self.steady = all(b >= _STEADY * a for a, b in itertools.pairwise(medians))
 
     def describe(self, name: str, backend: str | None, options: ServeOptions) -> dict[str, Any]:
         """The model as `/v1/models` shows it, without samples."""
@@ -195,6 +201,7 @@ class Facts:
                 for route in self.listed()
             ],
             "widest": {"madds": self.widest_madds, "ms": self.widest.ms},
+            "steady": self.steady,
             "budget": self._budget(),
             "limits": {
                 "images": options.max_images,
@@ -215,9 +222,18 @@ class Facts:
                 "ms": point.ms,
                 "top1": point.top1,
             }
-            for point in curve.points
+            for point in _best(curve.points)
         ]
         return {"low": points[0]["budget"], "high": 1.0, "unit": "share", "points": points}
+
+
+def _best(points: Sequence[BudgetPoint]) -> list[BudgetPoint]:
+    """Those that some budget leads to: the widest route may be no better than a point before it."""
+    best: list[BudgetPoint] = []
+    for point in points:
+        if not best or point.merit > best[-1].merit:
+            best.append(point)
+    return best
 
 
 def _always(path: Sequence[int]) -> Decide:

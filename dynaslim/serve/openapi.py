@@ -257,6 +257,7 @@ def _model(route: dict[str, Any]) -> dict[str, Any]:
             ),
             "routes": _list(_object({**route, "ms": _MAYBE_NUMBER})),
             "widest": _object({"madds": _NUMBER, "ms": _MAYBE_NUMBER}),
+            "steady": {"type": "boolean"},
             "budget": {"anyOf": [budget, {"type": "null"}]},
             "limits": _object(
                 {"images": _WHOLE, "body_bytes": _WHOLE, "pixels": _WHOLE, "deadline_ms": _NUMBER}

@@ -1,6 +1,7 @@
 """The interface as clients meet it: answers, errors, pages, counters."""
 
 import base64
+import dataclasses
 import json
 import threading
 
@@ -350,6 +351,7 @@ def test_models(serve, engine):
     assert all(route["ms"] > 0 for route in routes)
     assert routes[-1]["route"] == str(spec.widest_choice)
     assert model["widest"] == {"madds": routes[-1]["madds"], "ms": routes[-1]["ms"]}
+    assert model["steady"] in (True, False)
     points = model["budget"]["points"]
     assert [point["top1"] for point in points] == [0.5, 0.6, 0.9]
     assert model["budget"]["low"] == points[0]["budget"]
@@ -360,6 +362,41 @@ def test_models(serve, engine):
         "images": 3, "body_bytes": 20_000_000, "pixels": 50_000_000, "deadline_ms": 2000.0,
     }  # fmt: skip
     assert model["samples"] == []
+
+
+def test_points_that_no_budget_leads_to_are_not_offered(serve, engine):
+    """The widest route stands last in a curve, also where a cheaper point is better."""
+    curve, worse = engine.curve, dataclasses.replace(engine.curve.points[-1], top1=0.55)
+    with pytest.MonkeyPatch.context() as patch:
+        points = (*curve.points[:-1], worse)
+        patch.setattr(engine, "curve", dataclasses.replace(curve, points=points))
+        with serve() as client:
+            (model,) = client.get("/v1/models").json()["models"]
+        offered = [point["top1"] for point in model["budget"]["points"]]
+        assert offered == [0.5, 0.6]
+        assert engine.curve.at(1.0).top1 == 0.6
+
+
+@pytest.mark.parametrize(("slow", "steady"), [(None, True), (0, False)])
+def test_times_of_a_busy_machine_are_told_from_others(engine, slow, steady, monkeypatch):
+    from dynaslim.serve import facts
+
+    found = facts.Facts(engine)
+    routes = found.listed()
+    ms = {tuple(found._options(r.choices)): n for n, r in enumerate(routes, 10)}
+    if slow is not None:
+        ms[tuple(found._options(routes[slow].choices))] = 100
+    now = [0.0]
+
+    def routed(images, decide, again):
+        path = tuple(int(decide(g, None, np.zeros(1))[0]) for g in range(len(engine.spec.gates)))
+        now[0] += ms[path] / 1e3
+
+    monkeypatch.setattr(engine.router, "routed", routed)
+    monkeypatch.setattr(facts.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(facts, "time_form", lambda *_: ([1.0],))
+    found.measure()
+    assert found.steady == steady
 
 
 def test_many_routes_are_listed_by_their_uniform_ones(serve, engine):

@@ -95,7 +95,8 @@ function bar(share, ticks = []) {
 function cost(model, result) {
   const timed = result.ms !== null && model.widest.ms !== null;
   const spentMs = timed ? milliseconds(result.ms) : null;
-  const time = timed ? `, ${spentMs} instead of ${milliseconds(model.widest.ms)}` : "";
+  const doubt = model.steady ? "" : " (timed while the machine was busy)";
+  const time = timed ? `, ${spentMs} instead of ${milliseconds(model.widest.ms)}${doubt}` : "";
   const share = percent(result.madds_share);
   const routeLevel = level(model, result.route, result.madds);
   // where the other routes would end, unless they are too many to tell apart
