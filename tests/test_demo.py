@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ from PIL import Image
 
 from dynaslim import cli
 from dynaslim.checkpoint import read
+from dynaslim.cli.output import saving
 from dynaslim.demo import run_demo
 
 
@@ -13,6 +15,19 @@ from dynaslim.demo import run_demo
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
     return run_demo(out, epochs=5, target=0.5, seed=0, train_images=1280), out
+
+
+def test_what_was_saved_in_a_sentence(done):
+    evaluation = done[0].evaluation
+    told = re.fullmatch(
+        r"Against the widest route the gate saves (\d+)% of the multiply-adds, for ([\d.]+) points "
+        r"of top-1 (less|more)\.",
+        saving(evaluation),
+    )
+    widest = evaluation.routes[-1]
+    assert int(told[1]) == round(100 * (1 - evaluation.dynamic.mean_madds / widest.madds))
+    change = float(told[2]) * (1 if told[3] == "more" else -1)
+    assert change == pytest.approx(100 * (evaluation.dynamic.top1 - widest.top1), abs=0.006)
 
 
 def test_demo_learns_and_writes_what_it_says(done):

@@ -7,7 +7,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dynaslim.cli.output import evaluation_table, fail, gates_table, print_json, routes_table, say
+from dynaslim.cli.output import (
+    evaluation_table,
+    fail,
+    gates_table,
+    print_json,
+    routes_table,
+    saving,
+    say,
+)
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 
 
@@ -35,6 +43,7 @@ def demo(
         print_json(done.to_dict())
         return
     say(evaluation_table(done.evaluation))
+    say(saving(done.evaluation), end="\n\n")
     _print_files(done.files)
 
 
