@@ -27,6 +27,7 @@ LINGER_S: Final = 0.3
 keep are told so, instead of being cut off."""
 _CLOSE_S: Final = 3
 """For connections whose client does not read its answer."""
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _KEEP_ALIVE_S: Final = 75
 _TICK_S: Final = 0.02
 
@@ -80,9 +81,16 @@ def serve(
             seconds = time.perf_counter() - started
             tell(f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s)")
 
-        return asyncio.run(
-            _run(uvicorn.Server(config), service, listener, drain_s=drain_s, ready=ready)
-        )
+        # asyncio puts back its defaults, not what it found
+        handlers = {number: signal.getsignal(number) for number in _STOPPING}
+        try:
+            return asyncio.run(
+                _run(uvicorn.Server(config), service, listener, drain_s=drain_s, ready=ready)
+            )
+        finally:
+            for number, handler in handlers.items():
+                if handler is not None:  # of another language
+                    signal.signal(number, handler)
     finally:
         listener.close()
 
@@ -159,7 +167,7 @@ async def _run(
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):  # in the place of the ones of uvicorn
+    for number in _STOPPING:  # in the place of the ones of uvicorn
         loop.add_signal_handler(number, on_signal, number)
     while service.state == "starting" and not stop.is_set():
         await asyncio.sleep(_TICK_S)
