@@ -110,9 +110,7 @@ def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     jobs = []
     for seed in seeds:
         recipe = cifar10(folder, seed)
-        supernet = Cell("headline", "supernet", seed)
-        jobs.append(Job(supernet, "supernet", recipe))
-        jobs.append(Job(Cell("headline", "gates", seed), "gate", gate(recipe), needs=supernet))
+        jobs += _supernet_and_gates("headline", recipe)
         jobs += [
             Job(Cell("headline", f"static{k}", seed), "static", recipe, width=k)
             for k in (0, 3, 1, 2)
@@ -120,6 +118,17 @@ def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
         other = replace(recipe, target="distillation")
         jobs.append(Job(Cell("headline", "distillation", seed), "supernet", other))
     return jobs
+
+
+def _supernet_and_gates(
+    experiment: str, recipe: SupernetRecipe, needs: Cell | None = None
+) -> list[Job]:
+    supernet = Cell(experiment, "supernet", recipe.seed)
+    gates = Cell(experiment, "gates", recipe.seed)
+    return [
+        Job(supernet, "supernet", recipe, needs=needs),
+        Job(gates, "gate", gate(recipe), needs=supernet),
+    ]
 
 
 def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
@@ -133,9 +142,7 @@ def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
             data=cifar10(folder, seed).data,
             init=str((before.run / "last.safetensors").relative_to(HERE.parent)),
         )
-        supernet = Cell("longer", "supernet", seed)
-        jobs.append(Job(supernet, "supernet", recipe, needs=before))
-        jobs.append(Job(Cell("longer", "gates", seed), "gate", gate(recipe), needs=supernet))
+        jobs += _supernet_and_gates("longer", recipe, before)
     return jobs
 
 
@@ -144,9 +151,7 @@ def labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     jobs = []
     for seed in seeds:
         recipe = replace(cifar10(folder, seed), target="labels")
-        supernet = Cell("labels", "supernet", seed)
-        jobs.append(Job(supernet, "supernet", recipe))
-        jobs.append(Job(Cell("labels", "gates", seed), "gate", gate(recipe), needs=supernet))
+        jobs += _supernet_and_gates("labels", recipe)
     return jobs
 
 
@@ -233,9 +238,7 @@ def imagenette(folder: str | None, seeds: Sequence[int]) -> list[Job]:
         recipe = _shipped("imagenette_ds_mbnet_supernet")
         path = _data(folder, "imagenette").path
         recipe = replace(recipe, seed=seed, data=replace(recipe.data, path=path))
-        supernet = Cell("imagenette", "supernet", seed)
-        jobs.append(Job(supernet, "supernet", recipe))
-        jobs.append(Job(Cell("imagenette", "gates", seed), "gate", gate(recipe), needs=supernet))
+        jobs += _supernet_and_gates("imagenette", recipe)
     return jobs
 
 

@@ -51,16 +51,16 @@ def open_engine(
         CheckpointError, PackageError: if the file cannot be read.
     """
     options: dict[str, Any] = {"backend": backend, "batch_size": batch_size}
-    is_shipped = shipped.is_name(model) and not is_package(model)
-    is_name = not (is_shipped or Path(model).exists() or Path(model).suffix or os.sep in model)
+    if shipped.is_name(model) and not is_package(model):
+        model = str(shipped.resolve(model))
+    is_name = not (Path(model).exists() or Path(model).suffix or os.sep in model)
     if model in ZOO or is_spec_file(model) or is_name:
         spec = get_spec(model)
         side = image_size or (224 if spec.total_stride >= 32 else 32)
         spec.check_image_size(side, side)
         net = random_network(model, side)
         return Engine(net, precision=precision, image_size=side, **options), side
-    is_folder = Path(model).is_dir() and not is_saved_folder(model) and not is_shipped
-    if is_package(model) or is_folder:
+    if is_package(model) or (Path(model).is_dir() and not is_saved_folder(model)):
         engine = Engine.from_package(model, image_size=image_size, **options)
         own = engine.source.precision
         check(precision in ("fp32", own), f"precision {precision}: the package is {own}")

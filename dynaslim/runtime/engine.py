@@ -272,7 +272,9 @@ class Engine:
         """
         size = check_images(x, self.spec)
         backend, router = self._running(size)
-        decisions = self._decisions(size, budget, shift, escalate, max_route)
+        decisions = self._decisions(
+            size, budget=budget, shift=shift, escalate=escalate, max_route=max_route
+        )
         images = backend.arrays.images(x)
         parts = [
             self._routed(router, images[start : start + self._max_batch], decisions, start)
@@ -344,43 +346,26 @@ class Engine:
 
     # -- one call -----------------------------------------------------------------------------
 
-    def _decisions(
-        self,
-        size: tuple[int, int],
-        budget: Budget | None,
-        shift: float | None,
-        escalate: Escalate,
-        max_route: Route | Sequence[int] | None,
-    ) -> Decisions:
-        """What the arguments of a call ask for; that of the last calls is kept."""
+    def _decisions(self, size: tuple[int, int], **asked: Any) -> Decisions:
+        """What the arguments of a call ask for, by their names; that of the last calls is kept."""
         # types too: True is no budget, though it equals 1.0
-        asked = (budget, shift, escalate, max_route)
-        key = (size, *asked, *map(type, asked))
+        key = (size, *asked.values(), *map(type, asked.values()))
         try:
             known = self._decided.get(key)
         except TypeError:  # a list cannot be looked up
-            return self._make_decisions(size, *asked)
+            return self._make_decisions(size, asked)
         if known is None:
-            known = self._make_decisions(size, *asked)
+            known = self._make_decisions(size, asked)
             if len(self._decided) >= _KEPT_DECISIONS:  # a budget that moves all the time
                 self._decided.clear()
             self._decided[key] = known
         return known
 
-    def _make_decisions(
-        self,
-        size: tuple[int, int],
-        budget: Budget | None,
-        shift: float | None,
-        escalate: Escalate,
-        max_route: Route | Sequence[int] | None,
-    ) -> Decisions:
+    def _make_decisions(self, size: tuple[int, int], asked: Mapping[str, Any]) -> Decisions:
         costs = self._costs.get(size)
         if costs is None:
             costs = self._costs[size] = RouteCosts(self.spec, size)
-        return make_decisions(
-            costs, self.curve, budget=budget, shift=shift, escalate=escalate, max_route=max_route
-        )
+        return make_decisions(costs, self.curve, **asked)
 
     def _routed(
         self, router: Router, images: Array, decisions: Decisions, start: int
