@@ -9,8 +9,8 @@ FROM := $(if $(DATA),--data $(DATA))
 demo: $(READY)  ## train, evaluate and show a small network on real images (about 2 minutes on 2 cores)
 	$(BIN)/dynaslim demo
 
-test: $(READY)  ## the tests
-	$(BIN)/pytest
+test: $(READY)  ## the tests, side by side
+	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 results: $(READY)  ## all numbers of docs/results.md anew; DATA=FOLDER has the images, else the hub (5 hours on 2 cores)
 	$(BIN)/python -m results.run headline labels longer targets gates quick rates --jobs 2 $(FROM)

@@ -11,7 +11,8 @@ def _own_dataset_cache(tmp_path_factory):
     import datasets
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
-    torch.set_num_threads(2)
+    # side by side (pytest -n) one each: threads that spin while they wait take each other's cores
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True, scope="session")
