@@ -13,8 +13,8 @@ PACKAGE = Path(dynaslim.__file__).parent
 
 # each may import only itself and what stands before it
 ROOMS = [
-    "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec", "shipped", "zoo",
-    "cost", "cost_file", "recipes", "pretrained", "nn", "checkpoint", "data",
+    "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec", "shipped",
+    "zoo", "cost", "cost_file", "recipes", "pretrained", "nn", "checkpoint", "data",
     "runtime", "predict",
     "predict_tables", "predict_ray", "evaluation_table", "evaluation",
     "train", "bench", "interop", "report", "runs", "serve", "demo", "doctor", "cli", "__main__",

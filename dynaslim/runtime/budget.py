@@ -187,6 +187,19 @@ class BudgetPoint:
         """What makes a point better than another."""
         return self.top1 if self.top1_selecting is None else self.top1_selecting
 
+    def check_fits(self, spec: NetSpec) -> None:
+        """Raise `UsageError` unless the point can be one of this network."""
+        target, options = self.escalate_to, [len(gate.choices) for gate in spec.gates]
+        fits = target is None or (
+            len(target) == len(options)
+            and all(0 <= t < count for t, count in zip(target, options, strict=True))
+        )
+        check(
+            fits,
+            f"budget: escalate_to {target} does not fit the gates of {spec.name}, which have "
+            f"{options} options",
+        )
+
 
 @dataclass(frozen=True)
 class BudgetCurve:
@@ -267,7 +280,6 @@ class BudgetCurve:
 
     def check_fits(self, spec: NetSpec) -> None:
         """Raise `UsageError` unless the curve can be one of this network."""
-        options = [len(gate.choices) for gate in spec.gates]
         spec.check_image_size(self.image_size_px, self.image_size_px)
         widest = CostTable.from_madds(spec, self.image_size_px).widest_cost
         check(
@@ -276,16 +288,8 @@ class BudgetCurve:
             f"{spec.name} {widest:.0f}",
         )
         for points in (self.points, self.gate_points, self.ms_points, self.ms_gate_points):
-            for target in (point.escalate_to for point in points):
-                fits = target is None or (
-                    len(target) == len(options)
-                    and all(t < count for t, count in zip(target, options, strict=True))
-                )
-                check(
-                    fits,
-                    f"budget curve: escalate_to {target} does not fit the gates of {spec.name}, "
-                    f"which have {options} options",
-                )
+            for point in points:
+                point.check_fits(spec)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back to an equal curve."""

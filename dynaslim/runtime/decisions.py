@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -118,17 +119,19 @@ def make_decisions(
             margin, or a cap below the cheapest route.
     """
     check(budget is None or shift is None, "give a budget or a shift, not both")
-    point = None
-    if budget is not None:
-        if curve is None and not isinstance(budget, BudgetPoint):
+    spec, point = costs.spec, None
+    if isinstance(budget, BudgetPoint):
+        budget.check_fits(spec)
+        point = budget
+    elif budget is not None:
+        if curve is None:
             raise UsageError(
                 f"budget {budget!r}: the network has no budget curve; measure one with: "
                 f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT"
             )
-        asked = budget if curve is None else curve.at(budget, escalate=escalate == "auto")
-        assert isinstance(asked, BudgetPoint)
-        point, shift = asked, asked.shift
-    spec = costs.spec
+        point = curve.at(budget, escalate=escalate == "auto")
+    if point is not None:
+        shift = point.shift
     limits = None if max_route is None else _limits(spec, max_route)
     target = tuple(len(gate.choices) - 1 for gate in spec.gates)
     tau: float | None = None
@@ -137,15 +140,18 @@ def make_decisions(
             tau, target = point.tau, point.escalate_to
     elif escalate is not None:
         check(
-            isinstance(escalate, int | float) and 0 <= escalate <= 1,
+            isinstance(escalate, Real) and not isinstance(escalate, bool) and 0 <= escalate <= 1,
             f"escalate {escalate!r}: give 'auto', None, or a margin from 0 to 1",
         )
         tau = float(escalate)
     if limits is not None:
         target = tuple(map(min, target, limits))
-    shift = 0.0 if shift is None else float(shift)
-    check(bool(np.isfinite(shift)), f"shift {shift}: must be finite")
-    return Decisions(costs, shift, tau or None, target, limits)
+    shift = 0.0 if shift is None else shift
+    # what is kept by its arguments must be told by them: no tensor, whose value may change
+    check(
+        isinstance(shift, Real) and bool(np.isfinite(shift)), f"shift {shift}: give a finite number"
+    )
+    return Decisions(costs, float(shift), tau or None, target, limits)
 
 
 def _limits(spec: NetSpec, max_route: Route | Sequence[int]) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 import threading
 import weakref
 from collections import deque
@@ -56,12 +57,10 @@ class Workers:
                 outcomes.put(None)
 
         count = min(self._helpers, total - (1 if self._caller_works else 0))
-        if count > 0:
-            inbox = self._started()
-            for _ in range(count):
-                inbox.put(help_out)
         failure: BaseException | None = None
         try:
+            if count > 0:
+                self._hand_over(help_out, count)
             while self._caller_works and waiting:
                 try:
                     task = waiting.popleft()
@@ -69,9 +68,12 @@ class Workers:
                     break
                 left -= 1
                 task()
-        except BaseException as error:
+        except Exception as error:
             left -= _drop(waiting)
             failure = error
+        except BaseException:  # an interrupt, maybe between taking a task and counting it
+            _drop(waiting)
+            raise
         try:
             failures = [failure, *(outcomes.get() for _ in range(left))]
         except BaseException:  # an interrupt
@@ -81,45 +83,55 @@ class Workers:
             if failure is not None:
                 raise failure
 
+    def _hand_over(self, work: Task, count: int) -> None:
+        """Have so many helpers do it; starts them at the first call."""
+        with self._lock:  # helpers that were told to go would never see it
+            inbox = self._started() if self._inbox is None else self._inbox
+            for _ in range(count):
+                inbox.put(work)
+
     def _started(self) -> _Inbox:
-        """Where helpers look for work; starts them at the first call."""
-        with self._lock:
-            if self._inbox is None:
-                inbox, met = _Inbox(), _Outcomes()
-                threads = [
-                    threading.Thread(
-                        target=_serve,
-                        args=(inbox, self._start, met),
-                        name=f"dynaslim_{number}",
-                        daemon=True,  # they end with the workers, or at exit
-                    )
-                    for number in range(self._helpers)
-                ]
-                try:
-                    # all of them start here: starting one changes the whole process for a moment
-                    for thread in threads:
-                        thread.start()
-                    for failure in [met.get() for _ in threads]:
-                        if failure is not None:
-                            raise failure
-                except BaseException:
-                    _dismiss(inbox, self._helpers)
-                    raise
-                self._inbox, self._threads = inbox, threads
-                # not joined there: the collector runs at any time, in any thread
-                weakref.finalize(self, _dismiss, inbox, self._helpers).atexit = False
-                _LIVE.add(self)
-                _HELPERS.update(threads)
-            return self._inbox
+        inbox, met = _Inbox(), _Outcomes()
+        threads = [
+            threading.Thread(
+                target=_serve,
+                args=(inbox, self._start, met),
+                name=f"dynaslim_{number}",
+                daemon=True,  # they end with the workers, or at exit
+            )
+            for number in range(self._helpers)
+        ]
+        try:
+            # all of them start here: starting one changes the whole process for a moment
+            for thread in threads:
+                thread.start()
+            for failure in [met.get() for _ in threads]:
+                if failure is not None:
+                    raise failure
+        except BaseException:
+            _dismiss(inbox, self._helpers)
+            raise
+        self._inbox, self._threads = inbox, threads
+        # not joined there: the collector runs at any time, in any thread
+        weakref.finalize(self, _dismiss, inbox, self._helpers).atexit = False
+        _LIVE.add(self)
+        _HELPERS.update(threads)
+        return inbox
 
     def close(self) -> None:
         """Let the threads go, as soon as they have done what they are at."""
         with self._lock:
-            if self._inbox is not None:
-                _dismiss(self._inbox, self._helpers)
-                for thread in self._threads:
+            inbox, threads = self._inbox, self._threads
+            self._inbox, self._threads = None, []  # first: an interrupt may come while they end
+            if inbox is not None:
+                _dismiss(inbox, self._helpers)
+                for thread in threads:
                     thread.join()
-                self._inbox, self._threads = None, []
+
+    def forget(self) -> None:
+        """Start anew: this is a child of the process whose threads these were."""
+        self._lock = threading.Lock()
+        self._inbox, self._threads = None, []
 
 
 _LIVE: weakref.WeakSet[Workers] = weakref.WeakSet()
@@ -133,6 +145,16 @@ def _close_all() -> None:
         workers.close()
     for thread in list(_HELPERS):  # of workers that were collected a moment ago
         thread.join()
+
+
+def _forget_all() -> None:
+    _HELPERS.clear()
+    for workers in list(_LIVE):
+        workers.forget()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nobody forks
+    os.register_at_fork(after_in_child=_forget_all)
 
 
 def _drop(waiting: deque[Task]) -> int:

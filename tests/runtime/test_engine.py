@@ -626,6 +626,10 @@ def test_a_budget_is_its_points_shift_and_escalation():
         assert by_point.escalated.double().mean().item() == point.escalated
     assert any(point.escalated > 0 for point in curve.points)
     assert not engine(x, budget=1.0, escalate=None).escalated.any()
+    unsure = next(point for point in curve.points if point.escalated > 0)
+    for one in (engine, engine_of("micro", "eager")):  # with a curve and without
+        assert not one(x, budget=unsure, escalate=None).escalated.any()
+        assert one(x, budget=unsure, escalate=np.float32(1)).escalated.all()
     # a margin of one's own goes on top of the gate's budget
     on_top = engine(x, budget=0.75, escalate=1.0)
     assert {engine.route_of(row) for row in on_top.routes} == {engine.spec.widest_choice}
@@ -647,12 +651,17 @@ def test_refused_budgets():
             engine(x, budget=budget)
     with pytest.raises(UsageError, match="a budget or a shift, not both"):
         engine(x, budget=0.5, shift=0.0)
-    for escalate in (1.5, -0.1, float("nan"), "always"):
+    for escalate in (1.5, -0.1, float("nan"), "always", True, torch.tensor(0.5)):
         with pytest.raises(UsageError, match="a margin from 0 to 1"):
             engine(x, escalate=escalate)
-    for shift in (float("nan"), float("inf")):
-        with pytest.raises(UsageError, match="must be finite"):
+    for shift in (float("nan"), float("inf"), torch.tensor(1.0)):
+        with pytest.raises(UsageError, match="give a finite number"):
             engine(x, shift=shift)
+    _, _, curve = with_curve()
+    for target in ((5, 5, 5), (1,), (0, -1)):
+        foreign = dataclasses.replace(curve.points[0], tau=0.5, escalate_to=target)
+        with pytest.raises(UsageError, match="does not fit the gates of micro"):
+            engine(x, budget=foreign)
     with pytest.raises(UsageError, match="dynaslim calibrate-budget"):
         engine_of("micro", "eager")(x, budget=0.5)
     assert_rows_close(engine(x).logits, expected)

@@ -1,12 +1,13 @@
 """Threads: of callers, of the engine, and what they leave alone."""
 
 import gc
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -343,6 +344,103 @@ def test_the_error_of_a_task_reaches_the_caller(own_threads):
     workers.close()
 
 
+def _ends(function, seconds=20):
+    """Whether it comes to an end, in a thread that does not keep the tests from ending."""
+    thread = threading.Thread(target=function, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return not thread.is_alive()
+
+
+def test_closing_beside_calls():
+    """Work is never left with helpers that were told to go."""
+    workers, over = _workers(2, own_threads=True), threading.Event()
+
+    def close():
+        while not over.is_set():
+            workers.close()
+            time.sleep(0.0005)
+
+    def call():
+        for _ in range(3000):
+            workers.run([lambda: None] * 4)
+
+    closer, before = threading.Thread(target=close, daemon=True), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        closer.start()
+        assert _ends(call)
+    finally:
+        over.set()
+        sys.setswitchinterval(before)
+    closer.join()
+    workers.close()
+
+
+def test_an_interrupt_between_taking_a_task_and_counting_it(monkeypatch):
+    """Nobody would report it: the call ends by the interrupt instead of waiting."""
+    workers, me, done = _workers(2, own_threads=False), [], []
+
+    class Interrupted(deque):
+        def popleft(self):
+            taken = super().popleft()
+            if me == [threading.get_ident()]:
+                me.clear()
+                raise KeyboardInterrupt
+            return taken
+
+    monkeypatch.setattr("dynaslim.runtime.workers.deque", Interrupted)
+
+    def call():
+        me.append(threading.get_ident())
+        with pytest.raises(KeyboardInterrupt):
+            workers.run([lambda: time.sleep(0.01)] * 6)
+        workers.run([lambda: done.append(1)] * 3)
+
+    assert _ends(call)
+    assert len(done) == 3
+    workers.close()
+
+
+def test_closing_may_be_interrupted(interruptible):
+    workers, done = _workers(2, own_threads=True), []
+    slow = threading.Thread(target=workers.run, args=([lambda: time.sleep(0.6)] * 2,))
+    slow.start()
+    time.sleep(0.1)
+    main = threading.main_thread().ident
+    threading.Timer(0.1, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        workers.close()
+    slow.join()
+    assert _ends(lambda: workers.run([lambda: done.append(1)] * 3))
+    assert len(done) == 3
+    workers.close()
+
+
+_FORK = """
+import os, sys, threading
+from types import SimpleNamespace
+from dynaslim.runtime.workers import Workers
+
+workers = Workers(SimpleNamespace(workers=2, own_threads=True, start_worker=lambda: None))
+done = []
+workers.run([lambda: done.append(1)] * 3)
+child = os.fork()
+if child == 0:
+    threading.Timer(20, os._exit, (3,)).start()
+    workers.run([lambda: done.append(1)] * 4)
+    os._exit(0 if len(done) == 7 else 4)
+_, status = os.waitpid(child, 0)
+workers.run([lambda: done.append(1)] * 2)
+sys.exit(os.waitstatus_to_exitcode(status) or (0 if len(done) == 5 else 5))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_helpers_of_its_own():
+    assert subprocess.run([sys.executable, "-c", _FORK], timeout=60).returncode == 0
+
+
 def test_nobody_waits_for_a_helper_that_is_held_up_elsewhere():
     workers, go_on, held = _workers(2, False), threading.Event(), threading.Barrier(3)
 
@@ -389,7 +487,7 @@ from dynaslim.runtime.workers import Workers
 backend = SimpleNamespace(workers=2, own_threads=True, start_worker=lambda: None)
 kept, dropped = Workers(backend), Workers(backend)
 for workers in (kept, dropped):
-    workers._started().put(partial(time.sleep, 0.3))
+    workers._hand_over(partial(time.sleep, 0.3), 1)
 del dropped, workers
 """
 
