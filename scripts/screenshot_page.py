@@ -47,7 +47,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/page.png")
     parser.add_argument("--sample", default="Shirt")
-    parser.add_argument("--budget", default="0.6")
+    parser.add_argument("--budget", default="0.4")
     parser.add_argument("--scheme", choices=["light", "dark"], default="light")
     args = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
