@@ -7,6 +7,7 @@ are faster in channels_last and a gathered row is then one piece of memory.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -110,15 +111,12 @@ def check_finite(x: Array, start: int = 0) -> None:
 
     Looking at them brings the rows into the cache that are needed next.
     """
-    if isinstance(x, np.ndarray):
-        if bool(np.isfinite(x).all()):
-            return
-        values = x
-    else:
-        # one number to wait for; a sum is not finite where a value is not
-        if np.isfinite(float(x.sum())):
-            return
-        values = x.float().cpu().numpy()
+    with np.errstate(over="ignore", invalid="ignore"):
+        # one number, on a device to wait for; a sum is not finite where a value is not
+        total = float(x.sum())
+    if math.isfinite(total):
+        return
+    values = x if isinstance(x, np.ndarray) else x.float().cpu().numpy()
     bad = np.flatnonzero(~np.isfinite(values).all(axis=(1, 2, 3)))
     if len(bad):
         raise ValueError(

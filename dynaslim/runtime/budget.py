@@ -109,10 +109,11 @@ def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     rows, classes = logits_BN.shape
     if classes == 1:
         return np.ones(rows, logits_BN.dtype)
+    top_BN = np.partition(logits_BN, (classes - 2, classes - 1), axis=1)
+    highest_B = top_BN[:, classes - 1]
     # relative to the highest, so that nothing overflows
-    below_BN = logits_BN - logits_BN.max(1, keepdims=True)
-    second_B = np.partition(below_BN, classes - 2, axis=1)[:, classes - 2]
-    return np.asarray(-np.expm1(second_B) / np.exp(below_BN).sum(1), logits_BN.dtype)
+    sum_B = np.exp(logits_BN - highest_B[:, None]).sum(1)
+    return np.asarray(-np.expm1(top_BN[:, classes - 2] - highest_B) / sum_B, logits_BN.dtype)
 
 
 def may_escalate(table: CostTable, own: Sequence[int], target: Sequence[int]) -> bool:

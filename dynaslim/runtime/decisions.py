@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any
 
 import numpy as np
 
@@ -17,7 +16,7 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
 from dynaslim.runtime import budget as budgets
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
-from dynaslim.runtime.router import Again
+from dynaslim.runtime.router import Again, Routed
 from dynaslim.spec import NetSpec, Route
 
 Budget = float | str | BudgetPoint
@@ -30,26 +29,23 @@ class RouteCosts:
         self.spec = spec
         self.table = CostTable.from_madds(spec, size)
         self.options = budgets.option_costs(self.table)
-        self.trunk = self.table.segments[0][0][0]
-        self._segments = [np.array(segment) for segment in self.table.segments[1:]]
-        self._may_escalate: dict[tuple[tuple[int, ...], tuple[int, ...]], bool] = {}
+        trunk, *segments = self.table.segments
+        # up to the end of the segment behind the first gate, by its option
+        self._first_K = trunk[0][0] + np.array(segments[0][0])
+        self._segments = [np.array(segment) for segment in segments[1:]]
 
     def of_paths(self, options_BG: np.ndarray) -> np.ndarray:
         """Multiply-adds (B,) float64."""
-        total_B = np.full(len(options_BG), self.trunk)
-        before_B: Any = 0
-        for segment, option_B in zip(self._segments, options_BG.T, strict=True):
-            total_B += segment[before_B, option_B]
-            before_B = option_B
+        total_B: np.ndarray = self._first_K.take(options_BG[:, 0])
+        for number, segment in enumerate(self._segments, start=1):
+            total_B += segment[options_BG[:, number - 1], options_BG[:, number]]
         return total_B
 
-    def may_escalate(self, own: tuple[int, ...], target: tuple[int, ...]) -> bool:
-        """As `budget.may_escalate`; remembered."""
-        found = self._may_escalate.get((own, target))
-        if found is None:
-            found = budgets.may_escalate(self.table, own, target)
-            self._may_escalate[own, target] = found
-        return found
+    def may_escalate(self, options_BG: np.ndarray, target: tuple[int, ...]) -> np.ndarray:
+        """For every row whether it may go on to `target` (B,) bool: see `budget.may_escalate`."""
+        wider_B: np.ndarray = np.any(options_BG < np.array(target), axis=1)
+        wider_B &= self.of_paths(options_BG) < self.table.route_cost(target)
+        return wider_B
 
 
 @dataclass(frozen=True)
@@ -81,26 +77,32 @@ class Decisions:
         return budgets.choose_by_prices(logits_BK, self._prices[gate])
 
     @property
-    def again(self) -> Callable[[np.ndarray, np.ndarray], Again] | None:
+    def again(self) -> Callable[[np.ndarray, np.ndarray], Again | None] | None:
         """Which rows run once more; None if none can."""
         return None if self.tau is None else self._unsure
 
-    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Again:
-        assert self.tau is not None
-        may, target = self.route_costs.may_escalate, self.target
-        below = np.flatnonzero(budgets.margins(logits_BN) < self.tau)
-        able = [may(tuple(path), target) for path in options_BG[below].tolist()]
-        return Again(below[able] if len(below) else below, target)
+    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Again | None:
+        again_B = budgets.margins(logits_BN) < self.tau
+        again_B &= self.route_costs.may_escalate(options_BG, self.target)
+        members = again_B.nonzero()[0]
+        return Again(members, self.target) if len(members) else None
 
-    def costs(self, options_BG: np.ndarray, first_BG: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Multiply-adds of every row (B,) float64, and whether it ran twice (B,) bool."""
-        madds_B = self.route_costs.of_paths(first_BG)
-        if first_BG is options_BG:
-            return madds_B, np.zeros(len(madds_B), bool)
-        again_B = (first_BG != options_BG).any(1)
-        more_B = self.route_costs.of_paths(options_BG[again_B]) - self.route_costs.trunk
-        madds_B[again_B] += more_B
-        return madds_B, again_B
+    @cached_property
+    def _more(self) -> float:
+        return budgets.escalation_cost(self.route_costs.table, self.target)
+
+    def results(self, routed: Routed) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Logits (B, N), options (B, G) of the routes that gave them, multiply-adds (B,) float64
+        and which rows ran twice (B,) bool.
+        """
+        logits_BN, options_BG, again = routed
+        madds_B = self.route_costs.of_paths(options_BG)
+        again_B = np.zeros(len(madds_B), bool)
+        if again is not None:
+            again_B[again.members] = True
+            madds_B[again.members] += self._more
+            options_BG[again.members] = again.path
+        return logits_BN, options_BG, madds_B, again_B
 
 
 def make_decisions(

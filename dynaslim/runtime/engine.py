@@ -370,13 +370,13 @@ class Engine:
     def _routed(
         self, router: Router, images: Array, decisions: Decisions, start: int
     ) -> tuple[np.ndarray, ...]:
-        logits, options, first = router.routed(
+        routed = router.routed(
             images, decisions.decide, decisions.again, limits=decisions.limits, first=start
         )
-        madds, escalated = decisions.costs(options, first)
+        logits, options, madds, escalated = decisions.results(routed)
         choices = np.empty_like(options)
         for gate, widths in enumerate(self._choices):
-            choices[:, gate] = widths[options[:, gate]]
+            choices[:, gate] = widths.take(options[:, gate])
         return logits, choices, madds, escalated
 
     @cached_property

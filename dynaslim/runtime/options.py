@@ -94,7 +94,8 @@ def check_images(x: Any, spec: NetSpec) -> tuple[int, int]:
     numbers = isinstance(x, np.ndarray) or hasattr(x, "detach")
     check(numbers, f"input of type {type(x).__name__}: give a numpy array or a tensor")
     floating = x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.is_floating_point()
-    check(floating, f"input of {x.dtype}: give normalised images in floating point")
+    if not floating:
+        raise UsageError(f"input of {x.dtype}: give normalised images in floating point")
     if len(x.shape) != 4 or x.shape[1] != spec.in_channels:
         raise UsageError(
             f"input of shape {tuple(x.shape)}: {spec.name} takes "

@@ -139,13 +139,12 @@ class Router:
         self,
         x: Array,
         decide: Decide,
-        again: Callable[[np.ndarray, np.ndarray], Again] | None,
+        again: Callable[[np.ndarray, np.ndarray], Again | None] | None,
         *,
         limits: Sequence[int] | None = None,
         first: int = 0,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Every row along its own route -> logits (B, N), options (B, G) of its last route, and
-        those of its first.
+    ) -> Routed:
+        """Every row along its own route.
 
         `again` looks at logits and options of all rows and says which run once more from the
         trunk's features, and along which path; their answers replace the first. No buckets are
@@ -153,33 +152,20 @@ class Router:
         """
         size, rows, gates = _size(x), len(x), len(self.spec.gates)
         if rows == 1 and again is None and self._merge is None:
-            logits_BN, options_BG = self._single(x, decide, size, first)
-            return logits_BN, options_BG, options_BG
+            return Routed(*self._single(x, decide, size, first), None)
         workspace = self._workspaces.borrow()
-        everyone = np.arange(rows)
-        trunk = self._bucket(workspace, 0, 0, everyone, size)
+        trunk = self._bucket(workspace, 0, 0, np.arange(rows), size)
         outs = (trunk.features, trunk.gate_logits)
         self.run([Job(Form(0), x, None, outs, rows, first)], size)
-        options_BG = np.zeros((rows, gates), np.int64)
+        options_BG = np.empty((rows, gates), np.int64)
         logits_BN = np.empty((rows, self.spec.num_classes), np.float32)
         self._onward(workspace, trunk, decide, options_BG, logits_BN, size, limits)
-        first_BG = options_BG
-        if again is not None:
-            members, path = again(logits_BN, options_BG)
-            if len(members):
-                first_BG = options_BG.copy()
-                self._onward(
-                    workspace,
-                    trunk,
-                    lambda gate, _, rows: np.full(len(rows), path[gate], np.int64),
-                    options_BG,
-                    logits_BN,
-                    size,
-                    only=members,
-                )
+        unsure = None if again is None else again(logits_BN, options_BG)
+        if unsure is not None:
+            self._once_more(workspace, trunk, unsure, logits_BN, size)
         # not where a call was interrupted: its pieces may still be writing
         self._workspaces.give_back(workspace)
-        return logits_BN, options_BG, first_BG
+        return Routed(logits_BN, options_BG, unsure)
 
     def _single(
         self, x: Array, decide: Decide, size: tuple[int, int], first: int
@@ -216,56 +202,69 @@ class Router:
         options_BG: np.ndarray,
         logits_BN: np.ndarray,
         size: tuple[int, int],
-        limits: Sequence[int] | None = None,
-        only: np.ndarray | None = None,
+        limits: Sequence[int] | None,
     ) -> None:
-        """From the first gate to the end, for all rows of the trunk or some; fills the results."""
+        """From the first gate to the end, for all rows of the trunk; fills the results."""
         arrays, buckets = self.backend.arrays, [trunk]
-        decide_freely = only is None
         for number, gate in enumerate(self.spec.gates, start=1):
-            # (form, bucket, which of its rows), by the option that they took
-            arriving: dict[int, list[tuple[Form, Bucket, np.ndarray]]] = {}
+            # (form, bucket, which of its rows or None for all), by the option that they took
+            arriving: dict[int, list[tuple[Form, Bucket, np.ndarray | None]]] = {}
             for bucket in buckets:
                 before = self.spec.gates[number - 2].choices[bucket.option] if number > 1 else 0
-                some = only if number == 1 else None
-                picked, among = self._decide(number - 1, bucket, decide, some)
-                if self._merge is not None and decide_freely:
+                picked = decide(number - 1, self._gate_logits(bucket.gate_logits), bucket.members)
+                if self._merge is not None:
                     allowed = len(gate.choices) if limits is None else limits[number - 1] + 1
                     counts = np.bincount(picked, minlength=allowed)
                     picked = self._merge(number - 1, before, counts)[picked]
-                options_BG[bucket.members[among], number - 1] = picked
-                for option, where in _by_option(picked):
-                    part = among if where is None else among[where]
+                options_BG[bucket.members, number - 1] = picked
+                for option, part in _by_option(picked):
                     form = Form(number, before, gate.choices[option])
                     arriving.setdefault(option, []).append((form, bucket, part))
             jobs, buckets = [], []
             for option, parts in sorted(arriving.items()):
-                joining = [bucket.members[part] for _, bucket, part in parts]
+                joining = [
+                    bucket.members if part is None else bucket.members[part]
+                    for _, bucket, part in parts
+                ]
                 members = joining[0] if len(joining) == 1 else np.concatenate(joining)
                 joined = self._bucket(workspace, number, option, members, size)
                 buckets.append(joined)
                 start = 0
-                for form, bucket, part in parts:
-                    stop = start + len(part)
+                for (form, bucket, part), arrived in zip(parts, joining, strict=True):
+                    stop = start + len(arrived)
                     outs: tuple[Array, ...] = (joined.features[start:stop],)
                     if number < len(self.spec.gates):
                         outs = (*outs, joined.gate_logits[start:stop])
-                    # parts are in rising order: one with every row of its bucket is the bucket
-                    rows = None if len(part) == len(bucket.members) else part
-                    jobs.append(Job(form, bucket.features, rows, outs, len(part)))
+                    jobs.append(Job(form, bucket.features, part, outs, len(arrived)))
                     start = stop
             self.run(jobs, size)
         for bucket in buckets:
             logits_BN[bucket.members] = arrays.host(bucket.features)
 
-    def _decide(
-        self, gate: int, bucket: Bucket, decide: Decide, only: np.ndarray | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Options of a bucket's rows, and which rows of the bucket these are, in rising order."""
-        if only is not None:  # of the trunk, whose rows stand in order
-            return decide(gate, np.empty((0, 0), np.float32), only), only
-        logits_BK = self._gate_logits(bucket.gate_logits)
-        return decide(gate, logits_BK, bucket.members), np.arange(len(bucket.members))
+    def _once_more(
+        self,
+        workspace: Workspace,
+        trunk: Bucket,
+        again: Again,
+        logits_BN: np.ndarray,
+        size: tuple[int, int],
+    ) -> None:
+        """From the first gate to the end, some rows of the trunk along one path; no gate is asked.
+
+        Buffers may be those of the first pass, which is over.
+        """
+        members, before, features = again.members, 0, trunk.features
+        # the trunk's rows stand in order: their numbers are those in the batch
+        picked = None if len(members) == len(trunk.members) else members
+        for number, (gate, option) in enumerate(zip(self.spec.gates, again.path, strict=True), 1):
+            made = self._bucket(workspace, number, option, members, size)
+            outs: tuple[Array, ...] = (made.features,)
+            if number < len(self.spec.gates):
+                outs = (*outs, made.gate_logits)
+            form = Form(number, before, gate.choices[option])
+            self.run([Job(form, features, picked, outs, len(members))], size)
+            features, before, picked = made.features, form.choice, None
+        logits_BN[members] = self.backend.arrays.host(features)
 
     def _gate_logits(self, logits: Array) -> np.ndarray:
         logits_BK = self.backend.arrays.host(logits)
@@ -303,7 +302,9 @@ class Router:
     def run(self, jobs: Sequence[Job], size: tuple[int, int]) -> None:
         """Divide the rows of all jobs among the cores and run them."""
         backend = self.backend
-        timings = self.timings.get(size) or self.timings.setdefault(size, Timings())
+        timings = self.timings.get(size)
+        if timings is None:
+            timings = self.timings.setdefault(size, Timings())
         caps = [self._cap(job.form, size) for job in jobs]
         seconds = [timings.get(job.form, self.madds(job.form, size)) for job in jobs]
         plan = plan_step([job.rows for job in jobs], seconds, caps, backend.workers)
@@ -408,7 +409,20 @@ def _size(x: Array) -> tuple[int, int]:
 
 
 class Again(NamedTuple):
-    """Rows that run once more, in rising order, and the option of every gate that they take."""
+    """Rows that run once more, one or more in rising order, and the option of every gate on the
+    path that they take.
+    """
 
     members: np.ndarray
     path: tuple[int, ...]
+
+
+class Routed(NamedTuple):
+    """What a batch gave."""
+
+    logits: np.ndarray
+    """(B, N), of every row's last route."""
+    options: np.ndarray
+    """(B, G) of every row's first route, the one that the gates chose."""
+    again: Again | None
+    """Which rows ran twice, if any."""
