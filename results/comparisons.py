@@ -93,19 +93,24 @@ def _random(judging: Table, shift: float) -> Outcome:
 def escalation(choosing: Table) -> list[BudgetPoint]:
     """All images along the cheapest route, the unsure ones on along a wider one; no gate.
 
-    The best target and threshold for every budget.
+    For every budget the best target, with the threshold that spends the budget: the threshold of
+    the highest top-1 would often be a cheaper one that was lucky on these images.
     """
-    points = [_escalate(choosing, 0, None)]
-    for target in range(1, len(choosing.costs_R)):
-        for step in range(1, STEPS + 1):
-            tau = policies.threshold_for(choosing.sure_NR[:, 0], step / STEPS)
+    costs, found = choosing.costs_R, []
+    for limit in _limits(choosing):
+        points = []
+        for target in range(1, len(costs)):
+            room = (limit - costs[0]) / (costs[target] - choosing.trunk)
+            tau = _spending(choosing.sure_NR[:, 0], room)
             points.append(_escalate(choosing, target, tau))
-    best = policies.best_settings(
-        np.array([point.madds for point in points]),
-        np.array([point.top1 for point in points]),
-        _limits(choosing),
-    )
-    return [points[number] for number in best]
+        found.append(max(points, key=lambda point: point.top1))
+    return found
+
+
+def _spending(sure_N: Any, room: float) -> float:
+    """The threshold under which at most a share `room` of the images is; any number will do."""
+    count = int(min(max(room, 0.0), 1.0) * len(sure_N))
+    return policies.threshold_for(sure_N, count / len(sure_N))
 
 
 def _escalate(table: Table, target: int, tau: float | None) -> BudgetPoint:
@@ -164,22 +169,20 @@ def _alone(table: Table) -> Networks:
 def cascade(choosing: Networks, judging: Networks) -> list[Outcome]:
     """The best two-network cascade at every budget: both run as a whole on unsure images.
 
-    Budgets are parts of the cost of the widest.
+    Budgets are parts of the cost of the widest, and spent as those of `escalation` are.
     """
-    widest = max(table.costs_R[0] for table in choosing.values())
-    seen, settings = [], []
-    for first, second in itertools.combinations(sorted(choosing), 2):
-        sure_N = choosing[first].sure_NR[:, 0]
-        for step in range(STEPS + 1):
-            tau = policies.threshold_for(sure_N, step / STEPS)
-            settings.append((first, second, tau))
-            seen.append(_cascade(choosing, first, second, tau))
-    best = policies.best_settings(
-        np.array([o.cost for o in seen]),
-        np.array([o.top1 for o in seen]),
-        [share * widest for share in SHARES],
-    )
-    return [_cascade(judging, *settings[number]) for number in best]
+    costs = {k: table.costs_R[0] for k, table in choosing.items()}
+    found = []
+    for limit in [share * max(costs.values()) for share in SHARES]:
+        tried = []
+        for first, second in itertools.combinations(sorted(choosing), 2):
+            room = (limit - costs[first]) / costs[second]
+            tau = _spending(choosing[first].sure_NR[:, 0], room)
+            if costs[first] <= limit or first == min(choosing):
+                setting = (first, second, tau)
+                tried.append((_cascade(choosing, *setting).top1, setting))
+        found.append(_cascade(judging, *max(tried)[1]))
+    return found
 
 
 def _cascade(tables: Networks, first: int, second: int, tau: float) -> Outcome:
