@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,17 +17,24 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, create_model, save
 from dynaslim.data import MemoryImages, load_images, open_source
 from dynaslim.data.memory import channel_statistics
+from dynaslim.data.order import holdout
+from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.report.plots import evaluation_figure
+from dynaslim.runtime.budget_search import fit_curve
+from dynaslim.runtime.calibrate_budget import Outcome, PathAnswers, answer_paths, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet
 from dynaslim.train.step import SupernetLosses
 
 DATA: Final = Path(__file__).parent / "data" / "fashion_mnist_mini"
 MODEL: Final = "ds_mbnet_tiny"
 IMAGE_SIZE_PX: Final = 32
+HELD_OUT: Final = 0.1
+"""Share of the training images that budgets are calibrated on."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,9 @@ class Demo:
     """What the demo measured and the files it wrote."""
 
     evaluation: Evaluation
+    budget: float
+    """A share of the widest route's cost, and below what it gives on the test images."""
+    budgeted: Outcome
     seconds: float
     files: dict[str, Path]
 
@@ -42,6 +53,12 @@ class Demo:
         return {
             "model": MODEL,
             **self.evaluation.to_dict(),
+            "budget": {
+                "asked": self.budget,
+                "mean_madds": self.budgeted.madds,
+                "top1": self.budgeted.top1,
+                "escalated": self.budgeted.escalated,
+            },
             "seconds": round(self.seconds, 1),
             "files": {label: str(path) for label, path in self.files.items()},
         }
@@ -61,13 +78,16 @@ def run_demo(
         UsageError: for a recipe that makes no sense.
         OSError: if the folder cannot be written; found out before training.
     """
-    stage1 = SupernetRecipe(model=MODEL, epochs=epochs, seed=seed)
+    # few epochs: a teacher would have to learn first, and all widths learn later than from labels
+    stage1 = SupernetRecipe(model=MODEL, epochs=epochs, seed=seed, target="labels")
     stage2 = GateRecipe(targets=target, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
 
     recipe = {"supernet": stage1.to_dict(), "gate": stage2.to_dict()}
     start = time.monotonic()
     train = _load("train", Preprocessing(IMAGE_SIZE_PX, mean=(0.0,) * 3, std=(1.0,) * 3))
+    rest, held = holdout(train.labels_N, HELD_OUT)
+    held_out, train = train.subset(held), train.subset(rest)
     mean, std = channel_statistics(train)
     preprocessing = Preprocessing(IMAGE_SIZE_PX, mean=mean, std=std)
     test = _load("test", preprocessing)
@@ -88,6 +108,11 @@ def run_demo(
         )
     with progress("evaluating", len(test)) as bar:
         result = evaluate(net, test, preprocessing, on_batch=bar.advance)
+    with progress("budgets", len(held_out) + len(test)) as bar:
+        curve = fit_curve(_every_path(net, held_out, preprocessing, bar.advance))
+        point = curve.at(target)
+        tested = _every_path(net, test, preprocessing, bar.advance)
+        budgeted = simulate(tested, point.shift, point.tau, point.escalate_to)
 
     files = {
         "checkpoint": out / "checkpoint.safetensors",
@@ -102,13 +127,14 @@ def run_demo(
             preprocessing=preprocessing,
             metrics=result.to_dict(),
             recipe=recipe,
+            budget=curve.to_dict(),
         ),
     )
     picture = evaluation_figure(
         net.spec, result, test, title=f"{MODEL} on Fashion-MNIST (2,000 test images)"
     )
     write_atomic(files["picture"], picture)
-    done = Demo(result, time.monotonic() - start, files)
+    done = Demo(result, target, budgeted, time.monotonic() - start, files)
     environment = {
         "dynaslim": __version__,
         "torch": torch.__version__,
@@ -125,6 +151,16 @@ def _load(split: str, preprocessing: Preprocessing) -> MemoryImages:
     source = open_source(DATA, split)
     with progress(f"reading {split} images", len(source)) as bar:
         return load_images(source, preprocessing, on_image=bar.advance)
+
+
+def _every_path(
+    net: SlimNet,
+    images: MemoryImages,
+    preprocessing: Preprocessing,
+    on_batch: Callable[[int], None],
+) -> PathAnswers:
+    batches = ((normalise(x, preprocessing), labels) for x, labels in images.batches(250))
+    return answer_paths(net, batches, on_batch=on_batch)
 
 
 def _json(value: object) -> bytes:

@@ -1,14 +1,18 @@
+import io
 import json
 import re
 
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 
-from dynaslim import cli
+from dynaslim import Engine, cli
 from dynaslim.checkpoint import read
-from dynaslim.cli.output import saving
-from dynaslim.demo import run_demo
+from dynaslim.cli.output import evaluation_table, saving
+from dynaslim.data import load_images, open_source
+from dynaslim.data.transforms import normalise
+from dynaslim.demo import DATA, run_demo
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +55,6 @@ def test_demo_learns_and_writes_what_it_says(done):
 def test_saved_checkpoint_gives_the_same_numbers(done, capsys):
     """What `evaluate` reads back from disk is what the demo printed."""
     demo, out = done
-    from dynaslim.demo import DATA
-
     checkpoint = str(out / "checkpoint.safetensors")
     assert cli.run(["evaluate", checkpoint, "--data", str(DATA), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
@@ -61,6 +63,27 @@ def test_saved_checkpoint_gives_the_same_numbers(done, capsys):
     assert again["dynamic"] == expected["dynamic"]
     assert read(checkpoint).class_names[9] == "Ankle boot"
     assert read(checkpoint).metrics == expected
+
+
+def test_the_budget_gives_what_the_demo_says(done):
+    """The checkpoint brings its curve, and the engine does with it what was printed."""
+    demo, out = done
+    checkpoint = read(out / "checkpoint.safetensors")
+    test = load_images(open_source(DATA, "test"), checkpoint.preprocessing)
+    engine = Engine(checkpoint, backend="eager", cache_dir=None)
+    x = normalise(test.images_NCSS, checkpoint.preprocessing)
+    given = engine(x, budget=0.5)
+    told = json.loads((out / "results.json").read_text())["budget"]
+    assert told["asked"] == 0.5
+    assert float(given.madds.mean()) == pytest.approx(told["mean_madds"], rel=1e-3)
+    top1 = float((given.logits.argmax(1) == test.labels_N).float().mean())
+    assert top1 == pytest.approx(told["top1"], abs=0.001), "a rounding may move an image or two"
+    table, words = io.StringIO(), saving(demo.evaluation, (demo.budget, demo.budgeted))
+    Console(file=table, width=120).print(
+        evaluation_table(demo.evaluation, (demo.budget, demo.budgeted))
+    )
+    assert f"{told['top1']:.2%}" in table.getvalue().split("dynamic (budget 0.5)")[1]
+    assert re.search(r"\nA budget of 0\.5 saves \d+% of the .* of the images ran once more", words)
 
 
 def test_same_seed_same_numbers(done, tmp_path):

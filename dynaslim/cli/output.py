@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dynaslim.evaluation import Evaluation
+    from dynaslim.runtime.calibrate_budget import Outcome
 
 
-def evaluation_table(result: Evaluation) -> Any:
-    """The result as a table for a person: routes by cost, then the dynamic mode."""
+def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> Any:
+    """The result as a table for a person: routes by cost, then the dynamic mode.
+
+    `budgeted` is a budget, a share of the widest route's cost, and what it gave on the same images.
+    """
     shares = {}
     if result.dynamic is not None:
         shares = {share.widths: share.share for share in result.dynamic.route_shares}
@@ -39,21 +43,42 @@ def evaluation_table(result: Evaluation) -> Any:
             f"{result.dynamic.top1:.2%}",
             "100.0%",
         )
+    if budgeted is not None:
+        share, outcome = budgeted
+        table.add_row(
+            f"dynamic (budget {share:g})",
+            f"{outcome.madds / 1e6:.2f} M",
+            f"{outcome.top1:.2%}",
+            "100.0%",
+        )
     return table
 
 
-def saving(result: Evaluation) -> str:
-    """What the gate gives and takes against the widest route, in a sentence; "" without gates."""
+def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> str:
+    """What the gate gives and takes against the widest route, in a sentence; "" without gates.
+
+    With `budgeted`, as `evaluation_table` takes it, what the budget does too.
+    """
     if result.dynamic is None:
         return ""
     widest = max(result.routes, key=lambda route: route.madds)
-    saved = 1 - result.dynamic.mean_madds / widest.madds
-    points = 100 * (result.dynamic.top1 - widest.top1)
-    change = "more" if points > 0 else "less"
-    return (
-        f"Against the widest route the gate saves {saved:.0%} of the multiply-adds, for "
-        f"{abs(points):.2f} points of top-1 {change}."
-    )
+
+    def change(madds: float, top1: float) -> str:
+        points = 100 * (top1 - widest.top1)
+        return (
+            f"saves {1 - madds / widest.madds:.0%} of the multiply-adds, for "
+            f"{abs(points):.2f} points of top-1 {'more' if points > 0 else 'less'}"
+        )
+
+    told = change(result.dynamic.mean_madds, result.dynamic.top1)
+    told = f"Against the widest route the gate {told}."
+    if budgeted is not None:
+        share, outcome = budgeted
+        told += (
+            f"\nA budget of {share:g} {change(outcome.madds, outcome.top1)}: "
+            f"{outcome.escalated:.0%} of the images ran once more, along a wider route."
+        )
+    return told
 
 
 def class_table(result: Evaluation) -> Any:

@@ -42,8 +42,9 @@ def demo(
     if json:
         print_json(done.to_dict())
         return
-    say(evaluation_table(done.evaluation))
-    say(saving(done.evaluation), end="\n\n")
+    budgeted = (done.budget, done.budgeted)
+    say(evaluation_table(done.evaluation, budgeted))
+    say(saving(done.evaluation, budgeted), end="\n\n")
     _print_files(done.files)
 
 
