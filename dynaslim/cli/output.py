@@ -63,19 +63,23 @@ def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) ->
         return ""
     widest = max(result.routes, key=lambda route: route.madds)
 
-    def change(madds: float, top1: float) -> str:
-        points = 100 * (top1 - widest.top1)
-        return (
-            f"saves {1 - madds / widest.madds:.0%} of the multiply-adds, for "
-            f"{abs(points):.2f} points of top-1 {'more' if points > 0 else 'less'}"
-        )
+    def saved(madds: float) -> str:
+        return f"{1 - madds / widest.madds:.0%}"
 
-    told = change(result.dynamic.mean_madds, result.dynamic.top1)
-    told = f"Against the widest route the gate {told}."
+    def change(top1: float, of: str) -> str:
+        points = 100 * (top1 - widest.top1)
+        return f"{abs(points):.2f} points{of} {'more' if points > 0 else 'less'}"
+
+    gate = result.dynamic
+    told = (
+        f"Against the widest route the gate saves {saved(gate.mean_madds)} of the multiply-adds, "
+        f"for {change(gate.top1, ' of top-1')}."
+    )
     if budgeted is not None:
         share, outcome = budgeted
         told += (
-            f"\nA budget of {share:g} {change(outcome.madds, outcome.top1)}: "
+            f"\nA budget of {share:g} saves {saved(outcome.madds)}, "
+            f"for {change(outcome.top1, '')}: "
             f"{outcome.escalated:.0%} of the images ran once more, along a wider route."
         )
     return told
