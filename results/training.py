@@ -144,6 +144,7 @@ def _static(job: Job) -> dict[str, Any]:
     )
     torch.manual_seed(recipe.seed)
     net = SlimNet(spec.replace(num_classes=len(data.class_names)))
+    net.to("cuda" if torch.cuda.is_available() else "cpu")  # as `run_supernet` does
     training = StaticTraining(net, data.feed, data.augment, recipe)
     snapshot = job.cell.run / "snapshot.safetensors"
     if snapshot.exists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
@@ -45,14 +46,18 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def hardware() -> dict[str, Any]:
-    """What was measured on: processor, cores, system and the versions of the libraries."""
+    """What was measured on: GPU if there is one, processor, cores, system and the versions of the libraries."""
     versions = {}
     for library in ("torch", "onnxruntime", "openvino", "numpy"):
         try:
             versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
+    # where torch has not been imported nothing has run on a GPU
+    torch = sys.modules.get("torch")
+    gpu = torch is not None and torch.cuda.is_available()
     return {
+        **({"gpu": torch.cuda.get_device_name()} if torch is not None and gpu else {}),
         "processor": processor_name(),
         "cores": usable_cores(),
         "system": f"{platform.system()} {platform.machine()}",
