@@ -18,7 +18,7 @@ from dynaslim.checkpoint import Checkpoint, create_model, save
 from dynaslim.data import MemoryImages, load_images, open_source
 from dynaslim.data.memory import channel_statistics
 from dynaslim.data.order import holdout
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import readable_batches
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
@@ -159,8 +159,7 @@ def _every_path(
     preprocessing: Preprocessing,
     on_batch: Callable[[int], None],
 ) -> PathAnswers:
-    batches = ((normalise(x, preprocessing), labels) for x, labels in images.batches(250))
-    return answer_paths(net, batches, on_batch=on_batch)
+    return answer_paths(net, readable_batches(images, preprocessing, 250), on_batch=on_batch)
 
 
 def _json(value: object) -> bytes:
