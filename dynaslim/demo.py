@@ -18,7 +18,7 @@ from dynaslim.checkpoint import Checkpoint, create_model, save
 from dynaslim.data import MemoryImages, load_images, open_source
 from dynaslim.data.memory import channel_statistics
 from dynaslim.data.order import holdout
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import readable_batches
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
@@ -42,22 +42,22 @@ class Demo:
     """What the demo measured and the files it wrote."""
 
     evaluation: Evaluation
-    budget: float
-    """A share of the widest route's cost, and below what it gives on the test images."""
-    budgeted: Outcome
+    budgeted: tuple[float, Outcome]
+    """A budget, a share of the widest route's cost, and what it gives on the test images."""
     seconds: float
     files: dict[str, Path]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
+        budget, outcome = self.budgeted
         return {
             "model": MODEL,
             **self.evaluation.to_dict(),
             "budget": {
-                "asked": self.budget,
-                "mean_madds": self.budgeted.madds,
-                "top1": self.budgeted.top1,
-                "escalated": self.budgeted.escalated,
+                "asked": budget,
+                "mean_madds": outcome.madds,
+                "top1": outcome.top1,
+                "escalated": outcome.escalated,
             },
             "seconds": round(self.seconds, 1),
             "files": {label: str(path) for label, path in self.files.items()},
@@ -112,7 +112,7 @@ def run_demo(
         curve = fit_curve(_every_path(net, held_out, preprocessing, bar.advance))
         point = curve.at(target)
         tested = _every_path(net, test, preprocessing, bar.advance)
-        budgeted = simulate(tested, point.shift, point.tau, point.escalate_to)
+        outcome = simulate(tested, point.shift, point.tau, point.escalate_to)
 
     files = {
         "checkpoint": out / "checkpoint.safetensors",
@@ -134,7 +134,7 @@ def run_demo(
         net.spec, result, test, title=f"{MODEL} on Fashion-MNIST (2,000 test images)"
     )
     write_atomic(files["picture"], picture)
-    done = Demo(result, target, budgeted, time.monotonic() - start, files)
+    done = Demo(result, (target, outcome), time.monotonic() - start, files)
     environment = {
         "dynaslim": __version__,
         "torch": torch.__version__,
@@ -159,8 +159,7 @@ def _every_path(
     preprocessing: Preprocessing,
     on_batch: Callable[[int], None],
 ) -> PathAnswers:
-    batches = ((normalise(x, preprocessing), labels) for x, labels in images.batches(250))
-    return answer_paths(net, batches, on_batch=on_batch)
+    return answer_paths(net, readable_batches(images, preprocessing, 250), on_batch=on_batch)
 
 
 def _json(value: object) -> bytes:

@@ -21,7 +21,7 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
 from dynaslim.data import MemoryImages, load_images, open_source
 from dynaslim.data.order import holdout
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import margins
@@ -141,8 +141,7 @@ def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) 
     if len(spec.gates) != 1 or pre is None:
         raise UsageError(f"{spec.name}: a table needs one gate, and how images are prepared")
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _ARRAYS}
-    for pixels, labels in images.batches(batch_size):
-        x = normalise(pixels, pre)
+    for x, labels in readable_batches(images, pre, batch_size):
         before, gate = net._before_gate(0, x, 0)
         assert gate is not None
         scaled, gate_logits = gate(before, decide=True)

@@ -26,7 +26,7 @@ SHARES: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8)
 FAR: Final = 1e6
 """A shift that sends every image along the cheapest route."""
 STEPS: Final = 40
-"""Thresholds that are tried for every pair of routes or networks, as evenly spaced shares."""
+"""Equal parts of the images; under a threshold that `ladder` tries is a whole number of them."""
 
 
 def compare(choosing: Table, judging: Table) -> dict[str, Any]:
@@ -113,15 +113,15 @@ def _spending(sure_N: Any, room: float) -> float:
     return policies.threshold_for(sure_N, count / len(sure_N))
 
 
-def _escalate(table: Table, target: int, tau: float | None) -> BudgetPoint:
+def _escalate(table: Table, target: int, tau: float) -> BudgetPoint:
     first_N = np.zeros(len(table.labels_N), np.int64)
     found = policies.escalated(
-        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, first_N, target, tau or 0.0
+        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, first_N, target, tau
     )
     return BudgetPoint(
         shift=FAR,
         tau=tau,
-        escalate_to=None if tau is None else (target,),
+        escalate_to=(target,),
         madds=found.cost,
         share=found.cost / max(table.costs_R),
         ms=None,
@@ -174,14 +174,15 @@ def cascade(choosing: Networks, judging: Networks) -> list[Outcome]:
     costs = {k: table.costs_R[0] for k, table in choosing.items()}
     found = []
     for limit in [share * max(costs.values()) for share in SHARES]:
-        tried = []
+        settings = []
         for first, second in itertools.combinations(sorted(choosing), 2):
             room = (limit - costs[first]) / costs[second]
             tau = _spending(choosing[first].sure_NR[:, 0], room)
             if costs[first] <= limit or first == min(choosing):
-                setting = (first, second, tau)
-                tried.append((_cascade(choosing, *setting).top1, setting))
-        found.append(_cascade(judging, *max(tried)[1]))
+                settings.append((first, second, tau))
+        # of equals the one of wider networks
+        best = max(settings, key=lambda setting: (_cascade(choosing, *setting).top1, setting))
+        found.append(_cascade(judging, *best))
     return found
 
 

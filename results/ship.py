@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
-
-import torch
 
 from dynaslim import shipped
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cost import params
 from dynaslim.data import MemoryImages
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import DynaslimError
 from dynaslim.evaluation import evaluate
-from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe, recipe_from_dict
 from dynaslim.runs import RunOptions, run_gate
@@ -67,7 +64,7 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
     held = images_of(data.path, "held_out", pre, data.val_share)
     with progress("running every path", len(held)) as bar:
         curve = fit_curve(
-            answer_paths(gated.net, _batches(held, pre), on_batch=lambda n: bar.advance(n))
+            answer_paths(gated.net, readable_batches(held, pre, 250), on_batch=bar.advance)
         )
     metrics = {**gated.metrics, **_tested(gated, curve, images_of(data.path, "test", pre))}
     made = replace(
@@ -98,13 +95,6 @@ def _with_gate(supernet: Path, recipe: SupernetRecipe, data: DataRecipe, run: Pa
     return read(run / f"gate_{TARGET:.2f}.safetensors")
 
 
-def _batches(
-    images: MemoryImages, pre: Preprocessing
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    for pixels, labels in images.batches(250):
-        yield normalise(pixels, pre), labels
-
-
 def _tested(gated: Checkpoint, curve: BudgetCurve, test: MemoryImages) -> dict[str, Any]:
     """The test split, once: routes, the gate as trained, and budgets that were chosen before."""
     pre = gated.preprocessing
@@ -112,7 +102,7 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: MemoryImages) -> dict[s
     with progress("evaluating", len(test)) as bar:
         result = evaluate(gated.net, test, pre, on_batch=bar.advance)
     with progress("running every path", len(test)) as bar:
-        answers = answer_paths(gated.net, _batches(test, pre), on_batch=lambda n: bar.advance(n))
+        answers = answer_paths(gated.net, readable_batches(test, pre, 250), on_batch=bar.advance)
     rows = []
     for budget in BUDGETS:
         point = curve.at(budget)

@@ -78,10 +78,8 @@ def test_the_budget_gives_what_the_demo_says(done):
     assert float(given.madds.mean()) == pytest.approx(told["mean_madds"], rel=1e-3)
     top1 = float((given.logits.argmax(1) == test.labels_N).float().mean())
     assert top1 == pytest.approx(told["top1"], abs=0.001), "a rounding may move an image or two"
-    table, words = io.StringIO(), saving(demo.evaluation, (demo.budget, demo.budgeted))
-    Console(file=table, width=120).print(
-        evaluation_table(demo.evaluation, (demo.budget, demo.budgeted))
-    )
+    table, words = io.StringIO(), saving(demo.evaluation, demo.budgeted)
+    Console(file=table, width=120).print(evaluation_table(demo.evaluation, demo.budgeted))
     assert f"{told['top1']:.2%}" in table.getvalue().split("dynamic (budget 0.5)")[1]
     assert re.search(
         r"\nA budget of 0\.5 saves \d+%, for [\d.]+ points (less|more): \d+% of the images ran",

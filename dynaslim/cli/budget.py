@@ -10,13 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 from dynaslim.cli.output import new_table, print_json, say
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import torch
 
-    from dynaslim.data.disk import DiskImages
     from dynaslim.data.source import ImageSource
-    from dynaslim.preprocessing import Preprocessing
     from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
     from dynaslim.runtime.calibrate_budget import Outcome
     from dynaslim.spec import NetSpec, Route
@@ -62,6 +58,7 @@ def calibrate_budget(
     from dynaslim.cost_file import read_cost_table
     from dynaslim.data import open_source
     from dynaslim.data.disk import DiskImages
+    from dynaslim.data.transforms import readable_batches
     from dynaslim.errors import UsageError
     from dynaslim.evaluation import match_classes
     from dynaslim.pretrained import is_hub_address
@@ -107,7 +104,7 @@ def calibrate_budget(
     net = loaded.net.to(to_device(device))
     with progress("running every path", len(images)) as bar:
         answers = answer_paths(
-            net, _batches(images, preprocessing, batch_size), on_batch=bar.advance
+            net, readable_batches(images, preprocessing, batch_size), on_batch=bar.advance
         )
     curve = fit_curve(answers, latency=latency)
     curve.check_fits(spec)
@@ -173,18 +170,6 @@ def _held_rows(source: ImageSource, share: float) -> torch.Tensor:
     from dynaslim.data.order import holdout
 
     return holdout(source.labels(), share)[1]
-
-
-def _batches(
-    images: DiskImages, preprocessing: Preprocessing, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Network inputs and labels of the images that can be read."""
-    from dynaslim.data.transforms import normalise
-
-    for pixels, labels in images.batches(batch_size):
-        good = labels >= 0
-        if good.any():
-            yield normalise(pixels[good], preprocessing), labels[good]
 
 
 def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, Outcome]]) -> Any:

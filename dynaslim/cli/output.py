@@ -35,22 +35,16 @@ def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None 
     others = sum(share for widths, share in shares.items() if widths not in uniform)
     if others:
         table.add_row("other combinations", "", "", f"{others:.1%}")
+    dynamic = []
     if result.dynamic is not None:
-        table.add_section()
-        table.add_row(
-            "dynamic (gate)",
-            f"{result.dynamic.mean_madds / 1e6:.2f} M",
-            f"{result.dynamic.top1:.2%}",
-            "100.0%",
-        )
+        dynamic.append(("gate", result.dynamic.mean_madds, result.dynamic.top1))
     if budgeted is not None:
-        share, outcome = budgeted
-        table.add_row(
-            f"dynamic (budget {share:g})",
-            f"{outcome.madds / 1e6:.2f} M",
-            f"{outcome.top1:.2%}",
-            "100.0%",
-        )
+        budget, outcome = budgeted
+        dynamic.append((f"budget {budget:g}", outcome.madds, outcome.top1))
+    if dynamic:
+        table.add_section()
+    for name, madds, top1 in dynamic:
+        table.add_row(f"dynamic ({name})", f"{madds / 1e6:.2f} M", f"{top1:.2%}", "100.0%")
     return table
 
 

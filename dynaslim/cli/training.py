@@ -31,7 +31,7 @@ def demo(
 
     Args:
         out: Folder for the checkpoint, the results and the picture.
-        epochs: Passes over the 10,000 images in stage I (the supernet).
+        epochs: Passes over the 9,000 images in stage I (the supernet).
         target: Mean cost that the gate of stage II aims at, as a share of the widest route's.
         seed: Of everything random: the same seed and number of threads give the same numbers.
         json: Print one JSON object.
@@ -42,9 +42,8 @@ def demo(
     if json:
         print_json(done.to_dict())
         return
-    budgeted = (done.budget, done.budgeted)
-    say(evaluation_table(done.evaluation, budgeted))
-    say(saving(done.evaluation, budgeted), end="\n\n")
+    say(evaluation_table(done.evaluation, done.budgeted))
+    say(saving(done.evaluation, done.budgeted), end="\n\n")
     _print_files(done.files)
 
 

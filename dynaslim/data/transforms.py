@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,10 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import AugmentRecipe
 from dynaslim.seeds import step_seed
 
+if TYPE_CHECKING:
+    from dynaslim.data.disk import DiskImages
+    from dynaslim.data.memory import MemoryImages
+
 
 def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
     """uint8 pixels (or floats of 0..255) -> float32 of mean 0 and deviation 1 per channel."""
@@ -24,6 +30,16 @@ def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
     mean, std = statistics.mul(255).view(2, 1, preprocessing.channels, 1, 1)
     x: Tensor = (images_BCSS.float() - mean) / std
     return x
+
+
+def readable_batches(
+    images: MemoryImages | DiskImages, preprocessing: Preprocessing, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Network inputs (B, C, S, S) and labels (B,) of the images that can be read, as stored."""
+    for pixels, labels in images.batches(batch_size):
+        good = labels >= 0
+        if good.any():
+            yield normalise(pixels[good], preprocessing), labels[good]
 
 
 class Augment:

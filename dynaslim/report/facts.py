@@ -12,11 +12,12 @@ import torch
 
 from dynaslim import shipped
 from dynaslim.cost import madds
+from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
 from dynaslim.progress import progress
 from dynaslim.report.baselines import FILE, Baseline, read_baselines
-from dynaslim.report.images import NoImagesError, Opened, open_images, readable_batches
+from dynaslim.report.images import NoImagesError, Opened, open_images
 from dynaslim.report.numbers import Details, Numbers, look_closer, stored_numbers
 from dynaslim.report.stats import Difference, paired_difference
 from dynaslim.report.subject import Subject, Trained, find_subject

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
-from torch import Tensor
 
 import dynaslim.data
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.data.disk import DiskImages
 from dynaslim.data.order import holdout
 from dynaslim.data.source import WHOLE, ImageSource, open_source
-from dynaslim.data.transforms import normalise
 from dynaslim.errors import CheckpointError, DataError
 from dynaslim.evaluation import match_classes
 from dynaslim.preprocessing import Preprocessing
@@ -137,16 +135,6 @@ def _open(checkpoint: Checkpoint, pre: Preprocessing, which: HeldOut, limit: int
     images.check_fits(pre, spec.num_classes)
     trained_on = which.share is None and _is_trained_on(checkpoint.recipe, source)
     return Opened(images, which.path, source.split, which.share, whole, trained_on)
-
-
-def readable_batches(
-    images: DiskImages, preprocessing: Preprocessing, batch_size: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Network inputs (B, C, S, S) and labels (B,) of the images that can be read."""
-    for pixels, labels in images.batches(batch_size):
-        good = labels >= 0
-        if good.any():
-            yield normalise(pixels[good], preprocessing), labels[good]
 
 
 def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:

@@ -28,6 +28,10 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
 from dynaslim.spec import NetSpec
 
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
+Logits = npt.NDArray[np.floating[Any]]
 Kind = Literal["share", "madds", "ms", "drop"]
 
 FORMS: Final = (
@@ -48,7 +52,7 @@ _ROUNDING: Final = 1e-9
 # -- decisions ------------------------------------------------------------------------------------
 
 
-def option_costs(table: CostTable) -> tuple[npt.NDArray[np.float64], ...]:
+def option_costs(table: CostTable) -> tuple[Floats, ...]:
     """For every gate (K,): what a route with that option, and else the cheapest, costs.
 
     As a share of the widest route's cost.
@@ -61,12 +65,7 @@ def option_costs(table: CostTable) -> tuple[npt.NDArray[np.float64], ...]:
     return tuple(costs)
 
 
-def choose(
-    gate_logits_BK: npt.NDArray[np.floating[Any]],
-    shift: float,
-    costs_K: npt.NDArray[np.float64],
-    limit: int | None = None,
-) -> npt.NDArray[np.int64]:
+def choose(gate_logits_BK: Logits, shift: float, costs_K: Floats, limit: int | None = None) -> Ints:
     """The option (B,) with the highest `logits - shift * costs`; of equals the cheaper one.
 
     Positive shifts choose cheaper, negative ones wider, 0 is the gate's own decision. `costs_K`
@@ -76,9 +75,7 @@ def choose(
     return choose_by_prices(gate_logits_BK, prices(shift, costs_K, limit))
 
 
-def prices(
-    shift: float, costs_K: npt.NDArray[np.float64], limit: int | None = None
-) -> npt.NDArray[np.float64]:
+def prices(shift: float, costs_K: Floats, limit: int | None = None) -> Floats:
     """(K, K): how much higher the logit of an option (column) must be to beat an earlier one (row).
 
     Infinite for the option itself and those before. The same for all rows of many calls.
@@ -89,19 +86,17 @@ def prices(
     return price_KK
 
 
-def choose_by_prices(
-    gate_logits_BK: npt.NDArray[np.floating[Any]], price_KK: npt.NDArray[np.float64]
-) -> npt.NDArray[np.int64]:
+def choose_by_prices(gate_logits_BK: Logits, price_KK: Floats) -> Ints:
     """As `choose`."""
     logits_BK = np.asarray(gate_logits_BK, np.float64)[:, : len(price_KK)]
     # option by option rather than by argmax: rounding could make the latter go back and forth.
     # The choice is the first option that no later one beats; the last is never beaten.
     gain_BKK = logits_BK[:, None, :] - logits_BK[:, :, None]
-    option_B: npt.NDArray[np.int64] = (gain_BKK > price_KK).any(2).argmin(1)
+    option_B: Ints = (gain_BKK > price_KK).any(2).argmin(1)
     return option_B
 
 
-def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+def margins(logits_BN: Logits) -> npt.NDArray[Any]:
     """Probability of the likeliest class minus that of the next (B,), in the type of the logits.
 
     In 0..1; 1 where there is a single class.
@@ -116,10 +111,15 @@ def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     return np.asarray(-np.expm1(top_BN[:, classes - 2] - highest_B) / sum_B, logits_BN.dtype)
 
 
-def may_escalate(table: CostTable, own: Sequence[int], target: Sequence[int]) -> bool:
-    """Whether a row of path `own` may go on to `target`: dearer, and wider behind some gate."""
-    wider = any(t > o for t, o in zip(target, own, strict=True))
-    return wider and table.route_cost(own) < table.route_cost(target)
+def who_may_escalate(
+    table: CostTable, own_BG: Ints, costs_B: Floats, target: Sequence[int]
+) -> Bools:
+    """Which rows (B,) may go on to `target`: dearer than their own path, wider behind some gate.
+
+    `costs_B` are those of the paths, by the table: whoever asks has them at hand.
+    """
+    wider_B: Bools = np.any(own_BG < np.array(target), axis=1)
+    return wider_B & (costs_B < table.route_cost(target))
 
 
 def escalation_cost(table: CostTable, target: Sequence[int]) -> float:

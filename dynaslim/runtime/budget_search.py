@@ -19,8 +19,15 @@ import numpy.typing as npt
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import check
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, escalation_cost, option_costs
-from dynaslim.runtime.calibrate_budget import Floats, Ints, PathAnswers
+from dynaslim.runtime.budget import (
+    BudgetCurve,
+    BudgetPoint,
+    Floats,
+    Ints,
+    escalation_cost,
+    option_costs,
+)
+from dynaslim.runtime.calibrate_budget import PathAnswers
 
 SHIFTS: Final = 41
 """Shifts that are tried, beside 0 and those that send all images along one end."""

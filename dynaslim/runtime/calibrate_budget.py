@@ -27,18 +27,18 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import DataError, DynaslimError, UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.runtime.budget import (
+    Bools,
+    Floats,
+    Ints,
     choose,
     escalation_cost,
     margins,
-    may_escalate,
     option_costs,
+    who_may_escalate,
 )
 from dynaslim.spec import NetSpec, Route
 
 Path = tuple[int, ...]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 
 MAX_PATHS: Final = 256
 
@@ -85,7 +85,8 @@ class PathAnswers:
 
     def may_escalate(self, target: Path) -> Bools:
         """Whether rows of each path (P,) may go on to a target."""
-        return np.array([may_escalate(self.table, path, target) for path in self.paths])
+        costs_P = self.costs(self.table)
+        return who_may_escalate(self.table, np.array(self.paths), costs_P, target)
 
     def taken(self, shift: float) -> Ints:
         """The number of the path (N,) that the gates choose under a shift."""

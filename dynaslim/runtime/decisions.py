@@ -42,10 +42,9 @@ class RouteCosts:
         return total_B
 
     def may_escalate(self, options_BG: np.ndarray, target: tuple[int, ...]) -> np.ndarray:
-        """For every row whether it may go on to `target` (B,) bool: see `budget.may_escalate`."""
-        wider_B: np.ndarray = np.any(options_BG < np.array(target), axis=1)
-        wider_B &= self.of_paths(options_BG) < self.table.route_cost(target)
-        return wider_B
+        """For every row whether it may go on to `target` (B,) bool."""
+        costs_B = self.of_paths(options_BG)
+        return budgets.who_may_escalate(self.table, options_BG, costs_B, target)
 
 
 @dataclass(frozen=True)

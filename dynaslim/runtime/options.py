@@ -95,6 +95,7 @@ def check_images(x: Any, spec: NetSpec) -> tuple[int, int]:
     check(numbers, f"input of type {type(x).__name__}: give a numpy array or a tensor")
     floating = x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.is_floating_point()
     if not floating:
+        # not `check`: numpy takes long to name a type, and this runs at every call
         raise UsageError(f"input of {x.dtype}: give normalised images in floating point")
     if len(x.shape) != 4 or x.shape[1] != spec.in_channels:
         raise UsageError(

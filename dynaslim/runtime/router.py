@@ -22,6 +22,7 @@ from dynaslim.errors import DynaslimError
 from dynaslim.runtime.arrays import Array, check_finite
 from dynaslim.runtime.backends import Backend, Program
 from dynaslim.runtime.forms import Form, FormShape, form_madds, form_shape
+from dynaslim.runtime.padding import run_padded
 from dynaslim.runtime.schedule import Piece, Timings, plan_step, rows_in_cache
 from dynaslim.runtime.workers import Workers, Workspace, Workspaces
 from dynaslim.spec import NetSpec, Route
@@ -45,7 +46,16 @@ class Bucket:
     members: np.ndarray
     """Which rows of the batch."""
     features: Array
-    gate_logits: Array
+    """Class logits behind the last gate."""
+    gate_logits: Array | None
+    """None behind the last gate."""
+
+    def outs(self, start: int = 0, stop: int | None = None) -> tuple[Array, ...]:
+        """Where a form writes its results for rows `start` to `stop`, by default for all."""
+        features = self.features[start:stop]
+        if self.gate_logits is None:
+            return (features,)
+        return features, self.gate_logits[start:stop]
 
 
 class Job(NamedTuple):
@@ -155,8 +165,7 @@ class Router:
             return Routed(*self._single(x, decide, size, first), None)
         workspace = self._workspaces.borrow()
         trunk = self._bucket(workspace, 0, 0, np.arange(rows), size)
-        outs = (trunk.features, trunk.gate_logits)
-        self.run([Job(Form(0), x, None, outs, rows, first)], size)
+        self.run([Job(Form(0), x, None, trunk.outs(), rows, first)], size)
         options_BG = np.empty((rows, gates), np.int64)
         logits_BN = np.empty((rows, self.spec.num_classes), np.float32)
         self._onward(workspace, trunk, decide, options_BG, logits_BN, size, limits)
@@ -232,9 +241,7 @@ class Router:
                 start = 0
                 for (form, bucket, part), arrived in zip(parts, joining, strict=True):
                     stop = start + len(arrived)
-                    outs: tuple[Array, ...] = (joined.features[start:stop],)
-                    if number < len(self.spec.gates):
-                        outs = (*outs, joined.gate_logits[start:stop])
+                    outs = joined.outs(start, stop)
                     jobs.append(Job(form, bucket.features, part, outs, len(arrived)))
                     start = stop
             self.run(jobs, size)
@@ -258,11 +265,8 @@ class Router:
         picked = None if len(members) == len(trunk.members) else members
         for number, (gate, option) in enumerate(zip(self.spec.gates, again.path, strict=True), 1):
             made = self._bucket(workspace, number, option, members, size)
-            outs: tuple[Array, ...] = (made.features,)
-            if number < len(self.spec.gates):
-                outs = (*outs, made.gate_logits)
             form = Form(number, before, gate.choices[option])
-            self.run([Job(form, features, picked, outs, len(members))], size)
+            self.run([Job(form, features, picked, made.outs(), len(members))], size)
             features, before, picked = made.features, form.choice, None
         logits_BN[members] = self.backend.arrays.host(features)
 
@@ -291,7 +295,7 @@ class Router:
         row = arrays.row(shape.rows_out[0])
         features = workspace.rows(("out", number, option), len(members), row, floats=last)
         if last:
-            return Bucket(option, members, features, features[:0])
+            return Bucket(option, members, features, None)
         logits = workspace.rows(
             ("gate", number, option), len(members), shape.rows_out[1], floats=True
         )
@@ -302,9 +306,7 @@ class Router:
     def run(self, jobs: Sequence[Job], size: tuple[int, int]) -> None:
         """Divide the rows of all jobs among the cores and run them."""
         backend = self.backend
-        timings = self.timings.get(size)
-        if timings is None:
-            timings = self.timings.setdefault(size, Timings())
+        timings = self.timings.get(size) or self.timings.setdefault(size, Timings())
         caps = [self._cap(job.form, size) for job in jobs]
         seconds = [timings.get(job.form, self.madds(job.form, size)) for job in jobs]
         plan = plan_step([job.rows for job in jobs], seconds, caps, backend.workers)
@@ -362,32 +364,12 @@ class Router:
         self._call(self.program(form, size, wide=wide), x, outs, form)
 
     def _call(self, program: Program, x: Array, outs: Sequence[Array], form: Form) -> None:
-        sizes, rows = self.backend.sizes, len(x)
-        if sizes is None:
-            program(x, outs)
-        else:
-            self._padded(program, x, outs, next(n for n in sizes if n >= rows), form)
-
-    def _padded(
-        self, program: Program, x: Array, outs: Sequence[Array], rows: int, form: Form
-    ) -> None:
-        """Run a program that takes just so many rows; what the rows behind x hold is ignored."""
-        if rows == len(x):
+        sizes = self.backend.sizes
+        if sizes is None or len(x) in sizes:
             program(x, outs)
             return
-        workspace, floats = self._workspaces.of_thread(), [False, True]
-        if len(outs) == 1:
-            floats = [True]
-        full = workspace.rows(("pad", form.segment), rows, tuple(x.shape[1:]))
-        full[: len(x)] = x
-        full[len(x) :] = 0
-        room = [
-            workspace.rows(("padded", form, n), rows, tuple(out.shape[1:]), floats=kind)
-            for n, (out, kind) in enumerate(zip(outs, floats, strict=True))
-        ]
-        program(full, room)
-        for out, made in zip(outs, room, strict=True):
-            out[:] = made[: len(x)]
+        rows = next(n for n in sizes if n > len(x))
+        run_padded(program, x, outs, rows, self._workspaces.of_thread(), form)
 
     def close(self) -> None:
         """Let the threads go."""

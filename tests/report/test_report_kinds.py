@@ -315,7 +315,7 @@ def test_network_without_gates_and_images_by_no_name(tmp_path):
 
 
 def test_budgets_are_measured_on_the_images_and_timed(gate_run, tmp_path, data):
-    from dynaslim.report.images import readable_batches
+    from dynaslim.data.transforms import readable_batches
     from dynaslim.runtime.budget_search import fit_curve
     from dynaslim.runtime.calibrate_budget import answer_paths
 

@@ -20,9 +20,9 @@ from dynaslim.runtime.budget import (
     choose,
     escalation_cost,
     margins,
-    may_escalate,
     option_costs,
     parse_budget,
+    who_may_escalate,
 )
 from dynaslim.spec import Route
 from dynaslim.zoo import ZOO
@@ -117,6 +117,10 @@ def test_margins_of_extreme_logits():
 
 
 def test_who_may_escalate():
+    def may_escalate(table, own, target):
+        (may,) = who_may_escalate(table, np.array([own]), np.array([table.route_cost(own)]), target)
+        return may
+
     table = CostTable.from_madds(micro_spec(), 32)
     assert may_escalate(table, (0, 0), (1, 2))
     assert may_escalate(table, (0, 2), (1, 1)) == (
