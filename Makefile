@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 FROM := $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test check format docs setup clean results results-quick
+.PHONY: demo test check format docs setup clean results results-gpu results-quick
 
 demo: $(READY)  ## train, evaluate and show a small network on real images (about 2 minutes on 2 cores)
 	$(BIN)/dynaslim demo
@@ -20,6 +20,13 @@ results: $(READY)  ## all numbers of docs/results.md anew; DATA=FOLDER has the i
 	$(BIN)/python -m results.run gates_ms --jobs 2 $(FROM)
 	$(BIN)/python -m results.run gates_ms --judge $(FROM)
 	$(BIN)/python -m results.run gates_ms --judge --test $(FROM)
+	$(BIN)/python -m results.table
+
+results-gpu: $(READY)  ## Imagenette too, on a machine with a GPU (its part takes minutes there)
+	$(BIN)/python -m results.run imagenette --seeds 0 $(FROM)
+	$(BIN)/python -m results.run imagenette --seeds 0 --judge $(FROM)
+	$(BIN)/python -m results.run imagenette --seeds 0 --judge --test $(FROM)
+	$(BIN)/python -m results.measure_ms --only imagenette --seeds 0 $(FROM)
 	$(BIN)/python -m results.table
 
 results-quick: $(READY)  ## repeat one ablation and compare (about 10 minutes on 2 cores)

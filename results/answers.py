@@ -146,7 +146,7 @@ def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) 
         assert gate is not None
         scaled, gate_logits = gate(before, decide=True)
         assert gate_logits is not None
-        tails = [net.segment(1, scaled, k).features for k in range(spec.num_widths)]
+        tails = [net.segment(1, scaled, k).features for k in spec.gates[0].choices]
         values = {
             "logits_NRC": torch.stack(tails, 1),
             "labels_N": labels,

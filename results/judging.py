@@ -109,6 +109,13 @@ def longer(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     return _supernet_and_gates("longer", plan.cifar10(folder, seed), seed, test)[1]
 
 
+def imagenette(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """DS-MBNet on photographs, with its gates."""
+    (job, _) = plan.imagenette(folder, [seed])
+    assert isinstance(job.recipe, SupernetRecipe)
+    return _supernet_and_gates("imagenette", job.recipe, seed, test)[1]
+
+
 def _supernet_and_gates(
     experiment: str, recipe: SupernetRecipe, seed: int, test: bool
 ) -> tuple[Pair, dict[str, Any]]:
@@ -263,6 +270,7 @@ JUDGED: Final[Mapping[str, Any]] = {
     "headline": headline,
     "labels": labels,
     "longer": longer,
+    "imagenette": imagenette,
     "targets": targets,
     "quick": quick,
     "gates": gates,

@@ -1,6 +1,6 @@
 """Measures milliseconds: `python -m results.measure_ms --data FOLDER`, on a machine that is quiet.
 
-All in one run and interleaved: the uniform routes of a CIFAR-10 supernet as plain programs, the
+All in one run and interleaved: the uniform routes of a supernet as plain programs, on CIFAR-10 the
 static networks beside it, and the routed engine at every budget, on the same held-out images in
 batches of 32. Also the tables of segments' milliseconds (`latency/`) that gates are trained by.
 """
@@ -33,19 +33,19 @@ from results.judging import WIDTHS
 
 BACKENDS: Final = ("openvino", "onnxruntime")
 BATCH: Final = 32
-BATCHES: Final = 16
+BATCHES: Final = {"headline": 16, "labels": 16, "longer": 16, "imagenette": 4}
 """Different batches that every arm runs in a round: routes differ from batch to batch."""
 ROUNDS: Final = 25
-EXPERIMENTS: Final = ("headline", "labels", "longer")
+EXPERIMENTS: Final = ("headline", "labels", "longer", "imagenette")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m results.measure_ms", description=__doc__)
-    parser.add_argument("--data", help="folder with cifar10, fashion_mnist; else the hub")
+    parser.add_argument("--data", help="folder with cifar10, fashion_mnist, ...; else the hub")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", default="headline,labels,longer,tables", help="some of these")
+    parser.add_argument("--only", default="headline,labels,longer,tables", help="or imagenette")
     given = parser.parse_args(argv)
     seeds, only = [int(seed) for seed in given.seeds.split(",")], given.only.split(",")
     try:
@@ -75,7 +75,7 @@ def write_tables(folder: str | None, seed: int) -> None:
 
 def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, Any]:
     """Milliseconds per image of everything in an experiment's table, by backend."""
-    recipe = plan.cifar10(folder, seed)
+    images_from = plan.jobs_of(name, folder, [seed])[0].recipe.data
     gates = Cell(name, "gates", seed).run / f"gate_{plan.TARGETS[1]:.2f}.safetensors"
     if not gates.exists():
         raise UsageError(f"{gates}: is not there; run the experiment {name} first")
@@ -85,9 +85,9 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
         raise UsageError(f"compare it first: python -m results.run {name} --judge")
     checkpoint = read(gates)
     assert checkpoint.preprocessing is not None
-    images = images_of(recipe.data.path, "held_out", checkpoint.preprocessing)
+    images = images_of(images_from.path, "held_out", checkpoint.preprocessing)
     # in an order of its own: the set is sorted by nothing, but neither is this
-    order = np.random.default_rng(0).permutation(len(images))[: BATCH * BATCHES]
+    order = np.random.default_rng(0).permutation(len(images))[: BATCH * BATCHES[name]]
     x = normalise(images.images_NCSS[order], checkpoint.preprocessing).numpy()
     batches = [x[at : at + BATCH] for at in range(0, len(x), BATCH)]
     found: dict[str, Any] = {}
@@ -99,7 +99,7 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
                 rounds,
                 lambda bar=bar: bar.advance(),
             )
-        widest = times[f"route{WIDTHS - 1}"]
+        widest = times[max(name for name in times if name.startswith("route"))]
         found[backend] = {
             name: {
                 **{k: v / len(x) for k, v in summary(values).items()},
@@ -130,10 +130,12 @@ def _arms(
 ) -> dict[str, Arm]:
     """Routes and static networks as plain programs; the engine at every budget."""
     engine = Engine(replace(checkpoint, budget=None), backend=backend)
+    (gate,) = engine.spec.gates
     arms: dict[str, Arm] = {
-        f"route{k}": engine.static(route) for k, route in enumerate(engine.spec.routes)
+        f"route{k}": engine.static(engine.spec.route_at((choice,)))
+        for k, choice in enumerate(gate.choices)
     }
-    for k in range(WIDTHS):
+    for k in range(WIDTHS if name != "imagenette" else 0):
         file = Cell("headline", f"static{k}", seed).run / "last.safetensors"
         if file.exists():
             alone = Engine.from_checkpoint(file, backend=backend)

@@ -70,6 +70,8 @@ def page(summaries: Summary, notes: str) -> str:
     if notes:
         parts.append(notes.strip() + "\n")
     parts += [_remedy(told, found) for key, told in REMEDIES.items() if (found := summaries[key])]
+    if photographs := summaries["imagenette"]:
+        parts.append(_imagenette(photographs))
     parts += [*_ablations(summaries), _repeat(summaries)]
     return "\n".join(parts)
 
@@ -109,7 +111,7 @@ def _split(found: Summary, images: int | None = None) -> str:
 
 def _remedy(told: str, found: Summary) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
-    return f"{told} Seeds: {seeds}.\n\n{_rows_of_networks(found)}\n{_budgets(found)}"
+    return f"{told} Seeds: {seeds}.\n\n{_rows_of_networks(found)}\n{_budgets(found, 'CIFAR-10')}"
 
 
 def _goals(summaries: Summary) -> str:
@@ -130,7 +132,7 @@ def _goals(summaries: Summary) -> str:
     header = ["supernet", NEAR, OVER, "routes not below networks trained alone, points"]
     return (
         "## Against the goals\n\nBudgets at which each is met, on CIFAR-10; what the supernets "
-        f"are stands below.\n\n{table(header, rows)}\n{_budgets(summaries['cifar10'])}"
+        f"are stands below.\n\n{table(header, rows)}\n{_budgets(summaries['cifar10'], 'CIFAR-10')}"
     )
 
 
@@ -148,7 +150,7 @@ def _met(budgets: Sequence[float], timed: bool) -> str:
     return ", ".join(f"{b:g}" for b in budgets) or "**missed**"
 
 
-def _budgets(main: Summary) -> str:
+def _budgets(main: Summary, name: str) -> str:
     """Every budget of the main way beside what the goals ask for."""
     goals = main["goals"]
     rows = []
@@ -165,7 +167,7 @@ def _budgets(main: Summary) -> str:
             ]
         )
     lines = [
-        f"CIFAR-10, {WAYS[main['main']]}, on {_split(main)}; points of top-1.\n",
+        f"{name}, {WAYS[main['main']]}, on {_split(main)}; points of top-1.\n",
         table(
             [
                 "budget",
@@ -216,6 +218,33 @@ def _rows_of_networks(main: Summary) -> str:
     return table(["network", "M MAdds", "top-1, %", "ms per image"], rows)
 
 
+def _imagenette(found: Summary) -> str:
+    ms = found.get("ms")
+    told = (
+        f"## Imagenette\n\n`ds_mbnet` on photographs of 128 px, {_seeds(found)}, on "
+        f"{_split(found, found['images'])}; recipe `recipes/imagenette_ds_mbnet_supernet.yaml`, "
+        f"trained on a GPU from scratch; the four widths of its routing space."
+    )
+    timed = "" if ms is None else f" {_timed(ms)}"
+    return "\n".join(
+        [
+            f"{told}{timed}\n",
+            _rows_of_networks(found),
+            _budgets(found, "Imagenette"),
+            _equal_cost(found, "Imagenette"),
+        ]
+    )
+
+
+def _timed(ms: Summary) -> str:
+    hardware = ms["hardware"]
+    return (
+        f"Milliseconds per image: {ms['backend']}, batches of {ms['batch']}, "
+        f"{hardware['cores']} cores of {hardware['processor']}, medians of {ms['rounds']} "
+        f"interleaved rounds."
+    )
+
+
 def _headline(main: Summary) -> str:
     ms = main.get("ms")
     lines = [
@@ -225,12 +254,7 @@ def _headline(main: Summary) -> str:
         f"same recipe, one width alone, labels.",
     ]
     if ms is not None:
-        hardware = ms["hardware"]
-        lines.append(
-            f"Milliseconds per image: {ms['backend']}, batches of {ms['batch']}, "
-            f"{hardware['cores']} cores of {hardware['processor']}, medians of {ms['rounds']} "
-            f"interleaved rounds."
-        )
+        lines.append(_timed(ms))
     lines.append("")
     lines.append(_rows_of_networks(main))
     lines.append("![Accuracy against multiply-adds](img/results_madds.svg)\n")
@@ -344,10 +368,6 @@ def _ablations(summaries: Summary) -> Iterator[str]:
         yield table(header, rows)
     if found := summaries["rates"]:
         yield _rates(found)
-    yield (
-        "### Imagenette\n\nNot run: `ds_mbnet` on photographs of 128 px needs a GPU. "
-        "`python -m results.run imagenette` does it where there is one.\n"
-    )
 
 
 def _targets(found: Summary) -> str:

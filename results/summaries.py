@@ -55,10 +55,10 @@ def main_way(name: str) -> str:
     return max(DYNAMIC, key=height)
 
 
-# -- CIFAR-10 --------------------------------------------------------------------------------------
+# -- supernets with their gates --------------------------------------------------------------------
 
 
-def cifar10(name: str = "headline") -> dict[str, Any]:
+def supernets(name: str) -> dict[str, Any]:
     """Routes, static networks, every way at every budget, times, goals."""
     split, cells = compared(name)
     if not cells:

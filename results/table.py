@@ -43,9 +43,10 @@ def _held(path: Path) -> bytes | None:
 def made() -> dict[Path, bytes]:
     """Every file and its content, from the cells that there are."""
     found: dict[str, Any] = {
-        "cifar10": summaries.cifar10(),
-        "cifar10_labels": summaries.cifar10("labels"),
-        "cifar10_longer": summaries.cifar10("longer"),
+        "cifar10": summaries.supernets("headline"),
+        "cifar10_labels": summaries.supernets("labels"),
+        "cifar10_longer": summaries.supernets("longer"),
+        "imagenette": summaries.supernets("imagenette"),
         "targets": summaries.targets("targets"),
         "gates": summaries.gates(),
         "gates_ms": summaries.gates_ms(),

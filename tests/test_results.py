@@ -404,7 +404,8 @@ def written(tmp_path, monkeypatch):
     monkeypatch.setattr(table, "DOCS", tmp_path / "docs")
     for seed in range(3):
         found = _compared(seed)
-        cells.Cell("compare", "headline", seed).write({"seed": seed}, {"test": found})
+        for name in ("headline", "imagenette"):
+            cells.Cell("compare", name, seed).write({"seed": seed}, {"test": found})
         top1 = {target: [0.7 + k / 50 for k in range(4)] for target in page.TARGETS}
         cells.Cell("compare", "quick", seed).write({"seed": seed}, {"test": {"top1": top1}})
     times = {f"route{k}": {"median": 0.1 * (k + 1)} for k in range(4)}
@@ -422,7 +423,7 @@ def written(tmp_path, monkeypatch):
 
 
 def test_means_spreads_and_goals(written):
-    found = summaries.cifar10()
+    found = summaries.supernets("headline")
     seeds = [_compared(seed)["top1"][3] for seed in range(3)]
     assert found["split"] == "test"
     assert found["routes"][3]["mean"] == pytest.approx(np.mean(seeds))
@@ -441,8 +442,8 @@ def test_means_spreads_and_goals(written):
 
 def test_one_seed_that_was_not_tested_keeps_the_test_split_shut(written):
     cells.Cell("compare", "headline", 3).write({"seed": 3}, {"held_out": _compared(3)})
-    assert summaries.cifar10()["split"] == "held_out"
-    assert summaries.cifar10()["seeds"] == [3]
+    assert summaries.supernets("headline")["split"] == "held_out"
+    assert summaries.supernets("headline")["seeds"] == [3]
 
 
 def test_the_page_has_what_the_summaries_say(written, capsys):
@@ -454,6 +455,9 @@ def test_the_page_has_what_the_summaries_say(written, capsys):
     for value in found["routes"]:
         assert f"{100 * value['mean']:.2f} ± {100 * value['sd']:.2f}" in text
     assert "A note of a person." in text
+    photographs = text.split("## Imagenette")[1].split("## Ablations")[0]
+    assert "Imagenette, gate and escalation, on the images of the test split" in photographs
+    assert f"{100 * found['routes'][0]['mean']:.2f}" in photographs
     for picture in re.findall(r"\]\((img/.*?)\)", text):
         assert b"uniform routes" in (written / "docs" / picture).read_bytes()
     (written / "docs" / "results.md").write_text(text.replace("CIFAR-10", "CIFAR-11"))

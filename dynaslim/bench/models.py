@@ -20,6 +20,7 @@ from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.pretrained import is_saved_folder
+from dynaslim.runtime.backends import default_device
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.package import is_package
 from dynaslim.train import recalibrate
@@ -58,7 +59,7 @@ def open_engine(
         spec = get_spec(model)
         side = image_size or (224 if spec.total_stride >= 32 else 32)
         spec.check_image_size(side, side)
-        net = random_network(model, side)
+        net = random_network(model, side).to(default_device(backend))
         return Engine(net, precision=precision, image_size=side, **options), side
     if is_package(model) or (Path(model).is_dir() and not is_saved_folder(model)):
         engine = Engine.from_package(model, image_size=image_size, **options)

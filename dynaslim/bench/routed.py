@@ -214,12 +214,15 @@ def _pieces(router: Router, images: Array, route: Route, rows: int, *, wide: boo
     def one_by_one() -> None:
         for task in tasks:
             task()
+        router.backend.arrays.host(logits[-1:])  # a device may still be busy
 
     return one_by_one if wide else lambda: router.side_by_side(tasks)
 
 
 def _static(router: Router, images: Array, route: Route) -> Arm:
-    return lambda: router.static(images, route)
+    arrays = router.backend.arrays
+    # what is read last is waited for: on a device a call returns before its work is done
+    return lambda: arrays.host(router.static(images, route)[-1:])
 
 
 def _routed(router: Router, images: Array, paths: Sequence[tuple[int, ...]]) -> Arm:

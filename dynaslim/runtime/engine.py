@@ -17,7 +17,13 @@ from dynaslim.errors import UsageError, check
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.arrays import Array
 from dynaslim.runtime.auto import fastest
-from dynaslim.runtime.backends import Backend, Counts, Resources, make_backend
+from dynaslim.runtime.backends import (
+    Backend,
+    Counts,
+    Resources,
+    default_device,
+    make_backend,
+)
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.cache import cache_folder, usable_cores
 from dynaslim.runtime.decisions import Budget, Decisions, RouteCosts, make_decisions
@@ -94,8 +100,10 @@ class Engine:
         )
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, *, device: Any = "cpu", **options: Any) -> Engine:
+    def from_checkpoint(cls, path: str | Path, *, device: Any = None, **options: Any) -> Engine:
         """An engine of a checkpoint file; options as those of `Engine`.
+
+        `device` None is the CPU, and for backend cudagraph the GPU.
 
         Raises:
             CheckpointError: as `dynaslim.read`.
@@ -103,6 +111,8 @@ class Engine:
         """
         from dynaslim.checkpoint import read
 
+        if device is None:
+            device = default_device(options.get("backend", "auto"))
         return cls(read(path, device=device), **options)
 
     @classmethod

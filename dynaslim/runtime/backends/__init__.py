@@ -138,6 +138,15 @@ def make_backend(name: str, source: FormSource, resources: Resources) -> Backend
     return made  # type: ignore[no-any-return]
 
 
+def default_device(backend: str) -> str:
+    """Where a network that is read for a backend is put: that which needs a GPU gets one."""
+    if backend != "cudagraph":
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def available(precision: Precision) -> list[str]:
     """The backends whose libraries are installed and that have a precision."""
     return [

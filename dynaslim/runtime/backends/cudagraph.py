@@ -92,6 +92,11 @@ class CudaGraphBackend:
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
         device = device_of(source)
+        if not torch.cuda.is_available():
+            raise UsageError(
+                "backend cudagraph needs a CUDA GPU, and torch sees none here; "
+                "choose another backend"
+            )
         if device.type != "cuda":
             raise UsageError(
                 f"backend cudagraph needs a network on a CUDA device, this one is on {device}: "
