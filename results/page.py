@@ -46,6 +46,8 @@ REMEDIES: Final = {
     "at half the rate (a warm restart, `recipes/cifar10_resnet8_longer_supernet.yaml`), as the "
     "network that ships, with gates of their own.",
 }
+PICTURES: Final = {"cifar10": "results", "cifar10_labels": "results_labels"}
+"""Summaries that are drawn, and how the files' names begin."""
 SUPERNETS: Final = {
     "cifar10": "in-place ensemble bootstrapping",
     "cifar10_labels": "labels",
@@ -69,7 +71,9 @@ def page(summaries: Summary, notes: str) -> str:
         parts += [_goals(summaries), _headline(main), _equal_cost(main, "CIFAR-10")]
     if notes:
         parts.append(notes.strip() + "\n")
-    parts += [_remedy(told, found) for key, told in REMEDIES.items() if (found := summaries[key])]
+    parts += [
+        _remedy(key, told, summaries[key]) for key, told in REMEDIES.items() if summaries[key]
+    ]
     if photographs := summaries["imagenette"]:
         parts.append(_imagenette(photographs))
     parts += [*_ablations(summaries), _repeat(summaries)]
@@ -109,9 +113,10 @@ def _split(found: Summary, images: int | None = None) -> str:
 # -- CIFAR-10 --------------------------------------------------------------------------------------
 
 
-def _remedy(told: str, found: Summary) -> str:
+def _remedy(name: str, told: str, found: Summary) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
-    parts = [f"{told} Seeds: {seeds}.\n", _rows_of_networks(found), _budgets(found, "CIFAR-10")]
+    parts = [f"{told} Seeds: {seeds}.\n", _rows_of_networks(found), *_drawn(name, found)]
+    parts.append(_budgets(found, "CIFAR-10"))
     if "cascade" in found["ways"]:
         parts.append(_equal_cost(found, told.partition("\n")[0].removeprefix("## ")))
     return "\n".join(parts)
@@ -262,10 +267,15 @@ def _headline(main: Summary) -> str:
         lines.append(_timed(ms))
     lines.append("")
     lines.append(_rows_of_networks(main))
-    lines.append("![Accuracy against multiply-adds](img/results_madds.svg)\n")
-    if ms is not None:
-        lines.append("![Accuracy against milliseconds](img/results_ms.svg)\n")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_drawn("cifar10", main)])
+
+
+def _drawn(name: str, found: Summary) -> Iterator[str]:
+    pictures = PICTURES.get(name)
+    if pictures is not None:
+        yield f"![Accuracy against multiply-adds](img/{pictures}_madds.svg)\n"
+        if "ms" in found:
+            yield f"![Accuracy against milliseconds](img/{pictures}_ms.svg)\n"
 
 
 def _ms(value: Mapping[str, float]) -> str:
@@ -418,6 +428,7 @@ def _repeat(summaries: Summary) -> str:
     found = summaries["quick"]
     text += _targets(found) + "\n" if found else ""
     return text + (
-        "`make results` runs all of it; every network and comparison is a file in "
-        "`results/cells/`, with its recipe and the machine.\n"
+        "`make results` runs all of it, and `make results-gpu` Imagenette on a machine with a GPU; "
+        "every network and comparison is a file in `results/cells/`, with its recipe and the "
+        "machine.\n"
     )

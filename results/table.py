@@ -16,7 +16,7 @@ from typing import Any
 from dynaslim._files import write_atomic
 from results import summaries
 from results.cells import HERE
-from results.page import WAYS, page
+from results.page import PICTURES, WAYS, page
 
 DOCS = HERE.parent / "docs"
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#D55E00", "#009E73", "0.5", "#CC79A7"
@@ -61,10 +61,10 @@ def made() -> dict[Path, bytes]:
         if value
     }
     files[DOCS / "results.md"] = text.encode()
-    if main := found["cifar10"]:
-        files[DOCS / "img" / "results_madds.svg"] = picture(main, "madds")
-        if "ms" in main:
-            files[DOCS / "img" / "results_ms.svg"] = picture(main, "ms")
+    for name, pictures in PICTURES.items():
+        if main := found[name]:
+            for unit in ("madds", "ms") if "ms" in main else ("madds",):
+                files[DOCS / "img" / f"{pictures}_{unit}.svg"] = picture(main, unit)
     return files
 
 
