@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any, Final
 
 import torch
+from filelock import FileLock, Timeout
 
 from dynaslim import __version__
 from dynaslim._files import write_atomic
@@ -27,6 +28,7 @@ from dynaslim.runs.snapshot import read_snapshot, save_snapshot
 
 SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"
+LOCK: Final = ".lock"
 FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices", "supernet"}
 """Fields of a recipe that no run can change on its way."""
 
@@ -36,7 +38,7 @@ class RunFolder:
 
     Raises:
         UsageError: if the folder holds a run and is not to be resumed, or holds one of another
-            stage or (unless forced) recipe.
+            stage or (unless forced) recipe, or another process is at work in it.
         OSError: if it cannot be written.
     """
 
@@ -56,6 +58,7 @@ class RunFolder:
         self.state: dict[str, Any] | None = None
         """What the run was at its last snapshot, if it is resumed."""
         self._board: Any = None
+        self._lock = FileLock(path / LOCK, timeout=0)  # the system lets go of it after any end
         # the first process looks, the others take its word: files may reach them later
         problem = broadcast(self._prepare(resume, force) if self.is_main else None)
         if problem is not None:
@@ -65,6 +68,14 @@ class RunFolder:
     def _prepare(self, resume: bool, force: bool) -> Exception | None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            return UsageError(
+                f"{self.path}: another process trains in this folder; wait for it, or name another"
+            )
+        except OSError as error:
+            return error
+        try:
             # a run that failed before its first step has left nothing to go on with, or to lose
             if self.file(SNAPSHOT).exists() or read_metrics(self.path):
                 if not resume:
@@ -76,6 +87,7 @@ class RunFolder:
                     self.state = self._read_state(force)
             self._write_start()
         except (UsageError, CheckpointError, OSError) as error:
+            self._lock.release()
             return error
         return None
 
@@ -141,6 +153,7 @@ class RunFolder:
             with contextlib.suppress(OSError):
                 self._board.close()
             threading.excepthook = self._thread_hook
+        self._lock.release()
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
         """TensorBoard's thread keeps its error for the next call, and would print it as well."""

@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_says(straight, data):
     assert {path.name for path in out.iterdir()} == {
         *("recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "curves.png"),
         *("snapshot.safetensors", "last.safetensors", "last_live.safetensors"),
-        *("best.safetensors", "results.json"),
+        *("best.safetensors", "results.json", ".lock"),
     }
     assert results == json.loads((out / "results.json").read_text())
     assert results["steps"] == STEPS
@@ -156,6 +156,22 @@ def test_sigterm_finishes_the_step_and_saves(straight, data, tmp_path):
     code, _, err = _run(argv)
     assert code == 0, err
     _same_weights(straight[0], out)
+
+
+def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    process = start_dynaslim(_argv(data, out))
+    try:
+        _wait_for_steps(process, out, 3)
+        told = _steps_told(out)
+        _fails(capsys, _argv(data, out, "--resume"), 2, "another process trains in this folder")
+        assert process.poll() is None, "it was refused while the first one ran"
+        assert _steps_told(out) >= told
+        process.kill()  # a process that is killed leaves no lock behind
+    finally:
+        process.kill()
+        process.communicate()
+    assert cli.run(_argv(data, out, "--resume")) == 0
 
 
 def test_a_full_disk_is_an_error_that_leaves_the_last_snapshot(straight, data, tmp_path):
