@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -49,6 +50,33 @@ def package(tmp_path_factory):
 def copied(package, tmp_path):
     """A package that a test may damage."""
     return Path(shutil.copytree(package[0], tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_second_start_compiles_nothing_wherever_it_works(backend, package, tmp_path, monkeypatch):
+    folder, checkpoint = package
+    x = noise(checkpoint.net.spec, 9).numpy()
+    options = {"backend": backend, "cache_dir": tmp_path / "cache", "workers": 2}
+    first = Engine.from_package(folder, **options)
+    before = first(x)
+    assert first.counts.compiled
+    # the same network with other weights: its files have the names of ours
+    other = copy.deepcopy(checkpoint)
+    with torch.no_grad():
+        for parameter in other.net.parameters():
+            parameter.mul_(1.5)
+    export.export_package(other, tmp_path / "other")
+    shutil.move(folder, tmp_path / "moved")
+    try:
+        monkeypatch.chdir(tmp_path / "other")
+        moved = Path(os.path.relpath(tmp_path / "moved"))
+        second = Engine.from_package(moved, **options)
+        after = second(x)
+        assert second.counts.compiled == []
+    finally:
+        shutil.move(tmp_path / "moved", folder)
+    _close(after.logits, before.logits)
+    assert np.asarray(after.routes).tolist() == np.asarray(before.routes).tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -21,6 +22,8 @@ from dynaslim.runtime.libraries import require
 
 _BINDINGS: Final = 64
 """Kept per session."""
+_FOLDER_OF_WEIGHTS: Final = "session.model_external_initializers_file_folder_path"
+"""Option of a session that is opened from memory; since ONNX Runtime 1.21."""
 
 
 class _Session:
@@ -84,6 +87,13 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry("session.force_spinning_stop", "1")
         level = ort.GraphOptimizationLevel
         cache, optimised = self._resources.cache, None
+        folder = self._folder_of_weights(form)
+        if folder is not None:
+            # an optimised form still names the package's file of weights, without its folder; not
+            # told where, the runtime would take a file of that name where the process works
+            options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(folder))
+            if _version(ort) < (1, 21):
+                cache = None
         if cache is not None:
             # what the optimiser makes depends on the machine, not on the number of threads
             optimised = cache / f"{form.name}.ort{ort.__version__}.onnx"
@@ -112,6 +122,13 @@ class OnnxRuntimeBackend:
             temporary.unlink(missing_ok=True)
         return session
 
+    def _folder_of_weights(self, form: Form) -> Path | None:
+        """Where a package's forms find their weights; None for forms that have them inside."""
+        if self._source.has_modules:
+            return None
+        model = self._source.onnx(form)
+        return model.resolve().parent if isinstance(model, Path) else None
+
     def _session(self, model: Any, options: Any) -> Any:
         model = model if isinstance(model, bytes) else str(model)
         return self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -119,3 +136,9 @@ class OnnxRuntimeBackend:
     @staticmethod
     def _note(where: list[str], form: Form, wide: bool) -> None:
         where.append(form.name + (" wide" if wide else ""))
+
+
+def _version(ort: Any) -> tuple[int, int]:
+    """Its first two numbers."""
+    major, minor = ort.__version__.split(".")[:2]
+    return int(major), int(minor)
