@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import torch
 
-from dynaslim import __version__
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, create_model, save
 from dynaslim.data import MemoryImages, load_images, open_source
@@ -25,6 +24,7 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.report.plots import evaluation_figure
+from dynaslim.runs.folder import METRICS, environment
 from dynaslim.runtime.budget_search import fit_curve
 from dynaslim.runtime.calibrate_budget import Outcome, PathAnswers, answer_paths, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet
@@ -35,6 +35,8 @@ MODEL: Final = "ds_mbnet_tiny"
 IMAGE_SIZE_PX: Final = 32
 HELD_OUT: Final = 0.1
 """Share of the training images that budgets are calibrated on."""
+LOG_EVERY: Final = 10
+"""Steps between lines of the metrics file."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +98,15 @@ def run_demo(
 
     torch.manual_seed(seed)  # the initial weights; all other randomness is seeded by its step
     live = create_model(MODEL, num_classes=len(train.class_names))
+    lines: list[bytes] = []
+    steps = itertools.count(1)
     with progress("stage I: supernet", stage1.epochs * (len(train) // stage1.batch_size)) as bar:
 
         def supernet_note(losses: SupernetLosses) -> None:
             bar.advance(note=f"loss largest {losses.largest:.2f}, smallest {losses.smallest:.2f}")
+            step = next(steps)
+            if step % LOG_EVERY == 0:
+                lines.append(_line(step, losses))
 
         net = train_supernet(live, train, preprocessing, stage1, on_step=supernet_note)
     with progress("stage II: gate", len(train) // stage2.batch_size) as bar:
@@ -135,16 +142,17 @@ def run_demo(
     )
     write_atomic(files["picture"], picture)
     done = Demo(result, (target, outcome), time.monotonic() - start, files)
-    environment = {
-        "dynaslim": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
+    write_atomic(out / METRICS, b"".join(lines))  # for the curves of `dynaslim report`
     write_atomic(
-        files["results"], _json({**done.to_dict(), "recipe": recipe, "environment": environment})
+        files["results"], _json({**done.to_dict(), "recipe": recipe, "environment": environment()})
     )
     return done
+
+
+def _line(step: int, losses: SupernetLosses) -> bytes:
+    """A line of the metrics file, as runs write them."""
+    line = {"kind": "train", "step": step, **losses._asdict()}
+    return json.dumps(line).encode() + b"\n"
 
 
 def _load(split: str, preprocessing: Preprocessing) -> MemoryImages:

@@ -3,30 +3,19 @@
     .venv/bin/dynaslim demo
     .venv/bin/python scripts/screenshot_page.py
 
-Needs chromium. The demo's checkpoint gets its budgets in a copy, measured on the test images that
-ship with the package; `--scheme dark` and `--out` make other pictures.
+Needs chromium; `--scheme dark` and `--out` make other pictures.
 """
 
 import argparse
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "dynaslim" / "data" / "fashion_mnist_mini"
 SIZE = {"width": 1200, "height": 840}
-
-
-def calibrated(checkpoint: Path, folder: Path) -> Path:
-    out = folder / "checkpoint.safetensors"
-    command = [sys.executable, "-m", "dynaslim", "calibrate-budget", str(checkpoint)]
-    command += ["--data", str(DATA), "--split", "test", "--out", str(out)]
-    subprocess.run(command, check=True)
-    return out
 
 
 def photograph(page: Page, sample: str, budget: str, out: Path) -> None:
@@ -53,25 +42,21 @@ def main() -> None:
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         sys.exit("no browser: apt-get install chromium")
-    with tempfile.TemporaryDirectory() as folder:
-        model = calibrated(args.checkpoint, Path(folder))
-        command = [sys.executable, "-m", "dynaslim", "serve", str(model), "--port", "0"]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        try:
-            assert server.stdout is not None
-            line = server.stdout.readline()  # says where, once it is ready
-            url = next(word for word in line.split() if word.startswith("http"))
-            with sync_playwright() as playwright:
-                browser = playwright.chromium.launch(
-                    executable_path=chromium, args=["--no-sandbox"]
-                )
-                page = browser.new_page(viewport=SIZE, color_scheme=args.scheme)
-                page.goto(url)
-                photograph(page, args.sample, args.budget, args.out)
-                browser.close()
-        finally:
-            server.terminate()
-            server.wait()
+    command = [sys.executable, "-m", "dynaslim", "serve", str(args.checkpoint), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        line = server.stdout.readline()  # says where, once it is ready
+        url = next(word for word in line.split() if word.startswith("http"))
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport=SIZE, color_scheme=args.scheme)
+            page.goto(url)
+            photograph(page, args.sample, args.budget, args.out)
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
     print(f"{args.out}: {args.out.stat().st_size / 1e3:.0f} kB")
 
 

@@ -39,8 +39,12 @@ def test_demo_learns_and_writes_what_it_says(done):
     assert sorted(path.name for path in out.iterdir()) == [
         "accuracy.png",
         "checkpoint.safetensors",
+        "metrics.jsonl",
         "results.json",
     ]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, 10 * len(lines) + 1, 10))
+    assert lines[-1]["largest"] < lines[0]["largest"]
     best = max(route.top1 for route in demo.evaluation.routes)
     assert best > 0.3, "ten classes: three times chance after 50 steps"
     results = json.loads((out / "results.json").read_text())
