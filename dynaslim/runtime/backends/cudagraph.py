@@ -37,7 +37,8 @@ class _Recording:
                 module(self.x)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # other threads may take memory meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             made = module(self.x)
         self.outs: tuple[Tensor, ...] = (made,) if isinstance(made, Tensor) else tuple(made)
 
