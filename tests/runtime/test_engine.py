@@ -179,12 +179,15 @@ def test_any_mix_of_routes(backend, workers):
         assert_rows_close(logits, torch.stack(expected))
 
 
-def test_any_mix_of_routes_through_four_gates():
-    engine = engine_of("ds_resnet50", "eager")
-    spec, rows = engine.spec, 9
+@for_backends(*EVERY_BACKEND)
+def test_any_mix_of_routes_through_four_gates(backend):
+    engine = engine_of("ds_resnet50", backend)
+    spec, rows = engine.spec, 9 if backend == "eager" else 5
     x = noise(spec, rows)
     options = np.random.default_rng(0).integers(0, 4, (rows, 4))
-    logits, _, _ = _forced(engine, x, options)
+    logits, taken, again = _forced(engine, x, options)
+    assert taken.tolist() == options.tolist()
+    assert again is None
     routes = [spec.route_at(_indices(spec, path)) for path in options.tolist()]
     assert_rows_close(logits, row_by_row(lively_net("ds_resnet50"), x, routes), 5e-5)
 
