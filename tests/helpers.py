@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dynaslim import Engine
 from dynaslim.nn import SlimNet
 from dynaslim.nn.functional import slim_linear
 from dynaslim.nn.gate import Gate
 from dynaslim.nn.layers import SlimBatchNorm2d
+from dynaslim.runtime.router import Routed
 from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
 from dynaslim.zoo import ZOO
 
@@ -130,6 +132,12 @@ def assert_rows_close(made: object, expected: object, tolerance: float = 2e-5) -
     assert made.dtype == torch.float32
     worst = ((made - expected).abs().amax(1) / expected.abs().max()).nan_to_num(torch.inf)
     assert worst.max() <= tolerance, f"rows {(worst > tolerance).nonzero().flatten().tolist()}"
+
+
+def forced(engine: Engine, x: torch.Tensor, options_BG: np.ndarray) -> Routed:
+    """Run rows along chosen options, whatever the gates say."""
+    images = engine._running()[0].arrays.images(x)
+    return engine.router.routed(images, lambda gate, _, rows: options_BG[rows, gate], None)
 
 
 def for_backends(*names: str) -> pytest.MarkDecorator:

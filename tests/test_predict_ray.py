@@ -18,11 +18,12 @@ from helpers import free_port, lively, micro_spec, start_dynaslim
 from PIL import Image
 
 from dynaslim import cli, predict_ray
-from dynaslim.checkpoint import Checkpoint, save
+from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.predict import Prediction, Unreadable, open_engine, predict
 from dynaslim.predict_ray import MOST_PIECES, PIECE_BATCHES, cut
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.export import export_package
 
 ray = pytest.importorskip("ray")
 
@@ -131,14 +132,19 @@ def _same(rows, expected):
         assert one == two
 
 
-def test_rows_are_those_of_one_process(cluster, folder, monkeypatch):
-    """Under the names given, which are not paths for a worker."""
+@pytest.mark.parametrize(
+    ("model", "backend"), [("micro.safetensors", "eager"), ("package", "onnxruntime")]
+)
+def test_rows_are_those_of_one_process(cluster, folder, monkeypatch, model, backend):
+    """Under the names given, which are not paths for a worker; of a checkpoint and a package."""
+    if backend != "eager":
+        pytest.importorskip(backend)
     monkeypatch.chdir(folder)
     files = [Path("images") / f"{n:02}.png" for n in range(40)] + [Path("images/gone.png")]
-    expected = list(predict(open_engine("micro.safetensors", "eager"), files, batch_size=3))
-    made = predict_ray.predict_ray(
-        "micro.safetensors", files, backend="eager", batch_size=3, workers=2
-    )
+    if model == "package":
+        export_package(read("micro.safetensors"), model)
+    expected = list(predict(open_engine(model, backend), files, batch_size=3))
+    made = predict_ray.predict_ray(model, files, backend=backend, batch_size=3, workers=2)
     rows = list(made)
     assert [row.file for row in rows] == list(map(str, files))
     assert sum(isinstance(row, Unreadable) for row in rows) == 4

@@ -1,10 +1,13 @@
 """What runs the forms: fixed sizes, precisions, programs on disk, and which backend is taken."""
 
+import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from helpers import (
     assert_rows_close,
     for_backends,
+    forced,
     lively,
     lively_net,
     micro_spec,
@@ -262,6 +266,7 @@ SMALL = NetSpec(
     (
         StageSpec((4,), block="conv", stride=2),
         StageSpec((4, 6), gate=GateSpec((0, 1))),
+        StageSpec((4, 6), gate=GateSpec((0, 1))),
     ),
     num_classes=3,
     reduction=1.0,
@@ -280,10 +285,13 @@ print(json.dumps(result))
 """
 
 
-@pytest.fixture(scope="session")
-def compiled_folder(tmp_path_factory):
-    """Where programs that take long to compile are kept for all tests."""
-    return tmp_path_factory.mktemp("compiled")
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """An engine that compiled all it can need; for all tests, as that takes a minute."""
+    folder = tmp_path_factory.mktemp("compiled")
+    engine = Engine(lively(SMALL), backend="inductor", cache_dir=folder, workers=2)
+    engine.warm_up(32)
+    return engine, folder
 
 
 def _in_another_process(tmp_path, net, x, folder, *backends):
@@ -302,29 +310,54 @@ def _in_another_process(tmp_path, net, x, folder, *backends):
 
 
 @needs_compiler
-def test_compiled_by_torch(compiled_folder, tmp_path):
+def test_compiled_by_torch(compiled, tmp_path):
     net, x = lively(SMALL), noise(SMALL, 7)
-    first = Engine(net, backend="inductor", cache_dir=compiled_folder, workers=2)
+    first, folder = compiled
+    assert sorted(first.counts.compiled) == sorted(form.name for form in segment_forms(SMALL))
     out = first(x)
-    assert len({tuple(row) for row in out.routes.tolist()}) == 2
-    assert sorted(first.counts.compiled) == [form.name for form in segment_forms(SMALL)]
+    assert len({tuple(row) for row in out.routes.tolist()}) > 2
     assert_rows_close(out.logits, _expected(net, x, out))
     for workers in (1, 2):
-        again = Engine(net, backend="inductor", cache_dir=compiled_folder, workers=workers)
+        again = Engine(net, backend="inductor", cache_dir=folder, workers=workers)
         for rows in (1, 2, 3, 7):
             some = again(x[:rows])
             assert some.routes.tolist() == out.routes[:rows].tolist()
             assert_rows_close(some.logits, out.logits[:rows])
         assert again.counts.compiled == []
-    found = _in_another_process(tmp_path, net, x, compiled_folder, "inductor")
-    compiled, routes, logits = found["inductor"]
-    assert compiled == []
+    found = _in_another_process(tmp_path, net, x, folder, "inductor")
+    compiled_again, routes, logits = found["inductor"]
+    assert compiled_again == []
     assert routes == out.routes.tolist()
     assert_rows_close(torch.tensor(logits), out.logits)
     # where its programs lie on disk, it takes part in the choice of a backend
-    folder = cache_folder(NetworkForms(net).key, compiled_folder)
-    assert "inductor" in auto.candidates(NetworkForms(net), Resources(2, folder))
+    programs = cache_folder(NetworkForms(net).key, folder)
+    assert "inductor" in auto.candidates(NetworkForms(net), Resources(2, programs))
     assert "inductor" not in auto.candidates(NetworkForms(net), Resources(2, tmp_path))
+
+
+@needs_compiler
+def test_any_mix_of_routes_compiled_by_torch(compiled):
+    """One path for all rows, each its own, buckets that nobody is in, two callers at once."""
+    engine, _ = compiled
+    net, x = lively(SMALL), noise(SMALL, 7)
+    paths = np.array(list(itertools.product((0, 1), (0, 1))))
+    answers = {tuple(path): row_by_row(net, x, [SMALL.route_at(path)] * 7) for path in paths}
+    mixes = [np.tile(path, (7, 1)) for path in paths]
+    mixes += [paths, paths[::-1], paths[[0, 3, 0, 0, 3]], paths[[1, 1, 2, 1, 1, 1, 1]]]
+    mixes += [paths[np.random.default_rng(0).integers(0, 4, rows)] for rows in (1, 3, 5, 7)]
+
+    def call(order):
+        for options in mixes[::order]:
+            logits, taken, _ = forced(engine, x[: len(options)], options)
+            assert taken.tolist() == options.tolist()
+            expected = [answers[tuple(path)][b] for b, path in enumerate(options.tolist())]
+            assert_rows_close(logits, torch.stack(expected))
+
+    call(1)
+    barrier = threading.Barrier(2)
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda order: (barrier.wait(timeout=60), call(order)), (1, -1)):
+            pass
 
 
 def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):

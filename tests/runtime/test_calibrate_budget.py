@@ -10,7 +10,15 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import lively, micro_spec, noise, png, write_parquet
+from helpers import (
+    assert_rows_close,
+    for_backends,
+    lively,
+    micro_spec,
+    noise,
+    png,
+    write_parquet,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -31,6 +39,7 @@ from dynaslim.runtime.calibrate_budget import (
     simulate,
     uniform_outcomes,
 )
+from dynaslim.runtime.export import export_package
 from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.zoo import get_spec
 
@@ -379,6 +388,37 @@ def test_the_engine_keeps_what_the_curve_promises(real):
     for budget in (0.75, "drop=5"):
         out = engine(x, budget=budget)
         assert float(out.madds.mean()) == pytest.approx(curve.at(budget).madds)
+
+
+@for_backends("onnxruntime", "openvino")
+def test_a_package_keeps_the_curve(real, backend, tmp_path):
+    """Calibrated, saved with the checkpoint, exported: a budget means the same in the package."""
+    net, x, _, _ = real
+    plain = Engine(net, backend="eager")
+    routed, widest = (plain(x, shift=shift).logits.argmax(1) for shift in (0.0, -1e6))
+    # some images the gates are right about, some the widest route: a point of every kind
+    labels = torch.where(torch.arange(61) % 3 == 0, widest, routed)
+    curve = fit_curve(answer_paths(net, [(x, labels)]), split=False)
+    checkpoint = Checkpoint(net, preprocessing=Preprocessing(32), budget=curve.to_dict())
+    path = save(tmp_path / "net.safetensors", checkpoint)
+    export_package(read(path), tmp_path / "package")
+    ours = Engine.from_package(tmp_path / "package", backend=backend, cache_dir=None)
+    theirs = Engine.from_checkpoint(path, backend="eager")
+    assert ours.curve == theirs.curve == curve
+    escalated, routes = set(), set()
+    for budget in (0.72, 0.77, "drop=5", f"{curve.at(0.8).madds / 1e6:.12f}M", 0.825, 0.84, 1.0):
+        for escalate in ("auto", None):
+            out = ours(x, budget=budget, escalate=escalate)
+            expected = theirs(x, budget=budget, escalate=escalate)
+            assert out.routes.tolist() == expected.routes.tolist()
+            assert out.madds.tolist() == expected.madds.tolist()
+            assert out.escalated.tolist() == expected.escalated.tolist()
+            assert_rows_close(out.logits, expected.logits, 5e-5)
+            escalated.add(int(out.escalated.sum()))
+            routes.add(tuple(map(tuple, out.routes.tolist())))
+    assert len(escalated) >= 3, "the test needs budgets at which rows escalate"
+    assert len(routes) >= 6, "the test needs budgets that differ"
+    assert max(map(len, map(set, routes))) >= 3, "the test needs rows that take different routes"
 
 
 def test_every_path_is_answered(real):

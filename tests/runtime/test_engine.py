@@ -11,6 +11,7 @@ from helpers import (
     ZOO_NAMES,
     assert_rows_close,
     for_backends,
+    forced,
     lively,
     lively_net,
     micro_spec,
@@ -105,12 +106,6 @@ def _margin(logits, share):
     return float(values[at : at + 2].mean())
 
 
-def _forced(engine, x, options):
-    """Run rows along chosen options."""
-    images = engine._running()[0].arrays.images(x)
-    return engine.router.routed(images, lambda gate, _, rows: options[rows, gate], None)
-
-
 # -- routed equals static, row by row -------------------------------------------------------------
 
 
@@ -172,19 +167,22 @@ def test_any_mix_of_routes(backend, workers):
     engine = engine_of("micro", backend, workers)
     x, answers = every_path()
     for options in _mixes(engine.spec):
-        logits, taken, again = _forced(engine, x, options)
+        logits, taken, again = forced(engine, x, options)
         assert taken.tolist() == options.tolist()
         assert again is None
         expected = [answers[tuple(path)][b] for b, path in enumerate(options.tolist())]
         assert_rows_close(logits, torch.stack(expected))
 
 
-def test_any_mix_of_routes_through_four_gates():
-    engine = engine_of("ds_resnet50", "eager")
-    spec, rows = engine.spec, 9
+@for_backends(*EVERY_BACKEND)
+def test_any_mix_of_routes_through_four_gates(backend):
+    engine = engine_of("ds_resnet50", backend)
+    spec, rows = engine.spec, 9 if backend == "eager" else 5
     x = noise(spec, rows)
     options = np.random.default_rng(0).integers(0, 4, (rows, 4))
-    logits, _, _ = _forced(engine, x, options)
+    logits, taken, again = forced(engine, x, options)
+    assert taken.tolist() == options.tolist()
+    assert again is None
     routes = [spec.route_at(_indices(spec, path)) for path in options.tolist()]
     assert_rows_close(logits, row_by_row(lively_net("ds_resnet50"), x, routes), 5e-5)
 
@@ -406,7 +404,7 @@ def test_warm_up_leaves_nothing_to_compile():
     assert len(compiled) == len(set(compiled)) == 2 * (1 + 2 + 2 * 3)
     x, _ = every_path()
     for options in _mixes(engine.spec):
-        _forced(engine, x, options)
+        forced(engine, x, options)
     assert engine.counts.compiled == compiled
     with pytest.raises(UsageError, match="at least 4 px"):
         engine.warm_up(2)
