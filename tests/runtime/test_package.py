@@ -1,6 +1,8 @@
 import copy
+import dataclasses
 import json
 import os
+import runpy
 import shutil
 import stat
 import subprocess
@@ -12,11 +14,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from docs_blocks import run_script
 from helpers import ZOO_NAMES, lively_net, noise
+from PIL import Image
 
 import dynaslim
 from dynaslim import Checkpoint, Engine, Preprocessing
+from dynaslim.data.decode import decode_image
 from dynaslim.errors import DynaslimError, UsageError
+from dynaslim.predict import predict
+from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime import export
 from dynaslim.runtime.forms import segment_forms
 from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError, open_package
@@ -375,3 +382,27 @@ def test_the_example_runs_a_package_by_onnxruntime_and_numpy_alone(package, tmp_
     ]
     top = expected.logits.argmax(1)
     assert [" ".join(row[2:]) for row in rows] == [f"class {n}" for n in top]
+
+
+def test_the_example_prepares_a_picture_as_the_package_says(package, tmp_path, capsys):
+    """A large one, turned by its EXIF tag."""
+    folder, checkpoint = package
+    rng = np.random.default_rng(5)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = tmp_path / "turned.jpg"
+    Image.fromarray(rng.integers(0, 256, (70, 111, 3), np.uint8)).save(picture, exif=exif)
+    example = runpy.run_path(str(ROOT / "examples" / "run_package.py"))
+    for fraction in (1.0, 0.875):
+        pre = dataclasses.replace(checkpoint.preprocessing, crop_fraction=fraction)
+        pixels = decode_image(picture.read_bytes(), pre, "x")
+        ours = example["read"](str(picture), json.loads(json.dumps(pre.to_dict())))
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, normalise_pixels(pixels[None], pre), atol=1e-5)
+    run_script("examples/run_package.py", [str(folder), str(picture)])
+    engine = Engine.from_package(folder, backend="onnxruntime", cache_dir=None)
+    (row,) = predict(engine, [picture])
+    pixels = decode_image(picture.read_bytes(), engine.preprocessing, "x")
+    out = engine(normalise_pixels(pixels[None], engine.preprocessing))
+    choices = "-".join(map(str, out.routes[0].tolist()))
+    assert capsys.readouterr().out == f"0 {choices} {row.class_name}\n"
