@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -341,11 +342,24 @@ class NetSpec:
                 raise UsageError(f"{label}: stage {number} allows {which}{why}, not {channels}")
         return tuple(indices)
 
-    def coerce_route(self, route: Route | Sequence[int]) -> Route:
-        """A checked `Route` from a route or from its widths."""
-        checked = route if isinstance(route, Route) else Route(tuple(route))
-        self.segment_indices(checked)
-        return checked
+    def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
+        """A checked `Route` from a route, its text (`16-32-48`) or its widths.
+
+        Raises:
+            UsageError: if it is none of these, or none of this network's.
+        """
+        if isinstance(route, str):
+            route = Route.parse(route)
+        elif not isinstance(route, Route):
+            try:
+                route = Route(tuple(map(operator.index, route)))
+            except TypeError:
+                raise UsageError(
+                    f"route {route!r:.60}: give a Route, its text or its channel counts, such as "
+                    f"{str(self.smallest)!r} or {self.smallest.widths}"
+                ) from None
+        self.segment_indices(route)
+        return route
 
     # -- sizes and changes --------------------------------------------------------------------
 
