@@ -146,6 +146,15 @@ def test_a_missing_file_is_named(copied, name):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "segment1_0_2.onnx"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "auto"])
+def test_a_file_that_goes_while_the_package_is_open_is_named(name, backend, copied, package):
+    engine = Engine.from_package(copied, backend=backend, cache_dir=None)
+    (copied / name).unlink()
+    with pytest.raises(PackageError, match=f"{name}: missing; its package is not complete"):
+        engine(noise(package[1].net.spec, 9).numpy())
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "segment1_0_2.onnx"])
 def test_an_altered_file_is_named(copied, name):
     assert (copied / name).stat().st_size, "the test needs something to alter"
     content = bytearray((copied / name).read_bytes())
@@ -165,6 +174,10 @@ def test_an_altered_file_is_named(copied, name):
         ({"forms": {}}, "has no 'segment0_0_0'"),
         ({"files": {}}, "is not among its files"),
         ({"files": 3}, "not valid"),
+        ({"class_names": ["a", "b"]}, "manifest.json: .*class_names: must be a list of 5 names"),
+        ({"class_names": "abcde"}, "must be a list of 5 names, or null"),
+        ({"budget": {}}, "manifest.json: not valid: budget curve: has no 'cheapest_madds'"),
+        ({"budget": 3}, "manifest.json: not valid: budget curve: expected an object, got 3"),
         ({"preprocessing": {"image_size_px": 0, "mean": [0], "std": [1]}}, "image_size_px 0"),
     ],
 )
