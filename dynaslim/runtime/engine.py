@@ -144,10 +144,17 @@ class Engine:
 
         Raises:
             PackageError: if a file is missing, altered, or of a newer version.
-            UsageError: if the backend does not run packages, or is not installed.
+            UsageError: if the backend does not run packages, or is not installed, or for a
+                precision or calibration.
         """
         from dynaslim.runtime.package import open_package
 
+        for name in ("precision", "calibration"):
+            check(
+                name not in options,
+                f"{name}: a package runs in the precision that it was exported in; "
+                f"leave it out, or export anew",
+            )
         package = open_package(path)
         engine = cls.__new__(cls)
         engine._set_up(

@@ -216,6 +216,26 @@ def test_backends_that_run_no_packages(package):
         engine.static(spec.largest)
 
 
+@pytest.mark.parametrize("option", [{"precision": "bf16"}, {"calibration": []}])
+def test_precision_was_settled_at_export(package, option):
+    with pytest.raises(UsageError, match="runs in the precision that it was exported in; leave"):
+        Engine.from_package(package[0], **option)
+
+
+def test_routes_of_calls_by_their_text(package):
+    engine = Engine.from_package(package[0], backend="onnxruntime", cache_dir=None)
+    x = noise(engine.spec, 9).numpy()
+    route = engine.spec.cheapest_choice
+    np.testing.assert_array_equal(
+        engine(x, max_route=str(route)).routes, engine(x, max_route=route).routes
+    )
+    np.testing.assert_array_equal(engine.static(str(route))(x), engine.static(route)(x))
+    with pytest.raises(UsageError, match="route 3: give a Route, its text or its channel counts"):
+        engine(x, max_route=3)
+    with pytest.raises(UsageError, match="route 5: give a Route"):
+        engine.static(5)
+
+
 def test_an_older_package_is_replaced_and_nothing_else(package, tmp_path, monkeypatch):
     checkpoint = package[1]
     out = tmp_path / "out"
