@@ -57,13 +57,14 @@ class Route:
         return "-".join(map(str, self.widths))
 
     @classmethod
-    def parse(cls, text: str) -> Route:
-        """Read what `str(route)` writes, such as `16-32-48-96-224-736`."""
+    def parse(cls, text: str | Sequence[int]) -> Route:
+        """Read what `str(route)` writes, such as `16-32-48-96-224-736`, or the counts."""
         try:
-            return cls(tuple(int(part) for part in text.split("-")))
-        except ValueError:
+            parts = list(map(int, text.split("-"))) if isinstance(text, str) else text
+            return cls(tuple(map(operator.index, parts)))
+        except (TypeError, ValueError):
             raise UsageError(
-                f"route {text!r}: expected channel counts joined by '-', such as 16-32-48"
+                f"route {text!r:.60}: expected channel counts joined by '-', such as 16-32-48"
             ) from None
 
 
@@ -343,23 +344,10 @@ class NetSpec:
         return tuple(indices)
 
     def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
-        """A checked `Route` from a route, its text (`16-32-48`) or its widths.
-
-        Raises:
-            UsageError: if it is none of these, or none of this network's.
-        """
-        if isinstance(route, str):
-            route = Route.parse(route)
-        elif not isinstance(route, Route):
-            try:
-                route = Route(tuple(map(operator.index, route)))
-            except TypeError:
-                raise UsageError(
-                    f"route {route!r:.60}: give a Route, its text or its channel counts, such as "
-                    f"{str(self.smallest)!r} or {self.smallest.widths}"
-                ) from None
-        self.segment_indices(route)
-        return route
+        """A checked `Route` from a route, its text or its widths."""
+        checked = route if isinstance(route, Route) else Route.parse(route)
+        self.segment_indices(checked)
+        return checked
 
     # -- sizes and changes --------------------------------------------------------------------
 

@@ -125,7 +125,7 @@ def test_what_stands_for_a_route(form):
 
 @pytest.mark.parametrize("thing", [3, 0.5, object(), [16, None], [[16, 32]], (16.0, 32.5)])
 def test_what_is_no_route_at_all(thing):
-    with pytest.raises(UsageError, match=r"^route .*: give a Route, its text or its channel"):
+    with pytest.raises(UsageError, match=r"^route .*: expected channel counts joined by"):
         get_spec("ds_mbnet").coerce_route(thing)
 
 

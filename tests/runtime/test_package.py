@@ -230,9 +230,9 @@ def test_routes_of_calls_by_their_text(package):
         engine(x, max_route=str(route)).routes, engine(x, max_route=route).routes
     )
     np.testing.assert_array_equal(engine.static(str(route))(x), engine.static(route)(x))
-    with pytest.raises(UsageError, match="route 3: give a Route, its text or its channel counts"):
+    with pytest.raises(UsageError, match="route 3: expected channel counts"):
         engine(x, max_route=3)
-    with pytest.raises(UsageError, match="route 5: give a Route"):
+    with pytest.raises(UsageError, match="route 5: expected channel counts"):
         engine.static(5)
 
 
