@@ -198,7 +198,7 @@ def segment_shapes(
 
 def madds(
     spec: NetSpec,
-    route: Route | Sequence[int],
+    route: Route | str | Sequence[int],
     image_size: ImageSize,
     *,
     pooling: bool = True,
@@ -216,7 +216,7 @@ def madds(
     return sum(_segment_totals(spec, checked, image_size, pooling, slimming_heads))
 
 
-def params(spec: NetSpec, route: Route | Sequence[int] | None = None) -> int:
+def params(spec: NetSpec, route: Route | str | Sequence[int] | None = None) -> int:
     """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
     if route is None:
         largest = layer_costs(spec, spec.largest, spec.total_stride)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -56,13 +57,14 @@ class Route:
         return "-".join(map(str, self.widths))
 
     @classmethod
-    def parse(cls, text: str) -> Route:
-        """Read what `str(route)` writes, such as `16-32-48-96-224-736`."""
+    def parse(cls, text: str | Sequence[int]) -> Route:
+        """Read what `str(route)` writes, such as `16-32-48-96-224-736`, or the counts."""
         try:
-            return cls(tuple(int(part) for part in text.split("-")))
-        except ValueError:
+            parts = list(map(int, text.split("-"))) if isinstance(text, str) else text
+            return cls(tuple(map(operator.index, parts)))
+        except (TypeError, ValueError):
             raise UsageError(
-                f"route {text!r}: expected channel counts joined by '-', such as 16-32-48"
+                f"route {text!r:.60}: expected channel counts joined by '-', such as 16-32-48"
             ) from None
 
 
@@ -341,9 +343,9 @@ class NetSpec:
                 raise UsageError(f"{label}: stage {number} allows {which}{why}, not {channels}")
         return tuple(indices)
 
-    def coerce_route(self, route: Route | Sequence[int]) -> Route:
-        """A checked `Route` from a route or from its widths."""
-        checked = route if isinstance(route, Route) else Route(tuple(route))
+    def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
+        """A checked `Route` from a route, its text or its widths."""
+        checked = route if isinstance(route, Route) else Route.parse(route)
         self.segment_indices(checked)
         return checked
 

@@ -21,10 +21,10 @@ def read(images: str, wanted: dict) -> np.ndarray:
     from PIL import Image, ImageOps
 
     side, bleed = wanted["image_size_px"], (1 - wanted["crop_fraction"]) / 2
-    image = Image.open(images).convert("RGB" if len(wanted["mean"]) == 3 else "L")
-    pixels = np.asarray(ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR, bleed))
-    x = (pixels.reshape(1, side, side, -1) / 255 - wanted["mean"]) / wanted["std"]
-    return x.transpose(0, 3, 1, 2).astype(np.float32)
+    image = ImageOps.exif_transpose(Image.open(images))
+    image = image.convert("RGB" if len(wanted["mean"]) == 3 else "L")
+    pixels = np.atleast_3d(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC, bleed))
+    return np.float32(((pixels / 255 - wanted["mean"]) / wanted["std"]).transpose(2, 0, 1)[None])
 
 
 def main(folder: Path, x: np.ndarray) -> None:

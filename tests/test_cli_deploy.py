@@ -179,6 +179,18 @@ def test_export_of_a_package(micro, tmp_path, capsys):
     assert "9 segment forms" in _run(capsys, "export", micro[0], tmp_path / "p")
 
 
+def test_a_package_is_profiled_and_not_benched(micro, tmp_path, capsys):
+    package = tmp_path / "p"
+    _run(capsys, "export", micro[0], package)
+    argv = ["--backend", "onnxruntime", "--batch-size", "2", "--rounds", "2"]
+    _run(capsys, "profile", package, tmp_path / "t.json", *argv)
+    message = f"{package}: a package has no programs of whole routes to compare with; bench the"
+    _fails(capsys, 2, message, "bench", package, *argv)
+    capsys.readouterr()
+    assert cli.run(["help", "bench"]) == 0
+    assert "package" not in capsys.readouterr().out
+
+
 def test_export_in_int8(micro, tmp_path, capsys):
     path, data = micro
     out = _run(

@@ -1,6 +1,7 @@
 import dataclasses
 import random
 
+import numpy as np
 import pytest
 from helpers import ZOO_NAMES, micro_spec
 from hypothesis import given
@@ -113,7 +114,24 @@ def test_foreign_routes_are_refused_by_stage(widths, message):
         get_spec("ds_mbnet").coerce_route(widths)
 
 
+@pytest.mark.parametrize("form", [str, list, lambda route: np.array(route.widths), Route])
+def test_what_stands_for_a_route(form):
+    spec = get_spec("ds_mbnet")
+    route = spec.routes[1]
+    found = spec.coerce_route(form(route.widths if form in (list, Route) else route))
+    assert found == route
+    assert all(type(width) is int for width in found.widths)
+
+
+@pytest.mark.parametrize("thing", [3, 0.5, object(), [16, None], [[16, 32]], (16.0, 32.5)])
+def test_what_is_no_route_at_all(thing):
+    with pytest.raises(UsageError, match=r"^route .*: expected channel counts joined by"):
+        get_spec("ds_mbnet").coerce_route(thing)
+
+
 def test_route_text_that_is_no_route():
+    with pytest.raises(UsageError, match="'cheap': expected channel counts joined by '-'"):
+        get_spec("ds_mbnet").coerce_route("cheap")
     with pytest.raises(UsageError, match="'16-x'"):
         Route.parse("16-x")
 

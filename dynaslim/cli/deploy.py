@@ -83,8 +83,7 @@ def bench(
     """Time routed batches against the ideal and against static networks, interleaved.
 
     Args:
-        model: A checkpoint file, a package, or a name of the zoo or a spec file (with random
-            weights).
+        model: A checkpoint file, or a name of the zoo or a spec file (with random weights).
         backend: One or several, separated by commas: auto, eager, inductor, onnxruntime, openvino,
             cudagraph.
         image_size: Side of the image in pixels. Default: the model's.
@@ -103,7 +102,14 @@ def bench(
     from dynaslim.bench.timing import hardware
     from dynaslim.errors import UsageError, check
     from dynaslim.progress import progress
+    from dynaslim.runtime.package import is_package
 
+    # the ideal is whole routes in one program each, and a package has segments only
+    check(
+        not is_package(model),
+        f"{model}: a package has no programs of whole routes to compare with; "
+        f"bench the checkpoint that it was exported from",
+    )
     check(batch_size >= 1, f"--batch-size {batch_size}: must be at least 1")
     check(rounds >= 2, f"--rounds {rounds}: must be at least 2")
     check(seed >= 0, f"--seed {seed}: must not be negative")

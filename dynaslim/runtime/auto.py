@@ -15,6 +15,7 @@ from dynaslim._files import write_atomic
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import FROM_PACKAGE, Backend, Resources, available, make_backend
 from dynaslim.runtime.forms import FormSource
+from dynaslim.runtime.package import PackageError
 from dynaslim.runtime.router import Router
 
 ROUNDS: Final = 5
@@ -110,6 +111,8 @@ def measure(
 
         try:
             run()  # compiles
+        except PackageError:  # a file has gone: no other backend does without it
+            raise
         except DynaslimError:
             continue
         running[backend.name] = run

@@ -111,7 +111,7 @@ def make_decisions(
     budget: Budget | None,
     shift: float | None,
     escalate: str | float | None,
-    max_route: Route | Sequence[int] | None,
+    max_route: Route | str | Sequence[int] | None,
 ) -> Decisions:
     """From what a caller says.
 
@@ -155,7 +155,7 @@ def make_decisions(
     return Decisions(costs, float(shift), tau or None, target, limits)
 
 
-def _limits(spec: NetSpec, max_route: Route | Sequence[int]) -> tuple[int, ...]:
+def _limits(spec: NetSpec, max_route: Route | str | Sequence[int]) -> tuple[int, ...]:
     """The highest option of every gate whose width is at most the route's."""
     route = spec.coerce_route(max_route)
     widths = [route.widths[stage] for stage in spec.gated_stages]

@@ -144,10 +144,17 @@ class Engine:
 
         Raises:
             PackageError: if a file is missing, altered, or of a newer version.
-            UsageError: if the backend does not run packages, or is not installed.
+            UsageError: if the backend does not run packages, or is not installed, or for a
+                precision or calibration.
         """
         from dynaslim.runtime.package import open_package
 
+        for name in ("precision", "calibration"):
+            check(
+                name not in options,
+                f"{name}: a package runs in the precision that it was exported in; "
+                f"leave it out, or export anew",
+            )
         package = open_package(path)
         engine = cls.__new__(cls)
         engine._set_up(
@@ -264,7 +271,7 @@ class Engine:
         budget: Budget | None = None,
         shift: float | None = None,
         escalate: Escalate = "auto",
-        max_route: Route | Sequence[int] | None = None,
+        max_route: Route | str | Sequence[int] | None = None,
     ) -> RoutedOutput:
         """Images (B, in_channels, H, W), normalised -> logits, routes and costs of every row.
 
@@ -293,7 +300,7 @@ class Engine:
         joined = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         return RoutedOutput(*(like(x, result) for result in joined))
 
-    def static(self, route: Route | Sequence[int]) -> Callable[[Any], Any]:
+    def static(self, route: Route | str | Sequence[int]) -> Callable[[Any], Any]:
         """One route for all images and no gate: images (B, in_channels, H, W) -> logits (B, N).
 
         A package runs it segment by segment, which costs a little more than one program, and only

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.errors import DynaslimError, UsageError
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form, Precision, check_precision, segment_forms
 from dynaslim.spec import NetSpec
 
@@ -53,10 +54,19 @@ class PackageForms:
         raise UsageError(f"{self._folder}: a package has no torch modules")
 
     def onnx(self, form: Form) -> Path:
-        """As `FormSource.onnx`."""
+        """As `FormSource.onnx`.
+
+        Raises:
+            UsageError: if the package has no such form.
+            PackageError: if its file, or that of the weights, has gone since it was opened.
+        """
         if form.name not in self._files:
             raise UsageError(f"{self._folder}: the package has no {form.name}")
-        return self._folder / self._files[form.name]
+        path = self._folder / self._files[form.name]
+        # forms are read when they are first needed; a runtime's own words would not help
+        for needed in (path, self._folder / WEIGHTS):
+            _check_there(needed)
+        return path
 
 
 @dataclass(frozen=True)
@@ -96,9 +106,15 @@ def open_package(path: str | Path) -> Package:
         precision = check_precision(manifest["precision"])
         files, forms = dict(manifest["files"]), dict(manifest["forms"])
         names, pre = manifest["class_names"], manifest["preprocessing"]
+        if names is not None and (not isinstance(names, list) or len(names) != spec.num_classes):
+            raise UsageError(f"class_names: must be a list of {spec.num_classes} names, or null")
+        if manifest["budget"] is not None:
+            BudgetCurve.from_dict(manifest["budget"]).check_fits(spec)
         for form in segment_forms(spec):
             if forms[form.name] not in files:
                 raise UsageError(f"{forms[form.name]} is not among its files")
+        if WEIGHTS not in files:
+            raise UsageError(f"{WEIGHTS} is not among its files")
         for name in files:
             if Path(name).name != name:
                 raise UsageError(f"{name!r} is not a file of the folder")
@@ -144,10 +160,14 @@ def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
 
 
 def _check_file(path: Path, size: int, expected: str) -> None:
-    if not path.is_file():
-        raise PackageError(f"{path}: missing; its package is not complete")
+    _check_there(path)
     if path.stat().st_size != size or file_digest(path) != expected:
         raise PackageError(f"{path}: does not match its SHA-256: altered or damaged")
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise PackageError(f"{path}: missing; its package is not complete")
 
 
 def file_digest(path: Path) -> str:

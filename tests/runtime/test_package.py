@@ -1,6 +1,8 @@
 import copy
+import dataclasses
 import json
 import os
+import runpy
 import shutil
 import stat
 import subprocess
@@ -12,11 +14,16 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from docs_blocks import run_script
 from helpers import ZOO_NAMES, lively_net, noise
+from PIL import Image
 
 import dynaslim
 from dynaslim import Checkpoint, Engine, Preprocessing
+from dynaslim.data.decode import decode_image
 from dynaslim.errors import DynaslimError, UsageError
+from dynaslim.predict import predict
+from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime import export
 from dynaslim.runtime.forms import segment_forms
 from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError, open_package
@@ -139,6 +146,15 @@ def test_a_missing_file_is_named(copied, name):
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, "segment1_0_2.onnx"])
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "auto"])
+def test_a_file_that_goes_while_the_package_is_open_is_named(name, backend, copied, package):
+    engine = Engine.from_package(copied, backend=backend, cache_dir=None)
+    (copied / name).unlink()
+    with pytest.raises(PackageError, match=f"{name}: missing; its package is not complete"):
+        engine(noise(package[1].net.spec, 9).numpy())
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "segment1_0_2.onnx"])
 def test_an_altered_file_is_named(copied, name):
     assert (copied / name).stat().st_size, "the test needs something to alter"
     content = bytearray((copied / name).read_bytes())
@@ -158,6 +174,10 @@ def test_an_altered_file_is_named(copied, name):
         ({"forms": {}}, "has no 'segment0_0_0'"),
         ({"files": {}}, "is not among its files"),
         ({"files": 3}, "not valid"),
+        ({"class_names": ["a", "b"]}, "manifest.json: .*class_names: must be a list of 5 names"),
+        ({"class_names": "abcde"}, "must be a list of 5 names, or null"),
+        ({"budget": {}}, "manifest.json: not valid: budget curve: has no 'cheapest_madds'"),
+        ({"budget": 3}, "manifest.json: not valid: budget curve: expected an object, got 3"),
         ({"preprocessing": {"image_size_px": 0, "mean": [0], "std": [1]}}, "image_size_px 0"),
     ],
 )
@@ -194,6 +214,26 @@ def test_backends_that_run_no_packages(package):
     spec = engine.spec
     with pytest.raises(UsageError, match="is not in the package"):
         engine.static(spec.largest)
+
+
+@pytest.mark.parametrize("option", [{"precision": "bf16"}, {"calibration": []}])
+def test_precision_was_settled_at_export(package, option):
+    with pytest.raises(UsageError, match="runs in the precision that it was exported in; leave"):
+        Engine.from_package(package[0], **option)
+
+
+def test_routes_of_calls_by_their_text(package):
+    engine = Engine.from_package(package[0], backend="onnxruntime", cache_dir=None)
+    x = noise(engine.spec, 9).numpy()
+    route = engine.spec.cheapest_choice
+    np.testing.assert_array_equal(
+        engine(x, max_route=str(route)).routes, engine(x, max_route=route).routes
+    )
+    np.testing.assert_array_equal(engine.static(str(route))(x), engine.static(route)(x))
+    with pytest.raises(UsageError, match="route 3: expected channel counts"):
+        engine(x, max_route=3)
+    with pytest.raises(UsageError, match="route 5: expected channel counts"):
+        engine.static(5)
 
 
 def test_an_older_package_is_replaced_and_nothing_else(package, tmp_path, monkeypatch):
@@ -375,3 +415,27 @@ def test_the_example_runs_a_package_by_onnxruntime_and_numpy_alone(package, tmp_
     ]
     top = expected.logits.argmax(1)
     assert [" ".join(row[2:]) for row in rows] == [f"class {n}" for n in top]
+
+
+def test_the_example_prepares_a_picture_as_the_package_says(package, tmp_path, capsys):
+    """A large one, turned by its EXIF tag."""
+    folder, checkpoint = package
+    rng = np.random.default_rng(5)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = tmp_path / "turned.jpg"
+    Image.fromarray(rng.integers(0, 256, (70, 111, 3), np.uint8)).save(picture, exif=exif)
+    example = runpy.run_path(str(ROOT / "examples" / "run_package.py"))
+    for fraction in (1.0, 0.875):
+        pre = dataclasses.replace(checkpoint.preprocessing, crop_fraction=fraction)
+        pixels = decode_image(picture.read_bytes(), pre, "x")
+        ours = example["read"](str(picture), json.loads(json.dumps(pre.to_dict())))
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, normalise_pixels(pixels[None], pre), atol=1e-5)
+    run_script("examples/run_package.py", [str(folder), str(picture)])
+    engine = Engine.from_package(folder, backend="onnxruntime", cache_dir=None)
+    (row,) = predict(engine, [picture])
+    pixels = decode_image(picture.read_bytes(), engine.preprocessing, "x")
+    out = engine(normalise_pixels(pixels[None], engine.preprocessing))
+    choices = "-".join(map(str, out.routes[0].tolist()))
+    assert capsys.readouterr().out == f"0 {choices} {row.class_name}\n"
