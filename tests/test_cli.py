@@ -507,6 +507,8 @@ def test_help_shows_defaults_that_say_something():
         (["train", "gate", "--out", "x", "--config", "TEXT"], "no keys and values of a recipe"),
         (["train", "gate", "--out", "x", "--config", "BROKEN"], "--config: not YAML: "),
         (["train", "gate", "--out", "x", "--config", "VALUE"], "--optim.lr fast: must be a number"),
+        (["train", "gate", "--out", "x", "--config", "BYTES"], "--config: not a text file; name"),
+        (["train", "gate", "--out", "x", "--config", "LOOP"], "--config: refers to itself, or is"),
     ],
 )
 def test_a_wrong_command_line_gets_one_line(capsys, tmp_path, monkeypatch, argv, message):
@@ -515,6 +517,8 @@ def test_a_wrong_command_line_gets_one_line(capsys, tmp_path, monkeypatch, argv,
     (tmp_path / "TEXT").write_text("hello")
     (tmp_path / "BROKEN").write_text("a: [1\nb")
     (tmp_path / "VALUE").write_text("optim: {lr: fast}")
+    (tmp_path / "BYTES").write_bytes(b"\xa8\x8b\x00\x00{}")
+    (tmp_path / "LOOP").write_text("a: &a [*a]")
     _fails(capsys, argv, 2, message)
 
 

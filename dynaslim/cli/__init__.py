@@ -2,8 +2,8 @@
 
 Its signature makes its flags, its docstring the help; a verb that takes a recipe has a flag for
 each of the recipe's fields too, and `--config` for a file of them. Bodies import what they need, so
-that help needs no torch. Exit codes: 0 done, 1 failed, 2 bad usage; a user's mistake gets one line
-and no traceback.
+that help needs no torch. Exit codes: 0 done, 1 failed, 2 bad usage, 130 and 143 stopped by a
+signal; a user's mistake gets one line and no traceback.
 """
 
 from __future__ import annotations
@@ -152,6 +152,10 @@ def _dispatch(argv: list[str]) -> int:
         parsed = parser.parse_args(rest)
     except SystemExit as stop:  # it has printed help
         return int(stop.code or 0)
+    except UnicodeDecodeError:  # the library lets what is wrong with the file's bytes pass
+        parser.error("--config: not a text file; name one of the recipe's fields (YAML)")
+    except RecursionError:
+        parser.error("--config: refers to itself, or is nested too deeply; write its values out")
     return verb.run(**arguments(verb.run, parser, parsed)) or 0
 
 
@@ -182,7 +186,7 @@ def _help() -> str:
         lines += [_told(name) for name, verb in VERBS.items() if verb.group == group]
         lines.append("")
     lines.append("dynaslim VERB --help shows a verb's options; dynaslim --version the version.")
-    lines.append("Exit codes: 0 done, 1 failed, 2 bad usage.")
+    lines.append("Exit codes: 0 done, 1 failed, 2 bad usage; 130 and 143: interrupted, terminated.")
     return "\n".join(lines) + "\n"
 
 

@@ -26,8 +26,8 @@ def report(
     """Make a page (HTML) that shows a run: accuracy, cost, time, routes, images, training.
 
     Args:
-        run: The folder of a run or of the demo, a checkpoint file, or the name of a model that
-            ships.
+        run: The folder of a run or of the demo, a checkpoint file, a folder of save_pretrained, an
+            hf:// address, or the name of a model that ships.
         out: The page to write (.html); one file that needs nothing else.
         data: Images to evaluate on: a parquet file or a folder of them, a folder of images by
             class, or a hub name. By default those that training held back, where they still are.

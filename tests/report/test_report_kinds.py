@@ -130,6 +130,13 @@ def demo_folder(tmp_path_factory):
     return folder
 
 
+def test_a_folder_of_save_pretrained_stands_for_its_checkpoint(demo_folder, tmp_path):
+    read(demo_folder / "checkpoint.safetensors").save_pretrained(tmp_path / "saved")
+    built = build_report(Request(tmp_path / "saved", images=24, rounds=0))
+    assert built.summary["images"] == 24
+    assert "Sandal" in Page(built.html).text
+
+
 @pytest.mark.parametrize("name", ["", "checkpoint.safetensors"])
 def test_demo_is_evaluated_on_the_images_that_ship(demo_folder, name):
     built = build_report(Request(demo_folder / name, images=24, rounds=0))
