@@ -179,7 +179,9 @@ def run_command(line: str, servers: Servers) -> None:
             makefile = (ROOT / "Makefile").read_text()
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
         case ["python", script, *argv] if script.startswith("examples/"):
-            run_script(script, [*argv, *SHORTER.get(script, "").split()])
+            # documents are read where the project lies, and run in a folder of their own
+            there = [str(ROOT / word) if word.startswith("docs/") else word for word in argv]
+            run_script(script, [*there, *SHORTER.get(script, "").split()])
         case _:
             raise AssertionError(
                 f"{line}: not a command that this test can run; if it is right as it is, put "

@@ -9,7 +9,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, Final, TypeVar
 
 from dynaslim import __version__
@@ -58,13 +58,13 @@ def examine(
             name: probes.start(name, timeout_s, "backend", name)
             for name in steps(quick=quick)[len(_ALWAYS) :]
         }
-        errors = imports.result()
-        torch = None if facts is None else _last(facts.result())
+        errors = _result(imports)
+        torch = None if facts is None else _last(_result(facts))
         if torch and torch["devices"]:
             runs[GPU_BACKEND] = probes.start(None, timeout_s, "backend", GPU_BACKEND)
         gpu = describe_gpu(torch)
         backends = [
-            _describe_backend(name, runs[name].result() if name in runs else None, gpu, quick)
+            _describe_backend(name, _result(runs[name]) if name in runs else None, gpu, quick)
             for name in BACKENDS
         ]
     libraries = [describe(one, errors.get(one.module)) for one in LIBRARIES]
@@ -129,6 +129,13 @@ class _Probes:
         if self._on_done is not None and label is not None:
             self._on_done(label)
         return result
+
+
+def _result(future: Future[T]) -> T:
+    """What it gives. Ctrl-C that comes just before a wait does not end it: look now and then."""
+    while not future.done():
+        wait([future], timeout=0.5)
+    return future.result()
 
 
 def _import_all(probes: _Probes, modules: list[str]) -> dict[str, str | None]:

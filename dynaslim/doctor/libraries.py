@@ -35,6 +35,7 @@ LIBRARIES: Final = (
     Library("lightning-fabric", "lightning_fabric", "devices and processes"),
     Library("tensorboard", "tensorboard", "curves"),
     Library("pyyaml", "yaml", "recipes"),
+    Library("filelock", "filelock", "folders of runs"),
     Library("pyarrow", "pyarrow", "parquet"),
     Library("matplotlib", "matplotlib", "pictures"),
     Library("jinja2", "jinja2", "reports"),

@@ -8,7 +8,8 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
+from typing import Final
 
 from dynaslim.runtime.arrays import Array, Arrays
 from dynaslim.runtime.backends import Backend
@@ -16,6 +17,7 @@ from dynaslim.runtime.backends import Backend
 Task = Callable[[], None]
 _Inbox = SimpleQueue[Callable[[], None] | None]
 _Outcomes = SimpleQueue[BaseException | None]
+_LOOK_S: Final = 0.5
 
 
 class Workers:
@@ -75,7 +77,7 @@ class Workers:
             _drop(waiting)
             raise
         try:
-            failures = [failure, *(outcomes.get() for _ in range(left))]
+            failures = [failure, *(_next(outcomes) for _ in range(left))]
         except BaseException:  # an interrupt
             _drop(waiting)
             raise
@@ -105,7 +107,7 @@ class Workers:
             # all of them start here: starting one changes the whole process for a moment
             for thread in threads:
                 thread.start()
-            for failure in [met.get() for _ in threads]:
+            for failure in [_next(met) for _ in threads]:
                 if failure is not None:
                     raise failure
         except BaseException:
@@ -155,6 +157,15 @@ def _forget_all() -> None:
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nobody forks
     os.register_at_fork(after_in_child=_forget_all)
+
+
+def _next(outcomes: _Outcomes) -> BaseException | None:
+    """The next outcome; looks up now and then: a signal just before a wait does not end it."""
+    while True:
+        try:
+            return outcomes.get(timeout=_LOOK_S)
+        except Empty:
+            continue
 
 
 def _drop(waiting: deque[Task]) -> int:

@@ -42,7 +42,7 @@ async function start() {
   messages.clear();
   try {
     const [served] = await getModels({ onWait: (s, message) => messages.waiting(s, message) });
-    messages.clear();
+    messages.settled();
     if (model === null) offer(served);
   } catch (error) {
     trouble(error);
@@ -77,14 +77,14 @@ function offer(served) {
 function add(files, { leftOut = 0, several = files.length > 1 } = {}) {
   const added = collection.add(files);
   messages.clear();
-  if (leftOut) {
-    const [files, are] = leftOut === 1 ? ["file", "is no picture"] : ["files", "are no pictures"];
-    messages.say(`${leftOut} ${files} of the folder ${are}: left out.`);
-  }
   if (several) close();
   else if (added.length && collection.pictures.length > 1) open(added[0]);
   if (model === null) start(); // pictures wait until the server is there
   else runner.wake();
+  if (leftOut) { // last: a start clears what was said before
+    const [files, are] = leftOut === 1 ? ["file", "is no picture"] : ["files", "are no pictures"];
+    messages.say(`${leftOut} ${files} of the folder ${are}: left out.`);
+  }
   render();
   requestAnimationFrame(bringIntoSight);
 }
