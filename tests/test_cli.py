@@ -163,7 +163,9 @@ def test_info_and_models_for_a_person(name, capsys):
     assert cli.run(["models"]) == 0
     assert name in capsys.readouterr().out
     assert cli.run(["models", "--json"]) == 0
-    rows = {row["model"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    told = json.loads(capsys.readouterr().out)
+    assert told["shipped"] == ["cifar10"]
+    rows = {row["model"]: row for row in told["models"]}
     row = rows[name]
     for kind, route in (("cheapest", ZOO[name].smallest), ("widest", ZOO[name].routes[-1])):
         assert row[f"{kind}_madds"] == madds(ZOO[name], route, row["image_size_px"])
@@ -416,6 +418,9 @@ def test_calibrate_makes_damaged_statistics_good(micro, tmp_path, capsys):
     argv = ["calibrate", str(damaged), str(out), "--data", str(data), "--split", "test"]
     assert cli.run([*argv, "--batch-size", "10"]) == 0
     assert "2 batches of 10 images" in capsys.readouterr().out
+    assert cli.run([*argv, "--batch-size", "10", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"out": str(out), "batches": 2, "batch_size": 10, "left_out": []}
     good = read(out)
     for name, buffer in good.net.named_buffers():
         if name.endswith("running_var"):

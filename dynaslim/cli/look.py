@@ -26,6 +26,7 @@ def models(*, json: bool = False) -> None:
     """
     from dynaslim.cli.describe import usual_image_size
     from dynaslim.cost import madds, params
+    from dynaslim.shipped import names
     from dynaslim.zoo import ZOO
 
     rows: list[dict[str, Any]] = []
@@ -44,7 +45,7 @@ def models(*, json: bool = False) -> None:
             }
         )
     if json:
-        print_json({"models": rows})
+        print_json({"models": rows, "shipped": list(names())})
         return
     table = new_table(
         "model", "parameters", "input px", "cheapest", "widest", "widths", "gates", "gated routes"
@@ -62,6 +63,7 @@ def models(*, json: bool = False) -> None:
         )
     say(table)
     say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
+    say(f"trained and at hand: {', '.join(names())}")
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:

@@ -118,6 +118,7 @@ def calibrate(
     workers: int = 2,
     corrupt_limit: float = 0.01,
     device: str = "cpu",
+    json: bool = False,
 ) -> None:
     """Take a network's BN statistics anew for every route, as after training.
 
@@ -132,6 +133,7 @@ def calibrate(
         workers: Processes that decode images; 0 decodes in this one.
         corrupt_limit: Share of images that may turn out not to decode; others take their place.
         device: cpu, cuda or mps.
+        json: Print one JSON object.
     """
     from dataclasses import replace
 
@@ -170,6 +172,11 @@ def calibrate(
         recalibrate(loaded.net, drawn, on_batch=bar.advance)
     # what was measured before holds no more
     save(out, replace(loaded, metrics={}, budget=None))
+    if json:
+        left_out = list(feed.skipped.lines)
+        told = {"out": str(out), "batches": count, "batch_size": feed.batch_size}
+        print_json({**told, "left_out": left_out})
+        return
     for line in feed.skipped.lines:
         say(f"left out: {line}")
     say(f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images")

@@ -1,3 +1,4 @@
+import json
 import os
 import pickle
 
@@ -131,6 +132,14 @@ def test_import_from_the_command_line(official, tmp_path, capsys):
     out = tmp_path / "ds_mbnet.safetensors"
     assert cli.run(["import-official", str(path), str(out), "--ema"]) == 0
     assert "ds_mbnet, 10 classes, gate choices (0, 1, 2, 3)" in capsys.readouterr().out
+    assert cli.run(["import-official", str(path), str(out), "--ema", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {
+        "out": str(out),
+        "model": "ds_mbnet",
+        "num_classes": 10,
+        "choices": [0, 1, 2, 3],
+    }
     net = load(out)
     x = torch.from_numpy(reference["x"][:4])
     with torch.inference_mode():

@@ -19,6 +19,8 @@ from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime.package import PackageError
 from dynaslim.serve import ServeOptions, create_app
 from dynaslim.serve.facts import Facts
+from dynaslim.serve.jobs import BatchReport
+from dynaslim.serve.metrics import Metrics
 from dynaslim.serve.samples import find_samples
 
 RESULT_KEYS = {
@@ -462,6 +464,20 @@ def test_metrics(serve, engine, pictures):
     for route in set(routes):
         count = metric(text, f'dynaslim_images_total{{route="{route}"}}')
         assert float(count) == routes.count(route)
+
+
+def test_what_dear_batches_cost_is_taken_from_what_others_save():
+    """Images that run twice may cost more than the widest route; a counter does not fall."""
+    metrics = Metrics(lambda _: "route", 10.0)
+    choices = np.zeros((2, 1), np.int64)
+    for madds, saved in (
+        ([4.0, 6.0], 10.0),
+        ([13.0, 11.0], 10.0),
+        ([9.0, 9.0], 10.0),
+        ([5.0, 2.0], 21.0),
+    ):
+        metrics.batch(BatchReport(2, 0.1, choices, np.array(madds), 0))
+        assert float(metric(metrics.text()[0].decode(), "dynaslim_madds_saved_total")) == saved
 
 
 def test_two_servers_count_apart(serve, pictures):
