@@ -1,9 +1,13 @@
 import os
+import signal
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports the hub's library
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a shell ignores Ctrl-C for what it starts in the background, and so would what tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
