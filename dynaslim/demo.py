@@ -119,7 +119,7 @@ def run_demo(
         curve = fit_curve(_every_path(net, held_out, preprocessing, bar.advance))
         point = curve.at(target)
         tested = _every_path(net, test, preprocessing, bar.advance)
-        outcome = simulate(tested, point.shift, point.tau, point.escalate_to)
+        outcome = simulate(tested, point.shift, point.escalations)
 
     files = {
         "checkpoint": out / "checkpoint.safetensors",

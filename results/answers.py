@@ -24,8 +24,8 @@ from dynaslim.data.order import holdout
 from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import margins
 from dynaslim.runtime.calibrate_budget import PathAnswers
+from dynaslim.runtime.escalation import margins
 from dynaslim.spec import NetSpec
 from results.policies import sureness
 from results.statics import static_spec

@@ -17,6 +17,7 @@ import numpy as np
 from dynaslim.runtime.budget import BudgetPoint
 from dynaslim.runtime.budget_search import fit_curve
 from dynaslim.runtime.calibrate_budget import simulate
+from dynaslim.runtime.escalation import Escalation
 from results import policies
 from results.answers import Table
 from results.policies import Outcome
@@ -58,14 +59,18 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
 
 
 def _plain(point: BudgetPoint) -> dict[str, Any]:
-    target = None if point.escalate_to is None else list(point.escalate_to)
-    return {"shift": point.shift, "tau": point.tau, "escalate_to": target}
+    steps = [{"tau": tau, "target": list(target)} for tau, target in point.escalations]
+    return {"shift": point.shift, "escalations": steps}
+
+
+def escalations_of(setting: Mapping[str, Any]) -> list[Escalation]:
+    """The steps of a setting as it is written."""
+    return [Escalation(step["tau"], tuple(step["target"])) for step in setting["escalations"]]
 
 
 def _at(table: Table, point: Mapping[str, Any]) -> Outcome:
     """What the engine gives at a setting, by the runtime's own arithmetic."""
-    target = None if point["escalate_to"] is None else tuple(point["escalate_to"])
-    found = simulate(table.paths, point["shift"], point["tau"], target)
+    found = simulate(table.paths, point["shift"], escalations_of(point))
     return Outcome(found.madds, found.top1, found.escalated)
 
 

@@ -28,7 +28,7 @@ from dynaslim.runtime.latency import profile
 from results import plan
 from results.answers import images_of
 from results.cells import HERE, Cell
-from results.comparisons import SHARES
+from results.comparisons import SHARES, escalations_of
 from results.judging import WIDTHS
 
 BACKENDS: Final = ("openvino", "onnxruntime")
@@ -151,8 +151,20 @@ def _arms(
 
 
 def _point(row: dict[str, Any]) -> BudgetPoint:
-    target = None if row["escalate_to"] is None else tuple(row["escalate_to"])
-    return BudgetPoint(row["shift"], row["tau"], target, 1.0, 1.0, None, 0.0, 0.0)
+    # what no step stands for, is None
+    (tau, target), (then, then_target) = [*escalations_of(row), *[(None, None)] * 2][:2]
+    return BudgetPoint(
+        row["shift"],
+        tau,
+        target,
+        madds=1.0,
+        share=1.0,
+        ms=None,
+        top1=0.0,
+        escalated=0.0,
+        tau_then=then,
+        escalate_then=then_target,
+    )
 
 
 if __name__ == "__main__":

@@ -106,7 +106,7 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: MemoryImages) -> dict[s
     rows = []
     for budget in BUDGETS:
         point = curve.at(budget)
-        got = simulate(answers, point.shift, point.tau, point.escalate_to)
+        got = simulate(answers, point.shift, point.escalations)
         rows.append(
             {
                 "budget": budget,

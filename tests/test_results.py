@@ -16,6 +16,7 @@ from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError
 from dynaslim.recipes import DataRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.calibrate_budget import simulate
+from dynaslim.runtime.escalation import Escalation
 from dynaslim.zoo import ZOO, write_spec
 
 ROOT = Path(__file__).parents[1]
@@ -178,7 +179,7 @@ def test_the_arithmetic_here_is_the_runtimes():
         ours = policies.escalated(
             table.correct_NR, table.sure_NR, table.costs_R, table.trunk, first, target, tau
         )
-        found = simulate(table.paths, comparisons.FAR, tau, (target,))
+        found = simulate(table.paths, comparisons.FAR, [Escalation(tau, (target,))])
         assert (ours.cost, ours.top1) == pytest.approx((found.madds, found.top1))
         assert ours.again == pytest.approx(found.escalated)
 

@@ -193,18 +193,18 @@ def _points_table(
     ms_column = ["ms"] if timed else []
     table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
     for name, point in points.items():
-        target = ""
-        if point.escalate_to is not None:
-            gates = zip(spec.gates, point.escalate_to, strict=True)
-            target = str(spec.route_at([gate.choices[option] for gate, option in gates]))
+        targets = [
+            str(spec.route_at([gate.choices[n] for gate, n in zip(spec.gates, path, strict=True)]))
+            for _, path in point.escalations
+        ]
         table.add_row(
             name or f"{point.share:.3f} of the widest",
             f"{point.madds / 1e6:.2f} M",
             *([] if point.ms is None else [f"{point.ms:.3f}"]),
             f"{point.top1:.2%}",
             f"{point.escalated:.1%}",
-            target,
-            "" if point.tau is None else f"{point.tau:.3f}",
+            ", then ".join(targets),
+            ", then ".join(f"{tau:.3f}" for tau, _ in point.escalations),
             f"{point.shift:.3g}",
         )
     return table

@@ -223,7 +223,7 @@ def _budgets(
         )
     budgets = []
     for point in points:
-        outcome = simulate(answers, point.shift, point.tau, point.escalate_to)
+        outcome = simulate(answers, point.shift, point.escalations)
         budgets.append(Budget(point, outcome.madds, outcome.top1, len(answers)))
     return tuple(budgets)
 

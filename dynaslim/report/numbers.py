@@ -25,7 +25,7 @@ from dynaslim.evaluation import (
 )
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import margins
+from dynaslim.runtime.escalation import margins
 from dynaslim.spec import NetSpec
 
 

@@ -1,13 +1,13 @@
 """Budgets at run time: one gate for a range of costs, and the curve that says what each gives.
 
 A *shift* moves every gate's decision towards cheaper options (positive) or wider ones (negative).
-*Escalation* gives rows whose first answer has a margin under *tau* a second one, along a wider
-*target* path, which replaces the first. A `BudgetPoint` is one setting of the two and what it
-costs; a `BudgetCurve` is what was measured on held-out images (`runtime.budget_search`).
+*Escalation* gives rows that are unsure of their answer another one, along a wider path, in one step
+or two (`runtime.escalation`). A `BudgetPoint` is one setting of both and what it costs; a
+`BudgetCurve` is what was measured on held-out images (`runtime.budget_search`).
 
 No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
 
-Suffixes: B rows, K options of a gate, N classes.
+Suffixes: B rows, K options of a gate.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ import numpy.typing as npt
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
+from dynaslim.runtime.escalation import Escalation, Floats, Ints, Path
 from dynaslim.spec import NetSpec
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
 Logits = npt.NDArray[np.floating[Any]]
 Kind = Literal["share", "madds", "ms", "drop"]
 
@@ -96,37 +94,6 @@ def choose_by_prices(gate_logits_BK: Logits, price_KK: Floats) -> Ints:
     return option_B
 
 
-def margins(logits_BN: Logits) -> npt.NDArray[Any]:
-    """Probability of the likeliest class minus that of the next (B,), in the type of the logits.
-
-    In 0..1; 1 where there is a single class.
-    """
-    rows, classes = logits_BN.shape
-    if classes == 1:
-        return np.ones(rows, logits_BN.dtype)
-    top_BN = np.partition(logits_BN, (classes - 2, classes - 1), axis=1)
-    highest_B = top_BN[:, classes - 1]
-    # relative to the highest, so that nothing overflows
-    sum_B = np.exp(logits_BN - highest_B[:, None]).sum(1)
-    return np.asarray(-np.expm1(top_BN[:, classes - 2] - highest_B) / sum_B, logits_BN.dtype)
-
-
-def who_may_escalate(
-    table: CostTable, own_BG: Ints, costs_B: Floats, target: Sequence[int]
-) -> Bools:
-    """Which rows (B,) may go on to `target`: dearer than their own path, wider behind some gate.
-
-    `costs_B` are those of the paths, by the table: whoever asks has them at hand.
-    """
-    wider_B: Bools = np.any(own_BG < np.array(target), axis=1)
-    return wider_B & (costs_B < table.route_cost(target))
-
-
-def escalation_cost(table: CostTable, target: Sequence[int]) -> float:
-    """What escalating a row adds to its cost: the target path without the trunk, which was kept."""
-    return table.route_cost(target) - table.segments[0][0][0]
-
-
 # -- budgets --------------------------------------------------------------------------------------
 
 
@@ -168,7 +135,7 @@ class BudgetPoint:
     shift: float
     tau: float | None
     """Rows of a smaller margin escalate; None for the gate alone."""
-    escalate_to: tuple[int, ...] | None
+    escalate_to: Path | None
     """The option of every gate on the target path; None for the gate alone."""
     madds: float
     """Multiply-adds per image, slimming heads and escalation included."""
@@ -178,10 +145,24 @@ class BudgetPoint:
     """Milliseconds per image by the latency table that was given; None without one."""
     top1: float
     escalated: float
-    """Share of the images, 0..1."""
+    """Share of the images that ran more than once, 0..1."""
     top1_selecting: float | None = None
     """Accuracy on the images by which the points were picked: optimistic, and what decides which
     point is the better one. None stands for `top1`."""
+    tau_then: float | None = None
+    """As `tau`, for the second step of escalation; None where there is no second."""
+    escalate_then: Path | None = None
+    """As `escalate_to`, for the second step."""
+
+    @property
+    def escalations(self) -> tuple[Escalation, ...]:
+        """The steps of escalation, none for the gate alone."""
+        steps = ((self.tau, self.escalate_to), (self.tau_then, self.escalate_then))
+        return tuple(
+            Escalation(tau, target)
+            for tau, target in steps
+            if tau is not None and target is not None
+        )
 
     @property
     def merit(self) -> float:
@@ -190,16 +171,18 @@ class BudgetPoint:
 
     def check_fits(self, spec: NetSpec) -> None:
         """Raise `UsageError` unless the point can be one of this network."""
-        target, options = self.escalate_to, [len(gate.choices) for gate in spec.gates]
-        fits = target is None or (
-            len(target) == len(options)
-            and all(0 <= t < count for t, count in zip(target, options, strict=True))
-        )
-        check(
-            fits,
-            f"budget: escalate_to {target} does not fit the gates of {spec.name}, which have "
-            f"{options} options",
-        )
+        options = [len(gate.choices) for gate in spec.gates]
+        for name in ("escalate_to", "escalate_then"):
+            target = getattr(self, name)
+            fits = target is None or (
+                len(target) == len(options)
+                and all(0 <= t < count for t, count in zip(target, options, strict=True))
+            )
+            check(
+                fits,
+                f"budget: {name} {target} does not fit the gates of {spec.name}, which have "
+                f"{options} options",
+            )
 
 
 @dataclass(frozen=True)
@@ -361,6 +344,7 @@ class BudgetCurve:
 
 
 _LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
+_ONE_STEP: Final = {"tau_then": None, "escalate_then": None}
 
 
 def _cost(point: BudgetPoint, kind: Kind) -> float:
@@ -371,27 +355,35 @@ def _cost(point: BudgetPoint, kind: Kind) -> float:
 
 
 def _point(data: Any, at: str) -> BudgetPoint:
+    # curves of earlier versions know one step
+    data = {**_ONE_STEP, **data} if isinstance(data, Mapping) else data
     _check_keys(data, BudgetPoint, at)
-    target, where = data["escalate_to"], f"{at}: "
-    check(
-        target is None
-        or (isinstance(target, list) and all(type(t) is int and t >= 0 for t in target)),
-        f"{where}escalate_to {target!r} must be an option for each gate",
-    )
-    check(
-        (target is None) == (data["tau"] is None),
-        f"{where}tau and escalate_to must be given both or neither",
-    )
+    where = f"{at}: "
+    for tau, name in (("tau", "escalate_to"), ("tau_then", "escalate_then")):
+        target = data[name]
+        check(
+            target is None
+            or (isinstance(target, list) and all(type(t) is int and t >= 0 for t in target)),
+            f"{where}{name} {target!r} must be an option for each gate",
+        )
+        check(
+            (target is None) == (data[tau] is None),
+            f"{where}{tau} and {name} must be given both or neither",
+        )
+    first, then = data["escalate_to"], data["escalate_then"]
+    check(then is None or first is not None, f"{where}escalate_then without escalate_to")
     return BudgetPoint(
         shift=_number(data, "shift", where, low=-math.inf),
         tau=_optional(data, "tau", where),
-        escalate_to=None if target is None else tuple(target),
+        escalate_to=None if first is None else tuple(first),
         madds=_number(data, "madds", where),
         share=_number(data, "share", where),
         ms=_optional(data, "ms", where),
         top1=_number(data, "top1", where, high=1),
         escalated=_number(data, "escalated", where, high=1),
         top1_selecting=_optional(data, "top1_selecting", where, high=1),
+        tau_then=_optional(data, "tau_then", where),
+        escalate_then=None if then is None else tuple(then),
     )
 
 

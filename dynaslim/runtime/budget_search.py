@@ -4,12 +4,13 @@ Thousands of settings are compared in seconds, on the table of `dynaslim.runtime
 The setting that looks best of many is flattered by chance: one half of the images picks the
 settings, the other half says how accurate they are.
 
-Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, U units of cost, H the
-selecting and the reporting half.
+Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, V those of a second
+step, U units of cost, H the selecting and the reporting half.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
@@ -19,24 +20,22 @@ import numpy.typing as npt
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import check
-from dynaslim.runtime.budget import (
-    BudgetCurve,
-    BudgetPoint,
-    Floats,
-    Ints,
-    escalation_cost,
-    option_costs,
-)
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, option_costs
 from dynaslim.runtime.calibrate_budget import PathAnswers
+from dynaslim.runtime.escalation import Floats, Ints, escalation_cost
 
 SHIFTS: Final = 41
 """Shifts that are tried, beside 0 and those that send all images along one end."""
 TAUS: Final = 25
 """Thresholds that are tried for each shift and target."""
+TAUS_OF_TWO: Final = 12
+"""Thresholds of each step that are tried for each shift and pair of targets."""
 MOST_ESCALATED: Final = 0.6
 """Share of the images beyond which a wider first route is the better idea."""
 KEPT: Final = 20
 """Points that are kept of each front, about evenly spaced by cost."""
+NOISE: Final = 1.0
+"""Standard errors by which gates have to beat sending all images one way."""
 _ROUNDING: Final = 1e-12
 """Relative, of sums of costs."""
 
@@ -132,6 +131,9 @@ class _Settings(NamedTuple):
     """NaN without escalation."""
     target_S: Ints
     """Number of the target; -1 without escalation."""
+    tau_then_S: Floats
+    """Of a second step; NaN without."""
+    target_then_S: Ints
     escalated_S: Ints
     """How many of all images."""
     right_HS: Ints
@@ -152,6 +154,9 @@ class _Tried:
         self.half_HN = np.zeros((2, len(answers)), np.int64)
         self.half_HN[0, selecting] = 1
         self.half_HN[1, reporting] = 1
+        differ_N = answers.correct_NP[selecting, 0] != answers.correct_NP[selecting, -1]
+        self.noise = math.sqrt(np.count_nonzero(differ_N))
+        """Standard error of a difference between two settings, in images that are right."""
         parts = [part for shift in shift_grid(answers) for part in self._of_shift(float(shift))]
         self.all = _Settings(*(np.concatenate(column, -1) for column in zip(*parts, strict=True)))
         # the shifts rise
@@ -159,7 +164,7 @@ class _Tried:
         self.widest, self.cheapest = int(alone[0]), int(alone[-1])
 
     def _of_shift(self, shift: float) -> Iterator[_Settings]:
-        """The gate alone, then thresholds for every target."""
+        """The gate alone, then thresholds for every target, then for every pair of them."""
         answers = self.answers
         own_N, everyone = answers.taken(shift), np.arange(len(answers))
         right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
@@ -168,6 +173,8 @@ class _Tried:
         cost_U = self.costs_UP[:, own_N].mean(1)
         yield _Settings(
             np.array([shift]),
+            np.array([np.nan]),
+            np.array([-1]),
             np.array([np.nan]),
             np.array([-1]),
             np.array([0]),
@@ -179,7 +186,7 @@ class _Tried:
             if not len(able):
                 continue
             able = able[margin_N[able].argsort(kind="stable")]
-            tau_T = _thresholds(margin_N[able], len(answers))
+            tau_T = _thresholds(margin_N[able], len(answers), TAUS)
             count_T = np.searchsorted(margin_N[able], tau_T, side="left")
             gain_N = answers.correct_NP[:, answers.paths.index(target)] - right_N
             # what the first so many rows that escalate win or lose
@@ -189,10 +196,87 @@ class _Tried:
                 np.full(len(tau_T), shift),
                 tau_T.astype(np.float64),
                 np.full(len(tau_T), number),
+                np.full(len(tau_T), np.nan),
+                np.full(len(tau_T), -1),
                 count_T,
                 right_H[:, None] + gained[:, count_T - 1],
                 cost_U[:, None] + np.outer(added_U, count_T / len(answers)),
             )
+        for first, then in itertools.combinations(range(len(answers.targets)), 2):
+            yield from self._in_two_steps(shift, own_N, first, then)
+
+    def _in_two_steps(
+        self, shift: float, own_N: Ints, first: int, then: int
+    ) -> Iterator[_Settings]:
+        """Thresholds for a target, and from there for a wider one; see `escalation.Asked`."""
+        answers, everyone = self.answers, np.arange(len(self.answers))
+        targets = answers.targets[first], answers.targets[then]
+        middle, last = map(answers.paths.index, targets)
+        able_N = answers.may_escalate(targets[0])[own_N]
+        # where a row stands when the second step asks it, if the first let it go on
+        stands_N = np.where(able_N, middle, own_N)
+        able_then_N = answers.may_escalate(targets[1])[stands_N]
+        margin_N = answers.margins_NP[everyone, own_N]
+        then_N = answers.margins_NP[everyone, stands_N]
+        if not able_N.any() or not able_then_N[able_N].any():
+            return
+        tau_T = _thresholds(np.sort(margin_N[able_N]), len(answers), TAUS_OF_TWO)
+        # of those that the second step may ever ask
+        asked_N = able_then_N & (~able_N | (margin_N < tau_T[-1]))
+        if not asked_N.any():
+            return
+        tau_V = _thresholds(np.sort(then_N[asked_N]), len(answers), TAUS_OF_TWO)
+        right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
+        stands_right_N = answers.correct_NP[everyone, stands_N].astype(np.int64)
+        # the first threshold of either step under which a row is; whom the first step cannot
+        # send on, the second asks whatever the first's threshold
+        from_T_N = np.where(able_N, np.searchsorted(tau_T, margin_N, side="right"), 0)
+        from_V_N = np.where(able_then_N, np.searchsorted(tau_V, then_N, side="right"), len(tau_V))
+        cell_N = from_T_N * (len(tau_V) + 1) + from_V_N
+
+        def below(weight_N: Ints) -> Ints:
+            """Sums (T, V) over the rows that run the second step."""
+            shape = len(tau_T) + 1, len(tau_V) + 1
+            counts = np.bincount(cell_N, weight_N, math.prod(shape)).reshape(shape)
+            sums: Ints = counts.astype(np.int64).cumsum(0).cumsum(1)[:-1, :-1]
+            return sums
+
+        def under(weight_N: Ints) -> Ints:
+            """Sums (T, 1) over the rows that run the first step."""
+            counts = np.bincount(from_T_N[able_N], weight_N[able_N], len(tau_T) + 1)
+            sums: Ints = counts.astype(np.int64).cumsum()[:-1, None]
+            return sums
+
+        ones_N = np.ones(len(answers), np.int64)
+        count_T1, count_TV = under(ones_N), below(ones_N)
+        gain_N = stands_right_N - right_N
+        gain_then_N = answers.correct_NP[:, last] - stands_right_N
+        right_HTV = np.stack(
+            [
+                half_N @ right_N + under(half_N * gain_N) + below(half_N * gain_then_N)
+                for half_N in self.half_HN
+            ]
+        )
+        cost_UTV = np.stack(
+            [
+                costs_P[own_N].mean()
+                + escalation_cost(table, targets[0]) * count_T1 / len(answers)
+                + escalation_cost(table, targets[1]) * count_TV / len(answers)
+                for table, costs_P in zip(self.tables, self.costs_UP, strict=True)
+            ]
+        )
+        once_TV = count_T1 + below((~able_N).astype(np.int64))
+        size = count_TV.size
+        yield _Settings(
+            np.full(size, shift),
+            np.repeat(tau_T.astype(np.float64), len(tau_V)),
+            np.full(size, first),
+            np.tile(tau_V.astype(np.float64), len(tau_T)),
+            np.full(size, then),
+            once_TV.ravel(),
+            right_HTV.reshape(2, size),
+            cost_UTV.reshape(len(self.tables), size),
+        )
 
     def fronts(self, unit: int) -> tuple[tuple[BudgetPoint, ...], tuple[BudgetPoint, ...]]:
         """Points of all settings and of the gate alone by one unit's cost, up to the widest route.
@@ -203,9 +287,24 @@ class _Tried:
         # what is dearer than the widest route, no budget asks for
         within = np.flatnonzero(cost_S <= cost_S[self.widest] * (1 + _ROUNDING))
         alone = self._thinned(within[self.all.target_S[within] < 0], cost_S)
+        worth = self._worth_a_gate(within, cost_S)
         # the gate's points are among them: at no cost is escalation the worse of the two
-        both = self._front(np.concatenate([self._thinned(within, cost_S), alone]), cost_S)
+        kept = np.concatenate([self._thinned(worth, cost_S), alone[np.isin(alone, worth)]])
+        both = self._front(kept, cost_S)
         return self._points(both), self._points(alone)
+
+    def _worth_a_gate(self, settings: Ints, cost_S: Floats) -> Ints:
+        """Without those whose gates gain no more than chance over sending all images one way.
+
+        Of the many shifts one always seems to suit these images. A setting in which gates divide
+        them must beat those in which all begin alike, at its cost, by a standard error.
+        """
+        right_S, shift_S = self.all.right_HS[0], self.all.shift_S
+        alike = np.isin(shift_S[settings], (shift_S[self.widest], shift_S[self.cheapest]))
+        front = self._front(settings[alike], cost_S)
+        at = np.searchsorted(cost_S[front], cost_S[settings], side="right") - 1
+        beaten = right_S[front][at]
+        return np.asarray(settings[alike | (right_S[settings] > beaten + NOISE * self.noise)])
 
     def _front(self, settings: Ints, cost_S: Floats) -> Ints:
         """Those that no other as cheap is as good as on the selecting half: rising in both."""
@@ -231,7 +330,7 @@ class _Tried:
 
     def point(self, number: int) -> BudgetPoint:
         """A setting as a point of a curve."""
-        target = int(self.all.target_S[number])
+        target, then = int(self.all.target_S[number]), int(self.all.target_then_S[number])
         costs = self.all.cost_US[:, number].tolist()
         selected, reported = self.all.right_HS[:, number] / self.half_HN.sum(1)
         return BudgetPoint(
@@ -244,17 +343,21 @@ class _Tried:
             top1=float(reported),
             escalated=int(self.all.escalated_S[number]) / len(self.answers),
             top1_selecting=float(selected),
+            tau_then=None if then < 0 else float(self.all.tau_then_S[number]),
+            escalate_then=None if then < 0 else self.answers.targets[then],
         )
 
 
-def _thresholds(margins_N: npt.NDArray[np.float32], images: int) -> npt.NDArray[np.float32]:
-    """Margins (T,), rising, under which about evenly spaced shares of the images fall.
+def _thresholds(
+    margins_N: npt.NDArray[np.float32], images: int, count: int
+) -> npt.NDArray[np.float32]:
+    """Margins (T,), rising, at most `count`, under which about evenly spaced shares of them fall.
 
     `margins_N` are sorted, of the images that can escalate. A threshold stands between two of them
     where there is room, so that rounding elsewhere moves nobody across; at least one is under it.
     """
     most = min(len(margins_N), math.ceil(MOST_ESCALATED * images))
-    count_T = np.unique(np.ceil(np.arange(1, TAUS + 1) * most / TAUS).astype(np.int64))
+    count_T = np.unique(np.ceil(np.arange(1, count + 1) * most / count).astype(np.int64))
     below_T = margins_N[count_T - 1]
     above_T = np.append(margins_N, np.float32(1))[count_T]
     between_T = below_T + (above_T - below_T) / 2

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple
@@ -26,19 +26,19 @@ from torch import Tensor
 from dynaslim.cost import CostTable
 from dynaslim.errors import DataError, DynaslimError, UsageError, check
 from dynaslim.nn.net import SlimNet
-from dynaslim.runtime.budget import (
+from dynaslim.runtime.budget import choose, option_costs
+from dynaslim.runtime.escalation import (
+    Asked,
     Bools,
+    Escalation,
     Floats,
     Ints,
-    choose,
+    Path,
     escalation_cost,
     margins,
-    option_costs,
     who_may_escalate,
 )
 from dynaslim.spec import NetSpec, Route
-
-Path = tuple[int, ...]
 
 MAX_PATHS: Final = 256
 
@@ -196,36 +196,36 @@ def answer_paths(
 def simulate(
     answers: PathAnswers,
     shift: float,
-    tau: float | None = None,
-    target: Path | None = None,
+    escalations: Sequence[Escalation] = (),
     *,
     latency: CostTable | None = None,
     rows: Ints | None = None,
 ) -> Outcome:
-    """What a shift, and escalation to a target under a margin of tau, gives on the images.
+    """What a shift, and after it escalation in some steps, gives on the images.
 
     `rows` takes the means over these alone.
 
     Raises:
-        UsageError: if the target is none of the network's paths, or comes without tau or tau
-            without it.
+        UsageError: if a target is none of the network's paths.
     """
-    check((tau is None) == (target is None), "tau and target: give both or neither")
     own_N = answers.taken(shift)
     everyone = np.arange(len(answers))
     right_N = answers.correct_NP[everyone, own_N]
     madds_N = answers.costs(answers.table)[own_N]
     ms_N = None if latency is None else answers.costs(latency)[own_N]
-    up_N = np.zeros(len(answers), bool)
-    if tau is not None and target is not None:
+    asked, up_N = Asked(len(answers)), np.zeros(len(answers), bool)
+    for tau, target in escalations:
         if target not in answers.paths:
             raise UsageError(f"target {target}: {answers.spec.name} has no such path")
-        up_N = answers.may_escalate(target)[own_N]
-        up_N &= answers.margins_NP[everyone, own_N] < tau
-        right_N = np.where(up_N, answers.correct_NP[:, answers.paths.index(target)], right_N)
-        madds_N = madds_N + up_N * escalation_cost(answers.table, target)
+        path = answers.paths.index(target)
+        able_N = answers.may_escalate(target)[own_N]
+        again_N = asked.next(able_N, answers.margins_NP[everyone, own_N], tau)
+        own_N = np.where(again_N, path, own_N)
+        right_N = np.where(again_N, answers.correct_NP[:, path], right_N)
+        madds_N = madds_N + again_N * escalation_cost(answers.table, target)
         if ms_N is not None and latency is not None:
-            ms_N = ms_N + up_N * escalation_cost(latency, target)
+            ms_N = ms_N + again_N * escalation_cost(latency, target)
+        up_N |= again_N
     some = slice(None) if rows is None else rows
     return Outcome(
         float(madds_N[some].mean()),

@@ -5,7 +5,7 @@ Suffixes: B rows, G gates, K options of a gate, N classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -16,7 +16,14 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
 from dynaslim.runtime import budget as budgets
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
-from dynaslim.runtime.router import Again, Routed
+from dynaslim.runtime.escalation import (
+    Asked,
+    Escalation,
+    escalation_cost,
+    margins,
+    who_may_escalate,
+)
+from dynaslim.runtime.router import Again, OnceMore, Routed
 from dynaslim.spec import NetSpec, Route
 
 Budget = float | str | BudgetPoint
@@ -33,6 +40,7 @@ class RouteCosts:
         # up to the end of the segment behind the first gate, by its option
         self._first_K = trunk[0][0] + np.array(segments[0][0])
         self._segments = [np.array(segment) for segment in segments[1:]]
+        self._again: dict[tuple[int, ...], float] = {}
 
     def of_paths(self, options_BG: np.ndarray) -> np.ndarray:
         """Multiply-adds (B,) float64."""
@@ -41,10 +49,17 @@ class RouteCosts:
             total_B += segment[options_BG[:, number - 1], options_BG[:, number]]
         return total_B
 
+    def again(self, target: tuple[int, ...]) -> float:
+        """Multiply-adds that going on to `target` adds to a row's."""
+        known = self._again.get(target)
+        if known is None:
+            known = self._again[target] = escalation_cost(self.table, target)
+        return known
+
     def may_escalate(self, options_BG: np.ndarray, target: tuple[int, ...]) -> np.ndarray:
         """For every row whether it may go on to `target` (B,) bool."""
         costs_B = self.of_paths(options_BG)
-        return budgets.who_may_escalate(self.table, options_BG, costs_B, target)
+        return who_may_escalate(self.table, options_BG, costs_B, target)
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,8 @@ class Decisions:
 
     route_costs: RouteCosts
     shift: float
-    tau: float | None
-    """Rows of a smaller margin run once more; None lets none."""
-    target: tuple[int, ...]
-    """The option of every gate on the path that they then take."""
+    escalations: tuple[Escalation, ...]
+    """Rows of a margin under their taus run once more; none lets none."""
     limits: tuple[int, ...] | None
     """The highest option of every gate that is allowed."""
 
@@ -76,30 +89,29 @@ class Decisions:
         return budgets.choose_by_prices(logits_BK, self._prices[gate])
 
     @property
-    def again(self) -> Callable[[np.ndarray, np.ndarray], Again | None] | None:
+    def again(self) -> OnceMore | None:
         """Which rows run once more; None if none can."""
-        return None if self.tau is None else self._unsure
+        return self._unsure if self.escalations else None
 
-    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Again | None:
-        again_B = budgets.margins(logits_BN) < self.tau
-        again_B &= self.route_costs.may_escalate(options_BG, self.target)
-        members = again_B.nonzero()[0]
-        return Again(members, self.target) if len(members) else None
-
-    @cached_property
-    def _more(self) -> float:
-        return budgets.escalation_cost(self.route_costs.table, self.target)
+    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Again]:
+        asked, last_BG = Asked(len(logits_BN)), options_BG.copy()
+        for tau, target in self.escalations:
+            able_B = self.route_costs.may_escalate(last_BG, target)
+            members = asked.next(able_B, margins(logits_BN), tau).nonzero()[0]
+            if len(members):
+                yield Again(members, target)
+                last_BG[members] = target
 
     def results(self, routed: Routed) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Logits (B, N), options (B, G) of the routes that gave them, multiply-adds (B,) float64
         and which rows ran twice (B,) bool.
         """
-        logits_BN, options_BG, again = routed
+        logits_BN, options_BG, passes = routed
         madds_B = self.route_costs.of_paths(options_BG)
         again_B = np.zeros(len(madds_B), bool)
-        if again is not None:
+        for again in passes:
             again_B[again.members] = True
-            madds_B[again.members] += self._more
+            madds_B[again.members] += self.route_costs.again(again.path)
             options_BG[again.members] = again.path
         return logits_BN, options_BG, madds_B, again_B
 
@@ -134,25 +146,25 @@ def make_decisions(
     if point is not None:
         shift = point.shift
     limits = None if max_route is None else _limits(spec, max_route)
-    target = tuple(len(gate.choices) - 1 for gate in spec.gates)
-    tau: float | None = None
+    steps: tuple[Escalation, ...] = ()
     if escalate == "auto":
-        if point is not None and point.tau is not None and point.escalate_to is not None:
-            tau, target = point.tau, point.escalate_to
+        steps = () if point is None else point.escalations
     elif escalate is not None:
         check(
             isinstance(escalate, Real) and not isinstance(escalate, bool) and 0 <= escalate <= 1,
             f"escalate {escalate!r}: give 'auto', None, or a margin from 0 to 1",
         )
-        tau = float(escalate)
+        widest = tuple(len(gate.choices) - 1 for gate in spec.gates)
+        steps = (Escalation(float(escalate), widest),)
     if limits is not None:
-        target = tuple(map(min, target, limits))
+        steps = tuple(Escalation(tau, tuple(map(min, target, limits))) for tau, target in steps)
     shift = 0.0 if shift is None else shift
     # what is kept by its arguments must be told by them: no tensor, whose value may change
     check(
         isinstance(shift, Real) and bool(np.isfinite(shift)), f"shift {shift}: give a finite number"
     )
-    return Decisions(costs, float(shift), tau or None, target, limits)
+    # no margin is below 0
+    return Decisions(costs, float(shift), tuple(step for step in steps if step.tau), limits)
 
 
 def _limits(spec: NetSpec, max_route: Route | str | Sequence[int]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
@@ -149,7 +149,7 @@ class Router:
         self,
         x: Array,
         decide: Decide,
-        again: Callable[[np.ndarray, np.ndarray], Again | None] | None,
+        again: OnceMore | None,
         *,
         limits: Sequence[int] | None = None,
         first: int = 0,
@@ -157,24 +157,26 @@ class Router:
         """Every row along its own route.
 
         `again` looks at logits and options of all rows and says which run once more from the
-        trunk's features, and along which path; their answers replace the first. No buckets are
-        merged into options above `limits`. `first` is what errors count the rows from.
+        trunk's features, and along which path; their answers replace those before, and it may look
+        again. No buckets are merged into options above `limits`. `first` is what errors count the
+        rows from.
         """
         size, rows, gates = _size(x), len(x), len(self.spec.gates)
         if rows == 1 and again is None and self._merge is None:
-            return Routed(*self._single(x, decide, size, first), None)
+            return Routed(*self._single(x, decide, size, first), ())
         workspace = self._workspaces.borrow()
         trunk = self._bucket(workspace, 0, 0, np.arange(rows), size)
         self.run([Job(Form(0), x, None, trunk.outs(), rows, first)], size)
         options_BG = np.empty((rows, gates), np.int64)
         logits_BN = np.empty((rows, self.spec.num_classes), np.float32)
         self._onward(workspace, trunk, decide, options_BG, logits_BN, size, limits)
-        unsure = None if again is None else again(logits_BN, options_BG)
-        if unsure is not None:
+        passes = []
+        for unsure in () if again is None else again(logits_BN, options_BG):
             self._once_more(workspace, trunk, unsure, logits_BN, size)
+            passes.append(unsure)
         # not where a call was interrupted: its pieces may still be writing
         self._workspaces.give_back(workspace)
-        return Routed(logits_BN, options_BG, unsure)
+        return Routed(logits_BN, options_BG, tuple(passes))
 
     def _single(
         self, x: Array, decide: Decide, size: tuple[int, int], first: int
@@ -406,5 +408,10 @@ class Routed(NamedTuple):
     """(B, N), of every row's last route."""
     options: np.ndarray
     """(B, G) of every row's first route, the one that the gates chose."""
-    again: Again | None
-    """Which rows ran twice, if any."""
+    passes: tuple[Again, ...]
+    """Which rows ran once more, in the order of the passes."""
+
+
+OnceMore = Callable[[np.ndarray, np.ndarray], Iterator[Again]]
+"""(logits (B, N) of every row's last route, options (B, G) of its first) -> rows that run once
+more; when the next are asked for, the logits hold what these answered."""

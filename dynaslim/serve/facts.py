@@ -91,6 +91,7 @@ class Facts:
         self.widest_madds = self._table.widest_cost
         self._ms_table: CostTable | None = None
         self._trunk_ms: float | None = None
+        self._before: dict[float, tuple[RouteFacts, ...]] = {}
         self.steady = True
         """False where the times say that something else kept the machine busy."""
         self._routes: dict[tuple[int, ...], RouteFacts] = {}
@@ -107,16 +108,24 @@ class Facts:
         return known
 
     def ms_of(self, route: RouteFacts, madds: float, escalated: bool) -> float | None:
-        """What an image takes alone: the time of its route, of both where it ran twice.
+        """What an image takes alone: the time of its route, of all where it ran more than once.
 
-        The first route of an image that was `escalated` is the one that its `madds` leave room for;
-        the trunk, whose features are kept, counts once.
+        The routes before the last of an image that was `escalated` are those that its `madds` leave
+        room for: one, or two if that fits better. The trunk, whose features are kept, counts once.
         """
         if not escalated or route.ms is None or self._trunk_ms is None:
             return route.ms
-        left = madds - route.madds + self._table.segments[0][0][0]
-        first = min(self.listed(), key=lambda other: abs(other.madds - left))
-        return None if first.ms is None else route.ms + max(0.0, first.ms - self._trunk_ms)
+        trunk, left = self._table.segments[0][0][0], madds - route.madds
+        before = self._before.get(left)
+        if before is None:
+            listed = [other for other in self.listed() if other.madds <= left + trunk + 0.5]
+            ways: list[tuple[RouteFacts, ...]] = [(one,) for one in listed or self.listed()[:1]]
+            ways += itertools.combinations(listed, 2)
+            before = min(ways, key=lambda way: abs(sum(r.madds - trunk for r in way) - left))
+            self._before[left] = before
+        return route.ms + sum(
+            max(0.0, first.ms - self._trunk_ms) for first in before if first.ms is not None
+        )
 
     def _options(self, choices: Sequence[int]) -> list[int]:
         gates = self.spec.gates

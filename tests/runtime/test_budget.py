@@ -18,10 +18,14 @@ from dynaslim.runtime.budget import (
     BudgetCurve,
     BudgetPoint,
     choose,
-    escalation_cost,
-    margins,
     option_costs,
     parse_budget,
+)
+from dynaslim.runtime.escalation import (
+    Asked,
+    Escalation,
+    escalation_cost,
+    margins,
     who_may_escalate,
 )
 from dynaslim.spec import Route
@@ -31,7 +35,10 @@ WIDEST = CostTable.from_madds(micro_spec(), 32).widest_cost
 
 
 def test_needs_no_torch():
-    script = "import sys, dynaslim.runtime.budget; assert 'torch' not in sys.modules"
+    script = (
+        "import sys, dynaslim.runtime.budget, dynaslim.runtime.escalation; "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
@@ -306,6 +313,30 @@ def test_json_round_trip_with_ms():
     curve.check_fits(micro_spec())
 
 
+def test_a_point_of_two_steps():
+    point = _point(0.5, 0.8, 5.0, tau=0.5, escalate_to=(0, 1), tau_then=0.25, escalate_then=(1, 2))
+    assert point.escalations == (Escalation(0.5, (0, 1)), Escalation(0.25, (1, 2)))
+    curve = _curve(points=(point,))
+    data = json.loads(json.dumps(curve.to_dict()))
+    assert BudgetCurve.from_dict(data) == curve
+    assert curve.at(0.6) == point
+    # curves of earlier versions know one step
+    for old in (p for points in data.values() if isinstance(points, list) for p in points):
+        del old["tau_then"], old["escalate_then"]
+    (read,) = BudgetCurve.from_dict(data).points
+    assert read.escalations == point.escalations[:1]
+
+
+def test_who_is_sure_when_asked_is_done():
+    asked = Asked(4)
+    able = np.array([True, True, True, False])
+    first = asked.next(able, np.array([0.1, 0.4, 0.5, 0.1]), 0.5)
+    assert first.tolist() == [True, True, False, False]
+    # the last could not go on before; the third was sure, and stays even under a higher tau
+    then = asked.next(np.ones(4, bool), np.array([0.6, 0.9, 0.5, 0.1]), 0.7)
+    assert then.tolist() == [True, False, False, True]
+
+
 def _with(path, value):
     def change(data):
         for key in path[:-1]:
@@ -345,6 +376,13 @@ def _without(path):
         (_with(["points", 0, "ms"], None), "points 0: ms None, unlike the ends"),
         (_with(["points", 1, "tau"], None), "points 1: tau and escalate_to"),
         (_with(["points", 1, "escalate_to"], None), "points 1: tau and escalate_to"),
+        (_with(["points", 1, "tau_then"], 0.5), "points 1: tau_then and escalate_then"),
+        (_with(["points", 1, "escalate_then"], [1]), "points 1: tau_then and escalate_then"),
+        (_with(["points", 1, "escalate_then"], ["1"]), r"escalate_then \['1'\] must be"),
+        (
+            lambda data: data["points"][0].update(tau_then=0.5, escalate_then=[1, 2]),
+            "points 0: escalate_then without escalate_to",
+        ),
         (_with(["points", 1, "escalate_to"], [1, 0.5]), r"escalate_to \[1, 0.5\]"),
         (_with(["points", 1, "escalate_to"], [1, -1]), r"escalate_to \[1, -1\]"),
         (_with(["gate_points", 1], _curve().to_dict()["points"][1]), "gate_points 1: escalates"),
@@ -383,6 +421,9 @@ def test_check_fits():
     with pytest.raises(UsageError, match="image size 1x1"):
         dataclasses.replace(curve, image_size_px=1).check_fits(micro_spec())
     for target in ((2, 2), (1,), (1, 2, 0)):
-        point = _point(0.5, 0.8, 6.0, tau=0.5, escalate_to=target)
-        with pytest.raises(UsageError, match=r"does not fit the gates of micro"):
-            _curve(points=(point,)).check_fits(micro_spec())
+        for point in (
+            _point(0.5, 0.8, 6.0, tau=0.5, escalate_to=target),
+            _point(0.5, 0.8, 6.0, tau=0.5, tau_then=0.5, escalate_then=target),
+        ):
+            with pytest.raises(UsageError, match=r"does not fit the gates of micro"):
+                _curve(points=(point,)).check_fits(micro_spec())

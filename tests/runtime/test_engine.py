@@ -25,7 +25,8 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable, madds
 from dynaslim.errors import UsageError
 from dynaslim.nn import argmax_one_hot
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, margins
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.escalation import margins
 from dynaslim.spec import NetSpec, StageSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,9 +168,9 @@ def test_any_mix_of_routes(backend, workers):
     engine = engine_of("micro", backend, workers)
     x, answers = every_path()
     for options in _mixes(engine.spec):
-        logits, taken, again = forced(engine, x, options)
+        logits, taken, passes = forced(engine, x, options)
         assert taken.tolist() == options.tolist()
-        assert again is None
+        assert passes == ()
         expected = [answers[tuple(path)][b] for b, path in enumerate(options.tolist())]
         assert_rows_close(logits, torch.stack(expected))
 
@@ -180,9 +181,9 @@ def test_any_mix_of_routes_through_four_gates(backend):
     spec, rows = engine.spec, 9 if backend == "eager" else 5
     x = noise(spec, rows)
     options = np.random.default_rng(0).integers(0, 4, (rows, 4))
-    logits, taken, again = forced(engine, x, options)
+    logits, taken, passes = forced(engine, x, options)
     assert taken.tolist() == options.tolist()
-    assert again is None
+    assert passes == ()
     routes = [spec.route_at(_indices(spec, path)) for path in options.tolist()]
     assert_rows_close(logits, row_by_row(lively_net("ds_resnet50"), x, routes), 5e-5)
 
@@ -634,6 +635,54 @@ def test_a_budget_is_its_points_shift_and_escalation():
     assert {engine.route_of(row) for row in on_top.routes} == {engine.spec.widest_choice}
 
 
+@for_backends(*EVERY_BACKEND)
+@pytest.mark.parametrize("name", ["micro", "ds_mbnet_tiny"])
+def test_escalation_in_two_steps(name, backend):
+    """Row by row: the cheapest answer, where it is unsure the middle one, then the widest."""
+    engine, (x, _, _, _) = engine_of(name, backend), gated(name, 33)
+    table = CostTable.from_madds(engine.spec, tuple(x.shape[2:]))
+    options = [len(gate.choices) for gate in engine.spec.gates]
+    cheapest, middle = (tuple(min(n, k - 1) for k in options) for n in (0, 1))
+    widest = tuple(k - 1 for k in options)
+    paths = {"cheapest": cheapest, "middle": middle, "widest": widest}
+    answers = {
+        n: engine.static(engine.spec.route_at(_choices(engine, p)))(x) for n, p in paths.items()
+    }
+    tau = _margin(answers["cheapest"], 0.6)
+    unsure = margins(np.asarray(answers["cheapest"])) < tau
+    then = _margin(np.asarray(answers["middle"])[unsure], 0.5)
+    point = BudgetPoint(1e6, tau, middle, 1.0, 1.0, None, 0.5, 0.6, None, then, widest)
+    out = engine(x, budget=point)
+    kept = table.segments[0][0][0]
+    seen = set()
+    for row in range(33):
+        walk = ["cheapest"]
+        if unsure[row]:
+            walk.append("middle")
+            if margins(np.asarray(answers["middle"])[row : row + 1])[0] < then:
+                walk.append("widest")
+        assert out.routes[row].tolist() == _choices(engine, paths[walk[-1]])
+        assert_rows_close(out.logits[row : row + 1], answers[walk[-1]][row : row + 1])
+        costs = [table.route_cost(paths[name]) for name in walk]
+        assert float(out.madds[row]) == pytest.approx(sum(costs) - kept * (len(walk) - 1))
+        assert bool(out.escalated[row]) == (len(walk) > 1)
+        seen.add(walk[-1])
+    assert seen == set(paths), "the test needs rows that stop at every step"
+    one = engine(x[:1], budget=point)
+    assert_rows_close(one.logits, out.logits[:1])
+    assert one.routes.tolist() == out.routes[:1].tolist()
+    # where the widest is not allowed, the second step has nowhere to go
+    capped = engine(x, budget=point, max_route=engine.spec.route_at(_choices(engine, middle)))
+    assert {tuple(row) for row in capped.routes.tolist()} == {
+        tuple(_choices(engine, paths[name])) for name in ("cheapest", "middle")
+    }
+    assert not engine(x, budget=point, escalate=None).escalated.any()
+
+
+def _choices(engine, path):
+    return [gate.choices[option] for gate, option in zip(engine.spec.gates, path, strict=True)]
+
+
 def test_refused_budgets():
     engine, x, _ = with_curve()
     expected = engine(x).logits
@@ -660,6 +709,9 @@ def test_refused_budgets():
     for target in ((5, 5, 5), (1,), (0, -1)):
         foreign = dataclasses.replace(curve.points[0], tau=0.5, escalate_to=target)
         with pytest.raises(UsageError, match="does not fit the gates of micro"):
+            engine(x, budget=foreign)
+        foreign = dataclasses.replace(curve.points[0], tau_then=0.5, escalate_then=target)
+        with pytest.raises(UsageError, match=r"escalate_then .* does not fit the gates of micro"):
             engine(x, budget=foreign)
     with pytest.raises(UsageError, match="dynaslim calibrate-budget"):
         engine_of("micro", "eager")(x, budget=0.5)

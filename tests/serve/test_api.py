@@ -146,6 +146,10 @@ def test_the_time_of_an_image_that_ran_twice(engine):
     twice = cheapest.madds + widest.madds - trunk
     assert facts.ms_of(widest, widest.madds, False) == widest.ms
     assert facts.ms_of(widest, twice, True) == widest.ms + 1 - 0.25
+    middle = facts.listed()[1]
+    assert middle is not widest
+    thrice = cheapest.madds + middle.madds + widest.madds - 2 * trunk
+    assert facts.ms_of(widest, thrice, True) == widest.ms + 1 - 0.25 + 2 - 0.25
     facts._trunk_ms = 5.0  # noise of the measurement makes no image free
     assert facts.ms_of(widest, twice, True) == widest.ms
     widest.ms = None

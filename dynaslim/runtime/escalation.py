@@ -1,0 +1,77 @@
+"""Escalation: rows that are unsure of their answer get another one, along a wider path.
+
+How sure a row is says its *margin*. A step of escalation sends rows of a margin under *tau* on to a
+*target* path, from the trunk's features, which were kept; its answer replaces the one before. A
+second step may follow, to a wider target: a row that was sure enough when it was asked is done.
+
+No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
+
+Suffixes: B rows, G gates, N classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from dynaslim.cost import CostTable
+
+Bools = npt.NDArray[np.bool_]
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Path = tuple[int, ...]
+
+
+class Escalation(NamedTuple):
+    """One step: rows of a margin under `tau`, if they can, go on along `target`."""
+
+    tau: float
+    target: Path
+
+
+def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    """Probability of the likeliest class minus that of the next (B,), in the type of the logits.
+
+    In 0..1; 1 where there is a single class.
+    """
+    rows, classes = logits_BN.shape
+    if classes == 1:
+        return np.ones(rows, logits_BN.dtype)
+    top_BN = np.partition(logits_BN, (classes - 2, classes - 1), axis=1)
+    highest_B = top_BN[:, classes - 1]
+    # relative to the highest, so that nothing overflows
+    sum_B = np.exp(logits_BN - highest_B[:, None]).sum(1)
+    return np.asarray(-np.expm1(top_BN[:, classes - 2] - highest_B) / sum_B, logits_BN.dtype)
+
+
+def who_may_escalate(
+    table: CostTable, own_BG: Ints, costs_B: Floats, target: Sequence[int]
+) -> Bools:
+    """Which rows (B,) may go on to `target`: dearer than their own path, wider behind some gate.
+
+    `costs_B` are those of the paths, by the table: whoever asks has them at hand.
+    """
+    wider_B: Bools = np.any(own_BG < np.array(target), axis=1)
+    return wider_B & (costs_B < table.route_cost(target))
+
+
+def escalation_cost(table: CostTable, target: Sequence[int]) -> float:
+    """What escalating a row adds to its cost: the target path without the trunk, which was kept."""
+    return table.route_cost(target) - table.segments[0][0][0]
+
+
+class Asked:
+    """Which rows are still open while step after step asks them."""
+
+    def __init__(self, rows: int) -> None:
+        self._open_B: Bools = np.ones(rows, bool)
+
+    def next(self, able_B: Bools, margin_B: npt.NDArray[Any], tau: float) -> Bools:
+        """Who goes on (B,): of those that are open and able, the unsure; the sure are done."""
+        asked_B = self._open_B & able_B
+        again_B: Bools = asked_B & (margin_B < tau)
+        self._open_B &= again_B | ~asked_B
+        return again_B
