@@ -54,7 +54,7 @@ class Prediction:
     route: str
     """Widths of the stages, such as 12-24-48-80-160."""
     madds: float
-    """Multiply-adds that the image cost, those of both routes if it is escalated."""
+    """Multiply-adds that the image cost, those of all its routes if it is escalated."""
     escalated: bool = False
     """Whether it was unsure on a first, narrower route and ran again on `route`."""
 

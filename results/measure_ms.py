@@ -2,7 +2,8 @@
 
 All in one run and interleaved: the uniform routes of a supernet as plain programs, on CIFAR-10 the
 static networks beside it, and the routed engine at every budget, on the same held-out images in
-batches of 32. Also the tables of segments' milliseconds (`latency/`) that gates are trained by.
+batches of 32; routes and budgets in batches of 128 too. Also the tables of segments' milliseconds
+(`latency/`) that gates are trained by.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from results.judging import WIDTHS
 
 BACKENDS: Final = ("openvino", "onnxruntime")
 BATCH: Final = 32
+LARGE: Final = 128
 BATCHES: Final = {"headline": 16, "labels": 16, "longer": 16, "imagenette": 4}
 """Different batches that every arm runs in a round: routes differ from batch to batch."""
 ROUNDS: Final = 25
@@ -90,24 +92,14 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
     # in an order of its own: the set is sorted by nothing, but neither is this
     order = np.random.default_rng(0).permutation(len(images))[: BATCH * BATCHES[name]]
     x = normalise(images.images_NCSS[order], checkpoint.preprocessing).numpy()
-    batches = [x[at : at + BATCH] for at in range(0, len(x), BATCH)]
     found: dict[str, Any] = {}
+    large: dict[str, Any] = {}
     for backend in BACKENDS:
         arms = _arms(name, checkpoint, backend, seed, compared)
-        with progress(f"timing {backend}, seed {seed}", rounds) as bar:
-            times = interleave(
-                {name: partial(_all, arm, batches) for name, arm in arms.items()},
-                rounds,
-                lambda bar=bar: bar.advance(),
-            )
-        widest = times[max(name for name in times if name.startswith("route"))]
-        found[backend] = {
-            name: {
-                **{k: v / len(x) for k, v in summary(values).items()},
-                "faster_than_widest": summary([a / b for a, b in zip(widest, values, strict=True)]),
-            }
-            for name, values in times.items()
-        }
+        told = f"{name} {seed}, {backend}"
+        found[backend] = _timed(arms, x, BATCH, rounds, told)
+        some = {arm: run for arm, run in arms.items() if arm.startswith(("route", "both"))}
+        large[backend] = _timed(some, x, LARGE, rounds, told)
     return {
         "batch": BATCH,
         "images": len(x),
@@ -115,10 +107,33 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
         "hardware": hardware(),
         "shares": list(SHARES),
         "ms_per_image": found,
+        "large_batch": LARGE,
+        "ms_per_image_large": large,
     }
 
 
 Arm = Callable[[np.ndarray], object]
+
+
+def _timed(
+    arms: dict[str, Arm], x: np.ndarray, batch: int, rounds: int, told: str
+) -> dict[str, Any]:
+    """Milliseconds per image of every arm on the same images, a round after the other."""
+    batches = [x[at : at + batch] for at in range(0, len(x), batch)]
+    with progress(f"timing {told}, batches of {batch}", rounds) as bar:
+        times = interleave(
+            {name: partial(_all, arm, batches) for name, arm in arms.items()},
+            rounds,
+            lambda: bar.advance(),
+        )
+    widest = times[max(name for name in times if name.startswith("route"))]
+    return {
+        name: {
+            **{k: v / len(x) for k, v in summary(values).items()},
+            "faster_than_widest": summary([a / b for a, b in zip(widest, values, strict=True)]),
+        }
+        for name, values in times.items()
+    }
 
 
 def _all(arm: Arm, batches: list[np.ndarray]) -> None:

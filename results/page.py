@@ -160,7 +160,7 @@ def _met(budgets: Sequence[float], timed: bool) -> str:
 
 def _budgets(main: Summary, name: str) -> str:
     """Every budget of the main way beside what the goals ask for."""
-    goals = main["goals"]
+    goals, large_batch = main["goals"], main.get("ms", {}).get("large_batch")
     rows = []
     for row in goals["budgets"]:
         speed, ms = row["speed"], row["over_uniform_ms"]
@@ -170,6 +170,7 @@ def _budgets(main: Summary, name: str) -> str:
                 f"{row['share']:.3f}",
                 signed(-row["drop"]),
                 "" if speed is None else f"{speed:.2f}x",
+                *([f"{row['speed_large']:.2f}x"] if large_batch else []),
                 signed(row["over_uniform_madds"]),
                 "" if ms is None else signed(ms),
             ]
@@ -182,6 +183,7 @@ def _budgets(main: Summary, name: str) -> str:
                 "of the widest's MAdds",
                 "to the widest route",
                 "faster than it",
+                *([f"in batches of {large_batch}"] if large_batch else []),
                 "over uniform, equal MAdds",
                 "over uniform, equal ms",
             ],

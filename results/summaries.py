@@ -173,6 +173,13 @@ def _ms(cells: Mapping[int, Any], times: Mapping[int, dict[str, Any]]) -> dict[s
         },
         "over_uniform": {},
     }
+    if all("large_batch" in run for run in times.values()):
+        large = {seed: run["ms_per_image_large"][backend] for seed, run in times.items()}
+        found["large_batch"] = first["large_batch"]
+        found["faster_than_widest_large"] = {
+            arm: spread([run[arm]["faster_than_widest"]["median"] for run in large.values()])
+            for arm in next(iter(large.values()))
+        }
     for way in DYNAMIC:
         rows = []
         for number, share in enumerate(first["shares"]):
@@ -195,12 +202,14 @@ def goals(found: Mapping[str, Any]) -> dict[str, Any]:
         row = found["ways"][main][number]
         arm = f"{main}@{share:g}"
         ms = found.get("ms")
+        large = {} if ms is None else ms.get("faster_than_widest_large", {})
         rows.append(
             {
                 "budget": share,
                 "share": row["share"]["mean"],
                 "drop": 100 * (widest - row["top1"]["mean"]),
                 "speed": None if ms is None else ms["faster_than_widest"][arm]["mean"],
+                "speed_large": large[arm]["mean"] if arm in large else None,
                 "over_uniform_madds": 100 * row["over_uniform"]["mean"],
                 "over_uniform_ms": None
                 if ms is None

@@ -277,7 +277,7 @@ def _rows_table(rows: list[Prediction]) -> Any:
             Text(str(row.label) if row.class_name is None else row.class_name),
             f"{row.confidence:.1%}",
             row.route,
-            f"{row.madds / 1e6:.2f} M" + (", ran twice" if row.escalated else ""),
+            f"{row.madds / 1e6:.2f} M" + (", ran again" if row.escalated else ""),
         )
     return table
 

@@ -85,8 +85,10 @@ class PathAnswers:
 
     def may_escalate(self, target: Path) -> Bools:
         """Whether rows of each path (P,) may go on to a target."""
-        costs_P = self.costs(self.table)
-        return who_may_escalate(self.table, np.array(self.paths), costs_P, target)
+        cost = self.table.route_cost(target)
+        return who_may_escalate(
+            np.array(self.paths), self.costs(self.table), np.array(target), cost
+        )
 
     def taken(self, shift: float) -> Ints:
         """The number of the path (N,) that the gates choose under a shift."""

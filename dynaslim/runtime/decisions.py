@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
+from typing import NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,14 @@ from dynaslim.spec import NetSpec, Route
 Budget = float | str | BudgetPoint
 
 
+class _Target(NamedTuple):
+    path_G: np.ndarray
+    cost: float
+    """Of the whole path."""
+    more: float
+    """What it adds to that of a row that goes on."""
+
+
 class RouteCosts:
     """What routes cost for one size of image, laid out for use at every call."""
 
@@ -40,7 +49,7 @@ class RouteCosts:
         # up to the end of the segment behind the first gate, by its option
         self._first_K = trunk[0][0] + np.array(segments[0][0])
         self._segments = [np.array(segment) for segment in segments[1:]]
-        self._again: dict[tuple[int, ...], float] = {}
+        self._targets: dict[tuple[int, ...], _Target] = {}
 
     def of_paths(self, options_BG: np.ndarray) -> np.ndarray:
         """Multiply-adds (B,) float64."""
@@ -49,17 +58,20 @@ class RouteCosts:
             total_B += segment[options_BG[:, number - 1], options_BG[:, number]]
         return total_B
 
-    def again(self, target: tuple[int, ...]) -> float:
-        """Multiply-adds that going on to `target` adds to a row's."""
-        known = self._again.get(target)
+    def target(self, path: tuple[int, ...]) -> _Target:
+        """What going on along a path comes to."""
+        known = self._targets.get(path)
         if known is None:
-            known = self._again[target] = escalation_cost(self.table, target)
+            known = _Target(
+                np.array(path), self.table.route_cost(path), escalation_cost(self.table, path)
+            )
+            self._targets[path] = known
         return known
 
     def may_escalate(self, options_BG: np.ndarray, target: tuple[int, ...]) -> np.ndarray:
         """For every row whether it may go on to `target` (B,) bool."""
-        costs_B = self.of_paths(options_BG)
-        return who_may_escalate(self.table, options_BG, costs_B, target)
+        path_G, cost, _ = self.target(target)
+        return who_may_escalate(options_BG, self.of_paths(options_BG), path_G, cost)
 
 
 @dataclass(frozen=True)
@@ -104,14 +116,14 @@ class Decisions:
 
     def results(self, routed: Routed) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Logits (B, N), options (B, G) of the routes that gave them, multiply-adds (B,) float64
-        and which rows ran twice (B,) bool.
+        and which rows ran again (B,) bool.
         """
         logits_BN, options_BG, passes = routed
         madds_B = self.route_costs.of_paths(options_BG)
         again_B = np.zeros(len(madds_B), bool)
         for again in passes:
             again_B[again.members] = True
-            madds_B[again.members] += self.route_costs.again(again.path)
+            madds_B[again.members] += self.route_costs.target(again.path).more
             options_BG[again.members] = again.path
         return logits_BN, options_BG, madds_B, again_B
 

@@ -47,15 +47,13 @@ def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     return np.asarray(-np.expm1(top_BN[:, classes - 2] - highest_B) / sum_B, logits_BN.dtype)
 
 
-def who_may_escalate(
-    table: CostTable, own_BG: Ints, costs_B: Floats, target: Sequence[int]
-) -> Bools:
-    """Which rows (B,) may go on to `target`: dearer than their own path, wider behind some gate.
+def who_may_escalate(own_BG: Ints, costs_B: Floats, target_G: Ints, target_cost: float) -> Bools:
+    """Which rows (B,) may go on to a target: dearer than their own path, wider behind some gate.
 
-    `costs_B` are those of the paths, by the table: whoever asks has them at hand.
+    Costs are those of whole paths, by one table.
     """
-    wider_B: Bools = np.any(own_BG < np.array(target), axis=1)
-    return wider_B & (costs_B < table.route_cost(target))
+    wider_B: Bools = np.any(own_BG < target_G, axis=1)
+    return wider_B & (costs_B < target_cost)
 
 
 def escalation_cost(table: CostTable, target: Sequence[int]) -> float:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
 
 from dynaslim.cost import CostTable, madds, segment_shapes
 from dynaslim.errors import check
@@ -23,8 +23,7 @@ Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 
 
-@dataclass(frozen=True, order=True)
-class Form:
+class Form(NamedTuple):  # a tuple: it is looked up some forty times a call
     """A segment at width index `choice` behind one at `before`; or, with a route, all of it.
 
     The trunk is segment 0 with both 0.

@@ -76,7 +76,7 @@ class RoutedOutput:
     """(B, G) int64: the width index behind each gate on the route that gave the answer;
     `Engine.route_of` names the route."""
     madds: Any
-    """(B,) float64: multiply-adds that each row cost, slimming heads and both routes of an
+    """(B,) float64: multiply-adds that each row cost, slimming heads and all routes of an
     escalated row included."""
     escalated: Any
     """(B,) bool: rows that a second, wider route answered."""

@@ -119,7 +119,7 @@ class BatchReport:
     madds: np.ndarray
     """(B,)."""
     escalated: int
-    """Rows that ran twice."""
+    """Rows that ran more than once."""
 
 
 def answers_of(output: Any, top_k: int) -> list[Answer]:

@@ -53,7 +53,9 @@ class Metrics:
             "dynaslim_madds_saved", "Multiply-adds that the widest route would have cost more.",
             **own,
         )  # fmt: skip
-        self._escalated = client.Counter("dynaslim_images_escalated", "Images run twice.", **own)
+        self._escalated = client.Counter(
+            "dynaslim_images_escalated", "Images run more than once.", **own
+        )
         self._gauges = {
             name: client.Gauge(f"dynaslim_{name}", text, **own)
             for name, text in (
@@ -91,7 +93,7 @@ class Metrics:
         self._engine.inc(report.seconds)
         spent = float(report.madds.sum())
         self._madds.inc(spent)
-        # a batch of images that ran twice may cost more than the widest route: the next ones pay,
+        # a batch of images that ran again may cost more than the widest route: the next ones pay,
         # since a counter does not fall
         saved = self._widest_madds * report.rows - spent - self._owed
         self._saved.inc(max(0.0, saved))

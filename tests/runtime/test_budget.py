@@ -125,7 +125,8 @@ def test_margins_of_extreme_logits():
 
 def test_who_may_escalate():
     def may_escalate(table, own, target):
-        (may,) = who_may_escalate(table, np.array([own]), np.array([table.route_cost(own)]), target)
+        cost_B, target_cost = np.array([table.route_cost(own)]), table.route_cost(target)
+        (may,) = who_may_escalate(np.array([own]), cost_B, np.array(target), target_cost)
         return may
 
     table = CostTable.from_madds(micro_spec(), 32)
