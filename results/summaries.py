@@ -12,7 +12,9 @@ from results.cells import HERE, all_cells
 from results.policies import uniform_line
 
 DYNAMIC: Final = ("both", "escalation", "gate")
-"""What the engine can do; the goals are judged by the one that is best on held-out images."""
+"""What the engine can do."""
+MAIN: Final = "both"
+"""What it does where a budget is given: the goals are judged by it."""
 GOALS: Final = {
     "drop": 0.3,
     "share": 0.5,
@@ -43,18 +45,6 @@ def _over(cells: Mapping[int, Any], value: Callable[[Any], float]) -> dict[str, 
     return spread([value(cell) for cell in cells.values()])
 
 
-def main_way(name: str) -> str:
-    """Of `DYNAMIC` the way that lies highest over the uniform routes, where nothing is tested."""
-    cells = [
-        c["held_out"] for c in all_cells("compare") if c["variant"] == name and "held_out" in c
-    ]
-
-    def height(way: str) -> float:
-        return sum(row["over_uniform"] for cell in cells for row in cell["ways"][way])
-
-    return max(DYNAMIC, key=height)
-
-
 # -- supernets with their gates --------------------------------------------------------------------
 
 
@@ -77,7 +67,7 @@ def supernets(name: str) -> dict[str, Any]:
         "oracle": {key: _over(cells, lambda c, key=key: c["oracle"][key]) for key in _ORACLE},
         "ways": _ways(cells),
         "gates": _gates([c["gates"] for c in cells.values()]),
-        "main": main_way(name),
+        "main": MAIN,
     }
     for other in ("static_top1", "distillation_top1"):
         some = {seed: c for seed, c in cells.items() if other in c}
@@ -275,7 +265,7 @@ def gates() -> dict[str, Any]:
         "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in range(len(first["madds"]))],
         "oracle": {key: _over(cells, lambda c, key=key: c["oracle"][key]) for key in _ORACLE},
         "ways": _ways(cells),
-        "main": main_way("gates"),
+        "main": MAIN,
     }
     for part in ("objectives", "features"):
         names = [n for n in first[part] if all(n in cell[part] for cell in cells.values())]
