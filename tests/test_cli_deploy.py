@@ -6,10 +6,11 @@ import json
 import numpy as np
 import onnxruntime
 import pytest
-from helpers import lively, micro_spec, write_parquet
+from helpers import lively, micro_spec, png, write_parquet
 from PIL import Image
 
 from dynaslim import Engine, cli
+from dynaslim.bench.models import calibration_batches
 from dynaslim.bench.routed import bench_routed, mixed, observed
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cost_file import read_cost_table
@@ -205,6 +206,15 @@ def test_export_in_int8(micro, tmp_path, capsys):
     assert package.manifest["notes"]["accuracy"] == told["accuracy"]
     engine = Engine.from_package(tmp_path / "p8", backend="openvino", cache_dir=None)
     assert engine(np.zeros((2, 3, 16, 16), np.float32)).logits.shape == (2, 5)
+
+
+def test_int8_is_not_calibrated_on_what_cannot_be_read(micro, tmp_path):
+    damaged = png(0, (16, 16), "RGB")[:60]
+    pictures = [png(n, (16, 16), "RGB") for n in range(149)]
+    data = write_parquet(tmp_path / "set", [*pictures, damaged], 5)
+    batches = list(calibration_batches(read(micro[0]), str(data.parent), "test", 150))
+    assert sum(map(len, batches)) == 149
+    assert all(float(picture.std()) > 0.1 for x in batches for picture in x), "one is black"
 
 
 def test_export_of_single_graphs(micro, tmp_path, capsys):

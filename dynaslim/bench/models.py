@@ -112,8 +112,10 @@ def calibration_batches(
     check(images >= 1, f"--calibration-images {images}: must be at least 1")
     pre = _prepared(checkpoint)
     loaded, order = _read(data, split, pre, images)
-    for pixels, _ in loaded.batches(64, order):
-        yield normalise(pixels, pre)
+    for pixels, labels in loaded.batches(64, order):
+        readable = labels >= 0  # others are black, and would be calibrated on
+        if readable.any():
+            yield normalise(pixels[readable], pre)
 
 
 def compare_precisions(

@@ -228,21 +228,21 @@ class SlimNet(nn.Module, Pretrained):
         self.spec.check_image_size(x.shape[2], x.shape[3])
 
     @_outside_compiler(recursive=True)
-    def _resolve(self, x: Tensor, route: Route | Sequence[int]) -> Program:
+    def _resolve(self, x: Tensor, route: Route | str | Sequence[int]) -> Program:
         self.check_input(x)
-        route = route if isinstance(route, Route) else Route(tuple(route))
-        return _program(self, self.spec.segment_indices(route))
+        checked = route if isinstance(route, Route) else Route.parse(route)
+        return _program(self, self.spec.segment_indices(checked))
 
     # Each route's program has a code object of its own and this dispatcher is left to Python:
     # torch.compile gives up on a code object after 8 shapes or constants, silently.
     @_outside_compiler(recursive=False)
     def forward(
-        self, x: Tensor, route: Route | Sequence[int], *, dropout_mask: Tensor | None = None
+        self, x: Tensor, route: Route | str | Sequence[int], *, dropout_mask: Tensor | None = None
     ) -> Tensor:
         """Static forward: images (B, in_channels, H, W) along one route -> logits (B, classes).
 
-        `route` is a `Route` or its widths. `dropout_mask` multiplies the pooled features (the
-        caller draws it, so that randomness is an argument).
+        `route` is a `Route`, its text or its widths. `dropout_mask` multiplies the pooled features
+        (the caller draws it, so that randomness is an argument).
 
         Raises:
             UsageError: if the route is not one of the network's, or the image is too small.
@@ -253,7 +253,7 @@ class SlimNet(nn.Module, Pretrained):
     def forward_many(
         self,
         x: Tensor,
-        routes: Sequence[Route | Sequence[int]],
+        routes: Sequence[Route | str | Sequence[int]],
         *,
         dropout_mask: Tensor | None = None,
         run_segment: RunSegment | None = None,

@@ -78,7 +78,7 @@ class Engine:
         from dynaslim.checkpoint import Checkpoint
         from dynaslim.runtime.network_forms import NetworkForms
 
-        made_options = EngineOptions(**options)
+        made_options = EngineOptions.named(options)
         checkpoint = net if isinstance(net, Checkpoint) else Checkpoint(net)
         made: FormSource = NetworkForms(checkpoint.net, check_precision(precision))
         if precision == "int8":
@@ -131,7 +131,7 @@ class Engine:
             class_names=checkpoint.class_names,
             preprocessing=checkpoint.preprocessing,
             budget=checkpoint.budget,
-            options=EngineOptions(**options),
+            options=EngineOptions.named(options),
         )
         return engine
 
@@ -163,7 +163,7 @@ class Engine:
             class_names=package.class_names,
             preprocessing=package.preprocessing,
             budget=package.budget,
-            options=EngineOptions(**options),
+            options=EngineOptions.named(options),
         )
         return engine
 

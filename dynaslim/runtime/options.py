@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -50,6 +50,14 @@ class EngineOptions:
             not self.merge or self.latency is not None,
             "merge needs a latency table: dynaslim profile",
         )
+
+    @classmethod
+    def named(cls, options: Mapping[str, Any]) -> EngineOptions:
+        """Of a caller's keywords; raises `UsageError` for one that is none of the fields."""
+        known = [field.name for field in fields(cls)]
+        for name in options:
+            check(name in known, f"{name}: no option of an engine, which has {', '.join(known)}")
+        return cls(**options)
 
     def table(self, spec: NetSpec) -> LatencyTable | None:
         """The latency table, checked; raises `UsageError` if it is not one for the network."""

@@ -281,6 +281,18 @@ def test_input_that_does_not_fit(shape, message):
         net.forward_gated(torch.zeros(shape), lambda logits, _: argmax_one_hot(logits))
 
 
+def test_a_route_is_named_in_three_ways():
+    net = lively(micro_spec())
+    x, route = torch.randn(2, 3, 32, 32), net.spec.smallest
+    expected = net(x, route)
+    assert torch.equal(net(x, str(route)), expected)
+    assert torch.equal(net(x, list(route.widths)), expected)
+    (same,) = net.forward_many(x, [str(route)])
+    assert torch.equal(same, expected)
+    with pytest.raises(UsageError, match="'wide': expected channel counts joined by '-'"):
+        net(x, "wide")
+
+
 def test_foreign_route():
     net = SlimNet(get_spec("ds_mbnet_tiny")).eval()
     with pytest.raises(UsageError, match="stage 3 allows 48, 80, 112, 144, not 50"):

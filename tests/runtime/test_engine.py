@@ -799,6 +799,8 @@ def test_refused_networks_and_options():
     for option in ("max_batch", "batch_size", "workers", "rows_per_piece"):
         with pytest.raises(UsageError, match=f"{option} 0: must be .*at least 1"):
             Engine(net, backend="eager", **{option: 0})
+    with pytest.raises(UsageError, match=r"max_batches: no option of an engine, which has .* max_b"):
+        Engine(net, backend="eager", max_batches=3)
     with pytest.raises(UsageError, match="merge needs a latency table"):
         Engine(net, backend="eager", merge=True)
     with pytest.raises(UsageError, match="calibration is for precision int8"):
