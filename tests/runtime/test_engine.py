@@ -799,7 +799,7 @@ def test_refused_networks_and_options():
     for option in ("max_batch", "batch_size", "workers", "rows_per_piece"):
         with pytest.raises(UsageError, match=f"{option} 0: must be .*at least 1"):
             Engine(net, backend="eager", **{option: 0})
-    with pytest.raises(UsageError, match=r"max_batches: no option of an engine, which has .* max_b"):
+    with pytest.raises(UsageError, match=r"max_batches: no option of an engine, .* max_batch"):
         Engine(net, backend="eager", max_batches=3)
     with pytest.raises(UsageError, match="merge needs a latency table"):
         Engine(net, backend="eager", merge=True)
