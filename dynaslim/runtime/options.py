@@ -87,7 +87,7 @@ class RoutedOutput:
     """(B,) float64: multiply-adds that each row cost, slimming heads and all routes of an
     escalated row included."""
     escalated: Any
-    """(B,) bool: rows that a second, wider route answered."""
+    """(B,) bool: rows that a wider route answered, after the first was unsure."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.logits, self.routes, self.madds))

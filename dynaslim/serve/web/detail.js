@@ -140,8 +140,8 @@ function routeNote(model, result) {
   );
   const escalated = result.escalated
     ? h("span", { class: "remark" },
-        "The first answer was unsure, so the picture was sent along a second, wider route. " +
-          "Both are paid for; this is the second.")
+        "The first answer was unsure, so the picture was sent on along a wider route. " +
+          "Every route is paid for; this is the last.")
     : null;
   return [badge, h("span", { class: "muted" }, names), escalated].filter(Boolean);
 }
