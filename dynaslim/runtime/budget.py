@@ -226,7 +226,7 @@ class BudgetCurve:
         """
         if isinstance(budget, BudgetPoint):
             check(
-                escalate or budget.tau is None,
+                escalate or not budget.escalations,
                 f"budget {budget}: escalates; take a point of gate_points or allow escalation",
             )
             return budget
