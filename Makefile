@@ -12,6 +12,10 @@ demo: $(READY)  ## train, evaluate and show a small network on real images (abou
 test: $(READY)  ## the tests, side by side
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
+# heads are fitted on arrays of megabytes: kept by the process rather than given back and faulted in
+# again each time, that takes 3 minutes a seed instead of more than 14
+results: export MALLOC_MMAP_THRESHOLD_ = 2147483648
+results: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 results: $(READY)  ## all numbers of docs/results.md anew; DATA=FOLDER has the images, else the hub (5 hours on 2 cores)
 	$(BIN)/python -m results.run headline labels longer targets gates quick rates --jobs 2 $(FROM)
 	$(BIN)/python -m results.run headline labels longer targets gates quick --judge $(FROM)
