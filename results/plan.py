@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, Literal
 
 from dynaslim.demo import DATA as MINI
 from dynaslim.errors import UsageError
@@ -22,7 +22,6 @@ from dynaslim.recipes import (
     OptimRecipe,
     SgsRecipe,
     SupernetRecipe,
-    Target,
     load_recipe,
 )
 from results.cells import HERE, Cell
@@ -80,10 +79,11 @@ def cifar10(folder: str | None, seed: int) -> SupernetRecipe:
 
 
 def fashion(folder: str | None, seed: int) -> SupernetRecipe:
-    """Three minutes on two cores."""
+    """Two minutes on one core."""
     return SupernetRecipe(
         model=SMALL,
         epochs=2,
+        bf16=True,
         seed=seed,
         optim=OptimRecipe(lr=0.2, weight_decay=5e-4),
         data=_data(folder, "fashion_mnist", image_size_px=28),
@@ -165,13 +165,76 @@ def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
     return _targets("quick", mini, seeds)
 
 
+TEACHING: Final[dict[str, dict[str, Any]]] = {
+    "labels": {"target": "labels"},
+    "ensemble": {"target": "ensemble"},
+    "distillation": {"target": "distillation"},
+    "bootstrap": {"target": "bootstrap"},
+    "both": {"target": "ensemble", "label_weight": 1.0},
+    "handover": {"target": "ensemble", "label_warmup": 0.5},
+}
+"""What the sub-networks of a supernet learn: `ensemble` is the paper's way, `both` adds the labels,
+`handover` goes from the labels over to the teacher."""
+RATES: Final = (0.1, 0.2, 0.4)
+"""Learning rates that each way of teaching is tried at."""
+BEST: Final[dict[str, dict[str, float]]] = {}
+"""The rate of each way that the held-out images chose, by experiment: from the cells of
+`rates_...` at seed 0."""
+
+
+def rates_quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
+    """Every way of teaching at every rate on the images that ship; the first seed only."""
+    return _rates("rates_quick", mini(seeds[0]))
+
+
+def rates_targets(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """The same on Fashion-MNIST."""
+    return _rates("rates_targets", fashion(folder, seeds[0]))
+
+
+def rates_cifar10(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """The same on CIFAR-10 in three epochs, and networks trained alone."""
+    recipe = replace(cifar10(folder, seeds[0]), epochs=3)
+    return _rates("rates_cifar10", recipe) + [
+        Job(
+            Cell("rates_cifar10", f"static{k}_lr{lr:g}", recipe.seed),
+            "static",
+            at_rate(recipe, lr),
+            width=k,
+        )
+        for lr in RATES
+        for k in (0, 3, 1, 2)
+    ]
+
+
+def _rates(experiment: str, recipe: SupernetRecipe) -> list[Job]:
+    return [
+        Job(
+            Cell(experiment, f"{variant}_lr{lr:g}", recipe.seed),
+            "supernet",
+            replace(at_rate(recipe, lr), **fields),
+        )
+        for lr in RATES
+        for variant, fields in TEACHING.items()
+    ]
+
+
+def at_rate(recipe: SupernetRecipe, lr: float) -> SupernetRecipe:
+    """The recipe with another peak learning rate."""
+    return replace(recipe, optim=replace(recipe.optim, lr=lr))
+
+
 def _targets(
     experiment: str, recipe: Callable[[int], SupernetRecipe], seeds: Sequence[int]
 ) -> list[Job]:
     return [
-        Job(Cell(experiment, target, seed), "supernet", replace(recipe(seed), target=target))
+        Job(
+            Cell(experiment, variant, seed),
+            "supernet",
+            replace(at_rate(recipe(seed), BEST[experiment][variant]), **fields),
+        )
         for seed in seeds
-        for target in reversed(get_args(Target))
+        for variant, fields in TEACHING.items()
     ]
 
 
@@ -216,21 +279,6 @@ def gates_ms(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     ]
 
 
-def rates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: whether static networks want another learning rate; the first seed only."""
-    return [
-        Job(
-            Cell("rates", f"static{k}_lr{lr:g}", seed),
-            "static",
-            replace(cifar10(folder, seed), optim=replace(cifar10(folder, seed).optim, lr=lr)),
-            width=k,
-        )
-        for seed in seeds[:1]
-        for k in (0, 3)
-        for lr in (0.4, 0.1)
-    ]
-
-
 def imagenette(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """Photographs at 128 px, for a GPU: supernet and gates by the recipes that ship."""
     jobs = []
@@ -250,7 +298,9 @@ EXPERIMENTS: Final = {
     "gates": gates,
     "gates_ms": gates_ms,
     "quick": quick,
-    "rates": rates,
+    "rates_quick": rates_quick,
+    "rates_targets": rates_targets,
+    "rates_cifar10": rates_cifar10,
     "imagenette": imagenette,
 }
 

@@ -115,8 +115,9 @@ class StaticTraining(SupernetTraining):
             x = x.contiguous(memory_format=torch.channels_last)
         mask = dropout_mask(self.net, len(x), recipe.dropout, self._generator("dropout"), x.device)
         self.optimizer.zero_grad()
-        logits = self.net(x, self.net.spec.smallest, dropout_mask=mask)
-        loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
+            logits = self.net(x, self.net.spec.smallest, dropout_mask=mask)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
         value = float(loss.detach())
         if not value < float("inf"):
             raise TrainingError(f"step {self.step}: the loss is {value}")

@@ -70,12 +70,12 @@ def slim_conv2d(
 def slim_linear(
     x_BC: Tensor, weight_MC: Tensor, out_features: int, bias_M: Tensor | None = None
 ) -> Tensor:
-    """Linear layer by the first `out_features` rows over the first `x.shape[1]` columns.
+    """Linear layer by the first `out_features` rows over the first `x.shape[-1]` columns.
 
-    x (B, C) -> (B, out_features).
+    x (..., C) -> (..., out_features).
     """
     bias = None if bias_M is None else bias_M[:out_features]
-    return F.linear(x_BC, weight_MC[:out_features, : x_BC.shape[1]], bias)
+    return F.linear(x_BC, weight_MC[:out_features, : x_BC.shape[-1]], bias)
 
 
 def slim_batch_norm(

@@ -62,6 +62,14 @@ class SupernetRecipe:
     """What the sub-networks learn, the largest always the labels: `labels`; `distillation`, the
     live largest's prediction; `bootstrap`, the averaged (EMA) network's largest; `ensemble`, that
     and for the smallest the mean of the averaged network's predictions along the step's routes."""
+    teacher: str | None = None
+    """Checkpoint of a trained network of the same classes and image size. All routes, the largest
+    too, learn its prediction in place of what `target` names."""
+    label_weight: float = 0.0
+    """Weight of the labels' loss beside the loss against predictions."""
+    label_warmup: float = 0.0
+    """Part of all steps over which the loss goes over, linearly, from the labels alone to what
+    `target`, `teacher` and `label_weight` say."""
     random_routes: int = 2
     """Routes between the largest and the smallest in each step."""
     label_smoothing: float = 0.1
@@ -97,6 +105,14 @@ class SupernetRecipe:
         )
         check(0 <= self.dropout < 1, f"dropout {self.dropout}: must be in [0, 1)")
         check(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay}: must be in [0, 1)")
+        check(self.label_weight >= 0, f"label_weight {self.label_weight}: must not be negative")
+        check(0 <= self.label_warmup <= 1, f"label_warmup {self.label_warmup}: must be in [0, 1]")
+        check(
+            self.teacher is not None
+            or self.target != "labels"
+            or (self.label_weight == 0 and self.label_warmup == 0),
+            "target labels: label_weight and label_warmup are for a target or a teacher beside it",
+        )
         check(self.random_routes >= 0, f"random_routes {self.random_routes}: must not be negative")
         for name in ("calibration_batches", "val_calibration_batches", "val_epochs"):
             value = getattr(self, name)

@@ -17,7 +17,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +37,16 @@ from dynaslim.train.compiled import CompiledSegments
 from dynaslim.train.sampling import sandwich_routes, step_seed
 from dynaslim.train.step import (
     GateLosses,
+    Predict,
     SupernetLosses,
     gate_step,
     make_teacher,
     parameter_groups,
     supernet_step,
 )
+
+PAPER_SCALE: Final = 1e9 / 565.45e6
+"""The paper's T of the cost term over the MAdds of its widest route (arXiv 2103.13258, eq. 9)."""
 
 Losses = TypeVar("Losses", SupernetLosses, GateLosses)
 
@@ -158,12 +162,22 @@ class _Training(ABC, Generic[Losses]):
 class SupernetTraining(_Training[SupernetLosses]):
     """Stage I: trains `net` in place, with an averaged (EMA) network beside it.
 
+    `outside` predicts probabilities for every route to learn, as `recipe.teacher` says.
+
     Raises:
         TrainingError: if there are fewer images than a batch, or (in a step) a loss is not finite.
         UsageError: if a batch cannot be run in as many parts as the recipe says.
     """
 
-    def __init__(self, net: SlimNet, feed: Feed, augment: Augment, recipe: SupernetRecipe) -> None:
+    def __init__(
+        self,
+        net: SlimNet,
+        feed: Feed,
+        augment: Augment,
+        recipe: SupernetRecipe,
+        *,
+        outside: Predict | None = None,
+    ) -> None:
         if recipe.channels_last:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         heads = set(net.slimming_parameters())
@@ -172,15 +186,16 @@ class SupernetTraining(_Training[SupernetLosses]):
             net, feed, augment, recipe, parameter_groups(self._weights, recipe.optim.weight_decay)
         )
         self.recipe = recipe
+        self.outside = outside
         self.teacher = make_teacher(net, recipe.ema_decay)
         self._run_segment = CompiledSegments(net) if recipe.compile else None
         net.train()
 
     def averaged_network(self) -> SlimNet:
         """A copy of the averaged network, to be recalibrated and used."""
-        averaged = self.teacher.module
-        assert isinstance(averaged, SlimNet)
-        return _plain_copy(averaged)
+        copied = _plain_copy(self.net)
+        copied.load_state_dict(self.teacher.module.state_dict())
+        return copied
 
     def live_network(self) -> SlimNet:
         """A copy of the network that is trained."""
@@ -209,6 +224,9 @@ class SupernetTraining(_Training[SupernetLosses]):
                 f"{len(x)} images of a batch on each process do not make {recipe.optim.accumulate} "
                 f"parts of at least 2"
             )
+        labels_alone = 0.0  # how much of the loss is the labels' alone
+        if recipe.label_warmup:
+            labels_alone = max(0.0, 1 - self.step / (recipe.label_warmup * self.total))
         seed = step_seed(self._seed, self.step, _of_rank("mix"))
         x, targets = mix(x, labels, spec.num_classes, recipe.augment, seed)
         return supernet_step(
@@ -223,6 +241,9 @@ class SupernetTraining(_Training[SupernetLosses]):
                 recipe.random_routes,
             ),
             target=recipe.target,
+            outside=self.outside,
+            soft_weight=1 - labels_alone,
+            label_weight=labels_alone + (1 - labels_alone) * recipe.label_weight,
             label_smoothing=recipe.label_smoothing,
             dropout=recipe.dropout,
             generator=self._generator("dropout"),
@@ -263,7 +284,7 @@ class GateTraining(_Training[GateLosses]):
         super().__init__(net, feed, augment, recipe, groups)
         self.recipe = recipe
         self.table = table
-        self.cost_scale = recipe.sgs.cost_scale or table.widest_cost * (target or 1.0)
+        self.cost_scale = recipe.sgs.cost_scale or table.widest_cost * (target or PAPER_SCALE)
         net.eval()
 
     def _trainable(self) -> list[nn.Parameter]:

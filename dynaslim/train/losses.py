@@ -14,6 +14,31 @@ def soft_cross_entropy(logits_BN: Tensor, target_BN: Tensor) -> Tensor:
     return F.cross_entropy(logits_BN, target_BN)
 
 
+def supernet_loss(
+    logits: Tensor,
+    soft_BN: Tensor | None,
+    *,
+    labels: Tensor,
+    soft_weight: float,
+    label_weight: float,
+    label_smoothing: float,
+) -> Tensor:
+    """What a route of the supernet minimises, a scalar.
+
+    Cross-entropy against a teacher's probabilities times `soft_weight`, plus that against smoothed
+    labels, classes (B,) or probabilities (B, N), times `label_weight`; without probabilities the
+    labels' alone.
+    """
+    logits_BN = logits.float()
+    if soft_BN is None:
+        return F.cross_entropy(logits_BN, labels, label_smoothing=label_smoothing)
+    loss = soft_weight * soft_cross_entropy(logits_BN, soft_BN)
+    if label_weight == 0:
+        return loss
+    hard = F.cross_entropy(logits_BN, labels, label_smoothing=label_smoothing)
+    return loss + label_weight * hard
+
+
 def ensemble_target(teacher_logits: Sequence[Tensor]) -> Tensor:
     """The mean of several predictions' probabilities (B, N): IEB's target for the smallest route.
 
@@ -64,6 +89,7 @@ def sgs_loss(
     easy_share: float | None = None,
     hopeless_B: Tensor | None = None,
     counts: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Mean over gates of the cross-entropy of gate *logits* (B, K) against the SGS labels.
 
@@ -72,7 +98,13 @@ def sgs_loss(
     """
     weights_B = sgs_weights(easy_B, easy_share, hopeless_B, counts).to(gate_logits[0].dtype)
     losses = [
-        F.cross_entropy(g, sgs_target(easy_B, g.shape[1], hopeless_B), reduction="none") @ weights_B
+        F.cross_entropy(
+            g,
+            sgs_target(easy_B, g.shape[1], hopeless_B),
+            reduction="none",
+            label_smoothing=label_smoothing,
+        )
+        @ weights_B
         for g in gate_logits
     ]
     return torch.stack(losses).mean()

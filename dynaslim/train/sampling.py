@@ -23,20 +23,16 @@ class Sandwich(NamedTuple):
 def sandwich_routes(spec: NetSpec, rng: random.Random, randoms: int = 2) -> Sandwich:
     """The largest, `randoms` random routes and the smallest.
 
-    Random routes take every gate's width index uniformly, and are never the smallest (arXiv
-    2103.13258 samples from the second width up). For one gate they differ while there are enough.
+    Random routes take every gate's width index uniformly (arXiv 2103.13258 samples from the second
+    width up), are never the smallest, and never the largest where that is a route: it learns the
+    labels, and would learn its own prediction. They differ; where there are not so many routes
+    between the two, they are all that there are.
     """
     gates, widths = len(spec.gates), spec.num_widths
-    total = widths**gates - 1
-    if total < 1:
-        return Sandwich(spec.largest, (), spec.smallest)
-    # a combination is a number in base `widths`; 0 is the smallest route
-    if randoms <= total:
-        numbers = rng.sample(range(1, total + 1), randoms)
-    else:
-        numbers = [rng.randint(1, total) for _ in range(randoms)]
+    # a combination is a number in base `widths`: 0 is the smallest route, the last the widest
+    between = range(1, widths**gates - (0 if spec.teacher_apart else 1))
     routes = []
-    for number in numbers:
+    for number in rng.sample(between, min(randoms, len(between))):
         digits = [number // widths**gate % widths for gate in range(gates)]
         routes.append(spec.route_at(digits))
     return Sandwich(spec.largest, tuple(routes), spec.smallest)

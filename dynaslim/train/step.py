@@ -6,7 +6,8 @@ Suffixes: B rows, C channels, H W pixels, N classes, K choices of a gate.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from dynaslim.cost import CostTable
 from dynaslim.distributed import average_, rank, world_size
 from dynaslim.errors import TrainingError
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
+from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import RunSegment, SlimNet
 from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.train.losses import (
@@ -25,9 +27,12 @@ from dynaslim.train.losses import (
     cost_loss,
     ensemble_target,
     sgs_loss,
-    soft_cross_entropy,
+    supernet_loss,
 )
 from dynaslim.train.sampling import Sandwich
+
+Predict = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) -> probabilities (B, N)."""
 
 
 class SupernetLosses(NamedTuple):
@@ -51,7 +56,11 @@ class GateLosses(NamedTuple):
 
 
 def make_teacher(net: SlimNet, decay: float) -> AveragedModel:
-    """The EMA network: parameters and BN statistics averaged, always in evaluation mode.
+    """The EMA network, which normalises by the statistics of each batch and keeps none.
+
+    The released code averages the running statistics too and teaches in evaluation mode. Averaged
+    statistics do not belong to averaged weights: in the first thousands of steps such a teacher is
+    no better than chance. `recalibrate` gives the averaged network statistics of its own.
 
     The decay warms up, (1 + t) / (10 + t), so that a short run's average is not its beginning.
     """
@@ -66,8 +75,11 @@ def make_teacher(net: SlimNet, decay: float) -> AveragedModel:
         torch._foreach_lerp_(list(averaged), list(current), weight)
 
     teacher = AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+    for module in teacher.modules():
+        if isinstance(module, SlimBatchNorm2d):
+            module.momentum = 0.0
     teacher.requires_grad_(False)
-    return teacher.eval()
+    return teacher.train()
 
 
 def supernet_step(
@@ -79,6 +91,9 @@ def supernet_step(
     routes: Sandwich,
     *,
     target: Target = "ensemble",
+    outside: Predict | None = None,
+    soft_weight: float = 1.0,
+    label_weight: float = 0.0,
     label_smoothing: float,
     dropout: float,
     generator: torch.Generator | None,
@@ -90,13 +105,17 @@ def supernet_step(
 ) -> SupernetLosses:
     """One step by the sandwich rule, with in-place ensemble bootstrapping unless told otherwise.
 
-    The largest learns the labels: classes (B,) or, of mixed images, probabilities (B, N). What the
-    others learn is `target` (see `SupernetRecipe`); with "ensemble" (arXiv 2103.13258, section
-    3.2) random routes learn the EMA network's largest, and the smallest the mean of the EMA
-    network's probabilities along the largest and the random routes. Gradients of all passes add
-    up, over `accumulate` parts of the batch one after the other; they are averaged over the
-    processes of the run once, with the BN statistics; then the optimizer steps once and the EMA
-    follows. `run_segment` stands in for `net.segment` (compiled, say).
+    The largest learns the labels: classes (B,) or, of mixed images, probabilities (B, N). The
+    others learn the probabilities that `target` names (see `SupernetRecipe`); with "ensemble"
+    (arXiv 2103.13258, section 3.2) random routes learn the EMA network's largest, and the smallest
+    the mean of the EMA network's probabilities along the largest and the random routes. Where
+    `outside` is given, all routes, the largest too, learn the probabilities that it predicts.
+    `soft_weight` multiplies the cross-entropy against those probabilities, `label_weight` that
+    against the labels beside it; routes that learn the labels alone learn them at weight 1.
+
+    Gradients of all passes add up, over `accumulate` parts of the batch one after the other; they
+    are averaged over the processes of the run once, with the BN statistics; then the optimizer
+    steps once and the EMA follows. `run_segment` stands in for `net.segment` (compiled, say).
 
     Raises:
         TrainingError: if a loss is not finite on any process; the optimizer has not stepped.
@@ -112,29 +131,33 @@ def supernet_step(
     for rows in torch.arange(len(x_BCHW)).tensor_split(accumulate):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         x, y, share = x_BCHW[part], labels[part], len(rows) / len(x_BCHW)
+        learn = partial(
+            supernet_loss,
+            labels=y,
+            soft_weight=soft_weight,
+            label_weight=label_weight,
+            label_smoothing=label_smoothing,
+        )
         with torch.no_grad(), autocast:
-            targets = _teacher_targets(averaged, x, routes, target)
+            targets = _teacher_targets(averaged, x, routes, target, outside, soft_weight)
+        kept = None if mask is None else mask[part]
+        if target == "distillation" and kept is not None:
+            # the same features without dropout: what the others learn
+            kept = torch.stack([kept, torch.ones_like(kept)])
         with autocast:
             (logits,) = net.forward_many(
-                x,
-                (routes.largest,),
-                dropout_mask=None if mask is None else mask[part],
-                run_segment=run_segment,
+                x, (routes.largest,), dropout_mask=kept, run_segment=run_segment
             )
-        loss = F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing) * share
+        if target == "distillation" and outside is None:
+            whole = logits[-1] if logits.ndim == 3 else logits
+            targets[1:] = [whole.detach().float().softmax(1)] * len(narrow)
+        loss = learn(logits[0] if logits.ndim == 3 else logits, targets[0]) * share
         totals[0] += loss.detach()
         torch.autograd.backward(loss)
-        if target == "distillation":
-            targets = [logits.detach().float().softmax(1)] * len(narrow)
         # the other routes share their trunk, so they run together and go backward as one sum
         with autocast:
             all_logits = net.forward_many(x, narrow, run_segment=run_segment)
-        losses = [
-            F.cross_entropy(z.float(), y, label_smoothing=label_smoothing) * share
-            if target == "labels"
-            else soft_cross_entropy(z.float(), targets[number]) * share
-            for number, z in enumerate(all_logits)
-        ]
+        losses = [learn(z, soft) * share for z, soft in zip(all_logits, targets[1:], strict=True)]
         totals[1:] += torch.stack(losses).detach()
         torch.autograd.backward(losses)
 
@@ -154,15 +177,24 @@ def supernet_step(
 
 
 def _teacher_targets(
-    averaged: SlimNet, x: Tensor, routes: Sandwich, target: Target
-) -> list[Tensor]:
-    """What each of the random routes and the smallest learns from the averaged network."""
+    averaged: SlimNet,
+    x: Tensor,
+    routes: Sandwich,
+    target: Target,
+    outside: Predict | None,
+    soft_weight: float,
+) -> list[Tensor | None]:
+    """Probabilities that the largest, the random routes and the smallest learn; None for labels."""
+    randoms = len(routes.randoms)
+    if soft_weight == 0:
+        return [None] * (randoms + 2)
+    if outside is not None:
+        return [outside(x)] * (randoms + 2)
     if target not in ("bootstrap", "ensemble"):
-        return []
-    asked = (routes.largest, *routes.randoms) if target == "ensemble" else (routes.largest,)
-    logits = [z.float() for z in averaged.forward_many(x, asked)]
-    largest = logits[0].softmax(1)
-    return [largest] * len(routes.randoms) + [ensemble_target(logits)]
+        return [None] * (randoms + 2)
+    chosen = (routes.largest, *routes.randoms) if target == "ensemble" else (routes.largest,)
+    logits = [z.float() for z in averaged.forward_many(x, chosen)]
+    return [None, *[logits[0].softmax(1)] * randoms, ensemble_target(logits)]
 
 
 def dropout_mask(
@@ -236,7 +268,9 @@ def gate_step(
             easy_B = cheapest.argmax(1) == labels_B
         out = net.forward_gated(x_BCHW, choose)
     gate_logits = [logits.float() for logits in out.gate_logits]
-    classification = F.cross_entropy(out.logits.float(), labels_B)
+    classification = F.cross_entropy(
+        out.logits.float(), labels_B, label_smoothing=recipe.label_smoothing
+    )
     # what is not a mean over images needs its numbers from all processes before the gradient
     first_B = asked_first(easy_B, hopeless_B)
     counts = torch.stack([first_B.sum(), (~first_B).sum()]).to(classification.dtype)
@@ -249,6 +283,7 @@ def gate_step(
         easy_share=recipe.easy_share,
         hopeless_B=hopeless_B,
         counts=counts,
+        label_smoothing=recipe.label_smoothing,
     )
     cost = cost_loss(everywhere, cost_scale)
     optimizer.zero_grad()
