@@ -43,7 +43,8 @@ from dynaslim.nn import SlimNet
 from dynaslim.runs.folder import environment
 from dynaslim.spec import Route
 from dynaslim.train.sampling import Sandwich, sandwich_routes
-from dynaslim.train.step import make_teacher, parameter_groups, supernet_step
+from dynaslim.train.step import parameter_groups, supernet_step
+from dynaslim.train.teacher import make_teacher
 from dynaslim.zoo import get_spec
 
 Arm = Callable[[Sandwich, int], None]

@@ -20,6 +20,7 @@ from PIL import Image
 from torch import nn
 
 from dynaslim import Engine
+from dynaslim.data.memory import MemoryImages
 from dynaslim.nn import SlimNet
 from dynaslim.nn.functional import slim_linear
 from dynaslim.nn.gate import Gate
@@ -245,3 +246,12 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
         torch.save([p.grad for p in net.parameters()], f"{folder}/grads.pt")
     torch.distributed.barrier()  # who leaves first would cut the other's last exchange off
     torch.distributed.destroy_process_group()
+
+
+def toy_images(count=96, classes=5, seed=0):
+    """Pictures whose class is their brightness: learnable in a few steps."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % classes
+    level = (labels * 255 // classes)[:, None, None, None]
+    noise_ = torch.randint(0, 40, (count, 3, 16, 16), generator=generator)
+    return MemoryImages((level + noise_).to(torch.uint8), labels, tuple("abcde"[:classes]), "toy")

@@ -12,7 +12,8 @@ from dynaslim.cost import CostTable
 from dynaslim.recipes import SgsRecipe
 from dynaslim.train import recalibrate
 from dynaslim.train.sampling import sandwich_routes
-from dynaslim.train.step import gate_step, make_teacher, supernet_step
+from dynaslim.train.step import gate_step, supernet_step
+from dynaslim.train.teacher import make_teacher
 
 ROWS = 12
 
@@ -33,7 +34,7 @@ def leave():
 def one_step(rows):
     """A stage-I step on some rows of a batch, BN's batch statistics out of the way."""
     net = lively(micro_spec(), image_size=16)
-    teacher = make_teacher(lively(micro_spec(), seed=7, image_size=16), 0.5)
+    teacher = make_teacher(lively(micro_spec(), seed=7, image_size=16), 0.5).eval()
     x, labels = noise(net.spec, ROWS, image_size=16), torch.arange(ROWS) % 5
     losses = supernet_step(
         net,

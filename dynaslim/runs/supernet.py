@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -21,7 +21,8 @@ from dynaslim.runs.context import RunContext, opened, skipped_lines
 from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
 from dynaslim.spec import NetSpec
-from dynaslim.train.loop import SupernetTraining
+from dynaslim.train.loop import SupernetTraining, training_batches
+from dynaslim.train.teacher import OutsideTeacher
 from dynaslim.zoo import get_spec
 
 
@@ -73,6 +74,9 @@ def _prepared_as(start: Checkpoint, data: DataRecipe) -> DataRecipe:
     return replace(data, mean=pre.mean, std=pre.std)
 
 
+_TEACHER_BATCHES: Final = 8
+
+
 class _SupernetRun:
     """The parts of a run, while it lasts."""
 
@@ -92,7 +96,9 @@ class _SupernetRun:
         net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)
-        self.training = SupernetTraining(net, self.data.feed, self.data.augment, recipe)
+        self.training = SupernetTraining(
+            net, self.data.feed, self.data.augment, recipe, outside=self._teacher(net.spec)
+        )
         self.best: dict[str, Any] | None = None
         self.validated = 0
         state = context.folder.state
@@ -100,6 +106,21 @@ class _SupernetRun:
             self.training.load_state(state)
             self.best, self.validated = state["best"], state["validated"]
             self.data.feed.skipped.load_state(state["skipped"])
+
+    def _teacher(self, spec: NetSpec) -> OutsideTeacher | None:
+        """The recipe's teacher, run in the way that makes it best on images as it will see them."""
+        recipe, data = self.recipe, self.data
+        if recipe.teacher is None:
+            return None
+        teacher = OutsideTeacher(recipe.teacher, data.class_names, data.preprocessing, spec)
+        teacher.to(self.context.device)
+        count = min(_TEACHER_BATCHES, data.feed.steps_per_epoch)
+        chosen = teacher.choose(
+            training_batches(data.feed, data.augment, self.context.device, count, recipe.seed)
+        )
+        if self.folder.state is None:
+            self.folder.log("teacher", 0, chosen)
+        return teacher
 
     def run(self) -> dict[str, Any]:
         """All that is left to do."""

@@ -40,10 +40,10 @@ from dynaslim.train.step import (
     Predict,
     SupernetLosses,
     gate_step,
-    make_teacher,
     parameter_groups,
     supernet_step,
 )
+from dynaslim.train.teacher import make_teacher
 
 PAPER_SCALE: Final = 1e9 / 565.45e6
 """The paper's T of the cost term over the MAdds of its widest route (arXiv 2103.13258, eq. 9)."""
@@ -332,13 +332,21 @@ def make_optimizer(
     )
 
 
+def training_batches(
+    feed: Feed, augment: Augment, device: torch.device, count: int, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """At most an epoch of augmented training batches and labels, in an order of their own."""
+    stop = min(count, feed.steps_per_epoch)
+    for step, (pixels, labels) in enumerate(feed.batches(0, stop, purpose="calibrate")):
+        x = augment(pixels.to(device), step_seed(seed, step, _of_rank("augment calibrate")))
+        yield x, labels.to(device)
+
+
 def calibration_batches(
     feed: Feed, augment: Augment, device: torch.device, count: int, seed: int
 ) -> Iterator[Tensor]:
-    """At most an epoch of augmented training batches in an order of their own."""
-    stop = min(count, feed.steps_per_epoch)
-    for step, (pixels, _) in enumerate(feed.batches(0, stop, purpose="calibrate")):
-        yield augment(pixels.to(device), step_seed(seed, step, _of_rank("augment calibrate")))
+    """The images of `training_batches`."""
+    return (x for x, _ in training_batches(feed, augment, device, count, seed))
 
 
 def _of_rank(purpose: str) -> str:

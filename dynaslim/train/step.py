@@ -6,7 +6,7 @@ Suffixes: B rows, C channels, H W pixels, N classes, K choices of a gate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
 
@@ -19,7 +19,6 @@ from dynaslim.cost import CostTable
 from dynaslim.distributed import average_, rank, world_size
 from dynaslim.errors import TrainingError
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
-from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import RunSegment, SlimNet
 from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.train.losses import (
@@ -53,33 +52,6 @@ class GateLosses(NamedTuple):
     sgs: float
     cost: float
     mean_cost: float
-
-
-def make_teacher(net: SlimNet, decay: float) -> AveragedModel:
-    """The EMA network, which normalises by the statistics of each batch and keeps none.
-
-    The released code averages the running statistics too and teaches in evaluation mode. Averaged
-    statistics do not belong to averaged weights: in the first thousands of steps such a teacher is
-    no better than chance. `recalibrate` gives the averaged network statistics of its own.
-
-    The decay warms up, (1 + t) / (10 + t), so that a short run's average is not its beginning.
-    """
-
-    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
-        if not averaged[0].is_floating_point():  # BN's batch counters
-            for ours, theirs in zip(averaged, current, strict=True):
-                ours.copy_(theirs)
-            return
-        steps = int(count)
-        weight = 1.0 - min(decay, (1 + steps) / (10 + steps))
-        torch._foreach_lerp_(list(averaged), list(current), weight)
-
-    teacher = AveragedModel(net, multi_avg_fn=update, use_buffers=True)
-    for module in teacher.modules():
-        if isinstance(module, SlimBatchNorm2d):
-            module.momentum = 0.0
-    teacher.requires_grad_(False)
-    return teacher.train()
 
 
 def supernet_step(

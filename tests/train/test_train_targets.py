@@ -12,7 +12,8 @@ from dynaslim.nn import SlimNet
 from dynaslim.recipes import SgsRecipe
 from dynaslim.train.compiled import CompiledSegments
 from dynaslim.train.sampling import sandwich_routes
-from dynaslim.train.step import gate_step, make_teacher, supernet_step
+from dynaslim.train.step import gate_step, supernet_step
+from dynaslim.train.teacher import make_teacher
 
 
 def _parts(seed=0, *, evaluating=False):
@@ -20,6 +21,7 @@ def _parts(seed=0, *, evaluating=False):
     net = _outspoken(seed)
     net.train(not evaluating)
     teacher = make_teacher(_outspoken(7), 0.5)
+    teacher.train(not evaluating)
     return net, teacher, torch.optim.SGD(net.parameters(), lr=0.0)
 
 
@@ -77,6 +79,48 @@ def test_every_target_is_its_definition(target):
     for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
         if theirs.grad is not None:
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_distillation_teaches_without_dropout():
+    """The others learn the live largest's prediction as it is without the mask."""
+    x, labels = noise(micro_spec(), 12, image_size=16), torch.arange(12) % 5
+    plain, _ = _step(*_parts(), x, labels, target="distillation")
+    dropped, _ = _step(
+        *_parts(),
+        x,
+        labels,
+        target="distillation",
+        dropout=0.5,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert dropped.largest != pytest.approx(plain.largest, rel=1e-3)
+    assert dropped.randoms == pytest.approx(plain.randoms, rel=1e-5)
+    assert dropped.smallest == pytest.approx(plain.smallest, rel=1e-5)
+
+
+@pytest.mark.parametrize("target", ["distillation", "ensemble"])
+def test_labels_beside_a_teacher_add_up(target):
+    x, labels = noise(micro_spec(), 12, image_size=16), torch.arange(12) % 5
+    soft, _ = _step(*_parts(), x, labels, target=target)
+    hard, _ = _step(*_parts(), x, labels, target="labels")
+    both, _ = _step(*_parts(), x, labels, target=target, soft_weight=0.25, label_weight=2.0)
+    assert both.largest == pytest.approx(hard.largest, rel=1e-5)
+    assert both.smallest == pytest.approx(0.25 * soft.smallest + 2 * hard.smallest, rel=1e-5)
+    assert both.randoms[0] == pytest.approx(0.25 * soft.randoms[0] + 2 * hard.randoms[0], rel=1e-5)
+
+
+def test_all_routes_learn_an_outside_teacher():
+    x, labels = noise(micro_spec(), 12, image_size=16), torch.arange(12) % 5
+    soft = torch.rand(12, 5, generator=torch.Generator().manual_seed(2)).softmax(1)
+    net, teacher, optimizer = _parts()
+    reference = SlimNet(net.spec).train()
+    reference.load_state_dict(net.state_dict())
+    losses, routes = _step(net, teacher, optimizer, x, labels, outside=lambda _: soft)
+    wanted = [
+        float(_soft(reference(x, route), soft))
+        for route in (routes.largest, *routes.randoms, routes.smallest)
+    ]
+    assert [losses.largest, *losses.randoms, losses.smallest] == pytest.approx(wanted, rel=1e-5)
 
 
 def test_the_targets_do_differ():
@@ -180,10 +224,15 @@ def test_try_best_and_give_up_are_their_labels():
     assert (~hopeless & ~easy).any(), "and some that only the widest gets right"
     for hard, cheap in (("try_best", easy), ("give_up", easy | hopeless)):
         wanted = [
-            F.cross_entropy(z, torch.where(cheap, 0, z.shape[1] - 1)) for z in out.gate_logits
+            F.cross_entropy(
+                z, torch.where(cheap, 0, z.shape[1] - 1), label_smoothing=0.1
+            )  # as released
+            for z in out.gate_logits
         ]
         losses = _gate_step(net, x, labels, SgsRecipe(hard=hard, gumbel=False))
         assert losses.sgs == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-4)
+        smoothed = F.cross_entropy(out.logits, labels, label_smoothing=0.1)
+        assert losses.classification == pytest.approx(float(smoothed), rel=1e-4)
 
 
 def test_without_gumbel_there_is_no_noise():
@@ -201,7 +250,7 @@ def test_twenty_gate_steps_against_golden_losses():
     heads = net.slimming_parameters()
     optimizer = torch.optim.SGD(heads, lr=0.05, momentum=0.9)
     x, labels = noise(net.spec, 32, image_size=16), torch.arange(32) % 5
-    recipe = SgsRecipe(cost_weight=0.1)
+    recipe = SgsRecipe(cost_weight=0.1, label_smoothing=0.0)
     seen = [_gate_step(net, x, labels, recipe, step=s, optimizer=optimizer) for s in range(20)]
     # the fourth digit may differ between processors
     assert [s.classification for s in seen[::5]] == pytest.approx(GOLDEN_CLASSES, abs=2e-3)

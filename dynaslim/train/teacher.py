@@ -1,0 +1,143 @@
+"""Networks that teach a supernet: its own moving average, or another trained network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
+
+from dynaslim.checkpoint import read_prepared
+from dynaslim.distributed import average_
+from dynaslim.errors import check
+from dynaslim.nn.layers import SlimBatchNorm2d
+from dynaslim.nn.net import SlimNet
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.spec import NetSpec, Route
+
+
+def make_teacher(net: SlimNet, decay: float) -> AveragedModel:
+    """The EMA network, which normalises by the statistics of each batch and keeps none.
+
+    The released code averages the running statistics too and teaches in evaluation mode. Averaged
+    statistics do not belong to averaged weights: in the first thousands of steps such a teacher is
+    no better than chance. `recalibrate` gives the averaged network statistics of its own.
+
+    The decay warms up, (1 + t) / (10 + t), so that a short run's average is not its beginning.
+    """
+
+    def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():  # BN's batch counters
+            for ours, theirs in zip(averaged, current, strict=True):
+                ours.copy_(theirs)
+            return
+        steps = int(count)
+        weight = 1.0 - min(decay, (1 + steps) / (10 + steps))
+        torch._foreach_lerp_(list(averaged), list(current), weight)
+
+    teacher = AveragedModel(net, multi_avg_fn=update, use_buffers=True)
+    teacher.requires_grad_(False)
+    _use_batch_statistics(teacher)
+    return teacher
+
+
+def _use_batch_statistics(module: torch.nn.Module) -> None:
+    for norm in module.modules():
+        if isinstance(norm, SlimBatchNorm2d):
+            norm.momentum = 0.0
+    module.train()
+
+
+class OutsideTeacher:
+    """A trained network that predicts for a supernet's images, along its best route.
+
+    `teacher(x)` -> probabilities (B, N), classes in the order of `class_names`; x (B, C, H, W) is
+    normalised as `preprocessing` says.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be read.
+        UsageError: if its classes, image size or channels are others.
+    """
+
+    def __init__(
+        self, path: str, class_names: Sequence[str], preprocessing: Preprocessing, spec: NetSpec
+    ) -> None:
+        self.path = path
+        checkpoint, own = read_prepared(path)
+        self.net = checkpoint.net.requires_grad_(False)
+        theirs = self.net.spec
+        size, side = own.image_size_px, preprocessing.image_size_px
+        check(size == side, f"teacher {path}: takes images of {size} px, here they have {side}")
+        check(
+            theirs.in_channels == spec.in_channels,
+            f"teacher {path}: takes {theirs.in_channels} channels, the model {spec.in_channels}",
+        )
+        names = checkpoint.class_names
+        check(
+            set(names or class_names) == set(class_names)
+            and theirs.num_classes == len(class_names),
+            f"teacher {path}: its {theirs.num_classes} classes are not the images' "
+            f"{len(class_names)}: {', '.join(names or ('unnamed',)):.200}",
+        )
+        order = [(names or tuple(class_names)).index(name) for name in class_names]
+        self._order = None if order == list(range(len(order))) else torch.tensor(order)
+        scale = [ours / theirs for ours, theirs in zip(preprocessing.std, own.std, strict=True)]
+        shift = [
+            (ours - theirs) / std
+            for ours, theirs, std in zip(preprocessing.mean, own.mean, own.std, strict=True)
+        ]
+        self._scale = torch.tensor(scale)[:, None, None]
+        self._shift = torch.tensor(shift)[:, None, None]
+        self.route = theirs.largest
+
+    def to(self, device: torch.device) -> OutsideTeacher:
+        """Move it to a device."""
+        self.net.to(device)
+        self._scale, self._shift = self._scale.to(device), self._shift.to(device)
+        self._order = None if self._order is None else self._order.to(device)
+        return self
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (B, N) of normalised images, classes in the order of the images'."""
+        logits: Tensor = self.net(x * self._scale + self._shift, self.route).float()
+        return logits if self._order is None else logits[:, self._order]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.logits(x).softmax(1)
+
+    def choose(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
+        """Take the route and the BN statistics that have the lowest cross-entropy.
+
+        `batches` are normalised images and their classes; the means are over the batches of all
+        processes. Routes are the largest and the widest that its gates choose; statistics its own
+        or those of each batch. Returns what was taken and its cross-entropy.
+        """
+        spec = self.net.spec
+        routes = tuple(dict.fromkeys((spec.largest, spec.widest_choice)))
+        modes = [(route, own) for own in (True, False) for route in routes]
+        losses = torch.zeros(len(modes) + 1)  # the last counts batches
+        for x, labels in batches:
+            losses[-1] += 1
+            for number, mode in enumerate(modes):
+                self._run_in(*mode)
+                losses[number] += F.cross_entropy(self.logits(x), labels).cpu()
+        average_([losses])
+        best = int(losses[:-1].argmin())
+        route, own = modes[best]
+        self._run_in(route, own)
+        return {
+            "route": str(route),
+            "statistics": "own" if own else "batch",
+            "loss": float(losses[best] / losses[-1]),
+        }
+
+    def _run_in(self, route: Route, own_statistics: bool) -> None:
+        self.route = route
+        if own_statistics:
+            self.net.eval()
+        else:
+            _use_batch_statistics(self.net)
