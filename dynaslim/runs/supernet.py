@@ -13,7 +13,7 @@ from torch import Tensor
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read, save, with_classes
 from dynaslim.distributed import rank
-from dynaslim.errors import check
+from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
@@ -62,13 +62,16 @@ def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
         f"name the model that it was trained as",
     )
     if _shape(found) not in (_shape(spec), _shape(widest_alone(spec))):
-        for number, (its, own) in enumerate(zip(found.stages, spec.stages, strict=True)):
-            check(
-                its.widths == own.widths[-1:],
-                f"init {recipe.init}: stage {number} has widths {its.widths}, in {recipe.model} "
-                f"they are {own.widths}; to start from it, a network has all of every stage's, or "
-                f"the last alone, {own.widths[-1:]}",
-            )
+        pairs = [(a.widths, b.widths) for a, b in zip(found.stages, spec.stages, strict=True)]
+        unlike = [number for number, (its, own) in enumerate(pairs) if its != own]
+        # one that fits neither way, or where some stages fit the one and some the other, any
+        number = next((n for n in unlike if pairs[n][0] != pairs[n][1][-1:]), unlike[0])
+        its, own = pairs[number]
+        raise UsageError(
+            f"init {recipe.init}: stage {number} has widths {its}, in {recipe.model} they are "
+            f"{own}; to start from it, a network has all of every stage's widths, or the last "
+            f"alone, {own[-1:]}"
+        )
     return start
 
 
