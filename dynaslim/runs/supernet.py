@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read, save, with_classes
 from dynaslim.distributed import rank
-from dynaslim.errors import check
+from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
+from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import progress
 from dynaslim.recipes import DataRecipe, SupernetRecipe
 from dynaslim.report.curves import curves_figure
@@ -21,7 +24,8 @@ from dynaslim.runs.context import RunContext, opened, skipped_lines
 from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
 from dynaslim.spec import NetSpec
-from dynaslim.train.loop import SupernetTraining, training_batches
+from dynaslim.train import recalibrate
+from dynaslim.train.loop import SupernetTraining, calibration_batches, training_batches
 from dynaslim.train.teacher import OutsideTeacher
 from dynaslim.zoo import get_spec
 
@@ -49,21 +53,36 @@ def run_supernet(
 
 
 def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
-    """The checkpoint to start from, checked to hold the recipe's model."""
+    """The checkpoint to start from, checked to hold the recipe's model or its widest alone."""
     assert recipe.init is not None
     start = read(recipe.init)
     found = start.net.spec
     check(
-        _shape(found) == _shape(spec),
+        _shape(found, widths=False) == _shape(spec, widths=False),
         f"init {recipe.init}: holds {found.name}, which is not the recipe's model {recipe.model}; "
         f"name the model that it was trained as",
     )
+    if _shape(found) not in (_shape(spec), _shape(widest_alone(spec))):
+        pairs = [(a.widths, b.widths) for a, b in zip(found.stages, spec.stages, strict=True)]
+        unlike = [number for number, (its, own) in enumerate(pairs) if its != own]
+        # one that fits neither way, or where some stages fit the one and some the other, any
+        number = next((n for n in unlike if pairs[n][0] != pairs[n][1][-1:]), unlike[0])
+        its, own = pairs[number]
+        raise UsageError(
+            f"init {recipe.init}: stage {number} has widths {its}, in {recipe.model} they are "
+            f"{own}; to start from it, a network has all of every stage's widths, or the last "
+            f"alone, {own[-1:]}"
+        )
     return start
 
 
-def _shape(spec: NetSpec) -> NetSpec:
+def _shape(spec: NetSpec, *, widths: bool = True) -> dict[str, Any]:
     """A spec without what may differ between a network and one that starts from it."""
-    return spec.with_choices((0,)).replace(name="", num_classes=1)
+    shape = spec.with_choices((0,)).replace(name="", num_classes=1).to_dict()
+    if not widths:
+        for stage in shape["stages"]:
+            del stage["widths"]
+    return shape
 
 
 def _prepared_as(start: Checkpoint, data: DataRecipe) -> DataRecipe:
@@ -90,6 +109,8 @@ class _SupernetRun:
         names = self.data.class_names
         torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
         if start is not None:
+            if _shape(start.net.spec) != _shape(spec):
+                start = replace(start, net=self._slimmable(start.net, spec))
             net = with_classes(start, names)
         else:
             net = SlimNet(spec.replace(num_classes=len(names)))
@@ -121,6 +142,25 @@ class _SupernetRun:
         if self.folder.state is None:
             self.folder.log("teacher", 0, chosen)
         return teacher
+
+    def _slimmable(self, wide: SlimNet, spec: NetSpec) -> SlimNet:
+        """The recipe's model out of its widest widths alone: sorted, narrow routes calibrated."""
+        if self.folder.state is not None:
+            return SlimNet(spec.replace(num_classes=wide.spec.num_classes))  # the snapshot has all
+
+        def batches() -> Iterator[Tensor]:
+            recipe, data = self.recipe, self.data
+            count = recipe.val_calibration_batches
+            return calibration_batches(
+                data.feed, data.augment, self.context.device, count, recipe.seed
+            )
+
+        net = slimmable(wide.to(self.context.device), spec, batches())
+        before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        recalibrate(net, batches(), on_batch=self.stop.check)
+        for name, buffer in net.named_buffers():
+            buffer[-1] = before[name][-1]  # the last slot is that of the largest, which stays as is
+        return net
 
     def run(self) -> dict[str, Any]:
         """All that is left to do."""

@@ -1,20 +1,30 @@
 """Stage I from a checkpoint: the same classes, other ones, and what does not fit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
-from helpers import bright_pngs, lively, micro_spec, write_parquet
+from helpers import assert_rows_close, bright_pngs, lively, micro_spec, noise, write_parquet
 
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save, with_classes
+from dynaslim.errors import UsageError
+from dynaslim.nn.sorting import widest_alone
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import DataRecipe, OptimRecipe, SupernetRecipe
-from dynaslim.runs import RunOptions, run_supernet
+from dynaslim.runs import RunOptions, run_supernet, supernet
+from dynaslim.runs.context import opened
 from dynaslim.zoo import write_spec
 
 NAMES = tuple(f"class {n}" for n in range(4))  # those of the images
 CHOICES = ((1, 2), (0, 1))
+
+
+def _with_widths(spec, stage, widths):
+    stages = list(spec.stages)
+    stages[stage] = replace(stages[stage], widths=widths)
+    return spec.replace(stages=tuple(stages))
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +33,16 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("init")
     write_parquet(root / "images", bright_pngs(64), 4, "train")
     write_spec(root / "micro.yaml", micro_spec())
-    for seed, (name, classes) in enumerate({"same": NAMES, "others": tuple("abcd")}.items()):
-        net = lively(micro_spec(num_classes=4).with_choices(*CHOICES), seed=seed + 1)
+    spec = micro_spec(num_classes=4).with_choices(*CHOICES)
+    wide = widest_alone(spec.replace(name="plain"))
+    made = [("same", NAMES, spec), ("others", tuple("abcd"), spec)]
+    made += [("wide", NAMES, wide), ("wide_others", tuple("abcd"), wide)]
+    made += [
+        ("half", NAMES, _with_widths(wide, 2, (8,))),
+        ("mixed", NAMES, _with_widths(wide, 0, (4, 6))),
+    ]
+    for seed, (name, classes, of) in enumerate(made):
+        net = lively(of, seed=seed + 1)
         preprocessing = Preprocessing(16, mean=(0.4,) * 3, std=(0.3,) * 3)
         checkpoint = Checkpoint(net, class_names=classes, preprocessing=preprocessing)
         save(root / f"{name}.safetensors", checkpoint)
@@ -129,3 +147,56 @@ def test_a_resumed_run_keeps_to_its_start(folder, kept):
             run_supernet(_recipe(folder, other), kept, again)
     told = json.loads((kept / "results.json").read_text())
     assert run_supernet(_recipe(folder, "same"), kept, again) == told
+
+
+def _batch_answers(net, x):
+    """By the batch's own statistics, which no calibration moves."""
+    with torch.no_grad():
+        return net.train()(x, net.spec.largest)
+
+
+def test_a_wide_network_is_sorted_and_narrow_routes_calibrated(folder, tmp_path):
+    wide, x = read(folder / "wide.safetensors").net, noise(micro_spec(), 8, image_size=16)
+    recipe = _recipe(folder, "wide")
+    with opened("supernet", recipe, tmp_path / "run", None) as context:
+        net = supernet._SupernetRun(recipe, context).training.net.eval()
+    assert [gate.choices for gate in net.spec.gates] == [(0, 2), (0, 1, 2)], "the recipe's"
+    with torch.inference_mode():
+        assert_rows_close(net(x, net.spec.largest), wide(x, wide.spec.largest), 1e-5)
+    assert not torch.equal(
+        net.stages[1][0].pointwise.conv.weight, wide.stages[1][0].pointwise.conv.weight
+    )
+    norm, own = net.stages[2][0].pointwise.bn, wide.stages[2][0].pointwise.bn.running_var
+    *narrow, largest = (sorted(row.tolist()) for row in norm.running_var)
+    assert largest == sorted(own[0].tolist())
+    for row, width in zip(narrow, norm.slot_channels, strict=False):
+        assert not set(row[:width]) & set(largest), "taken anew"
+
+
+@pytest.mark.parametrize(("name", "kept"), [("wide", True), ("wide_others", False)])
+def test_training_goes_on_from_a_wide_network(folder, tmp_path, monkeypatch, name, kept):
+    recipe = _recipe(folder, name)
+    told = run_supernet(recipe, tmp_path / "run")
+    made, wide = read(told["files"]["last_live"]), read(folder / f"{name}.safetensors")
+    assert made.class_names == NAMES
+    assert made.preprocessing == wide.preprocessing
+    x = noise(micro_spec(), 8, image_size=16)
+    ours, theirs = _batch_answers(made.net, x), _batch_answers(wide.net, x)
+    assert ((ours - theirs).abs().max() < 1e-4 * theirs.abs().max()) == kept
+    # what a snapshot holds is not made again
+    monkeypatch.setattr(supernet, "slimmable", None)
+    assert run_supernet(recipe, tmp_path / "run", RunOptions(resume=True)) == told
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("half", "stage 2 has widths (8,), in {} they are (6, 8, 10); .* alone, (10,)"),
+        ("mixed", "stage 1 has widths (12,), in {} they are (4, 8, 12); .* alone, (12,)"),
+    ],
+)
+def test_widths_that_do_not_fit_are_named(folder, tmp_path, name, said):
+    said = said.replace("(", r"\(").replace(")", r"\)").format(".*micro.yaml")
+    with pytest.raises(UsageError, match=said) as error:
+        run_supernet(_recipe(folder, name), tmp_path / "run")
+    assert "\n" not in str(error.value)

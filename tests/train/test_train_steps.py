@@ -22,6 +22,7 @@ from dynaslim.recipes import (
 )
 from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.train import recalibrate, train_gate, train_supernet
+from dynaslim.train.calibrate import calibration_routes
 from dynaslim.train.sampling import sandwich_routes, step_seed
 from dynaslim.train.step import gate_step, parameter_groups, supernet_step
 from dynaslim.train.teacher import make_teacher
@@ -230,6 +231,55 @@ def test_recalibration_of_some_routes_leaves_the_others():
         True,
         True,
     ]
+
+
+def test_recalibration_by_mixed_routes_where_there_are_several_gates():
+    spec = get_spec("ds_resnet_cifar")
+    uniform = (*spec.routes, spec.largest)
+    drawn = [calibration_routes(spec, number) for number in range(32)]
+    assert drawn == [calibration_routes(spec, number) for number in range(32)]
+    assert all(routes[: len(uniform)] == uniform for routes in drawn)
+    mixed = [routes[len(uniform) :] for routes in drawn]
+    assert len(set(mixed)) > 24, "other ones for each batch"
+    for routes in mixed:
+        for stage in spec.gated_stages:  # each width as often as in the uniform routes
+            assert sorted(r.widths[stage] for r in routes) == list(spec.stages[stage].widths)
+    fed = {(r.widths[-2], r.widths[-1]) for routes in mixed for r in routes}
+    assert len(fed) == 16, "every pair of widths"
+
+
+def test_recalibration_with_one_gate_is_by_uniform_routes_alone():
+    spec = get_spec("ds_resnet8_cifar")
+    net, other = lively(spec), lively(spec)
+    batches = [noise(spec, 4, image_size=16, seed=s) for s in range(2)]
+    recalibrate(net, batches)
+    recalibrate(other, batches, (*spec.routes, spec.largest))
+    for name, value in net.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+def test_statistics_of_a_width_are_near_those_of_every_width_that_feeds_it():
+    """Distance to what each mixed route alone would give, in its standard deviations."""
+    spec = micro_spec()
+    batches = [noise(spec, 16, image_size=16, seed=s) for s in range(6)]
+    mixed = [r for r in spec.routing_space if r not in spec.routes]
+
+    def statistics(routes=None):
+        net = lively(spec)
+        recalibrate(net, batches, routes)
+        return net.stages[2][0].pointwise.bn  # behind the second gate
+
+    def distance(found):
+        total = 0.0
+        for route, alone in zip(mixed, own, strict=True):
+            slot = spec.stages[2].widths.index(route.widths[2])
+            channels = alone.slot_channels[slot]
+            off = (found.running_mean - alone.running_mean)[slot, :channels]
+            total += float((off.square() / alone.running_var[slot, :channels]).mean())
+        return total
+
+    own = [statistics([route]) for route in mixed]
+    assert distance(statistics()) < 0.8 * distance(statistics((*spec.routes, spec.largest)))
 
 
 def test_gate_step_moves_the_slimming_heads_only():
