@@ -49,8 +49,11 @@ SPEC = micro_spec()  # gates of 2 and 3 options
 MS = CostTable("ms", (((1.0,),), ((1.5, 2.0),), ((1.0, 3.0, 3.5), (2.0, 2.5, 7.0))))
 
 
-def _random(rows, seed=0, spec=SPEC, coarse=False):
-    """A table in which wider paths are right more often; if coarse, with many ties."""
+def _random(rows, seed=0, spec=SPEC, coarse=False, looks=0.0):
+    """A table in which wider paths are right more often; if coarse, with many ties.
+
+    With `looks` a second look is right for that share of the images that the widest gets wrong.
+    """
     rng = np.random.default_rng(seed)
     options = [len(gate.choices) for gate in spec.gates]
     paths = math.prod(options)
@@ -64,12 +67,14 @@ def _random(rows, seed=0, spec=SPEC, coarse=False):
     if coarse:
         logits = [values.round() for values in logits]
         margins = (margins * 4).round() / 4
+    second_look = np.where(correct[:, -1], rng.random(rows) < 0.98, rng.random(rows) < looks)
     return PathAnswers(
         spec,
         32,
         tuple(values.astype(np.float32) for values in logits),
         correct,
         margins.astype(np.float32),
+        second_look if looks else None,
     )
 
 
@@ -87,18 +92,19 @@ def _one_row(answers, row, shift, steps, latency=None):
     own, right, passes, done = tuple(path), answers.correct_NP[row, number], 0, False
     tables = [answers.table] if latency is None else [answers.table, latency]
     cost = [table.route_cost(own) for table in tables]
-    for tau, target in steps:
+    for tau, target, mirror in steps:
         as_wide = all(t <= o for t, o in zip(target, own, strict=True))
         cheaper = answers.table.route_cost(own) < answers.table.route_cost(target)
-        if done or as_wide or not cheaper:
+        if done or (own != target if mirror else as_wide or not cheaper):
             continue
         if answers.margins_NP[row, number] >= tau:
             done = True  # it was asked, and is sure
             continue
         own, number, passes = target, answers.paths.index(target), passes + 1
-        right = answers.correct_NP[row, number]
+        right = answers.second_look_N[row] if mirror else answers.correct_NP[row, number]
         for n, table in enumerate(tables):
-            cost[n] += table.route_cost(target) - table.segments[0][0][0]
+            # the mirror image has no trunk that was kept
+            cost[n] += table.route_cost(target) - (0 if mirror else table.segments[0][0][0])
     return cost, bool(right), passes > 0
 
 
@@ -113,9 +119,12 @@ _TARGETS = st.sampled_from([(0, 1), (1, 1), (1, 2), (0, 0), (1, 0)])
     st.booleans(),
     st.integers(-160, 160).map(lambda n: n / 4),
     st.lists(st.builds(Escalation, _TAUS, _TARGETS), max_size=3),
+    st.one_of(st.none(), _TAUS),
 )
-def test_simulate_is_a_plain_loop(rows, seed, coarse, shift, steps):
-    answers = _random(rows, seed, coarse=coarse)
+def test_simulate_is_a_plain_loop(rows, seed, coarse, shift, steps, tau_mirror):
+    if tau_mirror is not None:
+        steps = [*steps, Escalation(tau_mirror, (1, 2), mirror=True)]
+    answers = _random(rows, seed, coarse=coarse, looks=0.3)
     slow = [_one_row(answers, row, shift, steps, MS) for row in range(rows)]
     costs, rights, escalated = zip(*slow, strict=True)
     outcome = simulate(answers, shift, steps, latency=MS)
@@ -132,11 +141,12 @@ def _all_points(curve):
     return {*curve.points, *curve.gate_points, *curve.ms_points, *curve.ms_gate_points}
 
 
+@pytest.mark.parametrize("looks", [0.0, 0.4])
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("rows", [2, 3, 40, 501])
-def test_points_are_what_simulate_says(rows, coarse):
+def test_points_are_what_simulate_says(rows, coarse, looks):
     """The search counts with sorted margins and running sums; `simulate` row by row."""
-    answers = _random(rows, coarse=coarse)
+    answers = _random(rows, coarse=coarse, looks=looks)
     selecting, reporting = split_rows(rows)
     curve = fit_curve(answers, latency=MS)
     for point in _all_points(curve):
@@ -153,6 +163,8 @@ def test_points_are_what_simulate_says(rows, coarse):
         assert any(point.tau is not None for point in curve.ms_points)
     if rows > 100:
         assert any(len(point.escalations) == 2 for point in _all_points(curve))
+        assert any(point.tau_mirror is not None for point in curve.points) == (looks > 0)
+        assert any(point.tau_mirror is not None for point in curve.ms_points) == (looks > 0)
 
 
 def test_margins_that_are_neighbours():
@@ -405,7 +417,7 @@ def _run_row(net, x, label, shift, steps):
         return madds(SPEC, route, 32, slimming_heads=True)
 
     cost, passes = spent(own), 0
-    for tau, target in steps:
+    for tau, target, _ in steps:
         if spent(own) >= spent(target) or all(t <= o for t, o in zip(target, own, strict=True)):
             continue
         probabilities = out.features[0].softmax(0).sort(descending=True).values
