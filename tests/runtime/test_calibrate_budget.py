@@ -118,7 +118,7 @@ _TARGETS = st.sampled_from([(0, 1), (1, 1), (1, 2), (0, 0), (1, 0)])
     st.integers(0, 10**6),
     st.booleans(),
     st.integers(-160, 160).map(lambda n: n / 4),
-    st.lists(st.builds(Escalation, _TAUS, _TARGETS), max_size=3),
+    st.lists(st.tuples(_TAUS, _TARGETS).map(lambda pair: Escalation(*pair)), max_size=3),
     st.one_of(st.none(), _TAUS),
 )
 def test_simulate_is_a_plain_loop(rows, seed, coarse, shift, steps, tau_mirror):
