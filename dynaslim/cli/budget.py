@@ -204,7 +204,7 @@ def _points_table(
     table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
     for name, point in points.items():
         targets = [
-            "its mirror image"
+            "mirror"
             if mirror
             else str(
                 spec.route_at([gate.choices[n] for gate, n in zip(spec.gates, path, strict=True)])
@@ -217,8 +217,8 @@ def _points_table(
             *([] if point.ms is None else [f"{point.ms:.3f}"]),
             f"{point.top1:.2%}",
             f"{point.escalated:.1%}",
-            ", then ".join(targets),
-            ", then ".join(f"{tau:.3f}" for tau, *_ in point.escalations),
+            " > ".join(targets),
+            " > ".join(f"{tau:.3f}" for tau, *_ in point.escalations),
             f"{point.shift:.3g}",
         )
     return table

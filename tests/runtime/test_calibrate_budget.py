@@ -305,6 +305,65 @@ def test_nothing_in_two_steps_is_overlooked(monkeypatch):
     assert better, "the test needs settings that one step does not reach"
 
 
+def test_no_second_look_is_overlooked(monkeypatch):
+    for name, value in {"KEPT": 10_000, "NOISE": -100, "MOST_ESCALATED": 1}.items():
+        monkeypatch.setattr(budget_search, name, value)
+    monkeypatch.setattr(budget_search, "TAUS_OF_LOOKS", 25)
+    answers = _random(17, 5, spec=get_spec("ds_mbnet_tiny"), coarse=True, looks=0.6)
+    curve = fit_curve(answers, split=False)
+    taus, better, beyond = (0.1, 0.6, 1.1), 0, 0
+    widest = answers.targets[-1]
+    for shift in shift_grid(answers)[::4]:
+        for first, then, last in itertools.product((0.0, *taus), (0.0, *taus), taus):
+            steps = [Escalation(first, answers.targets[0]), Escalation(then, widest)]
+            steps = [step for step in steps if step.tau] + [Escalation(last, widest, mirror=True)]
+            outcome = simulate(answers, shift, steps)
+            if outcome.madds > 2 * curve.widest_madds or (first and not then):
+                continue
+            as_good = [
+                point
+                for point in curve.points
+                if point.madds <= outcome.madds * (1 + 1e-12) and point.top1 >= outcome.top1
+            ]
+            assert as_good
+            better += all(point.tau_mirror is not None for point in as_good)
+            beyond += all(point.share > 1 for point in as_good)
+    assert better, "the test needs settings that no step but a second look reaches"
+    assert beyond, "and of these some beyond the widest route's cost"
+
+
+def _looks(curve):
+    return [point for point in curve.points if point.tau_mirror is not None]
+
+
+def test_a_second_look_must_be_worth_it(monkeypatch):
+    """One that wins as many images as it loses looks like a gain at some settings; see `NOISE`."""
+    kept = {"worthless": 0, "worthless, no bar": 0, "worth it": 0}
+    for seed in range(6):
+        answers = _random(1000, seed)
+        widest = answers.correct_NP[:, -1]
+        rng = np.random.default_rng(seed)
+        won = 0.05 * widest.mean() / (1 - widest.mean())
+        luck = np.where(widest, rng.random(1000) > 0.05, rng.random(1000) < won)
+        worthless = dataclasses.replace(answers, second_look_N=luck)
+        kept["worthless"] += len(_looks(fit_curve(worthless)))
+        with monkeypatch.context() as patch:
+            patch.setattr(budget_search, "NOISE", 0)
+            kept["worthless, no bar"] += len(_looks(fit_curve(worthless)))
+        gain = widest | (rng.random(1000) < 0.2)
+        curve = fit_curve(dataclasses.replace(answers, second_look_N=gain))
+        kept["worth it"] += len(_looks(curve))
+        dearest = curve.points[-1]
+        assert dearest.tau_mirror is not None
+        assert dearest.share > 1
+        assert dearest.top1 > curve.widest_top1
+        assert curve.at(1.0).share <= 1 + 1e-9
+        assert curve.at(2) == dearest
+        assert any(point.share == pytest.approx(1) for point in curve.points)
+    assert 2 * kept["worthless"] < kept["worthless, no bar"]
+    assert kept["worth it"] > 2 * kept["worthless"]
+
+
 def test_reported_accuracy_is_of_images_that_had_no_say():
     """Where all is luck, points look better than they are, but only on the selecting half."""
     rng = np.random.default_rng(0)
@@ -502,6 +561,34 @@ def test_a_package_keeps_the_curve(real, backend, tmp_path):
     assert len(escalated) >= 3, "the test needs budgets at which rows escalate"
     assert len(routes) >= 6, "the test needs budgets that differ"
     assert max(map(len, map(set, routes))) >= 3, "the test needs rows that take different routes"
+
+
+@for_backends("eager", "onnxruntime", "openvino")
+def test_a_second_look_is_what_the_curve_promises(real, backend):
+    """Answers by the network, a curve of them, the engine at its points: the same to the image."""
+    net, x, labels, _ = real
+    answers = answer_paths(net, [(x, labels)], mirror=True)
+    with torch.inference_mode():
+        widest = [net(images, SPEC.widest_choice).softmax(1) for images in (x, x.flip(3))]
+    mean = (widest[0] + widest[1]) / 2
+    assert (answers.second_look_N == (mean.argmax(1) == labels).numpy()).all()
+    assert answer_paths(net, [(x, labels)]).second_look_N is None
+    # labels by which the second look is always right
+    best = dataclasses.replace(answers, second_look_N=np.ones(61, bool))
+    curve = fit_curve(best, split=False)
+    recipe = {"supernet": {"augment": {"mirror": True}}}
+    engine = Engine(Checkpoint(net, recipe=recipe, budget=curve.to_dict()), backend=backend)
+    looks = [point for point in curve.points if point.tau_mirror is not None]
+    assert len(looks) > 3
+    assert curve.points[-1].share > 1
+    for point in looks:
+        out, told = engine(x, budget=point), simulate(answers, point.shift, point.escalations)
+        assert float(out.madds.mean()) == pytest.approx(point.madds)
+        assert float((out.logits.argmax(1) == labels).float().mean()) == pytest.approx(told.top1)
+        assert float(out.escalated.float().mean()) == pytest.approx(point.escalated)
+        assert 0 < out.mirrored.sum() <= out.escalated.sum()
+    with pytest.raises(UsageError, match=r"mirror image along .* has not been run"):
+        simulate(_random(5), 0.0, [Escalation(0.5, (1, 2), mirror=True)])
 
 
 def test_every_path_is_answered(real):

@@ -24,8 +24,8 @@ from dynaslim.serve.metrics import Metrics
 from dynaslim.serve.samples import find_samples
 
 RESULT_KEYS = {
-    "name", "top", "route", "widths", "choices", "escalated", "madds", "madds_share", "ms",
-    "ms_share",
+    "name", "top", "route", "widths", "choices", "escalated", "mirrored", "madds", "madds_share",
+    "ms", "ms_share",
 }  # fmt: skip
 
 
@@ -146,6 +146,10 @@ def test_the_time_of_an_image_that_ran_twice(engine):
     twice = cheapest.madds + widest.madds - trunk
     assert facts.ms_of(widest, widest.madds, False) == widest.ms
     assert facts.ms_of(widest, twice, True) == widest.ms + 1 - 0.25
+    # a mirror image takes the whole route, trunk and all
+    assert facts.ms_of(widest, 2 * widest.madds, True, mirrored=True) == 2 * widest.ms
+    looked = facts.ms_of(widest, twice + widest.madds, True, mirrored=True)
+    assert looked == 2 * widest.ms + 1 - 0.25
     middle = facts.listed()[1]
     assert middle is not widest
     thrice = cheapest.madds + middle.madds + widest.madds - 2 * trunk
