@@ -72,7 +72,10 @@ def escalation_cost(table: CostTable, target: Sequence[int], *, mirror: bool = F
 def averaged(
     logits_BN: npt.NDArray[np.floating[Any]], other_BN: npt.NDArray[np.floating[Any]]
 ) -> npt.NDArray[Any]:
-    """Scores (B, N) whose softmax is the mean of the two answers' probabilities."""
+    """Scores (B, N) whose softmax is the mean of the two answers' probabilities.
+
+    As the views of an evaluation are averaged; the released code takes the mean of logits.
+    """
     log_probs_BN, other_probs_BN = map(_log_softmax, (logits_BN, other_BN))
     mean_BN = np.logaddexp(log_probs_BN, other_probs_BN) - math.log(2)
     return np.asarray(mean_BN, logits_BN.dtype)

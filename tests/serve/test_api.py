@@ -484,7 +484,7 @@ def test_what_dear_batches_cost_is_taken_from_what_others_save():
         ([9.0, 9.0], 10.0),
         ([5.0, 2.0], 21.0),
     ):
-        metrics.batch(BatchReport(2, 0.1, choices, np.array(madds), 0))
+        metrics.batch(BatchReport(2, 0.1, choices, np.array(madds), 0, 0))
         assert float(metric(metrics.text()[0].decode(), "dynaslim_madds_saved_total")) == saved
 
 
