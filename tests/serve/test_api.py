@@ -18,6 +18,7 @@ from dynaslim.predict import predict
 from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime.package import PackageError
 from dynaslim.serve import ServeOptions, create_app
+from dynaslim.serve.budgets import Budgets
 from dynaslim.serve.facts import Facts
 from dynaslim.serve.jobs import BatchReport
 from dynaslim.serve.metrics import Metrics
@@ -134,6 +135,24 @@ def test_budgets_and_escalation(serve, engine, pictures):
     assert all(r["escalated"] for r in unsure["results"])
     assert {r["route"] for r in unsure["results"]} == {str(spec.widest_choice)}
     assert all(r["madds_share"] > 1 for r in unsure["results"]), "both routes are counted"
+
+
+def test_budgets_beyond_the_widest_are_offered_where_there_are_points(engine, monkeypatch):
+    assert Facts(engine)._budget()["high"] == 1.0
+    curve = engine.curve
+    dear = dataclasses.replace(
+        curve.points[-1], madds=1.25 * curve.widest_madds, share=1.25, top1=1.0, top1_selecting=1.0,
+        tau_mirror=0.5, mirror_along=(1, 2),
+    )  # fmt: skip
+    looks = dataclasses.replace(curve, points=(*curve.points, dear))
+    monkeypatch.setattr(engine, "curve", looks)
+    offered = Facts(engine)._budget()
+    assert offered["high"] == offered["points"][-1]["budget"] == 1.25
+    budgets = Budgets(looks, ServeOptions(), 0.0)
+    assert budgets.setting("1.3", "auto").point == dear
+    assert budgets.setting("1.3", None).point.share == 1.0
+    with pytest.raises(UsageError, match=r"budget '1\.3': above 1 are points"):
+        Budgets(curve, ServeOptions(), 0.0).setting("1.3", "auto")
 
 
 def test_the_time_of_an_image_that_ran_twice(engine):
