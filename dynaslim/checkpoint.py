@@ -45,6 +45,20 @@ class Checkpoint(Pretrained):
     budget: Mapping[str, Any] | None = None
     """What `dynaslim.runtime.budget.BudgetCurve.to_dict` gives; holds for just these weights."""
 
+    @property
+    def mirror(self) -> bool:
+        """Whether a mirror image is of the same class, as far as the recipe says.
+
+        `augment.mirror` of every stage that it tells of; False where it tells of none.
+        """
+        stages = [self.recipe.get(stage) for stage in ("supernet", "gate")]
+        said = [
+            stage["augment"]
+            for stage in stages
+            if isinstance(stage, Mapping) and isinstance(stage.get("augment"), Mapping)
+        ]
+        return bool(said) and all(augment.get("mirror") is True for augment in said)
+
     def __post_init__(self) -> None:
         spec = self.net.spec
         if self.class_names is not None and len(self.class_names) != spec.num_classes:

@@ -116,9 +116,10 @@ def run_demo(
     with progress("evaluating", len(test)) as bar:
         result = evaluate(net, test, preprocessing, on_batch=bar.advance)
     with progress("budgets", len(held_out) + len(test)) as bar:
-        curve = fit_curve(_every_path(net, held_out, preprocessing, bar.advance))
+        mirror = stage1.augment.mirror
+        curve = fit_curve(_every_path(net, held_out, preprocessing, bar.advance, mirror))
         point = curve.at(target)
-        tested = _every_path(net, test, preprocessing, bar.advance)
+        tested = _every_path(net, test, preprocessing, bar.advance, mirror)
         outcome = simulate(tested, point.shift, point.escalations)
 
     files = {
@@ -166,8 +167,10 @@ def _every_path(
     images: MemoryImages,
     preprocessing: Preprocessing,
     on_batch: Callable[[int], None],
+    mirror: bool,
 ) -> PathAnswers:
-    return answer_paths(net, readable_batches(images, preprocessing, 250), on_batch=on_batch)
+    batches = readable_batches(images, preprocessing, 250)
+    return answer_paths(net, batches, mirror=mirror, on_batch=on_batch)
 
 
 def _json(value: object) -> bytes:

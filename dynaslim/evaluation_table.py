@@ -244,7 +244,11 @@ def _finite(name: str, logits_BK: Tensor) -> Tensor:
 
 
 def _mean_of_views(logits: Sequence[Tensor]) -> Tensor:
-    """Scores whose softmax is the mean of the views' probabilities; one view's are its logits."""
+    """Scores whose softmax is the mean of the views' probabilities; one view's are its logits.
+
+    Not the mean of logits as in the released code: that top-1 was never the higher (docs/log.md).
+    `runtime.escalation.averaged` does the same.
+    """
     if len(logits) == 1:
         return logits[0]
     log_probs = torch.stack([logits_BK.log_softmax(1) for logits_BK in logits])

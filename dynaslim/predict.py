@@ -56,7 +56,9 @@ class Prediction:
     madds: float
     """Multiply-adds that the image cost, those of all its routes if it is escalated."""
     escalated: bool = False
-    """Whether it was unsure on a first, narrower route and ran again on `route`."""
+    """Whether it was unsure and ran more than once, last on `route`."""
+    mirrored: bool = False
+    """Whether the last of these was its mirror image, and the answer is the mean of both."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `label` is called `class`, as in the tables."""
@@ -68,6 +70,7 @@ class Prediction:
             "route": self.route,
             "madds": self.madds,
             "escalated": self.escalated,
+            "mirrored": self.mirrored,
         }
 
 
@@ -339,14 +342,16 @@ def _answers(
             route_name(row_G),
             float(madds),
             bool(escalated),
+            bool(mirrored),
         )
-        for picture, label, confidence, row_G, madds, escalated in zip(
+        for picture, label, confidence, row_G, madds, escalated, mirrored in zip(
             pictures,
             labels_B,
             confidence_B,
             output.routes,
             output.madds,
             output.escalated,
+            output.mirrored,
             strict=True,
         )
     ]

@@ -173,12 +173,15 @@ def _in_order(answered: Any, files: Sequence[str | Path]) -> Rows:
                     row["route"],
                     row["madds"],
                     row["escalated"],
+                    row["mirrored"],
                 )
     if done != len(files):
         raise RuntimeError(f"{done} rows came from the cluster for {len(files)} files")
 
 
-_ANSWERED: Final = ("label", "class_name", "confidence", "route", "madds", "escalated")
+_ANSWERED: Final = (
+    "label", "class_name", "confidence", "route", "madds", "escalated", "mirrored"
+)  # fmt: skip
 
 
 class _Worker:
@@ -215,6 +218,7 @@ class _Worker:
                 "route": pa.string(),
                 "madds": pa.float64(),
                 "escalated": pa.bool_(),
+                "mirrored": pa.bool_(),
                 "reason": pa.string(),
                 "error": pa.string(),
                 "kind": pa.string(),

@@ -33,6 +33,7 @@ class _Buffer:
                 "route": pa.string(),
                 "madds": pa.float64(),
                 "escalated": pa.bool_(),
+                "mirrored": pa.bool_(),
             }
         )
         self._rows: list[dict[str, Any]] = []
@@ -54,7 +55,7 @@ class ParquetFile:
 
     A context manager; what has not been committed by its end is removed, and an older file of that
     name is left as it was. Columns: file, class, class_name (null where unknown), confidence
-    (0..1, float32), route (such as 12-24-48), madds, escalated.
+    (0..1, float32), route (such as 12-24-48), madds, escalated, mirrored.
     """
 
     GROUP_ROWS: Final = 10_000

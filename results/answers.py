@@ -25,7 +25,7 @@ from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.calibrate_budget import PathAnswers
-from dynaslim.runtime.escalation import margins
+from dynaslim.runtime.escalation import averaged, margins
 from dynaslim.spec import NetSpec
 from results.policies import sureness
 from results.statics import static_spec
@@ -50,6 +50,9 @@ class Table:
     """The channels' means where the gate sits."""
     deviation_NF: npt.NDArray[np.float32]
     """Their standard deviations over the pixels."""
+    mirrored_NC: npt.NDArray[np.float32] | None = None
+    """Logits of the widest route for the mirror images; None where these may be of other classes,
+    and in tables of earlier versions."""
 
     @cached_property
     def correct_NR(self) -> npt.NDArray[np.bool_]:
@@ -85,10 +88,23 @@ class Table:
         """The margin of every route's answer."""
         return sureness(self.logits_NRC)
 
+    @cached_property
+    def mirrored_correct_N(self) -> npt.NDArray[np.bool_] | None:
+        """Whether the widest route is right about the mirror images."""
+        if self.mirrored_NC is None:
+            return None
+        return np.asarray(self.mirrored_NC.argmax(1) == self.labels_N)
+
     def route(self, k: int) -> Table:
         """One route alone, as a network of its own would be."""
         stages = static_spec(self.spec, k)
-        return replace(self, spec=stages, logits_NRC=self.logits_NRC[:, k : k + 1])
+        one = self.logits_NRC[:, k : k + 1]
+        return replace(self, spec=stages, logits_NRC=one, mirrored_NC=None)
+
+    @property
+    def seen_once(self) -> Table:
+        """The same without mirror images."""
+        return replace(self, mirrored_NC=None)
 
     def with_head(self, weight_RF: npt.NDArray[np.float32]) -> Table:
         """The same network with another slimming head."""
@@ -104,17 +120,25 @@ class Table:
             (self.gate_logits_NR[None],),
             self.correct_NR,
             margins(self.logits_NRC.reshape(-1, shape[2])).reshape(shape[:2]),
+            None
+            if self.mirrored_NC is None
+            else averaged(self.logits_NRC[:, -1], self.mirrored_NC).argmax(1) == self.labels_N,
         )
 
     def rows(self, rows: npt.NDArray[Any]) -> Table:
         """Some of the images."""
-        return replace(self, **{name: getattr(self, name)[rows] for name in _ARRAYS})
+        return replace(self, **{name: array[rows] for name, array in self._arrays().items()})
+
+    def _arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """Those that it has."""
+        found = {name: getattr(self, name) for name in (*_ARRAYS, "mirrored_NC")}
+        return {name: array for name, array in found.items() if array is not None}
 
     def save(self, path: Path) -> None:
         """Write a file that `Table.read` reads."""
         buffer = io.BytesIO()
         about = json.dumps({"spec": self.spec.to_dict(), "image_size_px": self.image_size_px})
-        np.savez(buffer, about=np.array(about), **{n: getattr(self, n) for n in _ARRAYS})
+        np.savez(buffer, about=np.array(about), **self._arrays())
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getvalue())
 
@@ -123,7 +147,8 @@ class Table:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
-            arrays = {name: file[name] for name in _ARRAYS}
+            names = (*_ARRAYS, *(("mirrored_NC",) if "mirrored_NC" in file else ()))
+            arrays = {name: file[name] for name in names}
         return cls(NetSpec.from_dict(about["spec"]), about["image_size_px"], **arrays)
 
 
@@ -132,7 +157,7 @@ _ARRAYS = ("logits_NRC", "labels_N", "gate_logits_NR", "hidden_NF", "mean_NF", "
 
 @torch.inference_mode()
 def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) -> Table:
-    """Run a network along all its uniform routes; the trunk once.
+    """Run a network along all its uniform routes, the trunk once; the widest on mirror images too.
 
     Raises:
         UsageError: for a network of several gates, or a checkpoint without preprocessing.
@@ -140,7 +165,8 @@ def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) 
     net, spec, pre = checkpoint.net.eval(), checkpoint.net.spec, checkpoint.preprocessing
     if len(spec.gates) != 1 or pre is None:
         raise UsageError(f"{spec.name}: a table needs one gate, and how images are prepared")
-    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in _ARRAYS}
+    names = (*_ARRAYS, *(("mirrored_NC",) if checkpoint.mirror else ()))
+    parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for x, labels in readable_batches(images, pre, batch_size):
         before, gate = net._before_gate(0, x, 0)
         assert gate is not None
@@ -155,6 +181,8 @@ def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) 
             "mean_NF": before.mean((2, 3)),
             "deviation_NF": before.std((2, 3), correction=0),
         }
+        if checkpoint.mirror:
+            values["mirrored_NC"] = net(x.flip(3), spec.widest_choice)
         for name, value in values.items():
             parts[name].append(value.numpy())
     joined = {name: np.concatenate(arrays) for name, arrays in parts.items()}

@@ -22,8 +22,8 @@ from results import policies
 from results.answers import Table
 from results.policies import Outcome
 
-SHARES: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8)
-"""Budgets, as parts of the widest route's cost."""
+SHARES: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0, 1.3)
+"""Budgets, as parts of the widest route's cost; beyond it is what a second look may take."""
 FAR: Final = 1e6
 """A shift that sends every image along the cheapest route."""
 STEPS: Final = 40
@@ -37,14 +37,21 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
     """
     costs = judging.costs_R
     curve = fit_curve(choosing.paths, split=False)
+    dearest = curve.points[-1].share
+    # what no point of the curve costs, it cannot be asked for
+    limits = [min(share, max(1.0, dearest)) for share in SHARES]
     settings = {
-        "both": [_plain(curve.at(share)) for share in SHARES],
-        "gate": [_plain(curve.at(share, escalate=False)) for share in SHARES],
+        "both": [_plain(curve.at(limit)) for limit in limits],
+        "gate": [_plain(curve.at(limit, escalate=False)) for limit in limits],
         "escalation": [_plain(point) for point in escalation(choosing)],
     }
     ways = {name: [_at(judging, point) for point in found] for name, found in settings.items()}
     ways["ladder"] = ladder(choosing, judging)
     ways["cascade_one_network"] = cascade(_alone(choosing), _alone(judging))
+    if choosing.mirrored_NC is not None:
+        once = fit_curve(choosing.seen_once.paths, split=False)
+        points = [_plain(once.at(min(share, 1.0))) for share in SHARES]
+        ways["seen_once"] = [_at(judging, point) for point in points]
     ways["random"] = [_random(judging, point["shift"]) for point in settings["gate"]]
     return {
         "images": len(judging.labels_N),
@@ -55,17 +62,33 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
         "settings": settings,
         "ways": {name: _rows(judging, found) for name, found in ways.items()},
         "oracle": policies.oracle(judging.correct_NR, costs)._asdict(),
+        "seen_twice": _seen_twice(judging),
     }
 
 
+def _seen_twice(judging: Table) -> dict[str, float] | None:
+    """The oracle's control; None where mirror images are not to be shown."""
+    mirrored_N = judging.mirrored_correct_N
+    if mirrored_N is None:
+        return None
+    found = policies.seen_twice(judging.correct_NR[:, -1], mirrored_N, judging.costs_R[-1])
+    return found._asdict()
+
+
 def _plain(point: BudgetPoint) -> dict[str, Any]:
-    steps = [{"tau": tau, "target": list(target)} for tau, target in point.escalations]
+    steps = [
+        {"tau": tau, "target": list(target), **({"mirror": True} if mirror else {})}
+        for tau, target, mirror in point.escalations
+    ]
     return {"shift": point.shift, "escalations": steps}
 
 
 def escalations_of(setting: Mapping[str, Any]) -> list[Escalation]:
     """The steps of a setting as it is written."""
-    return [Escalation(step["tau"], tuple(step["target"])) for step in setting["escalations"]]
+    return [
+        Escalation(step["tau"], tuple(step["target"]), step.get("mirror", False))
+        for step in setting["escalations"]
+    ]
 
 
 def _at(table: Table, point: Mapping[str, Any]) -> Outcome:

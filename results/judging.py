@@ -38,9 +38,11 @@ def table_of(cell: Cell, recipe: SupernetRecipe, split: str) -> Table:
     """The answers of a cell's network, computed once."""
     checkpoint = cell.run / "last.safetensors"
     file = RUNS / "tables" / f"{str(cell).replace('/', '_')}_{split}.npz"
-    if file.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
-        return Table.read(file)
     network = read(checkpoint)
+    if file.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
+        made = Table.read(file)
+        if (made.mirrored_NC is not None) == network.mirror:  # others were made by earlier versions
+            return made
     assert network.preprocessing is not None
     data = recipe.data
     made = answer(network, _images(data.path, split, network.preprocessing, data.val_share))

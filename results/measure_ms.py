@@ -166,8 +166,12 @@ def _arms(
 
 
 def _point(row: dict[str, Any]) -> BudgetPoint:
+    steps = escalations_of(row)
     # what no step stands for, is None
-    (tau, target), (then, then_target) = [*escalations_of(row), *[(None, None)] * 2][:2]
+    none = (None, None, False)
+    wider = [step for step in steps if not step.mirror]
+    (tau, target, _), (then, then_target, _) = [*wider, none, none][:2]
+    tau_mirror, along, _ = next((step for step in steps if step.mirror), none)
     return BudgetPoint(
         row["shift"],
         tau,
@@ -179,6 +183,8 @@ def _point(row: dict[str, Any]) -> BudgetPoint:
         escalated=0.0,
         tau_then=then,
         escalate_then=then_target,
+        tau_mirror=tau_mirror,
+        mirror_along=along,
     )
 
 

@@ -83,6 +83,15 @@ def oracle(correct_NR: Bools, costs_R: Sequence[float]) -> Outcome:
     return Outcome(float(costs[order][first_N].mean()), float(correct_NR.any(1).mean()))
 
 
+def seen_twice(correct_N: Bools, mirrored_N: Bools, cost: float) -> Outcome:
+    """One route for an image and its mirror image, right at least once: the oracle's control.
+
+    No choice of routes is in it. What of an oracle's lead it reaches as well is luck of many
+    answers, and no headroom for choosing among routes.
+    """
+    return Outcome(2 * cost, float((correct_N | mirrored_N).mean()), 1.0)
+
+
 # -- how sure an answer is -------------------------------------------------------------------------
 
 

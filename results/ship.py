@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -27,13 +27,15 @@ from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe, recipe_from
 from dynaslim.runs import RunOptions, run_gate
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.budget_search import fit_curve
-from dynaslim.runtime.calibrate_budget import answer_paths, simulate
+from dynaslim.runtime.calibrate_budget import PathAnswers, answer_paths, simulate
 from results.answers import images_of
 from results.cells import RUNS
 from results.plan import HUB
 
 TARGET: Final = 0.5
 BUDGETS: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
+BEYOND: Final = (1.1, 1.3, 1.6, 2.0)
+"""Where a second look is worth it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,9 +68,7 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
     assert pre is not None
     held = images_of(data.path, "held_out", pre, data.val_share)
     with progress("running every path", len(held)) as bar:
-        curve = fit_curve(
-            answer_paths(gated.net, readable_batches(held, pre, 250), on_batch=bar.advance)
-        )
+        curve = fit_curve(_answers(gated, held, bar.advance))
     metrics = {**gated.metrics, **_tested(gated, curve, images_of(data.path, "test", pre))}
     made = replace(
         gated,
@@ -105,9 +105,10 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: MemoryImages) -> dict[s
     with progress("evaluating", len(test)) as bar:
         result = evaluate(gated.net, test, pre, on_batch=bar.advance)
     with progress("running every path", len(test)) as bar:
-        answers = answer_paths(gated.net, readable_batches(test, pre, 250), on_batch=bar.advance)
+        answers = _answers(gated, test, bar.advance)
     rows = []
-    for budget in BUDGETS:
+    beyond = [budget for budget in BEYOND if budget <= curve.points[-1].share]
+    for budget in (*BUDGETS, *beyond):
         point = curve.at(budget)
         got = simulate(answers, point.shift, point.escalations)
         rows.append(
@@ -119,6 +120,15 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: MemoryImages) -> dict[s
             }
         )
     return {"test": result.to_dict(), "test_budgets": rows}
+
+
+def _answers(
+    gated: Checkpoint, images: MemoryImages, on_batch: Callable[[int], None]
+) -> PathAnswers:
+    pre = gated.preprocessing
+    assert pre is not None
+    batches = readable_batches(images, pre, 250)
+    return answer_paths(gated.net, batches, mirror=gated.mirror, on_batch=on_batch)
 
 
 def _without_places(value: Any, data: str) -> Any:

@@ -64,7 +64,7 @@ def supernets(name: str) -> dict[str, Any]:
         "trunk_madds": first["trunk_madds"],
         "shares": first["shares"],
         "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in routes],
-        "oracle": {key: _over(cells, lambda c, key=key: c["oracle"][key]) for key in _ORACLE},
+        **_oracle(cells),
         "ways": _ways(cells),
         "gates": _gates([c["gates"] for c in cells.values()]),
         "main": MAIN,
@@ -83,6 +83,21 @@ def supernets(name: str) -> dict[str, Any]:
 
 
 _ORACLE: Final = ("cost", "top1")
+
+
+def _oracle(cells: Mapping[int, Any]) -> dict[str, Any]:
+    """The oracle and its control, the widest route right at least once of two looks.
+
+    The control is left out where a cell has none: mirror images may not be shown, or it was judged
+    by an earlier version.
+    """
+    names = ["oracle"]
+    if all(cell.get("seen_twice") for cell in cells.values()):
+        names.append("seen_twice")
+    return {
+        name: {key: _over(cells, lambda c, n=name, k=key: c[n][k]) for key in _ORACLE}
+        for name in names
+    }
 
 
 def _ways(cells: Mapping[int, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -263,7 +278,7 @@ def gates() -> dict[str, Any]:
         "shares": first["shares"],
         "madds": first["madds"],
         "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in range(len(first["madds"]))],
-        "oracle": {key: _over(cells, lambda c, key=key: c["oracle"][key]) for key in _ORACLE},
+        **_oracle(cells),
         "ways": _ways(cells),
         "main": MAIN,
     }

@@ -38,7 +38,9 @@ from dynaslim.runtime.export import export_package
 from dynaslim.spec import Route
 
 CLASSES = ("dark", "dim", "fair", "bright")
-COLUMNS = ["file", "class", "class_name", "confidence", "route", "madds", "escalated"]
+COLUMNS = [
+    "file", "class", "class_name", "confidence", "route", "madds", "escalated", "mirrored"
+]  # fmt: skip
 
 
 class FakeEngine:
@@ -59,7 +61,8 @@ class FakeEngine:
             logits=np.eye(4, dtype=np.float32)[level] * 3,
             routes=wide[:, None],
             madds=1e6 * (1.0 + wide),
-            escalated=level == 3,
+            escalated=level >= 2,
+            mirrored=level == 3,
         )
 
     def route_of(self, row):
@@ -225,7 +228,8 @@ def test_rows_say_what_the_engine_says(shades):
     assert [row.label for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3]
     assert [row.route for row in rows] == ["4-8"] * 4 + ["4-12"] * 4
     assert [row.madds for row in rows] == [1e6] * 4 + [2e6] * 4
-    assert [row.escalated for row in rows] == [False] * 6 + [True] * 2
+    assert [row.escalated for row in rows] == [False] * 4 + [True] * 4
+    assert [row.mirrored for row in rows] == [False] * 6 + [True] * 2
     assert rows[0].confidence == pytest.approx(np.exp(3) / (np.exp(3) + 3))
     assert engine.budgets == ["4.5ms"] * 3
     assert len(engine.asked) == 2  # once for each route

@@ -87,6 +87,7 @@ class Steps:
             routes=level[:, None] % 3,
             madds=level * 1e3 + 1,
             escalated=level > 5,
+            mirrored=level > 7,
         )
 
     def route_of(self, row):

@@ -8,15 +8,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import bright_pngs, write_parquet
+import torch
+from helpers import bright_pngs, lively_net, write_parquet
 
 import dynaslim
+from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
+from dynaslim.data import MemoryImages
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError
+from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import DataRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.calibrate_budget import simulate
-from dynaslim.runtime.escalation import Escalation
+from dynaslim.runtime.escalation import Escalation, averaged
 from dynaslim.zoo import ZOO, write_spec
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +31,7 @@ from results import (  # noqa: E402
     comparisons,
     heads,
     judging,
+    measure_ms,
     page,
     plan,
     policies,
@@ -36,7 +41,7 @@ from results import (  # noqa: E402
     table,
     training,
 )
-from results.answers import Table, images_of  # noqa: E402
+from results.answers import Table, answer, images_of  # noqa: E402
 from results.statics import static_spec  # noqa: E402
 
 # six images, three routes of cost 1, 2 and 4; the trunk costs 0.5
@@ -200,6 +205,74 @@ def test_every_way_keeps_to_its_budget_where_it_was_chosen():
     assert (both >= gate - 1e-9).all()
     assert found["oracle"]["top1"] >= both.max()
     json.dumps(found)
+
+
+def _looking(images: int = 400, seed: int = 0) -> Table:
+    """As `_table`, with answers for mirror images, which are as good as those of the widest."""
+    table, other = _table(images, seed), _table(images, seed)
+    rng = np.random.default_rng(seed + 100)
+    mirrored = other.logits_NRC[:, -1] + rng.normal(0, 1.5, (images, 10)).astype(np.float32)
+    return replace(table, mirrored_NC=mirrored)
+
+
+def test_the_oracle_has_its_control():
+    right, mirrored = np.array([1, 1, 0, 0], bool), np.array([1, 0, 1, 0], bool)
+    assert policies.seen_twice(right, mirrored, 4.0) == (8.0, 0.75, 1.0)
+    table = _looking()
+    found = comparisons.compare(table, table)
+    either = table.correct_NR[:, 3] | (table.mirrored_NC.argmax(1) == table.labels_N)
+    assert found["seen_twice"] == {
+        "cost": 2 * table.costs_R[3], "top1": either.mean(), "again": 1.0
+    }  # fmt: skip
+    assert comparisons.compare(_table(), _table())["seen_twice"] is None
+    json.dumps(found)
+
+
+def test_a_second_look_is_judged_beside_doing_without():
+    # hard images, whose mirror images are always right
+    table = _looking()
+    noise = np.random.default_rng(1).normal(0, 3, table.logits_NRC.shape).astype(np.float32)
+    table = replace(table, logits_NRC=table.logits_NRC + noise)
+    sure = np.full_like(table.mirrored_NC, -30)
+    sure[np.arange(400), table.labels_N] = 30
+    table = replace(table, mirrored_NC=sure)
+    assert table.paths.second_look_N.mean() > 0.95
+    assert table.seen_once.paths.second_look_N is None
+    found = comparisons.compare(table, table)
+    both, once = (found["ways"][way] for way in ("both", "seen_once"))
+    assert "seen_once" not in comparisons.compare(table.seen_once, table.seen_once)["ways"]
+    assert both[-1]["top1"] > once[-1]["top1"] + 0.05
+    assert both[-1]["share"] <= 1.3
+    setting = found["settings"]["both"][-1]
+    steps = comparisons.escalations_of(json.loads(json.dumps(setting)))
+    assert steps[-1].mirror
+    assert simulate(table.paths, setting["shift"], steps).top1 == both[-1]["top1"]
+    point = measure_ms._point(setting)
+    assert list(point.escalations) == steps
+
+
+def test_a_table_keeps_its_mirror_images(tmp_path):
+    table = _looking(20)
+    table.save(tmp_path / "t.npz")
+    found = Table.read(tmp_path / "t.npz")
+    assert (found.mirrored_NC == table.mirrored_NC).all()
+    assert found.rows(np.array([3, 5])).mirrored_NC.shape == (2, 10)
+    assert found.route(2).mirrored_NC is None
+    scores = averaged(table.logits_NRC[:, 3], table.mirrored_NC)
+    assert (table.paths.second_look_N == (scores.argmax(1) == table.labels_N)).all()
+
+
+def test_answers_have_the_mirror_images_where_they_may(one_thread):
+    net = lively_net("ds_resnet8_cifar")
+    pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
+    images = MemoryImages(pixels, torch.arange(6), tuple("abcdefghij"), "noise")
+    pre = Preprocessing(32)
+    recipe = {"supernet": {"augment": {"mirror": True}}}
+    made = answer(Checkpoint(net, preprocessing=pre, recipe=recipe), images)
+    with torch.inference_mode():
+        expected = net(normalise(pixels, pre).flip(3), net.spec.widest_choice).numpy()
+    np.testing.assert_allclose(made.mirrored_NC, expected, atol=1e-4 * np.abs(expected).max())
+    assert answer(Checkpoint(net, preprocessing=pre), images).mirrored_NC is None
 
 
 def test_a_cascade_of_one_network_pays_its_trunk_twice():
@@ -387,8 +460,8 @@ def test_imagenette_is_skipped_without_a_gpu(capsys, monkeypatch):
 
 
 def _compared(seed: int) -> dict:
-    table = _table(300, seed)
-    found = comparisons.compare(table, _table(300, seed + 10))
+    table = _looking(300, seed)
+    found = comparisons.compare(table, _looking(300, seed + 10))
     found["gates"] = [{"target": t, **judging._gated(table)} for t in plan.TARGETS]
     found["static_top1"] = [top1 - 0.01 for top1 in found["top1"]]
     found["distillation_top1"] = [top1 - 0.02 for top1 in found["top1"]]
@@ -456,6 +529,11 @@ def test_the_page_has_what_the_summaries_say(written, capsys):
     for value in found["routes"]:
         assert f"{100 * value['mean']:.2f} ± {100 * value['sd']:.2f}" in text
     assert "A note of a person." in text
+    # no oracle without its control
+    twice = f"{100 * found['seen_twice']['top1']['mean']:.2f}"
+    assert re.search(rf"\| oracle: .*\n\| its control: .* \| {twice} ± ", text)
+    assert text.count("| oracle: ") == text.count("| its control: ") > 1
+    assert text.count("The oracle gives") == text.count("is right at least once for")
     photographs = text.split("## Imagenette")[1].split("## Ablations")[0]
     assert "Imagenette, gate and escalation, on the images of the test split" in photographs
     assert f"{100 * found['routes'][0]['mean']:.2f}" in photographs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,10 +105,13 @@ def calibrate_budget(
     net = loaded.net.to(to_device(device))
     with progress("running every path", len(images)) as bar:
         answers = answer_paths(
-            net, readable_batches(images, preprocessing, batch_size), on_batch=bar.advance
+            net,
+            readable_batches(images, preprocessing, batch_size),
+            mirror=loaded.mirror,
+            on_batch=bar.advance,
         )
     curve = fit_curve(answers, latency=latency)
-    curve.check_fits(spec)
+    curve.check_fits(spec, mirror=loaded.mirror)
     asked = None if budget is None else curve.at(budget)
     uniform = uniform_outcomes(answers, latency=latency, rows=split_rows(len(answers))[1])
     save(out, replace(loaded, net=net.cpu(), budget=curve.to_dict()))
@@ -118,6 +122,7 @@ def calibrate_budget(
                 "split": source.split,
                 "held_back": held_share,
                 "images": curve.images,
+                "mirror": loaded.mirror,
                 "unreadable": list(images.skipped.lines),
                 "routes": [
                     {"widths": list(r.widths), "madds": o.madds, "ms": o.ms, "top1": o.top1}
@@ -134,6 +139,8 @@ def calibrate_budget(
         say(f"left out: {line}")
     if split == "train" and held_share is None:
         say("the gate was trained on this split: expect less than these numbers elsewhere")
+    if not loaded.mirror:
+        say("no second look: the recipe does not say that mirror images keep their class")
     say(_curve_table(curve, spec, uniform))
     if asked is not None:
         say(_points_table(f"budget {budget}", {"": asked}, spec, timed=latency is not None))
@@ -177,6 +184,9 @@ def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, O
     lowest = curve.cheapest_madds / curve.widest_madds
     shares = [lowest + (1 - lowest) * n / (SHOWN - 1) for n in range(SHOWN)]
     shown = {f"{share:.2f}": curve.at(min(share, 1.0)) for share in shares}
+    if curve.points[-1].share > 1:  # where a second look is worth it
+        dearest = f"{math.ceil(100 * curve.points[-1].share) / 100:.2f}"
+        shown[dearest] = curve.at(dearest)
     table = _points_table("budget", shown, spec, timed=curve.widest_ms is not None)
     table.add_section()
     for route, outcome in uniform:
@@ -194,8 +204,12 @@ def _points_table(
     table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
     for name, point in points.items():
         targets = [
-            str(spec.route_at([gate.choices[n] for gate, n in zip(spec.gates, path, strict=True)]))
-            for _, path in point.escalations
+            "mirror"
+            if mirror
+            else str(
+                spec.route_at([gate.choices[n] for gate, n in zip(spec.gates, path, strict=True)])
+            )
+            for _, path, mirror in point.escalations
         ]
         table.add_row(
             name or f"{point.share:.3f} of the widest",
@@ -203,8 +217,8 @@ def _points_table(
             *([] if point.ms is None else [f"{point.ms:.3f}"]),
             f"{point.top1:.2%}",
             f"{point.escalated:.1%}",
-            ", then ".join(targets),
-            ", then ".join(f"{tau:.3f}" for tau, _ in point.escalations),
+            " > ".join(targets),
+            " > ".join(f"{tau:.3f}" for tau, *_ in point.escalations),
             f"{point.shift:.3g}",
         )
     return table

@@ -277,7 +277,9 @@ def _rows_table(rows: list[Prediction]) -> Any:
             Text(str(row.label) if row.class_name is None else row.class_name),
             f"{row.confidence:.1%}",
             row.route,
-            f"{row.madds / 1e6:.2f} M" + (", ran again" if row.escalated else ""),
+            f"{row.madds / 1e6:.2f} M"
+            + (", ran again" if row.escalated else "")
+            + (", mirrored" if row.mirrored else ""),
         )
     return table
 

@@ -219,7 +219,10 @@ def _budgets(
     assert pre is not None
     with progress("running every path", len(opened.images)) as bar:
         answers = answer_paths(
-            net, readable_batches(opened.images, pre, request.batch_size), on_batch=bar.advance
+            net,
+            readable_batches(opened.images, pre, request.batch_size),
+            mirror=chosen.checkpoint.mirror,
+            on_batch=bar.advance,
         )
     budgets = []
     for point in points:
@@ -234,7 +237,7 @@ def _curve(chosen: Trained, notes: list[str]) -> BudgetCurve | None:
         return None
     try:
         curve = BudgetCurve.from_dict(raw)
-        curve.check_fits(chosen.checkpoint.net.spec)
+        curve.check_fits(chosen.checkpoint.net.spec, mirror=chosen.checkpoint.mirror)
         count_paths(chosen.checkpoint.net.spec)
     except UsageError as error:
         notes.append(f"The budget curve is left out: {error}.")

@@ -32,6 +32,9 @@ class Arrays(Protocol):
     def take(self, source: Array, index: np.ndarray, out: Array) -> None:
         """Copy the rows at `index` into `out`."""
 
+    def mirrored(self, images: Array, index: np.ndarray) -> Array:
+        """The images (B, C, H, W) at `index`, left and right exchanged, in new memory."""
+
     def host(self, rows: Array) -> np.ndarray:
         """Logits as numpy, float32."""
 
@@ -54,6 +57,10 @@ class NumpyArrays:
         """As `Arrays.take`."""
         # without a mode that needs no check of the indices, `take` fills a second buffer first
         np.take(source, index, axis=0, out=out, mode="clip")
+
+    def mirrored(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
+        """As `Arrays.mirrored`."""
+        return np.ascontiguousarray(images[index][..., ::-1])
 
     def host(self, rows: np.ndarray) -> np.ndarray:
         """As it is."""
@@ -89,6 +96,11 @@ class TorchArrays:
         """As `Arrays.take`."""
         rows = self._torch.from_numpy(index).to(self.device)
         self._torch.index_select(source, 0, rows, out=out)
+
+    def mirrored(self, images: torch.Tensor, index: np.ndarray) -> torch.Tensor:
+        """As `Arrays.mirrored`."""
+        rows = self._torch.from_numpy(index).to(self.device)
+        return images.index_select(0, rows).flip(3)
 
     def host(self, rows: torch.Tensor) -> np.ndarray:
         """As `Arrays.host`; waits for the device."""

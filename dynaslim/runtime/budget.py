@@ -2,8 +2,9 @@
 
 A *shift* moves every gate's decision towards cheaper options (positive) or wider ones (negative).
 *Escalation* gives rows that are unsure of their answer another one, along a wider path, in one step
-or two (`runtime.escalation`). A `BudgetPoint` is one setting of both and what it costs; a
-`BudgetCurve` is what was measured on held-out images (`runtime.budget_search`).
+or two, and last by a second look at the mirror image (`runtime.escalation`). A `BudgetPoint` is one
+setting of both and what it costs; a `BudgetCurve` is what was measured on held-out images
+(`runtime.budget_search`).
 
 No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
 
@@ -33,9 +34,12 @@ Logits = npt.NDArray[np.floating[Any]]
 Kind = Literal["share", "madds", "ms", "drop"]
 
 FORMS: Final = (
-    "a share of the widest route's cost above 0 and up to 1 (0.6), mean multiply-adds ('250M'), "
-    "mean milliseconds ('4.5ms') or points of top-1 given up ('drop=0.3')"
+    "a share of the widest route's cost above 0 and up to 1 (0.6; up to 2 where unsure images are "
+    "looked at twice), mean multiply-adds ('250M'), mean milliseconds ('4.5ms') or points of top-1 "
+    "given up ('drop=0.3')"
 )
+MOST_SHARE: Final = 2.0
+"""Largest budget as a share: every image along the widest route, and its mirror image too."""
 _NUMBER: Final = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 _PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
     "share": re.compile(rf"(?P<value>{_NUMBER})"),
@@ -118,7 +122,7 @@ def parse_budget(budget: float | str) -> tuple[Kind, float]:
     check(
         math.isfinite(value)
         and (value >= 0 if kind == "drop" else value > 0)
-        and (value <= 1 or kind != "share"),
+        and (value <= MOST_SHARE or kind != "share"),
         f"budget {budget!r}: give {FORMS}",
     )
     return kind, value
@@ -153,14 +157,23 @@ class BudgetPoint:
     """As `tau`, for the second step of escalation; None where there is no second."""
     escalate_then: Path | None = None
     """As `escalate_to`, for the second step."""
+    tau_mirror: float | None = None
+    """Rows of a smaller margin that stand on `mirror_along` see their mirror image too; None for no
+    second look."""
+    mirror_along: Path | None = None
+    """The widest path, which the mirror image takes; None for no second look."""
 
     @property
     def escalations(self) -> tuple[Escalation, ...]:
-        """The steps of escalation, none for the gate alone."""
-        steps = ((self.tau, self.escalate_to), (self.tau_then, self.escalate_then))
+        """The steps of escalation, none for the gate alone; a second look is the last."""
+        steps = (
+            (self.tau, self.escalate_to, False),
+            (self.tau_then, self.escalate_then, False),
+            (self.tau_mirror, self.mirror_along, True),
+        )
         return tuple(
-            Escalation(tau, target)
-            for tau, target in steps
+            Escalation(tau, target, mirror)
+            for tau, target, mirror in steps
             if tau is not None and target is not None
         )
 
@@ -169,10 +182,13 @@ class BudgetPoint:
         """What makes a point better than another."""
         return self.top1 if self.top1_selecting is None else self.top1_selecting
 
-    def check_fits(self, spec: NetSpec) -> None:
-        """Raise `UsageError` unless the point can be one of this network."""
+    def check_fits(self, spec: NetSpec, *, mirror: bool = False) -> None:
+        """Raise `UsageError` unless the point can be one of this network.
+
+        `mirror` is whether that may be shown mirror images.
+        """
         options = [len(gate.choices) for gate in spec.gates]
-        for name in ("escalate_to", "escalate_then"):
+        for name in ("escalate_to", "escalate_then", "mirror_along"):
             target = getattr(self, name)
             fits = target is None or (
                 len(target) == len(options)
@@ -183,6 +199,19 @@ class BudgetPoint:
                 f"budget: {name} {target} does not fit the gates of {spec.name}, which have "
                 f"{options} options",
             )
+        if self.mirror_along is None:
+            return
+        widest = tuple(count - 1 for count in options)
+        check(
+            self.mirror_along == widest,
+            f"budget: mirror_along {self.mirror_along}: a second look is along the widest path, "
+            f"{widest}",
+        )
+        check(
+            mirror,
+            f"budget: tau_mirror {self.tau_mirror}: {spec.name} must not be shown mirror images; "
+            f"its recipe would have to say that they keep their class (augment.mirror: true)",
+        )
 
 
 @dataclass(frozen=True)
@@ -190,9 +219,9 @@ class BudgetCurve:
     """What a gate gives over a range of costs, measured on held-out images.
 
     Points stand in the order of their cost, and every one is more accurate than the one before on
-    the selecting images, save that the last may be the widest route, which is always there.
-    `gate_points` are without escalation. With a latency table `ms_points` and `ms_gate_points`
-    are the same by milliseconds; where they are empty the others stand in.
+    the selecting images, save that the widest route is always there. Only points with a second look
+    cost more than that. `gate_points` are without escalation. With a latency table `ms_points` and
+    `ms_gate_points` are the same by milliseconds; where they are empty the others stand in.
     """
 
     image_size_px: int
@@ -215,7 +244,8 @@ class BudgetCurve:
     def at(self, budget: float | str | BudgetPoint, *, escalate: bool = True) -> BudgetPoint:
         """The best point for a budget; without `escalate`, of the gate alone.
 
-        A number or numeric string in (0, 1] is a share of the widest route's MAdds, "250M" and
+        A number or numeric string in (0, 1] is a share of the widest route's MAdds, up to 2 where
+        the curve has points with a second look; "250M" and
         "4.5ms" are means per image: the most accurate point of at most that cost, the cheapest if
         there is none. "drop=0.3" is the cheapest point whose top-1 is at most 0.3 percentage points
         below the widest route's. A point is taken as it is.
@@ -241,6 +271,11 @@ class BudgetCurve:
             points = points or (self.points if escalate else self.gate_points)
         else:
             points = self.points if escalate else self.gate_points
+        check(
+            kind != "share" or value <= 1 or self.points[-1].share > 1 + _ROUNDING,
+            f"budget {budget!r}: above 1 are points with a second look alone, and this curve has "
+            f"none; give {FORMS}",
+        )
         if kind == "drop":
             return self._within(points, value, budget)
         limit = value * (1 + _ROUNDING)
@@ -262,8 +297,11 @@ class BudgetCurve:
             f"{100 * self.widest_top1:.2f}%; the nearest is drop={reachable:g}"
         )
 
-    def check_fits(self, spec: NetSpec) -> None:
-        """Raise `UsageError` unless the curve can be one of this network."""
+    def check_fits(self, spec: NetSpec, *, mirror: bool = False) -> None:
+        """Raise `UsageError` unless the curve can be one of this network.
+
+        `mirror` is whether that may be shown mirror images.
+        """
         spec.check_image_size(self.image_size_px, self.image_size_px)
         widest = CostTable.from_madds(spec, self.image_size_px).widest_cost
         check(
@@ -273,7 +311,7 @@ class BudgetCurve:
         )
         for points in (self.points, self.gate_points, self.ms_points, self.ms_gate_points):
             for point in points:
-                point.check_fits(spec)
+                point.check_fits(spec, mirror=mirror)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back to an equal curve."""
@@ -336,7 +374,7 @@ class BudgetCurve:
                     f"{at}: share {point.share} must be its part of widest_madds, {share:.6g}",
                 )
                 check(
-                    "gate" not in name or point.tau is None,
+                    "gate" not in name or not point.escalations,
                     f"{at}: escalates, which a point of the gate alone cannot",
                 )
             costs = [_cost(point, "ms" if by_ms else "madds") for point in points]
@@ -344,7 +382,8 @@ class BudgetCurve:
 
 
 _LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
-_ONE_STEP: Final = {"tau_then": None, "escalate_then": None}
+_LATER: Final = dict.fromkeys(("tau_then", "escalate_then", "tau_mirror", "mirror_along"))
+"""What points of earlier versions do not say: they know one step, or no second look."""
 
 
 def _cost(point: BudgetPoint, kind: Kind) -> float:
@@ -355,11 +394,14 @@ def _cost(point: BudgetPoint, kind: Kind) -> float:
 
 
 def _point(data: Any, at: str) -> BudgetPoint:
-    # curves of earlier versions know one step
-    data = {**_ONE_STEP, **data} if isinstance(data, Mapping) else data
+    data = {**_LATER, **data} if isinstance(data, Mapping) else data
     _check_keys(data, BudgetPoint, at)
     where = f"{at}: "
-    for tau, name in (("tau", "escalate_to"), ("tau_then", "escalate_then")):
+    for tau, name in (
+        ("tau", "escalate_to"),
+        ("tau_then", "escalate_then"),
+        ("tau_mirror", "mirror_along"),
+    ):
         target = data[name]
         check(
             target is None
@@ -370,7 +412,7 @@ def _point(data: Any, at: str) -> BudgetPoint:
             (target is None) == (data[tau] is None),
             f"{where}{tau} and {name} must be given both or neither",
         )
-    first, then = data["escalate_to"], data["escalate_then"]
+    first, then, last = data["escalate_to"], data["escalate_then"], data["mirror_along"]
     check(then is None or first is not None, f"{where}escalate_then without escalate_to")
     return BudgetPoint(
         shift=_number(data, "shift", where, low=-math.inf),
@@ -384,6 +426,8 @@ def _point(data: Any, at: str) -> BudgetPoint:
         top1_selecting=_optional(data, "top1_selecting", where, high=1),
         tau_then=_optional(data, "tau_then", where),
         escalate_then=None if then is None else tuple(then),
+        tau_mirror=_optional(data, "tau_mirror", where),
+        mirror_along=None if last is None else tuple(last),
     )
 
 

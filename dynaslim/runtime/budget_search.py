@@ -5,7 +5,7 @@ The setting that looks best of many is flattered by chance: one half of the imag
 settings, the other half says how accurate they are.
 
 Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, V those of a second
-step, U units of cost, H the selecting and the reporting half.
+step, M those of a second look, U units of cost, H the selecting and the reporting half.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import check
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, option_costs
-from dynaslim.runtime.calibrate_budget import PathAnswers
-from dynaslim.runtime.escalation import Floats, Ints, escalation_cost
+from dynaslim.runtime.budget import MOST_SHARE, BudgetCurve, BudgetPoint, option_costs
+from dynaslim.runtime.calibrate_budget import PathAnswers, walk
+from dynaslim.runtime.escalation import Bools, Floats, Ints, escalation_cost
 
 SHIFTS: Final = 41
 """Shifts that are tried, beside 0 and those that send all images along one end."""
@@ -30,12 +30,15 @@ TAUS: Final = 25
 """Thresholds that are tried for each shift and target."""
 TAUS_OF_TWO: Final = 12
 """Thresholds of each step that are tried for each shift and pair of targets."""
+TAUS_OF_LOOKS: Final = 8
+"""Thresholds of a second look, and of each step before it, that are tried together."""
 MOST_ESCALATED: Final = 0.6
 """Share of the images beyond which a wider first route is the better idea."""
 KEPT: Final = 20
 """Points that are kept of each front, about evenly spaced by cost."""
 NOISE: Final = 1.0
-"""Standard errors by which gates have to beat sending all images one way."""
+"""Standard errors by which gates have to beat sending all images one way, and a second look doing
+without."""
 _ROUNDING: Final = 1e-12
 """Relative, of sums of costs."""
 
@@ -134,6 +137,8 @@ class _Settings(NamedTuple):
     tau_then_S: Floats
     """Of a second step; NaN without."""
     target_then_S: Ints
+    tau_mirror_S: Floats
+    """Of a second look; NaN without."""
     escalated_S: Ints
     """How many of all images."""
     right_HS: Ints
@@ -160,11 +165,19 @@ class _Tried:
         parts = [part for shift in shift_grid(answers) for part in self._of_shift(float(shift))]
         self.all = _Settings(*(np.concatenate(column, -1) for column in zip(*parts, strict=True)))
         # the shifts rise
-        alone = np.flatnonzero(self.all.target_S < 0)
+        alone = np.flatnonzero(self._is_alone)
         self.widest, self.cheapest = int(alone[0]), int(alone[-1])
 
+    @property
+    def _is_alone(self) -> Bools:
+        """Which settings (S,) are those of the gate alone."""
+        return (self.all.target_S < 0) & np.isnan(self.all.tau_mirror_S)
+
     def _of_shift(self, shift: float) -> Iterator[_Settings]:
-        """The gate alone, then thresholds for every target, then for every pair of them."""
+        """The gate alone, then thresholds for every target, then for every pair of them.
+
+        Last those with a second look.
+        """
         answers = self.answers
         own_N, everyone = answers.taken(shift), np.arange(len(answers))
         right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
@@ -177,6 +190,7 @@ class _Tried:
             np.array([-1]),
             np.array([np.nan]),
             np.array([-1]),
+            np.array([np.nan]),
             np.array([0]),
             right_H[:, None],
             cost_U[:, None],
@@ -198,100 +212,157 @@ class _Tried:
                 np.full(len(tau_T), number),
                 np.full(len(tau_T), np.nan),
                 np.full(len(tau_T), -1),
+                np.full(len(tau_T), np.nan),
                 count_T,
                 right_H[:, None] + gained[:, count_T - 1],
                 cost_U[:, None] + np.outer(added_U, count_T / len(answers)),
             )
         for first, then in itertools.combinations(range(len(answers.targets)), 2):
-            yield from self._in_two_steps(shift, own_N, first, then)
+            yield from self._in_steps(shift, own_N, first, then)
+        if answers.second_look_N is not None:
+            last = len(answers.targets) - 1
+            for first in range(-1, last):
+                yield from self._in_steps(shift, own_N, first, last, answers.second_look_N)
 
-    def _in_two_steps(
-        self, shift: float, own_N: Ints, first: int, then: int
+    def _in_steps(
+        self, shift: float, own_N: Ints, first: int, then: int, looked_N: Bools | None = None
     ) -> Iterator[_Settings]:
-        """Thresholds for a target, and from there for a wider one; see `escalation.Asked`."""
+        """Thresholds for a target, from there for a wider one, and for a second look at the end.
+
+        See `escalation.Asked`. A `first` of -1 is no step, and then `then` may be none as well; the
+        second look, whose answers are right where `looked_N`, follows the widest target alone.
+        """
         answers, everyone = self.answers, np.arange(len(self.answers))
+        count = TAUS_OF_TWO if looked_N is None else TAUS_OF_LOOKS
         targets = answers.targets[first], answers.targets[then]
         middle, last = map(answers.paths.index, targets)
-        able_N = answers.may_escalate(targets[0])[own_N]
+        able_N = answers.may_escalate(targets[0])[own_N] & (first >= 0)
         # where a row stands when the second step asks it, if the first let it go on
         stands_N = np.where(able_N, middle, own_N)
         able_then_N = answers.may_escalate(targets[1])[stands_N]
         margin_N = answers.margins_NP[everyone, own_N]
         then_N = answers.margins_NP[everyone, stands_N]
-        if not able_N.any() or not able_then_N[able_N].any():
+        if first >= 0 and not able_then_N[able_N].any():
             return
-        tau_T = _thresholds(np.sort(margin_N[able_N]), len(answers), TAUS_OF_TWO)
+        none, never = np.array([np.nan], np.float32), np.zeros(1, np.float32)
+        tau_T = none if first < 0 else _thresholds(np.sort(margin_N[able_N]), len(answers), count)
         # of those that the second step may ever ask
         asked_N = able_then_N & (~able_N | (margin_N < tau_T[-1]))
-        if not asked_N.any():
+        if first >= 0 and not asked_N.any():
             return
-        tau_V = _thresholds(np.sort(then_N[asked_N]), len(answers), TAUS_OF_TWO)
-        right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
-        stands_right_N = answers.correct_NP[everyone, stands_N].astype(np.int64)
-        # the first threshold of either step under which a row is; whom the first step cannot
-        # send on, the second asks whatever the first's threshold
+        tau_V = never[: first < 0]
+        if asked_N.any():
+            tau_V = np.append(tau_V, _thresholds(np.sort(then_N[asked_N]), len(answers), count))
+        end_N, tau_M, there_N = answers.margins_NP[:, last], none, stands_N == last
+        if looked_N is not None:
+            asked_N = there_N | (asked_N & (then_N < tau_V[-1]))
+            if not asked_N.any():
+                return
+            tau_M = _thresholds(np.sort(end_N[asked_N]), len(answers), count)
+        # the first threshold of every step under which a row is; whom a step cannot send on, the
+        # next asks whatever its threshold
         from_T_N = np.where(able_N, np.searchsorted(tau_T, margin_N, side="right"), 0)
         from_V_N = np.where(able_then_N, np.searchsorted(tau_V, then_N, side="right"), len(tau_V))
-        cell_N = from_T_N * (len(tau_V) + 1) + from_V_N
+        from_V_N[there_N] = 0
+        from_M_N = np.searchsorted(tau_M, end_N, side="right")
+        shape = len(tau_T) + 1, len(tau_V) + 1, len(tau_M) + 1
+        cell_N = np.ravel_multi_index((from_T_N, from_V_N, from_M_N), shape)
 
-        def below(weight_N: Ints) -> Ints:
-            """Sums (T, V) over the rows that run the second step."""
-            shape = len(tau_T) + 1, len(tau_V) + 1
+        def run(step: int, weight_N: Ints) -> Ints:
+            """Sums over the rows that run a step: (T, 1, 1), (T, V, 1) or (T, V, M)."""
             counts = np.bincount(cell_N, weight_N, math.prod(shape)).reshape(shape)
-            sums: Ints = counts.astype(np.int64).cumsum(0).cumsum(1)[:-1, :-1]
-            return sums
+            sums: Ints = counts.astype(np.int64).cumsum(0).cumsum(1).cumsum(2)
+            under, everywhere = slice(0, -1), slice(-1, None)
+            return sums[under, under if step > 0 else everywhere, under if step > 1 else everywhere]
 
-        def under(weight_N: Ints) -> Ints:
-            """Sums (T, 1) over the rows that run the first step."""
-            counts = np.bincount(from_T_N[able_N], weight_N[able_N], len(tau_T) + 1)
-            sums: Ints = counts.astype(np.int64).cumsum()[:-1, None]
-            return sums
-
-        ones_N = np.ones(len(answers), np.int64)
-        count_T1, count_TV = under(ones_N), below(ones_N)
-        gain_N = stands_right_N - right_N
-        gain_then_N = answers.correct_NP[:, last] - stands_right_N
-        right_HTV = np.stack(
-            [
-                half_N @ right_N + under(half_N * gain_N) + below(half_N * gain_then_N)
-                for half_N in self.half_HN
+        right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
+        stands_right_N = answers.correct_NP[everyone, stands_N].astype(np.int64)
+        gains = [
+            able_N * (stands_right_N - right_N),
+            able_then_N * (answers.correct_NP[:, last] - stands_right_N),
+        ]
+        runs = [run(0, able_N.astype(np.int64)), run(1, able_then_N.astype(np.int64))]
+        once = runs[0] + run(1, (able_then_N & ~able_N).astype(np.int64))
+        if looked_N is not None:
+            gains.append(looked_N.astype(np.int64) - answers.correct_NP[:, last])
+            runs.append(run(2, np.ones(len(answers), np.int64)))
+            once = once + run(2, there_N.astype(np.int64))
+        size = len(tau_T) * len(tau_V) * len(tau_M)
+        grid = (len(tau_T), len(tau_V), len(tau_M))
+        rights, costs = [], []
+        for half_N in self.half_HN:
+            gained = sum(run(step, half_N * gain_N) for step, gain_N in enumerate(gains))
+            rights.append(np.broadcast_to(half_N @ right_N + gained, grid).ravel())
+        for table, costs_P in zip(self.tables, self.costs_UP, strict=True):
+            more = [
+                escalation_cost(table, target, mirror=step == 2)
+                for step, target in enumerate((*targets, targets[1])[: len(runs)])
             ]
+            spent = sum(each * ran for each, ran in zip(more, runs, strict=True)) / len(answers)
+            costs.append(np.broadcast_to(costs_P[own_N].mean() + spent, grid).ravel())
+        tau_TVM, then_TVM, mirror_TVM = (
+            taus.ravel().astype(np.float64)
+            for taus in np.meshgrid(tau_T, tau_V, tau_M, indexing="ij")
         )
-        cost_UTV = np.stack(
-            [
-                costs_P[own_N].mean()
-                + escalation_cost(table, targets[0]) * count_T1 / len(answers)
-                + escalation_cost(table, targets[1]) * count_TV / len(answers)
-                for table, costs_P in zip(self.tables, self.costs_UP, strict=True)
-            ]
-        )
-        once_TV = count_T1 + below((~able_N).astype(np.int64))
-        size = count_TV.size
+        target_S, target_then_S = np.full(size, first), np.full(size, then)
+        if first < 0:  # the only step is the first, and where its threshold is 0 there is none
+            stays_S = then_TVM == 0
+            tau_TVM, then_TVM = np.where(stays_S, np.nan, then_TVM), np.full(size, np.nan)
+            target_S, target_then_S = np.where(stays_S, -1, then), np.full(size, -1)
         yield _Settings(
             np.full(size, shift),
-            np.repeat(tau_T.astype(np.float64), len(tau_V)),
-            np.full(size, first),
-            np.tile(tau_V.astype(np.float64), len(tau_T)),
-            np.full(size, then),
-            once_TV.ravel(),
-            right_HTV.reshape(2, size),
-            cost_UTV.reshape(len(self.tables), size),
+            tau_TVM,
+            target_S,
+            then_TVM,
+            target_then_S,
+            mirror_TVM,
+            np.broadcast_to(once, grid).ravel(),
+            np.stack(rights),
+            np.stack(costs),
         )
 
     def fronts(self, unit: int) -> tuple[tuple[BudgetPoint, ...], tuple[BudgetPoint, ...]]:
-        """Points of all settings and of the gate alone by one unit's cost, up to the widest route.
+        """Points of all settings and of the gate alone by one unit's cost.
 
-        The widest route ends both.
+        The widest route ends the gate's, and is among both. Only where a second look is worth it
+        are there points beyond.
         """
-        cost_S = self.all.cost_US[unit]
-        # what is dearer than the widest route, no budget asks for
-        within = np.flatnonzero(cost_S <= cost_S[self.widest] * (1 + _ROUNDING))
-        alone = self._thinned(within[self.all.target_S[within] < 0], cost_S)
-        worth = self._worth_a_gate(within, cost_S)
+        cost_S, looks_S = self.all.cost_US[unit], ~np.isnan(self.all.tau_mirror_S)
+        # what is dearer than the widest route, no budget asks for without a second look
+        most_S = cost_S[self.widest] * np.where(looks_S, MOST_SHARE, 1) * (1 + _ROUNDING)
+        within = np.flatnonzero(cost_S <= most_S)
+        once, twice = within[~looks_S[within]], within[looks_S[within]]
+        alone = self._thinned(within[self._is_alone[within]], cost_S)
+        worth = self._worth_a_gate(once, cost_S)
         # the gate's points are among them: at no cost is escalation the worse of the two
-        kept = np.concatenate([self._thinned(worth, cost_S), alone[np.isin(alone, worth)]])
-        both = self._front(kept, cost_S)
-        return self._points(both), self._points(alone)
+        kept = [self._thinned(worth, cost_S), alone[np.isin(alone, worth)]]
+        if len(twice):
+            worth_twice = self._worth_a_gate(within, cost_S)
+            kept.append(self._worth_a_look(worth_twice[looks_S[worth_twice]], worth, cost_S))
+        both = self._front(np.concatenate(kept), cost_S)
+        return self._points(both, cost_S), self._points(alone, cost_S)
+
+    def _worth_a_look(self, settings: Ints, without: Ints, cost_S: Floats) -> Ints:
+        """The best with a second look that gain more than chance over the best without, as cheap.
+
+        By a standard error of the difference, which is counted: images that one of the two alone
+        gets right.
+        """
+        if not len(settings):
+            return settings
+        front, worth = self._front(without, cost_S), []
+        for number in self._thinned(settings, cost_S).tolist():
+            rival = front[np.searchsorted(cost_S[front], cost_S[number], side="right") - 1]
+            ours, theirs = (self._right(n)[self.half_HN[0] > 0] for n in (number, int(rival)))
+            differ = np.count_nonzero(ours != theirs)
+            if int(ours.sum()) - int(theirs.sum()) > NOISE * math.sqrt(differ):
+                worth.append(number)
+        return np.array(worth, np.int64)
+
+    def _right(self, number: int) -> Bools:
+        """Which images (N,) a setting gets right."""
+        point = self.point(number)
+        return walk(self.answers, point.shift, point.escalations).right_N
 
     def _worth_a_gate(self, settings: Ints, cost_S: Floats) -> Ints:
         """Without those whose gates gain no more than chance over sending all images one way.
@@ -322,15 +393,17 @@ class _Tried:
         thinned: Ints = front[np.unique(np.searchsorted(costs, limits, side="right") - 1)]
         return thinned
 
-    def _points(self, settings: Ints) -> tuple[BudgetPoint, ...]:
+    def _points(self, settings: Ints, cost_S: Floats) -> tuple[BudgetPoint, ...]:
         numbers = settings.tolist()
-        if numbers[-1] != self.widest:
-            numbers.append(self.widest)
+        if self.widest not in numbers:
+            place = np.searchsorted(cost_S[settings], cost_S[self.widest], side="right")
+            numbers.insert(int(place), self.widest)
         return tuple(self.point(number) for number in numbers)
 
     def point(self, number: int) -> BudgetPoint:
         """A setting as a point of a curve."""
         target, then = int(self.all.target_S[number]), int(self.all.target_then_S[number])
+        tau_mirror = float(self.all.tau_mirror_S[number])
         costs = self.all.cost_US[:, number].tolist()
         selected, reported = self.all.right_HS[:, number] / self.half_HN.sum(1)
         return BudgetPoint(
@@ -345,6 +418,8 @@ class _Tried:
             top1_selecting=float(selected),
             tau_then=None if then < 0 else float(self.all.tau_then_S[number]),
             escalate_then=None if then < 0 else self.answers.targets[then],
+            tau_mirror=None if math.isnan(tau_mirror) else tau_mirror,
+            mirror_along=None if math.isnan(tau_mirror) else self.answers.paths[-1],
         )
 
 

@@ -34,6 +34,7 @@ from dynaslim.runtime.escalation import (
     Floats,
     Ints,
     Path,
+    averaged,
     escalation_cost,
     margins,
     who_may_escalate,
@@ -53,6 +54,9 @@ class PathAnswers:
     """For every gate (Q, N, K), by prefix."""
     correct_NP: Bools
     margins_NP: npt.NDArray[np.float32]
+    second_look_N: Bools | None = None
+    """Whether the widest path's answers for an image and its mirror image, averaged, are right;
+    None where mirror images are not shown."""
 
     def __len__(self) -> int:
         return len(self.correct_NP)
@@ -83,8 +87,10 @@ class PathAnswers:
         """What one image costs along every path (P,), in the table's unit."""
         return np.array([table.route_cost(path) for path in self.paths])
 
-    def may_escalate(self, target: Path) -> Bools:
-        """Whether rows of each path (P,) may go on to a target."""
+    def may_escalate(self, target: Path, *, mirror: bool = False) -> Bools:
+        """Whether rows of each path (P,) may go on to a target, or look again along it."""
+        if mirror:
+            return np.array([path == target for path in self.paths])
         cost = self.table.route_cost(target)
         return who_may_escalate(
             np.array(self.paths), self.costs(self.table), np.array(target), cost
@@ -130,12 +136,13 @@ def answer_paths(
     net: SlimNet,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
+    mirror: bool = False,
     on_batch: Callable[[int], None] | None = None,
 ) -> PathAnswers:
     """Run every path on batches of (network input (B, C, S, S), labels (B,)).
 
-    Paths run depth first and share what they have in common, the trunk above all. `on_batch` hears
-    how many images are done.
+    Paths run depth first and share what they have in common, the trunk above all. With `mirror`
+    the widest runs on the mirror images too. `on_batch` hears how many images are done.
 
     Raises:
         UsageError: for a network in training mode, one without gates or with too many paths, or
@@ -151,6 +158,7 @@ def answer_paths(
     gate_logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in spec.gates]
     correct: list[Bools] = []
     margin: list[npt.NDArray[np.float32]] = []
+    second_look: list[Bools] = []
     sides: set[tuple[int, int]] = set()
 
     def run(number: int, x: Tensor, index: int, at: int) -> None:
@@ -160,6 +168,9 @@ def answer_paths(
             logits_BN = _finite(f"route {at}", out.features)
             correct_PB[at] = logits_BN.argmax(1) == labels
             margins_PB[at] = margins(logits_BN)
+            if mirror and at == count - 1:
+                mirror_BN = _finite("mirror images", net(image.flip(3), spec.widest_choice))
+                second_look.append(averaged(logits_BN, mirror_BN).argmax(1) == labels)
             return
         decided[number][at] = _finite(f"gate {number}", out.gate_logits)
         for option, choice in enumerate(spec.gates[number].choices):
@@ -175,7 +186,8 @@ def answer_paths(
             np.empty((math.prod(options[:gate]), len(x), k), np.float32)
             for gate, k in enumerate(options)
         ]
-        run(0, x.to(device), 0, 0)
+        image = x.to(device)
+        run(0, image, 0, 0)
         correct.append(correct_PB.T)
         margin.append(margins_PB.T)
         for parts, logits_QBK in zip(gate_logits, decided, strict=True):
@@ -192,6 +204,7 @@ def answer_paths(
         tuple(np.concatenate(parts, axis=1) for parts in gate_logits),
         np.concatenate(correct),
         np.concatenate(margin),
+        np.concatenate(second_look) if mirror else None,
     )
 
 
@@ -208,33 +221,69 @@ def simulate(
     `rows` takes the means over these alone.
 
     Raises:
-        UsageError: if a target is none of the network's paths.
+        UsageError: if a target is none of the network's paths, or for a second look that was not
+            run.
     """
+    walked = walk(answers, shift, escalations, latency=latency)
+    some = slice(None) if rows is None else rows
+    return Outcome(
+        float(walked.madds_N[some].mean()),
+        None if walked.ms_N is None else float(walked.ms_N[some].mean()),
+        float(walked.right_N[some].mean()),
+        float(walked.escalated_N[some].mean()),
+    )
+
+
+class Walked(NamedTuple):
+    """What became of every image."""
+
+    madds_N: Floats
+    ms_N: Floats | None
+    right_N: Bools
+    escalated_N: Bools
+
+
+def walk(
+    answers: PathAnswers,
+    shift: float,
+    escalations: Sequence[Escalation] = (),
+    *,
+    latency: CostTable | None = None,
+) -> Walked:
+    """As `simulate`, image by image."""
     own_N = answers.taken(shift)
     everyone = np.arange(len(answers))
     right_N = answers.correct_NP[everyone, own_N]
     madds_N = answers.costs(answers.table)[own_N]
     ms_N = None if latency is None else answers.costs(latency)[own_N]
     asked, up_N = Asked(len(answers)), np.zeros(len(answers), bool)
-    for tau, target in escalations:
+    for number, (tau, target, mirror) in enumerate(escalations, start=1):
+        assert not mirror or number == len(escalations), "a second look is the last step"
         if target not in answers.paths:
             raise UsageError(f"target {target}: {answers.spec.name} has no such path")
         path = answers.paths.index(target)
-        able_N = answers.may_escalate(target)[own_N]
+        able_N = answers.may_escalate(target, mirror=mirror)[own_N]
         again_N = asked.next(able_N, answers.margins_NP[everyone, own_N], tau)
         own_N = np.where(again_N, path, own_N)
-        right_N = np.where(again_N, answers.correct_NP[:, path], right_N)
-        madds_N = madds_N + again_N * escalation_cost(answers.table, target)
+        right_N = np.where(again_N, _answered(answers, path, mirror), right_N)
+        madds_N = madds_N + again_N * escalation_cost(answers.table, target, mirror=mirror)
         if ms_N is not None and latency is not None:
-            ms_N = ms_N + again_N * escalation_cost(latency, target)
+            ms_N = ms_N + again_N * escalation_cost(latency, target, mirror=mirror)
         up_N |= again_N
-    some = slice(None) if rows is None else rows
-    return Outcome(
-        float(madds_N[some].mean()),
-        None if ms_N is None else float(ms_N[some].mean()),
-        float(right_N[some].mean()),
-        float(up_N[some].mean()),
+    return Walked(madds_N, ms_N, right_N, up_N)
+
+
+def _answered(answers: PathAnswers, path: int, mirror: bool) -> Bools:
+    """Whether a step's answer is right (N,)."""
+    if not mirror:
+        return answers.correct_NP[:, path]
+    check(
+        answers.second_look_N is not None and path == len(answers.paths) - 1,
+        f"mirror image along {answers.paths[path]}: has not been run; the answers have "
+        f"{'none' if answers.second_look_N is None else 'that of the widest path'}",
     )
+    assert answers.second_look_N is not None
+    return answers.second_look_N
 
 
 def uniform_outcomes(

@@ -35,7 +35,7 @@ class _Target(NamedTuple):
     cost: float
     """Of the whole path."""
     more: float
-    """What it adds to that of a row that goes on."""
+    """What it adds to that of a row that goes on; a second look adds all of it."""
 
 
 class RouteCosts:
@@ -68,9 +68,14 @@ class RouteCosts:
             self._targets[path] = known
         return known
 
-    def may_escalate(self, options_BG: np.ndarray, target: tuple[int, ...]) -> np.ndarray:
-        """For every row whether it may go on to `target` (B,) bool."""
+    def may_escalate(
+        self, options_BG: np.ndarray, target: tuple[int, ...], *, mirror: bool = False
+    ) -> np.ndarray:
+        """For every row whether it may go on to `target`, or look again along it (B,) bool."""
         path_G, cost, _ = self.target(target)
+        if mirror:
+            stands_B: np.ndarray = (options_BG == path_G).all(1)
+            return stands_B
         return who_may_escalate(options_BG, self.of_paths(options_BG), path_G, cost)
 
 
@@ -107,46 +112,49 @@ class Decisions:
 
     def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Again]:
         asked, last_BG = Asked(len(logits_BN)), options_BG.copy()
-        for tau, target in self.escalations:
-            able_B = self.route_costs.may_escalate(last_BG, target)
+        for tau, target, mirror in self.escalations:
+            able_B = self.route_costs.may_escalate(last_BG, target, mirror=mirror)
             members = asked.next(able_B, margins(logits_BN), tau).nonzero()[0]
             if len(members):
-                yield Again(members, target)
+                yield Again(members, target, mirror)
                 last_BG[members] = target
 
-    def results(self, routed: Routed) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Logits (B, N), options (B, G) of the routes that gave them, multiply-adds (B,) float64
-        and which rows ran again (B,) bool.
+    def results(self, routed: Routed) -> tuple[np.ndarray, ...]:
+        """Logits (B, N), options (B, G) of the routes that gave them, multiply-adds (B,) float64,
+        which rows ran again (B,) bool, and which of these looked at their mirror image (B,) bool.
         """
         logits_BN, options_BG, passes = routed
         madds_B = self.route_costs.of_paths(options_BG)
-        again_B = np.zeros(len(madds_B), bool)
+        again_B, mirrored_B = np.zeros((2, len(madds_B)), bool)
         for again in passes:
             again_B[again.members] = True
-            madds_B[again.members] += self.route_costs.target(again.path).more
+            mirrored_B[again.members] |= again.mirror
+            target = self.route_costs.target(again.path)
+            madds_B[again.members] += target.cost if again.mirror else target.more
             options_BG[again.members] = again.path
-        return logits_BN, options_BG, madds_B, again_B
+        return logits_BN, options_BG, madds_B, again_B, mirrored_B
 
 
 def make_decisions(
     costs: RouteCosts,
     curve: BudgetCurve | None,
     *,
+    mirror: bool,
     budget: Budget | None,
     shift: float | None,
     escalate: str | float | None,
     max_route: Route | str | Sequence[int] | None,
 ) -> Decisions:
-    """From what a caller says.
+    """From what a caller says; `mirror` is whether the network may be shown mirror images.
 
     Raises:
         UsageError: for a budget without a curve, a budget and a shift, an `escalate` that is no
-            margin, or a cap below the cheapest route.
+            margin, a second look where it may not be, or a cap below the cheapest route.
     """
     check(budget is None or shift is None, "give a budget or a shift, not both")
     spec, point = costs.spec, None
     if isinstance(budget, BudgetPoint):
-        budget.check_fits(spec)
+        budget.check_fits(spec, mirror=mirror)
         point = budget
     elif budget is not None:
         if curve is None:
@@ -169,7 +177,7 @@ def make_decisions(
         widest = tuple(len(gate.choices) - 1 for gate in spec.gates)
         steps = (Escalation(float(escalate), widest),)
     if limits is not None:
-        steps = tuple(Escalation(tau, tuple(map(min, target, limits))) for tau, target in steps)
+        steps = tuple(step._replace(target=tuple(map(min, step.target, limits))) for step in steps)
     shift = 0.0 if shift is None else shift
     # what is kept by its arguments must be told by them: no tensor, whose value may change
     check(

@@ -96,6 +96,7 @@ class Engine:
             class_names=checkpoint.class_names,
             preprocessing=checkpoint.preprocessing,
             budget=checkpoint.budget,
+            mirror=checkpoint.mirror,
             options=made_options,
         )
 
@@ -131,6 +132,7 @@ class Engine:
             class_names=checkpoint.class_names,
             preprocessing=checkpoint.preprocessing,
             budget=checkpoint.budget,
+            mirror=checkpoint.mirror,
             options=EngineOptions.named(options),
         )
         return engine
@@ -163,6 +165,7 @@ class Engine:
             class_names=package.class_names,
             preprocessing=package.preprocessing,
             budget=package.budget,
+            mirror=package.mirror,
             options=EngineOptions.named(options),
         )
         return engine
@@ -175,6 +178,7 @@ class Engine:
         class_names: tuple[str, ...] | None,
         preprocessing: Preprocessing | None,
         budget: Mapping[str, Any] | None,
+        mirror: bool,
         options: EngineOptions,
     ) -> None:
         self.spec: NetSpec = source.spec
@@ -183,10 +187,12 @@ class Engine:
         self.source = source
         self.class_names = class_names
         self.preprocessing = preprocessing
+        self.mirror = mirror
+        """Whether unsure images may be shown as their mirror images too."""
         self.curve: BudgetCurve | None = None
         if budget is not None:
             self.curve = BudgetCurve.from_dict(budget)
-            self.curve.check_fits(self.spec)
+            self.curve.check_fits(self.spec, mirror=mirror)
         self.latency = options.table(self.spec)
         self.measured: dict[str, float] = {}
         """What "auto" measured: milliseconds of a batch by backend."""
@@ -278,7 +284,8 @@ class Engine:
         `budget` is a share of the widest route's multiply-adds (0.6), "250M" of them or "4.5ms" as
         means per image, or "drop=0.3" points of accuracy (see `BudgetCurve.at`); it needs a curve.
         `shift` moves the gates' decisions by hand: positive is cheaper. `escalate` "auto" lets rows
-        run once more, along a wider route, as the curve says for the budget; a number does so for
+        run once more, along a wider route or as their mirror image, as the curve says for the
+        budget; a number does so for
         rows whose margin (likeliest minus next probability) is below it, on top of the budget; None
         never. `max_route` caps the width of every row.
 
@@ -382,7 +389,7 @@ class Engine:
         costs = self._costs.get(size)
         if costs is None:
             costs = self._costs[size] = RouteCosts(self.spec, size)
-        return make_decisions(costs, self.curve, **asked)
+        return make_decisions(costs, self.curve, mirror=self.mirror, **asked)
 
     def _routed(
         self, router: Router, images: Array, decisions: Decisions, start: int
@@ -390,11 +397,11 @@ class Engine:
         routed = router.routed(
             images, decisions.decide, decisions.again, limits=decisions.limits, first=start
         )
-        logits, options, madds, escalated = decisions.results(routed)
+        logits, options, *rest = decisions.results(routed)
         choices = np.empty_like(options)
         for gate, widths in enumerate(self._choices):
             choices[:, gate] = widths.take(options[:, gate])
-        return logits, choices, madds, escalated
+        return logits, choices, *rest
 
     @cached_property
     def _choices(self) -> list[np.ndarray]:
@@ -405,5 +412,6 @@ class Engine:
             np.empty((0, self.spec.num_classes), np.float32),
             np.empty((0, len(self.spec.gates)), np.int64),
             np.empty(0),
+            np.empty(0, bool),
             np.empty(0, bool),
         )

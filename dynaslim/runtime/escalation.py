@@ -3,6 +3,8 @@
 How sure a row is says its *margin*. A step of escalation sends rows of a margin under *tau* on to a
 *target* path, from the trunk's features, which were kept; its answer replaces the one before. A
 second step may follow, to a wider target: a row that was sure enough when it was asked is done.
+The last step may be a *second look*: rows that stand on its target see their mirror image too,
+along the same path from the first layer on, and both answers are averaged.
 
 No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
 
@@ -11,6 +13,7 @@ Suffixes: B rows, G gates, N classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +33,8 @@ class Escalation(NamedTuple):
 
     tau: float
     target: Path
+    mirror: bool = False
+    """Whether it is a second look: of the mirror image, by rows whose last answer is `target`'s."""
 
 
 def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
@@ -56,9 +61,29 @@ def who_may_escalate(own_BG: Ints, costs_B: Floats, target_G: Ints, target_cost:
     return wider_B & (costs_B < target_cost)
 
 
-def escalation_cost(table: CostTable, target: Sequence[int]) -> float:
-    """What escalating a row adds to its cost: the target path without the trunk, which was kept."""
-    return table.route_cost(target) - table.segments[0][0][0]
+def escalation_cost(table: CostTable, target: Sequence[int], *, mirror: bool = False) -> float:
+    """What escalating a row adds to its cost: the target path without the trunk, which was kept.
+
+    A second look costs the whole path: the mirror image has features of its own.
+    """
+    return table.route_cost(target) - (0.0 if mirror else table.segments[0][0][0])
+
+
+def averaged(
+    logits_BN: npt.NDArray[np.floating[Any]], other_BN: npt.NDArray[np.floating[Any]]
+) -> npt.NDArray[Any]:
+    """Scores (B, N) whose softmax is the mean of the two answers' probabilities.
+
+    As the views of an evaluation are averaged; the released code takes the mean of logits.
+    """
+    log_probs_BN, other_probs_BN = map(_log_softmax, (logits_BN, other_BN))
+    mean_BN = np.logaddexp(log_probs_BN, other_probs_BN) - math.log(2)
+    return np.asarray(mean_BN, logits_BN.dtype)
+
+
+def _log_softmax(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    shifted_BN = logits_BN - logits_BN.max(1, keepdims=True)
+    return np.asarray(shifted_BN - np.log(np.exp(shifted_BN).sum(1, keepdims=True)))
 
 
 class Asked:

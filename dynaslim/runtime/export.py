@@ -96,6 +96,7 @@ def export_package(
                 "dynamic": ["batch", "height", "width"],
             },
             "budget": checkpoint.budget,
+            "mirror": checkpoint.mirror,
             "metrics": dict(checkpoint.metrics),
             "versions": {
                 "dynaslim": __version__,

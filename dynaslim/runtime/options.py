@@ -87,7 +87,10 @@ class RoutedOutput:
     """(B,) float64: multiply-adds that each row cost, slimming heads and all routes of an
     escalated row included."""
     escalated: Any
-    """(B,) bool: rows that a wider route answered, after the first was unsure."""
+    """(B,) bool: rows that ran more than once, since an answer was unsure."""
+    mirrored: Any
+    """(B,) bool: those of them whose answer is the mean of two, for the image and its mirror image;
+    the softmax of their logits is the mean of both probabilities."""
 
     def __iter__(self) -> Iterator[Any]:
         return iter((self.logits, self.routes, self.madds))

@@ -1,7 +1,7 @@
 """An exported network as a folder: what reads it needs numpy and a runtime, no torch.
 
 manifest.json     what it is: spec, routing space, preprocessing, classes, sizes, budget curve,
-versions, and the SHA-256 of every other file
+whether mirror images are of the same class, versions, and the SHA-256 of every other file
 *.onnx            one for every form of every segment; batch, height and width are dynamic
 weights.bin       the weights of all of them; what forms have in common is there once
 """
@@ -78,6 +78,8 @@ class Package:
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     budget: Mapping[str, Any] | None
+    mirror: bool
+    """Whether images may be shown to it as their mirror images, too."""
     manifest: Mapping[str, Any]
     """All that its manifest says."""
 
@@ -108,8 +110,11 @@ def open_package(path: str | Path) -> Package:
         names, pre = manifest["class_names"], manifest["preprocessing"]
         if names is not None and (not isinstance(names, list) or len(names) != spec.num_classes):
             raise UsageError(f"class_names: must be a list of {spec.num_classes} names, or null")
+        mirror = manifest.get("mirror", False)  # packages of earlier versions do not say
+        if not isinstance(mirror, bool):
+            raise UsageError(f"mirror {mirror!r:.60}: must be true or false")
         if manifest["budget"] is not None:
-            BudgetCurve.from_dict(manifest["budget"]).check_fits(spec)
+            BudgetCurve.from_dict(manifest["budget"]).check_fits(spec, mirror=mirror)
         for form in segment_forms(spec):
             if forms[form.name] not in files:
                 raise UsageError(f"{forms[form.name]} is not among its files")
@@ -124,6 +129,7 @@ def open_package(path: str | Path) -> Package:
             None if names is None else tuple(map(str, names)),
             None if pre is None else Preprocessing.from_dict(pre),
             manifest["budget"],
+            mirror,
             manifest,
         )
         listed = {

@@ -21,6 +21,7 @@ import numpy as np
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.arrays import Array, check_finite
 from dynaslim.runtime.backends import Backend, Program
+from dynaslim.runtime.escalation import averaged
 from dynaslim.runtime.forms import Form, FormShape, form_madds, form_shape
 from dynaslim.runtime.padding import run_padded
 from dynaslim.runtime.schedule import Piece, Timings, plan_step, rows_in_cache
@@ -158,8 +159,9 @@ class Router:
 
         `again` looks at logits and options of all rows and says which run once more from the
         trunk's features, and along which path; their answers replace those before, and it may look
-        again. No buckets are merged into options above `limits`. `first` is what errors count the
-        rows from.
+        again. For a second look their mirror images run from the beginning, and the answers are
+        averaged (`escalation.averaged`). No buckets are merged into options above `limits`. `first`
+        is what errors count the rows from.
         """
         size, rows, gates = _size(x), len(x), len(self.spec.gates)
         if rows == 1 and again is None and self._merge is None:
@@ -172,7 +174,10 @@ class Router:
         self._onward(workspace, trunk, decide, options_BG, logits_BN, size, limits)
         passes = []
         for unsure in () if again is None else again(logits_BN, options_BG):
-            self._once_more(workspace, trunk, unsure, logits_BN, size)
+            if unsure.mirror:
+                self._second_look(workspace, x, unsure, logits_BN, size)
+            else:
+                logits_BN[unsure.members] = self._once_more(workspace, trunk, unsure, size)
             passes.append(unsure)
         # not where a call was interrupted: its pieces may still be writing
         self._workspaces.give_back(workspace)
@@ -255,12 +260,11 @@ class Router:
         workspace: Workspace,
         trunk: Bucket,
         again: Again,
-        logits_BN: np.ndarray,
         size: tuple[int, int],
-    ) -> None:
+    ) -> np.ndarray:
         """From the first gate to the end, some rows of the trunk along one path; no gate is asked.
 
-        Buffers may be those of the first pass, which is over.
+        Returns their logits. Buffers may be those of the first pass, which is over.
         """
         members, before, features = again.members, 0, trunk.features
         # the trunk's rows stand in order: their numbers are those in the batch
@@ -270,7 +274,24 @@ class Router:
             form = Form(number, before, gate.choices[option])
             self.run([Job(form, features, picked, made.outs(), len(members))], size)
             features, before, picked = made.features, form.choice, None
-        logits_BN[members] = self.backend.arrays.host(features)
+        return self.backend.arrays.host(features)
+
+    def _second_look(
+        self,
+        workspace: Workspace,
+        x: Array,
+        again: Again,
+        logits_BN: np.ndarray,
+        size: tuple[int, int],
+    ) -> None:
+        """The mirror images of some rows, all the way along one path; answers are averaged."""
+        rows = again.members
+        images = self.backend.arrays.mirrored(x, rows)
+        # beside the features of the batch, which a later pass may need
+        trunk = self._bucket(workspace, 0, 1, np.arange(len(rows)), size)
+        self.run([Job(Form(0), images, None, trunk.outs(), len(rows))], size)
+        mirror_BN = self._once_more(workspace, trunk, Again(trunk.members, again.path), size)
+        logits_BN[rows] = averaged(logits_BN[rows], mirror_BN)
 
     def _gate_logits(self, logits: Array) -> np.ndarray:
         logits_BK = self.backend.arrays.host(logits)
@@ -399,6 +420,8 @@ class Again(NamedTuple):
 
     members: np.ndarray
     path: tuple[int, ...]
+    mirror: bool = False
+    """Whether it is their mirror images that run, from the first layer on."""
 
 
 class Routed(NamedTuple):

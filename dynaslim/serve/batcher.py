@@ -413,5 +413,6 @@ class Batcher:
                 np.asarray(output.routes),
                 np.asarray(output.madds),
                 int(np.count_nonzero(output.escalated)),
+                int(np.count_nonzero(output.mirrored)),
             )
             self._on_batch(report)

@@ -6,7 +6,7 @@ import math
 from typing import Final, NamedTuple
 
 from dynaslim.errors import UsageError, check
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget import MOST_SHARE, BudgetCurve, BudgetPoint
 from dynaslim.serve.load import BudgetControl, spread
 from dynaslim.serve.options import ServeOptions
 
@@ -109,7 +109,7 @@ class Budgets:
 
 def share_text(point: BudgetPoint) -> str:
     """A share that affords the point, short."""
-    return f"{min(1.0, math.ceil(point.share * 1e4 - 1e-6) / 1e4):g}"
+    return f"{min(MOST_SHARE, math.ceil(point.share * 1e4 - 1e-6) / 1e4):g}"
 
 
 def _levels(curve: BudgetCurve, low: float, high: float) -> list[str]:

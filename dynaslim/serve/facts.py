@@ -107,12 +107,19 @@ class Facts:
             self._routes[choices] = known
         return known
 
-    def ms_of(self, route: RouteFacts, madds: float, escalated: bool) -> float | None:
+    def ms_of(
+        self, route: RouteFacts, madds: float, escalated: bool, *, mirrored: bool = False
+    ) -> float | None:
         """What an image takes alone: the time of its route, of all where it ran more than once.
 
         The routes before the last of an image that was `escalated` are those that its `madds` leave
         room for: one, or two if that fits better. The trunk, whose features are kept, counts once.
+        Of one that was `mirrored` the last route counts twice, trunk and all, and there may be none
+        before.
         """
+        if mirrored and route.ms is not None:
+            first = self.ms_of(route, madds - route.madds, madds > 2 * route.madds + 0.5)
+            return None if first is None else first + route.ms
         if not escalated or route.ms is None or self._trunk_ms is None:
             return route.ms
         trunk, left = self._table.segments[0][0][0], madds - route.madds
@@ -233,7 +240,9 @@ class Facts:
             }
             for point in _best(curve.points)
         ]
-        return {"low": points[0]["budget"], "high": 1.0, "unit": "share", "points": points}
+        low, dearest = (float(share_text(curve.points[end])) for end in (0, -1))
+        # above 1 only where a second look is worth it
+        return {"low": low, "high": max(1.0, dearest), "unit": "share", "points": points}
 
 
 def _best(points: Sequence[BudgetPoint]) -> list[BudgetPoint]:

@@ -61,6 +61,7 @@ class Answer(NamedTuple):
     """The width index behind each gate."""
     madds: float
     escalated: bool
+    mirrored: bool
 
 
 class Job:
@@ -120,6 +121,8 @@ class BatchReport:
     """(B,)."""
     escalated: int
     """Rows that ran more than once."""
+    mirrored: int
+    """Rows of these whose mirror image ran too."""
 
 
 def answers_of(output: Any, top_k: int) -> list[Answer]:
@@ -139,13 +142,14 @@ def answers_of(output: Any, top_k: int) -> list[Answer]:
     shifted_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
     best_BK = np.take_along_axis(shifted_BN, order_BK, 1) / shifted_BN.sum(1, keepdims=True)
     return [
-        Answer(list(zip(order, best, strict=True)), tuple(choices), madds, escalated)
-        for order, best, choices, madds, escalated in zip(
+        Answer(list(zip(order, best, strict=True)), tuple(choices), madds, escalated, mirrored)
+        for order, best, choices, madds, escalated, mirrored in zip(
             order_BK.tolist(),
             best_BK.tolist(),
             np.asarray(output.routes).tolist(),
             np.asarray(output.madds).tolist(),
             np.asarray(output.escalated).tolist(),
+            np.asarray(output.mirrored).tolist(),
             strict=True,
         )
     ]

@@ -56,6 +56,9 @@ class Metrics:
         self._escalated = client.Counter(
             "dynaslim_images_escalated", "Images run more than once.", **own
         )
+        self._mirrored = client.Counter(
+            "dynaslim_images_mirrored", "Images whose mirror image was run too.", **own
+        )
         self._gauges = {
             name: client.Gauge(f"dynaslim_{name}", text, **own)
             for name, text in (
@@ -99,6 +102,7 @@ class Metrics:
         self._saved.inc(max(0.0, saved))
         self._owed = max(0.0, -saved)
         self._escalated.inc(report.escalated)
+        self._mirrored.inc(report.mirrored)
         # by a Counter, since numpy's unique rows take longer than a small network
         for path, count in Counter(map(tuple, report.choices.tolist())).items():
             self._images.labels(self._route_name(path)).inc(count)

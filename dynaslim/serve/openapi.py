@@ -103,7 +103,8 @@ def _predict(service: Service) -> dict[str, Any]:
                     "default": "auto",
                 },
                 "Whether unsure images run once more, along a wider route: auto as the budget "
-                "says, never, or below this margin between the two likeliest classes.",
+                "says, which may show the mirror image too, never, or below this margin between "
+                "the two likeliest classes.",
             ),
             _parameter(
                 "deadline_ms",
@@ -217,6 +218,7 @@ def _schemas(service: Service) -> dict[str, Any]:
                 ),
                 **route,
                 "escalated": {"type": "boolean"},
+                "mirrored": {"type": "boolean"},
                 "madds_share": _NUMBER,
                 "ms": _MAYBE_NUMBER,
                 "ms_share": _MAYBE_NUMBER,

@@ -219,7 +219,8 @@ class Prediction:
         assert answer is not None, "a job that is done has all its answers"
         facts, classes = self._service.facts, self._service.engine.class_names
         route = facts.route(answer.choices)
-        ms, widest_ms = facts.ms_of(route, answer.madds, answer.escalated), facts.widest.ms
+        ms = facts.ms_of(route, answer.madds, answer.escalated, mirrored=answer.mirrored)
+        widest_ms = facts.widest.ms
         return {
             "name": name,
             "top": [
@@ -234,6 +235,7 @@ class Prediction:
             "widths": route.widths,
             "choices": route.choices,
             "escalated": answer.escalated,
+            "mirrored": answer.mirrored,
             "madds": answer.madds,
             "madds_share": answer.madds / facts.widest_madds,
             "ms": ms,

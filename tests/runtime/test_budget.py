@@ -24,6 +24,7 @@ from dynaslim.runtime.budget import (
 from dynaslim.runtime.escalation import (
     Asked,
     Escalation,
+    averaged,
     escalation_cost,
     margins,
     who_may_escalate,
@@ -242,8 +243,8 @@ def test_the_selecting_half_decides_which_point_is_better():
 @pytest.mark.parametrize(
     "budget",
     [
-        0, 0.0, -0.5, 1.01, math.nan, math.inf, True, None, (1,), "", "x", "60%", "1.5", "0", "-1",
-        "nan", "4.5s", "ms", "0ms", "-4ms", "4.5MS", "0M", "250m", "250", "drop", "drop=",
+        0, 0.0, -0.5, 1.01, 2.1, math.nan, math.inf, True, None, (1,), "", "x", "60%", "1.5", "0",
+        "-1", "nan", "4.5s", "ms", "0ms", "-4ms", "4.5MS", "0M", "250m", "250", "drop", "drop=",
         "drop=-1", "drop=0.3%", "drop=nan", "0.5 0.6", "1e999M",
     ],
 )  # fmt: skip
@@ -328,6 +329,63 @@ def test_a_point_of_two_steps():
     assert read.escalations == point.escalations[:1]
 
 
+def _looks(share, top1, tau_mirror=0.5, **changes):
+    return _point(share, top1, 9.0, tau_mirror=tau_mirror, mirror_along=(1, 2), **changes)
+
+
+def test_a_point_with_a_second_look():
+    step = Escalation(0.5, (1, 2), mirror=True)
+    assert _looks(1.2, 0.92).escalations == (step,)
+    both = _looks(0.8, 0.91, tau=0.25)
+    assert both.escalations == (Escalation(0.25, (1, 2)), step)
+    curve = _curve(points=(*_curve().points, _looks(1.2, 0.92), _looks(1.6, 0.93)))
+    data = json.loads(json.dumps(curve.to_dict()))
+    assert BudgetCurve.from_dict(data) == curve
+    # budgets above 1 are there where something costs more than 1
+    for budget, share in ((1, 1.0), (1.1, 1.0), (1.3, 1.2), ("1.6", 1.6), (2, 1.6)):
+        assert curve.at(budget).share == share
+    assert curve.at(1.3, escalate=False).share == 1.0
+    for budget in (1.01, "2.0"):
+        with pytest.raises(UsageError, match="this curve has none; give a share of the widest"):
+            _curve().at(budget)
+    for budget in (2.01, "3", 60):
+        with pytest.raises(UsageError, match="up to 2"):
+            curve.at(budget)
+    # curves of earlier versions know no second look
+    old = _curve().to_dict()
+    for raw in (point for points in old.values() if isinstance(points, list) for point in points):
+        del raw["tau_mirror"], raw["mirror_along"]
+    assert BudgetCurve.from_dict(old) == _curve()
+
+
+def test_a_second_look_where_mirror_images_are_of_other_classes():
+    curve = _curve(points=(*_curve().points, _looks(1.2, 0.92, tau_mirror=0.375)))
+    curve.check_fits(micro_spec(), mirror=True)
+    with pytest.raises(UsageError, match=r"tau_mirror 0.375: micro .*augment\.mirror: true") as no:
+        curve.check_fits(micro_spec())
+    assert "\n" not in str(no.value)
+    _curve().check_fits(micro_spec())
+    narrower = dataclasses.replace(_looks(1.2, 0.92), mirror_along=(1, 1))
+    with pytest.raises(UsageError, match=r"mirror_along \(1, 1\): .* the widest path, \(1, 2\)"):
+        narrower.check_fits(micro_spec(), mirror=True)
+
+
+def test_probabilities_are_averaged():
+    rng = np.random.default_rng(0)
+    one, other = (rng.normal(0, 30, (50, 7)).astype(np.float32) for _ in range(2))
+    one[0, 0], other[1, 1] = 1e4, -1e4
+
+    def softmax(logits):
+        exp = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+        return exp / exp.sum(1, keepdims=True)
+
+    found = averaged(one, other)
+    assert found.dtype == np.float32
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(softmax(found), (softmax(one) + softmax(other)) / 2, atol=1e-6)
+    assert (averaged(one, one).argmax(1) == one.argmax(1)).all()
+
+
 def test_who_is_sure_when_asked_is_done():
     asked = Asked(4)
     able = np.array([True, True, True, False])
@@ -387,6 +445,17 @@ def _without(path):
         (_with(["points", 1, "escalate_to"], [1, 0.5]), r"escalate_to \[1, 0.5\]"),
         (_with(["points", 1, "escalate_to"], [1, -1]), r"escalate_to \[1, -1\]"),
         (_with(["gate_points", 1], _curve().to_dict()["points"][1]), "gate_points 1: escalates"),
+        (
+            lambda data: data["gate_points"][2].update(tau_mirror=0.5, mirror_along=[1, 2]),
+            "gate_points 2: escalates",
+        ),
+        (_with(["points", 1, "tau_mirror"], 0.5), "points 1: tau_mirror and mirror_along"),
+        (_with(["points", 1, "mirror_along"], [1, 2]), "points 1: tau_mirror and mirror_along"),
+        (_with(["points", 1, "mirror_along"], 3), "mirror_along 3 must be an option for each"),
+        (
+            lambda data: data["points"][3].update(tau_mirror="x", mirror_along=[1, 2]),
+            "points 3: tau_mirror 'x' must be a finite number",
+        ),
         (_with(["images"], 0), "images 0 must be a whole number"),
         (_with(["images"], 10.0), "images 10.0 must be a whole number"),
         (_with(["reporting_images"], 0), "reporting_images 0"),

@@ -49,8 +49,11 @@ SPEC = micro_spec()  # gates of 2 and 3 options
 MS = CostTable("ms", (((1.0,),), ((1.5, 2.0),), ((1.0, 3.0, 3.5), (2.0, 2.5, 7.0))))
 
 
-def _random(rows, seed=0, spec=SPEC, coarse=False):
-    """A table in which wider paths are right more often; if coarse, with many ties."""
+def _random(rows, seed=0, spec=SPEC, coarse=False, looks=0.0):
+    """A table in which wider paths are right more often; if coarse, with many ties.
+
+    With `looks` a second look is right for that share of the images that the widest gets wrong.
+    """
     rng = np.random.default_rng(seed)
     options = [len(gate.choices) for gate in spec.gates]
     paths = math.prod(options)
@@ -64,12 +67,14 @@ def _random(rows, seed=0, spec=SPEC, coarse=False):
     if coarse:
         logits = [values.round() for values in logits]
         margins = (margins * 4).round() / 4
+    second_look = np.where(correct[:, -1], rng.random(rows) < 0.98, rng.random(rows) < looks)
     return PathAnswers(
         spec,
         32,
         tuple(values.astype(np.float32) for values in logits),
         correct,
         margins.astype(np.float32),
+        second_look if looks else None,
     )
 
 
@@ -87,18 +92,19 @@ def _one_row(answers, row, shift, steps, latency=None):
     own, right, passes, done = tuple(path), answers.correct_NP[row, number], 0, False
     tables = [answers.table] if latency is None else [answers.table, latency]
     cost = [table.route_cost(own) for table in tables]
-    for tau, target in steps:
+    for tau, target, mirror in steps:
         as_wide = all(t <= o for t, o in zip(target, own, strict=True))
         cheaper = answers.table.route_cost(own) < answers.table.route_cost(target)
-        if done or as_wide or not cheaper:
+        if done or (own != target if mirror else as_wide or not cheaper):
             continue
         if answers.margins_NP[row, number] >= tau:
             done = True  # it was asked, and is sure
             continue
         own, number, passes = target, answers.paths.index(target), passes + 1
-        right = answers.correct_NP[row, number]
+        right = answers.second_look_N[row] if mirror else answers.correct_NP[row, number]
         for n, table in enumerate(tables):
-            cost[n] += table.route_cost(target) - table.segments[0][0][0]
+            # the mirror image has no trunk that was kept
+            cost[n] += table.route_cost(target) - (0 if mirror else table.segments[0][0][0])
     return cost, bool(right), passes > 0
 
 
@@ -112,10 +118,13 @@ _TARGETS = st.sampled_from([(0, 1), (1, 1), (1, 2), (0, 0), (1, 0)])
     st.integers(0, 10**6),
     st.booleans(),
     st.integers(-160, 160).map(lambda n: n / 4),
-    st.lists(st.builds(Escalation, _TAUS, _TARGETS), max_size=3),
+    st.lists(st.tuples(_TAUS, _TARGETS).map(lambda pair: Escalation(*pair)), max_size=3),
+    st.one_of(st.none(), _TAUS),
 )
-def test_simulate_is_a_plain_loop(rows, seed, coarse, shift, steps):
-    answers = _random(rows, seed, coarse=coarse)
+def test_simulate_is_a_plain_loop(rows, seed, coarse, shift, steps, tau_mirror):
+    if tau_mirror is not None:
+        steps = [*steps, Escalation(tau_mirror, (1, 2), mirror=True)]
+    answers = _random(rows, seed, coarse=coarse, looks=0.3)
     slow = [_one_row(answers, row, shift, steps, MS) for row in range(rows)]
     costs, rights, escalated = zip(*slow, strict=True)
     outcome = simulate(answers, shift, steps, latency=MS)
@@ -132,11 +141,12 @@ def _all_points(curve):
     return {*curve.points, *curve.gate_points, *curve.ms_points, *curve.ms_gate_points}
 
 
+@pytest.mark.parametrize("looks", [0.0, 0.4])
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("rows", [2, 3, 40, 501])
-def test_points_are_what_simulate_says(rows, coarse):
+def test_points_are_what_simulate_says(rows, coarse, looks):
     """The search counts with sorted margins and running sums; `simulate` row by row."""
-    answers = _random(rows, coarse=coarse)
+    answers = _random(rows, coarse=coarse, looks=looks)
     selecting, reporting = split_rows(rows)
     curve = fit_curve(answers, latency=MS)
     for point in _all_points(curve):
@@ -153,6 +163,8 @@ def test_points_are_what_simulate_says(rows, coarse):
         assert any(point.tau is not None for point in curve.ms_points)
     if rows > 100:
         assert any(len(point.escalations) == 2 for point in _all_points(curve))
+        assert any(point.tau_mirror is not None for point in curve.points) == (looks > 0)
+        assert any(point.tau_mirror is not None for point in curve.ms_points) == (looks > 0)
 
 
 def test_margins_that_are_neighbours():
@@ -293,6 +305,65 @@ def test_nothing_in_two_steps_is_overlooked(monkeypatch):
     assert better, "the test needs settings that one step does not reach"
 
 
+def test_no_second_look_is_overlooked(monkeypatch):
+    for name, value in {"KEPT": 10_000, "NOISE": -100, "MOST_ESCALATED": 1}.items():
+        monkeypatch.setattr(budget_search, name, value)
+    monkeypatch.setattr(budget_search, "TAUS_OF_LOOKS", 25)
+    answers = _random(17, 5, spec=get_spec("ds_mbnet_tiny"), coarse=True, looks=0.6)
+    curve = fit_curve(answers, split=False)
+    taus, better, beyond = (0.1, 0.6, 1.1), 0, 0
+    widest = answers.targets[-1]
+    for shift in shift_grid(answers)[::4]:
+        for first, then, last in itertools.product((0.0, *taus), (0.0, *taus), taus):
+            steps = [Escalation(first, answers.targets[0]), Escalation(then, widest)]
+            steps = [step for step in steps if step.tau] + [Escalation(last, widest, mirror=True)]
+            outcome = simulate(answers, shift, steps)
+            if outcome.madds > 2 * curve.widest_madds or (first and not then):
+                continue
+            as_good = [
+                point
+                for point in curve.points
+                if point.madds <= outcome.madds * (1 + 1e-12) and point.top1 >= outcome.top1
+            ]
+            assert as_good
+            better += all(point.tau_mirror is not None for point in as_good)
+            beyond += all(point.share > 1 for point in as_good)
+    assert better, "the test needs settings that no step but a second look reaches"
+    assert beyond, "and of these some beyond the widest route's cost"
+
+
+def _looks(curve):
+    return [point for point in curve.points if point.tau_mirror is not None]
+
+
+def test_a_second_look_must_be_worth_it(monkeypatch):
+    """One that wins as many images as it loses looks like a gain at some settings; see `NOISE`."""
+    kept = {"worthless": 0, "worthless, no bar": 0, "worth it": 0}
+    for seed in range(6):
+        answers = _random(1000, seed)
+        widest = answers.correct_NP[:, -1]
+        rng = np.random.default_rng(seed)
+        won = 0.05 * widest.mean() / (1 - widest.mean())
+        luck = np.where(widest, rng.random(1000) > 0.05, rng.random(1000) < won)
+        worthless = dataclasses.replace(answers, second_look_N=luck)
+        kept["worthless"] += len(_looks(fit_curve(worthless)))
+        with monkeypatch.context() as patch:
+            patch.setattr(budget_search, "NOISE", 0)
+            kept["worthless, no bar"] += len(_looks(fit_curve(worthless)))
+        gain = widest | (rng.random(1000) < 0.2)
+        curve = fit_curve(dataclasses.replace(answers, second_look_N=gain))
+        kept["worth it"] += len(_looks(curve))
+        dearest = curve.points[-1]
+        assert dearest.tau_mirror is not None
+        assert dearest.share > 1
+        assert dearest.top1 > curve.widest_top1
+        assert curve.at(1.0).share <= 1 + 1e-9
+        assert curve.at(2) == dearest
+        assert any(point.share == pytest.approx(1) for point in curve.points)
+    assert 2 * kept["worthless"] < kept["worthless, no bar"]
+    assert kept["worth it"] > 2 * kept["worthless"]
+
+
 def test_reported_accuracy_is_of_images_that_had_no_say():
     """Where all is luck, points look better than they are, but only on the selecting half."""
     rng = np.random.default_rng(0)
@@ -405,7 +476,7 @@ def _run_row(net, x, label, shift, steps):
         return madds(SPEC, route, 32, slimming_heads=True)
 
     cost, passes = spent(own), 0
-    for tau, target in steps:
+    for tau, target, _ in steps:
         if spent(own) >= spent(target) or all(t <= o for t, o in zip(target, own, strict=True)):
             continue
         probabilities = out.features[0].softmax(0).sort(descending=True).values
@@ -490,6 +561,34 @@ def test_a_package_keeps_the_curve(real, backend, tmp_path):
     assert len(escalated) >= 3, "the test needs budgets at which rows escalate"
     assert len(routes) >= 6, "the test needs budgets that differ"
     assert max(map(len, map(set, routes))) >= 3, "the test needs rows that take different routes"
+
+
+@for_backends("eager", "onnxruntime", "openvino")
+def test_a_second_look_is_what_the_curve_promises(real, backend):
+    """Answers by the network, a curve of them, the engine at its points: the same to the image."""
+    net, x, labels, _ = real
+    answers = answer_paths(net, [(x, labels)], mirror=True)
+    with torch.inference_mode():
+        widest = [net(images, SPEC.widest_choice).softmax(1) for images in (x, x.flip(3))]
+    mean = (widest[0] + widest[1]) / 2
+    assert (answers.second_look_N == (mean.argmax(1) == labels).numpy()).all()
+    assert answer_paths(net, [(x, labels)]).second_look_N is None
+    # labels by which the second look is always right
+    best = dataclasses.replace(answers, second_look_N=np.ones(61, bool))
+    curve = fit_curve(best, split=False)
+    recipe = {"supernet": {"augment": {"mirror": True}}}
+    engine = Engine(Checkpoint(net, recipe=recipe, budget=curve.to_dict()), backend=backend)
+    looks = [point for point in curve.points if point.tau_mirror is not None]
+    assert len(looks) > 3
+    assert curve.points[-1].share > 1
+    for point in looks:
+        out, told = engine(x, budget=point), simulate(answers, point.shift, point.escalations)
+        assert float(out.madds.mean()) == pytest.approx(point.madds)
+        assert float((out.logits.argmax(1) == labels).float().mean()) == pytest.approx(told.top1)
+        assert float(out.escalated.float().mean()) == pytest.approx(point.escalated)
+        assert 0 < out.mirrored.sum() <= out.escalated.sum()
+    with pytest.raises(UsageError, match=r"mirror image along .* has not been run"):
+        simulate(_random(5), 0.0, [Escalation(0.5, (1, 2), mirror=True)])
 
 
 def test_every_path_is_answered(real):

@@ -284,6 +284,7 @@ def test_answers_come_as_the_images_did(backend):
     engine = engine_of("micro", backend)
     x, _, _, expected = gated("micro", 33)
     kinds = {"logits": "float32", "routes": "int64", "madds": "float64", "escalated": "bool"}
+    kinds["mirrored"] = "bool"
     for images, kind in ((x, torch.Tensor), (x.numpy(), np.ndarray)):
         out = engine(images)
         for field, dtype in kinds.items():
@@ -677,6 +678,90 @@ def test_escalation_in_two_steps(name, backend):
         tuple(_choices(engine, paths[name])) for name in ("cheapest", "middle")
     }
     assert not engine(x, budget=point, escalate=None).escalated.any()
+
+
+MIRROR = {"supernet": {"augment": {"mirror": True}}}
+
+
+@for_backends(*EVERY_BACKEND)
+@pytest.mark.parametrize("name", ["micro", "ds_mbnet_tiny"])
+def test_a_second_look(name, backend):
+    """Row by row: the widest answer, and where that is unsure the mean with the mirror image's."""
+    rows = 33
+    engine = Engine(Checkpoint(lively_net(name), recipe=MIRROR), backend=backend, workers=2)
+    x, spec = gated(name, rows)[0], engine.spec
+    table = CostTable.from_madds(spec, tuple(x.shape[2:]))
+    cheapest, widest = ([k * end for k in _last(spec)] for end in (0, 1))
+    narrow, wide, mirrored = (
+        engine.static(spec.route_at(_choices(engine, path)))(images)
+        for path, images in ((cheapest, x), (widest, x), (widest, x.flip(3)))
+    )
+    mean = ((wide.softmax(1) + mirrored.softmax(1)) / 2).log()
+    tau = _margin(narrow, 0.7)
+    unsure = margins(narrow.numpy()) < tau
+    then = _margin(wide[unsure], 0.5)
+    point = BudgetPoint(1e6, tau, tuple(widest), 1.0, 1.0, None, 0.5, 0.6)
+    point = dataclasses.replace(point, tau_mirror=then, mirror_along=tuple(widest))
+    out = engine(x, budget=point)
+    whole, seen = table.route_cost(widest), set()
+    for row in range(rows):
+        again = bool(unsure[row])
+        look = again and bool(margins(wide.numpy())[row] < then)
+        seen.add((again, look))
+        assert (bool(out.escalated[row]), bool(out.mirrored[row])) == (again, look)
+        assert out.routes[row].tolist() == _choices(engine, widest if again else cheapest)
+        expected = mean if look else wide if again else narrow
+        at = slice(row, row + 1)
+        assert_rows_close(out.logits[at].softmax(1), expected[at].softmax(1), 1e-4)
+        cost = table.route_cost(cheapest) + again * (whole - table.segments[0][0][0]) + look * whole
+        assert float(out.madds[row]) == pytest.approx(cost)
+    assert seen == {(False, False), (True, False), (True, True)}, "the test needs rows of all kinds"
+    one = engine(x[:1].numpy(), budget=point)
+    assert isinstance(one.mirrored, np.ndarray)
+    assert_rows_close(torch.from_numpy(one.logits), out.logits[:1], 1e-4)
+    # no step before: where the gates send all along the widest route
+    alone = dataclasses.replace(point, shift=-1e6, tau=None, escalate_to=None)
+    all_wide = engine(x, budget=alone)
+    assert all_wide.mirrored.tolist() == (margins(wide.numpy()) < then).tolist()
+    assert all_wide.escalated.tolist() == all_wide.mirrored.tolist()
+    assert all_wide.madds.tolist() == pytest.approx(
+        [whole * (1 + bool(look)) for look in all_wide.mirrored]
+    )
+    assert not engine(x, budget=point, escalate=None).mirrored.any()
+    assert not engine(x, budget=point, escalate=1.0).mirrored.any()
+    split = Engine(
+        Checkpoint(lively_net(name), recipe=MIRROR), backend=backend, workers=2, max_batch=4
+    )
+    assert_rows_close(split(x, budget=point).logits, out.logits, 1e-4)
+
+
+def test_no_second_look_where_it_changes_the_class():
+    x = gated("micro", 33)[0]
+    point = BudgetPoint(-1e6, None, None, 1.0, 1.0, None, 0.5, 0.6)
+    point = dataclasses.replace(point, tau_mirror=0.25, mirror_along=(1, 2))
+    flips = {"augment": {"mirror": False}}
+    for recipe in ({}, {"supernet": flips}, {**MIRROR, "gate": flips}, {"supernet": {"x": 1}}):
+        checkpoint = Checkpoint(lively_net("micro"), recipe=recipe)
+        assert not checkpoint.mirror
+        engine = Engine(checkpoint, backend="eager")
+        with pytest.raises(UsageError, match=r"tau_mirror 0.25: micro must not be shown mirror"):
+            engine(x, budget=point)
+        assert len(engine(x).logits) == 33, "it works on"
+    assert Checkpoint(lively_net("micro"), recipe={**MIRROR, "gate": MIRROR["supernet"]}).mirror
+    # a curve is refused before any image is
+    curve = with_curve()[2]
+    dear = dataclasses.replace(
+        point, madds=1.5 * curve.widest_madds, share=1.5, escalated=0.5, ms=None
+    )
+    looks = dataclasses.replace(curve, points=(*curve.points, dear)).to_dict()
+    Engine(Checkpoint(lively_net("micro"), recipe=MIRROR, budget=looks), backend="eager")
+    with pytest.raises(UsageError, match=r"tau_mirror 0.25"):
+        Engine(Checkpoint(lively_net("micro"), budget=looks), backend="eager")
+
+
+def _last(spec):
+    """The widest path."""
+    return [len(gate.choices) - 1 for gate in spec.gates]
 
 
 def _choices(engine, path):

@@ -20,11 +20,14 @@ from PIL import Image
 
 import dynaslim
 from dynaslim import Checkpoint, Engine, Preprocessing
+from dynaslim.cost import CostTable
 from dynaslim.data.decode import decode_image
 from dynaslim.errors import DynaslimError, UsageError
 from dynaslim.predict import predict
 from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime import export
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.escalation import margins
 from dynaslim.runtime.forms import segment_forms
 from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError, open_package
 
@@ -177,6 +180,7 @@ def test_an_altered_file_is_named(copied, name):
         ({"class_names": ["a", "b"]}, "manifest.json: .*class_names: must be a list of 5 names"),
         ({"class_names": "abcde"}, "must be a list of 5 names, or null"),
         ({"budget": {}}, "manifest.json: not valid: budget curve: has no 'cheapest_madds'"),
+        ({"mirror": "yes"}, "manifest.json: not valid: mirror 'yes': must be true or false"),
         ({"budget": 3}, "manifest.json: not valid: budget curve: expected an object, got 3"),
         ({"preprocessing": {"image_size_px": 0, "mean": [0], "std": [1]}}, "image_size_px 0"),
     ],
@@ -195,6 +199,39 @@ def test_a_manifest_cannot_name_files_elsewhere(copied):
     path.write_text(json.dumps(manifest))
     with pytest.raises(PackageError, match=r"'\.\./secret' is not a file of the folder"):
         open_package(copied)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_second_look_goes_along(backend, tmp_path):
+    net, x = lively_net("micro"), noise(lively_net("micro").spec, 33)
+    widest = CostTable.from_madds(net.spec, 32).widest_cost
+    with torch.inference_mode():
+        ranked = np.sort(margins(net(x, net.spec.widest_choice).numpy()))
+    tau = float(ranked[15] + ranked[16]) / 2  # half of the rows are less sure
+    point = BudgetPoint(-1e6, None, None, widest, 1.0, None, 0.5, 0.0)
+    look = dataclasses.replace(
+        point, madds=1.5 * widest, share=1.5, top1=0.6, tau_mirror=tau, mirror_along=(1, 2)
+    )
+    curve = BudgetCurve(32, 9, widest, None, 0.5, widest, None, 0.5, (point, look), (point,))
+    recipe = {"supernet": {"augment": {"mirror": True}}}
+    checkpoint = Checkpoint(net, recipe=recipe, budget=curve.to_dict())
+    folder = tmp_path / "out"
+    assert export.export_package(checkpoint, folder)["mirror"] is True
+    ours = Engine.from_package(folder, backend=backend, cache_dir=None)(x.numpy(), budget=1.6)
+    theirs = Engine(checkpoint, backend="eager")(x, budget=1.6)
+    assert ours.mirrored.sum() == 16
+    assert ours.mirrored.tolist() == theirs.mirrored.tolist()
+    assert ours.madds.tolist() == theirs.madds.tolist()
+    _close(ours.logits, theirs.logits.numpy())
+    # a package that forbids it, or says nothing, has no such curve
+    manifest = json.loads((folder / MANIFEST).read_text())
+    for says in ({"mirror": False}, {}):
+        kept = {key: value for key, value in manifest.items() if key != "mirror"}
+        (folder / MANIFEST).write_text(json.dumps({**kept, **says}))
+        with pytest.raises(PackageError, match=r"manifest.json: .*tau_mirror .*: micro must not"):
+            Engine.from_package(folder)
+    (folder / MANIFEST).write_text(json.dumps({**kept, "budget": None}))
+    assert open_package(folder).mirror is False
 
 
 def test_no_package(tmp_path):

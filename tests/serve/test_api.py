@@ -18,14 +18,15 @@ from dynaslim.predict import predict
 from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime.package import PackageError
 from dynaslim.serve import ServeOptions, create_app
+from dynaslim.serve.budgets import Budgets
 from dynaslim.serve.facts import Facts
 from dynaslim.serve.jobs import BatchReport
 from dynaslim.serve.metrics import Metrics
 from dynaslim.serve.samples import find_samples
 
 RESULT_KEYS = {
-    "name", "top", "route", "widths", "choices", "escalated", "madds", "madds_share", "ms",
-    "ms_share",
+    "name", "top", "route", "widths", "choices", "escalated", "mirrored", "madds", "madds_share",
+    "ms", "ms_share",
 }  # fmt: skip
 
 
@@ -136,6 +137,24 @@ def test_budgets_and_escalation(serve, engine, pictures):
     assert all(r["madds_share"] > 1 for r in unsure["results"]), "both routes are counted"
 
 
+def test_budgets_beyond_the_widest_are_offered_where_there_are_points(engine, monkeypatch):
+    assert Facts(engine)._budget()["high"] == 1.0
+    curve = engine.curve
+    dear = dataclasses.replace(
+        curve.points[-1], madds=1.25 * curve.widest_madds, share=1.25, top1=1.0, top1_selecting=1.0,
+        tau_mirror=0.5, mirror_along=(1, 2),
+    )  # fmt: skip
+    looks = dataclasses.replace(curve, points=(*curve.points, dear))
+    monkeypatch.setattr(engine, "curve", looks)
+    offered = Facts(engine)._budget()
+    assert offered["high"] == offered["points"][-1]["budget"] == 1.25
+    budgets = Budgets(looks, ServeOptions(), 0.0)
+    assert budgets.setting("1.3", "auto").point == dear
+    assert budgets.setting("1.3", None).point.share == 1.0
+    with pytest.raises(UsageError, match=r"budget '1\.3': above 1 are points"):
+        Budgets(curve, ServeOptions(), 0.0).setting("1.3", "auto")
+
+
 def test_the_time_of_an_image_that_ran_twice(engine):
     facts = Facts(engine)
     for n, route in enumerate(facts.listed(), start=1):
@@ -146,6 +165,10 @@ def test_the_time_of_an_image_that_ran_twice(engine):
     twice = cheapest.madds + widest.madds - trunk
     assert facts.ms_of(widest, widest.madds, False) == widest.ms
     assert facts.ms_of(widest, twice, True) == widest.ms + 1 - 0.25
+    # a mirror image takes the whole route, trunk and all
+    assert facts.ms_of(widest, 2 * widest.madds, True, mirrored=True) == 2 * widest.ms
+    looked = facts.ms_of(widest, twice + widest.madds, True, mirrored=True)
+    assert looked == 2 * widest.ms + 1 - 0.25
     middle = facts.listed()[1]
     assert middle is not widest
     thrice = cheapest.madds + middle.madds + widest.madds - 2 * trunk
@@ -480,7 +503,7 @@ def test_what_dear_batches_cost_is_taken_from_what_others_save():
         ([9.0, 9.0], 10.0),
         ([5.0, 2.0], 21.0),
     ):
-        metrics.batch(BatchReport(2, 0.1, choices, np.array(madds), 0))
+        metrics.batch(BatchReport(2, 0.1, choices, np.array(madds), 0, 0))
         assert float(metric(metrics.text()[0].decode(), "dynaslim_madds_saved_total")) == saved
 
 

@@ -43,6 +43,7 @@ class Steps:
             routes=np.zeros((rows, 1), np.int64),
             madds=np.ones(rows),
             escalated=np.zeros(rows, bool),
+            mirrored=np.zeros(rows, bool),
         )
 
 
@@ -346,12 +347,14 @@ def test_answers_are_those_of_the_engine(engine, pictures):
 def test_likeliest_classes():
     logits = np.array([[0, 3, 1, 3], [5, 0, 0, 0], [-800, 0, 800, 0]], np.float32)
     output = SimpleNamespace(
-        logits=logits, routes=np.zeros((3, 2), int), madds=np.ones(3), escalated=np.zeros(3, bool)
-    )
+        logits=logits, routes=np.zeros((3, 2), int), madds=np.ones(3), escalated=np.zeros(3, bool),
+        mirrored=np.arange(3) == 1,
+    )  # fmt: skip
     for top_k in (1, 2, 4):
         answers = answers_of(output, top_k)
         assert [a.top[0][0] for a in answers] == [1, 0, 2], "of equals the first"
         assert {len(a.top) for a in answers} == {top_k}
+        assert [a.mirrored for a in answers] == [False, True, False]
     softmax = np.exp(logits[0]) / np.exp(logits[0]).sum()
     assert [c for c, _ in answers[0].top] == [1, 3, 2, 0]
     np.testing.assert_allclose([p for _, p in answers[0].top], softmax[[1, 3, 2, 0]], rtol=1e-6)

@@ -156,6 +156,7 @@ def test_a_batcher_lowers_the_budget_when_its_queue_grows(engine):
             return SimpleNamespace(
                 logits=np.zeros((rows, 5)), routes=np.zeros((rows, 2), int),
                 madds=np.ones(rows), escalated=np.zeros(rows, bool),
+                mirrored=np.zeros(rows, bool),
             )  # fmt: skip
 
     used = []

@@ -221,6 +221,21 @@ def test_a_second_answer_is_told(visit):
     expect(page.locator("#route-note")).to_contain_text("The first answer was unsure")
 
 
+def test_a_second_look_is_told(visit):
+    page = visit()
+
+    def look_again(route):
+        answer = route.fetch().json()
+        answer["results"][0] |= {"escalated": True, "mirrored": True, "madds_share": 2.0}
+        route.fulfill(json=answer)
+
+    page.route("**/v1/predict*", look_again)
+    _add(page, FILES[0])
+    expect(page.locator("#cost-body .headline")).to_contain_text("200%")
+    expect(page.locator("#route-note")).to_contain_text("mirror image: the answer is the mean")
+    expect(page.locator("#route-note")).not_to_contain_text("The first answer was unsure")
+
+
 def test_a_sample_is_one_click(visit):
     page = visit()
     page.get_by_role("button", name="Sample: loud").click()

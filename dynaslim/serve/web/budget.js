@@ -92,7 +92,7 @@ function pointFor(points, budget) {
 
 /** A budget as a person reads it: a share in per cent, others ("4.5ms") as they are. */
 function inWords(budget) {
-  return Number(budget) <= 1 ? percent(Number(budget)) : budget;
+  return Number.isFinite(Number(budget)) ? percent(Number(budget)) : budget;
 }
 
 function expectation(point) {

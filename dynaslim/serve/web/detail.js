@@ -138,10 +138,13 @@ function routeNote(model, result) {
     glyph(model, result.widths, level(model, result.route, result.madds)),
     h("span", {}, result.route),
   );
-  const escalated = result.escalated
-    ? h("span", { class: "remark" },
-        "The first answer was unsure, so the picture was sent on along a wider route. " +
-          "Every route is paid for; this is the last.")
-    : null;
+  const remark = result.mirrored
+    ? "The widest route was unsure too, so it was shown the picture's mirror image: the answer is " +
+      "the mean of both. Every pass is paid for."
+    : result.escalated
+      ? "The first answer was unsure, so the picture was sent on along a wider route. " +
+        "Every route is paid for; this is the last."
+      : null;
+  const escalated = remark ? h("span", { class: "remark" }, remark) : null;
   return [badge, h("span", { class: "muted" }, names), escalated].filter(Boolean);
 }

@@ -124,7 +124,9 @@ function content(model, picture) {
           style: { width: `${Math.min(result.madds_share, 1) * 100}%` } })),
       h("span", { class: "sr-only" }, "cost "),
       percent(result.madds_share),
-      result.escalated ? h("span", { class: "sr-only" }, ", asked again") : null),
+      result.mirrored
+        ? h("span", { class: "sr-only" }, ", mirror image asked too")
+        : result.escalated ? h("span", { class: "sr-only" }, ", asked again") : null),
   ];
 }
 
