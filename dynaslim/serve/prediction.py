@@ -12,10 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
+from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import UsageError
 from dynaslim.serve.bodies import BodyReader, Upload, check_type, parse
 from dynaslim.serve.jobs import Answer, DeadlineError, Job, QueueFullError, StoppingError
+from dynaslim.serve.large import NoMemoryError
 from dynaslim.serve.loops import Lag, Outbox
+from dynaslim.serve.pictures import damaged
 from dynaslim.serve.problems import (
     ClientGone,
     Problem,
@@ -184,14 +189,34 @@ class Prediction:
         self._decode_one(job, uploads, 0)
 
     def _decode_one(self, job: Job, uploads: list[Upload], row: int) -> None:
+        service = self._service
         try:
             if job.done:
                 return
             content = uploads[row].content
             uploads[row] = uploads[row]._replace(content=b"")  # not to be kept for the answer
-            self._service.batcher.put(job, row, self._service.decode(content, row))
+            need = service.decode.need(content, row)
+            if not need.large:
+                service.batcher.put(job, row, service.decode(content, row))
+                return
+            service.batcher.postpone(job)
+            service.large.put(
+                need, content, lambda: not job.done, functools.partial(self._deliver, job, row)
+            )
         except Exception as error:
-            self._service.batcher.fail(job, error)
+            service.batcher.fail(job, error)
+
+    def _deliver(self, job: Job, row: int, result: np.ndarray | Exception) -> None:
+        """A large picture is decoded."""
+        service = self._service
+        if isinstance(result, np.ndarray):
+            service.batcher.put(job, row, result, postponed=True)
+        elif isinstance(result, CorruptImageError):
+            service.batcher.fail(job, damaged(result.reason, row))
+        elif isinstance(result, NoMemoryError):
+            service.batcher.fail(job, service.decode.too_much_memory(row))
+        else:
+            service.batcher.fail(job, result)
 
     # -- the answer ---------------------------------------------------------------------------
 
