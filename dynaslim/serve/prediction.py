@@ -76,7 +76,8 @@ class Prediction:
         began = time.monotonic() - service.lag_s
         reader = BodyReader(scope["headers"], service.options.body_bytes, service.buffers)
         status, images = _CLIENT_GONE, 0
-        service.in_flight += 1
+        taken = service.accepting  # what is refused does not keep a server that stops
+        service.in_flight += taken
         try:
             request, job = await self._predict(scope, receive, reader, began)
             images, status = len(request.uploads), 200
@@ -90,7 +91,7 @@ class Prediction:
             status = await self._refuse(failure(error), reader, receive, send)
         finally:
             reader.release()
-            service.in_flight -= 1
+            service.in_flight -= taken
             service.metrics.request(status, time.monotonic() - began)
             if service.options.access_log:
                 _say_access("POST", scope["path"], status, began, images)

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,8 +24,8 @@ from dynaslim.serve.service import Service
 
 LIBRARIES: Final = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 LINGER_S: Final = 0.3
-"""How long the port stays open at least when the server stops: clients on connections that they
-keep are told so, instead of being cut off."""
+"""How long the port stays open at least when the server stops, and how long the connections stay
+that it has: their clients are told so, instead of being cut off."""
 _CLOSE_S: Final = 3
 """For connections whose client does not read its answer."""
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
@@ -184,6 +185,8 @@ async def _run(
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(1 if left else 0)
+    await _close_port(server, listener)
+    await asyncio.sleep(LINGER_S)
     server.should_exit = True
     await serving
     if service.error is not None:
@@ -202,3 +205,24 @@ async def _drain(service: Service, drain_s: float) -> int:
         if passed >= LINGER_S and (not service.in_flight or passed >= drain_s):
             return service.in_flight
         await asyncio.sleep(_TICK_S)
+
+
+async def _close_port(server: Any, listener: socket.socket) -> None:
+    """Take the connections that wait at the port, which closing it would reset, and no more."""
+    connections = []
+    with suppress(OSError):
+        while True:
+            connections.append(listener.accept()[0])
+    for one in server.servers:
+        one.close()
+    config = server.config
+
+    def protocol() -> asyncio.Protocol:
+        made: asyncio.Protocol = config.http_protocol_class(
+            config=config, server_state=server.server_state, app_state=server.lifespan.state
+        )
+        return made
+
+    for connection in connections:
+        with suppress(OSError):  # it has left
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)
