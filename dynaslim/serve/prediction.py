@@ -27,7 +27,6 @@ from dynaslim.serve.problems import (
     Receive,
     Send,
     send_json,
-    send_problem,
 )
 from dynaslim.serve.queries import Query, parse_query
 from dynaslim.serve.service import RETRY_STOPPING_S, Service, failure
@@ -104,12 +103,9 @@ class Prediction:
         if problem.status in (408, 504):
             self._service.metrics.missed()
         try:
-            if not reader.complete and problem.status != 408:
-                await reader.discard(receive)
+            await reader.refuse(problem, receive, send, close=self._service.stopping)
         except ClientGone:
             return _CLIENT_GONE
-        close = not reader.complete or self._service.stopping
-        await send_problem(send, problem, close=close)
         return problem.status
 
     async def _predict(
