@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import ipaddress
 import logging
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+
+from PIL import _imaging
 
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.runtime.libraries import installed, require
@@ -80,7 +83,10 @@ def serve(
 
         def ready() -> None:
             seconds = time.perf_counter() - started
-            tell(f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s)")
+            doubt = "" if service.facts.steady else "; no times, the machine was too busy"
+            tell(
+                f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s{doubt})"
+            )
 
         # asyncio puts back its defaults, not what it found
         handlers = {number: signal.getsignal(number) for number in _STOPPING}
@@ -146,6 +152,12 @@ def _quiet() -> None:
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")
+    libtiff = ctypes.CDLL(_imaging.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(libtiff, name):  # it writes to standard error what Pillow raises anyway
+            handler = getattr(libtiff, name)
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)
     require("prometheus_client").disable_created_metrics()  # a series more for each, of no use here
 
 

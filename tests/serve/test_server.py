@@ -72,7 +72,7 @@ def test_a_package_is_served_without_torch(package, pictures):
     with running(package, script=WITHOUT % (refused,)) as (process, url):
         answer = httpx.post(f"{url}/v1/predict", files=[("images", pictures[0])], timeout=20)
         assert answer.status_code == 200
-        assert answer.json()["results"][0]["ms"] > 0
+        assert answer.json()["results"][0]["madds"] > 0
         process.terminate()
         assert ended(process) == (0, "", "")
 
