@@ -2,11 +2,13 @@
 
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
@@ -245,3 +247,23 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
         torch.save([p.grad for p in net.parameters()], f"{folder}/grads.pt")
     torch.distributed.barrier()  # who leaves first would cut the other's last exchange off
     torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def running(package, *flags, script="from dynaslim import cli; cli.main()"):
+    """A server process that is ready; yields it and its address."""
+    command = [sys.executable, "-c", script, "serve", str(package), "--port", "0", *flags]
+    process = subprocess.Popen(
+        [*command, "--backend", "onnxruntime", "--workers", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+(?=/ )", line)
+        assert found, (line, process.stderr.read())
+        yield process, found[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
