@@ -39,7 +39,8 @@ _SLACK: Final = 32_000_000
 _FINE: Final = b"+"
 _DAMAGED: Final = b"-"
 _NO_MEMORY: Final = b"m"
-_MAIN: Final = "from dynaslim.serve.large import main; main()"
+# first of all, so that its imports take no time from those who answer either
+_MAIN: Final = f"import os; os.nice({_NICE}); from dynaslim.serve.large import main; main()"
 
 
 class NoMemoryError(Exception):
@@ -193,8 +194,6 @@ class _Process:
 def main() -> None:
     """Decode what comes until nobody is there any more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the server ends this one
-    with suppress(OSError):
-        os.nice(_NICE)
     preprocessing = Preprocessing.from_dict(json.loads(sys.argv[2]))
     start = _address_space()
     with Connection(int(sys.argv[1])) as connection, suppress(EOFError, OSError):

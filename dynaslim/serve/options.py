@@ -43,7 +43,8 @@ class ServeOptions:
     max_images: int = 32
     """Images of one request."""
     decoders: int | None = None
-    """Threads that decode pictures; by default one for each core."""
+    """Threads that decode pictures, by default one for each core, and as many processes, at most
+    four, for large ones."""
     budget: str | None = None
     """Budget of requests that name none; by default as trained."""
     adaptive_budget: str | None = None
