@@ -59,9 +59,15 @@ class Prediction:
     """Whether it was unsure and ran more than once, last on `route`."""
     mirrored: bool = False
     """Whether the last of these was its mirror image, and the answer is the mean of both."""
+    top: tuple[tuple[int, str | None, float], ...] = ()
+    """Label, name and softmax of the likeliest classes, in order, if more than one was wanted."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `label` is called `class`, as in the tables."""
+        top = [
+            {"class": label, "class_name": name, "confidence": confidence}
+            for label, name, confidence in self.top
+        ]
         return {
             "file": self.file,
             "class": self.label,
@@ -71,6 +77,7 @@ class Prediction:
             "madds": self.madds,
             "escalated": self.escalated,
             "mirrored": self.mirrored,
+            **({"top": top} if top else {}),
         }
 
 
@@ -221,21 +228,24 @@ def predict(
     batch_size: int = BATCH_SIZE,
     budget: Budget = None,
     workers: int | None = None,
+    top_k: int = 1,
 ) -> Rows:
     """A row for every file, in their order; one that cannot be read gives an `Unreadable`.
 
     `workers` threads (by default one for each core) decode at most `AHEAD` batches ahead of the
     engine. `budget` is the engine's. A batch is made of the files that stand together, so that what
-    shares one depends on the files alone. Close the iterator to stop before the end.
+    shares one depends on the files alone. Close the iterator to stop before the end. With a `top_k`
+    above 1 a row has so many classes.
 
     Raises:
-        UsageError: for a batch size or workers below 1, and as the engine.
+        UsageError: for a batch size, workers or top_k below 1, and as the engine.
         DataError: if the network's output is not finite.
     """
     check_numbers(batch_size, workers)
+    check(top_k >= 1, f"top_k {top_k}: must be at least 1")
     if engine.preprocessing is None:
         raise UsageError("the engine does not say how images are prepared (preprocessing)")
-    return _predict(engine, files, engine.preprocessing, batch_size, budget, workers)
+    return _predict(engine, files, engine.preprocessing, batch_size, budget, workers, top_k)
 
 
 def check_numbers(batch_size: int, workers: int | None) -> None:
@@ -251,6 +261,7 @@ def _predict(
     batch_size: int,
     budget: Budget,
     workers: int | None,
+    top_k: int,
 ) -> Rows:
     names: dict[tuple[int, ...], str] = {}
 
@@ -263,7 +274,7 @@ def _predict(
     threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     with closing(_decoded(files, preprocessing, batch_size, threads)) as batches:
         for batch in batches:
-            answers = iter(_answers(engine, batch, preprocessing, budget, route_name))
+            answers = iter(_answers(engine, batch, preprocessing, budget, route_name, top_k))
             rows = [one if isinstance(one, Unreadable) else next(answers) for one in batch]
             del batch  # the pixels are not to be kept while the next are waited for
             yield from rows
@@ -318,6 +329,7 @@ def _answers(
     preprocessing: Preprocessing,
     budget: Budget,
     route_name: Callable[[Any], str],
+    top_k: int,
 ) -> list[Prediction]:
     """What the engine says about those of a batch that could be read."""
     pictures = [one for one in batch if isinstance(one, _Picture)]
@@ -331,8 +343,16 @@ def _answers(
         where = pictures[int(broken_B.argmax())].file
         raise DataError(f"{where}: the network's output for it is not finite")
     labels_B = logits_BN.argmax(1)
-    confidence_B = 1 / np.exp(logits_BN - logits_BN.max(1, keepdims=True)).sum(1)
+    odds_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
+    confidence_B = 1 / odds_BN.sum(1)
     names = engine.class_names
+    # in the order of the server's, equals by number
+    best_BK = np.argsort(-logits_BN, axis=1, kind="stable")[:, : top_k if top_k > 1 else 0]
+    odds_BK = np.take_along_axis(odds_BN, best_BK, 1) * confidence_B[:, None]
+    tops = [
+        tuple((n, None if names is None else names[n], p) for n, p in zip(best, odds, strict=True))
+        for best, odds in zip(best_BK.tolist(), odds_BK.tolist(), strict=True)
+    ]
     return [
         Prediction(
             picture.file,
@@ -343,8 +363,9 @@ def _answers(
             float(madds),
             bool(escalated),
             bool(mirrored),
+            top,
         )
-        for picture, label, confidence, row_G, madds, escalated, mirrored in zip(
+        for picture, label, confidence, row_G, madds, escalated, mirrored, top in zip(
             pictures,
             labels_B,
             confidence_B,
@@ -352,6 +373,7 @@ def _answers(
             output.madds,
             output.escalated,
             output.mirrored,
+            tops,
             strict=True,
         )
     ]

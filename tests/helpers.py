@@ -2,11 +2,13 @@
 
 import io
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
@@ -255,3 +257,23 @@ def toy_images(count=96, classes=5, seed=0):
     level = (labels * 255 // classes)[:, None, None, None]
     noise_ = torch.randint(0, 40, (count, 3, 16, 16), generator=generator)
     return MemoryImages((level + noise_).to(torch.uint8), labels, tuple("abcde"[:classes]), "toy")
+
+
+@contextmanager
+def running(package, *flags, script="from dynaslim import cli; cli.main()"):
+    """A server process that is ready; yields it and its address."""
+    command = [sys.executable, "-c", script, "serve", str(package), "--port", "0", *flags]
+    process = subprocess.Popen(
+        [*command, "--backend", "onnxruntime", "--workers", "1"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        found = re.search(r"http://\S+(?=/ )", line)
+        assert found, (line, process.stderr.read())
+        yield process, found[0]
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

@@ -79,8 +79,3 @@ def test_type_checkers_and_users_see_the_same_names():
     block = next(n for n in tree.body if isinstance(n, ast.If))
     seen = {alias.name: node.module for node in block.body for alias in node.names}
     assert seen == dynaslim._HOME
-
-
-def test_files_do_one_thing():
-    for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 480, path

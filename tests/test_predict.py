@@ -570,6 +570,32 @@ def test_json_is_one_object(fake, shades, capsys, monkeypatch):
     assert (code, out) == (1, "no image could be read\n")
 
 
+def test_the_likeliest_classes(micro, shades, capsys, tmp_path):
+    engine = open_engine(micro, "eager")
+    alone = list(predict(engine, shades))
+    for row, whole, three in zip(
+        alone, predict(engine, shades, top_k=9), predict(engine, shades, top_k=3), strict=True
+    ):
+        assert row.top == ()
+        assert sum(p for _, _, p in whole.top) == pytest.approx(1)
+        assert {(n, name) for n, name, _ in whole.top} == set(enumerate(engine.class_names))
+        assert whole.top[0] == (row.label, row.class_name, pytest.approx(row.confidence))
+        assert [p for _, _, p in whole.top] == sorted((p for _, _, p in whole.top), reverse=True)
+        assert three.top == whole.top[:3]
+    code, out, _ = _run(capsys, micro, shades[0], "--backend", "eager", "--top-k", "2", "--json")
+    (image,) = json.loads(out)["images"]
+    assert (code, list(image)) == (0, [*COLUMNS, "top"])
+    (row,) = predict(engine, shades[:1], top_k=2)
+    assert [one["class_name"] for one in image["top"]] == [name for _, name, _ in row.top]
+    code, out, _ = _run(capsys, micro, shades[0], "--backend", "eager", "--top-k", "2")
+    assert image["top"][1]["class_name"] in out
+    assert f"{image['top'][1]['confidence']:.1%}" in out
+    for flags in (("--top-k", "0"), ("--top-k", "2", "--parquet", tmp_path / "rows.parquet")):
+        code, out, err = _run(capsys, micro, shades[0], *flags)
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert f"--top-k {flags[1]}: " in err
+
+
 def test_json_stays_on_its_stream_beside_a_bar(fake, tmp_path, capsys, monkeypatch):
     """A bar on a terminal takes sys.stdout over, to print above itself."""
     for n in range(60):

@@ -35,6 +35,7 @@ def predict(
     parquet: Path | None = None,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
+    top_k: int = 1,
 ) -> int:
     """Predict image files, each along the route that its gates choose.
 
@@ -51,6 +52,7 @@ def predict(
         parquet: Write a row for every image there: a file, with --engine ray a new folder of files.
         engine: local, or ray for the workers of a Ray cluster (RAY_ADDRESS, else on this machine).
         workers: Threads that decode images, with --engine ray actors. Default: one for each core.
+        top_k: Likeliest classes to name, on the screen and in JSON.
     """
     from dynaslim.errors import UsageError
     from dynaslim.predict import Summary, Unreadable, find_images
@@ -62,8 +64,12 @@ def predict(
         raise UsageError(f"--batch-size {batch_size}: must be between 1 and {MOST_ROWS:,}")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
+    if top_k < 1:
+        raise UsageError(f"--top-k {top_k}: must be at least 1")
+    if top_k > 1 and (parquet is not None or engine == "ray"):
+        raise UsageError(f"--top-k {top_k}: --parquet and --engine ray have the likeliest alone")
     table = None if parquet is None else _table(parquet, engine)
-    rows = _rows(engine, resolve(model), files, backend, batch_size, budget, workers)
+    rows = _rows(engine, resolve(model), files, backend, batch_size, budget, workers, top_k)
     show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
     summary = Summary()
     started = time.perf_counter()
@@ -182,6 +188,7 @@ def _rows(
     batch_size: int,
     budget: str | None,
     workers: int | None,
+    top_k: int,
 ) -> Rows:
     """The rows to come; a model that cannot be run is found out here."""
     from dynaslim.predict import open_engine
@@ -199,7 +206,9 @@ def _rows(
             workers=workers,
         )
     opened = open_engine(model, backend, batch_size=batch_size)
-    return predict_here(opened, files, batch_size=batch_size, budget=budget, workers=workers)
+    return predict_here(
+        opened, files, batch_size=batch_size, budget=budget, workers=workers, top_k=top_k
+    )
 
 
 def _table(parquet: Path, engine: str) -> ParquetFile | ParquetParts:
@@ -272,10 +281,11 @@ def _rows_table(rows: list[Prediction]) -> Any:
     table.columns[0].overflow = "fold"  # a name that is cut off names nothing
     for row in rows:
         # as text: brackets in a name are no markup
+        top = row.top or ((row.label, row.class_name, row.confidence),)
         table.add_row(
             Text(row.file),
-            Text(str(row.label) if row.class_name is None else row.class_name),
-            f"{row.confidence:.1%}",
+            Text("\n".join(str(label) if name is None else name for label, name, _ in top)),
+            "\n".join(f"{confidence:.1%}" for _, _, confidence in top),
             row.route,
             f"{row.madds / 1e6:.2f} M"
             + (", ran again" if row.escalated else "")

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.JpegImagePlugin import JpegImageFile
 
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.preprocessing import Preprocessing
@@ -21,6 +22,13 @@ IMAGE_SUFFIXES: Final = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
 """What files of a folder are taken for images, in lower case."""
+_TURNED: Final = (5, 6, 7, 8)
+"""EXIF orientations that exchange width and height."""
+_MODES: Final = {1: "L", 3: "RGB"}
+_REDUCING_GAP: Final = 3
+"""Pixels that are left for each of the square's when a JPEG is reduced while it is decoded: with
+three the result is hardly to be told from one of all pixels."""
+_BAND_PIXELS: Final = 1 << 20
 Crop = Callable[[int, int], tuple[float, float, float, float]]
 """From a picture's width and height to the part of it to take: left, top, right, bottom."""
 
@@ -30,32 +38,80 @@ def decode_image(
 ) -> np.ndarray:
     """Decode, turn upright, crop and resize (bicubic) to the square: uint8 (C, S, S).
 
-    `crop` says which part of the picture to take; None takes the centre of the shorter side.
+    `crop` says which part of the picture to take; None takes the centre of the shorter side. A JPEG
+    is decoded at 1/2, 1/4 or 1/8 of its size where at least three times the square is left.
 
     Raises:
         DataError: if the bytes are no image that Pillow reads; `where` names it.
     """
-    size = preprocessing.image_size_px
+    size, channels = preprocessing.image_size_px, preprocessing.channels
+    crop = _centre(preprocessing.crop_fraction) if crop is None else crop
     try:
         with Image.open(io.BytesIO(content)) as opened:
-            image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion clips, we scale
-                image = Image.fromarray((np.asarray(image, np.float32) / 257).astype(np.uint8))
-            image = image.convert("RGB" if preprocessing.channels == 3 else "L")
+            box = _load(opened, size, crop)
+            # the crop is resized alone: a tiny file of a long, thin picture must not fill the
+            # memory; nor are all its pixels copied where converting those of the square does
+            if opened.mode in ("1", "L", "LA") or opened.mode.startswith("I"):
+                image = _resized(_eight_bits(opened), size, box).convert(_MODES[channels])
+            elif opened.mode == "RGBA" and channels == 3:
+                bands = [_resized(opened.getchannel(band), size, box) for band in "RGB"]
+                image = Image.merge("RGB", bands)
+            elif opened.mode == _MODES[channels]:
+                image = _resized(opened, size, box)
+            else:
+                image = _resized(opened.convert(_MODES[channels]), size, box)
+            pixels = np.asarray(image, dtype=np.uint8)
     except Exception as error:  # Pillow's plugins raise of many kinds for damaged files
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise CorruptImageError(where, f"not an image that can be decoded ({reason})") from None
-    if crop is None:
-        side = min(image.size) * preprocessing.crop_fraction
-        left, top = (image.width - side) / 2, (image.height - side) / 2
-        box = (left, top, left + side, top + side)
-    else:
-        box = crop(image.width, image.height)
-    # the crop is resized alone: a tiny file of a long, thin picture must not fill the memory
-    if box != (0, 0, size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    pixels = np.asarray(image, dtype=np.uint8)
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
+
+
+def jpeg_scale(side: float, image_size_px: int) -> int:
+    """By how much a JPEG is reduced while it is decoded if so many of its pixels make the side."""
+    return max((s for s in (2, 4, 8) if s * _REDUCING_GAP * image_size_px <= side), default=1)
+
+
+def _centre(fraction: float) -> Crop:
+    def crop(width: int, height: int) -> tuple[float, float, float, float]:
+        side = min(width, height) * fraction
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+
+    return crop
+
+
+def _load(opened: Image.Image, size: int, crop: Crop) -> tuple[float, float, float, float]:
+    """Decode a picture in place and turn it upright; the part of it to take."""
+    scale, box = 1, None
+    if isinstance(opened, JpegImageFile):
+        turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
+        width, height = opened.size
+        box = crop(height, width) if turned else crop(width, height)
+        scale = jpeg_scale(min(box[2] - box[0], box[3] - box[1]), size)
+        if scale > 1 and opened.draft(None, (width // scale, height // scale)) is None:
+            scale = 1
+    ImageOps.exif_transpose(opened, in_place=True)
+    left, top, right, bottom = crop(*opened.size) if box is None else box
+    return left / scale, top / scale, right / scale, bottom / scale
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    if not image.mode.startswith("I"):
+        return image.convert("L")
+    # 16 bits: Pillow's own conversion clips, we scale; by rows, for memory
+    grey = np.empty((image.height, image.width), np.uint8)
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        band = image.crop((0, top, image.width, min(top + rows, image.height)))
+        grey[top : top + rows] = np.asarray(band, np.float32) / 257
+    return Image.fromarray(grey)
+
+
+def _resized(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
+    if box == (0, 0, size, size):
+        return image
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def decode_entry(

@@ -22,7 +22,6 @@ from dynaslim.serve.problems import (
     Problem,
     Receive,
     Send,
-    send_problem,
     unauthorised,
 )
 from dynaslim.serve.service import Service, failure
@@ -201,8 +200,7 @@ class _Front:
         if path.startswith(_PROTECTED) and not self._allowed(scope):
             reader = BodyReader(scope["headers"], self._limit, self._buffers)
             with suppress(ClientGone):
-                await reader.discard(receive)
-                await send_problem(send, unauthorised(), close=not reader.complete)
+                await reader.refuse(unauthorised(), receive, send)
         elif path == PREDICT and scope["method"] == "POST":
             await self._prediction(scope, receive, send)
         else:

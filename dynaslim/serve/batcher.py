@@ -74,6 +74,9 @@ class Batcher:
         self._ready_rows = 0
         self._decoding = 0
         self._waiting = 0
+        """Rows that are decoded, or will be soon."""
+        self._postponed = 0
+        """Rows that will be at some time."""
         self._running = 0
         self._busy_since = 0.0
         """When the oldest row that nobody has answered came, or the last batch ended."""
@@ -161,10 +164,10 @@ class Batcher:
     def _check_room(self, rows: int, deadline: float | None) -> None:
         if self._stopping:
             raise StoppingError("the server is stopping; ask another one")
-        over = self._waiting + rows - self.options.queue
+        over = self.waiting + rows - self.options.queue
         if over > 0:
             raise QueueFullError(
-                f"the queue is full ({self._waiting} of {self.options.queue} images); try again "
+                f"the queue is full ({self.waiting} of {self.options.queue} images); try again "
                 f"later",
                 self.throughput.seconds_for(over),
             )
@@ -191,7 +194,7 @@ class Batcher:
         with self._changed:
             if job.done:
                 return
-            over = self._waiting + rows - self.options.queue
+            over = self.waiting + rows - self.options.queue
             if over > 0:
                 raise QueueFullError(
                     f"the queue has no room for {len(job.answers) + rows} images; try again later",
@@ -205,11 +208,38 @@ class Batcher:
             job.answers += [None] * rows
             job.pixels += [None] * rows
 
-    def put(self, job: Job, row: int, pixels_CSS: np.ndarray) -> None:
+    def postpone(self, job: Job) -> None:
+        """An image of a job takes long to decode: nobody waits for it, or is told to come again.
+
+        Raises:
+            QueueFullError: if such images have their half of the queue already.
+        """
+        with self._changed:
+            if job.done:
+                return
+            if self._postponed >= max(self.options.queue // 2, self.options.max_images):
+                raise QueueFullError("too many large images at once; try again later", 0)
+            job.postponed += 1
+            self._postponed += 1
+            job.waiting -= 1
+            self._waiting -= 1
+            self._decoding -= 1
+            if self._idle and not self._decoding:
+                self._changed.notify_all()
+
+    def put(self, job: Job, row: int, pixels_CSS: np.ndarray, *, postponed: bool = False) -> None:
         """An image of a job is decoded."""
         with self._changed:
             if job.done:
                 return
+            if postponed:  # it comes to the others now
+                if not self._waiting + self._running:
+                    self._busy_since = self._clock()
+                job.postponed -= 1
+                self._postponed -= 1
+                job.waiting += 1
+                self._waiting += 1
+                self._decoding += 1
             if not job.ready:
                 self._ready.append(job)
             job.pixels[row] = pixels_CSS
@@ -242,14 +272,15 @@ class Batcher:
 
     def _drop(self, job: Job, error: BaseException | None) -> None:
         self._waiting -= job.waiting
-        self._decoding -= job.unread
+        self._decoding -= job.unread - job.postponed
+        self._postponed -= job.postponed
         self._ready_rows -= len(job.ready)
         if job.ready:
             self._ready.remove(job)
             job.ready.clear()
         job.pixels.clear()
         job.error = error
-        job.waiting = job.unread = job.missing = 0
+        job.waiting = job.unread = job.postponed = job.missing = 0
         if self._idle and not self._decoding:
             self._changed.notify_all()
 
@@ -258,7 +289,7 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Images in the queue, those that are being decoded included."""
-        return self._waiting
+        return self._waiting + self._postponed
 
     @property
     def expected_wait_s(self) -> float:
@@ -335,7 +366,7 @@ class Batcher:
                             ):
                                 return self._take(now)
                             until = now + longest if until is None else until
-                        elif self._closed and not self._waiting:
+                        elif self._closed and not self.waiting:
                             return None
                         else:
                             until = None

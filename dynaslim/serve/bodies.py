@@ -9,7 +9,7 @@ import json
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from dynaslim.serve.problems import ClientGone, Problem, Receive
+from dynaslim.serve.problems import ClientGone, Problem, Receive, Send, send_problem
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -19,7 +19,11 @@ MULTIPART: Final = b"multipart/form-data"
 _COMMAS: Final = 10_000
 """In JSON, besides one for each image: more would be a way to fill the memory."""
 _DISCARD_S: Final = 1.0
-"""How long a body that is refused is read on, so that its sender comes to read the answer."""
+"""How long a body that is refused is read on before it is answered."""
+_LINGER_S: Final = 2.0
+"""How long behind the answer."""
+_LINGER_BODIES: Final = 8
+"""How much, beside the most that a body may have."""
 _HOW: Final = (
     f"send multipart/form-data with files in the field {FIELD}, or application/json "
     '{"images": [{"data": BASE64}]}'
@@ -95,21 +99,40 @@ class BodyReader:
         self._buffers.held -= self._held
         self._held = 0
 
-    async def discard(self, receive: Receive) -> None:
-        """Read on without keeping anything, up to as much as is allowed and for a moment only."""
+    async def refuse(
+        self, problem: Problem, receive: Receive, send: Send, *, close: bool = False
+    ) -> None:
+        """Answer with an error, in such a way that whoever still sends the body comes to read it.
+
+        What is left of a body is read on without keeping anything, for a moment: a connection that
+        is closed before is reset, and the answer may be lost. Little enough is read before the
+        answer, and the connection kept; else behind it.
+
+        Raises:
+            ClientGone: if nobody is there to be told.
+        """
         self.release()
+        late = problem.status == 408
+        if not late and (self._length is None or self._length <= 2 * self._limit):
+            await self._discard(receive, self._limit, _DISCARD_S)
+        if self.complete:
+            await send_problem(send, problem, close=close)
+            return
+        await send_problem(send, problem, close=True, more=True)
+        with suppress(ClientGone):
+            await self._discard(receive, _LINGER_BODIES * self._limit, _LINGER_S)
+        await send({"type": "http.response.body"})
+
+    async def _discard(self, receive: Receive, most: int, seconds: float) -> None:
         if self._asks_first:  # it has not been sent, and will not be
             return
-        if self._length is not None and self._length > 2 * self._limit:
-            return
-        left = self._limit
         with suppress(TimeoutError):
-            async with asyncio.timeout(_DISCARD_S):
-                while not self.complete and left > 0:
+            async with asyncio.timeout(seconds):
+                while not self.complete and most > 0:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise ClientGone
-                    left -= len(message.get("body", b""))
+                    most -= len(message.get("body", b""))
                     self.complete = not message.get("more_body", False)
 
     def _too_large(self) -> Problem:

@@ -26,8 +26,11 @@ MOST_ROUTES: Final = 64
 """Routing spaces up to so many routes are listed and timed one by one."""
 MEASURE_S: Final = 1.0
 MEASURE_ROUNDS: Final = 25
+MEASURE_TRIES: Final = 3
 _STEADY: Final = 0.9
 """Times are not to be trusted where a dearer route takes less than so much of a cheaper one's."""
+_SPREAD: Final = 2.0
+"""Nor where a quarter of a route's take more than so many times as long as another quarter."""
 _PROFILE_ROUNDS: Final = 3
 
 
@@ -76,7 +79,7 @@ class RouteFacts:
         """The width index behind each gate."""
         self.madds = madds
         self.ms: float | None = None
-        """Of one image alone, measured when the server started."""
+        """Of one image alone, measured when the server started; None if that was not steady."""
 
 
 class Facts:
@@ -93,7 +96,7 @@ class Facts:
         self._trunk_ms: float | None = None
         self._before: dict[float, tuple[RouteFacts, ...]] = {}
         self.steady = True
-        """False where the times say that something else kept the machine busy."""
+        """False where something else kept the machine busy, so that there are no times."""
         self._routes: dict[tuple[int, ...], RouteFacts] = {}
         self.widest = self.route(tuple(gate.choices[-1] for gate in self.spec.gates))
 
@@ -154,17 +157,32 @@ class Facts:
         return sorted(map(self.route, space), key=lambda route: route.madds)
 
     def measure(self) -> None:
-        """Time one image along every route, and the trunk, for about a second."""
-        router, spec = self._engine.router, self.spec
-        routes = self.listed()
-        if math.prod(len(gate.choices) for gate in spec.gates) > MOST_ROUTES:
-            by_form = profile(router, self.side, 1, rounds=_PROFILE_ROUNDS)
-            self._ms_table = by_form.table
-            self._trunk_ms = by_form.ms[Form(0).name][0]
-            for choices, route in self._routes.items():
-                route.ms = self._ms_table.route_cost(self._options(choices))
-            return
-        shape = (1, spec.in_channels, self.side, self.side)
+        """Time one image along every route, and the trunk, for about a second.
+
+        Again where the times are not steady; if they never are, there are none.
+        """
+        many = math.prod(len(gate.choices) for gate in self.spec.gates) > MOST_ROUTES
+        for _ in range(MEASURE_TRIES):
+            self.steady = self._measure_forms() if many else self._measure_routes()
+            if self.steady:
+                return
+        self._ms_table = self._trunk_ms = None
+        for route in self._routes.values():
+            route.ms = None
+
+    def _measure_forms(self) -> bool:
+        """Whether times by segment are steady, as far as their sums say."""
+        by_form = profile(self._engine.router, self.side, 1, rounds=_PROFILE_ROUNDS)
+        self._ms_table = by_form.table
+        self._trunk_ms = by_form.ms[Form(0).name][0]
+        for choices, route in self._routes.items():
+            route.ms = self._ms_table.route_cost(self._options(choices))
+        return self._rise()
+
+    def _measure_routes(self) -> bool:
+        """Whether times by route are steady."""
+        router, routes = self._engine.router, self.listed()
+        shape = (1, self.spec.in_channels, self.side, self.side)
         rng = np.random.default_rng(0)
         (trunk,) = time_form(router, Form(0), shape[2:], (1,), MEASURE_ROUNDS, rng)
         self._trunk_ms = statistics.median(trunk)
@@ -181,10 +199,16 @@ class Facts:
                     times[route.name].append((time.perf_counter() - start) * 1e3)
             if turn and time.perf_counter() > end:
                 break
+        narrow = True
         for route in routes:
-            route.ms = statistics.median(times[route.name])
-        medians = [statistics.median(times[route.name]) for route in routes]
-        self.steady = all(b >= _STEADY * a for a, b in itertools.pairwise(medians))
+            low, route.ms, high = map(float, np.quantile(times[route.name], (0.25, 0.5, 0.75)))
+            narrow &= high <= _SPREAD * low
+        return narrow and self._rise()
+
+    def _rise(self) -> bool:
+        """Whether a dearer route takes hardly less time than a cheaper one."""
+        ms = [route.ms for route in self.listed() if route.ms is not None]
+        return all(b >= _STEADY * a for a, b in itertools.pairwise(ms))
 
     def describe(self, name: str, backend: str | None, options: ServeOptions) -> dict[str, Any]:
         """The model as `/v1/models` shows it, without samples."""

@@ -69,7 +69,7 @@ class Job:
 
     __slots__ = (
         "answers", "batch_size", "deadline", "decoded", "error", "finished", "missing", "on_done",
-        "pixels", "ready", "setting", "started", "top_k", "unread", "used", "waiting",
+        "pixels", "postponed", "ready", "setting", "started", "top_k", "unread", "used", "waiting",
     )  # fmt: skip
 
     def __init__(
@@ -90,8 +90,10 @@ class Job:
         """Rows that are decoded and wait for the engine."""
         self.unread = rows
         """Rows that are still being decoded."""
+        self.postponed = 0
+        """Of these, rows that nobody is to wait for."""
         self.waiting = rows
-        """Rows that count in the queue."""
+        """Rows that the engine can run soon, or has not begun with."""
         self.missing = rows
         """Rows without an answer."""
         self.error: BaseException | None = None

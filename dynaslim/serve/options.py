@@ -38,11 +38,13 @@ class ServeOptions:
     max_buffer_mb: float = 256.0
     """Bodies of all requests together, in millions of bytes."""
     max_pixels: int = 50_000_000
-    """Width times height of the largest picture that is decoded."""
+    """Width times height of the largest picture that is decoded; all that are decoded at a time
+    take at most seven bytes for each."""
     max_images: int = 32
     """Images of one request."""
     decoders: int | None = None
-    """Threads that decode pictures; by default one for each core."""
+    """Threads that decode pictures, by default one for each core, and as many processes, at most
+    four, for large ones."""
     budget: str | None = None
     """Budget of requests that name none; by default as trained."""
     adaptive_budget: str | None = None

@@ -12,17 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+import numpy as np
+
+from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import UsageError
 from dynaslim.serve.bodies import BodyReader, Upload, check_type, parse
 from dynaslim.serve.jobs import Answer, DeadlineError, Job, QueueFullError, StoppingError
+from dynaslim.serve.large import NoMemoryError
 from dynaslim.serve.loops import Lag, Outbox
+from dynaslim.serve.pictures import damaged
 from dynaslim.serve.problems import (
     ClientGone,
     Problem,
     Receive,
     Send,
     send_json,
-    send_problem,
 )
 from dynaslim.serve.queries import Query, parse_query
 from dynaslim.serve.service import RETRY_STOPPING_S, Service, failure
@@ -71,7 +75,8 @@ class Prediction:
         began = time.monotonic() - service.lag_s
         reader = BodyReader(scope["headers"], service.options.body_bytes, service.buffers)
         status, images = _CLIENT_GONE, 0
-        service.in_flight += 1
+        taken = service.accepting  # what is refused does not keep a server that stops
+        service.in_flight += taken
         try:
             request, job = await self._predict(scope, receive, reader, began)
             images, status = len(request.uploads), 200
@@ -85,7 +90,7 @@ class Prediction:
             status = await self._refuse(failure(error), reader, receive, send)
         finally:
             reader.release()
-            service.in_flight -= 1
+            service.in_flight -= taken
             service.metrics.request(status, time.monotonic() - began)
             if service.options.access_log:
                 _say_access("POST", scope["path"], status, began, images)
@@ -98,12 +103,9 @@ class Prediction:
         if problem.status in (408, 504):
             self._service.metrics.missed()
         try:
-            if not reader.complete and problem.status != 408:
-                await reader.discard(receive)
+            await reader.refuse(problem, receive, send, close=self._service.stopping)
         except ClientGone:
             return _CLIENT_GONE
-        close = not reader.complete or self._service.stopping
-        await send_problem(send, problem, close=close)
         return problem.status
 
     async def _predict(
@@ -184,14 +186,34 @@ class Prediction:
         self._decode_one(job, uploads, 0)
 
     def _decode_one(self, job: Job, uploads: list[Upload], row: int) -> None:
+        service = self._service
         try:
             if job.done:
                 return
             content = uploads[row].content
             uploads[row] = uploads[row]._replace(content=b"")  # not to be kept for the answer
-            self._service.batcher.put(job, row, self._service.decode(content, row))
+            need = service.decode.need(content, row)
+            if not need.large:
+                service.batcher.put(job, row, service.decode(content, row))
+                return
+            service.batcher.postpone(job)
+            service.large.put(
+                need, content, lambda: not job.done, functools.partial(self._deliver, job, row)
+            )
         except Exception as error:
-            self._service.batcher.fail(job, error)
+            service.batcher.fail(job, error)
+
+    def _deliver(self, job: Job, row: int, result: np.ndarray | Exception) -> None:
+        """A large picture is decoded."""
+        service = self._service
+        if isinstance(result, np.ndarray):
+            service.batcher.put(job, row, result, postponed=True)
+        elif isinstance(result, CorruptImageError):
+            service.batcher.fail(job, damaged(result.reason, row))
+        elif isinstance(result, NoMemoryError):
+            service.batcher.fail(job, service.decode.too_much_memory(row))
+        else:
+            service.batcher.fail(job, result)
 
     # -- the answer ---------------------------------------------------------------------------
 

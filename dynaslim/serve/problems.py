@@ -75,14 +75,18 @@ async def send_json(send: Send, status: int, value: Any, headers: Headers | None
     await send_bytes(send, status, _encode(value).encode(), [*JSON_HEADERS, *(headers or [])])
 
 
-async def send_bytes(send: Send, status: int, body: bytes, headers: Headers) -> None:
-    """Answer with a body that is there as a whole."""
+async def send_bytes(
+    send: Send, status: int, body: bytes, headers: Headers, *, more: bool = False
+) -> None:
+    """Answer with a body that is there as a whole; with `more` an empty piece has to end it."""
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def send_problem(send: Send, problem: Problem, *, close: bool = False) -> None:
-    """Answer with an error; with `close` the connection ends."""
-    extra = [(b"connection", b"close")] if close else []
-    await send_json(send, problem.status, problem.body(), [*problem.headers(), *extra])
+async def send_problem(
+    send: Send, problem: Problem, *, close: bool = False, more: bool = False
+) -> None:
+    """Answer with an error; with `close` the connection ends, `more` as `send_bytes`."""
+    headers = [*JSON_HEADERS, *problem.headers(), *([(b"connection", b"close")] if close else [])]
+    await send_bytes(send, problem.status, _encode(problem.body()).encode(), headers, more=more)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import errno
 import ipaddress
 import logging
@@ -13,8 +14,11 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
+
+from PIL import _imaging
 
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.runtime.libraries import installed, require
@@ -23,8 +27,8 @@ from dynaslim.serve.service import Service
 
 LIBRARIES: Final = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 LINGER_S: Final = 0.3
-"""How long the port stays open at least when the server stops: clients on connections that they
-keep are told so, instead of being cut off."""
+"""How long the port stays open at least when the server stops, and how long the connections stay
+that it has: their clients are told so, instead of being cut off."""
 _CLOSE_S: Final = 3
 """For connections whose client does not read its answer."""
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
@@ -79,7 +83,10 @@ def serve(
 
         def ready() -> None:
             seconds = time.perf_counter() - started
-            tell(f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s)")
+            doubt = "" if service.facts.steady else "; no times, the machine was too busy"
+            tell(
+                f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s{doubt})"
+            )
 
         # asyncio puts back its defaults, not what it found
         handlers = {number: signal.getsignal(number) for number in _STOPPING}
@@ -145,6 +152,12 @@ def _quiet() -> None:
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")
+    libtiff = ctypes.CDLL(_imaging.__file__)
+    for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
+        if hasattr(libtiff, name):  # it writes to standard error what Pillow raises anyway
+            handler = getattr(libtiff, name)
+            handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+            handler(None)
     require("prometheus_client").disable_created_metrics()  # a series more for each, of no use here
 
 
@@ -184,6 +197,8 @@ async def _run(
         sys.stderr.flush()
         sys.stdout.flush()
         os._exit(1 if left else 0)
+    await _close_port(server, listener)
+    await asyncio.sleep(LINGER_S)
     server.should_exit = True
     await serving
     if service.error is not None:
@@ -202,3 +217,24 @@ async def _drain(service: Service, drain_s: float) -> int:
         if passed >= LINGER_S and (not service.in_flight or passed >= drain_s):
             return service.in_flight
         await asyncio.sleep(_TICK_S)
+
+
+async def _close_port(server: Any, listener: socket.socket) -> None:
+    """Take the connections that wait at the port, which closing it would reset, and no more."""
+    connections = []
+    with suppress(OSError):
+        while True:
+            connections.append(listener.accept()[0])
+    for one in server.servers:
+        one.close()
+    config = server.config
+
+    def protocol() -> asyncio.Protocol:
+        made: asyncio.Protocol = config.http_protocol_class(
+            config=config, server_state=server.server_state, app_state=server.lifespan.state
+        )
+        return made
+
+    for connection in connections:
+        with suppress(OSError):  # it has left
+            await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)

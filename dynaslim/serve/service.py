@@ -18,6 +18,7 @@ from dynaslim.runtime.cache import usable_cores
 from dynaslim.serve.batcher import Batcher
 from dynaslim.serve.bodies import Buffers
 from dynaslim.serve.facts import Facts, ServedEngine
+from dynaslim.serve.large import LargePictures
 from dynaslim.serve.load import KNOWN
 from dynaslim.serve.metrics import Metrics
 from dynaslim.serve.options import MEGABYTE, ServeOptions
@@ -75,10 +76,12 @@ class Service:
         self.lag_s = 0.0
         """How long the last prediction had waited before it was looked at, about."""
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        decoders = options.decoders or usable_cores()
         self._decoders = [
             threading.Thread(target=self._decoding, name=f"dynaslim-serve-decode-{n}", daemon=True)
-            for n in range(options.decoders or usable_cores())
+            for n in range(decoders)
         ]
+        self.large = LargePictures(engine.preprocessing, self.decode.memory, decoders)
         for thread in self._decoders:
             thread.start()
         self._lock = threading.Lock()
@@ -149,6 +152,7 @@ class Service:
             self._work.put(None)
         for thread in self._decoders:
             thread.join()
+        self.large.close()
 
     # -- work ---------------------------------------------------------------------------------
 

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import png
-from PIL import Image
+from PIL import Image, ImageOps
 
-from dynaslim.data.decode import decode_image
+from dynaslim.data.decode import decode_image, jpeg_scale, random_crop
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
@@ -68,6 +68,40 @@ def test_exif_orientation_is_followed():
     pixels = decode_image(buffer.getvalue(), Preprocessing(20), "x")
     assert pixels[0, 0, 0] == 0
     assert pixels[0, -1, 0] == 255
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("crop", [None, random_crop(0.3, "here")])
+def test_a_large_jpeg_is_decoded_at_reduced_size(orientation, crop, monkeypatch):
+    smooth = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    image = Image.fromarray(smooth).resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    as_jpeg, as_png = io.BytesIO(), io.BytesIO()
+    image.save(as_jpeg, "JPEG", exif=exif, quality=95)
+    image.save(as_png, "PNG", exif=exif)
+    sizes, transpose = [], ImageOps.exif_transpose
+
+    def spy(opened, **options):
+        sizes.append(opened.size)
+        return transpose(opened, **options)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", spy)
+    reduced, full = (
+        decode_image(one.getvalue(), Preprocessing(32), "x", crop).astype(int)
+        for one in (as_jpeg, as_png)
+    )
+    assert sizes[0][0] <= 400
+    assert sizes[1] == (1600, 1200)
+    assert np.abs(reduced - full).mean() < 1.5
+    assert np.abs(reduced - full).max() < 12
+
+
+def test_how_much_a_jpeg_is_reduced():
+    """At least three pixels are left for one."""
+    assert [jpeg_scale(side, 10) for side in (10, 59, 60, 119, 120, 240, 9999)] == [
+        1, 1, 2, 2, 4, 8, 8,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("content", [b"", b"GIF89a", png()[:40], png()[:200], b"\x00" * 1000])

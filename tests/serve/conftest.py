@@ -1,6 +1,7 @@
 """A small package to serve, with a budget curve, and servers of it."""
 
 import io
+import math
 import threading
 import time
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.export import export_package
-from dynaslim.serve import ServeOptions, create_app
+from dynaslim.serve import ServeOptions, create_app, facts
 
 SIDE = 16
 CLASSES = tuple("abcde")
@@ -58,6 +59,25 @@ def _export(folder, **changes):
     }
     export_package(Checkpoint(lively(spec, image_size=SIDE), **fields), folder)
     return folder
+
+
+_LIMITS = {"_SPREAD": facts._SPREAD, "_STEADY": facts._STEADY}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def any_times():
+    """Times are shown, steady or not: those of a network this small are of microseconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(facts, "_SPREAD", math.inf)
+        patch.setattr(facts, "_STEADY", 0)
+        yield
+
+
+@pytest.fixture
+def steady_times(monkeypatch):
+    """Times are shown only if they are steady, as in a server."""
+    for name, value in _LIMITS.items():
+        monkeypatch.setattr(facts, name, value)
 
 
 @pytest.fixture(scope="session")

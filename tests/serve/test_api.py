@@ -406,26 +406,59 @@ def test_points_that_no_budget_leads_to_are_not_offered(serve, engine):
         assert engine.curve.at(1.0).top1 == 0.6
 
 
-@pytest.mark.parametrize(("slow", "steady"), [(None, True), (0, False)])
-def test_times_of_a_busy_machine_are_told_from_others(engine, slow, steady, monkeypatch):
+@pytest.mark.parametrize(
+    ("busy_tries", "how", "steady"),
+    [(0, "slow", True), (1, "slow", True), (9, "slow", False), (9, "uneven", False)],
+)
+@pytest.mark.usefixtures("steady_times")
+def test_times_are_measured_again_until_they_are_steady(
+    engine, busy_tries, how, steady, monkeypatch
+):
     from dynaslim.serve import facts
 
     found = facts.Facts(engine)
     routes = found.listed()
     ms = {tuple(found._options(r.choices)): n for n, r in enumerate(routes, 10)}
-    if slow is not None:
-        ms[tuple(found._options(routes[slow].choices))] = 100
-    now = [0.0]
+    cheapest = tuple(found._options(routes[0].choices))
+    now, calls, tries = [0.0], [0], [0]
 
     def routed(images, decide, again):
         path = tuple(int(decide(g, None, np.zeros(1))[0]) for g in range(len(engine.spec.gates)))
-        now[0] += ms[path] / 1e3
+        calls[0] += 1
+        busy = tries[0] <= busy_tries
+        if how == "slow" and busy and path == cheapest:
+            now[0] += 0.1
+        else:
+            now[0] += ms[path] / 1e3 * (3 if how == "uneven" and busy and calls[0] % 2 else 1)
+
+    def trunk(*_):
+        tries[0] += 1
+        return ([1.0],)
 
     monkeypatch.setattr(engine.router, "routed", routed)
     monkeypatch.setattr(facts.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(facts, "time_form", lambda *_: ([1.0],))
+    monkeypatch.setattr(facts, "time_form", trunk)
     found.measure()
     assert found.steady == steady
+    assert tries == [min(busy_tries + 1, facts.MEASURE_TRIES)]
+    shown = [route.ms for route in found.listed()]
+    assert shown == (pytest.approx(sorted(ms.values())) if steady else [None] * len(routes))
+    assert (found.ms_of(found.widest, found.widest.madds, True) is None) == (not steady)
+
+
+@pytest.mark.usefixtures("steady_times")
+def test_a_server_without_steady_times_shows_none(serve, pictures, monkeypatch):
+    from dynaslim.serve import facts
+
+    monkeypatch.setattr(facts.Facts, "_rise", lambda _: False)
+    with serve() as client:
+        (model,) = client.get("/v1/models").json()["models"]
+        (result,) = client.post("/v1/predict", files=form(pictures[0])).json()["results"]
+    assert model["steady"] is False
+    assert [route["ms"] for route in model["routes"]] == [None] * len(model["routes"])
+    assert model["widest"]["ms"] is None
+    assert (result["ms"], result["ms_share"]) == (None, None)
+    assert result["madds_share"] > 0
 
 
 def test_many_routes_are_listed_by_their_uniform_ones(serve, engine):

@@ -361,3 +361,44 @@ def test_likeliest_classes():
     output.logits = np.array([[0, np.nan, 0, 0]] * 3)
     with pytest.raises(DataError, match="not finite"):
         answers_of(output, 1)
+
+
+def test_nobody_waits_for_what_takes_long_to_decode(steps):
+    engine, make = steps
+    engine.go.release(100)
+    now = [0.0]
+    batcher = make(lambda: now[0], queue=4, max_wait_ms=60_000)
+    setting, done = batcher.budgets.setting(None, "auto"), []
+    large = batcher.admit(1, setting, top_k=1, deadline=None, on_done=done.append)
+    batcher.postpone(large)
+    assert batcher.waiting == 1, "it has its place in the queue"
+    assert batcher.submit([PIXELS]).result(WAIT_S).batch_size == 1
+    now[0] = 100.0
+    batcher.put(large, 0, PIXELS, postponed=True)
+    end = time.monotonic() + WAIT_S
+    while not done:
+        assert time.monotonic() < end
+    assert batcher.waiting == 0
+    for _ in range(2):
+        batcher.submit([PIXELS]).result(WAIT_S)
+    assert batcher.expected_wait_s == batcher.throughput.seconds_for(0)
+    assert batcher.throughput.seconds_for(1) < 1, "the time of decoding is not the network's"
+
+
+def test_what_takes_long_to_decode_has_half_of_the_queue(steps):
+    engine, make = steps
+    batcher = make(queue=4)
+    setting, jobs = batcher.budgets.setting(None, "auto"), []
+    for _ in range(3):
+        jobs.append(batcher.admit(1, setting, top_k=1, deadline=None, on_done=lambda _: None))
+        if len(jobs) < 3:
+            batcher.postpone(jobs[-1])
+    with pytest.raises(QueueFullError, match="too many large images"):
+        batcher.postpone(jobs[-1])
+    batcher.cancel(jobs[0])
+    batcher.postpone(jobs[-1])
+    for job in jobs:
+        batcher.cancel(job)
+    assert batcher.waiting == 0
+    engine.go.release(100)
+    assert batcher.submit([PIXELS]).result(WAIT_S).batch_size == 1

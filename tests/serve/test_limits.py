@@ -260,6 +260,24 @@ def test_a_client_that_sends_a_little_too_much_reads_why(start, pictures):
         assert client.post(f"{url}/v1/predict", files=files).status_code == 200
 
 
+@pytest.mark.parametrize("chunked", [True, False])
+def test_who_sends_a_whole_body_before_reading_reads_why(start, connect, chunked):
+    """However much more than the limit it is, within reason; nothing is reset."""
+    with start(max_body_mb=0.1) as (url, service):
+        for size in (150_000, 250_000, 700_000):
+            connection = connect(url)
+            connection.sendall(head(None if chunked else size))
+            for start_ in range(0, size, 50_000):
+                piece = bytes(min(50_000, size - start_))
+                connection.sendall(b"%x\r\n%s\r\n" % (len(piece), piece) if chunked else piece)
+                time.sleep(0.01)  # so that a reset would have come
+            if chunked:
+                connection.sendall(b"0\r\n\r\n")
+            status, body, _ = answer_of(connection)
+            assert (status, body["error"]["code"]) == (413, "body_too_large")
+        assert service.buffers.held == 0
+
+
 def test_all_bodies_together_are_bounded(start, connect, pictures):
     with start(max_body_mb=0.1, max_buffer_mb=0.1) as (url, service):
         slow = connect(url)

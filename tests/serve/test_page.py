@@ -236,6 +236,22 @@ def test_a_second_look_is_told(visit):
     expect(page.locator("#route-note")).not_to_contain_text("The first answer was unsure")
 
 
+def test_without_steady_times_the_page_shows_none_and_says_so(visit):
+    def untimed(route):
+        answer = route.fetch().json()
+        (model,) = answer["models"]
+        model["steady"] = model["widest"]["ms"] = None
+        model["routes"] = [one | {"ms": None} for one in model["routes"]]
+        route.fulfill(json=answer)
+
+    page = visit(before=lambda page: page.route("**/v1/models", untimed))
+    expect(page.locator("#routes")).to_contain_text("No times: other work kept the machine busy")
+    expect(page.locator("#routes")).not_to_contain_text("\u00a0ms")
+    _add(page, FILES[0])
+    expect(page.locator("#cost-body")).to_contain_text("No times: other work kept")
+    expect(page.locator("#cost-body")).not_to_contain_text("\u00a0ms")
+
+
 def test_a_sample_is_one_click(visit):
     page = visit()
     page.get_by_role("button", name="Sample: loud").click()

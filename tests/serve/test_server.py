@@ -1,18 +1,17 @@
 """`dynaslim serve` as a process: how it starts, how it stops, what it needs."""
 
+import io
 import json
-import os
-import re
 import signal
-import subprocess
-import sys
+import socket
 import threading
 import time
-from contextlib import contextmanager
+from collections import Counter
 
 import httpx
 import pytest
-from helpers import free_port
+from helpers import free_port, running
+from PIL import Image
 
 from dynaslim import cli
 from dynaslim.serve import server
@@ -42,26 +41,6 @@ cli.main(sys.argv[1:])
 """
 
 
-@contextmanager
-def running(package, *flags, script="from dynaslim import cli; cli.main()"):
-    """A server process that is ready; yields it and its address."""
-    command = [sys.executable, "-c", script, "serve", str(package), "--port", "0", *flags]
-    process = subprocess.Popen(
-        [*command, "--backend", "onnxruntime", "--workers", "1"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    try:
-        line = process.stdout.readline()
-        found = re.search(r"http://\S+(?=/ )", line)
-        assert found, (line, process.stderr.read())
-        yield process, found[0]
-    finally:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
-
-
 def ended(process, seconds=30):
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
@@ -72,7 +51,7 @@ def test_a_package_is_served_without_torch(package, pictures):
     with running(package, script=WITHOUT % (refused,)) as (process, url):
         answer = httpx.post(f"{url}/v1/predict", files=[("images", pictures[0])], timeout=20)
         assert answer.status_code == 200
-        assert answer.json()["results"][0]["ms"] > 0
+        assert answer.json()["results"][0]["madds"] > 0
         process.terminate()
         assert ended(process) == (0, "", "")
 
@@ -122,6 +101,47 @@ def test_a_signal_under_load_loses_no_accepted_request(package, pictures, number
     assert (returned, err) == (0, "")
 
 
+def test_a_stop_resets_no_new_connection(package, pictures):
+    """Clients open a connection for each request until there is no server any more."""
+    picture = pictures[0]
+    body = (
+        b'--b\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+        + picture + b"\r\n--b--\r\n"
+    )  # fmt: skip
+    request = (
+        b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n"
+        b"Content-Type: multipart/form-data; boundary=b\r\n\r\n%s" % (len(body), body)
+    )
+    outcomes = Counter()
+    with running(package, script=SLOW % 0.005) as (process, url):
+        port = int(url.rpartition(":")[2])
+
+        def client():
+            while True:
+                try:
+                    with socket.create_connection(("127.0.0.1", port), 20) as connection:
+                        connection.sendall(request)
+                        outcomes[connection.recv(12)[9:]] += 1
+                except ConnectionRefusedError:
+                    return
+                except OSError as error:
+                    outcomes[repr(error)] += 1
+
+        threads = [threading.Thread(target=client) for _ in range(24)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 20
+        while outcomes[b"200"] < 200:
+            assert time.monotonic() < end, outcomes
+            time.sleep(0.01)
+        process.terminate()
+        for thread in threads:
+            thread.join(20)
+        returned, _, err = ended(process)
+    assert set(outcomes) == {b"200", b"503"}, outcomes
+    assert (returned, err) == (0, "")
+
+
 def test_what_cannot_be_answered_in_time(package, pictures):
     flags = ["--drain-s", "0.2", "--deadline-ms", "60000"]
     with running(package, *flags, script=SLOW % 1.5) as (process, url):
@@ -165,17 +185,32 @@ def test_a_second_signal_stops_at_once(package, pictures):
         thread.join()
 
 
+def damaged_tiffs():
+    """Such as libtiff has something to say about."""
+    made = []
+    for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
+        buffer = io.BytesIO()
+        Image.effect_noise((64, 64), 50).save(buffer, "TIFF", compression=compression)
+        made.append(bytearray(buffer.getvalue()))
+        made[-1][2000:2400] = bytes(400)
+    return [bytes(one) for one in made]
+
+
 def test_a_process_s_token_log_and_warning(package, pictures, monkeypatch):
     monkeypatch.setenv("DYNASLIM_TOKEN", "from the environment")
     with running(package, "--access-log") as (process, url):
         files = [("images", pictures[0])] * 2
         assert httpx.post(f"{url}/v1/predict", files=files).status_code == 401
         headers = {"authorization": "Bearer from the environment"}
+        for content in damaged_tiffs():
+            damaged = [("images", content)]
+            httpx.post(f"{url}/v1/predict", files=damaged, headers=headers)
         good = httpx.post(f"{url}/v1/predict", files=files, headers=headers)
         assert good.status_code == 200
         process.terminate()
         returned, _, err = ended(process)
-    (line,) = map(json.loads, err.splitlines())
+    *lines, line = map(json.loads, err.splitlines())
+    assert len(lines) == len(damaged_tiffs()), "a line for each, and none of a library"
     assert returned == 0
     assert (line["method"], line["path"], line["status"], line["images"]) == (
         "POST", "/v1/predict", 200, 2,

@@ -1,7 +1,7 @@
 // One picture: what the network saw, what it answered, what that cost, and the route it took.
 
 import { byId, h } from "./dom.js";
-import { className, madds, milliseconds, percent } from "./format.js";
+import { className, madds, milliseconds, percent, untimed } from "./format.js";
 import { drawSeen } from "./preview.js";
 import { RouteDrawing, glyph, level } from "./route.js";
 
@@ -95,8 +95,7 @@ function bar(share, ticks = []) {
 function cost(model, result) {
   const timed = result.ms !== null && model.widest.ms !== null;
   const spentMs = timed ? milliseconds(result.ms) : null;
-  const doubt = model.steady ? "" : " (timed while the machine was busy)";
-  const time = timed ? `, ${spentMs} instead of ${milliseconds(model.widest.ms)}${doubt}` : "";
+  const time = timed ? `, ${spentMs} instead of ${milliseconds(model.widest.ms)}` : "";
   const share = percent(result.madds_share);
   const routeLevel = level(model, result.route, result.madds);
   // where the other routes would end, unless they are too many to tell apart
@@ -124,7 +123,7 @@ function cost(model, result) {
   }
   return [
     h("p", { class: "headline" }, h("strong", {}, share),
-      ` of the widest route's multiply-adds${time}.`),
+      ` of the widest route's multiply-adds${time}.${untimed(model)}`),
     ...rows,
   ];
 }

@@ -16,6 +16,11 @@ export function madds(count) {
   return count.toFixed(0);
 }
 
+/** What stands where times would, if the machine was too busy to measure them. */
+export function untimed(model) {
+  return model.steady ? "" : " No times: other work kept the machine busy when they were measured.";
+}
+
 /** 0.912 -> "0.91 ms". */
 export function milliseconds(ms) {
   return `${ms < 0.1 ? ms.toPrecision(2) : digits(ms)}\u00a0ms`;

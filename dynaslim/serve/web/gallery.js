@@ -2,7 +2,9 @@
 
 import { ORDERS, sorted } from "./collection.js";
 import { byId, h } from "./dom.js";
-import { className, madds, mean, milliseconds, percent, pictures as some } from "./format.js";
+import {
+  className, madds, mean, milliseconds, percent, pictures as some, untimed,
+} from "./format.js";
 import { glyph, level } from "./route.js";
 
 const MOST_ROWS = 12; // of the histogram
@@ -52,7 +54,8 @@ export class Gallery {
       h("strong", {}, percent(spent / widest.madds)),
       ` of the widest route's multiply-adds on average: ${madds(spent)} instead of ` +
         `${madds(widest.madds)} a picture` +
-        (timed ? `, ${milliseconds(ms)} instead of ${milliseconds(widest.ms)}.` : "."),
+        (timed ? `, ${milliseconds(ms)} instead of ${milliseconds(widest.ms)}.` : ".") +
+        untimed(this.#model),
     );
     byId("histogram").replaceChildren(...histogram(this.#model, results));
   }

@@ -1,7 +1,7 @@
 // What is shown before there is a picture: the network, and every route that it can take.
 
 import { byId, h } from "./dom.js";
-import { madds, milliseconds, percent } from "./format.js";
+import { madds, milliseconds, percent, untimed } from "./format.js";
 import { RouteDrawing, glyph, level } from "./route.js";
 
 const MOST_ROWS = 12;
@@ -49,6 +49,7 @@ function table(model, routes, show) {
   return h(
     "table",
     {},
+    model.steady ? null : h("caption", {}, untimed(model).trim()),
     h("thead", {}, h(
       "tr",
       {},
