@@ -7,7 +7,7 @@ and the test split judges: done once, when nothing is left to choose.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -73,19 +73,18 @@ def _with_gate(pair: Pair, file: Path) -> Pair:
 
 def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     """The supernet with its gates, beside static networks and in-place distillation."""
-    recipe = plan.cifar10(folder, seed)
-    pair, found = _supernet_and_gates("headline", recipe, seed, test)
-    _beside_statics(found, pair, recipe, seed, test)
-    other = Cell("headline", "distillation", seed)
+    found = _beside_statics("headline", folder, seed, test)
+    other = Cell("distillation", "supernet", seed)
     if _is_trained(other):
-        found["distillation_top1"] = pair_of(other, recipe, test)[1].top1_R
+        pair = pair_of(other, plan.cifar10(folder, seed), test)
+        found["distillation_top1"] = pair[1].top1_R
     return found
 
 
-def _beside_statics(
-    found: dict[str, Any], pair: Pair, recipe: SupernetRecipe, seed: int, test: bool
-) -> None:
-    """Networks trained alone as long as the supernet, and cascades of two of them."""
+def _beside_statics(experiment: str, folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """A supernet with its gates, networks trained alone as long, and cascades of two of these."""
+    recipe = plan.cifar10(folder, seed)
+    pair, found = _supernet_and_gates(experiment, recipe, seed, test)
     statics = {
         k: pair_of(other, recipe, test)
         for k in range(WIDTHS)
@@ -96,19 +95,12 @@ def _beside_statics(
         found["ways"]["cascade"] = cascade_rows(
             {k: p[0] for k, p in statics.items()}, {k: p[1] for k, p in statics.items()}, pair[1]
         )
-
-
-def labels(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """The supernet whose routes all learnt the labels, beside the same static networks."""
-    recipe = plan.cifar10(folder, seed)
-    pair, found = _supernet_and_gates("labels", recipe, seed, test)
-    _beside_statics(found, pair, recipe, seed, test)
     return found
 
 
-def longer(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """The supernet that was trained on, with gates of its own."""
-    return _supernet_and_gates("longer", plan.cifar10(folder, seed), seed, test)[1]
+def _trained_on(experiment: str, folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """A supernet that was trained on, with gates of its own."""
+    return _supernet_and_gates(experiment, plan.cifar10(folder, seed), seed, test)[1]
 
 
 def imagenette(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
@@ -136,9 +128,10 @@ def _is_trained(cell: Cell) -> bool:
 def _gate_rows(pair: Pair, gates: Cell) -> list[dict[str, Any]]:
     """Every gate of a cell as it was trained: no shift, no escalation."""
     rows = []
-    for file in sorted(gates.run.glob("gate_*.safetensors")):
+    for file in sorted(gates.run.glob("gate*.safetensors")):
         _, judging = _with_gate(pair, file)
-        rows.append({"target": float(file.stem.removeprefix("gate_")), **_gated(judging)})
+        _, _, target = file.stem.partition("_")
+        rows.append({"target": float(target) if target else None, **_gated(judging)})
     return rows
 
 
@@ -173,7 +166,7 @@ def quick(_: str | None, seed: int, test: bool) -> dict[str, Any]:
 
 def _targets(experiment: str, recipe: SupernetRecipe, seed: int, test: bool) -> dict[str, Any]:
     found = {}
-    for target in ("labels", "distillation", "bootstrap", "ensemble"):
+    for target in plan.TEACHING:
         cell = Cell(experiment, target, seed)
         if _is_trained(cell):
             found[target] = pair_of(cell, recipe, test)[1].top1_R
@@ -270,8 +263,10 @@ def gates_ms(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
 
 JUDGED: Final[Mapping[str, Any]] = {
     "headline": headline,
-    "labels": labels,
-    "longer": longer,
+    "labels": partial(_beside_statics, "labels"),
+    "ensemble": partial(_beside_statics, "ensemble"),
+    "longer": partial(_trained_on, "longer"),
+    "longer_labels": partial(_trained_on, "longer_labels"),
     "imagenette": imagenette,
     "targets": targets,
     "quick": quick,

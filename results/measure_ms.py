@@ -35,10 +35,11 @@ from results.judging import WIDTHS
 BACKENDS: Final = ("openvino", "onnxruntime")
 BATCH: Final = 32
 LARGE: Final = 128
-BATCHES: Final = {"headline": 16, "labels": 16, "longer": 16, "imagenette": 4}
+SUPERNETS: Final = ("headline", "labels", "ensemble", "longer", "longer_labels")
+BATCHES: Final = {**dict.fromkeys(SUPERNETS, 16), "imagenette": 4}
 """Different batches that every arm runs in a round: routes differ from batch to batch."""
 ROUNDS: Final = 25
-EXPERIMENTS: Final = ("headline", "labels", "longer", "imagenette")
+EXPERIMENTS: Final = tuple(BATCHES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="folder with cifar10, fashion_mnist, ...; else the hub")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--only", default="headline,labels,longer,tables", help="or imagenette")
+    parser.add_argument("--only", default=",".join((*SUPERNETS, "tables")), help="or imagenette")
     given = parser.parse_args(argv)
     seeds, only = [int(seed) for seed in given.seeds.split(",")], given.only.split(",")
     try:

@@ -112,11 +112,14 @@ def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
         recipe = cifar10(folder, seed)
         jobs += _supernet_and_gates("headline", recipe)
         jobs += [
-            Job(Cell("headline", f"static{k}", seed), "static", recipe, width=k)
+            Job(
+                Cell("headline", f"static{k}", seed),
+                "static",
+                at_rate(recipe, BEST["cifar10"][f"static{k}"]),
+                width=k,
+            )
             for k in (0, 3, 1, 2)
         ]
-        other = replace(recipe, target="distillation")
-        jobs.append(Job(Cell("headline", "distillation", seed), "supernet", other))
     return jobs
 
 
@@ -131,27 +134,54 @@ def _supernet_and_gates(
     ]
 
 
-def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """The same supernets trained on, as the one that ships was; no static networks."""
+def labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """CIFAR-10: all routes of the supernet taught by the labels."""
+    return _taught("labels", folder, seeds)
+
+
+def ensemble(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """CIFAR-10: in-place ensemble bootstrapping, the paper's way."""
+    return _taught("ensemble", folder, seeds)
+
+
+def distillation(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """CIFAR-10: in-place distillation, the slimmable baseline; no gates."""
+    return [job for job in _taught("distillation", folder, seeds) if job.kind == "supernet"]
+
+
+def _taught(way: str, folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """The recipe that ships, taught in another way at that way's own rate."""
     jobs = []
     for seed in seeds:
-        before = Cell("headline", "supernet", seed)
+        recipe = replace(cifar10(folder, seed), **UNTAUGHT | TEACHING[way])
+        jobs += _supernet_and_gates(way, at_rate(recipe, BEST["cifar10"][way]))
+    return jobs
+
+
+def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """The supernets of `headline` trained on, as the one that ships was."""
+    return _trained_on("longer", "headline", folder, seeds)
+
+
+def longer_labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """Those of `labels` trained on by the labels, the recipe otherwise the same."""
+    return _trained_on("longer_labels", "labels", folder, seeds, **UNTAUGHT | TEACHING["labels"])
+
+
+def _trained_on(
+    experiment: str, start: str, folder: str | None, seeds: Sequence[int], **fields: Any
+) -> list[Job]:
+    jobs = []
+    for seed in seeds:
+        before = Cell(start, "supernet", seed)
         recipe = replace(
             _shipped("cifar10_resnet8_longer_supernet"),
             seed=seed,
             data=cifar10(folder, seed).data,
             init=str((before.run / "last.safetensors").relative_to(HERE.parent)),
+            **fields,
         )
-        jobs += _supernet_and_gates("longer", recipe, before)
-    return jobs
-
-
-def labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: all routes of the supernet taught by the labels, the recipe otherwise the same."""
-    jobs = []
-    for seed in seeds:
-        recipe = replace(cifar10(folder, seed), target="labels")
-        jobs += _supernet_and_gates("labels", recipe)
+        jobs += _supernet_and_gates(experiment, recipe, before)
     return jobs
 
 
@@ -165,6 +195,7 @@ def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
     return _targets("quick", mini, seeds)
 
 
+UNTAUGHT: Final[dict[str, Any]] = {"label_weight": 0.0, "label_warmup": 0.0}
 TEACHING: Final[dict[str, dict[str, Any]]] = {
     "labels": {"target": "labels"},
     "ensemble": {"target": "ensemble"},
@@ -177,7 +208,10 @@ TEACHING: Final[dict[str, dict[str, Any]]] = {
 `handover` goes from the labels over to the teacher."""
 RATES: Final = (0.1, 0.2, 0.4)
 """Learning rates that each way of teaching is tried at."""
-BEST: Final[dict[str, dict[str, float]]] = {}
+BEST: Final[dict[str, dict[str, float]]] = {
+    name: dict.fromkeys((*TEACHING, *(f"static{k}" for k in range(4))), 0.2)
+    for name in ("cifar10", "targets", "quick")
+}
 """The rate of each way that the held-out images chose, by experiment: from the cells of
 `rates_...` at seed 0."""
 
@@ -212,7 +246,7 @@ def _rates(experiment: str, recipe: SupernetRecipe) -> list[Job]:
         Job(
             Cell(experiment, f"{variant}_lr{lr:g}", recipe.seed),
             "supernet",
-            replace(at_rate(recipe, lr), **fields),
+            replace(at_rate(recipe, lr), **UNTAUGHT | fields),
         )
         for lr in RATES
         for variant, fields in TEACHING.items()
@@ -231,7 +265,7 @@ def _targets(
         Job(
             Cell(experiment, variant, seed),
             "supernet",
-            replace(at_rate(recipe(seed), BEST[experiment][variant]), **fields),
+            replace(at_rate(recipe(seed), BEST[experiment][variant]), **UNTAUGHT | fields),
         )
         for seed in seeds
         for variant, fields in TEACHING.items()
@@ -240,6 +274,7 @@ def _targets(
 
 GATES: Final[dict[str, dict[str, Any]]] = {
     "expected": {},
+    "sgs_paper": {"objective": "sgs", "targets": ()},
     "sgs_try_best": {"objective": "sgs"},
     "sgs_balanced": {
         "objective": "sgs",
@@ -249,7 +284,7 @@ GATES: Final[dict[str, dict[str, Any]]] = {
     "sgs_no_gumbel": {"objective": "sgs", "sgs": SgsRecipe(gumbel=False)},
     "both": {"expected": ExpectedRecipe(sgs_weight=0.2)},
 }
-"""Objectives of the gate; `sgs_try_best` has the paper's weights."""
+"""Objectives of the gate; `sgs_paper` has the paper's weights and scale of the cost."""
 
 
 def gates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
@@ -293,7 +328,10 @@ def imagenette(folder: str | None, seeds: Sequence[int]) -> list[Job]:
 EXPERIMENTS: Final = {
     "headline": headline,
     "labels": labels,
+    "ensemble": ensemble,
+    "distillation": distillation,
     "longer": longer,
+    "longer_labels": longer_labels,
     "targets": targets,
     "gates": gates,
     "gates_ms": gates_ms,

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from results.cells import HERE, all_cells
+from results.plan import TEACHING
 from results.policies import uniform_line
 
 DYNAMIC: Final = ("both", "escalation", "gate")
@@ -122,6 +123,7 @@ def _gates(lists: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]
                 for key in ("madds", "share", "top1", "over_uniform", "gate_accuracy")
                 if key in rows[0]
             },
+            "most_taken": max(max(row["shares"]) for row in rows),
         }
         for rows in zip(*lists, strict=True)
     ]
@@ -257,7 +259,7 @@ def targets(name: str) -> dict[str, Any]:
     """Top-1 of the routes by what they learnt, and how far above labels on average."""
     split, cells = compared(name)
     found: dict[str, Any] = {"split": split, "seeds": sorted(cells), "top1": {}, "mean": {}}
-    for target in ("labels", "distillation", "bootstrap", "ensemble"):
+    for target in TEACHING:
         runs = [cell["top1"][target] for cell in cells.values() if target in cell["top1"]]
         if runs:
             found["top1"][target] = [spread(values) for values in zip(*runs, strict=True)]
@@ -308,15 +310,14 @@ def gates_ms() -> dict[str, Any]:
 
 
 def rates() -> dict[str, Any]:
-    """Static networks at other learning rates, on held-out images."""
+    """Held-out top-1, mean over the routes, of every way of teaching at every learning rate."""
     found: dict[str, Any] = {}
-    for experiment in ("headline", "rates"):
-        for cell in all_cells(experiment):
-            if cell["asked"]["kind"] == "static" and cell["seed"] == 0:
-                lr = cell["asked"]["recipe"]["optim"]["lr"]
-                width = found.setdefault(str(cell["asked"]["width"]), {})
-                width[f"{lr:g}"] = cell["held_out"]["top1"][0]
-    return {width: rows for width, rows in found.items() if len(rows) > 1}
+    for name in ("cifar10", "targets", "quick"):
+        for cell in all_cells(f"rates_{name}"):
+            variant, _, lr = cell["variant"].partition("_lr")
+            rows = found.setdefault(name, {}).setdefault(variant, {})
+            rows[lr] = statistics.fmean(cell["held_out"]["top1"])
+    return found
 
 
 # -- repeating -------------------------------------------------------------------------------------

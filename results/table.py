@@ -45,7 +45,9 @@ def made() -> dict[Path, bytes]:
     found: dict[str, Any] = {
         "cifar10": summaries.supernets("headline"),
         "cifar10_labels": summaries.supernets("labels"),
+        "cifar10_ensemble": summaries.supernets("ensemble"),
         "cifar10_longer": summaries.supernets("longer"),
+        "cifar10_longer_labels": summaries.supernets("longer_labels"),
         "imagenette": summaries.supernets("imagenette"),
         "targets": summaries.targets("targets"),
         "gates": summaries.gates(),
