@@ -302,6 +302,7 @@ def test_answers_come_as_the_images_did(backend):
             (0, 2),
             (0,),
             (0,),
+            (0,),
         ]
         assert isinstance(nothing.logits, kind)
         assert engine(images, shift=1e9).routes.tolist() == [[0, 0]] * 33
