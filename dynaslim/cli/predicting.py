@@ -35,6 +35,7 @@ def predict(
     parquet: Path | None = None,
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
+    no_cache: bool = False,
 ) -> int:
     """Predict image files, each along the route that its gates choose.
 
@@ -51,6 +52,7 @@ def predict(
         parquet: Write a row for every image there: a file, with --engine ray a new folder of files.
         engine: local, or ray for the workers of a Ray cluster (RAY_ADDRESS, else on this machine).
         workers: Threads that decode images, with --engine ray actors. Default: one for each core.
+        no_cache: Keep no compiled programs on disk, and read none.
     """
     from dynaslim.errors import UsageError
     from dynaslim.predict import Summary, Unreadable, find_images
@@ -63,7 +65,8 @@ def predict(
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
     table = None if parquet is None else _table(parquet, engine)
-    rows = _rows(engine, resolve(model), files, backend, batch_size, budget, workers)
+    cache_dir = None if no_cache else "auto"
+    rows = _rows(engine, resolve(model), files, backend, batch_size, budget, workers, cache_dir)
     show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
     summary = Summary()
     started = time.perf_counter()
@@ -182,6 +185,7 @@ def _rows(
     batch_size: int,
     budget: str | None,
     workers: int | None,
+    cache_dir: str | None,
 ) -> Rows:
     """The rows to come; a model that cannot be run is found out here."""
     from dynaslim.predict import open_engine
@@ -197,8 +201,9 @@ def _rows(
             budget=budget,
             batch_size=batch_size,
             workers=workers,
+            cache_dir=cache_dir,
         )
-    opened = open_engine(model, backend, batch_size=batch_size)
+    opened = open_engine(model, backend, batch_size=batch_size, cache_dir=cache_dir)
     return predict_here(opened, files, batch_size=batch_size, budget=budget, workers=workers)
 
 
