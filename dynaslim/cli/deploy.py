@@ -250,10 +250,10 @@ def export(
                 (report_split, report_images),
                 cache=not no_cache,
             )
-        manifest = export_package(loaded, out, source=source, notes=notes)
+        manifest, errors = export_package(loaded, out, source=source, notes=notes)
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         result = {
-            "parity": max(manifest["parity"].values()),
+            "parity": max(errors.values()),
             "forms": len(manifest["forms"]),
             "bytes": size,
             "precision": manifest["precision"],

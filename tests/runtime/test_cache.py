@@ -105,10 +105,8 @@ def test_programs_are_read_from_a_folder_that_cannot_be_written(backend, small_d
         again = Engine(lively_net("micro"), backend=backend, cache_dir=small_disk / "c", workers=2)
         again(x)
     assert again.counts.compiled == []
+    other = Engine(lively(micro_spec(name="other")), backend=backend, cache_dir=small_disk / "c")
     with pytest.warns(DynaslimWarning, match="Read-only file system"):
-        other = Engine(
-            lively(micro_spec(name="other")), backend=backend, cache_dir=small_disk / "c"
-        )
         other(x)
 
 

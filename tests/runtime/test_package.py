@@ -26,7 +26,7 @@ from dynaslim.predict import predict
 from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime import export
 from dynaslim.runtime.forms import segment_forms
-from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError, open_package
+from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["micro", *ZOO_NAMES]
@@ -90,7 +90,7 @@ def test_a_second_start_compiles_nothing_wherever_it_works(backend, package, tmp
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 def test_a_package_answers_as_the_network(name, backend, tmp_path):
     checkpoint = _checkpoint(name)
-    manifest = export.export_package(checkpoint, tmp_path / "out")
+    manifest, _ = export.export_package(checkpoint, tmp_path / "out")
     spec = checkpoint.net.spec
     assert set(manifest["forms"]) == {form.name for form in segment_forms(spec)}
     engine = Engine.from_package(tmp_path / "out", backend=backend, cache_dir=None)
@@ -113,28 +113,23 @@ def test_a_package_answers_as_the_network(name, backend, tmp_path):
 def test_what_forms_share_is_in_the_file_once(tmp_path):
     """Four gates, 53 forms: the file has hardly more than the four widths have together."""
     checkpoint = _checkpoint("ds_resnet50")
-    manifest = export.export_package(checkpoint, tmp_path / "out")
+    manifest, _ = export.export_package(checkpoint, tmp_path / "out")
     spec = checkpoint.net.spec
     assert len(manifest["forms"]) == 53
     own = sum(dynaslim.params(spec, route) for route in spec.routes) * 4
     assert manifest["files"][WEIGHTS]["bytes"] < 1.6 * own
 
 
-def test_the_manifest_says_what_it_is(package):
-    folder, checkpoint = package
-    manifest = json.loads((folder / MANIFEST).read_text())
-    spec = checkpoint.net.spec
+def test_the_manifest_says_what_it_is(tmp_path):
+    checkpoint = _checkpoint("micro")
+    manifest, errors = export.export_package(checkpoint, tmp_path / "out")
+    folder, spec = tmp_path / "out", checkpoint.net.spec
+    assert json.loads((folder / MANIFEST).read_text()) == manifest
     assert manifest["precision"] == "fp32"
-    assert [tuple(route["widths"]) for route in manifest["routes"]] == [
-        route.widths for route in spec.routing_space
-    ]
-    assert manifest["routes"][0]["madds"] == dynaslim.madds(
-        spec, spec.cheapest_choice, 32, slimming_heads=True
-    )
-    assert manifest["input"]["image_size_px"] == 32
     assert manifest["versions"]["dynaslim"] == dynaslim.__version__
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {MANIFEST}
-    assert all(error < 1e-4 for error in manifest["parity"].values())
+    assert set(errors) == {form.name for form in segment_forms(spec)}
+    assert all(error < 1e-4 for error in errors.values())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
 
@@ -162,39 +157,6 @@ def test_an_altered_file_is_named(copied, name):
     (copied / name).write_bytes(content)
     with pytest.raises(PackageError, match=f"{name}: does not match its SHA-256"):
         Engine.from_package(copied)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 2}, "package version 2, this dynaslim reads version 1; install"),
-        ({"format": "other"}, "not the manifest of a dynaslim package"),
-        ({"precision": "fp64"}, "precision 'fp64'"),
-        ({"spec": {"name": "x"}}, "not a network spec"),
-        ({"forms": {}}, "has no 'segment0_0_0'"),
-        ({"files": {}}, "is not among its files"),
-        ({"files": 3}, "not valid"),
-        ({"class_names": ["a", "b"]}, "manifest.json: .*class_names: must be a list of 5 names"),
-        ({"class_names": "abcde"}, "must be a list of 5 names, or null"),
-        ({"budget": {}}, "manifest.json: not valid: budget curve: has no 'cheapest_madds'"),
-        ({"budget": 3}, "manifest.json: not valid: budget curve: expected an object, got 3"),
-        ({"preprocessing": {"image_size_px": 0, "mean": [0], "std": [1]}}, "image_size_px 0"),
-    ],
-)
-def test_a_manifest_that_is_not_valid(copied, change, message):
-    path = copied / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(PackageError, match=message):
-        Engine.from_package(copied)
-
-
-def test_a_manifest_cannot_name_files_elsewhere(copied):
-    path = copied / MANIFEST
-    manifest = json.loads(path.read_text())
-    manifest["files"]["../secret"] = {"bytes": 1, "sha256": ""}
-    path.write_text(json.dumps(manifest))
-    with pytest.raises(PackageError, match=r"'\.\./secret' is not a file of the folder"):
-        open_package(copied)
 
 
 def test_no_package(tmp_path):
@@ -350,7 +312,7 @@ def test_a_package_runs_without_torch_in_a_clean_environment(package, tmp_path):
     python = site / "bin" / "python"
     # what is installed here, by links: a download would need a network
     lib = next((site / "lib").glob("python*")) / "site-packages"
-    for library in ("numpy", "onnxruntime", "openvino", "openvino_telemetry"):
+    for library in ("numpy", "msgspec", "onnxruntime", "openvino", "openvino_telemetry"):
         home = Path(__import__("importlib.util").util.find_spec(library).origin).parent
         (lib / library).symlink_to(home)
         if (home.parent / f"{library}.libs").is_dir():
