@@ -72,10 +72,11 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None or Path(os.fsdecode(error.filename)) not in path.parents:
+        # libraries have longer words for what the system has a number for
+        error.strerror = str(error) if error.errno is None else os.strerror(error.errno)
+        named = error.filename
+        if not isinstance(named, str | bytes) or Path(os.fsdecode(named)) not in path.parents:
             error.filename, error.filename2 = str(path), None
-        if error.errno is not None:  # libraries have longer words for it
-            error.strerror = os.strerror(error.errno)
         raise
 
 
@@ -133,8 +134,9 @@ def check_text(value: Any) -> None:
     """Raise `UsageError` for a text in plain values, keys too, that no terminal should show."""
     if isinstance(value, str):
         for character in value if not value.isprintable() else ():
-            if unicodedata.category(character) in _NOT_SHOWN or character in _TURNING:
-                raise UsageError(f"text {value!r:.60}: has the control character {character!r}")
+            if not is_shown(character):
+                told = ascii(character)
+                raise UsageError(f"text {value!a:.60}: has the control character {told}")
     elif isinstance(value, Mapping):
         for key, held in value.items():
             check_text(key)
@@ -142,6 +144,11 @@ def check_text(value: Any) -> None:
     elif isinstance(value, list | tuple):
         for held in value:
             check_text(held)
+
+
+def is_shown(character: str) -> bool:
+    """Whether a terminal or a page can show a character as part of a name."""
+    return character not in _TURNING and unicodedata.category(character) not in _NOT_SHOWN
 
 
 def validated(data: Any, kind: type[T], what: str, *, whole: bool = False) -> T:

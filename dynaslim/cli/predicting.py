@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
-from dynaslim.cli.output import fail, new_table, say
+from dynaslim.cli.output import fail, new_table, printable, say
 
 if TYPE_CHECKING:
     from dynaslim.predict import Prediction, Rows, Summary
@@ -82,7 +82,7 @@ def predict(
             if bar is not None:
                 bar.advance()
             if isinstance(row, Unreadable):
-                sys.stderr.write(f"left out: {row.file}: {row.reason}\n")
+                sys.stderr.write(f"left out: {printable(row.file)}: {row.reason}\n")
                 continue
             show.add(row)
             if table is not None:
@@ -278,8 +278,8 @@ def _rows_table(rows: list[Prediction]) -> Any:
     for row in rows:
         # as text: brackets in a name are no markup
         table.add_row(
-            Text(row.file),
-            Text(str(row.label) if row.class_name is None else row.class_name),
+            Text(printable(row.file)),
+            Text(printable(str(row.label) if row.class_name is None else row.class_name)),
             f"{row.confidence:.1%}",
             row.route,
             f"{row.madds / 1e6:.2f} M" + (", ran again" if row.escalated else ""),

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from dynaslim import __version__
-from dynaslim._files import check_text, check_writable, write_atomic
+from dynaslim._files import check_text, check_writable, naming, write_atomic
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.runtime.engine import Engine
@@ -80,41 +80,42 @@ def export_package(
     spec.check_image_size(side, side)
     for library in ("onnx", "onnxruntime"):
         require(library)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        names = _write_forms(forms, folder)
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "spec": spec.to_dict(),
-            "precision": forms.precision,
-            "class_names": checkpoint.class_names,
-            "preprocessing": None if pre is None else pre.to_dict(),
-            "budget": checkpoint.budget,
-            "metrics": dict(checkpoint.metrics),
-            "versions": {
-                "dynaslim": __version__,
-                "onnx_opset": OPSET,
-                "onnx": require("onnx").__version__,
-                "torch": torch.__version__,
-            },
-            "forms": names,
-            "notes": dict(notes or {}),
-        }
-        errors = _parity(forms, NetworkForms(net), folder, names, side)
-        manifest["files"] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            for path in sorted(folder.iterdir())
-        }
-        # through JSON once, so that what is hashed is what a reader will hash (tuples become lists)
-        manifest = json.loads(json.dumps(manifest, allow_nan=False))
-        manifest["sha256"] = manifest_digest(manifest)
-        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-        _whole_parity(checkpoint, folder, forms.precision, side)
-        _put_in_place(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            names = _write_forms(forms, folder)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "spec": spec.to_dict(),
+                "precision": forms.precision,
+                "class_names": checkpoint.class_names,
+                "preprocessing": None if pre is None else pre.to_dict(),
+                "budget": checkpoint.budget,
+                "metrics": dict(checkpoint.metrics),
+                "versions": {
+                    "dynaslim": __version__,
+                    "onnx_opset": OPSET,
+                    "onnx": require("onnx").__version__,
+                    "torch": torch.__version__,
+                },
+                "forms": names,
+                "notes": dict(notes or {}),
+            }
+            errors = _parity(forms, NetworkForms(net), folder, names, side)
+            manifest["files"] = {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+                for path in sorted(folder.iterdir())
+            }
+            # through JSON once: what is hashed is what a reader will hash (tuples become lists)
+            manifest = json.loads(json.dumps(manifest, allow_nan=False))
+            manifest["sha256"] = manifest_digest(manifest)
+            write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+            _whole_parity(checkpoint, folder, forms.precision, side)
+            _put_in_place(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return manifest, errors
 
 
