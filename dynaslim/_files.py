@@ -1,13 +1,29 @@
-"""Writing files so that a reader, or a crash, never sees half of one; reading people's YAML."""
+"""Writing files so that a reader, or a crash, never sees half of one; reading what others wrote."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
 import os
+import re
+import reprlib
 import threading
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, TypeVar
 
 from dynaslim.errors import UsageError
+
+T = TypeVar("T")
+_DIGITS: Final = 20
+"""Of a whole number in a file; more is none of ours, and slow to read."""
+_NOT_SHOWN: Final = ("Cc", "Cs", "Zl", "Zp")
+"""Unicode's categories of what moves a terminal's cursor, breaks lines, or is half a character."""
+_TURNING: Final = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+"""What changes the direction of the text around it."""
 
 
 def check_writable(path: str | Path) -> Path:
@@ -27,19 +43,167 @@ def write_atomic(path: str | Path, content: bytes) -> Path:
 
     Parent folders are made. On any error the temporary file is removed and an older file of that
     name is left as it was.
+
+    Raises:
+        UsageError: as `check_writable`.
+        OSError: if it cannot be written; it names the file.
     """
     target = check_writable(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
     return target
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have every `OSError` inside name this file: a full disk names none, a temporary name is ours.
+
+    An error about one of the folders around it is left as it is.
+    """
+    try:
+        yield
+    except OSError as error:
+        # libraries have longer words for what the system has a number for
+        error.strerror = str(error) if error.errno is None else os.strerror(error.errno)
+        named = error.filename
+        if not isinstance(named, str | bytes) or Path(os.fsdecode(named)) not in path.parents:
+            error.filename, error.filename2 = str(path), None
+        raise
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+def parse_json(content: bytes) -> Any:
+    """Plain values of JSON that nobody need trust.
+
+    Raises:
+        UsageError: if it is not JSON, or has a key twice, a number that is not finite or has too
+            many digits, text that no terminal or page should show, or is nested too deeply.
+    """
+    try:
+        value = json.loads(
+            content.decode(),
+            object_pairs_hook=_object,
+            parse_int=_whole_number,
+            parse_float=_finite_number,
+            parse_constant=_finite_number,
+        )
+        check_text(value)
+    except UsageError:
+        raise
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise UsageError(f"not JSON: {error}") from None
+    except RecursionError:
+        raise UsageError("nested too deeply") from None
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for number, key in enumerate(keys) if key in keys[:number])
+        raise UsageError(f"has the key {twice!r:.60} twice")
+    return made
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > _DIGITS:
+        raise UsageError(f"a number of {len(text)} digits: must have at most {_DIGITS}")
+    return int(text)
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise UsageError(f"{text}: must be a finite number")
+    return value
+
+
+def check_text(value: Any) -> None:
+    """Raise `UsageError` for a text in plain values, keys too, that no terminal should show."""
+    if isinstance(value, str):
+        for character in value if not value.isprintable() else ():
+            if not is_shown(character):
+                told = ascii(character)
+                raise UsageError(f"text {value!a:.60}: has the control character {told}")
+    elif isinstance(value, Mapping):
+        for key, held in value.items():
+            check_text(key)
+            check_text(held)
+    elif isinstance(value, list | tuple):
+        for held in value:
+            check_text(held)
+
+
+def is_shown(character: str) -> bool:
+    """Whether a terminal or a page can show a character as part of a name."""
+    return character not in _TURNING and unicodedata.category(character) not in _NOT_SHOWN
+
+
+def validated(data: Any, kind: type[T], what: str, *, whole: bool = False) -> T:
+    """Plain values as a dataclass or `msgspec.Struct`: each of the type that its field says.
+
+    Nothing is converted but whole numbers to fractions and lists to tuples. `whole` data have all
+    keys; else fields that are missing have their defaults.
+
+    Raises:
+        UsageError: for a value of another type, a key that is missing or unknown, and what the
+            class itself refuses; the message begins with `what` and names the place.
+    """
+    import msgspec
+
+    try:
+        made = msgspec.convert(data, kind, strict=True)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"{what}: {_in_plain_words(str(error), data)}") from None
+    _check_keys(data, made, what, whole)
+    return made
+
+
+def _in_plain_words(message: str, data: Any) -> str:
+    """The library's message, with the value that it does not tell."""
+    told, _, place = message.replace("`", "").partition(" - at $")
+    place = place.removeprefix(".")
+    told = re.sub(r"^Object missing required field (\w+)$", r"has no '\1'", told)
+    if told.startswith("Expected "):
+        told, value = told[0].lower() + told[1:], data
+        if "[...]" not in place:  # where a key of a mapping is not told
+            for key, index in re.findall(r"(\w+)|\[(\d+)\]", place):
+                value = value[key or int(index)]
+            return f"{place} {reprlib.repr(value)}: {told}".lstrip()
+    return f"{place}: {told}" if place else told
+
+
+def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
+    """Raise `UsageError` for keys that are no fields: dataclasses are made regardless of them."""
+    if isinstance(made, list | tuple):
+        for one, other in zip(data, made, strict=True):
+            _check_keys(one, other, what, whole)
+        return
+    names: Sequence[str] | None = getattr(made, "__struct_fields__", None)
+    if dataclasses.is_dataclass(made):
+        names = [field.name for field in dataclasses.fields(made)]
+    if names is None:
+        return
+    for key in data:
+        if key not in names:
+            raise UsageError(f"{what}: has an unknown key {key!r:.60}")
+    for name in names:
+        if name in data:
+            _check_keys(data[name], getattr(made, name), what, whole)
+        elif whole:
+            raise UsageError(f"{what}: has no {name!r}")
 
 
 def read_yaml(path: str | Path) -> Any:

@@ -28,6 +28,10 @@ class TrainingError(DynaslimError):
     """Training cannot go on: a loss is not finite, or the recipe does not fit the data."""
 
 
+class DynaslimWarning(UserWarning):
+    """Something is wrong that costs no answer; the message says what and what would be right."""
+
+
 def check(fine: bool, message: str) -> None:
     """Raise `UsageError` with the message unless `fine`."""
     if not fine:

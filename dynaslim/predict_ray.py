@@ -54,6 +54,7 @@ def predict_ray(
     budget: Budget = None,
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
+    cache_dir: str | Path | None = "auto",
     make_engine: Callable[[], RoutedEngine] | None = None,
 ) -> Rows:
     """As `dynaslim.predict.predict`, by `workers` actors with one core and one engine each.
@@ -61,8 +62,8 @@ def predict_ray(
     The cluster is the one this process is connected to, or that of `RAY_ADDRESS`, or one on this
     machine for just this call. `workers` is by default as many as the cluster has cores. Every
     machine must see the model and the files under their paths here. With the backend "auto" it is
-    chosen here, for all. `make_engine` makes a worker's engine, by default `open_engine`'s; it goes
-    to the workers by pickle.
+    chosen here, for all. `cache_dir` is the engines'. `make_engine` makes a worker's engine, by
+    default `open_engine`'s; it goes to the workers by pickle.
 
     Raises:
         UsageError: as `predict` and `open_engine`, and if ray is not installed.
@@ -74,7 +75,7 @@ def predict_ray(
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to our stderr
     ray, data = require("ray"), require("ray.data")
     if make_engine is None:
-        options = {"workers": 1, "batch_size": batch_size}
+        options = {"workers": 1, "batch_size": batch_size, "cache_dir": cache_dir}
         # what is wrong with the model is found here, before anything is started
         chosen = open_engine(model, backend, **options).backend
         make_engine = partial(open_engine, os.path.abspath(model), chosen, **options)

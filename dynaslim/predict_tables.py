@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
-from dynaslim._files import check_writable, write_atomic
+from dynaslim._files import check_writable, naming, write_atomic
 from dynaslim.errors import UsageError, check
 from dynaslim.predict import Prediction, name_of
 
@@ -68,25 +68,34 @@ class ParquetFile:
         self._writer: Any = None
 
     def __enter__(self) -> ParquetFile:
-        """Open it; raises `OSError` if that cannot be done."""
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        self._writer = self._buffer.parquet.ParquetWriter(self._temporary, self._buffer.schema)
+        """Open it; raises `OSError`, which names it, if that cannot be done."""
+        with naming(self._target):
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._writer = self._buffer.parquet.ParquetWriter(
+                    self._temporary, self._buffer.schema
+                )
+            except BaseException:  # it has made the file, and `__exit__` is not called
+                self._temporary.unlink(missing_ok=True)
+                raise
         return self
 
     def add(self, row: Prediction) -> None:
         """Append a row."""
         self._buffer.add(row)
         if len(self._buffer) >= self.GROUP_ROWS:
-            self._writer.write_table(self._buffer.take())
+            with naming(self._target):
+                self._writer.write_table(self._buffer.take())
 
     def commit(self, summary: Mapping[str, Any]) -> None:
         """Give the file its name; the summary is not for it."""
-        if len(self._buffer):
-            self._writer.write_table(self._buffer.take())
-        self._writer.close()
-        with open(self._temporary, "rb") as written:
-            os.fsync(written.fileno())
-        os.replace(self._temporary, self._target)
+        with naming(self._target):
+            if len(self._buffer):
+                self._writer.write_table(self._buffer.take())
+            self._writer.close()
+            with open(self._temporary, "rb") as written:
+                os.fsync(written.fileno())
+            os.replace(self._temporary, self._target)
 
     def __exit__(
         self,
@@ -94,7 +103,7 @@ class ParquetFile:
         error: BaseException | None,
         where: TracebackType | None,
     ) -> None:
-        with suppress(OSError):  # what is not committed is not wanted, even if the disk is full
+        with suppress(Exception):  # what is not committed is not wanted, even if the disk is full
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
@@ -122,8 +131,9 @@ class ParquetParts:
         self._parts = 0
 
     def __enter__(self) -> ParquetParts:
-        """Make the folder; raises `OSError` if that cannot be done."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Make the folder; raises `OSError`, which names it, if that cannot be done."""
+        with naming(self._folder):
+            self._folder.mkdir(parents=True, exist_ok=True)
         return self
 
     def add(self, row: Prediction) -> None:

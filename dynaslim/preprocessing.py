@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
+from dynaslim._files import validated
 from dynaslim.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+MOST_PX: Final = 1 << 14
+"""Largest side of what a network sees; beyond it a single image fills the memory."""
+_LARGEST: Final = 10.0
+_SMALLEST: Final = 1e-4
+"""Of a deviation: smaller ones, in float32, make what they divide infinite."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +33,21 @@ class Preprocessing:
     """Part of the resized shorter side that the crop keeps (0.875 is usual for ImageNet)."""
 
     def __post_init__(self) -> None:
-        if type(self.image_size_px) is not int or self.image_size_px < 1:
-            raise UsageError(f"image_size_px {self.image_size_px}: must be a whole number above 0")
+        if type(self.image_size_px) is not int or not 1 <= self.image_size_px <= MOST_PX:
+            raise UsageError(
+                f"image_size_px {self.image_size_px}: must be a whole number above 0, at most "
+                f"{MOST_PX}"
+            )
         if not 0 < self.crop_fraction <= 1:
             raise UsageError(f"crop_fraction {self.crop_fraction}: must be above 0 and at most 1")
         if len(self.mean) != len(self.std) or len(self.mean) not in (1, 3):
             raise UsageError(
                 f"mean {self.mean} and std {self.std}: give one value per channel, 1 or 3"
             )
-        if min(self.std) <= 0:
-            raise UsageError(f"std {self.std}: must be positive")
+        if not all(abs(value) <= _LARGEST for value in self.mean):
+            raise UsageError(f"mean {self.mean}: must be that of values in 0..1")
+        if not all(_SMALLEST <= value <= _LARGEST for value in self.std):
+            raise UsageError(f"std {self.std}: must be positive, and that of values in 0..1")
 
     @property
     def channels(self) -> int:
@@ -49,13 +61,7 @@ class Preprocessing:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Preprocessing:
         """Rebuild from `to_dict`; raises `UsageError` for anything else."""
-        try:
-            fields = dict(data)
-            for name in ("mean", "std"):
-                fields[name] = tuple(map(float, fields[name]))
-            return cls(**fields)
-        except (TypeError, KeyError, ValueError) as error:
-            raise UsageError(f"not a preprocessing description: {error}") from None
+        return validated(data, cls, "not a preprocessing description")
 
 
 def normalise_pixels(pixels_BCSS: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Literal, NamedTuple, get_args
 
+from dynaslim._files import validated
 from dynaslim.errors import UsageError
 
 BlockKind = Literal["conv", "depthwise_separable", "inverted_residual", "basic", "bottleneck"]
@@ -26,6 +27,9 @@ Attention = Literal["sigmoid", "one_plus_tanh"]
 
 LARGEST: Final = -1
 """Width index of the teacher: the last width of every stage, trunk included."""
+
+_MOST: Final = 1 << 20
+"""Of any size in a spec: ten times what networks have, and far from filling a memory by itself."""
 
 # A gate sits after the depthwise convolution of the first block of its stage, or, where two
 # tensors would have to cross it there (residual blocks), at the entrance of that block.
@@ -119,11 +123,16 @@ class NetSpec:
     def __post_init__(self) -> None:
         self._check(bool(self.stages), "a network needs at least one stage")
         self._check(
-            type(self.num_classes) is int and self.num_classes >= 1,
-            f"num_classes {self.num_classes}: must be at least 1",
+            type(self.num_classes) is int and 1 <= self.num_classes <= _MOST,
+            f"num_classes {self.num_classes}: must be at least 1, at most {_MOST:,}",
         )
-        self._check(self.in_channels >= 1, f"in_channels {self.in_channels}: must be at least 1")
-        self._check(self.reduction > 0, f"reduction {self.reduction}: must be positive")
+        self._check(
+            1 <= self.in_channels <= _MOST,
+            f"in_channels {self.in_channels}: must be at least 1, at most {_MOST:,}",
+        )
+        self._check(
+            0 < self.reduction <= 100, f"reduction {self.reduction}: must be above 0, at most 100"
+        )
         for field, kind in (("activation", Activation), ("attention", Attention)):
             value = getattr(self, field)
             self._check(value in get_args(kind), f"{field} {value!r}: choose from {get_args(kind)}")
@@ -148,8 +157,9 @@ class NetSpec:
         widths = stage.widths
         sizes = (*widths, stage.blocks, stage.kernel, stage.stride, stage.expansion)
         self._check(
-            all(type(value) is int for value in sizes),
-            f"{at}: widths, blocks, kernel, stride and expansion must be whole numbers: {sizes}",
+            all(type(value) is int and value <= _MOST for value in sizes),
+            f"{at}: widths, blocks, kernel, stride and expansion must be whole numbers of at most "
+            f"{_MOST:,}: {sizes}",
         )
         self._check(bool(widths) and widths[0] >= 1, f"{at}: needs positive widths, got {widths}")
         self._check(_rising(widths), f"{at}: widths {widths} must rise")
@@ -399,20 +409,7 @@ class NetSpec:
         Raises:
             UsageError: for unknown or missing fields, or values of another type.
         """
-        try:
-            fields = dict(data)
-            stages = []
-            for raw in fields.pop("stages"):
-                stage = dict(raw)
-                gate = stage.pop("gate", None)
-                stage["widths"] = tuple(map(int, stage["widths"]))
-                choices = None if gate is None else GateSpec(tuple(map(int, gate["choices"])))
-                stages.append(StageSpec(**stage, gate=choices))
-            return cls(**fields, stages=tuple(stages))
-        except UsageError:
-            raise
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UsageError(f"not a network spec: {error}") from None
+        return validated(data, cls, "not a network spec")
 
 
 def _rising(values: Sequence[int]) -> bool:

@@ -1,5 +1,7 @@
 import os
+import shutil
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -34,3 +36,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A folder of its own on a disk of 256 KB, for what happens when one is full."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    options = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(options, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here")
+    yield folder
+    # lazily: a library may still have one of its files mapped
+    subprocess.run(["umount", "-l", str(folder)], check=True)

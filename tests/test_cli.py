@@ -668,3 +668,19 @@ def test_ctrl_c_in_the_middle(tmp_path):
     assert started.returncode == 130, err
     assert "Traceback" not in out + err
     assert err.strip().splitlines()[-1].startswith("dynaslim: ")
+
+
+def test_names_cannot_move_a_terminal(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    net = lively(micro_spec())
+    names = ("\x1b[2Jcat", "\u202egod", "naïve", "日本語", "e")
+    path = save(tmp_path / "net.safetensors", Checkpoint(net, names, Preprocessing(32)))
+    picture = tmp_path / "a\x1b]0;b.png"
+    picture.write_bytes(png(0, (32, 32), "RGB"))
+    assert cli.run(["info", str(path)]) == 0
+    assert cli.run(["predict", str(path), picture.name, "--no-cache"]) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\u202e" not in out
+    assert r"\x1b[2Jcat, \u202egod, naïve, 日本語, e" in out
+    assert r"a\x1b]0;b.png" in out

@@ -612,7 +612,7 @@ def test_what_the_model_is_asked_for(fake, shades, capsys):
     argv = ["m", shades[0], "--backend", "openvino", "--budget", "4.5ms", "--batch-size", "5"]
     assert _run(capsys, *argv)[0] == 0
     assert fake.budgets == ["4.5ms"]
-    assert fake.opened == [((Path("m"), "openvino"), {"batch_size": 5})]
+    assert fake.opened == [((Path("m"), "openvino"), {"batch_size": 5, "cache_dir": "auto"})]
     assert _run(capsys, "m", shades[0])[0] == 0
     assert fake.budgets[1:] == [None]
 

@@ -62,7 +62,10 @@ def test_profile_takes_a_file(tmp_path, capsys):
         ("epochs: 3\n", "expected the spec of a network"),
         ("a: [1,\n", "not YAML"),
         ("name: a\nstages: []\n", "a network needs at least one stage"),
-        ("name: a\nstages: [{block: conv}]\n", "not a network spec: 'widths'"),
+        (
+            "name: a\nstages: [{block: conv}]\n",
+            "not a network spec: stages\\[0\\]: has no 'widths'",
+        ),
         ("name: a\nwidth: 3\nstages: [{widths: [4], block: conv}]\n", "width"),
     ],
 )

@@ -43,7 +43,13 @@ def random_network(name: str, image_size: int, seed: int = 0) -> SlimNet:
 
 
 def open_engine(
-    model: str, backend: str, image_size: int | None, precision: str, batch_size: int
+    model: str,
+    backend: str,
+    image_size: int | None,
+    precision: str,
+    batch_size: int,
+    *,
+    cache: bool = True,
 ) -> tuple[Engine, int]:
     """An engine of a zoo entry, a spec file, a package or a checkpoint, and its images' side in px.
 
@@ -52,6 +58,8 @@ def open_engine(
         CheckpointError, PackageError: if the file cannot be read.
     """
     options: dict[str, Any] = {"backend": backend, "batch_size": batch_size}
+    if not cache:
+        options["cache_dir"] = None
     if shipped.is_name(model) and not is_package(model):
         model = str(shipped.resolve(model))
     is_name = not (Path(model).exists() or Path(model).suffix or os.sep in model)

@@ -12,8 +12,10 @@ import inspect
 import os
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple, NoReturn
+from functools import partial
+from typing import Any, Final, NamedTuple, NoReturn
 
 from dynaslim import __version__
 from dynaslim.cli import (
@@ -30,7 +32,7 @@ from dynaslim.cli import (
     training,
 )
 from dynaslim.cli.output import fail, help_columns, say, shell_lines
-from dynaslim.errors import DynaslimError
+from dynaslim.errors import DynaslimError, DynaslimWarning
 
 
 class Verb(NamedTuple):
@@ -112,7 +114,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def run(argv: list[str]) -> int:
     """Run a command line and return its exit code."""
     try:
-        code = _dispatch(argv)
+        with warnings.catch_warnings():
+            warnings.showwarning = partial(_show_warning, warnings.showwarning)
+            code = _dispatch(argv)
         sys.stdout.flush()
     except DynaslimError as error:
         return fail(str(error), error.exit_code)
@@ -128,6 +132,15 @@ def run(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     return code
+
+
+def _show_warning(
+    otherwise: Callable[..., None], message: Warning | str, kind: type[Warning], *where: Any
+) -> None:
+    """One line for a warning of ours; those of libraries look as ever."""
+    if not issubclass(kind, DynaslimWarning):
+        return otherwise(message, kind, *where)
+    sys.stderr.write(f"dynaslim: warning: {message}\n")
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -22,6 +22,7 @@ def profile(
     image_size: int | None = None,
     precision: str = "fp32",
     rounds: int = 9,
+    no_cache: bool = False,
     json: bool = False,
 ) -> None:
     """Measure every segment's milliseconds, as a cost table for training gates and merging.
@@ -34,6 +35,7 @@ def profile(
         image_size: Side of the image in pixels. Default: the model's.
         precision: fp32 or bf16.
         rounds: Times that each is measured.
+        no_cache: Keep no compiled programs on disk, and read none.
         json: Print one JSON object.
     """
     from dynaslim._files import check_writable
@@ -46,7 +48,9 @@ def profile(
 
     check(rounds >= 1, f"--rounds {rounds}: must be at least 1")
     check_writable(out)
-    engine, side = open_engine(model, backend, image_size, precision, batch_size)
+    engine, side = open_engine(
+        model, backend, image_size, precision, batch_size, cache=not no_cache
+    )
     forms = list(segment_forms(engine.spec))
     note = {"backend": engine.backend, "precision": engine.source.precision, **hardware()}
     with progress("measuring", len(forms)) as bar:
@@ -78,6 +82,7 @@ def bench(
     precision: str = "fp32",
     rounds: int = 15,
     seed: int = 0,
+    no_cache: bool = False,
     json: bool = False,
 ) -> None:
     """Time routed batches against the ideal and against static networks, interleaved.
@@ -95,6 +100,7 @@ def bench(
         precision: fp32 or bf16.
         rounds: Times that each is measured.
         seed: Of the order of the rows.
+        no_cache: Keep no compiled programs on disk, and read none.
         json: Print one JSON object.
     """
     from dynaslim.bench.models import open_engine, some_images
@@ -123,7 +129,9 @@ def bench(
     results = []
     side = 0
     for name in backend.split(","):
-        engine, side = open_engine(model, name, image_size, precision, batch_size)
+        engine, side = open_engine(
+            model, name, image_size, precision, batch_size, cache=not no_cache
+        )
         x = some_images(engine, side, batch_size, data, split, seed)
         if shares is None:
             traffic = observed(engine.spec, engine(x).routes, batch_size)
@@ -191,6 +199,7 @@ def export(
     report_images: int = 2000,
     single_file: bool = False,
     static_route: str | None = None,
+    no_cache: bool = False,
     json: bool = False,
 ) -> None:
     """Write a network for others to run: a package that needs no torch, or one ONNX file.
@@ -206,6 +215,7 @@ def export(
         report_images: At most so many of them.
         single_file: Write one ONNX file that routes one image at a time.
         static_route: Write the sub-network along a route, such as 12-24-48-80-160, as plain ONNX.
+        no_cache: Keep no calibrated programs (int8) on disk, and read none.
         json: Print one JSON object.
     """
     from dynaslim.checkpoint import read
@@ -238,11 +248,12 @@ def export(
                 calibration,
                 (calibration_split, calibration_images),
                 (report_split, report_images),
+                cache=not no_cache,
             )
-        manifest = export_package(loaded, out, source=source, notes=notes)
+        manifest, errors = export_package(loaded, out, source=source, notes=notes)
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         result = {
-            "parity": max(manifest["parity"].values()),
+            "parity": max(errors.values()),
             "forms": len(manifest["forms"]),
             "bytes": size,
             "precision": manifest["precision"],
@@ -262,12 +273,19 @@ def export(
 
 
 def _quantised(
-    loaded: Checkpoint, data: str, calibration: tuple[str, int], report: tuple[str, int]
+    loaded: Checkpoint,
+    data: str,
+    calibration: tuple[str, int],
+    report: tuple[str, int],
+    *,
+    cache: bool,
 ) -> tuple[Any, dict[str, Any]]:
     """int8 forms calibrated on some images, and how they do on others."""
     from dynaslim.bench.models import calibration_batches, compare_precisions
     from dynaslim.runtime.quantise import QuantisedForms
 
     batches = calibration_batches(loaded, data, *calibration)
-    forms = QuantisedForms(loaded.net, batches, images=calibration[1])
+    forms = QuantisedForms(
+        loaded.net, batches, images=calibration[1], cache_dir="auto" if cache else None
+    )
     return forms, {"accuracy": compare_precisions(loaded, forms, data, *report)}

@@ -109,7 +109,8 @@ def _machine_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     by = f", by {cache['set_by']}" if cache["set_by"] else ""
     yield (
         "cache",
-        f"{cache['folder']}{by}: {cache['networks']} networks, {cache['bytes'] / 1e6:.1f} MB, "
+        f"{cache['folder'] or 'nowhere'}{by}: {cache['networks']} networks, "
+        f"{cache['bytes'] / 1e6:.1f} MB, "
         f"{state}",
     )
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim.cli.output import new_table, print_json, say
+from dynaslim.cli.output import new_table, print_json, printable, say
 
 if TYPE_CHECKING:
     from dynaslim.preprocessing import Preprocessing
@@ -330,7 +330,9 @@ def _millions(count: float) -> str:
 def _few(items: Any, most: int = SHOWN) -> str:
     """The first of a list, and how many more there are."""
     more = len(items) - most
-    return ", ".join(map(str, items[:most])) + (f", and {more} more" if more > 0 else "")
+    return ", ".join(printable(str(item)) for item in items[:most]) + (
+        f", and {more} more" if more > 0 else ""
+    )
 
 
 def _span(rising: Any) -> str:

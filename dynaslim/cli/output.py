@@ -9,6 +9,8 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from dynaslim._files import is_shown
+
 if TYPE_CHECKING:
     from dynaslim.evaluation import Evaluation
     from dynaslim.runtime.calibrate_budget import Outcome
@@ -85,7 +87,7 @@ def class_table(result: Evaluation) -> Any:
     rows = [entry for entry in result.per_class if entry.images]
     for entry in sorted(rows, key=lambda entry: (-(entry.mean_madds or 0), entry.index)):
         table.add_row(
-            entry.name or str(entry.index),
+            printable(entry.name or str(entry.index)),
             str(entry.images),
             f"{entry.top1:.2%}",
             "" if entry.mean_madds is None else f"{entry.mean_madds / 1e6:.2f} M",
@@ -172,6 +174,11 @@ def say(what: Any, end: str = "\n") -> None:
     # a pipe has no width of its own: do not fold what a script or a log will read
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(what)
+
+
+def printable(text: str) -> str:
+    """A name as a terminal may show it: what would move its cursor or turn its text is spelled."""
+    return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_json(value: object) -> None:

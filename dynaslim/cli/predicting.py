@@ -9,7 +9,7 @@ from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
-from dynaslim.cli.output import fail, new_table, say
+from dynaslim.cli.output import fail, new_table, printable, say
 
 if TYPE_CHECKING:
     from dynaslim.predict import Prediction, Rows, Summary
@@ -36,6 +36,7 @@ def predict(
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
     top_k: int = 1,
+    no_cache: bool = False,
 ) -> int:
     """Predict image files, each along the route that its gates choose.
 
@@ -53,6 +54,7 @@ def predict(
         engine: local, or ray for the workers of a Ray cluster (RAY_ADDRESS, else on this machine).
         workers: Threads that decode images, with --engine ray actors. Default: one for each core.
         top_k: Likeliest classes to name, on the screen and in JSON.
+        no_cache: Keep no compiled programs on disk, and read none.
     """
     from dynaslim.errors import UsageError
     from dynaslim.predict import Summary, Unreadable, find_images
@@ -69,7 +71,10 @@ def predict(
     if top_k > 1 and (parquet is not None or engine == "ray"):
         raise UsageError(f"--top-k {top_k}: --parquet and --engine ray have the likeliest alone")
     table = None if parquet is None else _table(parquet, engine)
-    rows = _rows(engine, resolve(model), files, backend, batch_size, budget, workers, top_k)
+    cache_dir = None if no_cache else "auto"
+    rows = _rows(
+        engine, resolve(model), files, backend, batch_size, budget, workers, top_k, cache_dir
+    )
     show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
     summary = Summary()
     started = time.perf_counter()
@@ -85,7 +90,7 @@ def predict(
             if bar is not None:
                 bar.advance()
             if isinstance(row, Unreadable):
-                sys.stderr.write(f"left out: {row.file}: {row.reason}\n")
+                sys.stderr.write(f"left out: {printable(row.file)}: {row.reason}\n")
                 continue
             show.add(row)
             if table is not None:
@@ -189,6 +194,7 @@ def _rows(
     budget: str | None,
     workers: int | None,
     top_k: int,
+    cache_dir: str | None,
 ) -> Rows:
     """The rows to come; a model that cannot be run is found out here."""
     from dynaslim.predict import open_engine
@@ -204,8 +210,9 @@ def _rows(
             budget=budget,
             batch_size=batch_size,
             workers=workers,
+            cache_dir=cache_dir,
         )
-    opened = open_engine(model, backend, batch_size=batch_size)
+    opened = open_engine(model, backend, batch_size=batch_size, cache_dir=cache_dir)
     return predict_here(
         opened, files, batch_size=batch_size, budget=budget, workers=workers, top_k=top_k
     )
@@ -283,8 +290,8 @@ def _rows_table(rows: list[Prediction]) -> Any:
         # as text: brackets in a name are no markup
         top = row.top or ((row.label, row.class_name, row.confidence),)
         table.add_row(
-            Text(row.file),
-            Text("\n".join(str(label) if name is None else name for label, name, _ in top)),
+            Text(printable(row.file)),
+            Text("\n".join(printable(str(n) if name is None else name) for n, name, _ in top)),
             "\n".join(f"{confidence:.1%}" for _, _, confidence in top),
             row.route,
             f"{row.madds / 1e6:.2f} M"

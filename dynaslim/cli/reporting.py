@@ -21,6 +21,7 @@ def report(
     rounds: int | None = None,
     batch_size: int = 256,
     device: str = "cpu",
+    no_cache: bool = False,
     json: bool = False,
 ) -> None:
     """Make a page (HTML) that shows a run: accuracy, cost, time, routes, images, training.
@@ -42,6 +43,7 @@ def report(
             take ten seconds.
         batch_size: Images per batch of the evaluation.
         device: cpu, cuda or mps.
+        no_cache: Keep no compiled programs on disk, and read none.
         json: Print one JSON object.
     """
     from dynaslim._files import check_writable, write_atomic
@@ -61,6 +63,7 @@ def report(
         rounds=rounds,
         batch_size=batch_size,
         device=to_device(device),
+        cache_dir=None if no_cache else "auto",
     )
     made = build_report(request, title=title)
     write_atomic(out, made.html.encode())

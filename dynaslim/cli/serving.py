@@ -34,6 +34,7 @@ def serve(
     name: str | None = None,
     drain_s: float = 30.0,
     access_log: bool = False,
+    no_cache: bool = False,
 ) -> int:
     """Serve a model over HTTP, with a page to try it.
 
@@ -63,6 +64,7 @@ def serve(
             model that ships is.
         drain_s: Seconds to answer what was accepted when the server is told to stop.
         access_log: Write a line of JSON to standard error for every prediction.
+        no_cache: Keep no compiled programs on disk, and read none.
     """
     from dynaslim.cli.output import say
     from dynaslim.errors import check
@@ -105,6 +107,7 @@ def serve(
         port=port,
         backend=backend,
         workers=workers,
+        cache_dir=None if no_cache else "auto",
         drain_s=drain_s,
         tell=tell,
     )

@@ -235,8 +235,9 @@ def _hints(found: Mapping[str, Any]) -> list[str]:
         )
     if not found["cache"]["writable"]:
         lines.append(
-            f"compiled programs cannot be kept in {found['cache']['folder']} "
-            f"({found['cache']['error']}): set DYNASLIM_CACHE to another folder"
+            f"compiled programs cannot be kept in {found['cache']['folder'] or 'any folder'} "
+            f"({found['cache']['error']}), so each start compiles anew: set DYNASLIM_CACHE to "
+            f"another folder"
         )
     gpu = found["gpu"]
     if gpu["driver"] and gpu["cuda"] is None:

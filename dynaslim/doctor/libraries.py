@@ -24,6 +24,7 @@ class Library:
 LIBRARIES: Final = (
     Library("torch", "torch", "networks, training"),
     Library("numpy", "numpy", "arrays"),
+    Library("msgspec", "msgspec", "validation of files"),
     Library("safetensors", "safetensors", "checkpoints"),
     Library("jsonargparse", "jsonargparse", "the command line"),
     Library("rich", "rich", "tables and progress"),

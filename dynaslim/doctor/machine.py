@@ -6,12 +6,18 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from dynaslim.runtime.cache import VARIABLE, cache_folder, processor_name, usable_cores
+from dynaslim.runtime.cache import (
+    VARIABLE,
+    cache_folder,
+    processor_name,
+    usable_cores,
+    why_not_writable,
+)
 
 FEATURES: Final[dict[str, tuple[str, ...]]] = {
     "x86_64": (
@@ -134,25 +140,27 @@ def _nvidia_driver() -> str | None:
 
 
 def describe_cache() -> dict[str, Any]:
-    """Where compiled programs are kept, how much there is, and whether more can be written."""
-    folder = cache_folder("").parent
-    sizes, networks, error = 0, 0, None
-    try:
-        networks = sum(1 for entry in folder.iterdir() if entry.is_dir()) if folder.exists() else 0
-        sizes = sum(file.lstat().st_size for file in folder.rglob("*") if file.is_file())
-        nearest = next(path for path in (folder, *folder.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=nearest):
-            pass
-    except OSError as found:
-        error = found.strerror or str(found)
-    return {
-        "folder": str(folder),
+    """Where compiled programs are kept, how much there is, and why no more can be written."""
+    told: dict[str, Any] = {
+        "folder": None,
         "set_by": VARIABLE if os.environ.get(VARIABLE) else None,
-        "networks": networks,
-        "bytes": sizes,
-        "writable": error is None,
-        "error": error,
+        "networks": 0,
+        "bytes": 0,
+        "free_bytes": None,
     }
+    try:
+        folder = cache_folder("").parent
+    except RuntimeError as error:
+        return {**told, "writable": False, "error": str(error)}
+    why = why_not_writable(folder)
+    with suppress(OSError):  # of folders that may not be looked into
+        networks = [entry for entry in folder.iterdir() if entry.is_dir()]
+        told["networks"] = len(networks)
+        told["bytes"] = sum(f.lstat().st_size for f in folder.rglob("*") if f.is_file())
+    with suppress(OSError):
+        nearest = next(path for path in (folder, *folder.parents) if path.exists())
+        told["free_bytes"] = shutil.disk_usage(nearest).free
+    return {**told, "folder": str(folder), "writable": why is None, "error": why}
 
 
 def cxx_compiler() -> str | None:

@@ -56,6 +56,8 @@ class Request:
     rounds: int | None = None
     batch_size: int = 256
     device: torch.device | str = "cpu"
+    cache_dir: str | Path | None = "auto"
+    """Where the engine that is timed keeps compiled programs, as `EngineOptions.cache_dir`."""
 
     def __post_init__(self) -> None:
         for name, least in (("images", 1), ("rounds", 0), ("batch_size", 1)):
@@ -315,7 +317,7 @@ def _engine(request: Request, chosen: Trained, notes: list[str]) -> Engine | Non
         why = "it has no gates" if not spec.gates else "nothing says how large its images are"
         notes.append(f"Milliseconds are left out: the engine does not run {spec.name}, {why}.")
         return None
-    return Engine(checkpoint, backend=request.backend)
+    return Engine(checkpoint, backend=request.backend, cache_dir=request.cache_dir)
 
 
 def _times(
@@ -345,6 +347,7 @@ def _times(
             engine,
             [gate.checkpoint for gate in ordered[1:]],
             x,
+            cache_dir=request.cache_dir,
             routes=_timed_routes(spec),
             budgets=[budget.point for budget in budgets] if opened is not None else [],
             shares=shares,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -125,6 +126,7 @@ def measure_times(
     others: Sequence[Checkpoint],
     x_BCSS: np.ndarray,
     *,
+    cache_dir: str | Path | None = "auto",
     routes: Sequence[Sequence[int]],
     budgets: Sequence[BudgetPoint],
     shares: Sequence[Sequence[RouteShare]] | None,
@@ -144,7 +146,7 @@ def measure_times(
     }
     engines = [engine]
     if shares is None:
-        engines += [Engine(other, backend=engine.backend) for other in others]
+        engines += [Engine(other, backend=engine.backend, cache_dir=cache_dir) for other in others]
         for number, one in enumerate(engines):
             arms[gate_mode(number)] = _all(one, batches)
     else:

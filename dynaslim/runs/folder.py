@@ -21,7 +21,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from dynaslim import __version__
-from dynaslim._files import write_atomic
+from dynaslim._files import naming, write_atomic
 from dynaslim.distributed import broadcast, rank, world_size
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.runs.snapshot import read_snapshot, save_snapshot
@@ -164,7 +164,7 @@ class RunFolder:
         """Add a line to the metrics file, and its numbers to TensorBoard."""
         if not self.is_main:
             return
-        with open(self.file(METRICS), "a", encoding="utf-8") as file:
+        with naming(self.file(METRICS)), open(self.file(METRICS), "a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         for name, value in values.items():
             if isinstance(value, int | float):

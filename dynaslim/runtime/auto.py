@@ -6,14 +6,13 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Final
 
 import numpy as np
 
-from dynaslim._files import write_atomic
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import FROM_PACKAGE, Backend, Resources, available, make_backend
+from dynaslim.runtime.cache import Cache
 from dynaslim.runtime.forms import FormSource
 from dynaslim.runtime.package import PackageError
 from dynaslim.runtime.router import Router
@@ -41,7 +40,7 @@ def candidates(source: FormSource, resources: Resources) -> list[str]:
         order = ["cudagraph", "eager"] if device.type == "cuda" else ["eager"]
     else:
         order = ["openvino", "onnxruntime", "eager"]
-        if resources.cache is not None and any(resources.cache.glob("*.pt2")):
+        if resources.cache is not None and resources.cache.names(".pt2"):
             order.insert(2, "inductor")
     return [name for name in order if name in installed]
 
@@ -57,9 +56,8 @@ def fastest(
     names = candidates(source, resources)
     if len(names) == 1:
         return make_backend(names[0], source, resources), {}
-    note = None if resources.cache is None else resources.cache / FILE
     key = f"{'+'.join(names)} {size[0]}x{size[1]} rows {rows} threads {resources.threads}"
-    known = _read_note(note)
+    known = _read_note(resources.cache)
     found = known.get(key)
     if found is not None and set(found) <= set(names):
         name = min(found, key=lambda one: found[one])
@@ -68,13 +66,14 @@ def fastest(
     measured = measure(list(backends.values()), source, size, rows)
     if not measured:
         raise DynaslimError(f"none of the backends {', '.join(names)} runs this network")
-    if note is not None:
-        write_atomic(note, json.dumps({**known, key: measured}, indent=1).encode())
+    if resources.cache is not None:
+        resources.cache.write(FILE, json.dumps({**known, key: measured}, indent=1).encode())
     return backends[min(measured, key=lambda name: measured[name])], measured
 
 
-def _read_note(note: Path | None) -> dict[str, dict[str, float]]:
+def _read_note(cache: Cache | None) -> dict[str, dict[str, float]]:
     """What was measured before; an older version's note, or a damaged one, counts for nothing."""
+    note = None if cache is None else cache.find(FILE)
     if note is None:
         return {}
     try:

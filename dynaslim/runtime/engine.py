@@ -25,7 +25,7 @@ from dynaslim.runtime.backends import (
     make_backend,
 )
 from dynaslim.runtime.budget import BudgetCurve
-from dynaslim.runtime.cache import cache_folder, usable_cores
+from dynaslim.runtime.cache import open_cache, usable_cores
 from dynaslim.runtime.decisions import Budget, Decisions, RouteCosts, make_decisions
 from dynaslim.runtime.forms import FormSource, check_precision, segment_forms
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
@@ -198,7 +198,7 @@ class Engine:
         """What "auto" measured: milliseconds of a batch by backend."""
         self._options = options
         self._max_batch = options.max_batch
-        cache = None if options.cache_dir is None else cache_folder(source.key, options.cache_dir)
+        cache = open_cache(source.key, options.cache_dir)
         self._resources = Resources(options.workers or usable_cores(), cache)
         self._costs: dict[tuple[int, int], RouteCosts] = {}
         self._decided: dict[tuple[Any, ...], Decisions] = {}

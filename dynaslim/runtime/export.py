@@ -18,16 +18,23 @@ import numpy as np
 import torch
 
 from dynaslim import __version__
-from dynaslim._files import check_writable, write_atomic
+from dynaslim._files import check_text, check_writable, naming, write_atomic
 from dynaslim.checkpoint import Checkpoint
-from dynaslim.cost import madds
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.forms import Form, FormSource, form_shape, segment_forms
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import OPSET
-from dynaslim.runtime.package import FORMAT, MANIFEST, VERSION, WEIGHTS, file_digest, is_package
+from dynaslim.runtime.package import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    WEIGHTS,
+    file_digest,
+    is_package,
+    manifest_digest,
+)
 from dynaslim.runtime.quantise import QuantisedForms
 from dynaslim.runtime.single_file import single_file
 from dynaslim.spec import Route
@@ -49,9 +56,10 @@ def export_package(
     source: FormSource | None = None,
     image_size: int | None = None,
     notes: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Write a network as a package, whole or not at all, and return its manifest.
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Write a network as a package, whole or not at all.
 
+    Returns its manifest, and how far each form is from the network (by name, of the largest value).
     `source` are its forms, by default float32 ones of `checkpoint`; parity is checked on images of
     `image_size` pixels, by default the checkpoint's. An older package of that name is replaced.
     `notes` go into the manifest: plain JSON values.
@@ -66,59 +74,50 @@ def export_package(
     net, pre = checkpoint.net, checkpoint.preprocessing
     spec = net.spec
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
+    check_text([spec.name, checkpoint.class_names, dict(checkpoint.metrics), dict(notes or {})])
     forms = NetworkForms(net) if source is None else source
     side = image_size or (pre.image_size_px if pre else 224 if spec.total_stride >= 32 else 32)
     spec.check_image_size(side, side)
     for library in ("onnx", "onnxruntime"):
         require(library)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        names = _write_forms(forms, folder)
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "spec": spec.to_dict(),
-            "precision": forms.precision,
-            "routes": [
-                {
-                    "widths": list(route.widths),
-                    "madds": madds(spec, route, side, slimming_heads=True),
-                }
-                for route in spec.routing_space
-            ],
-            "class_names": checkpoint.class_names,
-            "preprocessing": None if pre is None else pre.to_dict(),
-            "input": {
-                "channels": spec.in_channels,
-                "image_size_px": side,
-                "smallest_side_px": spec.total_stride,
-                "dynamic": ["batch", "height", "width"],
-            },
-            "budget": checkpoint.budget,
-            "mirror": checkpoint.mirror,
-            "metrics": dict(checkpoint.metrics),
-            "versions": {
-                "dynaslim": __version__,
-                "onnx_opset": OPSET,
-                "onnx": require("onnx").__version__,
-                "torch": torch.__version__,
-            },
-            "forms": names,
-            "notes": dict(notes or {}),
-        }
-        manifest["parity"] = _parity(forms, NetworkForms(net), folder, names, side)
-        manifest["files"] = {
-            path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
-            for path in sorted(folder.iterdir())
-        }
-        text = json.dumps(manifest, indent=1, allow_nan=False)
-        write_atomic(folder / MANIFEST, text.encode())
-        _whole_parity(checkpoint, folder, forms.precision, side)
-        _put_in_place(folder, target)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    return json.loads(text)  # type: ignore[no-any-return]
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        try:
+            names = _write_forms(forms, folder)
+            manifest = {
+                "format": FORMAT,
+                "version": VERSION,
+                "spec": spec.to_dict(),
+                "precision": forms.precision,
+                "class_names": checkpoint.class_names,
+                "preprocessing": None if pre is None else pre.to_dict(),
+                "budget": checkpoint.budget,
+                "mirror": checkpoint.mirror,
+                "metrics": dict(checkpoint.metrics),
+                "versions": {
+                    "dynaslim": __version__,
+                    "onnx_opset": OPSET,
+                    "onnx": require("onnx").__version__,
+                    "torch": torch.__version__,
+                },
+                "forms": names,
+                "notes": dict(notes or {}),
+            }
+            errors = _parity(forms, NetworkForms(net), folder, names, side)
+            manifest["files"] = {
+                path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+                for path in sorted(folder.iterdir())
+            }
+            # through JSON once: what is hashed is what a reader will hash (tuples become lists)
+            manifest = json.loads(json.dumps(manifest, allow_nan=False))
+            manifest["sha256"] = manifest_digest(manifest)
+            write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+            _whole_parity(checkpoint, folder, forms.precision, side)
+            _put_in_place(folder, target)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    return manifest, errors
 
 
 def export_route(

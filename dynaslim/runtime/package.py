@@ -1,7 +1,7 @@
-"""An exported network as a folder: what reads it needs numpy and a runtime, no torch.
+"""An exported network as a folder: what reads it needs numpy, msgspec and a runtime, no torch.
 
-manifest.json     what it is: spec, routing space, preprocessing, classes, sizes, budget curve,
-whether mirror images are of the same class, versions, and the SHA-256 of every other file
+manifest.json     what it is: spec, preprocessing, classes, budget curve, whether mirror images are
+of the same class, versions, the SHA-256 of every other file, and that of its own content
 *.onnx            one for every form of every segment; batch, height and width are dynamic
 weights.bin       the weights of all of them; what forms have in common is there once
 """
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
-from dynaslim.errors import DynaslimError, UsageError
+import msgspec
+
+from dynaslim._files import parse_json, validated
+from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
-from dynaslim.runtime.forms import Form, Precision, check_precision, segment_forms
+from dynaslim.runtime.forms import Form, Precision, segment_forms
 from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:
@@ -26,9 +29,72 @@ if TYPE_CHECKING:
     from torch import nn
 
 FORMAT: Final = "dynaslim-package"
-VERSION: Final = 1
+VERSION: Final = 2
+"""1 had no hash of the manifest, and values that nothing read; such packages are read as well."""
 MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.bin"
+MOST_BYTES: Final = 1 << 24
+"""Of a manifest."""
+
+Name = Annotated[str, msgspec.Meta(max_length=1000)]
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    bytes: Annotated[int, msgspec.Meta(ge=0)]
+    sha256: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
+class _Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    dynaslim: Name
+    onnx_opset: Annotated[int, msgspec.Meta(ge=1, le=1000)]
+    onnx: Name
+    torch: Name
+
+
+class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What stands in a manifest."""
+
+    format: Literal["dynaslim-package"]
+    version: Literal[1, 2]
+    spec: NetSpec
+    precision: Precision
+    class_names: tuple[Name, ...] | None
+    preprocessing: Preprocessing | None
+    budget: dict[str, Any] | None
+    metrics: dict[str, Any]
+    versions: _Versions
+    forms: dict[Name, Name]
+    notes: dict[str, Any]
+    files: dict[Name, _File]
+    mirror: bool = False  # packages of earlier versions do not have it
+
+    def check_fits(self) -> None:
+        """Raise `UsageError` unless the parts fit together."""
+        spec, names, pre = self.spec, self.class_names, self.preprocessing
+        check(
+            names is None or len(names) == spec.num_classes,
+            f"class_names: must be a list of {spec.num_classes} names, or null",
+        )
+        check(
+            pre is None or pre.channels == spec.in_channels,
+            f"preprocessing: is for {pre and pre.channels} channels, {spec.name} takes "
+            f"{spec.in_channels}",
+        )
+        if pre is not None:
+            spec.check_image_size(pre.image_size_px, pre.image_size_px)
+        if self.budget is not None:
+            BudgetCurve.from_dict(self.budget).check_fits(spec, mirror=self.mirror)
+        left = dict(self.forms)
+        for form in segment_forms(spec):  # may be very many: the first that is not there ends it
+            file = left.pop(form.name, None)
+            check(file is not None, f"forms: has no {form.name!r}")
+            check(file == f"{form.name}.onnx", f"forms: {form.name} is in {file!r:.60}")
+        check(not left, f"forms: {next(iter(left), '')!r:.60} is no form of {spec.name}")
+        needed = {WEIGHTS, *self.forms.values()}
+        for name in sorted(needed - set(self.files)):
+            raise UsageError(f"{name} is not among its files")
+        for name in sorted(set(self.files) - needed):
+            raise UsageError(f"{name!r:.60} is not a file of the package")
 
 
 class PackageError(DynaslimError):
@@ -41,8 +107,9 @@ class PackageForms:
     has_modules = False
 
     def __init__(
-        self, folder: Path, spec: NetSpec, precision: Precision, key: str, files: Mapping[str, str]
+        self, folder: Path, spec: NetSpec, precision: Precision, key: str, files: Mapping[str, Path]
     ) -> None:
+        """`files` are those of the folder by name: where they are, links followed."""
         self.spec = spec
         self.precision: Precision = precision
         self.key = key
@@ -53,20 +120,25 @@ class PackageForms:
         """As `FormSource.module`: there is none."""
         raise UsageError(f"{self._folder}: a package has no torch modules")
 
-    def onnx(self, form: Form) -> Path:
-        """As `FormSource.onnx`.
+    def onnx(self, form: Form) -> Path | bytes:
+        """As `FormSource.onnx`; with its weights inside where they lie in another folder.
 
         Raises:
             UsageError: if the package has no such form.
             PackageError: if its file, or that of the weights, has gone since it was opened.
         """
-        if form.name not in self._files:
+        name = f"{form.name}.onnx"
+        if name not in self._files:
             raise UsageError(f"{self._folder}: the package has no {form.name}")
-        path = self._folder / self._files[form.name]
+        path, weights = self._files[name], self._files[WEIGHTS]
         # forms are read when they are first needed; a runtime's own words would not help
-        for needed in (path, self._folder / WEIGHTS):
-            _check_there(needed)
-        return path
+        for needed in (name, WEIGHTS):
+            _check_there(self._files[needed], self._folder / needed)
+        if weights == path.parent / WEIGHTS:
+            return path
+        # the hub's cache has a link for each file, to one whose name is a hash; runtimes take
+        # weights from the folder of the form alone
+        return with_weights(path.read_bytes(), weights)
 
 
 @dataclass(frozen=True)
@@ -95,88 +167,171 @@ def is_package(path: str | Path) -> bool:
 
 
 def open_package(path: str | Path) -> Package:
-    """Read a package's manifest and check all its files against it.
+    """Read a package's manifest and check all its files against it; links are followed once.
 
     Raises:
         PackageError: if there is no package, it is of a newer version, its manifest is not valid,
             or a file is missing or altered; the message names the file.
     """
     folder = Path(path)
-    manifest, digest = _read_manifest(folder)
+    content = _read_manifest(folder)
     try:
-        spec = NetSpec.from_dict(manifest["spec"])
-        precision = check_precision(manifest["precision"])
-        files, forms = dict(manifest["files"]), dict(manifest["forms"])
-        names, pre = manifest["class_names"], manifest["preprocessing"]
-        if names is not None and (not isinstance(names, list) or len(names) != spec.num_classes):
-            raise UsageError(f"class_names: must be a list of {spec.num_classes} names, or null")
-        mirror = manifest.get("mirror", False)  # packages of earlier versions do not say
-        if not isinstance(mirror, bool):
-            raise UsageError(f"mirror {mirror!r:.60}: must be true or false")
-        if manifest["budget"] is not None:
-            BudgetCurve.from_dict(manifest["budget"]).check_fits(spec, mirror=mirror)
-        for form in segment_forms(spec):
-            if forms[form.name] not in files:
-                raise UsageError(f"{forms[form.name]} is not among its files")
-        if WEIGHTS not in files:
-            raise UsageError(f"{WEIGHTS} is not among its files")
-        for name in files:
-            if Path(name).name != name:
-                raise UsageError(f"{name!r} is not a file of the folder")
-        package = Package(
-            folder,
-            PackageForms(folder, spec, precision, digest, forms),
-            None if names is None else tuple(map(str, names)),
-            None if pre is None else Preprocessing.from_dict(pre),
-            manifest["budget"],
-            mirror,
-            manifest,
-        )
-        listed = {
-            name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()
-        }
-    except KeyError as error:
-        raise PackageError(f"{folder / MANIFEST}: has no {error}") from None
-    except (UsageError, TypeError, ValueError, AttributeError) as error:
-        raise PackageError(f"{folder / MANIFEST}: not valid: {error}") from None
-    for name, (size, expected) in listed.items():
-        _check_file(folder / name, size, expected)
-    return package
+        manifest = parse_json(content)
+        found = _checked_manifest(manifest)
+        found.check_fits()
+    except UsageError as error:
+        raise PackageError(f"{folder / MANIFEST}: {error}") from None
+    files = {name: _checked_file(folder / name, entry) for name, entry in found.files.items()}
+    key = hashlib.sha256(content).hexdigest()
+    return Package(
+        folder,
+        PackageForms(folder, found.spec, found.precision, key, files),
+        found.class_names,
+        found.preprocessing,
+        found.budget,
+        found.mirror,
+        manifest,
+    )
 
 
-def _read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of a manifest's content without `sha256`, as JSON with sorted keys and no spaces."""
+    content = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read_manifest(folder: Path) -> bytes:
     path = folder / MANIFEST
     if not path.is_file():
         what = "no such folder" if not folder.exists() else f"holds no {MANIFEST}"
         raise PackageError(f"{folder}: {what}; make a package with: dynaslim export CHECKPOINT OUT")
-    content = path.read_bytes()
-    try:
-        manifest = json.loads(content)
-    except ValueError as error:
-        raise PackageError(f"{path}: not JSON: {error}") from None
+    with open(path, "rb") as file:
+        content = file.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise PackageError(f"{path}: larger than {MOST_BYTES >> 20} MB, which no manifest is")
+    return content
+
+
+def _checked_manifest(manifest: Any) -> _Manifest:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise PackageError(f"{path}: not the manifest of a dynaslim package")
+        raise UsageError("not the manifest of a dynaslim package")
     version = manifest.get("version")
-    if version != VERSION:
-        raise PackageError(
-            f"{path}: package version {version}, this dynaslim reads version {VERSION}; "
+    if type(version) is not int or not 1 <= version <= VERSION:
+        raise UsageError(
+            f"package version {version!r:.60}, this dynaslim reads versions 1 to {VERSION}; "
             f"install the dynaslim that wrote it or a newer one"
         )
-    return manifest, hashlib.sha256(content).hexdigest()
+    held = dict(manifest)
+    if version == 1:
+        for name in ("routes", "input", "parity"):  # which follow from the rest, and nothing reads
+            check(name in held, f"not valid: has no {name!r}")
+            del held[name]
+    elif held.pop("sha256", None) != manifest_digest(manifest):
+        raise UsageError("does not match its SHA-256: altered or damaged")
+    return validated(held, _Manifest, "not valid", whole=True)
 
 
-def _check_file(path: Path, size: int, expected: str) -> None:
-    _check_there(path)
-    if path.stat().st_size != size or file_digest(path) != expected:
+def _checked_file(path: Path, entry: _File) -> Path:
+    """Where a file of a package is, if its content is what the manifest says."""
+    _check_there(path, path)
+    found = path.resolve()
+    if found.stat().st_size != entry.bytes or file_digest(found) != entry.sha256:
         raise PackageError(f"{path}: does not match its SHA-256: altered or damaged")
+    return found
 
 
-def _check_there(path: Path) -> None:
+def _check_there(path: Path, told: Path) -> None:
     if not path.is_file():
-        raise PackageError(f"{path}: missing; its package is not complete")
+        raise PackageError(f"{told}: missing; its package is not complete")
 
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's content."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# -- weights that lie elsewhere -------------------------------------------------------------------
+
+# numbers of fields in ONNX's protocol buffers
+_GRAPH: Final = 7  # of a model
+_INITIALIZER: Final = 5  # of a graph
+_RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14  # of a tensor
+_VARINT, _LENGTH = 0, 2  # kinds of fields; the others have a fixed size
+_FIXED: Final = {1: 8, 5: 4}
+
+
+def with_weights(model: bytes, weights: Path) -> bytes:
+    """An ONNX model with its external weights inside.
+
+    It is done on the bytes: where a package runs there need be no library for ONNX files.
+    """
+    with open(weights, "rb") as file:
+
+        def tensor(content: memoryview) -> bytes:
+            parts, place = [], {}
+            for number, whole, held in _fields(content):
+                if number == _EXTERNAL_DATA:
+                    key, value = (bytes(text).decode() for _, _, text in _fields(held))
+                    place[key] = value
+                elif number != _DATA_LOCATION:
+                    parts.append(bytes(whole))
+            if place:
+                file.seek(int(place["offset"]))
+                parts.append(_field(_RAW_DATA, file.read(int(place["length"]))))
+            return b"".join(parts)
+
+        def graph(content: memoryview) -> bytes:
+            return _replaced(content, _INITIALIZER, tensor)
+
+        return _replaced(memoryview(model), _GRAPH, graph)
+
+
+def _replaced(content: memoryview, wanted: int, change: Callable[[memoryview], bytes]) -> bytes:
+    """A message, with what its fields of a number hold changed."""
+    return b"".join(
+        _field(number, change(held)) if number == wanted else bytes(whole)
+        for number, whole, held in _fields(content)
+    )
+
+
+def _field(number: int, held: bytes) -> bytes:
+    return _varint(number << 3 | _LENGTH) + _varint(len(held)) + held
+
+
+def _fields(content: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
+    """Number, all bytes, and the bytes of the value, of each field of a message."""
+    at = 0
+    while at < len(content):
+        start = at
+        tag, at = _read_varint(content, at)
+        kind = tag & 7
+        if kind == _LENGTH:
+            size, at = _read_varint(content, at)
+            begin, at = at, at + size
+        elif kind == _VARINT:
+            begin, (_, at) = at, _read_varint(content, at)
+        else:
+            begin, at = at, at + _FIXED[kind]
+        yield tag >> 3, content[start:at], content[begin:at]
+
+
+def _read_varint(content: memoryview, at: int) -> tuple[int, int]:
+    """A whole number, seven bits a byte, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = content[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _varint(value: int) -> bytes:
+    made = bytearray()
+    while value >= 0x80:
+        made.append(value & 0x7F | 0x80)
+        value >>= 7
+    made.append(value)
+    return bytes(made)

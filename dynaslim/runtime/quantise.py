@@ -19,6 +19,7 @@ import platform
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -27,11 +28,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynaslim._files import write_atomic
 from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.runtime.arrivals import Arrivals
-from dynaslim.runtime.cache import cache_folder, processor_flags
+from dynaslim.runtime.cache import open_cache, processor_flags
 from dynaslim.runtime.forms import Form, Precision, segment_forms
 from dynaslim.runtime.libraries import installed, require
 from dynaslim.runtime.network_forms import NetworkForms
@@ -93,7 +93,7 @@ class QuantisedForms:
         """Whether convolutions' outputs are rounded too."""
         self.reduced_range = saturates()
         """Whether weights have 7 bits, see `saturates`."""
-        self._folder = None if cache_dir is None else cache_folder(self.key, cache_dir)
+        self._cache = open_cache(self.key, cache_dir)
         self._kept: dict[Form, bytes] = {}
         self._missing = set(segment_forms(self.spec))
         self._lock = threading.Lock()
@@ -123,16 +123,16 @@ class QuantisedForms:
     def onnx(self, form: Form) -> bytes:
         """As `FormSource.onnx`: calibrates the form, unless it was made before."""
         with self._lock:
-            path = None if self._folder is None else self._folder / f"{form.name}.int8.onnx"
-            if path is not None and path.is_file():
-                return path.read_bytes()
             if form in self._kept:
                 return self._kept[form]
+            file = f"{form.name}.int8.onnx"
+            path = None if self._cache is None else self._cache.find(file)
+            if path is not None:
+                with suppress(OSError):  # what cannot be read is made again
+                    return path.read_bytes()
             made = self._make(form)
-            if path is None:
+            if self._cache is None or not self._cache.write(file, made):
                 self._kept[form] = made
-            else:
-                write_atomic(path, made)
             self._missing.discard(form)
             if not self._missing:  # whole routes, if any are still to come, take images
                 self._arrivals.forget()

@@ -40,10 +40,11 @@ def create_app(
     *,
     backend: str = "auto",
     workers: int | None = None,
+    cache_dir: str | Path | None = "auto",
 ) -> FastAPI:
     """An application that serves an engine, or the engine of a checkpoint or a package.
 
-    `backend` and `workers` (cores) are for an engine that is made here.
+    `backend`, `workers` (cores) and `cache_dir` are for an engine that is made here.
     It can be run by any ASGI server, or mounted in another application. Compiling begins when it
     starts, or with the first request where the application around it starts no other. Its
     `Service` is `app.state.service`; call `service.close()` when the application around ends
@@ -64,7 +65,11 @@ def create_app(
         from dynaslim.predict import open_engine
 
         engine: ServedEngine = open_engine(
-            model, backend, batch_size=options.max_batch, workers=workers
+            model,
+            backend,
+            batch_size=options.max_batch,
+            workers=workers,
+            cache_dir=cache_dir,
         )
     else:
         engine = model

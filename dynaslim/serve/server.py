@@ -44,6 +44,7 @@ def serve(
     port: int = 8000,
     backend: str = "auto",
     workers: int | None = None,
+    cache_dir: str | Path | None = "auto",
     drain_s: float = 30.0,
     tell: Callable[[str], None] = print,
 ) -> int:
@@ -69,7 +70,7 @@ def serve(
                 f"dynaslim: warning: whoever reaches {url} can use it; set DYNASLIM_TOKEN\n"
             )
         _quiet()
-        app = create_app(model, options, backend=backend, workers=workers)
+        app = create_app(model, options, backend=backend, workers=workers, cache_dir=cache_dir)
         service: Service = app.state.service
         config = uvicorn.Config(
             app,

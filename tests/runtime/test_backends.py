@@ -32,7 +32,7 @@ from dynaslim.errors import DynaslimError, UsageError
 from dynaslim.runtime import auto
 from dynaslim.runtime.backends import BACKENDS, SUPPORTED, Resources, available, make_backend
 from dynaslim.runtime.backends.eager import EagerBackend
-from dynaslim.runtime.cache import cache_folder
+from dynaslim.runtime.cache import Cache, cache_folder
 from dynaslim.runtime.forms import Form, form_shape, segment_forms
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
@@ -331,8 +331,8 @@ def test_compiled_by_torch(compiled, tmp_path):
     assert_rows_close(torch.tensor(logits), out.logits)
     # where its programs lie on disk, it takes part in the choice of a backend
     programs = cache_folder(NetworkForms(net).key, folder)
-    assert "inductor" in auto.candidates(NetworkForms(net), Resources(2, programs))
-    assert "inductor" not in auto.candidates(NetworkForms(net), Resources(2, tmp_path))
+    assert "inductor" in auto.candidates(NetworkForms(net), Resources(2, Cache(programs)))
+    assert "inductor" not in auto.candidates(NetworkForms(net), Resources(2, Cache(tmp_path)))
 
 
 @needs_compiler
@@ -382,7 +382,7 @@ def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):
     for content in (None, None, b"", b"cut"):
         for path in _files(tmp_path) if content is not None else []:
             path.write_bytes(content)
-        backend = make_backend("inductor", NetworkForms(net), Resources(1, tmp_path))
+        backend = make_backend("inductor", NetworkForms(net), Resources(1, Cache(tmp_path)))
         backend.program(Form(0), form_shape(SMALL, Form(0), (32, 32)), wide=True)
     assert made == [(2, 3, 32, 32)] * 3
     assert backend.counts.compiled == ["segment0_0_0"]

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 from dynaslim.errors import UsageError
 from dynaslim.runtime.arrays import Array, Arrays
+from dynaslim.runtime.cache import Cache
 from dynaslim.runtime.forms import Form, FormShape, FormSource, Precision
 from dynaslim.runtime.libraries import installed, require
 
@@ -82,7 +82,7 @@ class Resources:
 
     threads: int
     """Cores."""
-    cache: Path | None
+    cache: Cache | None
     """Folder for compiled programs of this source on this machine; None keeps none."""
 
 

@@ -6,9 +6,7 @@ rows and any size of image, and kept in the cache; loading one takes millisecond
 
 from __future__ import annotations
 
-import os
 import tempfile
-import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import nn
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import Program, Resources
 from dynaslim.runtime.backends.eager import EagerBackend, ModuleProgram
+from dynaslim.runtime.cache import why_not_writable
 from dynaslim.runtime.forms import Form, FormShape, FormSource
 
 MOST_ROWS = 4096
@@ -54,11 +53,11 @@ class InductorBackend(EagerBackend):
         channels, height, width = shape.row_in
         made_by = f"torch{torch.__version__}.{self._device.type}.any_threads"
         file = f"{form.name}_{height}x{width}.{made_by}.pt2"
-        path = None if self._cache is None else self._cache / file
-        if path is not None and path.is_file():
+        path = None if self._cache is None else self._cache.find(file)
+        if path is not None:
             try:
                 loaded = _open(path)
-            except RuntimeError:  # a damaged file is made again
+            except (OSError, RuntimeError):  # a damaged file is made again
                 loaded = None
             if loaded is not None:
                 self.counts.cached.append(form.name)
@@ -68,31 +67,33 @@ class InductorBackend(EagerBackend):
         example = torch.randn(
             2, channels, height, width, device=self._device, dtype=self._dtype
         ).contiguous(memory_format=torch.channels_last)
-        if path is None:
-            with tempfile.TemporaryDirectory() as folder:
-                made = _compile(module, example, Path(folder) / file)
-                return _open(made)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # others may be at the same form, in this process or another
-        temporary = path.with_name(f"{path.stem}.{os.getpid()}.{threading.get_ident()}.tmp.pt2")
-        try:
-            os.replace(_compile(module, example, temporary), path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return _open(path)
+        if self._cache is not None and self._cache.writable():
+            try:
+                with self._cache.room_for(file, ".tmp.pt2") as temporary:
+                    _compile(module, example, temporary)
+                return _open(self._cache.folder / file)
+            except (OSError, RuntimeError, DynaslimError):
+                why = why_not_writable(self._cache.folder)
+                if why is None:  # the segment is at fault, not the folder
+                    raise
+                self._cache.give_up(why)
+        with tempfile.TemporaryDirectory() as folder:
+            made = Path(folder) / file
+            _compile(module, example, made)
+            return _open(made)
 
 
 def _open(path: Path) -> Any:
     return torch._inductor.aoti_load_package(str(path))
 
 
-def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> Path:
+def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=MOST_ROWS)
     try:
         with torch.inference_mode(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own deprecations, met in its own code
             exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
-        made = torch._inductor.aoti_compile_and_package(
+        torch._inductor.aoti_compile_and_package(
             exported, package_path=str(path), inductor_configs=_CONFIGS
         )
     except Exception as error:  # of many kinds, a missing C++ compiler among them
@@ -100,4 +101,3 @@ def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> Path:
         raise DynaslimError(
             f"inductor: a segment does not compile ({first}); it needs a C++ compiler such as g++"
         ) from error
-    return Path(made)

@@ -7,8 +7,6 @@ network has a session for every form, spins for work and takes the cores from th
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -86,21 +84,22 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.force_spinning_stop", "1")
         level = ort.GraphOptimizationLevel
-        cache, optimised = self._resources.cache, None
-        folder = self._folder_of_weights(form)
-        if folder is not None:
-            # an optimised form still names the package's file of weights, without its folder; not
-            # told where, the runtime would take a file of that name where the process works
-            options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(folder))
+        cache, found = self._resources.cache, None
+        # what the optimiser makes depends on the machine, not on the number of threads
+        file = f"{form.name}.ort{ort.__version__}.onnx"
+        model = None if self._source.has_modules else self._source.onnx(form)
+        if isinstance(model, Path):  # a package's, whose weights are in a file beside it
+            # an optimised form still names the file of weights, without its folder; not told
+            # where, the runtime would take a file of that name where the process works
+            options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(model.parent))
             if _version(ort) < (1, 21):
                 cache = None
         if cache is not None:
-            # what the optimiser makes depends on the machine, not on the number of threads
-            optimised = cache / f"{form.name}.ort{ort.__version__}.onnx"
-        if optimised is not None and optimised.is_file():
+            found = cache.find(file)
+        if found is not None:
             options.graph_optimization_level = level.ORT_DISABLE_ALL
             try:
-                session = self._session(optimised.read_bytes(), options)
+                session = self._session(found.read_bytes(), options)
             except Exception:  # of no common kind; a damaged file is made again
                 session = None
             if session is not None:
@@ -108,30 +107,25 @@ class OnnxRuntimeBackend:
                 return session
         options.graph_optimization_level = level.ORT_ENABLE_ALL
         self._note(self.counts.compiled, form, wide)
-        model = self._source.onnx(form)
-        if optimised is None:
+        model = self._source.onnx(form) if model is None else model
+        if cache is None or not cache.writable():
             return self._session(model, options)
-        optimised.parent.mkdir(parents=True, exist_ok=True)
-        # others may be at the same form, in this process or another
-        temporary = optimised.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-        options.optimized_model_filepath = str(temporary)
         try:
-            session = self._session(model, options)
-            os.replace(temporary, optimised)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return session
-
-    def _folder_of_weights(self, form: Form) -> Path | None:
-        """Where a package's forms find their weights; None for forms that have them inside."""
-        if self._source.has_modules:
-            return None
-        model = self._source.onnx(form)
-        return model.resolve().parent if isinstance(model, Path) else None
+            with cache.room_for(file) as temporary:
+                options.optimized_model_filepath = str(temporary)
+                return self._session(model, options)
+        except Exception as error:  # of no common kind: of the file, or of the model
+            options.optimized_model_filepath = ""
+            session = self._session(model, options)  # the model's own fault is raised again
+            cache.give_up(error)
+            return session
 
     def _session(self, model: Any, options: Any) -> Any:
         model = model if isinstance(model, bytes) else str(model)
-        return self._ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        # there is no other provider to fall back on, of which it would tell on standard output
+        return self._ort.InferenceSession(
+            model, options, providers=["CPUExecutionProvider"], enable_fallback=0
+        )
 
     @staticmethod
     def _note(where: list[str], form: Form, wide: bool) -> None:

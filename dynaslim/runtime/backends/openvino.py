@@ -6,7 +6,7 @@ import queue
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from dynaslim.runtime.backends import Counts, Program, Resources
 from dynaslim.runtime.forms import Form, FormShape, FormSource
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.schedule import CACHE_VALUES
+
+_BLOB: Final = ".blob"
+"""Suffix of what the library keeps in its cache."""
 
 
 @lru_cache(maxsize=1)
@@ -93,13 +96,28 @@ class OpenVinoBackend:
             # pinned, the first streams of two models would share a core and leave another idle
             "ENABLE_CPU_PINNING": False,
         }
-        if self._resources.cache is not None:
-            config["CACHE_DIR"] = str(self._resources.cache)
-        compiled = self._core.compile_model(model, "CPU", config)
-        found = self._resources.cache is not None and bool(
-            compiled.get_property("LOADED_FROM_CACHE")
-        )
+        compiled, found = self._compile_or_find(model, config)
         size = "x".join(map(str, shape.row_in[1:]))
         name = f"{form.name} {size}" + (" wide" if wide else "")
         (self.counts.cached if found else self.counts.compiled).append(name)
         return compiled
+
+    def _compile_or_find(self, model: Any, config: dict[str, Any]) -> tuple[Any, bool]:
+        """The compiled model, and whether it was in the cache."""
+        cache = self._resources.cache
+        before = {} if cache is None else cache.names(_BLOB)
+        if cache is None or not (before or cache.writable()):
+            return self._core.compile_model(model, "CPU", config), False
+        try:
+            compiled = self._core.compile_model(
+                model, "CPU", {**config, "CACHE_DIR": str(cache.folder)}
+            )
+        except RuntimeError as error:  # of the folder, or of the model, which raises once more
+            compiled = self._core.compile_model(model, "CPU", config)
+            cache.give_up(error)
+            return compiled, False
+        found = bool(compiled.get_property("LOADED_FROM_CACHE"))
+        # where a program does not fit, the library goes on without a word
+        if not found and cache.writable() and cache.names(_BLOB) == before:
+            cache.give_up("OpenVINO wrote none")
+        return compiled, found
