@@ -66,7 +66,7 @@ class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     forms: dict[Name, Name]
     notes: dict[str, Any]
     files: dict[Name, _File]
-    mirror: bool = False  # packages of earlier versions do not have it
+    mirror: bool
 
     def check_fits(self) -> None:
         """Raise `UsageError` unless the parts fit together."""
@@ -227,6 +227,7 @@ def _checked_manifest(manifest: Any) -> _Manifest:
         for name in ("routes", "input", "parity"):  # which follow from the rest, and nothing reads
             check(name in held, f"not valid: has no {name!r}")
             del held[name]
+        held.setdefault("mirror", False)
     elif held.pop("sha256", None) != manifest_digest(manifest):
         raise UsageError("does not match its SHA-256: altered or damaged")
     return validated(held, _Manifest, "not valid", whole=True)
