@@ -47,7 +47,7 @@ _PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
     "ms": re.compile(rf"(?P<value>{_NUMBER}) ?ms"),
     "drop": re.compile(rf"drop ?= ?(?P<value>{_NUMBER})"),
 }
-_ROUNDING: Final = 1e-9
+ROUNDING: Final = 1e-9
 """Relative: a budget that is written as a point's own cost affords that point."""
 
 
@@ -162,6 +162,8 @@ class BudgetPoint:
     second look."""
     mirror_along: Path | None = None
     """The widest path, which the mirror image takes; None for no second look."""
+    top1_interval: tuple[float, float] | None = None
+    """Ends of the 95% interval of `top1`; None where it was not measured."""
 
     @property
     def escalations(self) -> tuple[Escalation, ...]:
@@ -272,23 +274,47 @@ class BudgetCurve:
         else:
             points = self.points if escalate else self.gate_points
         check(
-            kind != "share" or value <= 1 or self.points[-1].share > 1 + _ROUNDING,
+            kind != "share" or value <= 1 or self.points[-1].share > 1 + ROUNDING,
             f"budget {budget!r}: above 1 are points with a second look alone, and this curve has "
             f"none; give {FORMS}",
         )
         if kind == "drop":
             return self._within(points, value, budget)
-        limit = value * (1 + _ROUNDING)
+        limit = value * (1 + ROUNDING)
         afforded = [point for point in points if _cost(point, kind) <= limit]
         # the cheapest of the most accurate: points stand in the order of their cost
         return max(afforded, key=lambda point: point.merit) if afforded else points[0]
+
+    def share_of(self, budget: float | str) -> float:
+        """What a budget allows on average, as a share of the widest route's multiply-adds.
+
+        Of those in ms and drop= it is that of their point; raises `UsageError` as `at`.
+        """
+        kind, value = parse_budget(budget)
+        if kind in ("share", "madds"):
+            return value if kind == "share" else value / self.widest_madds
+        return self.at(budget).share
+
+    def out_of_reach(self, budget: float | str | BudgetPoint) -> str | None:
+        """A sentence with the reachable range if a share or MAdds lie outside; None otherwise."""
+        if isinstance(budget, BudgetPoint) or parse_budget(budget)[0] not in ("share", "madds"):
+            return None
+        share, best = self.share_of(budget), max(self.points, key=lambda point: point.merit)
+        low, high = self.points[0].share, best.share
+        # 1 asks for the best that there is, whatever it costs
+        if low * (1 - ROUNDING) <= share <= high * (1 + ROUNDING) or share == 1:
+            return None
+        return (
+            f"budget {budget}: the curve reaches from {low:.3f} to {high:.3f} of the widest route's "
+            f"cost; its {'cheapest' if share < low else 'most accurate'} point is taken"
+        )
 
     def _within(
         self, points: Sequence[BudgetPoint], drop: float, budget: float | str
     ) -> BudgetPoint:
         """The cheapest point that loses at most `drop` percentage points."""
         for point in points:
-            if point.top1 >= self.widest_top1 - drop / 100 - _ROUNDING:
+            if point.top1 >= self.widest_top1 - drop / 100 - ROUNDING:
                 return point
         nearest = 100 * (self.widest_top1 - max(point.top1 for point in points))
         reachable = math.ceil(nearest * 100 - 1e-6) / 100
@@ -305,7 +331,7 @@ class BudgetCurve:
         spec.check_image_size(self.image_size_px, self.image_size_px)
         widest = CostTable.from_madds(spec, self.image_size_px).widest_cost
         check(
-            math.isclose(widest, self.widest_madds, rel_tol=_ROUNDING),
+            math.isclose(widest, self.widest_madds, rel_tol=ROUNDING),
             f"budget curve: its widest route costs {self.widest_madds:.0f} MAdds, that of "
             f"{spec.name} {widest:.0f}",
         )
@@ -382,8 +408,10 @@ class BudgetCurve:
 
 
 _LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
-_LATER: Final = dict.fromkeys(("tau_then", "escalate_then", "tau_mirror", "mirror_along"))
-"""What points of earlier versions do not say: they know one step, or no second look."""
+_LATER: Final = dict.fromkeys(
+    ("tau_then", "escalate_then", "tau_mirror", "mirror_along", "top1_interval")
+)
+"""What points of earlier versions do not say."""
 
 
 def _cost(point: BudgetPoint, kind: Kind) -> float:
@@ -414,6 +442,10 @@ def _point(data: Any, at: str) -> BudgetPoint:
         )
     first, then, last = data["escalate_to"], data["escalate_then"], data["mirror_along"]
     check(then is None or first is not None, f"{where}escalate_then without escalate_to")
+    ends = data["top1_interval"]
+    fine = isinstance(ends, list) and len(ends) == 2
+    fine = fine and all(type(end) in (int, float) and 0 <= end <= 1 for end in ends)
+    check(ends is None or fine, f"{where}top1_interval {ends!r:.60} must be two shares, or null")
     return BudgetPoint(
         shift=_number(data, "shift", where, low=-math.inf),
         tau=_optional(data, "tau", where),
@@ -428,6 +460,7 @@ def _point(data: Any, at: str) -> BudgetPoint:
         escalate_then=None if then is None else tuple(then),
         tau_mirror=_optional(data, "tau_mirror", where),
         mirror_along=None if last is None else tuple(last),
+        top1_interval=None if ends is None else (float(ends[0]), float(ends[1])),
     )
 
 

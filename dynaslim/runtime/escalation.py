@@ -98,3 +98,7 @@ class Asked:
         again_B: Bools = asked_B & (margin_B < tau)
         self._open_B &= again_B | ~asked_B
         return again_B
+
+    def close(self, members: Ints) -> None:
+        """Rows that stay with the answer they have, though they are unsure."""
+        self._open_B[members] = False
