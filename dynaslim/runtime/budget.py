@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any, Final, Literal
 
@@ -47,6 +48,10 @@ _PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
     "ms": re.compile(rf"(?P<value>{_NUMBER}) ?ms"),
     "drop": re.compile(rf"drop ?= ?(?P<value>{_NUMBER})"),
 }
+SHOWN: Final = 2.0
+"""Standard errors by which a cheaper point has to be more accurate than the widest route."""
+NEAR: Final = 0.9
+"""Part of a budget that a point may leave unused before that is worth a word."""
 ROUNDING: Final = 1e-9
 """Relative: a budget that is written as a point's own cost affords that point."""
 
@@ -247,10 +252,11 @@ class BudgetCurve:
         """The best point for a budget; without `escalate`, of the gate alone.
 
         A number or numeric string in (0, 1] is a share of the widest route's MAdds, up to 2 where
-        the curve has points with a second look; "250M" and
-        "4.5ms" are means per image: the most accurate point of at most that cost, the cheapest if
-        there is none. "drop=0.3" is the cheapest point whose top-1 is at most 0.3 percentage points
-        below the widest route's. A point is taken as it is.
+        the curve has points with a second look; "250M" and "4.5ms" are means per image: the most
+        accurate point of at most that cost, the cheapest if there is none. The widest route, where
+        it is afforded, gives way to a cheaper point only if that is shown to be more accurate: 1
+        means the best that there is. "drop=0.3" is the cheapest point whose top-1 is at most 0.3
+        percentage points below the widest route's. A point is taken as it is.
 
         Raises:
             UsageError: if the budget is of none of these forms, in ms without a latency table,
@@ -282,8 +288,21 @@ class BudgetCurve:
             return self._within(points, value, budget)
         limit = value * (1 + ROUNDING)
         afforded = [point for point in points if _cost(point, kind) <= limit]
+        if not afforded:
+            return points[0]
         # the cheapest of the most accurate: points stand in the order of their cost
-        return max(afforded, key=lambda point: point.merit) if afforded else points[0]
+        best = max(afforded, key=lambda point: point.merit)
+        widest = next((point for point in afforded if self._is_widest(point)), best)
+        return widest if best.share < widest.share and not self._shown(best, widest) else best
+
+    def _is_widest(self, point: BudgetPoint) -> bool:
+        return point.share >= 1 - ROUNDING and not point.escalations
+
+    def _shown(self, best: BudgetPoint, other: BudgetPoint) -> bool:
+        """Whether the images that picked the points show that one is better than another."""
+        images = self.images - (self.reporting_images or 0)
+        variance = sum(point.merit * (1 - point.merit) for point in (best, other)) / max(1, images)
+        return best.merit - other.merit > SHOWN * math.sqrt(variance)
 
     def share_of(self, budget: float | str) -> float:
         """What a budget allows on average, as a share of the widest route's multiply-adds.
@@ -296,18 +315,28 @@ class BudgetCurve:
         return self.at(budget).share
 
     def out_of_reach(self, budget: float | str | BudgetPoint) -> str | None:
-        """A sentence with the reachable range if a share or MAdds lie outside; None otherwise."""
+        """A sentence with what is reachable, for a share or MAdds that are not; None otherwise."""
         if isinstance(budget, BudgetPoint) or parse_budget(budget)[0] not in ("share", "madds"):
             return None
-        share, best = self.share_of(budget), max(self.points, key=lambda point: point.merit)
-        low, high = self.points[0].share, best.share
-        # 1 asks for the best that there is, whatever it costs
-        if low * (1 - ROUNDING) <= share <= high * (1 + ROUNDING) or share == 1:
+        share, used, dearest = self.share_of(budget), self.at(budget), self.points[-1]
+        if share < used.share * (1 - ROUNDING):
+            return (
+                f"budget {budget}: the curve reaches from {used.share:.3f} to {dearest.share:.3g} "
+                f"of the widest route's cost; its cheapest point is taken"
+            )
+        better = [p.share for p in self.reachable if p.share > used.share]
+        if used.share > NEAR * share or not better or share == 1:
             return None
         return (
-            f"budget {budget}: the curve reaches from {low:.3f} to {high:.3f} of the widest route's "
-            f"cost; its {'cheapest' if share < low else 'most accurate'} point is taken"
+            f"budget {budget}: between {used.share:.3f} and {better[0]:.3g} of the widest route's "
+            f"cost the curve has nothing that is better; that of {used.share:.3f} is taken"
         )
+
+    @cached_property
+    def reachable(self) -> tuple[BudgetPoint, ...]:
+        """The points that some share leads to, cheapest first."""
+        shares = [1.0 if self._is_widest(point) else point.share for point in self.points]
+        return tuple(dict.fromkeys(map(self.at, shares)))
 
     def _within(
         self, points: Sequence[BudgetPoint], drop: float, budget: float | str

@@ -166,7 +166,7 @@ def test_what_cannot_hold(tmp_path):
         engine(x, hold=True)
     with pytest.raises(UsageError, match=f"budget 0.1: cannot hold, .* at least {cheapest:.3g} of"):
         engine(x, budget=0.1, hold=True)
-    with pytest.raises(UsageError, match="budget 0.01M: cannot hold"):
+    with pytest.raises(UsageError, match=r"budget 0\.01M: cannot hold"):
         engine(x, budget="0.01M", hold=True)
     madds = 0.8 * widest_madds
     out = engine(x, budget=f"{madds / 1e6}M", hold=True)
