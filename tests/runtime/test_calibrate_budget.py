@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import time
 from fractions import Fraction
@@ -723,8 +724,8 @@ def test_wrong_inputs(real, monkeypatch):
 def micro(tmp_path):
     """A checkpoint of five classes and a parquet folder that fits it."""
     data = tmp_path / "data"
-    write_parquet(data, [png(n) for n in range(40)], 5)
-    write_parquet(data, [png(n) for n in range(100, 160)], 5, "train")
+    write_parquet(data, [png(n) for n in range(120)], 5)
+    write_parquet(data, [png(n) for n in range(200, 620)], 5, "train")
     stage = {"data": {"path": "somewhere", "split": "train", "val_split": None, "val_share": 0.25}}
     checkpoint = Checkpoint(
         lively(micro_spec(), image_size=16),
@@ -782,16 +783,18 @@ def test_command(micro, capsys, tmp_path):
         capsys, "calibrate-budget", path, "--data", data, "--split", "test", "--out", other,
         "--budget", "0.6",
     )  # fmt: skip
-    assert "40 images" in out
+    assert "120 images" in out
+    assert "of less than 1,000 the points are hard to tell apart" in out
+    assert re.search(r"\d\.\d\d% ±\d", out)
     assert "held back" not in out
     assert "budget 0.6" in out
     assert "4-4-6" in out, "the uniform routes to compare with"
-    assert "top-1 is measured on 20 images" in out
+    assert "top-1 is measured on 60 images" in out
     assert read(path).budget is None
     after = read(other)
     curve = BudgetCurve.from_dict(after.budget)
     curve.check_fits(SPEC)
-    assert (curve.images, curve.image_size_px, curve.widest_ms) == (40, 16, None)
+    assert (curve.images, curve.image_size_px, curve.widest_ms) == (120, 16, None)
     assert after.metrics == {"kept": 1}
     assert after.recipe == before.recipe
     weights = before.net.state_dict()
@@ -820,7 +823,7 @@ def test_command_takes_what_training_held_back(micro, capsys):
     assert printed["routes"][0]["top1"] == curve.cheapest_top1
     assert printed["routes"][-1]["top1"] == curve.widest_top1
     human = _run(capsys, "calibrate-budget", path, "--data", data, "--table", table)
-    assert "15 images, those that training held back" in human
+    assert f"{len(held)} images, those that training held back" in human
     assert "10.000" in human
     warned = _run(capsys, "calibrate-budget", path, "--data", data, "--split", "train")
     assert "trained on this split" in warned
@@ -872,17 +875,29 @@ def test_which_images_are_held_out(micro, capsys, stages, message):
         _fails(capsys, message, "calibrate-budget", path, "--data", data)
         return
     printed = json.loads(_run(capsys, "calibrate-budget", path, "--data", data, "--json"))
-    assert (printed["split"], printed["held_back"], printed["images"]) == ("test", None, 40)
+    assert (printed["split"], printed["held_back"], printed["images"]) == ("test", None, 120)
 
 
 def test_images_that_do_not_decode(micro, capsys, tmp_path):
     path, _ = micro
     data = tmp_path / "broken"
-    write_parquet(data, [*(png(n) for n in range(19)), b"no picture"], 5)
+    write_parquet(data, [*(png(n) for n in range(110)), b"no picture"], 5)
     verb = ("calibrate-budget", path, "--data", data, "--split", "test")
     _fails(capsys, "broken", *verb, code=1)
     assert "left out" in _run(capsys, *verb, "--corrupt-limit", "0.1")
-    assert read(path).budget["images"] == 19
+    assert read(path).budget["images"] == 110
     shutil.rmtree(data)
-    write_parquet(data, [b"no picture"] * 5, 5)
+    write_parquet(data, [b"no picture"] * 120, 5)
     _fails(capsys, "no images", *verb, "--corrupt-limit", "1", code=1)
+
+
+def test_too_few_images_are_refused(micro, capsys, tmp_path):
+    """Also where they are too few because some do not decode; nothing is written."""
+    path, _ = micro
+    data, content = tmp_path / "few", path.read_bytes()
+    write_parquet(data, [png(n) for n in range(99)], 5)
+    verb = ("calibrate-budget", path, "--data", data, "--split", "test")
+    _fails(capsys, "has 99 images to measure budgets on", *verb, code=1)
+    write_parquet(data, [*(png(n) for n in range(99)), b"no picture"], 5)
+    _fails(capsys, "give at least 100, better 1,000", *verb, "--corrupt-limit", "0.1", code=1)
+    assert path.read_bytes() == content
