@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TextIO
 
 from dynaslim.cli.output import fail, new_table, say
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dynaslim.predict import Prediction, Rows, Summary
     from dynaslim.predict_tables import ParquetFile, ParquetParts
     from dynaslim.progress import Bar
+    from dynaslim.runtime.budget import BudgetCurve
 
 FEW: Final = 50
 """Of so many files each has its line on the screen; of more there are totals."""
@@ -29,6 +30,7 @@ def predict(
     *,
     model: str | None = None,
     budget: str | None = None,
+    hold: bool = False,
     backend: str = "auto",
     batch_size: int = 64,
     json: bool = False,
@@ -44,7 +46,8 @@ def predict(
         model: A checkpoint file, the folder of an exported package, or the name of a model that
             ships, such as cifar10. Default: the first path where it is one, else cifar10.
         budget: What an image may cost on average, such as 0.6 (of the widest route) or 4.5ms.
-            Default: as trained.
+            Default: as trained. A mean over images like those that it was measured on.
+        hold: Keep the mean cost of these images under the budget, whatever they are.
         backend: What runs the network; auto takes the fastest that is installed.
         batch_size: Images per batch.
         json: Print one JSON object.
@@ -62,10 +65,16 @@ def predict(
         raise UsageError(f"--batch-size {batch_size}: must be between 1 and {MOST_ROWS:,}")
     if workers is not None and workers < 1:
         raise UsageError(f"--workers {workers}: must be at least 1")
+    if hold and budget is None:
+        raise UsageError("--hold: give the budget that is to hold with --budget")
     table = None if parquet is None else _table(parquet, engine)
-    rows = _rows(engine, resolve(model), files, backend, batch_size, budget, workers)
+    asked = _Asked(backend, batch_size, budget, hold, workers)
+    rows, curve = _rows(engine, resolve(model), files, asked)
+    expected = None if budget is None or curve is None else curve.at(budget).madds
+    if expected is not None and not hold and (note := curve.out_of_reach(budget)):
+        sys.stderr.write(f"{note}\n")
     show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
-    summary = Summary()
+    summary = Summary(expected)
     started = time.perf_counter()
     with ExitStack() as stack:
         if engine == "ray":  # which prints what happens to its workers
@@ -88,6 +97,7 @@ def predict(
         totals = {
             "model": model,
             "budget": budget,
+            "hold": hold,
             "engine": engine,
             **summary.to_dict(),
             "seconds": seconds,
@@ -174,32 +184,29 @@ def _names_images(path: str) -> bool:
     )
 
 
+class _Asked(NamedTuple):
+    backend: str
+    batch_size: int
+    budget: str | None
+    hold: bool
+    workers: int | None
+
+
 def _rows(
-    engine: str,
-    model: Path,
-    files: list[Path],
-    backend: str,
-    batch_size: int,
-    budget: str | None,
-    workers: int | None,
-) -> Rows:
-    """The rows to come; a model that cannot be run is found out here."""
+    engine: str, model: Path, files: list[Path], asked: _Asked
+) -> tuple[Rows, BudgetCurve | None]:
+    """The rows to come, and the network's curve; a model that cannot be run is found out here."""
     from dynaslim.predict import open_engine
     from dynaslim.predict import predict as predict_here
 
+    opened = open_engine(model, asked.backend, batch_size=asked.batch_size)
+    options = asked._asdict()
     if engine == "ray":
         from dynaslim.predict_ray import predict_ray
 
-        return predict_ray(
-            model,
-            files,
-            backend=backend,
-            budget=budget,
-            batch_size=batch_size,
-            workers=workers,
-        )
-    opened = open_engine(model, backend, batch_size=batch_size)
-    return predict_here(opened, files, batch_size=batch_size, budget=budget, workers=workers)
+        return predict_ray(model, files, **options), opened.curve
+    del options["backend"]  # which has been chosen
+    return predict_here(opened, files, **options), opened.curve
 
 
 def _table(parquet: Path, engine: str) -> ParquetFile | ParquetParts:
@@ -262,6 +269,24 @@ class _Screen:
         images = f"{summary.predicted} image{'' if summary.predicted == 1 else 's'}"
         madds = f"{totals['mean_madds'] / 1e6:.2f} M MAdds on average"
         say(f"{images}, {madds}, {totals['images_per_s']:.1f} images/s, by {totals['model']}")
+        if summary.expected_madds is not None:
+            say(_spent(summary, totals))
+
+
+def _spent(summary: Summary, totals: dict[str, Any]) -> str:
+    """What the images cost beside what the budget promises."""
+    expected, spending = summary.expected_madds, summary.spending
+    assert expected is not None
+    told = (
+        f"budget {totals['budget']}: {spending.ratio:.2f} times the {expected / 1e6:.2f} M of the "
+        f"images that it was measured on"
+    )
+    if not spending.differs:
+        return told
+    told += "; these are unlike them"
+    if spending.ratio > 1 and not totals["hold"]:
+        told += ", and --hold would keep their mean under the budget"
+    return told
 
 
 def _rows_table(rows: list[Prediction]) -> Any:
@@ -278,7 +303,7 @@ def _rows_table(rows: list[Prediction]) -> Any:
             f"{row.confidence:.1%}",
             row.route,
             f"{row.madds / 1e6:.2f} M"
-            + (", ran again" if row.escalated else "")
+            + (", escalated" if row.escalated else "")
             + (", mirrored" if row.mirrored else ""),
         )
     return table

@@ -470,6 +470,7 @@ class _Tried:
         tau_mirror = float(self.all.tau_mirror_S[number])
         costs = self.all.cost_US[:, number].tolist()
         selected, reported = self.all.right_HS[:, number] / self.half_HN.sum(1)
+        ends = accuracy_interval(float(reported), int(self.half_HN[1].sum()))
         return BudgetPoint(
             shift=float(self.all.shift_S[number]),
             tau=None if target < 0 else float(self.all.tau_S[number]),
@@ -480,7 +481,7 @@ class _Tried:
             top1=float(reported),
             escalated=int(self.all.escalated_S[number]) / len(self.answers),
             top1_selecting=float(selected),
-            top1_interval=tuple(accuracy_interval(float(reported), int(self.half_HN[1].sum()))),
+            top1_interval=(ends.low, ends.high),
             tau_then=None if then < 0 else float(self.all.tau_then_S[number]),
             escalate_then=None if then < 0 else self.answers.targets[then],
             tau_mirror=None if math.isnan(tau_mirror) else tau_mirror,
