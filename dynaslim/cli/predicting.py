@@ -70,9 +70,11 @@ def predict(
     table = None if parquet is None else _table(parquet, engine)
     asked = _Asked(backend, batch_size, budget, hold, workers)
     rows, curve = _rows(engine, resolve(model), files, asked)
-    expected = None if budget is None or curve is None else curve.at(budget).madds
-    if expected is not None and not hold and (note := curve.out_of_reach(budget)):
-        sys.stderr.write(f"{note}\n")
+    expected = None
+    if budget is not None and curve is not None:
+        expected = curve.at(budget).madds
+        if not hold and (note := curve.out_of_reach(budget)):
+            sys.stderr.write(f"{note}\n")
     show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
     summary = Summary(expected)
     started = time.perf_counter()

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynaslim.cost import CostTable
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form
 from dynaslim.runtime.latency import profile, time_form
 from dynaslim.runtime.router import Decide
@@ -61,7 +61,9 @@ class ServedEngine(Protocol):
     def warm_up(self, image_size: int | None = None) -> None:
         """Compile what is needed."""
 
-    def __call__(self, x: Any, *, budget: Any = None, escalate: Any = "auto") -> Any:
+    def __call__(
+        self, x: Any, *, budget: Any = None, escalate: Any = "auto", hold: Any = False
+    ) -> Any:
         """Normalised images (B, C, S, S) -> `RoutedOutput`."""
 
 
@@ -238,20 +240,11 @@ class Facts:
                 "ms": point.ms,
                 "top1": point.top1,
             }
-            for point in _best(curve.points)
+            for point in curve.reachable
         ]
         low, dearest = (float(share_text(curve.points[end])) for end in (0, -1))
         # above 1 only where a second look is worth it
         return {"low": low, "high": max(1.0, dearest), "unit": "share", "points": points}
-
-
-def _best(points: Sequence[BudgetPoint]) -> list[BudgetPoint]:
-    """Those that some budget leads to: the widest route may be no better than a point before it."""
-    best: list[BudgetPoint] = []
-    for point in points:
-        if not best or point.merit > best[-1].merit:
-            best.append(point)
-    return best
 
 
 def _always(path: Sequence[int]) -> Decide:

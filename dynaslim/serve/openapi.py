@@ -202,6 +202,8 @@ def _schemas(service: Service) -> dict[str, Any]:
                     dict.fromkeys(("decode", "queue", "engine", "total"), _NUMBER)
                 ),
                 "batch_size": _WHOLE,
+                "cost_ratio": _MAYBE_NUMBER,
+                "unlike_curve": {"type": "boolean"},
             }
         ),
         "Result": _object(
