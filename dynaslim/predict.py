@@ -57,7 +57,7 @@ class Prediction:
     madds: float
     """Multiply-adds that the image cost, those of all its routes if it is escalated."""
     escalated: bool = False
-    """Whether it was unsure and ran more than once, last on `route`."""
+    """Whether it was unsure and escalated, last to `route`."""
     mirrored: bool = False
     """Whether the last of these was its mirror image, and the answer is the mean of both."""
 

@@ -62,9 +62,9 @@ def predict_ray(
     The cluster is the one this process is connected to, or that of `RAY_ADDRESS`, or one on this
     machine for just this call. `workers` is by default as many as the cluster has cores. Every
     machine must see the model and the files under their paths here. With the backend "auto" it is
-    chosen here, for all. With `hold` the budget holds for
-    every piece of the files by itself. `make_engine` makes a worker's engine, by default `open_engine`'s; it goes
-    to the workers by pickle.
+    chosen here, for all. With `hold` the budget holds for every piece of the files by itself.
+    `make_engine` makes a worker's engine, by default `open_engine`'s; it goes to the workers by
+    pickle.
 
     Raises:
         UsageError: as `predict` and `open_engine`, and if ray is not installed.

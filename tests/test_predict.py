@@ -578,13 +578,13 @@ def test_costs_are_told_beside_those_of_the_curve(fake, shades, capsys):
 
 def test_budgets_out_of_reach_are_told(fake, shades, capsys):
     _with_curve(fake)
-    code, out, err = _run(capsys, "m", shades[0], "--budget", "0.3")
+    code, _, err = _run(capsys, "m", shades[0], "--budget", "0.3")
     assert code == 0
     assert err.splitlines() == [
         "budget 0.3: the curve reaches from 0.500 to 1 of the widest route's cost; its cheapest "
         "point is taken"
     ]
-    code, out, err = _run(capsys, "m", shades[0], "--budget", "0.9")
+    code, _, err = _run(capsys, "m", shades[0], "--budget", "0.9")
     assert "budget 0.9: between 0.600 and 1 of the widest" in err
     assert _run(capsys, "m", shades[0], "--budget", "1")[2] == ""
 
@@ -596,7 +596,7 @@ def test_a_budget_is_held_over_all_files(fake, shades, capsys):
     assert len(fake.holds) == 3
     assert len({id(hold) for hold in fake.holds}) == 1
     assert isinstance(fake.holds[0], Ledger)
-    code, out, err = _run(capsys, "m", *shades, "--hold")
+    code, _, err = _run(capsys, "m", *shades, "--hold")
     assert code == 2
     assert "--hold: give the budget that is to hold with --budget" in err
     with pytest.raises(UsageError, match="hold: give the budget"):

@@ -154,7 +154,7 @@ class BudgetPoint:
     """Milliseconds per image by the latency table that was given; None without one."""
     top1: float
     escalated: float
-    """Share of the images that ran more than once, 0..1."""
+    """Share of the images that escalated, 0..1."""
     top1_selecting: float | None = None
     """Accuracy on the images by which the points were picked: optimistic, and what decides which
     point is the better one. None stands for `top1`."""
@@ -293,7 +293,9 @@ class BudgetCurve:
         # the cheapest of the most accurate: points stand in the order of their cost
         best = max(afforded, key=lambda point: point.merit)
         widest = next((point for point in afforded if self._is_widest(point)), best)
-        return widest if best.share < widest.share and not self._shown(best, widest) else best
+        # a second look is kept only where it was shown to be worth it
+        shown = best.tau_mirror is not None or self._shown(best, widest)
+        return best if shown or best.share >= widest.share else widest
 
     def _is_widest(self, point: BudgetPoint) -> bool:
         return point.share >= 1 - ROUNDING and not point.escalations

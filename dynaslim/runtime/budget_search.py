@@ -375,8 +375,7 @@ class _Tried:
             point, answers = self.point(number), self.answers
             steps = [step for step in point.escalations if not step.mirror]
             walked = [
-                walk(answers, point.shift, steps[:count]).madds_N
-                for count in range(len(steps) + 1)
+                walk(answers, point.shift, steps[:count]).madds_N for count in range(len(steps) + 1)
             ]
             own_N, total_N = answers.taken(point.shift), walked[-1]
             groups = [
@@ -387,8 +386,7 @@ class _Tried:
                 groups.append((after_N > before_N, total_N - before_N, at_once))
             least = max(1, len(answers) * SMALLEST_GROUP)
             self._detours[number] = any(
-                np.count_nonzero(who_N) >= least
-                and cost_N[who_N].mean() > most * (1 + _ROUNDING)
+                np.count_nonzero(who_N) >= least and cost_N[who_N].mean() > most * (1 + _ROUNDING)
                 for who_N, cost_N, most in groups
             )
         return self._detours[number]

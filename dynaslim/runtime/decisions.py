@@ -24,7 +24,7 @@ from dynaslim.runtime.escalation import (
     margins,
     who_may_escalate,
 )
-from dynaslim.runtime.router import Again, OnceMore, Routed
+from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
 from dynaslim.runtime.spending import HeldCall
 from dynaslim.spec import NetSpec, Route
 
@@ -99,7 +99,7 @@ class Decisions:
     route_costs: RouteCosts
     shift: float
     escalations: tuple[Escalation, ...]
-    """Rows of a margin under their taus run once more; none lets none."""
+    """Rows of a margin under their taus escalate; none lets none."""
     limits: tuple[int, ...] | None
     """The highest option of every gate that is allowed."""
     held: float | None = None
@@ -121,17 +121,17 @@ class Decisions:
         return budgets.choose_by_prices(logits_BK, self._prices[gate])
 
     @property
-    def again(self) -> OnceMore | None:
-        """Which rows run once more; None if none can."""
+    def escalate(self) -> WhoEscalates | None:
+        """Which rows escalate; None if none can."""
         return self._unsure if self.escalations else None
 
-    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Again]:
+    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
         asked, last_BG = Asked(len(logits_BN)), options_BG.copy()
         for tau, target, mirror in self.escalations:
             able_B = self.route_costs.may_escalate(last_BG, target, mirror=mirror)
             members = asked.next(able_B, margins(logits_BN), tau).nonzero()[0]
             if len(members):
-                yield Again(members, target, mirror)
+                yield Escalated(members, target, mirror)
                 last_BG[members] = target
 
     def within(self, rows: int, allowance: float) -> HeldCall:
@@ -146,14 +146,14 @@ class Decisions:
         """
         logits_BN, options_BG, passes = routed
         madds_B = self.route_costs.of_paths(options_BG)
-        again_B, mirrored_B = np.zeros((2, len(madds_B)), bool)
-        for again in passes:
-            again_B[again.members] = True
-            mirrored_B[again.members] |= again.mirror
-            target = self.route_costs.target(again.path)
-            madds_B[again.members] += target.cost if again.mirror else target.more
-            options_BG[again.members] = again.path
-        return logits_BN, options_BG, madds_B, again_B, mirrored_B
+        escalated_B, mirrored_B = np.zeros((2, len(madds_B)), bool)
+        for rows in passes:
+            escalated_B[rows.members] = True
+            mirrored_B[rows.members] |= rows.mirror
+            target = self.route_costs.target(rows.path)
+            madds_B[rows.members] += target.cost if rows.mirror else target.more
+            options_BG[rows.members] = rows.path
+        return logits_BN, options_BG, madds_B, escalated_B, mirrored_B
 
 
 def make_decisions(

@@ -287,10 +287,9 @@ class Engine:
         `budget` is a share of the widest route's multiply-adds (0.6), "250M" of them or "4.5ms" as
         means per image, or "drop=0.3" points of accuracy (see `BudgetCurve.at`); it needs a curve.
         `shift` moves the gates' decisions by hand: positive is cheaper. `escalate` "auto" lets rows
-        run once more, along a wider route or as their mirror image, as the curve says for the
-        budget; a number does so for
-        rows whose margin (likeliest minus next probability) is below it, on top of the budget; None
-        never. `max_route` caps the width of every row.
+        escalate, to a wider route or to their mirror image, as the curve says for the budget; a
+        number lets rows whose margin (likeliest minus next probability) is below it, on top of the
+        budget; None never. `max_route` caps the width of every row.
 
         A budget is what images like those of the curve cost on average. With `hold` it is a bound:
         the mean cost of all rows of the engine's calls with this budget and `hold` never exceeds
@@ -450,7 +449,7 @@ class Engine:
         start: int,
     ) -> tuple[np.ndarray, ...]:
         routed = router.routed(
-            images, chosen.decide, chosen.again, limits=decisions.limits, first=start
+            images, chosen.decide, chosen.escalate, limits=decisions.limits, first=start
         )
         logits, options, *rest = decisions.results(routed)
         choices = np.empty_like(options)

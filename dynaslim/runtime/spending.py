@@ -19,7 +19,7 @@ import numpy as np
 
 from dynaslim.runtime.budget import choose, option_costs
 from dynaslim.runtime.escalation import Asked, margins
-from dynaslim.runtime.router import Again, OnceMore
+from dynaslim.runtime.router import Escalated, WhoEscalates
 
 if TYPE_CHECKING:
     from dynaslim.runtime.decisions import Decisions
@@ -142,12 +142,12 @@ class HeldCall:
         return option_B
 
     @property
-    def again(self) -> OnceMore | None:
+    def escalate(self) -> WhoEscalates | None:
         """Which rows escalate; None if none can."""
         return self._unsure if self._decisions.escalations else None
 
-    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Again]:
-        """As `Decisions.again`, of every step those of the smallest margins that can be afforded.
+    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
+        """As of `Decisions`; of every step those of the smallest margins that can be afforded.
 
         Every step may spend an equal part of what is left, the last all of it: cheap first steps
         are not to use up what the dear ones need.
@@ -168,5 +168,5 @@ class HeldCall:
             members = np.setdiff1d(members, surest, assume_unique=True)
             if len(members):
                 self._left -= len(members) * more
-                yield Again(members, step.target, step.mirror)
+                yield Escalated(members, step.target, step.mirror)
                 last_BG[members] = step.target

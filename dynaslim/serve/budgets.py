@@ -6,7 +6,7 @@ import math
 from typing import Final, NamedTuple
 
 from dynaslim.errors import UsageError, check
-from dynaslim.runtime.budget import ROUNDING, MOST_SHARE, BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget import MOST_SHARE, ROUNDING, BudgetCurve, BudgetPoint
 from dynaslim.serve.load import BudgetControl, spread
 from dynaslim.serve.options import ServeOptions
 

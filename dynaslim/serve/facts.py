@@ -112,7 +112,7 @@ class Facts:
     def ms_of(
         self, route: RouteFacts, madds: float, escalated: bool, *, mirrored: bool = False
     ) -> float | None:
-        """What an image takes alone: the time of its route, of all where it ran more than once.
+        """What an image takes alone: the time of its route, of all where it escalated.
 
         The routes before the last of an image that was `escalated` are those that its `madds` leave
         room for: one, or two if that fits better. The trunk, whose features are kept, counts once.

@@ -98,7 +98,7 @@ class Metrics:
         self._engine.inc(report.seconds)
         spent = float(report.madds.sum())
         self._madds.inc(spent)
-        # a batch of images that ran again may cost more than the widest route: the next ones pay,
+        # a batch of images that escalated may cost more than the widest route: the next ones pay,
         # since a counter does not fall
         saved = self._widest_madds * report.rows - spent - self._owed
         self._saved.inc(max(0.0, saved))

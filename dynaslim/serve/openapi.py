@@ -102,7 +102,7 @@ def _predict(service: Service) -> dict[str, Any]:
                     ],
                     "default": "auto",
                 },
-                "Whether unsure images run once more, along a wider route: auto as the budget "
+                "Whether unsure images escalate to a wider route: auto as the budget "
                 "says, which may show the mirror image too, never, or below this margin between "
                 "the two likeliest classes.",
             ),

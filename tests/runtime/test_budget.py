@@ -249,6 +249,9 @@ def test_a_budget_of_1_is_the_best_there_is():
     assert curve.at("1000M") is clear
     assert dataclasses.replace(curve, images=60, reporting_images=30).at(1).share == 1
     assert dataclasses.replace(curve, images=60, reporting_images=30).at(0.99) is clear
+    # a second look had to show its worth when it was measured
+    looks = dataclasses.replace(lucky, tau_mirror=0.2, mirror_along=(1, 2))
+    assert _curve(points=(_point(0.3, 0.7, 4.0), looks, _point(1.0, 0.9, 9.0))).at(1) is looks
 
 
 def test_what_is_out_of_reach():

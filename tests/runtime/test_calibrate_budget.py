@@ -286,7 +286,12 @@ def test_nothing_that_is_tried_is_overlooked(monkeypatch):
 
 
 def test_nothing_in_two_steps_is_overlooked(monkeypatch):
-    for name, value in {"KEPT": 10_000, "NOISE": -100, "MOST_ESCALATED": 1, "SMALLEST_GROUP": 2}.items():
+    for name, value in {
+        "KEPT": 10_000,
+        "NOISE": -100,
+        "MOST_ESCALATED": 1,
+        "SMALLEST_GROUP": 2,
+    }.items():
         monkeypatch.setattr(budget_search, name, value)
     answers = _random(17, 6, spec=get_spec("ds_mbnet_tiny"), coarse=True)
     curve = fit_curve(answers, split=False)
@@ -310,7 +315,12 @@ def test_nothing_in_two_steps_is_overlooked(monkeypatch):
 
 
 def test_no_second_look_is_overlooked(monkeypatch):
-    for name, value in {"KEPT": 10_000, "NOISE": -100, "MOST_ESCALATED": 1, "SMALLEST_GROUP": 2}.items():
+    for name, value in {
+        "KEPT": 10_000,
+        "NOISE": -100,
+        "MOST_ESCALATED": 1,
+        "SMALLEST_GROUP": 2,
+    }.items():
         monkeypatch.setattr(budget_search, name, value)
     monkeypatch.setattr(budget_search, "TAUS_OF_LOOKS", 25)
     answers = _random(17, 5, spec=get_spec("ds_mbnet_tiny"), coarse=True, looks=0.6)

@@ -228,7 +228,5 @@ def test_of_the_last_images():
 
 def test_chance_is_rarely_taken_for_a_difference():
     rng = np.random.default_rng(2)
-    wrong = sum(
-        _counted(np.where(rng.random(30) < 0.2, 3.0, 0.5)).differs for _ in range(1000)
-    )
+    wrong = sum(_counted(np.where(rng.random(30) < 0.2, 3.0, 0.5)).differs for _ in range(1000))
     assert wrong < 20
