@@ -240,7 +240,7 @@ def test_info_of_a_checkpoint_that_knows_more(micro, tmp_path, capsys):
     points = held["budget"]["points"]
     for point in (points[0], points[-1]):
         assert re.search(rf"^ +{point['share']:.3f} .*{point['top1']:.2%}", out, re.MULTILINE)
-    assert held["budget"]["images"] == 20
+    assert held["budget"]["images"] == 100
     assert held["metrics"]["val"] == METRICS
     assert held["recipe"] == {"supernet": {"epochs": 3}}
 
