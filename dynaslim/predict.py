@@ -11,7 +11,7 @@ from __future__ import annotations
 import glob
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
 from dynaslim.pretrained import local_path
+from dynaslim.runtime.spending import Ledger, Spending
 from dynaslim.shipped import resolve
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class Prediction:
     madds: float
     """Multiply-adds that the image cost, those of all its routes if it is escalated."""
     escalated: bool = False
-    """Whether it was unsure and ran more than once, last on `route`."""
+    """Whether it was unsure and escalated, last to `route`."""
     mirrored: bool = False
     """Whether the last of these was its mirror image, and the answer is the mean of both."""
     top: tuple[tuple[int, str | None, float], ...] = ()
@@ -108,7 +109,7 @@ class RoutedEngine(Protocol):
     def preprocessing(self) -> Preprocessing | None:
         """How pictures are prepared."""
 
-    def __call__(self, x: Any, *, budget: Any = None) -> Any:
+    def __call__(self, x: Any, *, budget: Any = None, hold: Any = False) -> Any:
         """Normalised images (B, C, S, S) -> `RoutedOutput`."""
 
     def route_of(self, indices: Any) -> Any:
@@ -227,25 +228,32 @@ def predict(
     *,
     batch_size: int = BATCH_SIZE,
     budget: Budget = None,
+    hold: bool = False,
     workers: int | None = None,
     top_k: int = 1,
 ) -> Rows:
     """A row for every file, in their order; one that cannot be read gives an `Unreadable`.
 
     `workers` threads (by default one for each core) decode at most `AHEAD` batches ahead of the
-    engine. `budget` is the engine's. A batch is made of the files that stand together, so that what
+    engine. `budget` is the engine's; with `hold` the mean cost of these files never exceeds it, at
+    no batch (see `Engine`). A batch is made of the files that stand together, so that what
     shares one depends on the files alone. Close the iterator to stop before the end. With a `top_k`
     above 1 a row has so many classes.
 
     Raises:
-        UsageError: for a batch size, workers or top_k below 1, and as the engine.
+        UsageError: for a batch size, workers or top_k below 1, `hold` without a budget, and as the
+            engine.
         DataError: if the network's output is not finite.
     """
     check_numbers(batch_size, workers)
     check(top_k >= 1, f"top_k {top_k}: must be at least 1")
     if engine.preprocessing is None:
         raise UsageError("the engine does not say how images are prepared (preprocessing)")
-    return _predict(engine, files, engine.preprocessing, batch_size, budget, workers, top_k)
+    check(budget is not None or not hold, "hold: give the budget that is to hold")
+    options: dict[str, Any] = {"budget": budget}
+    if hold:
+        options["hold"] = Ledger()
+    return _predict(engine, files, engine.preprocessing, batch_size, options, workers, top_k)
 
 
 def check_numbers(batch_size: int, workers: int | None) -> None:
@@ -259,7 +267,7 @@ def _predict(
     files: Sequence[str | Path],
     preprocessing: Preprocessing,
     batch_size: int,
-    budget: Budget,
+    options: Mapping[str, Any],
     workers: int | None,
     top_k: int,
 ) -> Rows:
@@ -274,7 +282,7 @@ def _predict(
     threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     with closing(_decoded(files, preprocessing, batch_size, threads)) as batches:
         for batch in batches:
-            answers = iter(_answers(engine, batch, preprocessing, budget, route_name, top_k))
+            answers = iter(_answers(engine, batch, preprocessing, options, route_name, top_k))
             rows = [one if isinstance(one, Unreadable) else next(answers) for one in batch]
             del batch  # the pixels are not to be kept while the next are waited for
             yield from rows
@@ -327,7 +335,7 @@ def _answers(
     engine: RoutedEngine,
     batch: Sequence[_Picture | Unreadable],
     preprocessing: Preprocessing,
-    budget: Budget,
+    options: Mapping[str, Any],
     route_name: Callable[[Any], str],
     top_k: int,
 ) -> list[Prediction]:
@@ -336,7 +344,7 @@ def _answers(
     if not pictures:
         return []
     pixels_BCSS = np.stack([picture.pixels_CSS for picture in pictures])
-    output = engine(normalise_pixels(pixels_BCSS, preprocessing), budget=budget)
+    output = engine(normalise_pixels(pixels_BCSS, preprocessing), **options)
     logits_BN = np.asarray(output.logits, np.float64)
     broken_B = ~np.isfinite(logits_BN).all(1)
     if broken_B.any():
@@ -385,7 +393,11 @@ def _answers(
 class Summary:
     """Totals over rows as they come."""
 
-    def __init__(self) -> None:
+    def __init__(self, expected_madds: float | None = None) -> None:
+        """`expected_madds` is what an image costs on average by the curve of the budget."""
+        self.expected_madds = expected_madds
+        self.spending = Spending()
+        """What images cost beside that."""
         self.predicted = 0
         """Images that were read."""
         self.unreadable: list[Unreadable] = []
@@ -397,6 +409,8 @@ class Summary:
             self.unreadable.append(row)
             return
         self.predicted += 1
+        if self.expected_madds is not None:
+            self.spending.add([row.madds], self.expected_madds)
         images, madds = self._routes.get(row.route, (0, 0.0))
         self._routes[row.route] = (images + 1, madds + row.madds)
 
@@ -415,5 +429,15 @@ class Summary:
         return {
             "predicted": self.predicted,
             "mean_madds": total / self.predicted if self.predicted else None,
+            **self._beside_the_curve(),
             "routes": sorted(routes, key=lambda entry: (entry["mean_madds"], entry["route"])),
+        }
+
+    def _beside_the_curve(self) -> dict[str, Any]:
+        if self.expected_madds is None:
+            return {}
+        return {
+            "expected_madds": self.expected_madds,
+            "cost_ratio": self.spending.ratio if self.predicted else None,
+            "unlike_curve": self.spending.differs,
         }

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dynaslim import errors
-from dynaslim.errors import DataError, DynaslimError
+from dynaslim.errors import DataError, DynaslimError, check
 from dynaslim.predict import (
     BATCH_SIZE,
     Budget,
@@ -52,6 +52,7 @@ def predict_ray(
     *,
     backend: str = "auto",
     budget: Budget = None,
+    hold: bool = False,
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
     cache_dir: str | Path | None = "auto",
@@ -62,8 +63,9 @@ def predict_ray(
     The cluster is the one this process is connected to, or that of `RAY_ADDRESS`, or one on this
     machine for just this call. `workers` is by default as many as the cluster has cores. Every
     machine must see the model and the files under their paths here. With the backend "auto" it is
-    chosen here, for all. `cache_dir` is the engines'. `make_engine` makes a worker's engine, by
-    default `open_engine`'s; it goes to the workers by pickle.
+    chosen here, for all. With `hold` the budget holds for every piece of the files by itself.
+    `cache_dir` is the engines'. `make_engine` makes a worker's engine, by default `open_engine`'s;
+    it goes to the workers by pickle.
 
     Raises:
         UsageError: as `predict` and `open_engine`, and if ray is not installed.
@@ -71,6 +73,7 @@ def predict_ray(
         DynaslimError: what an engine raised on a worker; the message names the machine.
     """
     check_numbers(batch_size, workers)
+    check(budget is not None or not hold, "hold: give the budget that is to hold")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is to be sent anywhere
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to our stderr
     ray, data = require("ray"), require("ray.data")
@@ -79,7 +82,7 @@ def predict_ray(
         # what is wrong with the model is found here, before anything is started
         chosen = open_engine(model, backend, **options).backend
         make_engine = partial(open_engine, os.path.abspath(model), chosen, **options)
-    return _predict(ray, data, files, make_engine, batch_size, budget, workers)
+    return _predict(ray, data, files, make_engine, batch_size, budget, hold, workers)
 
 
 def _predict(
@@ -89,6 +92,7 @@ def _predict(
     make_engine: Callable[[], RoutedEngine],
     batch_size: int,
     budget: Budget,
+    hold: bool,
     workers: int | None,
 ) -> Rows:
     with _cluster(ray, workers):
@@ -104,7 +108,7 @@ def _predict(
             answered = _mapped(
                 dataset,
                 _Worker,
-                fn_constructor_args=(make_engine, batch_size, budget),
+                fn_constructor_args=(make_engine, batch_size, budget, hold),
                 batch_size=1,
                 batch_format="pyarrow",
                 compute=data.ActorPoolStrategy(size=count),
@@ -189,11 +193,16 @@ class _Worker:
     """Answers pieces, one engine for all of them."""
 
     def __init__(
-        self, make_engine: Callable[[], RoutedEngine], batch_size: int, budget: Budget
+        self,
+        make_engine: Callable[[], RoutedEngine],
+        batch_size: int,
+        budget: Budget,
+        hold: bool,
     ) -> None:
         self._make_engine = make_engine
         self._batch_size = batch_size
         self._budget = budget
+        self._hold = hold
         self._engine: RoutedEngine | None = None
 
     def __call__(self, piece: Any) -> Any:
@@ -231,7 +240,12 @@ class _Worker:
         if self._engine is None:  # not in __init__, where an error would be Ray's to report
             self._engine = self._make_engine()
         answers = predict(
-            self._engine, files, batch_size=self._batch_size, budget=self._budget, workers=1
+            self._engine,
+            files,
+            batch_size=self._batch_size,
+            budget=self._budget,
+            hold=self._hold,  # of every piece: the mean of all is then under the budget too
+            workers=1,
         )
         with closing(answers):
             for row in answers:

@@ -104,7 +104,7 @@ def _rows(judging: Table, found: Sequence[Outcome]) -> list[dict[str, float]]:
             "share": o.cost / max(costs),
             "madds": o.cost,
             "top1": o.top1,
-            "again": o.again,
+            "again": o.escalated,
             "over_uniform": o.top1 - policies.uniform_line(costs, top1, o.cost),
         }
         for o in found
@@ -154,7 +154,7 @@ def _escalate(table: Table, target: int, tau: float) -> BudgetPoint:
         share=found.cost / max(table.costs_R),
         ms=None,
         top1=found.top1,
-        escalated=found.again,
+        escalated=found.escalated,
     )
 
 

@@ -28,7 +28,7 @@ class Outcome(NamedTuple):
 
     cost: float
     top1: float
-    again: float = 0.0
+    escalated: float = 0.0
 
 
 # -- what to compare with --------------------------------------------------------------------------
@@ -156,10 +156,10 @@ def escalated(
     """
     everyone = np.arange(len(correct_NR))
     costs = np.asarray(costs_R, float)
-    again_N = (option_N < target) & (sure_NR[everyone, option_N] < tau)
-    right_N = np.where(again_N, correct_NR[:, target], correct_NR[everyone, option_N])
-    cost_N = costs[option_N] + again_N * (costs[target] - trunk)
-    return Outcome(float(cost_N.mean()), float(right_N.mean()), float(again_N.mean()))
+    escalated_N = (option_N < target) & (sure_NR[everyone, option_N] < tau)
+    right_N = np.where(escalated_N, correct_NR[:, target], correct_NR[everyone, option_N])
+    cost_N = costs[option_N] + escalated_N * (costs[target] - trunk)
+    return Outcome(float(cost_N.mean()), float(right_N.mean()), float(escalated_N.mean()))
 
 
 def ladder(
@@ -172,8 +172,8 @@ def ladder(
 ) -> Outcome:
     """Escalation in several steps: the first route for all, on to the next where unsure.
 
-    `taus` has one threshold for every step but the last. `again` counts the second passes and all
-    later ones, per image.
+    `taus` has one threshold for every step but the last. `escalated` counts the second passes
+    and all later ones, per image.
 
     Raises:
         ValueError: for another number of thresholds.
@@ -201,9 +201,9 @@ def cascade(
     tau: float,
 ) -> Outcome:
     """Two separate networks: where the first is less sure than tau, the second runs as a whole."""
-    again_N = sure_first_N < tau
-    right_N = np.where(again_N, correct_second_N, correct_first_N)
-    share = float(again_N.mean())
+    escalated_N = sure_first_N < tau
+    right_N = np.where(escalated_N, correct_second_N, correct_first_N)
+    share = float(escalated_N.mean())
     return Outcome(costs[0] + share * costs[1], float(right_N.mean()), share)
 
 

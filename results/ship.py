@@ -188,7 +188,7 @@ Top-1 on the {test["images"]:,} test images, by which nothing was chosen. A budg
 the widest route's multiply-adds; its gate and escalation were chosen on {held:,} images held out of
 the training split.
 
-| | mean multiply-adds | top-1 | ran again |
+| | mean multiply-adds | top-1 | escalated |
 | --- | ---: | ---: | ---: |
 {table}
 

@@ -217,6 +217,7 @@ METRICS = {
 
 def test_info_of_a_checkpoint_that_knows_more(micro, tmp_path, capsys):
     path, folder = micro
+    write_parquet(folder, [png(n) for n in range(100)], 5)  # fewer are refused
     argv = ["calibrate-budget", str(path), "--data", str(folder), "--split", "test"]
     assert cli.run(argv) == 0
     known = replace(
@@ -239,7 +240,7 @@ def test_info_of_a_checkpoint_that_knows_more(micro, tmp_path, capsys):
     points = held["budget"]["points"]
     for point in (points[0], points[-1]):
         assert re.search(rf"^ +{point['share']:.3f} .*{point['top1']:.2%}", out, re.MULTILINE)
-    assert held["budget"]["images"] == 20
+    assert held["budget"]["images"] == 100
     assert held["metrics"]["val"] == METRICS
     assert held["recipe"] == {"supernet": {"epochs": 3}}
 
@@ -643,6 +644,7 @@ def test_json_is_one_object_and_nothing_else(argv, micro, tmp_path, monkeypatch,
     """At the level of the file descriptor: libraries in C write there too."""
     pytest.importorskip("onnx")
     path, folder = micro
+    write_parquet(folder, [png(n) for n in range(100)], 5)  # fewer have no curve of budgets
     monkeypatch.chdir(tmp_path)
     path.rename(tmp_path / "M")
     folder.rename(tmp_path / "D")

@@ -33,7 +33,7 @@ TRAINED_BEFORE = ("runs/demo/checkpoint.safetensors", "runs/cifar10_gate/gate_0.
 def stand_ins(tmp_path_factory):
     """What the reader of a page has: images, a few files, a network with a budget curve."""
     root = tmp_path_factory.mktemp("reader")
-    for split, images in (("train", 64), ("test", 24)):
+    for split, images in (("train", 128), ("test", 24)):
         source = dynaslim.open_source(MINI, split).dataset
         rows = source.select(range(0, len(source), len(source) // images)).select(range(images))
         table = rows.cast_column("image", datasets.Image(decode=True))
@@ -51,7 +51,7 @@ def stand_ins(tmp_path_factory):
     np.save(root / "images.npy", np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype("f4"))
     net = lively(get_spec("ds_mbnet_tiny"), image_size=32)
     agreed = _agree_with(net, source)
-    held_back = SupernetRecipe(data=DataRecipe("DATA", val_share=0.25)).to_dict()
+    held_back = SupernetRecipe(data=DataRecipe("DATA", val_share=0.8)).to_dict()
     checkpoint = Checkpoint(
         net, source.class_names, Preprocessing(32), recipe={"supernet": held_back}
     )

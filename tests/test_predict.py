@@ -19,6 +19,7 @@ from PIL import Image
 from dynaslim import cli, predict_tables
 from dynaslim import predict as rooms
 from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.cost import CostTable
 from dynaslim.data.decode import decode_image
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import CheckpointError, DataError, UsageError
@@ -34,7 +35,9 @@ from dynaslim.predict import (
 )
 from dynaslim.predict_tables import ParquetFile, ParquetParts
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.export import export_package
+from dynaslim.runtime.spending import Ledger
 from dynaslim.spec import Route
 
 CLASSES = ("dark", "dim", "fair", "bright")
@@ -48,13 +51,15 @@ class FakeEngine:
 
     preprocessing = Preprocessing(8, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     class_names = CLASSES
+    curve = None
 
     def __init__(self):
-        self.batches, self.budgets, self.asked = [], [], []
+        self.batches, self.budgets, self.asked, self.holds = [], [], [], []
 
-    def __call__(self, x, *, budget=None):
+    def __call__(self, x, *, budget=None, hold=False):
         self.batches.append(x)
         self.budgets.append(budget)
+        self.holds.append(hold)
         level = np.clip((x.mean((1, 2, 3)) + 2).astype(int), 0, 3)
         wide = level // 2
         return SimpleNamespace(
@@ -540,6 +545,79 @@ def test_folder_pattern_and_a_file_named_twice(fake, shades, capsys):
     assert (code, err) == (0, "")
     files = [row["file"] for row in json.loads(out)["images"]]
     assert files == [str(file) for file in (shades[3], *shades[:3], *shades[4:])]
+
+
+def _with_curve(engine):
+    """Points of 1 M, 1.2 M and the widest's 2 M; the images of `shades` cost 1.5 M."""
+
+    def point(madds, top1):
+        return BudgetPoint(0.0, None, None, madds, madds / 2e6, None, top1, 0.0)
+
+    points = (point(1e6, 0.7), point(1.2e6, 0.8), point(2e6, 0.9))
+    engine.curve = BudgetCurve(8, 1000, 2e6, None, 0.9, 1e6, None, 0.7, points, points)
+
+
+def test_costs_are_told_beside_those_of_the_curve(fake, shades, capsys):
+    _with_curve(fake)
+    code, out, err = _run(capsys, "m", *shades, "--budget", "0.61")
+    assert (code, err) == (0, "")
+    told = "budget 0.61: 1.25 times the 1.20 M of the images that it was measured on"
+    assert told in out.replace("\n", " ")
+    assert "unlike" not in out
+    bright = [write(shades[0].with_name(f"bright{n}.png"), grey(255)) for n in range(40)]
+    code, out, err = _run(capsys, "m", *bright, "--budget", "0.61")
+    assert "these are unlike them, and --hold would keep" in out.replace("\n", " ")
+    assert "1.67 times" in out
+    code, out, err = _run(capsys, "m", *bright, "--budget", "0.61", "--json")
+    data = json.loads(out)
+    assert (data["expected_madds"], data["unlike_curve"], data["hold"]) == (1.2e6, True, False)
+    assert data["cost_ratio"] == pytest.approx(2 / 1.2)
+    code, out, err = _run(capsys, "m", *shades, "--json")
+    assert "cost_ratio" not in json.loads(out)
+
+
+def test_budgets_out_of_reach_are_told(fake, shades, capsys):
+    _with_curve(fake)
+    code, _, err = _run(capsys, "m", shades[0], "--budget", "0.3")
+    assert code == 0
+    assert err.splitlines() == [
+        "budget 0.3: the curve reaches from 0.500 to 1 of the widest route's cost; its cheapest "
+        "point is taken"
+    ]
+    code, _, err = _run(capsys, "m", shades[0], "--budget", "0.9")
+    assert "budget 0.9: between 0.600 and 1 of the widest" in err
+    assert _run(capsys, "m", shades[0], "--budget", "1")[2] == ""
+
+
+def test_a_budget_is_held_over_all_files(fake, shades, capsys):
+    _with_curve(fake)
+    code, _, err = _run(capsys, "m", *shades, "--budget", "0.6", "--hold", "--batch-size", "3")
+    assert (code, err) == (0, "")
+    assert len(fake.holds) == 3
+    assert len({id(hold) for hold in fake.holds}) == 1
+    assert isinstance(fake.holds[0], Ledger)
+    code, _, err = _run(capsys, "m", *shades, "--hold")
+    assert code == 2
+    assert "--hold: give the budget that is to hold with --budget" in err
+    with pytest.raises(UsageError, match="hold: give the budget"):
+        predict(fake, shades, hold=True)
+
+
+def test_a_held_budget_is_the_same_in_one_batch_or_many(micro, shades):
+    """By a real engine: at no batch is the mean above the budget."""
+    engine = open_engine(micro, "eager")
+    table = CostTable.from_madds(engine.spec, engine.preprocessing.image_size_px)
+    widest, cheapest = table.widest_cost, table.route_cost([0] * len(engine.spec.gates))
+    share = 0.5 + 0.5 * cheapest / widest
+    point = BudgetPoint(-1e6, None, None, share * widest, share, None, 0.9, 0.0)
+    assert np.mean([r.madds for r in predict(engine, shades, budget=point)]) == widest
+    for batch_size in (1, 3, 8):
+        asked = {"budget": point, "hold": True, "batch_size": batch_size}
+        rows = [row.madds for row in predict(engine, shades, **asked)]
+        means = np.cumsum(rows) / np.arange(1, 9)
+        assert means[batch_size - 1 :: batch_size].max() <= share * widest
+        assert [row.madds for row in predict(engine, shades, **asked)] == rows
+        assert np.mean(rows) > cheapest
 
 
 def test_json_is_one_object(fake, shades, capsys, monkeypatch):

@@ -186,7 +186,7 @@ def test_the_arithmetic_here_is_the_runtimes():
         )
         found = simulate(table.paths, comparisons.FAR, [Escalation(tau, (target,))])
         assert (ours.cost, ours.top1) == pytest.approx((found.madds, found.top1))
-        assert ours.again == pytest.approx(found.escalated)
+        assert ours.escalated == pytest.approx(found.escalated)
 
 
 def test_every_way_keeps_to_its_budget_where_it_was_chosen():
@@ -279,7 +279,7 @@ def test_a_cascade_of_one_network_pays_its_trunk_twice():
     table = _table()
     alone = {k: table.route(k) for k in range(4)}
     (first, *_) = comparisons.cascade(alone, alone)
-    assert first.again == 0 or first.cost > table.costs_R[0]
+    assert first.escalated == 0 or first.cost > table.costs_R[0]
     tau = policies.threshold_for(table.sure_NR[:, 0], 0.3)
     whole = comparisons._cascade(alone, 0, 3, tau)
     kept = policies.escalated(

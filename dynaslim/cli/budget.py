@@ -65,7 +65,7 @@ def calibrate_budget(
     from dynaslim.pretrained import is_hub_address
     from dynaslim.progress import progress
     from dynaslim.runtime.budget import parse_budget
-    from dynaslim.runtime.budget_search import fit_curve, split_rows
+    from dynaslim.runtime.budget_search import FEW_IMAGES, fit_curve, split_rows
     from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, uniform_outcomes
 
     if batch_size < 1:
@@ -102,6 +102,7 @@ def calibrate_budget(
     if order is not None:
         images = images.relabelled(order, loaded.class_names or ())
     images.check_fits(preprocessing, spec.num_classes)
+    _check_enough(source, len(images))
     net = loaded.net.to(to_device(device))
     with progress("running every path", len(images)) as bar:
         answers = answer_paths(
@@ -110,6 +111,7 @@ def calibrate_budget(
             mirror=loaded.mirror,
             on_batch=bar.advance,
         )
+    _check_enough(source, len(answers))
     curve = fit_curve(answers, latency=latency)
     curve.check_fits(spec, mirror=loaded.mirror)
     asked = None if budget is None else curve.at(budget)
@@ -137,6 +139,11 @@ def calibrate_budget(
     say(f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}")
     for line in images.skipped.lines:
         say(f"left out: {line}")
+    if curve.images < FEW_IMAGES:
+        say(
+            f"few images: of less than {FEW_IMAGES:,} the points are hard to tell apart; "
+            f"top-1 has its 95% interval"
+        )
     if split == "train" and held_share is None:
         say("the gate was trained on this split: expect less than these numbers elsewhere")
     if not loaded.mirror:
@@ -173,6 +180,17 @@ def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float 
     return train, share
 
 
+def _check_enough(source: ImageSource, images: int) -> None:
+    from dynaslim.errors import DataError
+    from dynaslim.runtime.budget_search import FEW_IMAGES, LEAST_IMAGES
+
+    if images < LEAST_IMAGES:
+        raise DataError(
+            f"{source.name} [{source.split}]: has {images} images to measure budgets on, too few "
+            f"to tell settings apart; give at least {LEAST_IMAGES}, better {FEW_IMAGES:,}"
+        )
+
+
 def _held_rows(source: ImageSource, share: float) -> torch.Tensor:
     from dynaslim.data.order import holdout
 
@@ -197,6 +215,13 @@ def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, O
     return table
 
 
+def _accuracy(point: BudgetPoint) -> str:
+    if point.top1_interval is None:
+        return f"{point.top1:.2%}"
+    low, high = point.top1_interval
+    return f"{point.top1:.2%} ±{50 * (high - low):.1f}"
+
+
 def _points_table(
     title: str, points: Mapping[str, BudgetPoint], spec: NetSpec, *, timed: bool
 ) -> Any:
@@ -215,7 +240,7 @@ def _points_table(
             name or f"{point.share:.3f} of the widest",
             f"{point.madds / 1e6:.2f} M",
             *([] if point.ms is None else [f"{point.ms:.3f}"]),
-            f"{point.top1:.2%}",
+            _accuracy(point),
             f"{point.escalated:.1%}",
             " > ".join(targets),
             " > ".join(f"{tau:.3f}" for tau, *_ in point.escalations),

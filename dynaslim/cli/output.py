@@ -76,7 +76,7 @@ def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) ->
         told += (
             f"\nA budget of {share:g} saves {saved(outcome.madds)}, "
             f"for {change(outcome.top1, '')}: "
-            f"{outcome.escalated:.0%} of the images ran more than once."
+            f"{outcome.escalated:.0%} of the images escalated."
         )
     return told
 

@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TextIO
 
 from dynaslim.cli.output import fail, new_table, printable, say
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from dynaslim.predict import Prediction, Rows, Summary
     from dynaslim.predict_tables import ParquetFile, ParquetParts
     from dynaslim.progress import Bar
+    from dynaslim.runtime.budget import BudgetCurve
 
 FEW: Final = 50
 """Of so many files each has its line on the screen; of more there are totals."""
@@ -29,6 +30,7 @@ def predict(
     *,
     model: str | None = None,
     budget: str | None = None,
+    hold: bool = False,
     backend: str = "auto",
     batch_size: int = 64,
     json: bool = False,
@@ -46,7 +48,8 @@ def predict(
         model: A checkpoint file, the folder of an exported package, or the name of a model that
             ships, such as cifar10. Default: the first path where it is one, else cifar10.
         budget: What an image may cost on average, such as 0.6 (of the widest route) or 4.5ms.
-            Default: as trained.
+            Default: as trained. A mean over images like those that it was measured on.
+        hold: Keep the mean cost of these images under the budget, whatever they are.
         backend: What runs the network; auto takes the fastest that is installed.
         batch_size: Images per batch.
         json: Print one JSON object.
@@ -70,13 +73,19 @@ def predict(
         raise UsageError(f"--top-k {top_k}: must be at least 1")
     if top_k > 1 and (parquet is not None or engine == "ray"):
         raise UsageError(f"--top-k {top_k}: --parquet and --engine ray have the likeliest alone")
+    if hold and budget is None:
+        raise UsageError("--hold: give the budget that is to hold with --budget")
     table = None if parquet is None else _table(parquet, engine)
     cache_dir = None if no_cache else "auto"
-    rows = _rows(
-        engine, resolve(model), files, backend, batch_size, budget, workers, top_k, cache_dir
-    )
+    given = _Options(backend, batch_size, budget, hold, workers, top_k, cache_dir)
+    rows, curve = _rows(engine, resolve(model), files, given)
+    expected = None
+    if budget is not None and curve is not None:
+        expected = curve.at(budget).madds
+        if not hold and (note := curve.out_of_reach(budget)):
+            sys.stderr.write(f"{note}\n")
     show: _Json | _Screen = _Json(sys.stdout) if json else _Screen(len(files) <= FEW)
-    summary = Summary()
+    summary = Summary(expected)
     started = time.perf_counter()
     with ExitStack() as stack:
         if engine == "ray":  # which prints what happens to its workers
@@ -99,6 +108,7 @@ def predict(
         totals = {
             "model": model,
             "budget": budget,
+            "hold": hold,
             "engine": engine,
             **summary.to_dict(),
             "seconds": seconds,
@@ -185,37 +195,34 @@ def _names_images(path: str) -> bool:
     )
 
 
+class _Options(NamedTuple):
+    backend: str
+    batch_size: int
+    budget: str | None
+    hold: bool
+    workers: int | None
+    top_k: int
+    cache_dir: str | None
+
+
 def _rows(
-    engine: str,
-    model: Path,
-    files: list[Path],
-    backend: str,
-    batch_size: int,
-    budget: str | None,
-    workers: int | None,
-    top_k: int,
-    cache_dir: str | None,
-) -> Rows:
-    """The rows to come; a model that cannot be run is found out here."""
+    engine: str, model: Path, files: list[Path], given: _Options
+) -> tuple[Rows, BudgetCurve | None]:
+    """The rows to come, and the network's curve; a model that cannot be run is found out here."""
     from dynaslim.predict import open_engine
     from dynaslim.predict import predict as predict_here
 
+    opened = open_engine(
+        model, given.backend, batch_size=given.batch_size, cache_dir=given.cache_dir
+    )
+    options = given._asdict()
     if engine == "ray":
         from dynaslim.predict_ray import predict_ray
 
-        return predict_ray(
-            model,
-            files,
-            backend=backend,
-            budget=budget,
-            batch_size=batch_size,
-            workers=workers,
-            cache_dir=cache_dir,
-        )
-    opened = open_engine(model, backend, batch_size=batch_size, cache_dir=cache_dir)
-    return predict_here(
-        opened, files, batch_size=batch_size, budget=budget, workers=workers, top_k=top_k
-    )
+        del options["top_k"]  # tables have the likeliest alone
+        return predict_ray(model, files, **options), opened.curve
+    del options["backend"], options["cache_dir"]  # the engine has been opened
+    return predict_here(opened, files, **options), opened.curve
 
 
 def _table(parquet: Path, engine: str) -> ParquetFile | ParquetParts:
@@ -278,6 +285,24 @@ class _Screen:
         images = f"{summary.predicted} image{'' if summary.predicted == 1 else 's'}"
         madds = f"{totals['mean_madds'] / 1e6:.2f} M MAdds on average"
         say(f"{images}, {madds}, {totals['images_per_s']:.1f} images/s, by {totals['model']}")
+        if summary.expected_madds is not None:
+            say(_spent(summary, totals))
+
+
+def _spent(summary: Summary, totals: dict[str, Any]) -> str:
+    """What the images cost beside what the budget promises."""
+    expected, spending = summary.expected_madds, summary.spending
+    assert expected is not None
+    told = (
+        f"budget {totals['budget']}: {spending.ratio:.2f} times the {expected / 1e6:.2f} M of the "
+        f"images that it was measured on"
+    )
+    if not spending.differs:
+        return told
+    told += "; these are unlike them"
+    if spending.ratio > 1 and not totals["hold"]:
+        told += ", and --hold would keep their mean under the budget"
+    return told
 
 
 def _rows_table(rows: list[Prediction]) -> Any:
@@ -295,7 +320,7 @@ def _rows_table(rows: list[Prediction]) -> Any:
             "\n".join(f"{confidence:.1%}" for _, _, confidence in top),
             row.route,
             f"{row.madds / 1e6:.2f} M"
-            + (", ran again" if row.escalated else "")
+            + (", escalated" if row.escalated else "")
             + (", mirrored" if row.mirrored else ""),
         )
     return table

@@ -27,6 +27,7 @@ def serve(
     max_images: int = 32,
     decoders: int | None = None,
     budget: str | None = None,
+    hold: bool = False,
     adaptive_budget: str | None = None,
     adaptive_wait_ms: float = 100.0,
     token: str | None = None,
@@ -56,6 +57,7 @@ def serve(
         max_images: Images of one request.
         decoders: Threads that decode pictures. Default: one for each core.
         budget: Budget of requests that name none, such as 0.6 or 4.5ms. Default: as trained.
+        hold: Keep the mean cost of the images of every budget under it, whatever they are.
         adaptive_budget: LOW or LOW:HIGH, such as 0.3:0.8: how far the budget may fall under load.
         adaptive_wait_ms: Wait in the queue that an adaptive budget keeps below.
         token: What clients must send as a bearer token; better by DYNASLIM_TOKEN.
@@ -86,6 +88,7 @@ def serve(
         max_images=max_images,
         decoders=decoders,
         budget=budget,
+        hold=hold,
         adaptive_budget=adaptive_budget,
         adaptive_wait_ms=adaptive_wait_ms,
         token=token if token is not None else os.environ.get("DYNASLIM_TOKEN"),

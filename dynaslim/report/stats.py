@@ -5,17 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-Z: Final = NormalDist().inv_cdf(0.975)
+from dynaslim.runtime.budget_search import Z, accuracy_interval
 
-
-class Interval(NamedTuple):
-    """The ends of a 95% confidence interval."""
-
-    low: float
-    high: float
+__all__ = ["Difference", "accuracy_interval", "at_cost", "paired_difference"]
 
 
 class Difference(NamedTuple):
@@ -29,16 +23,6 @@ class Difference(NamedTuple):
     def is_clear(self) -> bool:
         """Whether the interval leaves 0 out."""
         return self.low > 0 or self.high < 0
-
-
-def accuracy_interval(top1: float, images: int) -> Interval:
-    """The binomial 95% interval of an accuracy (0..1) on so many images, by Wilson's score."""
-    assert images > 0
-    spread = Z * Z / images
-    centre = (top1 + spread / 2) / (1 + spread)
-    half = Z / (1 + spread) * math.sqrt(top1 * (1 - top1) / images + spread / 4 / images)
-    # rounding may put an end on the wrong side of what was measured, or of 0 and 1
-    return Interval(max(0.0, min(centre - half, top1)), min(1.0, max(centre + half, top1)))
 
 
 def paired_difference(better: int, worse: int, images: int) -> Difference:

@@ -19,6 +19,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from numbers import Real
 from typing import Any, Final, Literal
 
@@ -47,7 +48,11 @@ _PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
     "ms": re.compile(rf"(?P<value>{_NUMBER}) ?ms"),
     "drop": re.compile(rf"drop ?= ?(?P<value>{_NUMBER})"),
 }
-_ROUNDING: Final = 1e-9
+SHOWN: Final = 2.0
+"""Standard errors by which a cheaper point has to be more accurate than the widest route."""
+NEAR: Final = 0.9
+"""Part of a budget that a point may leave unused before that is worth a word."""
+ROUNDING: Final = 1e-9
 """Relative: a budget that is written as a point's own cost affords that point."""
 
 
@@ -149,7 +154,7 @@ class BudgetPoint:
     """Milliseconds per image by the latency table that was given; None without one."""
     top1: float
     escalated: float
-    """Share of the images that ran more than once, 0..1."""
+    """Share of the images that escalated, 0..1."""
     top1_selecting: float | None = None
     """Accuracy on the images by which the points were picked: optimistic, and what decides which
     point is the better one. None stands for `top1`."""
@@ -162,6 +167,8 @@ class BudgetPoint:
     second look."""
     mirror_along: Path | None = None
     """The widest path, which the mirror image takes; None for no second look."""
+    top1_interval: tuple[float, float] | None = None
+    """Ends of the 95% interval of `top1`; None where it was not measured."""
 
     @property
     def escalations(self) -> tuple[Escalation, ...]:
@@ -245,10 +252,11 @@ class BudgetCurve:
         """The best point for a budget; without `escalate`, of the gate alone.
 
         A number or numeric string in (0, 1] is a share of the widest route's MAdds, up to 2 where
-        the curve has points with a second look; "250M" and
-        "4.5ms" are means per image: the most accurate point of at most that cost, the cheapest if
-        there is none. "drop=0.3" is the cheapest point whose top-1 is at most 0.3 percentage points
-        below the widest route's. A point is taken as it is.
+        the curve has points with a second look; "250M" and "4.5ms" are means per image: the most
+        accurate point of at most that cost, the cheapest if there is none. The widest route, where
+        it is afforded, gives way to a cheaper point only if that is shown to be more accurate: 1
+        means the best that there is. "drop=0.3" is the cheapest point whose top-1 is at most 0.3
+        percentage points below the widest route's. A point is taken as it is.
 
         Raises:
             UsageError: if the budget is of none of these forms, in ms without a latency table,
@@ -272,23 +280,72 @@ class BudgetCurve:
         else:
             points = self.points if escalate else self.gate_points
         check(
-            kind != "share" or value <= 1 or self.points[-1].share > 1 + _ROUNDING,
+            kind != "share" or value <= 1 or self.points[-1].share > 1 + ROUNDING,
             f"budget {budget!r}: above 1 are points with a second look alone, and this curve has "
             f"none; give {FORMS}",
         )
         if kind == "drop":
             return self._within(points, value, budget)
-        limit = value * (1 + _ROUNDING)
+        limit = value * (1 + ROUNDING)
         afforded = [point for point in points if _cost(point, kind) <= limit]
+        if not afforded:
+            return points[0]
         # the cheapest of the most accurate: points stand in the order of their cost
-        return max(afforded, key=lambda point: point.merit) if afforded else points[0]
+        best = max(afforded, key=lambda point: point.merit)
+        widest = next((point for point in afforded if self._is_widest(point)), best)
+        # a second look is kept only where it was shown to be worth it
+        shown = best.tau_mirror is not None or self._shown(best, widest)
+        return best if shown or best.share >= widest.share else widest
+
+    def _is_widest(self, point: BudgetPoint) -> bool:
+        return point.share >= 1 - ROUNDING and not point.escalations
+
+    def _shown(self, best: BudgetPoint, other: BudgetPoint) -> bool:
+        """Whether the images that picked the points show that one is better than another."""
+        images = self.images - (self.reporting_images or 0)
+        variance = sum(point.merit * (1 - point.merit) for point in (best, other)) / max(1, images)
+        return best.merit - other.merit > SHOWN * math.sqrt(variance)
+
+    def share_of(self, budget: float | str) -> float:
+        """What a budget allows on average, as a share of the widest route's multiply-adds.
+
+        Of those in ms and drop= it is that of their point; raises `UsageError` as `at`.
+        """
+        kind, value = parse_budget(budget)
+        if kind in ("share", "madds"):
+            return value if kind == "share" else value / self.widest_madds
+        return self.at(budget).share
+
+    def out_of_reach(self, budget: float | str | BudgetPoint) -> str | None:
+        """A sentence with what is reachable, for a share or MAdds that are not; None otherwise."""
+        if isinstance(budget, BudgetPoint) or parse_budget(budget)[0] not in ("share", "madds"):
+            return None
+        share, used, dearest = self.share_of(budget), self.at(budget), self.points[-1]
+        if share < used.share * (1 - ROUNDING):
+            return (
+                f"budget {budget}: the curve reaches from {used.share:.3f} to {dearest.share:.3g} "
+                f"of the widest route's cost; its cheapest point is taken"
+            )
+        better = [p.share for p in self.reachable if p.share > used.share]
+        if used.share > NEAR * share or not better or share == 1:
+            return None
+        return (
+            f"budget {budget}: between {used.share:.3f} and {better[0]:.3g} of the widest route's "
+            f"cost the curve has nothing that is better; that of {used.share:.3f} is taken"
+        )
+
+    @cached_property
+    def reachable(self) -> tuple[BudgetPoint, ...]:
+        """The points that some share leads to, cheapest first."""
+        shares = [1.0 if self._is_widest(point) else point.share for point in self.points]
+        return tuple(dict.fromkeys(map(self.at, shares)))
 
     def _within(
         self, points: Sequence[BudgetPoint], drop: float, budget: float | str
     ) -> BudgetPoint:
         """The cheapest point that loses at most `drop` percentage points."""
         for point in points:
-            if point.top1 >= self.widest_top1 - drop / 100 - _ROUNDING:
+            if point.top1 >= self.widest_top1 - drop / 100 - ROUNDING:
                 return point
         nearest = 100 * (self.widest_top1 - max(point.top1 for point in points))
         reachable = math.ceil(nearest * 100 - 1e-6) / 100
@@ -305,7 +362,7 @@ class BudgetCurve:
         spec.check_image_size(self.image_size_px, self.image_size_px)
         widest = CostTable.from_madds(spec, self.image_size_px).widest_cost
         check(
-            math.isclose(widest, self.widest_madds, rel_tol=_ROUNDING),
+            math.isclose(widest, self.widest_madds, rel_tol=ROUNDING),
             f"budget curve: its widest route costs {self.widest_madds:.0f} MAdds, that of "
             f"{spec.name} {widest:.0f}",
         )
@@ -382,8 +439,10 @@ class BudgetCurve:
 
 
 _LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
-_LATER: Final = dict.fromkeys(("tau_then", "escalate_then", "tau_mirror", "mirror_along"))
-"""What points of earlier versions do not say: they know one step, or no second look."""
+_LATER: Final = dict.fromkeys(
+    ("tau_then", "escalate_then", "tau_mirror", "mirror_along", "top1_interval")
+)
+"""What points of earlier versions do not say."""
 
 
 def _cost(point: BudgetPoint, kind: Kind) -> float:
@@ -414,6 +473,10 @@ def _point(data: Any, at: str) -> BudgetPoint:
         )
     first, then, last = data["escalate_to"], data["escalate_then"], data["mirror_along"]
     check(then is None or first is not None, f"{where}escalate_then without escalate_to")
+    ends = data["top1_interval"]
+    fine = isinstance(ends, list) and len(ends) == 2
+    fine = fine and all(type(end) in (int, float) and 0 <= end <= 1 for end in ends)
+    check(ends is None or fine, f"{where}top1_interval {ends!r:.60} must be two shares, or null")
     return BudgetPoint(
         shift=_number(data, "shift", where, low=-math.inf),
         tau=_optional(data, "tau", where),
@@ -428,6 +491,7 @@ def _point(data: Any, at: str) -> BudgetPoint:
         escalate_then=None if then is None else tuple(then),
         tau_mirror=_optional(data, "tau_mirror", where),
         mirror_along=None if last is None else tuple(last),
+        top1_interval=None if ends is None else (float(ends[0]), float(ends[1])),
     )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from statistics import NormalDist
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -34,11 +35,18 @@ TAUS_OF_LOOKS: Final = 8
 """Thresholds of a second look, and of each step before it, that are tried together."""
 MOST_ESCALATED: Final = 0.6
 """Share of the images beyond which a wider first route is the better idea."""
+LEAST_IMAGES: Final = 100
+"""Of fewer a curve would be chance."""
+FEW_IMAGES: Final = 1000
+"""Of fewer its points are hard to tell apart."""
+Z: Final = NormalDist().inv_cdf(0.975)
 KEPT: Final = 20
 """Points that are kept of each front, about evenly spaced by cost."""
 NOISE: Final = 1.0
 """Standard errors by which gates have to beat sending all images one way, and a second look doing
 without."""
+SMALLEST_GROUP: Final = 0.01
+"""Share of the images; what fewer of them cost is left to chance."""
 _ROUNDING: Final = 1e-12
 """Relative, of sums of costs."""
 
@@ -90,6 +98,23 @@ def fit_curve(
         ms_gate_points=ms_gate_points,
         reporting_images=len(reporting) if split else None,
     )
+
+
+class Interval(NamedTuple):
+    """The ends of a 95% confidence interval."""
+
+    low: float
+    high: float
+
+
+def accuracy_interval(top1: float, images: int) -> Interval:
+    """The binomial 95% interval of an accuracy (0..1) on so many images, by Wilson's score."""
+    assert images > 0
+    spread = Z * Z / images
+    centre = (top1 + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(top1 * (1 - top1) / images + spread / 4 / images)
+    # rounding may put an end on the wrong side of what was measured, or of 0 and 1
+    return Interval(max(0.0, min(centre - half, top1)), min(1.0, max(centre + half, top1)))
 
 
 def shift_grid(answers: PathAnswers) -> Floats:
@@ -167,6 +192,7 @@ class _Tried:
         # the shifts rise
         alone = np.flatnonzero(self._is_alone)
         self.widest, self.cheapest = int(alone[0]), int(alone[-1])
+        self._detours: dict[int, bool] = {}
 
     @property
     def _is_alone(self) -> Bools:
@@ -331,6 +357,43 @@ class _Tried:
         # what is dearer than the widest route, no budget asks for without a second look
         most_S = cost_S[self.widest] * np.where(looks_S, MOST_SHARE, 1) * (1 + _ROUNDING)
         within = np.flatnonzero(cost_S <= most_S)
+        while True:
+            both, alone = self._fronts(within, cost_S)
+            detours = [number for number in both.tolist() if self._is_detour(number)]
+            if not detours:
+                return self._points(both, cost_S), self._points(alone, cost_S)
+            within = np.setdiff1d(within, detours)
+
+    def _is_detour(self, number: int) -> bool:
+        """Whether the widest route first would have been cheaper, for rows that are known by then.
+
+        These are those that the gates send along one route, and those that run one step: on
+        average they must cost no more, with all steps that follow, than if they took the widest
+        route at once. What a second look costs, it costs behind that route too.
+        """
+        if number not in self._detours:
+            point, answers = self.point(number), self.answers
+            steps = [step for step in point.escalations if not step.mirror]
+            walked = [
+                walk(answers, point.shift, steps[:count]).madds_N for count in range(len(steps) + 1)
+            ]
+            own_N, total_N = answers.taken(point.shift), walked[-1]
+            groups = [
+                (own_N == path, total_N, answers.table.widest_cost) for path in np.unique(own_N)
+            ]
+            at_once = escalation_cost(answers.table, answers.paths[-1])
+            for before_N, after_N in itertools.pairwise(walked):
+                groups.append((after_N > before_N, total_N - before_N, at_once))
+            least = max(1, len(answers) * SMALLEST_GROUP)
+            self._detours[number] = any(
+                np.count_nonzero(who_N) >= least and cost_N[who_N].mean() > most * (1 + _ROUNDING)
+                for who_N, cost_N, most in groups
+            )
+        return self._detours[number]
+
+    def _fronts(self, within: Ints, cost_S: Floats) -> tuple[Ints, Ints]:
+        """Of some settings those of both fronts."""
+        looks_S = ~np.isnan(self.all.tau_mirror_S)
         once, twice = within[~looks_S[within]], within[looks_S[within]]
         alone = self._thinned(within[self._is_alone[within]], cost_S)
         worth = self._worth_a_gate(once, cost_S)
@@ -339,8 +402,7 @@ class _Tried:
         if len(twice):
             worth_twice = self._worth_a_gate(within, cost_S)
             kept.append(self._worth_a_look(worth_twice[looks_S[worth_twice]], worth, cost_S))
-        both = self._front(np.concatenate(kept), cost_S)
-        return self._points(both, cost_S), self._points(alone, cost_S)
+        return self._front(np.concatenate(kept), cost_S), alone
 
     def _worth_a_look(self, settings: Ints, without: Ints, cost_S: Floats) -> Ints:
         """The best with a second look that gain more than chance over the best without, as cheap.
@@ -406,6 +468,7 @@ class _Tried:
         tau_mirror = float(self.all.tau_mirror_S[number])
         costs = self.all.cost_US[:, number].tolist()
         selected, reported = self.all.right_HS[:, number] / self.half_HN.sum(1)
+        ends = accuracy_interval(float(reported), int(self.half_HN[1].sum()))
         return BudgetPoint(
             shift=float(self.all.shift_S[number]),
             tau=None if target < 0 else float(self.all.tau_S[number]),
@@ -416,6 +479,7 @@ class _Tried:
             top1=float(reported),
             escalated=int(self.all.escalated_S[number]) / len(self.answers),
             top1_selecting=float(selected),
+            top1_interval=(ends.low, ends.high),
             tau_then=None if then < 0 else float(self.all.tau_then_S[number]),
             escalate_then=None if then < 0 else self.answers.targets[then],
             tau_mirror=None if math.isnan(tau_mirror) else tau_mirror,

@@ -263,13 +263,13 @@ def walk(
             raise UsageError(f"target {target}: {answers.spec.name} has no such path")
         path = answers.paths.index(target)
         able_N = answers.may_escalate(target, mirror=mirror)[own_N]
-        again_N = asked.next(able_N, answers.margins_NP[everyone, own_N], tau)
-        own_N = np.where(again_N, path, own_N)
-        right_N = np.where(again_N, _answered(answers, path, mirror), right_N)
-        madds_N = madds_N + again_N * escalation_cost(answers.table, target, mirror=mirror)
+        escalated_N = asked.next(able_N, answers.margins_NP[everyone, own_N], tau)
+        own_N = np.where(escalated_N, path, own_N)
+        right_N = np.where(escalated_N, _answered(answers, path, mirror), right_N)
+        madds_N = madds_N + escalated_N * escalation_cost(answers.table, target, mirror=mirror)
         if ms_N is not None and latency is not None:
-            ms_N = ms_N + again_N * escalation_cost(latency, target, mirror=mirror)
-        up_N |= again_N
+            ms_N = ms_N + escalated_N * escalation_cost(latency, target, mirror=mirror)
+        up_N |= escalated_N
     return Walked(madds_N, ms_N, right_N, up_N)
 
 

@@ -24,7 +24,8 @@ from dynaslim.runtime.escalation import (
     margins,
     who_may_escalate,
 )
-from dynaslim.runtime.router import Again, OnceMore, Routed
+from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
+from dynaslim.runtime.spending import HeldCall
 from dynaslim.spec import NetSpec, Route
 
 Budget = float | str | BudgetPoint
@@ -50,6 +51,18 @@ class RouteCosts:
         self._first_K = trunk[0][0] + np.array(segments[0][0])
         self._segments = [np.array(segment) for segment in segments[1:]]
         self._targets: dict[tuple[int, ...], _Target] = {}
+        self.cheapest = float(self._first_K[0] + sum(segment[0, 0] for segment in self._segments))
+        """Of the route that takes the first option of every gate."""
+
+    @cached_property
+    def more(self) -> list[np.ndarray]:
+        """For every gate (K before, K): what an option costs more than the first, and first options
+        behind it; of the first gate (1, K).
+        """
+        own = [self._first_K[None, :], *self._segments]
+        behind = [segment[:, 0] for segment in self._segments] + [np.zeros(len(own[-1][0]))]
+        totals = [segment + rest_K for segment, rest_K in zip(own, behind, strict=True)]
+        return [total - total[:, :1] for total in totals]
 
     def of_paths(self, options_BG: np.ndarray) -> np.ndarray:
         """Multiply-adds (B,) float64."""
@@ -86,9 +99,11 @@ class Decisions:
     route_costs: RouteCosts
     shift: float
     escalations: tuple[Escalation, ...]
-    """Rows of a margin under their taus run once more; none lets none."""
+    """Rows of a margin under their taus escalate; none lets none."""
     limits: tuple[int, ...] | None
     """The highest option of every gate that is allowed."""
+    held: float | None = None
+    """What rows may cost on average, as a share of the widest route's; None if no budget holds."""
 
     @cached_property
     def _prices(self) -> list[np.ndarray]:
@@ -106,33 +121,39 @@ class Decisions:
         return budgets.choose_by_prices(logits_BK, self._prices[gate])
 
     @property
-    def again(self) -> OnceMore | None:
-        """Which rows run once more; None if none can."""
+    def escalate(self) -> WhoEscalates | None:
+        """Which rows escalate; None if none can."""
         return self._unsure if self.escalations else None
 
-    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Again]:
+    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
         asked, last_BG = Asked(len(logits_BN)), options_BG.copy()
         for tau, target, mirror in self.escalations:
             able_B = self.route_costs.may_escalate(last_BG, target, mirror=mirror)
             members = asked.next(able_B, margins(logits_BN), tau).nonzero()[0]
             if len(members):
-                yield Again(members, target, mirror)
+                yield Escalated(members, target, mirror)
                 last_BG[members] = target
+
+    def within(self, rows: int, allowance: float) -> HeldCall:
+        """These for one call of so many rows, which together may cost an allowance (a share)."""
+        assert self.held is not None
+        widest = self.route_costs.table.widest_cost
+        return HeldCall(self, rows, allowance * widest, self.held * widest)
 
     def results(self, routed: Routed) -> tuple[np.ndarray, ...]:
         """Logits (B, N), options (B, G) of the routes that gave them, multiply-adds (B,) float64,
-        which rows ran again (B,) bool, and which of these looked at their mirror image (B,) bool.
+        which rows escalated (B,) bool, and which of these looked at their mirror image (B,) bool.
         """
         logits_BN, options_BG, passes = routed
         madds_B = self.route_costs.of_paths(options_BG)
-        again_B, mirrored_B = np.zeros((2, len(madds_B)), bool)
-        for again in passes:
-            again_B[again.members] = True
-            mirrored_B[again.members] |= again.mirror
-            target = self.route_costs.target(again.path)
-            madds_B[again.members] += target.cost if again.mirror else target.more
-            options_BG[again.members] = again.path
-        return logits_BN, options_BG, madds_B, again_B, mirrored_B
+        escalated_B, mirrored_B = np.zeros((2, len(madds_B)), bool)
+        for rows in passes:
+            escalated_B[rows.members] = True
+            mirrored_B[rows.members] |= rows.mirror
+            target = self.route_costs.target(rows.path)
+            madds_B[rows.members] += target.cost if rows.mirror else target.more
+            options_BG[rows.members] = rows.path
+        return logits_BN, options_BG, madds_B, escalated_B, mirrored_B
 
 
 def make_decisions(
@@ -144,12 +165,14 @@ def make_decisions(
     shift: float | None,
     escalate: str | float | None,
     max_route: Route | str | Sequence[int] | None,
+    hold: bool = False,
 ) -> Decisions:
     """From what a caller says; `mirror` is whether the network may be shown mirror images.
 
     Raises:
         UsageError: for a budget without a curve, a budget and a shift, an `escalate` that is no
-            margin, a second look where it may not be, or a cap below the cheapest route.
+            margin, a second look where it may not be, a cap below the cheapest route, or a budget
+            to hold that none was given for or that is below the cheapest route.
     """
     check(budget is None or shift is None, "give a budget or a shift, not both")
     spec, point = costs.spec, None
@@ -183,8 +206,27 @@ def make_decisions(
     check(
         isinstance(shift, Real) and bool(np.isfinite(shift)), f"shift {shift}: give a finite number"
     )
-    # no margin is below 0
-    return Decisions(costs, float(shift), tuple(step for step in steps if step.tau), limits)
+    held = _held(costs, curve, budget) if hold else None
+    steps = tuple(step for step in steps if step.tau)  # no margin is below 0
+    return Decisions(costs, float(shift), steps, limits, held)
+
+
+def _held(costs: RouteCosts, curve: BudgetCurve | None, budget: Budget | None) -> float:
+    """The mean cost that holds, as a share of the widest route's."""
+    if budget is None:
+        raise UsageError("hold: give the budget that is to hold")
+    if isinstance(budget, BudgetPoint):
+        share, budget = budget.share, f"of {budget.share:.4g}"
+    else:
+        assert curve is not None, "make_decisions has looked the budget up"
+        share = curve.share_of(budget)
+    lowest = costs.cheapest / costs.table.widest_cost
+    check(
+        share >= lowest * (1 - budgets.ROUNDING),
+        f"budget {budget}: cannot hold, as every image costs at least {lowest:.3g} of the widest "
+        f"route's multiply-adds",
+    )
+    return share
 
 
 def _limits(spec: NetSpec, max_route: Route | str | Sequence[int]) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from dynaslim.runtime.decisions import Budget, Decisions, RouteCosts, make_decis
 from dynaslim.runtime.forms import FormSource, check_precision, segment_forms
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
 from dynaslim.runtime.router import Router
+from dynaslim.runtime.spending import HeldCall, Ledger
 from dynaslim.spec import NetSpec, Route
 
 if TYPE_CHECKING:
@@ -202,6 +203,7 @@ class Engine:
         self._resources = Resources(options.workers or usable_cores(), cache)
         self._costs: dict[tuple[int, int], RouteCosts] = {}
         self._decided: dict[tuple[Any, ...], Decisions] = {}
+        self._ledgers: dict[float, Ledger] = {}
         self._started: tuple[Backend, Router] | None = None
         self._starting = threading.Lock()
         if backend != "auto":
@@ -278,16 +280,23 @@ class Engine:
         shift: float | None = None,
         escalate: Escalate = "auto",
         max_route: Route | str | Sequence[int] | None = None,
+        hold: bool | Ledger = False,
     ) -> RoutedOutput:
         """Images (B, in_channels, H, W), normalised -> logits, routes and costs of every row.
 
         `budget` is a share of the widest route's multiply-adds (0.6), "250M" of them or "4.5ms" as
         means per image, or "drop=0.3" points of accuracy (see `BudgetCurve.at`); it needs a curve.
         `shift` moves the gates' decisions by hand: positive is cheaper. `escalate` "auto" lets rows
-        run once more, along a wider route or as their mirror image, as the curve says for the
-        budget; a number does so for
-        rows whose margin (likeliest minus next probability) is below it, on top of the budget; None
-        never. `max_route` caps the width of every row.
+        escalate, to a wider route or to their mirror image, as the curve says for the budget; a
+        number lets rows whose margin (likeliest minus next probability) is below it, on top of the
+        budget; None never. `max_route` caps the width of every row.
+
+        A budget is what images like those of the curve cost on average. With `hold` it is a bound:
+        the mean cost of all rows of the engine's calls with this budget and `hold` never exceeds
+        it, whatever they are. Fewer rows then take wider routes or escalate, which depends on the
+        rows before and beside them, and on nothing else. A `Ledger` instead of True counts the
+        rows of the calls that it is given to. Of budgets in ms and drop= it is the mean multiply-
+        adds of their point that holds.
 
         Raises:
             UsageError (a ValueError): if x is not a batch of images that the network takes, or the
@@ -297,11 +306,17 @@ class Engine:
         size = check_images(x, self.spec)
         backend, router = self._running(size)
         decisions = self._decisions(
-            size, budget=budget, shift=shift, escalate=escalate, max_route=max_route
+            size,
+            budget=budget,
+            shift=shift,
+            escalate=escalate,
+            max_route=max_route,
+            hold=hold is not False,
         )
+        ledger = self._ledger(decisions, hold)
         images = backend.arrays.images(x)
         parts = [
-            self._routed(router, images[start : start + self._max_batch], decisions, start)
+            self._routed(router, images[start : start + self._max_batch], decisions, start, ledger)
             for start in range(0, len(images), self._max_batch)
         ] or [self._nothing()]
         joined = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
@@ -391,11 +406,50 @@ class Engine:
             costs = self._costs[size] = RouteCosts(self.spec, size)
         return make_decisions(costs, self.curve, mirror=self.mirror, **asked)
 
+    def _ledger(self, decisions: Decisions, hold: bool | Ledger) -> Ledger | None:
+        """Where a call counts what it costs; None if its budget need not hold."""
+        if decisions.held is None:
+            return None
+        check(not self._options.merge, "hold: not with merge, which makes routes wider afterwards")
+        if isinstance(hold, Ledger):
+            return hold
+        if len(self._ledgers) >= _KEPT_DECISIONS:  # a new one starts from 0, and holds as well
+            self._ledgers.clear()
+        return self._ledgers.setdefault(decisions.held, Ledger())
+
     def _routed(
-        self, router: Router, images: Array, decisions: Decisions, start: int
+        self,
+        router: Router,
+        images: Array,
+        decisions: Decisions,
+        start: int,
+        ledger: Ledger | None,
+    ) -> tuple[np.ndarray, ...]:
+        if ledger is None:
+            return self._answers(router, images, decisions, decisions, start)
+        assert decisions.held is not None
+        unspent = ledger.reserve(len(images), decisions.held)
+        held = decisions.within(len(images), unspent)
+        try:
+            answers = self._answers(router, images, decisions, held, start)
+            unspent -= float(answers[2].sum()) / decisions.route_costs.table.widest_cost
+        except BaseException:
+            unspent -= len(images) * decisions.held  # as if it had not been asked for
+            raise
+        finally:
+            ledger.give_back(unspent)
+        return answers
+
+    def _answers(
+        self,
+        router: Router,
+        images: Array,
+        decisions: Decisions,
+        chosen: Decisions | HeldCall,
+        start: int,
     ) -> tuple[np.ndarray, ...]:
         routed = router.routed(
-            images, decisions.decide, decisions.again, limits=decisions.limits, first=start
+            images, chosen.decide, chosen.escalate, limits=decisions.limits, first=start
         )
         logits, options, *rest = decisions.results(routed)
         choices = np.empty_like(options)

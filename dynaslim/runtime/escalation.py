@@ -95,6 +95,10 @@ class Asked:
     def next(self, able_B: Bools, margin_B: npt.NDArray[Any], tau: float) -> Bools:
         """Who goes on (B,): of those that are open and able, the unsure; the sure are done."""
         asked_B = self._open_B & able_B
-        again_B: Bools = asked_B & (margin_B < tau)
-        self._open_B &= again_B | ~asked_B
-        return again_B
+        escalated_B: Bools = asked_B & (margin_B < tau)
+        self._open_B &= escalated_B | ~asked_B
+        return escalated_B
+
+    def close(self, members: Ints) -> None:
+        """Rows that stay with the answer they have, though they are unsure."""
+        self._open_B[members] = False

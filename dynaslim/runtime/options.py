@@ -87,7 +87,7 @@ class RoutedOutput:
     """(B,) float64: multiply-adds that each row cost, slimming heads and all routes of an
     escalated row included."""
     escalated: Any
-    """(B,) bool: rows that ran more than once, since an answer was unsure."""
+    """(B,) bool: rows that escalated, since an answer was unsure."""
     mirrored: Any
     """(B,) bool: those of them whose answer is the mean of two, for the image and its mirror image;
     the softmax of their logits is the mean of both probabilities."""

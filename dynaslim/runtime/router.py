@@ -150,21 +150,21 @@ class Router:
         self,
         x: Array,
         decide: Decide,
-        again: OnceMore | None,
+        escalate: WhoEscalates | None,
         *,
         limits: Sequence[int] | None = None,
         first: int = 0,
     ) -> Routed:
         """Every row along its own route.
 
-        `again` looks at logits and options of all rows and says which run once more from the
-        trunk's features, and along which path; their answers replace those before, and it may look
-        again. For a second look their mirror images run from the beginning, and the answers are
+        `escalate` looks at logits and options of all rows and says which escalate, from the trunk's
+        features, and along which path; their answers replace those before, and it may look once
+        more. For a second look their mirror images run from the beginning, and the answers are
         averaged (`escalation.averaged`). No buckets are merged into options above `limits`. `first`
         is what errors count the rows from.
         """
         size, rows, gates = _size(x), len(x), len(self.spec.gates)
-        if rows == 1 and again is None and self._merge is None:
+        if rows == 1 and escalate is None and self._merge is None:
             return Routed(*self._single(x, decide, size, first), ())
         workspace = self._workspaces.borrow()
         trunk = self._bucket(workspace, 0, 0, np.arange(rows), size)
@@ -173,11 +173,11 @@ class Router:
         logits_BN = np.empty((rows, self.spec.num_classes), np.float32)
         self._onward(workspace, trunk, decide, options_BG, logits_BN, size, limits)
         passes = []
-        for unsure in () if again is None else again(logits_BN, options_BG):
+        for unsure in () if escalate is None else escalate(logits_BN, options_BG):
             if unsure.mirror:
                 self._second_look(workspace, x, unsure, logits_BN, size)
             else:
-                logits_BN[unsure.members] = self._once_more(workspace, trunk, unsure, size)
+                logits_BN[unsure.members] = self._escalated(workspace, trunk, unsure, size)
             passes.append(unsure)
         # not where a call was interrupted: its pieces may still be writing
         self._workspaces.give_back(workspace)
@@ -255,21 +255,21 @@ class Router:
         for bucket in buckets:
             logits_BN[bucket.members] = arrays.host(bucket.features)
 
-    def _once_more(
+    def _escalated(
         self,
         workspace: Workspace,
         trunk: Bucket,
-        again: Again,
+        rows: Escalated,
         size: tuple[int, int],
     ) -> np.ndarray:
         """From the first gate to the end, some rows of the trunk along one path; no gate is asked.
 
         Returns their logits. Buffers may be those of the first pass, which is over.
         """
-        members, before, features = again.members, 0, trunk.features
+        members, before, features = rows.members, 0, trunk.features
         # the trunk's rows stand in order: their numbers are those in the batch
         picked = None if len(members) == len(trunk.members) else members
-        for number, (gate, option) in enumerate(zip(self.spec.gates, again.path, strict=True), 1):
+        for number, (gate, option) in enumerate(zip(self.spec.gates, rows.path, strict=True), 1):
             made = self._bucket(workspace, number, option, members, size)
             form = Form(number, before, gate.choices[option])
             self.run([Job(form, features, picked, made.outs(), len(members))], size)
@@ -280,17 +280,18 @@ class Router:
         self,
         workspace: Workspace,
         x: Array,
-        again: Again,
+        looking: Escalated,
         logits_BN: np.ndarray,
         size: tuple[int, int],
     ) -> None:
         """The mirror images of some rows, all the way along one path; answers are averaged."""
-        rows = again.members
+        rows = looking.members
         images = self.backend.arrays.mirrored(x, rows)
         # beside the features of the batch, which a later pass may need
         trunk = self._bucket(workspace, 0, 1, np.arange(len(rows)), size)
         self.run([Job(Form(0), images, None, trunk.outs(), len(rows))], size)
-        mirror_BN = self._once_more(workspace, trunk, Again(trunk.members, again.path), size)
+        again = Escalated(trunk.members, looking.path)
+        mirror_BN = self._escalated(workspace, trunk, again, size)
         logits_BN[rows] = averaged(logits_BN[rows], mirror_BN)
 
     def _gate_logits(self, logits: Array) -> np.ndarray:
@@ -413,8 +414,8 @@ def _size(x: Array) -> tuple[int, int]:
     return int(x.shape[2]), int(x.shape[3])
 
 
-class Again(NamedTuple):
-    """Rows that run once more, one or more in rising order, and the option of every gate on the
+class Escalated(NamedTuple):
+    """Rows that escalate, one or more in rising order, and the option of every gate on the
     path that they take.
     """
 
@@ -431,10 +432,10 @@ class Routed(NamedTuple):
     """(B, N), of every row's last route."""
     options: np.ndarray
     """(B, G) of every row's first route, the one that the gates chose."""
-    passes: tuple[Again, ...]
-    """Which rows ran once more, in the order of the passes."""
+    passes: tuple[Escalated, ...]
+    """Which rows escalated, in the order of the passes."""
 
 
-OnceMore = Callable[[np.ndarray, np.ndarray], Iterator[Again]]
-"""(logits (B, N) of every row's last route, options (B, G) of its first) -> rows that run once
-more; when the next are asked for, the logits hold what these answered."""
+WhoEscalates = Callable[[np.ndarray, np.ndarray], Iterator[Escalated]]
+"""(logits (B, N) of every row's last route, options (B, G) of its first) -> rows that
+escalate; when the next are asked for, the logits hold what these answered."""

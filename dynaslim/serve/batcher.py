@@ -421,7 +421,10 @@ class Batcher:
     ) -> None:
         start = self._clock()
         x_BCSS = normalise_pixels(np.stack(pixels), self._preprocessing)
-        output = self._engine(x_BCSS, budget=setting.point, escalate=setting.escalate)
+        if setting.hold:
+            output = self._engine(x_BCSS, budget=setting.used, escalate=setting.escalate, hold=True)
+        else:
+            output = self._engine(x_BCSS, budget=setting.point, escalate=setting.escalate)
         now = self._clock()
         answers = answers_of(output, max(job.top_k for job, _ in members))
         done = []
@@ -445,5 +448,6 @@ class Batcher:
                 np.asarray(output.madds),
                 int(np.count_nonzero(output.escalated)),
                 int(np.count_nonzero(output.mirrored)),
+                expected_madds=None if setting.point is None else setting.point.madds,
             )
             self._on_batch(report)

@@ -6,7 +6,7 @@ import math
 from typing import Final, NamedTuple
 
 from dynaslim.errors import UsageError, check
-from dynaslim.runtime.budget import MOST_SHARE, BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget import MOST_SHARE, ROUNDING, BudgetCurve, BudgetPoint
 from dynaslim.serve.load import BudgetControl, spread
 from dynaslim.serve.options import ServeOptions
 
@@ -24,10 +24,13 @@ class Setting(NamedTuple):
     """The budget as the request, or else the server, names it."""
     used: str | None = None
     """The budget that `point` was read at."""
+    hold: bool = False
+    """Whether the mean cost of all that run with the budget stays under it."""
 
     def runs_as(self, other: Setting) -> bool:
         """Whether rows of both can share a batch."""
-        return self.point == other.point and self.escalate == other.escalate
+        budget = (self.used, other.used) if self.hold else (self.point, other.point)
+        return budget[0] == budget[1] and self.escalate == other.escalate
 
 
 class Budgets:
@@ -42,6 +45,7 @@ class Budgets:
         """
         self._curve = curve
         self._default = options.budget
+        self._hold = options.hold
         self._levels: list[str] = []
         self._control: BudgetControl | None = None
         if options.adaptive_budget is not None:
@@ -77,7 +81,13 @@ class Budgets:
                 f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT"
             )
         point = self._curve.at(asked, escalate=escalate == "auto")
-        return Setting(point, escalate, asked, asked)
+        lowest = self._curve.points[0].share
+        check(
+            not self._hold or self._curve.share_of(asked) >= lowest * (1 - ROUNDING),
+            f"budget {asked}: cannot hold, as every image costs at least {lowest:.3g} of the "
+            f"widest route's multiply-adds",
+        )
+        return Setting(point, escalate, asked, asked, self._hold)
 
     @property
     def adaptive(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from dynaslim.cost import CostTable
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form
 from dynaslim.runtime.latency import profile, time_form
 from dynaslim.runtime.router import Decide
@@ -64,7 +64,9 @@ class ServedEngine(Protocol):
     def warm_up(self, image_size: int | None = None) -> None:
         """Compile what is needed."""
 
-    def __call__(self, x: Any, *, budget: Any = None, escalate: Any = "auto") -> Any:
+    def __call__(
+        self, x: Any, *, budget: Any = None, escalate: Any = "auto", hold: Any = False
+    ) -> Any:
         """Normalised images (B, C, S, S) -> `RoutedOutput`."""
 
 
@@ -113,7 +115,7 @@ class Facts:
     def ms_of(
         self, route: RouteFacts, madds: float, escalated: bool, *, mirrored: bool = False
     ) -> float | None:
-        """What an image takes alone: the time of its route, of all where it ran more than once.
+        """What an image takes alone: the time of its route, of all where it escalated.
 
         The routes before the last of an image that was `escalated` are those that its `madds` leave
         room for: one, or two if that fits better. The trunk, whose features are kept, counts once.
@@ -262,20 +264,11 @@ class Facts:
                 "ms": point.ms,
                 "top1": point.top1,
             }
-            for point in _best(curve.points)
+            for point in curve.reachable
         ]
         low, dearest = (float(share_text(curve.points[end])) for end in (0, -1))
         # above 1 only where a second look is worth it
         return {"low": low, "high": max(1.0, dearest), "unit": "share", "points": points}
-
-
-def _best(points: Sequence[BudgetPoint]) -> list[BudgetPoint]:
-    """Those that some budget leads to: the widest route may be no better than a point before it."""
-    best: list[BudgetPoint] = []
-    for point in points:
-        if not best or point.merit > best[-1].merit:
-            best.append(point)
-    return best
 
 
 def _always(path: Sequence[int]) -> Decide:

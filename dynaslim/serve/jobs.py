@@ -48,7 +48,9 @@ class BatchEngine(Protocol):
     def curve(self) -> BudgetCurve | None:
         """What budgets are looked up on."""
 
-    def __call__(self, x: Any, *, budget: Any = None, escalate: Any = "auto") -> Any:
+    def __call__(
+        self, x: Any, *, budget: Any = None, escalate: Any = "auto", hold: Any = False
+    ) -> Any:
         """Normalised images (B, C, S, S) -> `RoutedOutput`."""
 
 
@@ -122,9 +124,11 @@ class BatchReport:
     madds: np.ndarray
     """(B,)."""
     escalated: int
-    """Rows that ran more than once."""
+    """Rows that escalated."""
     mirrored: int
     """Rows of these whose mirror image ran too."""
+    expected_madds: float | None = None
+    """What a row costs on average by the curve, for the batch's budget; None without one."""
 
 
 def answers_of(output: Any, top_k: int) -> list[Answer]:

@@ -54,7 +54,7 @@ class Metrics:
             **own,
         )  # fmt: skip
         self._escalated = client.Counter(
-            "dynaslim_images_escalated", "Images run more than once.", **own
+            "dynaslim_images_escalated", "Images that escalated.", **own
         )
         self._mirrored = client.Counter(
             "dynaslim_images_mirrored", "Images whose mirror image was run too.", **own
@@ -68,6 +68,8 @@ class Metrics:
                 ("ready", "1 if the server takes requests."),
                 ("body_bytes", "Bytes of bodies that are held."),
                 ("lag_seconds", "How long requests wait before the server looks at them."),
+                ("cost_ratio", "Mean cost of recent images with a budget, 1 as the curve has it."),
+                ("unlike_curve", "1 if that is clearly another cost than the curve's."),
             )
         }
 
@@ -96,7 +98,7 @@ class Metrics:
         self._engine.inc(report.seconds)
         spent = float(report.madds.sum())
         self._madds.inc(spent)
-        # a batch of images that ran again may cost more than the widest route: the next ones pay,
+        # a batch of images that escalated may cost more than the widest route: the next ones pay,
         # since a counter does not fall
         saved = self._widest_madds * report.rows - spent - self._owed
         self._saved.inc(max(0.0, saved))

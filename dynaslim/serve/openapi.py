@@ -102,7 +102,7 @@ def _predict(service: Service) -> dict[str, Any]:
                     ],
                     "default": "auto",
                 },
-                "Whether unsure images run once more, along a wider route: auto as the budget "
+                "Whether unsure images escalate to a wider route: auto as the budget "
                 "says, which may show the mirror image too, never, or below this margin between "
                 "the two likeliest classes.",
             ),
@@ -202,6 +202,8 @@ def _schemas(service: Service) -> dict[str, Any]:
                     dict.fromkeys(("decode", "queue", "engine", "total"), _NUMBER)
                 ),
                 "batch_size": _WHOLE,
+                "cost_ratio": _MAYBE_NUMBER,
+                "unlike_curve": {"type": "boolean"},
             }
         ),
         "Result": _object(

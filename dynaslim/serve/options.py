@@ -47,6 +47,8 @@ class ServeOptions:
     four, for large ones."""
     budget: str | None = None
     """Budget of requests that name none; by default as trained."""
+    hold: bool = False
+    """Keep the mean cost of the images of every budget under it, whatever they are."""
     adaptive_budget: str | None = None
     """LOW or LOW:HIGH, shares of the widest route's cost: how far the budget may fall under load,
     and where it stands without."""

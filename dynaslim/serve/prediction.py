@@ -218,7 +218,7 @@ class Prediction:
     # -- the answer ---------------------------------------------------------------------------
 
     def _show(self, request: _Request, job: Job) -> dict[str, Any]:
-        service = self._service
+        service, spending = self._service, self._service.spending
         now = time.monotonic()
         return {
             "model": service.name,
@@ -235,6 +235,8 @@ class Prediction:
                 "total": _ms(now - request.began),
             },
             "batch_size": job.batch_size,
+            "cost_ratio": spending.ratio if spending.images else None,
+            "unlike_curve": spending.differs,
         }
 
     def _result(self, name: str | None, answer: Answer | None) -> dict[str, Any]:

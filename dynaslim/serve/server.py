@@ -72,6 +72,10 @@ def serve(
         _quiet()
         app = create_app(model, options, backend=backend, workers=workers, cache_dir=cache_dir)
         service: Service = app.state.service
+        if service.engine.curve is not None and options.budget is not None and not options.hold:
+            note = service.engine.curve.out_of_reach(options.budget)
+            if note is not None:
+                sys.stderr.write(f"dynaslim: {note}\n")
         config = uvicorn.Config(
             app,
             log_config=None,

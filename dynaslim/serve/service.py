@@ -8,16 +8,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 from PIL import Image
 
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.cache import usable_cores
+from dynaslim.runtime.spending import Spending
 from dynaslim.serve.batcher import Batcher
 from dynaslim.serve.bodies import Buffers
 from dynaslim.serve.facts import Facts, ServedEngine
+from dynaslim.serve.jobs import BatchReport
 from dynaslim.serve.large import LargePictures
 from dynaslim.serve.load import KNOWN
 from dynaslim.serve.metrics import Metrics
@@ -28,6 +30,8 @@ from dynaslim.serve.samples import find_samples
 
 State = Literal["new", "starting", "ready", "failed"]
 MEASURED_ROWS: Final = 8
+RECENT: Final = 1000
+"""Images whose costs are held against the curve."""
 RETRY_STARTING_S: Final = 2.0
 RETRY_STOPPING_S: Final = 5.0
 
@@ -53,6 +57,8 @@ class Service:
         self.metrics = Metrics(
             lambda choices: self.facts.route(choices).name, self.facts.widest_madds
         )
+        self.spending = Spending(last=RECENT)
+        """What the last images with a budget cost beside what the curve has for it."""
         self.metrics.watch(
             {
                 "queue_rows": lambda: self.batcher.waiting,
@@ -61,6 +67,8 @@ class Service:
                 "ready": lambda: float(self.accepting),
                 "body_bytes": lambda: self.buffers.held,
                 "lag_seconds": lambda: self.lag_s,
+                "cost_ratio": lambda: self.spending.ratio,
+                "unlike_curve": lambda: float(self.spending.differs),
             }
         )
         assert engine.preprocessing is not None, "checked by the batcher"
@@ -165,8 +173,10 @@ class Service:
             work()
             del work
 
-    def _count(self, report: Any) -> None:
+    def _count(self, report: BatchReport) -> None:
         self.metrics.batch(report)
+        if report.expected_madds is not None:
+            self.spending.add(report.madds.tolist(), report.expected_madds)
 
     def _budget_share(self) -> float:
         point = self.batcher.budget.point

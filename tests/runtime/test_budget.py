@@ -240,6 +240,38 @@ def test_the_selecting_half_decides_which_point_is_better():
     assert _curve(points=(noisy[0], flattered, noisy[2])).at(1.0) is flattered
 
 
+def test_a_budget_of_1_is_the_best_there_is():
+    lucky = _point(0.7, 0.91, 7.0)
+    assert _curve(points=(_point(0.3, 0.7, 4.0), lucky, _point(1.0, 0.9, 9.0))).at(1).share == 1
+    clear = _point(0.7, 0.95, 7.0)
+    curve = _curve(points=(_point(0.3, 0.7, 4.0), clear, _point(1.0, 0.9, 9.0)))
+    assert curve.at(1) is clear
+    assert curve.at("1000M") is clear
+    assert dataclasses.replace(curve, images=60, reporting_images=30).at(1).share == 1
+    assert dataclasses.replace(curve, images=60, reporting_images=30).at(0.99) is clear
+    # a second look had to show its worth when it was measured
+    looks = dataclasses.replace(lucky, tau_mirror=0.2, mirror_along=(1, 2))
+    assert _curve(points=(_point(0.3, 0.7, 4.0), looks, _point(1.0, 0.9, 9.0))).at(1) is looks
+
+
+def test_what_is_out_of_reach():
+    curve = _curve()
+    assert [point.share for point in curve.reachable] == [0.3, 0.5, 0.7, 1.0]
+    for fine in (0.3, 0.5, 0.55, 0.7, 0.75, 1, "1", "4.5ms", "drop=5", curve.points[0]):
+        assert curve.out_of_reach(fine) is None, fine
+    for low in (0.1, "0.29", f"{0.2 * WIDEST / 1e6}M"):
+        assert "reaches from 0.300 to 1 of the widest" in curve.out_of_reach(low)
+        assert curve.at(low) is curve.points[0]
+    assert "between 0.700 and 1 " in curve.out_of_reach("0.9")
+    assert "between 0.300 and 0.5 " in curve.out_of_reach(0.45)
+    assert curve.share_of("0.6") == 0.6
+    assert curve.share_of(f"{0.5 * WIDEST / 1e6}M") == pytest.approx(0.5)
+    assert curve.share_of("7ms") == 0.7
+    # a point behind which nothing is better is not to be had
+    worse = _curve(points=(_point(0.3, 0.7, 4.0), _point(0.5, 0.6, 5.0), _point(1.0, 0.9, 9.0)))
+    assert [point.share for point in worse.reachable] == [0.3, 1.0]
+
+
 @pytest.mark.parametrize(
     "budget",
     [

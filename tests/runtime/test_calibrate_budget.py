@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import re
 import shutil
 import time
 from fractions import Fraction
@@ -39,6 +40,7 @@ from dynaslim.runtime.calibrate_budget import (
     answer_paths,
     simulate,
     uniform_outcomes,
+    walk,
 )
 from dynaslim.runtime.escalation import Escalation
 from dynaslim.runtime.export import export_package
@@ -144,8 +146,9 @@ def _all_points(curve):
 @pytest.mark.parametrize("looks", [0.0, 0.4])
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("rows", [2, 3, 40, 501])
-def test_points_are_what_simulate_says(rows, coarse, looks):
+def test_points_are_what_simulate_says(rows, coarse, looks, monkeypatch):
     """The search counts with sorted margins and running sums; `simulate` row by row."""
+    monkeypatch.setattr(budget_search, "SMALLEST_GROUP", 2)  # two steps are detours in this network
     answers = _random(rows, coarse=coarse, looks=looks)
     selecting, reporting = split_rows(rows)
     curve = fit_curve(answers, latency=MS)
@@ -262,6 +265,7 @@ def test_nothing_that_is_tried_is_overlooked(monkeypatch):
     """Of few images every threshold is tried: brute force finds nothing beyond the front."""
     monkeypatch.setattr(budget_search, "KEPT", 10_000)
     monkeypatch.setattr(budget_search, "NOISE", -100.0)
+    monkeypatch.setattr(budget_search, "SMALLEST_GROUP", 2)
     answers = _random(17, 5, coarse=True)
     curve = fit_curve(answers, split=False)
     assert curve.reporting_images is None
@@ -282,7 +286,12 @@ def test_nothing_that_is_tried_is_overlooked(monkeypatch):
 
 
 def test_nothing_in_two_steps_is_overlooked(monkeypatch):
-    for name, value in {"KEPT": 10_000, "NOISE": -100, "MOST_ESCALATED": 1}.items():
+    for name, value in {
+        "KEPT": 10_000,
+        "NOISE": -100,
+        "MOST_ESCALATED": 1,
+        "SMALLEST_GROUP": 2,
+    }.items():
         monkeypatch.setattr(budget_search, name, value)
     answers = _random(17, 6, spec=get_spec("ds_mbnet_tiny"), coarse=True)
     curve = fit_curve(answers, split=False)
@@ -306,7 +315,12 @@ def test_nothing_in_two_steps_is_overlooked(monkeypatch):
 
 
 def test_no_second_look_is_overlooked(monkeypatch):
-    for name, value in {"KEPT": 10_000, "NOISE": -100, "MOST_ESCALATED": 1}.items():
+    for name, value in {
+        "KEPT": 10_000,
+        "NOISE": -100,
+        "MOST_ESCALATED": 1,
+        "SMALLEST_GROUP": 2,
+    }.items():
         monkeypatch.setattr(budget_search, name, value)
     monkeypatch.setattr(budget_search, "TAUS_OF_LOOKS", 25)
     answers = _random(17, 5, spec=get_spec("ds_mbnet_tiny"), coarse=True, looks=0.6)
@@ -379,6 +393,66 @@ def test_reported_accuracy_is_of_images_that_had_no_say():
     assert sorted([*selecting, *reporting]) == list(range(400))
     # a set whose classes come in turn must not be divided by class
     assert 60 < (selecting % 2).sum() < 140
+
+
+def _groups(answers, point):
+    """For rows that are known before it runs: what the rest of a setting costs, and the widest."""
+    steps = [step for step in point.escalations if not step.mirror]
+    paths = answers.taken(point.shift)
+    costs = [walk(answers, point.shift, steps[:n]).madds_N for n in range(len(steps) + 1)]
+    for path in np.unique(paths):
+        yield paths == path, costs[-1], answers.table.widest_cost
+    for before, after in itertools.pairwise(costs):
+        more = answers.table.widest_cost - answers.table.segments[0][0][0]
+        yield after > before, costs[-1] - before, more
+
+
+def _detours(answers, curve):
+    least = budget_search.SMALLEST_GROUP * len(answers)
+    return sum(
+        who.sum() >= least and cost[who].mean() > most * (1 + 1e-9)
+        for point in curve.points
+        for who, cost, most in _groups(answers, point)
+    )
+
+
+def test_no_detours_where_the_widest_first_is_cheaper(monkeypatch):
+    """Routes that cost about the same: two of them are dearer than the widest at once."""
+    answers = _random(501)
+    assert _detours(answers, fit_curve(answers)) == 0
+    assert any(point.escalations for point in fit_curve(answers).points)
+    monkeypatch.setattr(budget_search, "SMALLEST_GROUP", 2)  # no group is so large
+    with_detours = fit_curve(answers)
+    monkeypatch.undo()
+    assert _detours(answers, with_detours) > 0, "the test needs settings with detours"
+
+
+def test_the_widest_route_is_the_best_of_few_images():
+    """Until images show that a cheaper setting is better, which of few may be chance."""
+    taken = 0
+    for seed in range(20):
+        answers = _random(30, seed, spec=get_spec("ds_mbnet_tiny"))
+        curve = fit_curve(answers)
+        best = max(curve.points, key=lambda point: point.merit)
+        taken += best.share < 1
+        assert curve.at(1) is curve.points[-1]
+        assert curve.at(0.9) in curve.points[:-1]
+    assert taken > 10, "the test needs luck"
+    better = _random(2000, spec=get_spec("ds_mbnet_tiny"))
+    correct = better.correct_NP.copy()
+    correct[:, 0] = True
+    curve = fit_curve(dataclasses.replace(better, correct_NP=correct))
+    assert curve.at(1) is curve.points[0]
+
+
+def test_intervals_are_those_of_the_reporting_half():
+    answers = _random(400)
+    curve = fit_curve(answers)
+    for point in _all_points(curve):
+        low, high = point.top1_interval
+        assert low < point.top1 < high
+        error = math.sqrt(point.top1 * (1 - point.top1) / 200)
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -660,8 +734,8 @@ def test_wrong_inputs(real, monkeypatch):
 def micro(tmp_path):
     """A checkpoint of five classes and a parquet folder that fits it."""
     data = tmp_path / "data"
-    write_parquet(data, [png(n) for n in range(40)], 5)
-    write_parquet(data, [png(n) for n in range(100, 160)], 5, "train")
+    write_parquet(data, [png(n) for n in range(120)], 5)
+    write_parquet(data, [png(n) for n in range(200, 620)], 5, "train")
     stage = {"data": {"path": "somewhere", "split": "train", "val_split": None, "val_share": 0.25}}
     checkpoint = Checkpoint(
         lively(micro_spec(), image_size=16),
@@ -719,16 +793,18 @@ def test_command(micro, capsys, tmp_path):
         capsys, "calibrate-budget", path, "--data", data, "--split", "test", "--out", other,
         "--budget", "0.6",
     )  # fmt: skip
-    assert "40 images" in out
+    assert "120 images" in out
+    assert "of less than 1,000 the points are hard to tell apart" in out
+    assert re.search(r"\d\.\d\d% ±\d", out)
     assert "held back" not in out
     assert "budget 0.6" in out
     assert "4-4-6" in out, "the uniform routes to compare with"
-    assert "top-1 is measured on 20 images" in out
+    assert "top-1 is measured on 60 images" in out
     assert read(path).budget is None
     after = read(other)
     curve = BudgetCurve.from_dict(after.budget)
     curve.check_fits(SPEC)
-    assert (curve.images, curve.image_size_px, curve.widest_ms) == (40, 16, None)
+    assert (curve.images, curve.image_size_px, curve.widest_ms) == (120, 16, None)
     assert after.metrics == {"kept": 1}
     assert after.recipe == before.recipe
     weights = before.net.state_dict()
@@ -757,7 +833,7 @@ def test_command_takes_what_training_held_back(micro, capsys):
     assert printed["routes"][0]["top1"] == curve.cheapest_top1
     assert printed["routes"][-1]["top1"] == curve.widest_top1
     human = _run(capsys, "calibrate-budget", path, "--data", data, "--table", table)
-    assert "15 images, those that training held back" in human
+    assert f"{len(held)} images, those that training held back" in human
     assert "10.000" in human
     warned = _run(capsys, "calibrate-budget", path, "--data", data, "--split", "train")
     assert "trained on this split" in warned
@@ -809,17 +885,29 @@ def test_which_images_are_held_out(micro, capsys, stages, message):
         _fails(capsys, message, "calibrate-budget", path, "--data", data)
         return
     printed = json.loads(_run(capsys, "calibrate-budget", path, "--data", data, "--json"))
-    assert (printed["split"], printed["held_back"], printed["images"]) == ("test", None, 40)
+    assert (printed["split"], printed["held_back"], printed["images"]) == ("test", None, 120)
 
 
 def test_images_that_do_not_decode(micro, capsys, tmp_path):
     path, _ = micro
     data = tmp_path / "broken"
-    write_parquet(data, [*(png(n) for n in range(19)), b"no picture"], 5)
+    write_parquet(data, [*(png(n) for n in range(110)), b"no picture"], 5)
     verb = ("calibrate-budget", path, "--data", data, "--split", "test")
     _fails(capsys, "broken", *verb, code=1)
     assert "left out" in _run(capsys, *verb, "--corrupt-limit", "0.1")
-    assert read(path).budget["images"] == 19
+    assert read(path).budget["images"] == 110
     shutil.rmtree(data)
-    write_parquet(data, [b"no picture"] * 5, 5)
+    write_parquet(data, [b"no picture"] * 120, 5)
     _fails(capsys, "no images", *verb, "--corrupt-limit", "1", code=1)
+
+
+def test_too_few_images_are_refused(micro, capsys, tmp_path):
+    """Also where they are too few because some do not decode; nothing is written."""
+    path, _ = micro
+    data, content = tmp_path / "few", path.read_bytes()
+    write_parquet(data, [png(n) for n in range(99)], 5)
+    verb = ("calibrate-budget", path, "--data", data, "--split", "test")
+    _fails(capsys, "has 99 images to measure budgets on", *verb, code=1)
+    write_parquet(data, [*(png(n) for n in range(99)), b"no picture"], 5)
+    _fails(capsys, "give at least 100, better 1,000", *verb, "--corrupt-limit", "0.1", code=1)
+    assert path.read_bytes() == content

@@ -429,7 +429,7 @@ def test_engine_of_a_checkpoint_file(tmp_path):
 
 
 def _after_escalation(engine, x, first, who, target):
-    """Routes, costs and answers when rows `who` run once more along `target`."""
+    """Routes, costs and answers when rows `who` escalate to `target`."""
     spec = engine.spec
     table = CostTable.from_madds(spec, tuple(x.shape[2:]))
     paths, routes, cost = _paths(spec, first.routes), first.routes.clone(), []

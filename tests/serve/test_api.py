@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import re
 import threading
 
 import numpy as np
@@ -84,8 +85,10 @@ def test_an_answer_says_what_it_took(serve, pictures):
     with serve() as client:
         body = client.post("/v1/predict?top_k=2", files=form(*pictures[:3])).json()
     assert set(body) == {
-        "model", "budget", "budget_used", "results", "timing_ms", "batch_size",
+        "model", "budget", "budget_used", "results", "timing_ms", "batch_size", "cost_ratio",
+        "unlike_curve",
     }  # fmt: skip
+    assert (body["cost_ratio"], body["unlike_curve"]) == (None, False)
     assert body["model"] == "micro"
     assert body["budget"] is None
     assert body["budget_used"] is None
@@ -393,9 +396,56 @@ def test_models(serve, engine):
     assert model["samples"] == []
 
 
+def _promising(engine, share):
+    """Its curve with a point that sends all images along the widest route, and promises a share."""
+    cheapest, _, widest = engine.curve.points
+    madds = share * engine.curve.widest_madds
+    greedy = dataclasses.replace(widest, madds=madds, share=share, top1=0.7)
+    return dataclasses.replace(engine.curve, points=(cheapest, greedy, widest))
+
+
+def test_costs_unlike_those_of_the_curve_are_told(serve, engine, pictures):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "curve", _promising(engine, 0.72))
+        patch.setattr(engine, "_decided", {})
+        with serve() as client:
+            assert "dynaslim_cost_ratio NaN" in client.get("/metrics").text
+            for _ in range(12):
+                body = client.post("/v1/predict?budget=0.75", files=form(*pictures)).json()
+            client.post("/v1/predict", files=form(*pictures))  # without a budget: nothing promised
+            counted = client.get("/metrics").text
+    assert body["cost_ratio"] == pytest.approx(1 / 0.72)
+    assert body["unlike_curve"]
+    assert re.search(r"^dynaslim_cost_ratio 1\.38", counted, re.MULTILINE)
+    assert re.search(r"^dynaslim_unlike_curve 1\.0", counted, re.MULTILINE)
+
+
+def test_held_budgets_hold(serve, engine, pictures):
+    """Of requests with the same budget together, however they come."""
+    lowest = engine.curve.points[0].share
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "curve", _promising(engine, 0.72))
+        for name in ("_decided", "_ledgers"):
+            patch.setattr(engine, name, {})
+        shares = {"0.85": [], "0.9": []}
+        with serve(hold=True) as client:
+            for turn in range(30):
+                budget = ("0.85", "0.9")[turn % 2]
+                some = pictures[turn % 8 : turn % 8 + 1 + turn % 3]
+                body = client.post(f"/v1/predict?budget={budget}", files=form(*some)).json()
+                shares[budget] += [result["madds_share"] for result in body["results"]]
+                assert np.mean(shares[budget]) <= float(budget) * (1 + 1e-9)
+            answer = client.post("/v1/predict?budget=0.1", files=form(pictures[0]))
+            trained = client.post("/v1/predict", files=form(pictures[0]))
+        assert all(np.mean(found) > (lowest + float(b)) / 2 for b, found in shares.items())
+    assert answer.status_code == 422
+    assert "budget 0.1: cannot hold" in answer.json()["error"]["message"]
+    assert trained.status_code == 200
+
+
 def test_points_that_no_budget_leads_to_are_not_offered(serve, engine):
     """The widest route stands last in a curve, also where a cheaper point is better."""
-    curve, worse = engine.curve, dataclasses.replace(engine.curve.points[-1], top1=0.55)
+    curve, worse = engine.curve, dataclasses.replace(engine.curve.points[-1], top1=0.2)
     with pytest.MonkeyPatch.context() as patch:
         points = (*curve.points[:-1], worse)
         patch.setattr(engine, "curve", dataclasses.replace(curve, points=points))

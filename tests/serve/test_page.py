@@ -323,18 +323,24 @@ def test_the_slider_changes_what_pictures_cost(site, visit):
     slider.focus()
     with page.expect_request(lambda request: "budget=" in request.url) as sent:
         page.keyboard.press("Home")
-    low = slider.input_value()
+    low, *_, dearest = _model(site)["budget"]["points"]
+    low, dearest = low["budget"], dearest["budget"]
     assert f"budget={low}" in sent.value.url
     cheap = 100 * np.mean([one["madds_share"] for one in _ask_all(site, budget=low)])
     expect(page.locator("#totals-sentence strong")).to_have_text(f"{cheap:.0f}%")
     assert cheap < trained
     expect(page.locator("#budget-promise")).to_contain_text("Expected: ")
-    page.keyboard.press("End")
-    wide = 100 * np.mean([one["madds_share"] for one in _ask_all(site, budget=1)])
+    with page.expect_request(lambda request: f"budget={dearest:g}" in request.url):
+        page.keyboard.press("End")
+    wide = 100 * np.mean([one["madds_share"] for one in _ask_all(site, budget=dearest)])
     expect(page.locator("#totals-sentence strong")).to_have_text(f"{wide:.0f}%")
     assert wide > cheap
     page.get_by_role("button", name="As trained").click()
     expect(page.locator("#totals-sentence strong")).to_have_text(f"{trained:.0f}%")
+
+
+def _model(site):
+    return json.loads(urllib.request.urlopen(f"{site}v1/models").read())["models"][0]
 
 
 def _ask_all(site, **query):
@@ -382,6 +388,32 @@ def test_the_servers_own_budget_is_told(site, visit):
     _add(page, FILES[0])
     expect(page.locator("#budget-value")).to_have_text("server's 80%")
     expect(page.locator("#budget-used")).to_contain_text("works to 50%")
+    expect(page.locator("#budget-unlike")).to_have_text("")
+
+
+def test_costs_unlike_those_of_the_curve_are_told(visit):
+    def unlike(route):
+        answer = {"budget": "0.8", "budget_used": "0.8", "cost_ratio": 1.86, "unlike_curve": True}
+        route.fulfill(json={**route.fetch().json(), **answer})
+
+    page = visit(before=lambda page: page.route("**/v1/predict*", unlike))
+    _fill_gallery(page, FILES[:MOST_IMAGES])
+    expect(page.locator("#budget-unlike")).to_contain_text("cost 1.86 times what was measured")
+
+
+def test_the_slider_stops_at_every_reachable_budget_and_nowhere_else(site, visit):
+    page = visit()
+    points = [point["budget"] for point in _model(site)["budget"]["points"]]
+    slider = page.get_by_role("slider", name="Mean cost of a picture")
+    slider.focus()
+    told = []
+    for key in ("Home", *["ArrowRight"] * (len(points) + 1)):
+        page.keyboard.press(key)
+        told.append(slider.get_attribute("aria-valuetext").split(" of the")[0])
+    assert len(set(told)) >= len({f"{100 * budget:.0f}" for budget in points})
+    assert told[-1] == told[-2]
+    assert len(told) == len(points) + 2
+    assert len(set(told)) <= len(points)
 
 
 def test_without_a_curve_the_page_says_why(site, visit):
@@ -568,7 +600,7 @@ def test_a_token_is_asked_for_and_kept(visit):
 # -- for everyone ----------------------------------------------------------------------------------
 
 
-def test_by_the_keyboard_alone(visit):
+def test_by_the_keyboard_alone(site, visit):
     page = visit()
     expect(page.locator("#routes table")).to_be_visible()
     page.keyboard.press("Tab")
@@ -581,7 +613,8 @@ def test_by_the_keyboard_alone(visit):
     expect(page.locator("#classes .class-name").first).to_be_visible()
     expect(page.locator("#announcement")).to_contain_text("of the widest route's cost")
     _tab_to(page, page.get_by_role("slider"))
-    with page.expect_request(lambda request: "budget=0.99" in request.url):
+    *_, before, _ = _model(site)["budget"]["points"]
+    with page.expect_request(lambda request: f"budget={before['budget']:g}" in request.url):
         page.keyboard.press("ArrowLeft")
     _tab_to(page, page.get_by_role("button", name="Remove", exact=True))
     page.keyboard.press("Space")

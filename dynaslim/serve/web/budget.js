@@ -17,7 +17,7 @@ export class BudgetPanel {
   constructor(onChange) {
     this.onChange = onChange;
     this.slider = byId("budget");
-    this.slider.addEventListener("input", () => this.#set(this.slider.value));
+    this.slider.addEventListener("input", () => this.#set(this.#reachable()));
     byId("as-trained").addEventListener("click", () => {
       this.slider.focus();
       this.#set(null);
@@ -37,9 +37,8 @@ export class BudgetPanel {
     byId("budget-fields").hidden = budget === null;
     byId("no-budget").hidden = budget !== null;
     if (budget === null) return;
-    // in whole per cent, the lowest rounded up: below it nothing is cheaper
-    this.slider.min = (Math.ceil(budget.low * 100 - 1e-6) / 100).toFixed(2);
-    this.slider.max = budget.high.toFixed(2);
+    // a step for every point: between two of them a budget gives no more than the cheaper one
+    this.slider.max = budget.points.length - 1;
     this.slider.value = this.slider.max;
     this.#chart = drawChart(budget.points);
     byId("curve").replaceChildren(...(this.#chart ? [this.#chart.svg] : []));
@@ -56,6 +55,16 @@ export class BudgetPanel {
       answer.budget_used === answer.budget
         ? ""
         : `The server is under load and works to ${inWords(answer.budget_used)} for now.`;
+    byId("budget-unlike").textContent =
+      answer.unlike_curve && answer.budget !== null
+        ? `Pictures of late cost ${answer.cost_ratio.toFixed(2)} times what was measured: they are ` +
+          `unlike those that the budgets were measured on.`
+        : "";
+  }
+
+  /** The budget of the point that the slider stands at. */
+  #reachable() {
+    return String(this.#model.budget.points[Number(this.slider.value)].budget);
   }
 
   #set(value) {

@@ -129,7 +129,7 @@ function content(model, picture) {
       percent(result.madds_share),
       result.mirrored
         ? h("span", { class: "sr-only" }, ", mirror image asked too")
-        : result.escalated ? h("span", { class: "sr-only" }, ", asked again") : null),
+        : result.escalated ? h("span", { class: "sr-only" }, ", escalated") : null),
   ];
 }
 
