@@ -18,7 +18,8 @@ from typing import Any, Final
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dynaslim._files import write_atomic
 from dynaslim.errors import CheckpointError, UsageError
@@ -126,7 +127,8 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         budget = meta.get("budget")  # not in files without one
         if not isinstance(budget, dict | None):
             raise UsageError(f"budget {budget!r:.60}: expected an object")
-        net = SlimNet(spec, device="meta")
+        with _Unfilled():
+            net = SlimNet(spec, device="meta")
         _check_tensors(path, net, tensors)
         # copied: in the file they start at any multiple of 8 bytes, and convolutions round the last
         # bit by how their weights are aligned
@@ -144,6 +146,17 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         )
     except (UsageError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its description is not valid: {error}") from None
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out initial values: on the meta device they are none, and import torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def read_prepared(path: str | Path) -> tuple[Checkpoint, Preprocessing]:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from dynaslim.cost import gate_hidden
 from dynaslim.nn.blocks import Block, Maker, make_block
@@ -46,8 +47,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _outside_compiler(*, recursive: bool) -> Callable[[F], F]:
-    """`torch.compiler.disable` with types."""
-    return cast(Callable[[F], F], torch.compiler.disable(recursive=recursive))  # type: ignore[no-untyped-call]
+    """`torch.compiler.disable` at the first call, as torch does it for its own functions.
+
+    The decorator itself imports the compiler, which takes as long as all the rest of torch.
+    """
+    return cast(Callable[[F], F], _disable_dynamo(recursive=recursive))
 
 
 Program = Callable[["SlimNet", Tensor, Tensor | None], Tensor]
