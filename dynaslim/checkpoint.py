@@ -25,8 +25,7 @@ from dynaslim._files import write_atomic
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.pretrained import Pretrained, local_path
-from dynaslim.shipped import names, resolve
+from dynaslim.pretrained import Pretrained, checkpoint_file
 from dynaslim.spec import NetSpec
 from dynaslim.zoo import get_spec
 
@@ -111,15 +110,15 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint that `save` wrote; the network comes back in evaluation mode.
 
-    `path` is a file, the name of a model that ships (`dynaslim.shipped`), or an address on the hub
-    such as hf://user/model.
+    `path` is a file, the folder of a run or of `save_pretrained`, the name of a model that ships
+    (`dynaslim.shipped`), or an address on the hub such as hf://user/model.
 
     Raises:
         CheckpointError: if the file is missing, truncated, altered, of another format or of a
             newer version, or its tensors do not fit its spec.
         HubError: if there is nothing at the address.
     """
-    meta, tensors = _read_verified(local_path(resolve(path)))
+    meta, tensors = _read_verified(checkpoint_file(path))
     try:
         spec = NetSpec.from_dict(meta["spec"])
         names = meta["class_names"]
@@ -215,10 +214,6 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "no such file"
-        shipped = f", or the name of a model that ships ({', '.join(names())})" if names() else ""
-        raise CheckpointError(f"{path}: {what}; expected a checkpoint (.safetensors){shipped}")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}

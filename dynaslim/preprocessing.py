@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+MAX_VIEWS: Final = 10
+"""Of an image, for test-time augmentation: itself and four shifts of it, each mirrored too."""
 
 
 @dataclass(frozen=True)

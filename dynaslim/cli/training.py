@@ -17,6 +17,7 @@ from dynaslim.cli.output import (
     say,
 )
 from dynaslim.recipes import GateRecipe, SupernetRecipe
+from dynaslim.zoo import get_spec
 
 
 def demo(
@@ -72,6 +73,9 @@ def train_supernet(
         log_every: Steps between lines of the metrics file.
         json: Print one JSON object.
     """
+    _check_named(recipe.data.path, device, recipe.init)
+    get_spec(recipe.model)
+
     from dynaslim.runs import RunOptions, run_supernet
 
     options = RunOptions(resume, force, device, workers, save_every_s, log_every)
@@ -109,6 +113,8 @@ def train_gate(
         log_every: Steps between lines of the metrics file.
         json: Print one JSON object.
     """
+    _check_named(recipe.data.path, device, recipe.supernet or None)
+
     from dynaslim.runs import RunOptions, run_gate
 
     options = RunOptions(resume, force, device, workers, save_every_s, log_every)
@@ -117,6 +123,20 @@ def train_gate(
         lambda results: say(gates_table(results)),
         json=json,
     )
+
+
+def _check_named(data: str, device: str, checkpoint: str | None) -> None:
+    """Raise `DynaslimError` for what a recipe names and there is not; no torch."""
+    from dynaslim.cli.measure import check_device
+    from dynaslim.data.layout import check_path
+    from dynaslim.pretrained import checkpoint_file
+
+    if device != "auto":
+        check_device(device)
+    if checkpoint is not None:
+        checkpoint_file(checkpoint)
+    if data:
+        check_path(data)
 
 
 def _run_and_show(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from dynaslim.data.decode import decode_entry, random_crop
+from dynaslim.data.layout import pick_split, tables_of
 from dynaslim.data.order import order_seed, own_rows, whole_batches
 from dynaslim.data.skipped import CorruptImageError, Skipped
 from dynaslim.data.source import (
@@ -33,8 +34,6 @@ from dynaslim.data.source import (
     open_source,
     open_tables,
     pick_columns,
-    pick_split,
-    tables_of,
 )
 from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing

@@ -31,7 +31,6 @@ LIBRARIES: Final = (
     Library("datasets", "datasets", "data sets"),
     Library("huggingface_hub", "huggingface_hub", "the hub"),
     Library("kornia", "kornia", "augmentation"),
-    Library("torchmetrics", "torchmetrics", "metrics"),
     Library("lightning-fabric", "lightning_fabric", "devices and processes"),
     Library("tensorboard", "tensorboard", "curves"),
     Library("pyyaml", "yaml", "recipes"),

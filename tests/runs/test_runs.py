@@ -249,7 +249,7 @@ def test_mistakes_get_one_line(data, tmp_path, capsys):
     _fails(
         capsys, _argv(data, out, "--epoch-count", "3"), 2, "no --epoch-count, did you mean --epochs"
     )
-    _fails(capsys, _argv(data, out, "--device", "abacus"), 2, "device 'abacus'")
+    _fails(capsys, _argv(data, out, "--device", "abacus"), 2, "--device abacus: choose")
     file = tmp_path / "file"
     file.write_text("")
     _fails(capsys, _argv(data, file), 1, "file")
