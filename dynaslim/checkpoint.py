@@ -186,15 +186,20 @@ def load(
     return net
 
 
+def keeps_classifier(checkpoint: Checkpoint, class_names: Sequence[str]) -> bool:
+    """Whether `with_classes` takes the classifier over."""
+    as_many = len(class_names) == checkpoint.net.spec.num_classes
+    return as_many and checkpoint.class_names in (None, tuple(class_names))
+
+
 def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> SlimNet:
     """A copy of the network, to be trained on these classes; in evaluation mode.
 
     The classifier is the checkpoint's where its classes are the same in the same order, or where it
     names none and has as many. Else it is a new one, drawn by torch's global generator.
     """
-    known = checkpoint.class_names
     spec = checkpoint.net.spec.replace(num_classes=len(class_names))
-    same = spec == checkpoint.net.spec and known in (None, tuple(class_names))
+    same = keeps_classifier(checkpoint, class_names)
     state = checkpoint.net.state_dict()
     net = SlimNet(spec, device=next(iter(state.values())).device)
     if not same:

@@ -132,11 +132,12 @@ def test_predict_does_not_take_a_run_for_pictures(here, trained, capsys):
     run.mkdir(parents=True)
     shutil.copy(trained, run / "checkpoint.safetensors")
     (run / "accuracy.png").write_bytes(png(1))
-    for argv in (["runs/demo"], ["runs/demo", "photos/0.png"]):
-        code, out, err = _run(capsys, *argv)
-        assert (code, out) == (2, "")
-        assert "the folder of a run; name its checkpoint" in err
-        assert "runs/demo/checkpoint.safetensors" in err
+    code, out, err = _run(capsys, "runs/demo")
+    assert (code, out) == (2, "")
+    assert "runs/demo: is taken for the model; name image files" in err
+    code, out, _ = _run(capsys, "runs/demo", "photos/0.png")
+    assert code == 0
+    assert out.rstrip().endswith("by runs/demo"), "a run's folder stands for its network"
     code, out, _ = _run(capsys, "--model", "cifar10", "runs/demo")
     assert code == 0
     assert out.rstrip().endswith("images/s, by cifar10")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim.cli.output import new_table, print_json, say
+from dynaslim.cli.output import new_table, print_json, say, say_skipped
 
 if TYPE_CHECKING:
     import torch
@@ -135,9 +135,12 @@ def calibrate_budget(
         )
         return
     held = "" if held_share is None else ", those that training held back"
-    say(f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}")
-    for line in images.skipped.lines:
-        say(f"left out: {line}")
+    skipped = images.skipped
+    say(
+        f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}, "
+        f"{skipped.count} skipped"
+    )
+    say_skipped(skipped.lines)
     if split == "train" and held_share is None:
         say("the gate was trained on this split: expect less than these numbers elsewhere")
     say(_curve_table(curve, spec, uniform))

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dynaslim.cli.output import class_table, evaluation_table, print_json, say
+from dynaslim.cli.output import class_table, evaluation_table, print_json, say, say_skipped
 
 if TYPE_CHECKING:
     import torch
+
+    from dynaslim.data.disk import DiskImages
 
 MOST_CLASSES: Final = 20
 """More classes than these are in the JSON, not on the screen."""
@@ -19,7 +21,7 @@ def evaluate(
     checkpoint: Path,
     *,
     data: str,
-    split: str = "test",
+    split: str | None = None,
     route: str | None = None,
     views: int = 1,
     table: Path | None = None,
@@ -33,7 +35,8 @@ def evaluate(
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
         data: A parquet file or a folder of them, a folder of images by class, or a hub name.
-        split: Split of the data; "test" also takes one called validation.
+        split: Split of the data; "test" also takes one called validation. Default: test; of a set
+            that is not divided, the images that the network was not trained on.
         route: Measure this route only, beside the dynamic mode, such as 12-24-48-80-160.
         views: Test-time augmentation: mean over so many views of each image, 1 to 10.
         table: Write a line for every image there (parquet): file, label, prediction, route,
@@ -73,13 +76,14 @@ def evaluate(
     loaded, preprocessing = read_prepared(file)
     spec = loaded.net.spec
     routes = None if asked is None else (spec.coerce_route(asked),)
-    source = open_source(data, split)
+    source = open_source(data, split or "test")
     order = evaluation.match_classes(
         source.name, source.class_names, spec.num_classes, loaded.class_names
     )
     images = DiskImages.of(
         source, preprocessing, workers=os.cpu_count() or 1, corrupt_limit=corrupt_limit
     )
+    images, told = _unseen(images, file, split)
     if order is not None:
         images = images.relabelled(order, loaded.class_names or ())
     with progress("evaluating", len(images)) as bar:
@@ -99,19 +103,51 @@ def evaluate(
             {
                 "data": source.name,
                 "split": source.split,
+                "trained_on": told,
                 "unreadable": list(images.skipped.lines),
                 **result.to_dict(),
             }
         )
         return
-    say(f"{checkpoint} on {source.name} [{source.split}]: {result.images} images")
-    for line in images.skipped.lines:
-        say(f"left out: {line}")
+    say(
+        f"{checkpoint} on {source.name} [{source.split}]: {result.images} images, "
+        f"{result.skipped} skipped"
+    )
+    say_skipped(images.skipped.lines)
+    if told:
+        say(told)
     say(evaluation_table(result))
     if len(result.per_class) <= MOST_CLASSES:
         say(class_table(result))
     if table is not None:
         say(f"{table}: a line for every image")
+
+
+def _unseen(images: DiskImages, checkpoint: Path, split: str | None) -> tuple[DiskImages, str]:
+    """The images to measure, and what there is to say if the network was trained on some of them.
+
+    Of a set that is not divided, and of which no split was asked for, those are left out.
+    """
+    import torch
+
+    from dynaslim.data.layout import WHOLE
+    from dynaslim.runs.folder import trained_on
+
+    seen = trained_on(checkpoint)
+    if not seen:
+        return images, ""
+    known = torch.tensor([digest in seen for digest in images.digests()], dtype=torch.bool)
+    count, total = int(known.sum()), len(images)
+    if not count:
+        return images, ""
+    if split is None and images.source.split == WHOLE and count < total:
+        return images.subset((~known).nonzero().flatten()), (
+            f"{total - count} of {total} images, which training held back; it was trained on the "
+            f"others (--split {WHOLE} measures all)"
+        )
+    return images, (
+        f"the network was trained on {count} of these {total} images: expect less elsewhere"
+    )
 
 
 def calibrate(
@@ -194,9 +230,11 @@ def calibrate(
         told = {"out": str(out), "batches": count, "batch_size": feed.batch_size}
         print_json({**told, "left_out": left_out})
         return
-    for line in feed.skipped.lines:
-        say(f"left out: {line}")
-    say(f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images")
+    say(
+        f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images, "
+        f"{feed.skipped.count} skipped"
+    )
+    say_skipped(feed.skipped.lines)
 
 
 def check_device(name: str) -> None:

@@ -122,11 +122,12 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
     """
     from dynaslim import shipped
     from dynaslim.errors import check
+    from dynaslim.pretrained import run_checkpoints
 
     first, *others = paths
     if model is not None:
         check(
-            not _is_model(first),
+            not _is_model(first) or bool(run_checkpoints(first)),
             f"{first}: is a model, and --model {model} names one too; give one of them",
         )
         return model, paths

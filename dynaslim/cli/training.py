@@ -15,6 +15,7 @@ from dynaslim.cli.output import (
     routes_table,
     saving,
     say,
+    say_skipped,
 )
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.zoo import get_spec
@@ -154,6 +155,9 @@ def _run_and_show(
     if json:
         print_json(results)
         return 0
+    images = (results["train_images"], results["val_images"], len(results["skipped"]))
+    say("{} images trained on, {} held back, {} skipped".format(*images))
+    say_skipped(results["skipped"])
     show(results)
     _print_files(results["files"])
     return 0

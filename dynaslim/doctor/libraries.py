@@ -8,7 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Final, Literal
 
-Status = Literal["works", "missing", "broken"]
+Status = Literal["works", "installed", "missing", "broken"]
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,14 @@ def pip_line(names: Iterable[str]) -> str:
     return "pip install " + " ".join(names)
 
 
-def describe(library: Library, error: str | None) -> dict[str, Any]:
-    """A library as JSON values; `error` is why it does not load, if it does not."""
+def describe(library: Library, error: str | None, *, loaded: bool = True) -> dict[str, Any]:
+    """A library as JSON values; `error` is why it does not load, if it does not.
+
+    Of one that was not `loaded` no more is known than that it is installed.
+    """
     there = is_installed(library.module)
-    status: Status = "missing" if not there else "works" if error is None else "broken"
+    works: Status = "works" if loaded else "installed"
+    status: Status = "missing" if not there else works if error is None else "broken"
     version = version_of(library.name) if there else None
     line = pip_line([library.name])
     if status == "broken":
@@ -89,5 +93,5 @@ def describe(library: Library, error: str | None) -> dict[str, Any]:
         "use": library.use,
         "required": library.required,
         "error": error if there else None,
-        "install": None if status == "works" else line,
+        "install": None if status == works else line,
     }
