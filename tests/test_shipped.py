@@ -127,6 +127,18 @@ def test_predict_by_name_by_flag_by_file_or_by_none_of_them(here, trained, argv,
     assert {image["class_name"] for image in found["images"]} <= set(NAMES)
 
 
+def test_pictures_to_try_come_with_it(capsys):
+    """Drawings, of which it takes most for what they are; `models` says where they are."""
+    assert cli.run(["models"]) == 0
+    told = capsys.readouterr().out
+    assert str(shipped.PICTURES) in told
+    code, out, err = _run(capsys, str(shipped.PICTURES), "--json")
+    assert (code, err) == (0, "")
+    images = json.loads(out)["images"]
+    assert len(images) == 10
+    assert sum(image["file"].endswith(f"/{image['class_name']}.png") for image in images) >= 7
+
+
 def test_predict_does_not_take_a_run_for_pictures(here, trained, capsys):
     run = here / "runs" / "demo"
     run.mkdir(parents=True)

@@ -26,7 +26,7 @@ def models(*, json: bool = False) -> None:
     """
     from dynaslim.cli.describe import usual_image_size
     from dynaslim.cost import madds, params
-    from dynaslim.shipped import names
+    from dynaslim.shipped import PICTURES, names
     from dynaslim.zoo import ZOO
 
     rows: list[dict[str, Any]] = []
@@ -63,7 +63,7 @@ def models(*, json: bool = False) -> None:
         )
     say(table)
     say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
-    say(f"trained and at hand: {', '.join(names())}")
+    say(f"trained and at hand: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:
