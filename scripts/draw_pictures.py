@@ -1,6 +1,8 @@
 """Draw dynaslim/shipped/pictures: one for each class of the network that ships, to try it on.
 
-python scripts/draw_pictures.py [FOLDER]
+    python scripts/draw_pictures.py [FOLDER]
+
+Simple shapes, so that they are ours to give away; the network takes most of them for what they are.
 """
 
 from __future__ import annotations

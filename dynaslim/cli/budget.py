@@ -53,7 +53,7 @@ def calibrate_budget(
     from dataclasses import asdict, replace
 
     from dynaslim._files import check_writable
-    from dynaslim.cli.measure import check_device, to_device
+    from dynaslim.cli.measure import check_device, to_device, unseen
     from dynaslim.data.layout import check_path
     from dynaslim.errors import UsageError
     from dynaslim.pretrained import checkpoint_file, is_hub_address
@@ -92,7 +92,7 @@ def calibrate_budget(
         latency = read_cost_table(table, spec, image_size=preprocessing.image_size_px)
         if latency.unit != "ms":
             raise UsageError(f"--table {table}: is in {latency.unit}, give one in ms")
-    held_share = None
+    held_share, asked_split = None, split
     if split is None:
         split, held_share = _held_back(checkpoint, loaded.recipe)
     source = open_source(data, split)
@@ -104,6 +104,7 @@ def calibrate_budget(
         workers=os.cpu_count() or 1,
         corrupt_limit=corrupt_limit,
     )
+    images, told = unseen(images, file, asked_split)
     if order is not None:
         images = images.relabelled(order, loaded.class_names or ())
     images.check_fits(preprocessing, spec.num_classes)
@@ -141,7 +142,9 @@ def calibrate_budget(
         f"{skipped.count} skipped"
     )
     say_skipped(skipped.lines)
-    if split == "train" and held_share is None:
+    if told:
+        say(told)
+    elif split == "train" and held_share is None:
         say("the gate was trained on this split: expect less than these numbers elsewhere")
     say(_curve_table(curve, spec, uniform))
     if asked is not None:

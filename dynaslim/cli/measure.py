@@ -83,7 +83,7 @@ def evaluate(
     images = DiskImages.of(
         source, preprocessing, workers=os.cpu_count() or 1, corrupt_limit=corrupt_limit
     )
-    images, told = _unseen(images, file, split)
+    images, told = unseen(images, file, split)
     if order is not None:
         images = images.relabelled(order, loaded.class_names or ())
     with progress("evaluating", len(images)) as bar:
@@ -123,7 +123,7 @@ def evaluate(
         say(f"{table}: a line for every image")
 
 
-def _unseen(images: DiskImages, checkpoint: Path, split: str | None) -> tuple[DiskImages, str]:
+def unseen(images: DiskImages, checkpoint: Path, split: str | None) -> tuple[DiskImages, str]:
     """The images to measure, and what there is to say if the network was trained on some of them.
 
     Of a set that is not divided, and of which no split was asked for, those are left out.
