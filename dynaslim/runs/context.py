@@ -58,12 +58,13 @@ class RunContext:
             f"{skipped.count} skipped"
         )
         note_skipped(skipped.lines)
-        if self.folder.is_main and not self.folder.file(TRAINED_ON).exists():
-            seen = set(opened.digests())
-            if isinstance(recipe, GateRecipe):  # its network has seen those of stage I
-                seen |= trained_on(checkpoint_file(recipe.supernet))
-            lines = "".join(f"{one}\n" for one in sorted(seen - {""}))
-            write_atomic(self.folder.file(TRAINED_ON), lines.encode())
+        known = self.folder.file(TRAINED_ON)
+        if self.folder.is_main and not (self.folder.state is not None and known.exists()):
+            seen = set(opened.digests()) - {""}
+            base = recipe.supernet if isinstance(recipe, GateRecipe) else recipe.init
+            if base is not None:  # what it starts from has seen those of its own run
+                seen |= trained_on(checkpoint_file(base))
+            write_atomic(known, "".join(f"{one}\n" for one in sorted(seen)).encode())
         return opened
 
     def keeper(self, state: Callable[[], dict[str, Any]], bar: Bar, batch_size: int) -> Keeper:
