@@ -18,14 +18,14 @@ from typing import Any, Final
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from dynaslim._files import write_atomic
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.pretrained import Pretrained, local_path
-from dynaslim.shipped import names, resolve
+from dynaslim.pretrained import Pretrained, checkpoint_file
 from dynaslim.spec import NetSpec
 from dynaslim.zoo import get_spec
 
@@ -124,15 +124,15 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """Read a checkpoint that `save` wrote; the network comes back in evaluation mode.
 
-    `path` is a file, the name of a model that ships (`dynaslim.shipped`), or an address on the hub
-    such as hf://user/model.
+    `path` is a file, the folder of a run or of `save_pretrained`, the name of a model that ships
+    (`dynaslim.shipped`), or an address on the hub such as hf://user/model.
 
     Raises:
         CheckpointError: if the file is missing, truncated, altered, of another format or of a
             newer version, or its tensors do not fit its spec.
         HubError: if there is nothing at the address.
     """
-    meta, tensors = _read_verified(local_path(resolve(path)))
+    meta, tensors = _read_verified(checkpoint_file(path))
     try:
         spec = NetSpec.from_dict(meta["spec"])
         names = meta["class_names"]
@@ -140,7 +140,8 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         budget = meta.get("budget")  # not in files without one
         if not isinstance(budget, dict | None):
             raise UsageError(f"budget {budget!r:.60}: expected an object")
-        net = SlimNet(spec, device="meta")
+        with _Unfilled():
+            net = SlimNet(spec, device="meta")
         _check_tensors(path, net, tensors)
         # copied: in the file they start at any multiple of 8 bytes, and convolutions round the last
         # bit by how their weights are aligned
@@ -158,6 +159,17 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         )
     except (UsageError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path}: its description is not valid: {error}") from None
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out initial values: on the meta device they are none, and import torch's compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return None
+        return func(*args, **(kwargs or {}))
 
 
 def read_prepared(path: str | Path) -> tuple[Checkpoint, Preprocessing]:
@@ -188,15 +200,20 @@ def load(
     return net
 
 
+def keeps_classifier(checkpoint: Checkpoint, class_names: Sequence[str]) -> bool:
+    """Whether `with_classes` takes the classifier over."""
+    as_many = len(class_names) == checkpoint.net.spec.num_classes
+    return as_many and checkpoint.class_names in (None, tuple(class_names))
+
+
 def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> SlimNet:
     """A copy of the network, to be trained on these classes; in evaluation mode.
 
     The classifier is the checkpoint's where its classes are the same in the same order, or where it
     names none and has as many. Else it is a new one, drawn by torch's global generator.
     """
-    known = checkpoint.class_names
     spec = checkpoint.net.spec.replace(num_classes=len(class_names))
-    same = spec == checkpoint.net.spec and known in (None, tuple(class_names))
+    same = keeps_classifier(checkpoint, class_names)
     state = checkpoint.net.state_dict()
     net = SlimNet(spec, device=next(iter(state.values())).device)
     if not same:
@@ -216,10 +233,6 @@ def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "no such file"
-        shipped = f", or the name of a model that ships ({', '.join(names())})" if names() else ""
-        raise CheckpointError(f"{path}: {what}; expected a checkpoint (.safetensors){shipped}")
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             header = file.metadata() or {}

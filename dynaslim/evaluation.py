@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_stat_scores
 
 from dynaslim._files import write_atomic
 from dynaslim.errors import DataError, check
-from dynaslim.evaluation_table import MAX_VIEWS, Answers, Modes, answer_all
+from dynaslim.evaluation_table import Answers, Modes, answer_all
 from dynaslim.evaluation_table import LabelledImages as LabelledImages
 from dynaslim.evaluation_table import view as view
 from dynaslim.nn.net import SlimNet
-from dynaslim.preprocessing import Preprocessing
+from dynaslim.preprocessing import MAX_VIEWS, Preprocessing
 from dynaslim.spec import NetSpec, Route
 
 
@@ -309,9 +308,8 @@ def _per_class(
 ) -> tuple[ClassMetrics, ...]:
     """Every class; counts_KR says how many of its images took each route."""
     classes = len(counts_KR)
-    stats_K5 = multiclass_stat_scores(  # true, false positives, true, false negatives, images
-        predictions_N, labels_N, classes, average=None, validate_args=False
-    ).tolist()
+    images_K = torch.bincount(labels_N, minlength=classes).tolist()
+    right_K = torch.bincount(labels_N[predictions_N == labels_N], minlength=classes).tolist()
     # whole numbers, so a float64 sum of them is exact
     madds_K = torch.bincount(labels_N, madds_N, minlength=classes).tolist()
     names = images.class_names or (None,) * classes
@@ -324,7 +322,7 @@ def _per_class(
             mean_madds=madds_K[index] / count if count else None,
             route_shares=tuple(n / max(1, count) for n in counts_KR[index].tolist()),
         )
-        for index, (right, _, _, _, count) in enumerate(stats_K5)
+        for index, (right, count) in enumerate(zip(right_K, images_K, strict=True))
     )
 
 

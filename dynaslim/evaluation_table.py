@@ -21,12 +21,12 @@ from dynaslim.data.transforms import normalise
 from dynaslim.distributed import gather, rank, world_size
 from dynaslim.errors import DataError, DynaslimError
 from dynaslim.nn.net import SlimNet
-from dynaslim.preprocessing import Preprocessing
+from dynaslim.preprocessing import MAX_VIEWS, Preprocessing
 from dynaslim.runtime.engine import Engine
 from dynaslim.spec import Route
 
 _SHIFTS: Final = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # the image, up, down, left, right
-MAX_VIEWS: Final = 2 * len(_SHIFTS)
+assert 2 * len(_SHIFTS) == MAX_VIEWS
 
 
 class LabelledImages(Protocol):

@@ -25,7 +25,7 @@ from dynaslim.data.decode import IMAGE_SUFFIXES, decode_image
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
-from dynaslim.pretrained import local_path
+from dynaslim.pretrained import checkpoint_file, local_path
 from dynaslim.runtime.spending import Ledger, Spending
 from dynaslim.shipped import resolve
 
@@ -197,25 +197,40 @@ def name_of(file: str | Path) -> str:
 # -- predicting -----------------------------------------------------------------------------------
 
 
+def check_model(model: str | Path) -> Path | None:
+    """The checkpoint file of a model; None for an exported package. No torch.
+
+    Raises:
+        UsageError: for a folder that is neither.
+        CheckpointError: if there is no such file.
+    """
+    from dynaslim.runtime.package import is_package
+
+    if is_package(model):
+        return None
+    path = local_path(resolve(model))
+    check(
+        not path.is_dir(),
+        f"{model}: is a folder and no package; name a checkpoint file, the folder of a run or an "
+        f"exported package",
+    )
+    return checkpoint_file(path)
+
+
 def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Engine:
-    """The engine of a checkpoint file, a folder (an exported package, or one of `save_pretrained`),
-    a repository on the hub, or a model that ships.
+    """The engine of a checkpoint file, a folder (an exported package, one of `save_pretrained` or
+    of a run), a repository on the hub, or a model that ships.
 
     Raises:
         UsageError: for a folder that is no package, and as `Engine`.
         CheckpointError: if it cannot be read, or does not say how images are prepared.
     """
     from dynaslim.runtime.engine import Engine
-    from dynaslim.runtime.package import is_package
 
-    if is_package(model):
+    path = check_model(model)
+    if path is None:
         engine = Engine.from_package(model, backend=backend, **options)
     else:
-        path = local_path(resolve(model))
-        check(
-            not path.is_dir(),
-            f"{model}: is a folder and no package; name a checkpoint file or an exported package",
-        )
         engine = Engine.from_checkpoint(path, backend=backend, **options)
     if engine.preprocessing is None:
         raise CheckpointError(f"{model}: does not say how images are prepared (preprocessing)")

@@ -17,6 +17,8 @@ MOST_PX: Final = 1 << 14
 _LARGEST: Final = 10.0
 _SMALLEST: Final = 1e-4
 """Of a deviation: smaller ones, in float32, make what they divide infinite."""
+MAX_VIEWS: Final = 10
+"""Of an image, for test-time augmentation: itself and four shifts of it, each mirrored too."""
 
 
 @dataclass(frozen=True)

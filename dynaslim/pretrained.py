@@ -15,12 +15,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from dynaslim.errors import CheckpointError
+from dynaslim.shipped import names, resolve
+
 if TYPE_CHECKING:
     import torch
 
 
 WEIGHTS: Final = "model.safetensors"
 """What the hub's own tools call it."""
+_OF_RUNS: Final = ("last", "best", "last_live", "checkpoint")
+"""Checkpoints of a run of stage I, the one that stands for it first, and the demo's."""
 _ADDRESS: Final = re.compile(r"hf:/+(?P<name>[^@]+)(?:@(?P<revision>.+))?")
 
 
@@ -38,19 +43,50 @@ def is_saved_folder(path: str | Path) -> bool:
     return (Path(path) / WEIGHTS).is_file()
 
 
-def local_path(path: str | Path) -> Path:
-    """A path as it is; of a folder of `save_pretrained` the checkpoint in it.
+def run_checkpoints(folder: str | Path) -> list[Path]:
+    """The checkpoints that stand for the folder of a run: every gate's, or the one of its network.
 
-    For the address of a repository on the hub its checkpoint, downloaded.
+    The order is that of the gates' targets; empty if it is the folder of no run.
+    """
+    gates = sorted(Path(folder).glob("gate*.safetensors"))
+    others = (Path(folder) / f"{name}.safetensors" for name in _OF_RUNS)
+    return gates or [file for file in others if file.is_file()][:1]
+
+
+def local_path(path: str | Path) -> Path:
+    """A path as it is; of a folder of `save_pretrained` or of a run the checkpoint in it.
+
+    Of several gates of a run it is the middle one. For the address of a repository on the hub it is
+    its checkpoint, downloaded.
 
     Raises:
         HubError: if the hub cannot be reached and its cache has not the checkpoint.
     """
     found = _ADDRESS.fullmatch(str(path))
     if found is None:
-        return Path(path) / WEIGHTS if is_saved_folder(path) else Path(path)
+        if is_saved_folder(path):
+            return Path(path) / WEIGHTS
+        of_run = run_checkpoints(path)
+        return of_run[len(of_run) // 2] if of_run else Path(path)
     downloaded: Path = _hub().download(found["name"], found["revision"])
     return downloaded
+
+
+def checkpoint_file(name: str | Path) -> Path:
+    """The checkpoint that a name stands for: as `local_path`, or that of a model that ships.
+
+    Raises:
+        CheckpointError: if there is none.
+        HubError: as `local_path`.
+    """
+    path = local_path(resolve(name))
+    if not path.is_file():
+        what = "is a folder without a checkpoint" if path.is_dir() else "no such file"
+        shipped = f", or the name of a model that ships ({', '.join(names())})" if names() else ""
+        raise CheckpointError(
+            f"{path}: {what}; expected a checkpoint (.safetensors), the folder of a run{shipped}"
+        )
+    return path
 
 
 class Pretrained:

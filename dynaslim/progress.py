@@ -65,6 +65,13 @@ def _rank() -> int:
     return rank()
 
 
+def note(line: str) -> None:
+    """Print a line on standard error; of several processes of a run the first alone does."""
+    if not _rank():
+        sys.stderr.write(f"{line}\n")
+        sys.stderr.flush()
+
+
 @contextmanager
 def progress(label: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
     """Show the progress of a job of `total` steps, of which some are done, while inside.

@@ -1,9 +1,8 @@
-"""Run an exported package with onnxruntime and numpy alone: no torch, no dynaslim.
+"""Run a package without torch or dynaslim: prints row, width indices behind the gates, class.
 
     python examples/run_package.py PACKAGE IMAGES
 
-IMAGES: a picture (which takes Pillow), or an .npy file of normalised images, float32 (rows,
-channels, height, width). Prints the row of each, the width index behind each gate, and its class.
+IMAGES: a picture, a folder of them, or an .npy file of normalised images, float32 (N, C, H, W).
 """
 
 import json
@@ -20,11 +19,12 @@ def read(images: str, wanted: dict) -> np.ndarray:
         return np.load(images)
     from PIL import Image, ImageOps
 
-    side, bleed = wanted["image_size_px"], (1 - wanted["crop_fraction"]) / 2
-    image = ImageOps.exif_transpose(Image.open(images))
-    image = image.convert("RGB" if len(wanted["mean"]) == 3 else "L")
-    pixels = np.atleast_3d(ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC, bleed))
-    return np.float32(((pixels / 255 - wanted["mean"]) / wanted["std"]).transpose(2, 0, 1)[None])
+    files = sorted(Path(images).iterdir()) if Path(images).is_dir() else [images]
+    mode, size = "RGB" if len(wanted["mean"]) == 3 else "L", (wanted["image_size_px"],) * 2
+    how = {"method": Image.Resampling.BICUBIC, "bleed": (1 - wanted["crop_fraction"]) / 2}
+    rows = [ImageOps.exif_transpose(Image.open(file)).convert(mode) for file in files]
+    pixels = np.stack([np.atleast_3d(ImageOps.fit(row, size, **how)) for row in rows])
+    return np.float32((pixels / 255 - wanted["mean"]) / wanted["std"]).transpose(0, 3, 1, 2)
 
 
 def main(folder: Path, x: np.ndarray) -> None:

@@ -138,7 +138,7 @@ def test_without_anything_optional(fakes):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     libraries = {one["name"]: one for one in found["libraries"]}
-    assert libraries["numpy"]["status"] == "works"
+    assert libraries["numpy"]["status"] == "installed", "looked up, not loaded"
     assert libraries["openvino"] == {
         "name": "openvino",
         "status": "missing",
@@ -163,6 +163,28 @@ def test_a_library_that_it_cannot_do_without(monkeypatch):
     assert found["backends"][0]["status"] == "missing"
     assert found["backends"][0]["install"] == "pip install torch"
     assert found["gpu"]["why_not"] == "torch does not load"
+
+
+def test_what_ends_the_process_of_all_is_tried_alone(fakes, monkeypatch):
+    """--quick: one process for everything; where it ends, each that is left gets its own."""
+    package = fakes / "openvino"
+    package.mkdir()
+    (package / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
+    _only(monkeypatch, NUMPY, backends=("eager", "openvino"))
+    monkeypatch.setitem(doctor.NEEDS, "openvino", ("openvino",))
+    started, tasks = Probe.__init__, []
+
+    def start(self, *task):
+        tasks.append(task)
+        started(self, *task)
+
+    monkeypatch.setattr(Probe, "__init__", start)
+    found = doctor.examine(quick=True)
+    assert tasks == [("together", "torch", "eager", "openvino"), ("backend", "openvino")]
+    eager, openvino = found["backends"]
+    assert (eager["status"], openvino["status"]) == ("works", "broken")
+    assert "SIGILL" in openvino["why"]
+    assert found["libraries"][0]["status"] == "installed"
 
 
 def test_a_backend_that_gives_no_answer(monkeypatch):

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from dynaslim.checkpoint import read
 from dynaslim.cli.output import evaluation_table, saving
 from dynaslim.data import load_images, open_source
 from dynaslim.data.transforms import normalise
-from dynaslim.demo import DATA, run_demo
+from dynaslim.demo import DATA, README_TOP1, run_demo
+from dynaslim.runs.launch import busy
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +91,29 @@ def test_the_budget_gives_what_the_demo_says(done):
         r"\nA budget of 0\.5 saves \d+%, for [\d.]+ points (less|more): \d+% of the images ran",
         words,
     )
+
+
+def test_it_says_how_far_it_is_from_the_readme(done):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    shown = [float(top1) for top1 in re.findall(r"M +([\d.]+)%", readme)]
+    assert [round(100 * top1, 2) for top1 in README_TOP1.values()] == shown[3:6]
+    told = done[0].beside_readme()
+    apart = [float(points) for points in re.findall(r"[+-]\d+\.\d\d", told)]
+    evaluation = done[0].evaluation
+    own = (evaluation.routes[-1].top1, evaluation.dynamic.top1, done[0].budgeted[1].top1)
+    assert apart == pytest.approx(
+        [100 * top1 - of for top1, of in zip(own, shown[3:6], strict=True)], abs=0.006
+    )
+
+
+def test_a_busy_machine_is_told_of():
+    assert busy(0.3, 2, 2) is None
+    assert busy(9.0, 2, 1) is None, "one thread waits for no other"
+    assert busy(3.0, 64, 64) is None
+    told = busy(7.94, 2, 2)
+    assert "load 7.9 on 2 cores" in told
+    assert told.endswith("OMP_NUM_THREADS=1")
+    assert busy(40.0, 64, 64).endswith("OMP_NUM_THREADS=24")
 
 
 def test_same_seed_same_numbers(done, tmp_path):

@@ -14,7 +14,7 @@ from PIL import Image
 from released_file import write_released
 
 import dynaslim
-from dynaslim import cli
+from dynaslim import cli, shipped
 from dynaslim.checkpoint import Checkpoint, save
 from dynaslim.data.transforms import normalise
 from dynaslim.preprocessing import Preprocessing
@@ -103,6 +103,9 @@ def reader(stand_ins, tmp_path, monkeypatch, one_thread):
     mini = tmp_path / MINI.relative_to(ROOT)
     mini.parent.mkdir(parents=True)
     mini.symlink_to(stand_ins / "DATA")
+    drawings = tmp_path / shipped.PICTURES.relative_to(ROOT)
+    drawings.parent.mkdir()
+    drawings.symlink_to(shipped.PICTURES)
     write_released(tmp_path / "model_best.pth.tar")
     monkeypatch.chdir(tmp_path)
     # the folder dynaslim/ in it is no package: a process that is started here must not take it

@@ -127,16 +127,29 @@ def test_predict_by_name_by_flag_by_file_or_by_none_of_them(here, trained, argv,
     assert {image["class_name"] for image in found["images"]} <= set(NAMES)
 
 
+def test_pictures_to_try_come_with_it(capsys):
+    """Drawings, of which it takes most for what they are; `models` says where they are."""
+    assert cli.run(["models"]) == 0
+    told = capsys.readouterr().out
+    assert str(shipped.PICTURES) in told
+    code, out, err = _run(capsys, str(shipped.PICTURES), "--json")
+    assert (code, err) == (0, "")
+    images = json.loads(out)["images"]
+    assert len(images) == 10
+    assert sum(image["file"].endswith(f"/{image['class_name']}.png") for image in images) >= 7
+
+
 def test_predict_does_not_take_a_run_for_pictures(here, trained, capsys):
     run = here / "runs" / "demo"
     run.mkdir(parents=True)
     shutil.copy(trained, run / "checkpoint.safetensors")
     (run / "accuracy.png").write_bytes(png(1))
-    for argv in (["runs/demo"], ["runs/demo", "photos/0.png"]):
-        code, out, err = _run(capsys, *argv)
-        assert (code, out) == (2, "")
-        assert "the folder of a run; name its checkpoint" in err
-        assert "runs/demo/checkpoint.safetensors" in err
+    code, out, err = _run(capsys, "runs/demo")
+    assert (code, out) == (2, "")
+    assert "runs/demo: is taken for the model; name image files" in err
+    code, out, _ = _run(capsys, "runs/demo", "photos/0.png")
+    assert code == 0
+    assert out.rstrip().endswith("by runs/demo"), "a run's folder stands for its network"
     code, out, _ = _run(capsys, "--model", "cifar10", "runs/demo")
     assert code == 0
     assert out.rstrip().endswith("images/s, by cifar10")

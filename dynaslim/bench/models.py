@@ -19,7 +19,7 @@ from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.pretrained import is_saved_folder
+from dynaslim.pretrained import local_path
 from dynaslim.runtime.backends import default_device
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.package import is_package
@@ -69,7 +69,7 @@ def open_engine(
         spec.check_image_size(side, side)
         net = random_network(model, side).to(default_device(backend))
         return Engine(net, precision=precision, image_size=side, **options), side
-    if is_package(model) or (Path(model).is_dir() and not is_saved_folder(model)):
+    if is_package(model) or (Path(model).is_dir() and local_path(model).is_dir()):
         engine = Engine.from_package(model, image_size=image_size, **options)
         own = engine.source.precision
         check(precision in ("fp32", own), f"precision {precision}: the package is {own}")

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim.cli.output import new_table, print_json, say
+from dynaslim.cli.output import new_table, print_json, say, say_skipped
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +31,14 @@ def calibrate_budget(
     table: Path | None = None,
     budget: str | None = None,
     batch_size: int = 256,
-    corrupt_limit: float = 0.0,
+    corrupt_limit: float = 0.01,
     device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Measure what a trained gate gives at every budget, and keep it in the checkpoint.
 
     Args:
-        checkpoint: A checkpoint file with a trained gate.
+        checkpoint: A checkpoint file with a trained gate, or the folder of a run.
         data: A parquet file or a folder of them, a folder of images by class, or a hub name.
         split: Split of the data. By default the images that training held back, as the
             checkpoint's recipe says.
@@ -54,32 +54,36 @@ def calibrate_budget(
     from dataclasses import asdict, replace
 
     from dynaslim._files import check_writable
-    from dynaslim.checkpoint import read_prepared, save
-    from dynaslim.cli.measure import to_device
-    from dynaslim.cost_file import read_cost_table
-    from dynaslim.data import open_source
-    from dynaslim.data.disk import DiskImages
-    from dynaslim.data.transforms import readable_batches
+    from dynaslim.cli.measure import check_device, to_device, unseen
+    from dynaslim.data.layout import check_path
     from dynaslim.errors import UsageError
-    from dynaslim.evaluation import match_classes
-    from dynaslim.pretrained import is_hub_address
-    from dynaslim.progress import progress
+    from dynaslim.pretrained import checkpoint_file, is_hub_address
     from dynaslim.runtime.budget import parse_budget
-    from dynaslim.runtime.budget_search import FEW_IMAGES, fit_curve, split_rows
-    from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, uniform_outcomes
 
     if batch_size < 1:
         raise UsageError(f"--batch-size {batch_size}: must be at least 1")
     if not 0 <= corrupt_limit <= 1:
         raise UsageError(f"--corrupt-limit {corrupt_limit}: must be between 0 and 1")
-    # what can be refused at once is, before a large set is opened
+    # what can be refused at once is, before torch is imported and a large set is opened
     kind = None if budget is None else parse_budget(budget)[0]
     if kind == "ms" and table is None:
         raise UsageError(f"--budget {budget}: give a cost table in ms with --table")
     if out is None and is_hub_address(checkpoint):
         raise UsageError(f"{checkpoint}: is on the hub; name the checkpoint to write with --out")
-    out = check_writable(checkpoint if out is None else out)
-    loaded, preprocessing = read_prepared(checkpoint)
+    check_device(device)
+    file = checkpoint_file(checkpoint)
+    out = check_writable(file if out is None else out)
+    check_path(data)
+
+    from dynaslim.checkpoint import read_prepared, save
+    from dynaslim.cost_file import read_cost_table
+    from dynaslim.data import open_source
+    from dynaslim.data.disk import DiskImages
+    from dynaslim.data.transforms import readable_batches
+    from dynaslim.evaluation import match_classes
+    from dynaslim.progress import progress
+
+    loaded, preprocessing = read_prepared(file)
     spec = loaded.net.spec
     count_paths(spec)
     latency = None
@@ -87,7 +91,7 @@ def calibrate_budget(
         latency = read_cost_table(table, spec, image_size=preprocessing.image_size_px)
         if latency.unit != "ms":
             raise UsageError(f"--table {table}: is in {latency.unit}, give one in ms")
-    held_share = None
+    held_share, asked_split = None, split
     if split is None:
         split, held_share = _held_back(checkpoint, loaded.recipe)
     source = open_source(data, split)
@@ -99,6 +103,7 @@ def calibrate_budget(
         workers=os.cpu_count() or 1,
         corrupt_limit=corrupt_limit,
     )
+    images, told = unseen(images, file, asked_split)
     if order is not None:
         images = images.relabelled(order, loaded.class_names or ())
     images.check_fits(preprocessing, spec.num_classes)
@@ -136,15 +141,20 @@ def calibrate_budget(
         )
         return
     held = "" if held_share is None else ", those that training held back"
-    say(f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}")
-    for line in images.skipped.lines:
-        say(f"left out: {line}")
+    skipped = images.skipped
+    say(
+        f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}, "
+        f"{skipped.count} skipped"
+    )
+    say_skipped(skipped.lines)
     if curve.images < FEW_IMAGES:
         say(
             f"few images: of less than {FEW_IMAGES:,} the points are hard to tell apart; "
             f"top-1 has its 95% interval"
         )
-    if split == "train" and held_share is None:
+    if told:
+        say(told)
+    elif split == "train" and held_share is None:
         say("the gate was trained on this split: expect less than these numbers elsewhere")
     if not loaded.mirror:
         say("no second look: the recipe does not say that mirror images keep their class")

@@ -17,10 +17,15 @@ def import_official(file: Path, out: Path, *, ema: bool = False, json: bool = Fa
         json: Print one JSON object.
     """
     from dynaslim._files import check_writable
+    from dynaslim.errors import CheckpointError
+
+    check_writable(out)
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file")
+
     from dynaslim.checkpoint import save
     from dynaslim.interop.official import import_official as convert
 
-    check_writable(out)
     checkpoint = convert(file, ema=ema)
     save(out, checkpoint)
     spec = checkpoint.net.spec

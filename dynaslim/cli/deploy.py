@@ -39,15 +39,18 @@ def profile(
         json: Print one JSON object.
     """
     from dynaslim._files import check_writable
+    from dynaslim.errors import check
+
+    check(rounds >= 1, f"--rounds {rounds}: must be at least 1")
+    check_writable(out)
+    _check_named(model, backend)
+
     from dynaslim.bench.models import open_engine
     from dynaslim.bench.timing import hardware
-    from dynaslim.errors import check
     from dynaslim.progress import progress
     from dynaslim.runtime.forms import segment_forms
     from dynaslim.runtime.latency import profile as measure
 
-    check(rounds >= 1, f"--rounds {rounds}: must be at least 1")
-    check_writable(out)
     engine, side = open_engine(
         model, backend, image_size, precision, batch_size, cache=not no_cache
     )
@@ -103,11 +106,8 @@ def bench(
         no_cache: Keep no compiled programs on disk, and read none.
         json: Print one JSON object.
     """
-    from dynaslim.bench.models import open_engine, some_images
-    from dynaslim.bench.routed import bench_routed, mixed, observed
-    from dynaslim.bench.timing import hardware
+    from dynaslim.data.layout import check_path
     from dynaslim.errors import UsageError, check
-    from dynaslim.progress import progress
     from dynaslim.runtime.package import is_package
 
     # the ideal is whole routes in one program each, and a package has segments only
@@ -126,6 +126,15 @@ def bench(
             shares = [float(part) for part in mix.split(",")]
         except ValueError:
             raise UsageError(f"--mix {mix!r}: give shares such as {MIX}, or real") from None
+    _check_named(model, *backend.split(","))
+    if data is not None:
+        check_path(data)
+
+    from dynaslim.bench.models import open_engine, some_images
+    from dynaslim.bench.routed import bench_routed, mixed, observed
+    from dynaslim.bench.timing import hardware
+    from dynaslim.progress import progress
+
     results = []
     side = 0
     for name in backend.split(","):
@@ -172,6 +181,27 @@ def bench(
         )
 
 
+def _check_named(model: str, *backends: str) -> None:
+    """Raise `DynaslimError` for a model or a backend that there is not; no torch."""
+    from dynaslim.errors import check
+    from dynaslim.pretrained import checkpoint_file
+    from dynaslim.runtime.backends import BACKENDS
+    from dynaslim.shipped import is_name
+    from dynaslim.zoo import ZOO, get_spec, is_spec_file
+
+    for name in backends:
+        known = ("auto", *BACKENDS)
+        check(name in known, f"backend {name!r}: choose from {', '.join(known)}")
+    path = Path(model)
+    if model in ZOO or is_spec_file(model) or is_name(model):
+        return
+    if path.suffix or len(path.parts) > 1:
+        if not path.is_dir():
+            checkpoint_file(model)
+    elif not path.exists():
+        get_spec(model)
+
+
 def _bench_table(result: dict[str, Any]) -> Any:
     table = new_table("route", "MAdds", "share", "static", "best static", "in pieces of")
     for route, cost, share in zip(result["routes"], result["madds"], result["shares"], strict=True):
@@ -205,7 +235,7 @@ def export(
     """Write a network for others to run: a package that needs no torch, or one ONNX file.
 
     Args:
-        checkpoint: A checkpoint file.
+        checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
         out: The package's folder, or the ONNX file.
         precision: fp32, or int8 by post-training quantisation (packages only).
         calibration: Images for int8: as for evaluate.
@@ -218,9 +248,9 @@ def export(
         no_cache: Keep no calibrated programs (int8) on disk, and read none.
         json: Print one JSON object.
     """
-    from dynaslim.checkpoint import read
+    from dynaslim.data.layout import check_path
     from dynaslim.errors import UsageError, check
-    from dynaslim.runtime.export import export_package, export_route, export_single_file
+    from dynaslim.pretrained import checkpoint_file
     from dynaslim.spec import Route
 
     if single_file and static_route is not None:
@@ -232,9 +262,17 @@ def export(
         (precision == "int8") == (calibration is not None),
         "--precision int8 and --calibration go together",
     )
-    loaded = read(checkpoint)
-    if static_route is not None:
-        route = loaded.net.spec.coerce_route(Route.parse(static_route))
+    asked = None if static_route is None else Route.parse(static_route)
+    file = checkpoint_file(checkpoint)
+    if calibration is not None:
+        check_path(calibration)
+
+    from dynaslim.checkpoint import read
+    from dynaslim.runtime.export import export_package, export_route, export_single_file
+
+    loaded = read(file)
+    if asked is not None:
+        route = loaded.net.spec.coerce_route(asked)
         result: dict[str, Any] = {"parity": export_route(loaded, out, route)}
         line = f"{out}: the route {route} as plain ONNX"
     elif single_file:

@@ -26,7 +26,7 @@ def models(*, json: bool = False) -> None:
     """
     from dynaslim.cli.describe import usual_image_size
     from dynaslim.cost import madds, params
-    from dynaslim.shipped import names
+    from dynaslim.shipped import PICTURES, names
     from dynaslim.zoo import ZOO
 
     rows: list[dict[str, Any]] = []
@@ -63,7 +63,7 @@ def models(*, json: bool = False) -> None:
         )
     say(table)
     say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
-    say(f"trained and at hand: {', '.join(names())}")
+    say(f"trained and at hand: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:
@@ -71,7 +71,7 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
 
     Args:
         model: A name of the zoo or of a model that ships, a spec file (.yaml), a checkpoint file,
-            or the folder of an exported package.
+            or the folder of a run or of an exported package.
         image_size: Side of the image in pixels. Default: the checkpoint's, else 224, or 32 for
             models made for small images.
         json: Print one JSON object.
@@ -106,11 +106,12 @@ def _open(model: str) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
 
 
 def _open_checkpoint(path: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
+    from dynaslim.pretrained import checkpoint_file
+
+    file = checkpoint_file(path)  # before torch is imported
     from dynaslim.checkpoint import read
-    from dynaslim.pretrained import local_path
     from dynaslim.runtime.package import file_digest
 
-    file = local_path(path)
     held = read(file)
     return (
         held.net.spec,

@@ -6,10 +6,11 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynaslim._files import is_shown
+from dynaslim.data.skipped import NAMED
 
 if TYPE_CHECKING:
     from dynaslim.evaluation import Evaluation
@@ -133,6 +134,14 @@ def gates_table(results: Mapping[str, Any]) -> Any:
             f"{gate['cost_share']:.3f}",
         )
     return table
+
+
+def say_skipped(lines: Sequence[str]) -> None:
+    """The images that were skipped: the first by name, the others by number."""
+    for line in lines[:NAMED]:
+        say(f"skipped: {line}")
+    if len(lines) > NAMED:
+        say(f"skipped: {len(lines) - NAMED} more")
 
 
 def new_table(*columns: str) -> Any:

@@ -45,8 +45,8 @@ def predict(
     Args:
         paths: A model, if --model names none, and images: files, folders, and patterns such as
             "photos/**/*.jpg". Images alone are predicted by a model that ships with dynaslim.
-        model: A checkpoint file, the folder of an exported package, or the name of a model that
-            ships, such as cifar10. Default: the first path where it is one, else cifar10.
+        model: A checkpoint file, the folder of a run or of an exported package, or the name of a
+            model that ships, such as cifar10. Default: the first path if it is one, else cifar10.
         budget: What an image may cost on average, such as 0.6 (of the widest route) or 4.5ms.
             Default: as trained. A mean over images like those that it was measured on.
         hold: Keep the mean cost of these images under the budget, whatever they are.
@@ -60,11 +60,12 @@ def predict(
         no_cache: Keep no compiled programs on disk, and read none.
     """
     from dynaslim.errors import UsageError
-    from dynaslim.predict import Summary, Unreadable, find_images
+    from dynaslim.predict import Summary, Unreadable, check_model, find_images
+    from dynaslim.runtime.backends import BACKENDS
+    from dynaslim.runtime.budget import parse_budget
     from dynaslim.shipped import resolve
 
-    model, paths = _divided(paths, model)
-    files = find_images(paths)
+    # what can be refused at once is, before torch is imported
     if not 1 <= batch_size <= MOST_ROWS:
         raise UsageError(f"--batch-size {batch_size}: must be between 1 and {MOST_ROWS:,}")
     if workers is not None and workers < 1:
@@ -73,8 +74,15 @@ def predict(
         raise UsageError(f"--top-k {top_k}: must be at least 1")
     if top_k > 1 and (parquet is not None or engine == "ray"):
         raise UsageError(f"--top-k {top_k}: --parquet and --engine ray have the likeliest alone")
+    if backend not in ("auto", *BACKENDS):
+        raise UsageError(f"backend {backend!r}: choose from auto, {', '.join(BACKENDS)}")
+    if budget is not None:
+        parse_budget(budget)
     if hold and budget is None:
         raise UsageError("--hold: give the budget that is to hold with --budget")
+    model, paths = _divided(paths, model)
+    files = find_images(paths)
+    check_model(resolve(model))
     table = None if parquet is None else _table(parquet, engine)
     cache_dir = None if no_cache else "auto"
     given = _Options(backend, batch_size, budget, hold, workers, top_k, cache_dir)
@@ -135,11 +143,12 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
     """
     from dynaslim import shipped
     from dynaslim.errors import check
+    from dynaslim.pretrained import run_checkpoints
 
     first, *others = paths
     if model is not None:
         check(
-            not _is_model(first),
+            not _is_model(first) or bool(run_checkpoints(first)),
             f"{first}: is a model, and --model {model} names one too; give one of them",
         )
         return model, paths
@@ -149,8 +158,6 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
         f"{first}: is a folder here, and a model that ships; give --model {first} for the model, "
         f"or ./{first} for the folder",
     )
-    if is_folder:
-        _check_no_run(Path(first))
     if _names_images(first):
         return str(shipped.DEFAULT), paths
     check(bool(others) or not is_folder, f"{first}: holds no images, and is no package")
@@ -158,25 +165,15 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
     return first, others
 
 
-def _check_no_run(folder: Path) -> None:
-    """A run's pictures are no images to predict: whoever names a run means its network."""
-    from dynaslim.errors import UsageError
-
-    checkpoints = sorted(folder.glob("*.safetensors"))
-    if checkpoints:
-        best = [file for file in checkpoints if file.stem in ("checkpoint", "best")]
-        raise UsageError(
-            f"{folder}: is the folder of a run; name its checkpoint, such as "
-            f"{(best or checkpoints)[0]}, or give --model and the folder for the images in it"
-        )
-
-
 def _is_model(path: str) -> bool:
-    """Whether a path can be nothing but a model: by its suffix, or a package."""
-    from dynaslim.pretrained import is_hub_address, is_saved_folder
+    """Whether a path can be nothing but a model: by its suffix, a package, or a run's folder.
+
+    A run's pictures are no images to predict: whoever names a run means its network.
+    """
+    from dynaslim.pretrained import is_hub_address, is_saved_folder, run_checkpoints
     from dynaslim.runtime.package import is_package
 
-    is_folder = is_package(path) or is_saved_folder(path)
+    is_folder = is_package(path) or is_saved_folder(path) or bool(run_checkpoints(path))
     return path.endswith(".safetensors") or is_hub_address(path) or is_folder
 
 

@@ -47,11 +47,24 @@ def report(
         json: Print one JSON object.
     """
     from dynaslim._files import check_writable, write_atomic
-    from dynaslim.cli.measure import to_device
+    from dynaslim.cli.measure import check_device, to_device
+    from dynaslim.data.layout import check_path
+    from dynaslim.errors import check
+    from dynaslim.pretrained import is_hub_address
+    from dynaslim.shipped import resolve
+
+    check(
+        is_hub_address(run) or resolve(run).exists(),
+        f"{run}: no such file or folder; expected a checkpoint file or the folder of a run",
+    )
+    check_writable(out)
+    check_device(device)
+    if data is not None:
+        check_path(data)
+
     from dynaslim.report.facts import Request
     from dynaslim.report.html import build_report
 
-    check_writable(out)
     request = Request(
         run,
         data=data,

@@ -15,8 +15,10 @@ from dynaslim.cli.output import (
     routes_table,
     saving,
     say,
+    say_skipped,
 )
 from dynaslim.recipes import GateRecipe, SupernetRecipe
+from dynaslim.zoo import get_spec
 
 
 def demo(
@@ -43,7 +45,10 @@ def demo(
         print_json(done.to_dict())
         return
     say(evaluation_table(done.evaluation, done.budgeted))
-    say(saving(done.evaluation, done.budgeted), end="\n\n")
+    say(saving(done.evaluation, done.budgeted))
+    if (epochs, target, seed) == (6, 0.5, 0):
+        say(done.beside_readme())
+    say("")
     _print_files(done.files)
 
 
@@ -72,6 +77,9 @@ def train_supernet(
         log_every: Steps between lines of the metrics file.
         json: Print one JSON object.
     """
+    _check_named(recipe.data.path, device, recipe.init)
+    get_spec(recipe.model)
+
     from dynaslim.runs import RunOptions, run_supernet
 
     options = RunOptions(resume, force, device, workers, save_every_s, log_every)
@@ -109,6 +117,8 @@ def train_gate(
         log_every: Steps between lines of the metrics file.
         json: Print one JSON object.
     """
+    _check_named(recipe.data.path, device, recipe.supernet or None)
+
     from dynaslim.runs import RunOptions, run_gate
 
     options = RunOptions(resume, force, device, workers, save_every_s, log_every)
@@ -117,6 +127,20 @@ def train_gate(
         lambda results: say(gates_table(results)),
         json=json,
     )
+
+
+def _check_named(data: str, device: str, checkpoint: str | None) -> None:
+    """Raise `DynaslimError` for what a recipe names and there is not; no torch."""
+    from dynaslim.cli.measure import check_device
+    from dynaslim.data.layout import check_path
+    from dynaslim.pretrained import checkpoint_file
+
+    if device != "auto":
+        check_device(device)
+    if checkpoint is not None:
+        checkpoint_file(checkpoint)
+    if data:
+        check_path(data)
 
 
 def _run_and_show(
@@ -134,6 +158,9 @@ def _run_and_show(
     if json:
         print_json(results)
         return 0
+    images = (results["train_images"], results["val_images"], len(results["skipped"]))
+    say("{} images trained on, {} held back, {} skipped".format(*images))
+    say_skipped(results["skipped"])
     show(results)
     _print_files(results["files"])
     return 0

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader, Dataset
 from dynaslim.data.decode import decode_entry, random_crop
 from dynaslim.data.memory import check_classes
 from dynaslim.data.order import EpochOrder, own_rows, whole_batches
-from dynaslim.data.skipped import CorruptImageError, Skipped
-from dynaslim.data.source import ImageSource
+from dynaslim.data.skipped import LIMIT, CorruptImageError, Skipped
+from dynaslim.data.source import ImageSource, digest
 from dynaslim.errors import DataError, DynaslimError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import AugmentRecipe
@@ -59,7 +59,7 @@ class DiskFeed:
         workers: int = 0,
         *,
         rows: Tensor | None = None,
-        corrupt_limit: float = 0.0,
+        corrupt_limit: float = LIMIT,
     ) -> None:
         """Feed the given rows of the source, by default all; 0 workers decode in this process.
 
@@ -215,7 +215,7 @@ class DiskImages:
         *,
         rows: Tensor | None = None,
         workers: int = 1,
-        corrupt_limit: float = 1.0,
+        corrupt_limit: float = LIMIT,
     ) -> DiskImages:
         """The given rows of a source, by default all, with its classes."""
         rows = torch.arange(len(source)) if rows is None else rows
@@ -292,6 +292,22 @@ class DiskImages:
         """The images of the given rows."""
         skipped = Skipped(self.name, len(rows), limit=self.skipped.limit)
         return replace(self, rows=self.rows[rows], skipped=skipped)
+
+    def digests(self, most: int | None = None) -> list[str]:
+        """`digest` of every image's file, of `most` images evenly taken; "" for one that is gone.
+
+        Files are read and not decoded.
+        """
+        rows = self.rows if most is None else self.rows[:: max(1, -(-len(self.rows) // most))]
+
+        def hashed(row: int) -> str:
+            try:
+                return digest(self.source[row].read())
+            except CorruptImageError:
+                return ""
+
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(hashed, rows.tolist()))
 
     def _decode(self, row: int) -> tuple[np.ndarray | CorruptImageError, int]:
         entry = self.source[row]

@@ -8,9 +8,10 @@ Suffixes: B rows of a batch, C channels, S side in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Final, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ from dynaslim.errors import DataError, UsageError, check
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import AugmentRecipe, DataRecipe
 
+HASHED: Final = 20_000
+"""Most files on the disk that are read to be told again, beside training."""
 Images = TypeVar("Images", MemoryImages, DiskImages)
 
 
@@ -97,6 +100,11 @@ class Training:
     validation: MemoryImages | DiskImages | None
     """Images to choose by; None where the recipe holds none back."""
     preprocessing: Preprocessing
+    images: int
+    """How many there are to train on."""
+    digests: Callable[[], Sequence[str]]
+    """`digest` of the files trained on; of more than `HASHED` on the disk a sample, of a stream
+    none."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -107,6 +115,11 @@ class Training:
     def name(self) -> str:
         """The data set, for messages."""
         return self.feed.name
+
+    @property
+    def held_back(self) -> int:
+        """How many there are to choose by."""
+        return 0 if self.validation is None else len(self.validation)
 
 
 def open_training(
@@ -138,6 +151,8 @@ def open_training(
     if recipe.load == "memory":
         images, validation = _in_memory(recipe, preprocessing, on_image)
         feed = MemoryFeed(images, batch_size, seed)
+        count = len(images)
+        digests: Callable[[], Sequence[str]] = partial(tuple, images.digests)
         if recipe.mean is None:
             mean, std = channel_statistics(images)
             preprocessing = replace(preprocessing, mean=mean, std=std)
@@ -153,6 +168,9 @@ def open_training(
             rows=rows,
             corrupt_limit=recipe.corrupt_limit,
         )
+        count = len(source) if rows is None else len(rows)
+        trained = DiskImages.of(source, preprocessing, rows=rows, workers=max(workers, 1))
+        digests = partial(trained.digests, HASHED)
     else:
         stream = open_stream(recipe.path, recipe.split)
         feed = StreamFeed(
@@ -166,14 +184,15 @@ def open_training(
             buffer=recipe.shuffle_buffer,
             corrupt_limit=recipe.corrupt_limit,
         )
-        validation = None
+        validation, digests = None, tuple
+        count = stream.num_images or recipe.stream_images or 0
         if recipe.val_split is not None:
             source = fetched(recipe.path, recipe.val_split)
             _check_apart(recipe, stream.split, source.split)
             validation = _disk_images(source, recipe, preprocessing, workers)
             validation = _same_classes(validation, feed.class_names)
     augmented = Augment(augment, preprocessing, resized_already=feed.resized)
-    return Training(feed, augmented, validation, preprocessing)
+    return Training(feed, augmented, validation, preprocessing, count, digests)
 
 
 def _in_memory(

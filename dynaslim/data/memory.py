@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from dynaslim.data.decode import decode_entry
-from dynaslim.data.skipped import CorruptImageError, Skipped
-from dynaslim.data.source import Entry, ImageSource
+from dynaslim.data.skipped import LIMIT, CorruptImageError, Skipped
+from dynaslim.data.source import Entry, ImageSource, digest
 from dynaslim.errors import DataError
 from dynaslim.preprocessing import Preprocessing
 
@@ -38,6 +38,8 @@ class MemoryImages:
     """The file or place of each image; empty for images that came from none."""
     skipped: tuple[str, ...] = ()
     """A line `file: reason` for each image that was left out because it does not decode."""
+    digests: tuple[str, ...] = ()
+    """`digest` of each image's file; empty for images that came from none."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -78,6 +80,7 @@ class MemoryImages:
             images_NCSS=self.images_NCSS[rows],
             labels_N=self.labels_N[rows],
             where=tuple(self.where[row] for row in rows.tolist()) if self.where else (),
+            digests=tuple(self.digests[row] for row in rows.tolist()) if self.digests else (),
         )
 
 
@@ -92,7 +95,7 @@ def load_images(
     preprocessing: Preprocessing,
     *,
     on_image: Callable[[], None] | None = None,
-    corrupt_limit: float = 0.0,
+    corrupt_limit: float = LIMIT,
 ) -> MemoryImages:
     """Decode a whole split into memory; `on_image` is called for each image.
 
@@ -106,10 +109,11 @@ def load_images(
     pixels = np.empty((len(source), channels, size, size), dtype=np.uint8)
     labels = np.empty(len(source), dtype=np.int64)
     where: list[str] = []
+    digests: list[str] = []
     skipped = Skipped(source.name, len(source), limit=corrupt_limit)
 
-    def decode(entries: Sequence[Entry]) -> list[np.ndarray | CorruptImageError]:
-        return [decode_entry(entry, preprocessing) for entry in entries]
+    def decode(entries: Sequence[Entry]) -> list[tuple[np.ndarray | CorruptImageError, str]]:
+        return [_decoded(entry, preprocessing) for entry in entries]
 
     entries = source.entries()
     # Pillow decodes without the interpreter's lock; the order stays that of the source
@@ -117,13 +121,14 @@ def load_images(
         while chunk := list(islice(entries, _THREADS * _PER_TASK)):
             parts = [chunk[at : at + _PER_TASK] for at in range(0, len(chunk), _PER_TASK)]
             decoded = [image for part in pool.map(decode, parts) for image in part]
-            for entry, image in zip(chunk, decoded, strict=True):
+            for entry, (image, hashed) in zip(chunk, decoded, strict=True):
                 if isinstance(image, CorruptImageError):
                     skipped.add(image.where, image.reason)
                     skipped.check()
                 else:
                     pixels[len(where)], labels[len(where)] = image, entry.label
                     where.append(entry.where)
+                    digests.append(hashed)
                 if on_image is not None:
                     on_image()
     kept = len(where)
@@ -134,7 +139,19 @@ def load_images(
         source.name,
         tuple(where),
         skipped.lines,
+        tuple(digests),
     )
+
+
+def _decoded(
+    entry: Entry, preprocessing: Preprocessing
+) -> tuple[np.ndarray | CorruptImageError, str]:
+    """The pixels of an entry and the digest of its file, read once."""
+    try:
+        content = entry.read()
+    except CorruptImageError as error:
+        return error, ""
+    return decode_entry(entry._replace(content=content), preprocessing), digest(content)
 
 
 def channel_statistics(images: MemoryImages) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -9,6 +9,8 @@ from dynaslim.errors import DataError
 
 NAMED: Final = 20
 """Skipped images that are named; the others are counted."""
+LIMIT: Final = 0.01
+"""Share of a set's images that may be left out unless it is said; one image may be."""
 _IN_MESSAGE: Final = 3
 
 
@@ -75,9 +77,10 @@ class Skipped:
     def check(self, *, complete: bool = False) -> None:
         """Raise `DataError` if more than the limit's share of the images were left out.
 
+        One image is never too many, unless the limit is 0: of a small set it is a large share.
         With `complete` the set has been seen, so that `at_least` does not matter any more.
         """
-        if self.count <= self.limit * self.images:
+        if self.count <= max(self.limit * self.images, 1 if self.limit else 0):
             return
         if self.images < self.at_least and not complete:
             return

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import re
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
 import torch
 from torch import Tensor
 
-from dynaslim.data.decode import IMAGE_SUFFIXES
+from dynaslim.data.layout import class_folders, is_hub_name, pick_split, tables_of
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import DataError
-
-WHOLE: Final = "whole"
-"""Name of the only split of a set that is not divided."""
-_ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
-    "test": ("test", "validation"),
-    "val": ("validation",),
-    "valid": ("validation",),
-}
-_TOKEN: Final = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
 
 
 class Entry(NamedTuple):
@@ -104,6 +95,11 @@ class ImageSource:
         )
 
 
+def digest(content: bytes) -> str:
+    """What tells an image's file from all others: 16 hexadecimal digits of its content."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
 def entry_of(
     image: Mapping[str, Any] | None, label: object, class_names: Sequence[str], where: str
 ) -> Entry:
@@ -168,7 +164,7 @@ def open_tables(path: str, split: str, tables: list[str], *, streaming: bool = F
 
 def open_hub(name: str, *, streaming: bool = False) -> Mapping[str, Any]:
     """Split name -> dataset of a data set on the hub; raises `DataError` if there is none."""
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name):
+    if not is_hub_name(name):
         raise DataError(f"{name}: no such file or folder")
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries; we report the outcome
     try:
@@ -182,57 +178,10 @@ def open_hub(name: str, *, streaming: bool = False) -> Mapping[str, Any]:
     return loaded
 
 
-def tables_of(source: Path) -> dict[str, list[str]]:
-    """Split name -> parquet files of a file or folder; empty for a folder that holds none."""
-    if source.is_file():
-        if source.suffix != ".parquet":
-            raise DataError(f"{source}: expected a .parquet file or a folder")
-        return {WHOLE: [str(source)]}
-    tables: dict[str, list[str]] = {}
-    for table in sorted(source.rglob("*.parquet")):
-        tables.setdefault(_split_of(table.relative_to(source)), []).append(str(table))
-    return tables
-
-
-def _split_of(table: Path) -> str:
-    """The split that a table's name, or else a folder above it, says; `WHOLE` if none does."""
-    for part in (table.stem, *reversed(table.parts[:-1])):
-        if found := _TOKEN.findall(part.lower()):
-            last = str(found[-1])
-            return _ALIASES.get(last, (last,))[0]
-    return WHOLE
-
-
 def _image_folder(source: Path) -> dict[str, Any]:
-    """Class folders of images, or split folders of those; only whole folder names count.
-
-    Not by the library's own folder reader: it takes a class called `bus_test` for a split.
-    """
-    folders = sorted(f for f in source.iterdir() if f.is_dir() and not f.name.startswith("."))
-    names = [f.name.lower() for f in folders]
-    splits = [bool(_TOKEN.fullmatch(name)) for name in names]
-    if any(splits) and not all(splits):
-        # a class may be called `val`; a split holds folders, and then what stands beside it is none
-        kept = [f for f, is_split in zip(folders, splits, strict=True) if is_split]
-        if all(any(inner.is_dir() for inner in f.iterdir()) for f in kept):
-            folders, names = kept, [f.name.lower() for f in kept]
-            splits = [True] * len(kept)
-    if any(splits) and all(splits):
-        roots = {_ALIASES.get(n, (n,))[0]: f for n, f in zip(names, folders, strict=True)}
-    else:
-        roots = {WHOLE: source}
-    found: dict[str, list[tuple[str, str]]] = {}
-    for split, root in roots.items():
-        found[split] = [
-            (str(file), file.relative_to(root).parts[0])
-            for file in sorted(root.rglob("*"))
-            if file.suffix.lower() in IMAGE_SUFFIXES and file.parent != root
-        ]
+    """Split name -> dataset of a folder of images by class."""
+    found = class_folders(source)
     classes = sorted({label for rows in found.values() for _, label in rows})
-    if not classes:
-        raise DataError(
-            f"{source}: holds no images; expected class folders of images or .parquet files"
-        )
     features = datasets.Features(
         {"image": datasets.Image(), "label": datasets.ClassLabel(names=classes)}
     )
@@ -243,14 +192,6 @@ def _image_folder(source: Path) -> dict[str, Any]:
         )
         for split, rows in found.items()
     }
-
-
-def pick_split(name: str, split: str, available: list[str]) -> str:
-    """The available split that `split` means; raises `DataError` if there is none."""
-    for candidate in (*_ALIASES.get(split, (split,)), split, WHOLE):
-        if candidate in available:
-            return candidate
-    raise DataError(f"{name}: has no split {split!r}, only {', '.join(map(repr, available))}")
 
 
 def _source(name: str, split: str, dataset: Any) -> ImageSource:

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from dynaslim.data.decode import decode_entry, random_crop
+from dynaslim.data.layout import pick_split, tables_of
 from dynaslim.data.order import order_seed, own_rows, whole_batches
-from dynaslim.data.skipped import CorruptImageError, Skipped
+from dynaslim.data.skipped import LIMIT, CorruptImageError, Skipped
 from dynaslim.data.source import (
     Entry,
     ImageSource,
@@ -33,8 +34,6 @@ from dynaslim.data.source import (
     open_source,
     open_tables,
     pick_columns,
-    pick_split,
-    tables_of,
 )
 from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
@@ -204,7 +203,7 @@ class StreamFeed:
         *,
         num_images: int | None = None,
         buffer: int = 10_000,
-        corrupt_limit: float = 0.0,
+        corrupt_limit: float = LIMIT,
     ) -> None:
         """Feed the stream, shuffled among `buffer` images, decoded by `workers` threads.
 

@@ -10,6 +10,7 @@ import platform
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from typing import Any, Final, TypeVar
 
 from dynaslim import __version__
@@ -38,7 +39,8 @@ Said = tuple[list[dict[str, Any]], str | None]
 def steps(*, quick: bool = False) -> list[str]:
     """What `examine` tells of as done; a backend for GPUs it tries untold, where there is one."""
     tried = (name for name in BACKENDS if _why_not_tried(name, quick) is None)
-    return [*_ALWAYS, *(name for name in tried if name != GPU_BACKEND)]
+    always = _ALWAYS[1:] if quick else _ALWAYS
+    return [*always, *(name for name in tried if name != GPU_BACKEND)]
 
 
 def examine(
@@ -46,28 +48,35 @@ def examine(
 ) -> dict[str, Any]:
     """Look at everything; JSON values. `ok` says whether all works that is installed.
 
-    `quick` leaves out the backend that compiles for half a minute. `timeout_s` is what a backend
-    may take. `on_done` is told what has been tried.
+    `quick` leaves out the backend that compiles for half a minute, looks libraries up without
+    loading them, and tries all that is left in one process. `timeout_s` is what a backend may take.
+    `on_done` is told what has been tried.
     """
     with _Probes(on_done) as probes:
-        modules = [one.module for one in LIBRARIES if is_installed(one.module)]
-        imports = probes.call("libraries", lambda: _import_all(probes, modules))
+        modules = [one.module for one in LIBRARIES if is_installed(one.module) and not quick]
         has_torch = is_installed("torch")
-        facts = probes.start("torch", timeout_s, "torch") if has_torch else None
+        tasks = [name for name in steps(quick=quick) if name != _ALWAYS[0]]
+        if not has_torch:
+            tasks.remove("torch")
+        done = _together(probes, timeout_s, tasks) if quick else {}
+        imports = probes.call(None if quick else "libraries", lambda: _import_all(probes, modules))
         runs = {
-            name: probes.start(name, timeout_s, "backend", name)
-            for name in steps(quick=quick)[len(_ALWAYS) :]
+            name: probes.call(name, partial(done.__getitem__, name))
+            if name in done
+            else probes.start(name, timeout_s, *_task(name))
+            for name in tasks
         }
         errors = _result(imports)
+        facts = runs.pop("torch", None)
         torch = None if facts is None else _last(_result(facts))
         if torch and torch["devices"]:
-            runs[GPU_BACKEND] = probes.start(None, timeout_s, "backend", GPU_BACKEND)
+            runs[GPU_BACKEND] = probes.start(None, timeout_s, *_task(GPU_BACKEND))
         gpu = describe_gpu(torch)
         backends = [
             _describe_backend(name, _result(runs[name]) if name in runs else None, gpu, quick)
             for name in BACKENDS
         ]
-    libraries = [describe(one, errors.get(one.module)) for one in LIBRARIES]
+    libraries = [describe(one, errors.get(one.module), loaded=not quick) for one in LIBRARIES]
     found = {
         "dynaslim": __version__,
         "python": platform.python_version(),
@@ -151,6 +160,23 @@ def _import_all(probes: _Probes, modules: list[str]) -> dict[str, str | None]:
         errors[culprit] = ending
         left = left[left.index(culprit) + 1 :]
     return errors
+
+
+def _task(name: str) -> tuple[str, ...]:
+    """What a probe is told to do for a backend, or for torch's own facts."""
+    return ("torch",) if name == "torch" else ("backend", name)
+
+
+def _together(probes: _Probes, seconds: float, names: list[str]) -> dict[str, Said]:
+    """Try everything in one process, which imports torch once.
+
+    What it did not come to the end of is not in the result: that is tried alone, where an end of
+    the process or a wait without end can be told of the one that it is due to.
+    """
+    lines, _ = probes.run(seconds, "together", *names)
+    done = {line["of"] for line in lines if line.get("done")}
+    own = {name: [line for line in lines if line["of"] == name] for name in done}
+    return {name: ([one for one in said if "done" not in one], None) for name, said in own.items()}
 
 
 def _last(said: Said) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import Any, Final, Literal
 
-Status = Literal["works", "missing", "broken"]
+Status = Literal["works", "installed", "missing", "broken"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ LIBRARIES: Final = (
     Library("datasets", "datasets", "data sets"),
     Library("huggingface_hub", "huggingface_hub", "the hub"),
     Library("kornia", "kornia", "augmentation"),
-    Library("torchmetrics", "torchmetrics", "metrics"),
     Library("lightning-fabric", "lightning_fabric", "devices and processes"),
     Library("tensorboard", "tensorboard", "curves"),
     Library("pyyaml", "yaml", "recipes"),
@@ -75,10 +74,14 @@ def pip_line(names: Iterable[str]) -> str:
     return "pip install " + " ".join(names)
 
 
-def describe(library: Library, error: str | None) -> dict[str, Any]:
-    """A library as JSON values; `error` is why it does not load, if it does not."""
+def describe(library: Library, error: str | None, *, loaded: bool = True) -> dict[str, Any]:
+    """A library as JSON values; `error` is why it does not load, if it does not.
+
+    Of one that was not `loaded` no more is known than that it is installed.
+    """
     there = is_installed(library.module)
-    status: Status = "missing" if not there else "works" if error is None else "broken"
+    works: Status = "works" if loaded else "installed"
+    status: Status = "missing" if not there else works if error is None else "broken"
     version = version_of(library.name) if there else None
     line = pip_line([library.name])
     if status == "broken":
@@ -91,5 +94,5 @@ def describe(library: Library, error: str | None) -> dict[str, Any]:
         "use": library.use,
         "required": library.required,
         "error": error if there else None,
-        "install": None if status == "works" else line,
+        "install": None if status == works else line,
     }

@@ -94,6 +94,7 @@ def main(task: str, *arguments: str) -> None:
         "import": _import_all,
         "torch": _torch_facts,
         "backend": _run_backend,
+        "together": _together,
     }
     tasks[task](say, *arguments)
 
@@ -136,6 +137,20 @@ def _torch_facts(say: Say) -> None:
         if not facts["devices"]:
             facts["error"] = _error_of(torch.cuda.init)
     say(facts)
+
+
+def _together(say: Say, *names: str) -> None:
+    """Torch's facts and backends one after the other, each line with the name that it is of."""
+    for name in names:
+
+        def tagged(values: dict[str, Any], name: str = name) -> None:
+            say({"of": name, **values})
+
+        if name == "torch":
+            _torch_facts(tagged)
+        else:
+            _run_backend(tagged, name)
+        say({"of": name, "done": True})
 
 
 def _run_backend(say: Say, name: str) -> None:

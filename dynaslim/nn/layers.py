@@ -80,9 +80,11 @@ class SlimBatchNorm2d(nn.Module):
         slots, channels = len(slot_channels), max(slot_channels)
         self.weight = nn.Parameter(torch.ones(channels, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
-        zeros = torch.zeros(slots, channels, device=device, dtype=dtype)
-        self.register_buffer("running_mean", zeros)
-        self.register_buffer("running_var", torch.ones_like(zeros))
+        mean = torch.zeros(slots, channels, device=device, dtype=dtype)
+        self.register_buffer("running_mean", mean)
+        # not by ones_like, which on the meta device imports sympy
+        var = torch.ones(slots, channels, device=device, dtype=dtype)
+        self.register_buffer("running_var", var)
         counts = torch.zeros(slots, device=device, dtype=torch.int64)
         self.register_buffer("num_batches_tracked", counts)
 

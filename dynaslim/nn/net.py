@@ -5,7 +5,9 @@ Suffixes: B rows, C channels in use, H W pixels, K choices of a gate, N classes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -45,10 +47,27 @@ RunSegment = Callable[[int, Tensor, int, Tensor | None], Tensor]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def _outside_compiler(*, recursive: bool) -> Callable[[F], F]:
-    """`torch.compiler.disable` with types."""
-    return cast(Callable[[F], F], torch.compiler.disable(recursive=recursive))  # type: ignore[no-untyped-call]
+def _left_to_python(function: F) -> F:
+    """What `torch.compiler.disable(recursive=False)` does, without importing the compiler for it.
 
+    That import takes as long as all the rest of torch, and most processes compile nothing.
+    """
+    try:
+        from torch._C._dynamo import eval_frame
+
+        skip: Any = eval_frame._FrameAction.SKIP
+        then: Any = eval_frame._FrameAction.DEFAULT
+        eval_frame.set_code_exec_strategy(
+            function.__code__, eval_frame._FrameExecStrategy(skip, then)
+        )
+    except (ImportError, AttributeError):  # another version of torch
+        return cast(F, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+_disabled = cache(torch.compiler.disable)
+"""`torch.compiler.disable` of a function: neither it nor what it calls is traced."""
 
 Program = Callable[["SlimNet", Tensor, Tensor | None], Tensor]
 
@@ -227,7 +246,6 @@ class SlimNet(nn.Module, Pretrained):
             )
         self.spec.check_image_size(x.shape[2], x.shape[3])
 
-    @_outside_compiler(recursive=True)
     def _resolve(self, x: Tensor, route: Route | str | Sequence[int]) -> Program:
         self.check_input(x)
         checked = route if isinstance(route, Route) else Route.parse(route)
@@ -235,7 +253,7 @@ class SlimNet(nn.Module, Pretrained):
 
     # Each route's program has a code object of its own and this dispatcher is left to Python:
     # torch.compile gives up on a code object after 8 shapes or constants, silently.
-    @_outside_compiler(recursive=False)
+    @_left_to_python
     def forward(
         self, x: Tensor, route: Route | str | Sequence[int], *, dropout_mask: Tensor | None = None
     ) -> Tensor:
@@ -248,7 +266,10 @@ class SlimNet(nn.Module, Pretrained):
             UsageError: if the route is not one of the network's, or the image is too small.
             ValueError: if x is not a batch of images with the spec's channels.
         """
-        return self._resolve(x, route)(self, x, dropout_mask)
+        resolve = SlimNet._resolve
+        if "torch._dynamo" in sys.modules:  # else nothing is being compiled
+            resolve = _disabled(resolve)
+        return resolve(self, x, route)(self, x, dropout_mask)
 
     def forward_many(
         self,

@@ -37,7 +37,8 @@ class DataRecipe:
     shuffle_buffer: int = 10_000
     """Images that a stream is shuffled among."""
     corrupt_limit: float = 0.01
-    """Share of images that may turn out not to decode; they are named, counted and skipped."""
+    """Share of images (one at least) that may turn out not to decode; they are named, counted and
+    skipped."""
 
     def __post_init__(self) -> None:
         check(0 <= self.val_share < 1, f"val_share {self.val_share}: must be in [0, 1)")

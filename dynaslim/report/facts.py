@@ -15,7 +15,7 @@ from dynaslim.cost import madds
 from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
-from dynaslim.pretrained import local_path
+from dynaslim.pretrained import local_path, run_checkpoints
 from dynaslim.progress import progress
 from dynaslim.report.baselines import FILE, Baseline, read_baselines
 from dynaslim.report.images import NoImagesError, Opened, open_images
@@ -145,7 +145,8 @@ def gather(request: Request) -> Facts:
         DataError: if images that were named cannot be read or do not fit the network.
     """
     baselines = () if request.baselines is None else read_baselines(request.baselines)
-    subject = find_subject(local_path(shipped.resolve(request.run)), request.target)
+    path = shipped.resolve(request.run)
+    subject = find_subject(path if run_checkpoints(path) else local_path(path), request.target)
     if request.baselines is None and (subject.path / FILE).is_file():
         baselines = read_baselines(subject.path / FILE)
     chosen = subject.chosen

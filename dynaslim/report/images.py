@@ -13,8 +13,9 @@ import torch
 import dynaslim.data
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.data.disk import DiskImages
+from dynaslim.data.layout import WHOLE
 from dynaslim.data.order import holdout
-from dynaslim.data.source import WHOLE, ImageSource, open_source
+from dynaslim.data.source import ImageSource, open_source
 from dynaslim.errors import CheckpointError, DataError
 from dynaslim.evaluation import match_classes
 from dynaslim.preprocessing import Preprocessing

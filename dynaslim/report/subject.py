@@ -15,12 +15,11 @@ from typing import Any, Final, Literal
 
 from dynaslim.checkpoint import Checkpoint, read
 from dynaslim.errors import UsageError
+from dynaslim.pretrained import run_checkpoints
 
 Kind = Literal["supernet run", "gate run", "demo", "checkpoint"]
 
 METRICS: Final = "metrics.jsonl"
-_SUPERNETS: Final = ("last", "best", "last_live")
-"""Checkpoints of a run of stage I, the one to report on first."""
 _EXPECTED: Final = (
     "expected a checkpoint file, or the folder of a run: with gate*.safetensors, last.safetensors, "
     "best.safetensors or (the demo's) checkpoint.safetensors"
@@ -115,14 +114,11 @@ def find_subject(path: str | Path, target: float | None = None) -> Subject:
 
 
 def _checkpoints_of(folder: Path) -> tuple[Kind, list[Path]]:
-    gates = sorted(folder.glob("gate*.safetensors"))
-    if gates:
-        return "gate run", gates
-    for name in _SUPERNETS:
-        if (folder / f"{name}.safetensors").is_file():
-            return "supernet run", [folder / f"{name}.safetensors"]
-    if (folder / "checkpoint.safetensors").is_file():
-        return "demo", [folder / "checkpoint.safetensors"]
+    found = run_checkpoints(folder)
+    if found:
+        first = found[0].stem
+        gates = first.startswith("gate")
+        return "gate run" if gates else "demo" if first == "checkpoint" else "supernet run", found
     if (folder / METRICS).is_file():
         raise UsageError(f"{folder}: the run has written no checkpoint yet; let it go on")
     raise UsageError(f"{folder}: holds no run; {_EXPECTED}")

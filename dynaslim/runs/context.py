@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,15 @@ from typing import Any
 
 import torch
 
+from dynaslim._files import write_atomic
 from dynaslim.data.feed import Training, open_training
-from dynaslim.data.skipped import Skipped
+from dynaslim.data.skipped import NAMED, Skipped
 from dynaslim.distributed import gather, world_size
 from dynaslim.errors import check
-from dynaslim.progress import Bar, progress
+from dynaslim.pretrained import checkpoint_file
+from dynaslim.progress import Bar, note, progress
 from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe
-from dynaslim.runs.folder import RunFolder
+from dynaslim.runs.folder import TRAINED_ON, RunFolder, trained_on
 from dynaslim.runs.keeper import Keeper
 from dynaslim.runs.launch import launched
 from dynaslim.runs.options import RunOptions
@@ -36,9 +38,12 @@ class RunContext:
     def open_images(
         self, data: DataRecipe, recipe: SupernetRecipe | GateRecipe, channels: int
     ) -> Training:
-        """`open_training` with a bar; can be stopped while it reads images into memory."""
+        """`open_training` with a bar; can be stopped while it reads images into memory.
+
+        How many images there are is said, and which they are is kept in the run's folder.
+        """
         with progress("reading images", None) as bar:
-            return open_training(
+            opened = open_training(
                 data,
                 recipe.augment,
                 batch_size=recipe.batch_size,
@@ -47,6 +52,20 @@ class RunContext:
                 channels=channels,
                 on_image=self.stop.checked(bar.advance),
             )
+        skipped = opened.feed.skipped
+        note(
+            f"{opened.name}: {opened.images} images to train on, {opened.held_back} held back, "
+            f"{skipped.count} skipped"
+        )
+        note_skipped(skipped.lines)
+        known = self.folder.file(TRAINED_ON)
+        if self.folder.is_main and not (self.folder.state is not None and known.exists()):
+            seen = set(opened.digests()) - {""}
+            base = recipe.supernet if isinstance(recipe, GateRecipe) else recipe.init
+            if base is not None:  # what it starts from has seen those of its own run
+                seen |= trained_on(checkpoint_file(base))
+            write_atomic(known, "".join(f"{one}\n" for one in sorted(seen)).encode())
+        return opened
 
     def keeper(self, state: Callable[[], dict[str, Any]], bar: Bar, batch_size: int) -> Keeper:
         """The keeper of a loop over steps whose `state` is to be saved."""
@@ -90,6 +109,14 @@ def opened(
         )
         with folder:
             yield RunContext(folder, options, stop, device)
+
+
+def note_skipped(lines: Sequence[str]) -> None:
+    """Say which images were skipped: the first by name, the others by number."""
+    for line in lines[:NAMED]:
+        note(f"skipped: {line}")
+    if len(lines) > NAMED:
+        note(f"skipped: {len(lines) - NAMED} more")
 
 
 def skipped_lines(data: Training) -> list[str]:

@@ -28,6 +28,8 @@ from dynaslim.runs.snapshot import read_snapshot, save_snapshot
 
 SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"
+TRAINED_ON: Final = "trained_on.txt"
+"""`digest` of the files of the training images, a line for each."""
 LOCK: Final = ".lock"
 FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices", "supernet"}
 """Fields of a recipe that no run can change on its way."""
@@ -178,6 +180,14 @@ class RunFolder:
         if self.is_main:
             whole = {"stage": self.stage, "recipe": self.recipe, "state": state}
             save_snapshot(self.file(SNAPSHOT), whole)
+
+
+def trained_on(checkpoint: Path) -> frozenset[str]:
+    """Digests of the images that the run of a checkpoint trained on; empty if it does not say."""
+    try:
+        return frozenset((checkpoint.parent / TRAINED_ON).read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError):
+        return frozenset()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

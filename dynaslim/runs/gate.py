@@ -269,6 +269,8 @@ class _GateRun:
             "unit": self.table.unit,
             "data": self.data.name,
             "images_per_epoch": self.data.feed.steps_per_epoch * self.data.feed.batch_size,
+            "train_images": self.data.images,
+            "val_images": self.data.held_back,
             "skipped": skipped,
             "widest_madds": madds(spec, spec.widest_choice, pre.image_size_px),
             "routes": [] if first is None else first["routes"],

@@ -11,6 +11,30 @@ import torch
 import torch.distributed as dist
 
 from dynaslim.errors import UsageError
+from dynaslim.progress import note
+from dynaslim.runtime.cache import usable_cores
+
+
+def note_if_busy() -> None:
+    """Say so if other programs keep the processor busy: threads wait for one another then.
+
+    The number of threads is left as it is: results depend on it.
+    """
+    if hasattr(os, "getloadavg") and "OMP_NUM_THREADS" not in os.environ:
+        line = busy(os.getloadavg()[0], usable_cores(), torch.get_num_threads())
+        if line is not None:
+            note(line)
+
+
+def busy(load: float, cores: int, threads: int) -> str | None:
+    """What to say of a load of so many running programs; None if that leaves cores enough."""
+    if threads == 1 or load < cores / 2:
+        return None
+    return (
+        f"warning: other programs keep this machine busy (load {load:.1f} on {cores} cores), and "
+        f"{threads} threads that wait for one another can be several times slower than fewer: stop "
+        f"this and start it with OMP_NUM_THREADS={max(1, min(threads, int(cores - load)))}"
+    )
 
 
 @contextmanager
@@ -39,6 +63,8 @@ def launched(device: str) -> Iterator[torch.device]:
     except (MisconfigurationException, RuntimeError, ValueError) as error:
         raise UsageError(f"device {device}: {' '.join(str(error).split())}") from None
     fabric.launch()
+    if fabric.device.type == "cpu":
+        note_if_busy()
     try:
         yield fabric.device
     finally:

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from dynaslim._files import write_atomic
-from dynaslim.checkpoint import Checkpoint, read, save, with_classes
+from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save, with_classes
 from dynaslim.distributed import rank
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
-from dynaslim.progress import progress
+from dynaslim.progress import note, progress
 from dynaslim.recipes import DataRecipe, SupernetRecipe
 from dynaslim.report.curves import curves_figure
 from dynaslim.runs.context import RunContext, opened, skipped_lines
@@ -108,10 +108,15 @@ class _SupernetRun:
         self.data = context.open_images(data, recipe, spec.in_channels)
         names = self.data.class_names
         torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
+        self.classifier = "started anew"
         if start is not None:
             if _shape(start.net.spec) != _shape(spec):
                 start = replace(start, net=self._slimmable(start.net, spec))
             net = with_classes(start, names)
+            if keeps_classifier(start, names):
+                self.classifier = "taken over"
+            classes = f"{len(names)} classes: {', '.join(names[:6])}{', ...' * (len(names) > 6)}"
+            note(f"classifier of {recipe.init}: {self.classifier} for {classes}")
         else:
             net = SlimNet(spec.replace(num_classes=len(names)))
         net.to(context.device)
@@ -251,8 +256,10 @@ class _SupernetRun:
             "model": training.net.spec.name,
             "data": data.name,
             "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
-            "val_images": 0 if data.validation is None else len(data.validation),
+            "train_images": data.images,
+            "val_images": data.held_back,
             "skipped": skipped,
+            "classifier": self.classifier,
             "steps": training.total,
             "images_per_s": round(steps * self.recipe.batch_size / seconds, 1) if steps else None,
             "best": self.best,

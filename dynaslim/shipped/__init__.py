@@ -13,6 +13,8 @@ from typing import Final
 from dynaslim.errors import UsageError
 
 FOLDER: Final = Path(__file__).parent
+PICTURES: Final = FOLDER / "pictures"
+"""Drawings of the kinds of things that the model that ships tells apart, to try it on."""
 DEFAULT: Final = "cifar10"
 """What is used where no model is named."""
 _SUFFIX: Final = ".safetensors"

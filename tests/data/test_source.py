@@ -106,8 +106,16 @@ def test_nothing_there(tmp_path):
     with pytest.raises(DataError, match="no/such/folder: no such file or folder"):
         open_source("no/such/folder")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty: holds no images; expected class folders"):
+    with pytest.raises(DataError, match=r"empty: holds no images; expected .*empty/CLASS/FILE"):
         open_source(tmp_path / "empty")
+    (tmp_path / "empty" / "a.png").write_bytes(png())
+    with pytest.raises(DataError, match=r"an image lies outside any class folder \(a.png\)"):
+        open_source(tmp_path / "empty")
+    (tmp_path / "split" / "train").mkdir(parents=True)
+    for n in range(3):
+        (tmp_path / "split" / "train" / f"{n}.png").write_bytes(png())
+    with pytest.raises(DataError, match=r"3 images lie outside .* \(0.png\), so that there are no"):
+        open_source(tmp_path / "split")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"expected a .parquet file or a folder"):
         open_source(tmp_path / "notes.txt")
@@ -162,10 +170,20 @@ def test_image_that_does_not_decode_is_named(tmp_path):
     broken = root / "test" / "dog" / "1.png"
     broken.write_bytes(broken.read_bytes()[:60])
     with pytest.raises(DataError, match=r"test/dog/1.png: not an image that can be decoded"):
-        load_images(open_source(root), Preprocessing(32))
+        load_images(open_source(root), Preprocessing(32), corrupt_limit=0)
     path = write_parquet(tmp_path / "table", [png(), b"no image"], 2)
     with pytest.raises(DataError, match=r"\[whole\] row 1: not an image .*unknown format"):
-        load_images(open_source(path), Preprocessing(32))
+        load_images(open_source(path), Preprocessing(32), corrupt_limit=0)
+
+
+def test_one_image_that_does_not_decode_is_never_too_many(tmp_path):
+    """1 % of a small set is less than one image; two are too many, and both are named."""
+    table = write_parquet(tmp_path / "table", [b"no image", *[png()] * 20], 2)
+    images = load_images(open_source(table), Preprocessing(32))
+    assert (len(images), len(images.digests), len(images.skipped)) == (20, 20, 1)
+    table = write_parquet(tmp_path / "table", [b"no image", *[png()] * 20, b"none"], 2)
+    with pytest.raises(DataError, match=r"2 of 22 images .*row 0: .*; .*row 21: "):
+        load_images(open_source(table), Preprocessing(32))
 
 
 def test_label_out_of_range_is_named(tmp_path):

@@ -1,6 +1,7 @@
 """Stage I from a checkpoint: the same classes, other ones, and what does not fit."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -126,6 +127,54 @@ def test_the_classifier_is_kept_for_the_same_classes_alone(known, asked, same):
         else:  # a bias is zero in the one and in the other
             assert torch.equal(value, expected), name
         assert value.data_ptr() != theirs[name].data_ptr()
+
+
+def test_what_a_run_says_of_its_images_and_classifier(folder, tmp_path, capsys):
+    run_supernet(_recipe(folder, "others", lr=0.01), tmp_path / "others")
+    told = capsys.readouterr().err
+    assert "images: 64 images to train on, 0 held back, 0 skipped" in told
+    assert "others.safetensors: started anew for 4 classes: class 0, class 1" in told
+    results = json.loads((tmp_path / "others" / "results.json").read_text())
+    assert (results["classifier"], results["train_images"]) == ("started anew", 64)
+    argv = ["train", "supernet", "--out", str(tmp_path / "same"), "--batch-size", "16"]
+    argv += ["--model", str(folder / "micro.yaml"), "--init", str(folder / "same.safetensors")]
+    argv += ["--data.path", str(folder / "images"), "--data.image-size-px", "16", "--epochs", "1"]
+    assert cli.run([*argv, "--calibration-batches", "1", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert "same.safetensors: taken over for 4 classes" in err
+    assert out.startswith("58 images trained on, 6 held back, 0 skipped\n")
+
+
+def test_images_trained_on_are_told_from_others(folder, tmp_path, capsys):
+    """A set without splits: what training held back is measured, by the content of the files."""
+    images = tmp_path / "images"
+    for n, picture in enumerate([*bright_pngs(64), b"no picture"]):
+        place = images / f"class {n % 4}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{n:02}.png").write_bytes(picture)
+    recipe = _recipe(folder, "same")
+    data = DataRecipe(str(images), image_size_px=16, val_share=0.25)
+    run_supernet(replace(recipe, data=data), tmp_path / "run")
+    assert "48 images to train on, 16 held back, 1 skipped" in (told := capsys.readouterr().err)
+    assert "skipped: " in told
+    assert "class 0/64.png: not an image" in told
+    digests = (tmp_path / "run" / "trained_on.txt").read_text().split()
+    assert len(digests) == 48
+    moved = shutil.copytree(images, tmp_path / "elsewhere")
+
+    def measured(*argv):
+        argv = ["evaluate", str(tmp_path / "run"), "--data", str(moved), *argv]
+        assert cli.run(argv) == 0
+        return capsys.readouterr().out
+
+    alone = measured()
+    assert "[whole]: 16 images, 1 skipped" in alone
+    assert "17 of 65 images, which training held back; it was trained on the others" in alone
+    everything = measured("--split", "whole")
+    assert "[whole]: 64 images, 1 skipped" in everything
+    assert "trained on 48 of these 65 images: expect less elsewhere" in everything
+    (tmp_path / "run" / "trained_on.txt").unlink()
+    assert "trained on" not in measured()
 
 
 def test_another_model_is_refused(folder, tmp_path, capsys):

@@ -79,7 +79,7 @@ def test_a_run_leaves_what_it_says(straight, data):
     assert {path.name for path in out.iterdir()} == {
         *("recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "curves.png"),
         *("snapshot.safetensors", "last.safetensors", "last_live.safetensors"),
-        *("best.safetensors", "results.json", ".lock"),
+        *("best.safetensors", "results.json", "trained_on.txt", ".lock"),
     }
     assert results == json.loads((out / "results.json").read_text())
     assert results["steps"] == STEPS
@@ -249,7 +249,7 @@ def test_mistakes_get_one_line(data, tmp_path, capsys):
     _fails(
         capsys, _argv(data, out, "--epoch-count", "3"), 2, "no --epoch-count, did you mean --epochs"
     )
-    _fails(capsys, _argv(data, out, "--device", "abacus"), 2, "device 'abacus'")
+    _fails(capsys, _argv(data, out, "--device", "abacus"), 2, "--device abacus: choose")
     file = tmp_path / "file"
     file.write_text("")
     _fails(capsys, _argv(data, file), 1, "file")
@@ -398,7 +398,7 @@ def test_too_many_broken_images_are_an_error(tmp_path, capsys):
     images[3] = images[7] = b"broken"
     write_parquet(tmp_path / "data", images, 4, "train")
     out = tmp_path / "run"
-    _fails(capsys, _argv(tmp_path / "data", out), 1, r"1 of 40 images \(2.50%\) cannot be read")
+    _fails(capsys, _argv(tmp_path / "data", out), 1, r"2 of 40 images \(5.00%\) cannot be read")
     argv = _argv(tmp_path / "data", out, "--data.corrupt-limit", "0.1", "--epochs", "1")
     assert cli.run(argv) == 0
     assert len(json.loads((out / "results.json").read_text())["skipped"]) == 2

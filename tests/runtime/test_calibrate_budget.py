@@ -893,8 +893,9 @@ def test_images_that_do_not_decode(micro, capsys, tmp_path):
     data = tmp_path / "broken"
     write_parquet(data, [*(png(n) for n in range(110)), b"no picture"], 5)
     verb = ("calibrate-budget", path, "--data", data, "--split", "test")
-    _fails(capsys, "broken", *verb, code=1)
-    assert "left out" in _run(capsys, *verb, "--corrupt-limit", "0.1")
+    _fails(capsys, "broken", *verb, "--corrupt-limit", "0", code=1)
+    told = _run(capsys, *verb)
+    assert "110 images, 1 skipped\nskipped: " in told
     assert read(path).budget["images"] == 110
     shutil.rmtree(data)
     write_parquet(data, [b"no picture"] * 120, 5)

@@ -441,3 +441,9 @@ def test_the_example_prepares_a_picture_as_the_package_says(package, tmp_path, c
     out = engine(normalise_pixels(pixels[None], engine.preprocessing))
     choices = "-".join(map(str, out.routes[0].tolist()))
     assert capsys.readouterr().out == f"0 {choices} {row.class_name}\n"
+    shots = tmp_path / "shots"
+    shots.mkdir()
+    for n in range(2):
+        (shots / f"{n}.jpg").write_bytes(picture.read_bytes())
+    run_script("examples/run_package.py", [str(folder), str(shots)])
+    assert capsys.readouterr().out == "".join(f"{n} {choices} {row.class_name}\n" for n in (0, 1))

@@ -1,0 +1,118 @@
+"""What lies at a data set's path: parquet files or class folders of images, by split; no torch.
+
+Files are found here, and opened in `dynaslim.data.source`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from dynaslim.data.decode import IMAGE_SUFFIXES
+from dynaslim.errors import DataError
+
+WHOLE: Final = "whole"
+"""Name of the only split of a set that is not divided."""
+_ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
+    "test": ("test", "validation"),
+    "val": ("validation",),
+    "valid": ("validation",),
+}
+_TOKEN: Final = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
+_HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def check_path(path: str | Path) -> None:
+    """Raise `DataError` if a data set cannot be at a path: cheap, to be called before long work."""
+    source = Path(path)
+    if not source.exists() and not is_hub_name(str(path)):
+        raise DataError(f"{path}: no such file or folder")
+    if source.is_file():
+        tables_of(source)
+    elif source.is_dir() and not any(
+        f.is_dir() or f.suffix == ".parquet" for f in source.iterdir()
+    ):
+        class_folders(source)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a data set on the hub could be called so."""
+    return _HUB_NAME.fullmatch(name) is not None
+
+
+def tables_of(source: Path) -> dict[str, list[str]]:
+    """Split name -> parquet files of a file or folder; empty for a folder that holds none."""
+    if source.is_file():
+        if source.suffix != ".parquet":
+            raise DataError(f"{source}: expected a .parquet file or a folder")
+        return {WHOLE: [str(source)]}
+    tables: dict[str, list[str]] = {}
+    for table in sorted(source.rglob("*.parquet")):
+        tables.setdefault(_split_of(table.relative_to(source)), []).append(str(table))
+    return tables
+
+
+def _split_of(table: Path) -> str:
+    """The split that a table's name, or else a folder above it, says; `WHOLE` if none does."""
+    for part in (table.stem, *reversed(table.parts[:-1])):
+        if found := _TOKEN.findall(part.lower()):
+            last = str(found[-1])
+            return _ALIASES.get(last, (last,))[0]
+    return WHOLE
+
+
+def class_folders(source: Path) -> dict[str, list[tuple[str, str]]]:
+    """Split name -> (file, class) of class folders of images, or of split folders of those.
+
+    Only whole folder names count. Not by the folder reader of `datasets`: it takes a class called
+    `bus_test` for a split.
+
+    Raises:
+        DataError: if there is no image in a class folder.
+    """
+    folders = sorted(f for f in source.iterdir() if f.is_dir() and not f.name.startswith("."))
+    names = [f.name.lower() for f in folders]
+    splits = [bool(_TOKEN.fullmatch(name)) for name in names]
+    if any(splits) and not all(splits):
+        # a class may be called `val`; a split holds folders, and then what stands beside it is none
+        kept = [f for f, is_split in zip(folders, splits, strict=True) if is_split]
+        if all(any(inner.is_dir() for inner in f.iterdir()) for f in kept):
+            folders, names = kept, [f.name.lower() for f in kept]
+            splits = [True] * len(kept)
+    if any(splits) and all(splits):
+        roots = {_ALIASES.get(n, (n,))[0]: f for n, f in zip(names, folders, strict=True)}
+    else:
+        roots = {WHOLE: source}
+    found: dict[str, list[tuple[str, str]]] = {}
+    loose: list[Path] = []
+    for split, root in roots.items():
+        files = [f for f in sorted(root.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        found[split] = [
+            (str(file), file.relative_to(root).parts[0]) for file in files if file.parent != root
+        ]
+        loose += [file for file in files if file.parent == root]
+    if not any(found.values()):
+        raise DataError(_no_classes(source, loose))
+    return found
+
+
+def _no_classes(source: Path, loose: list[Path]) -> str:
+    """What is wrong with a folder that has no image in a class folder."""
+    expected = f"expected {source}/CLASS/FILE, a folder of images for each class"
+    if not loose:
+        return f"{source}: holds no images; {expected}, or .parquet files"
+    many = f"{len(loose)} images lie" if len(loose) > 1 else "an image lies"
+    return (
+        f"{source}: {many} outside any class folder ({loose[0].name}), so that there are no "
+        f"labels; {expected}"
+    )
+
+
+def pick_split(name: str, split: str, available: list[str]) -> str:
+    """The available split that `split` means; raises `DataError` if there is none."""
+    for candidate in (*_ALIASES.get(split, (split,)), split, WHOLE):
+        if candidate in available:
+            return candidate
+    raise DataError(f"{name}: has no split {split!r}, only {', '.join(map(repr, available))}")
