@@ -82,6 +82,8 @@ def calibrate_budget(
     from dynaslim.data.transforms import readable_batches
     from dynaslim.evaluation import match_classes
     from dynaslim.progress import progress
+    from dynaslim.runtime.budget_search import FEW_IMAGES, fit_curve, split_rows
+    from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, uniform_outcomes
 
     loaded, preprocessing = read_prepared(file)
     spec = loaded.net.spec
