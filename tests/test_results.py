@@ -343,6 +343,17 @@ def test_committed_cells_are_what_the_plan_asks_for():
         assert found is None or found["asked_sha256"] == cells.digest(job.asked()), job.cell
 
 
+@pytest.mark.parametrize("name", plan.BEST)
+def test_learning_rates_are_those_that_the_held_out_images_chose(name):
+    tried = {}
+    for cell in cells.all_cells(f"rates_{name}"):
+        way, _, lr = cell["variant"].partition("_lr")
+        tried.setdefault(way, {})[float(lr)] = np.mean(cell["held_out"]["top1"])
+    for way, top1 in tried.items():
+        if set(top1) >= set(plan.RATES):
+            assert plan.BEST[name][way] == max(top1, key=top1.get), way
+
+
 def test_a_static_network_is_the_route_alone():
     # where every block has attention, that of a narrow network has fewer hidden features
     for name, near in (("ds_resnet8_cifar", 0), ("ds_mbnet_tiny", 0.01)):
