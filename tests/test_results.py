@@ -328,6 +328,15 @@ def test_unknown_names_are_refused():
         plan.jobs_of("headline", None, (0,), ["static9"])
 
 
+def test_rates_to_try_are_named(capsys):
+    assert run.main(["rates_quick", "--rates", ""]) == 2
+    assert capsys.readouterr().err.startswith("--rates '': give learning rates to try")
+    assert run.main(["rates_quick", "--rates", "0.1,fast"]) == 2
+    assert capsys.readouterr().err.startswith("--rates '0.1,fast': expected numbers")
+    (job, *_) = plan.jobs_of("rates_quick", None, (0,), rates=[0.3])
+    assert job.recipe.optim.lr == 0.3
+
+
 def test_where_the_images_lie_is_no_part_of_what_was_asked():
     here, there = (plan.cifar10(folder, 0).to_dict() for folder in (None, "elsewhere"))
     assert here != there
