@@ -222,7 +222,7 @@ def test_the_oracle_has_its_control():
     found = comparisons.compare(table, table)
     either = table.correct_NR[:, 3] | (table.mirrored_NC.argmax(1) == table.labels_N)
     assert found["seen_twice"] == {
-        "cost": 2 * table.costs_R[3], "top1": either.mean(), "again": 1.0
+        "cost": 2 * table.costs_R[3], "top1": either.mean(), "escalated": 1.0
     }  # fmt: skip
     assert comparisons.compare(_table(), _table())["seen_twice"] is None
     json.dumps(found)
