@@ -12,7 +12,6 @@ import jinja2
 import torch
 from markupsafe import Markup
 
-from dynaslim import __version__
 from dynaslim.report import text
 from dynaslim.report.costs import costs
 from dynaslim.report.facts import Facts, Request, gather
@@ -30,6 +29,7 @@ from dynaslim.report.sections import (
     training,
 )
 from dynaslim.report.timing import CHOSEN_GATE, route_mode
+from dynaslim.version import __version__
 
 
 @dataclass(frozen=True)

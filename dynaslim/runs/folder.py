@@ -20,11 +20,11 @@ from typing import Any, Final
 import torch
 from filelock import FileLock, Timeout
 
-from dynaslim import __version__
 from dynaslim._files import naming, write_atomic
 from dynaslim.distributed import broadcast, rank, world_size
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.runs.snapshot import read_snapshot, save_snapshot
+from dynaslim.version import __version__
 
 SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"

@@ -21,8 +21,8 @@ from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe
-from dynaslim.report.curves import curves_figure
 from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.curves import curves_figure
 from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
 from dynaslim.train.expected import apply_heads

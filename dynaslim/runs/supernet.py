@@ -19,8 +19,8 @@ from dynaslim.nn.net import SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import note, progress
 from dynaslim.recipes import DataRecipe, SupernetRecipe
-from dynaslim.report.curves import curves_figure
 from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.curves import curves_figure
 from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
 from dynaslim.spec import NetSpec

@@ -17,7 +17,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from dynaslim import __version__
 from dynaslim._files import check_text, check_writable, naming, write_atomic
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import DynaslimError, UsageError, check
@@ -38,6 +37,7 @@ from dynaslim.runtime.package import (
 from dynaslim.runtime.quantise import QuantisedForms
 from dynaslim.runtime.single_file import single_file
 from dynaslim.spec import Route
+from dynaslim.version import __version__
 
 TOLERANCE: Final = 1e-4
 """Largest difference to the network, of its largest value, for what is computed in float32."""
