@@ -55,8 +55,8 @@ def describe_route(spec: NetSpec, route: Route, image_size_px: int) -> dict[str,
 
 def _stage(spec: NetSpec, number: int) -> dict[str, Any]:
     stage = spec.stages[number]
-    governor = spec.governor(number)
-    routed = range(spec.num_widths) if governor is not None else range(1)
+    governing = spec.gate_of(number)
+    routed = range(spec.num_widths) if governing is not None else range(1)
     return {
         "block": stage.block,
         "blocks": stage.blocks,
@@ -66,8 +66,8 @@ def _stage(spec: NetSpec, number: int) -> dict[str, Any]:
         "max_pool": stage.max_pool,
         "widths": sorted({spec.width(number, index).channels for index in routed}),
         "largest_width": spec.width(number, LARGEST).channels,
-        "gate": governor if stage.gate is not None else None,
-        "governed_by": governor,
+        "gate": governing if stage.gate is not None else None,
+        "governed_by": governing,
     }
 
 

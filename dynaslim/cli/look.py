@@ -256,8 +256,8 @@ def _stages_table(told: Mapping[str, Any]) -> Any:
         shown = _few(widths) if len(widths) <= SHOWN else _span(widths)
         if stage["largest_width"] > widths[-1]:
             shown += f" (largest {stage['largest_width']})"
-        governor = stage["governed_by"]
-        gate = "" if governor is None else f"by gate {governor}"
+        governing = stage["governed_by"]
+        gate = "" if governing is None else f"by gate {governing}"
         block = stage["block"].replace("_", " ") + (", max pool" if stage["max_pool"] else "")
         if stage["expansion"] > 1:
             block += f" x{stage['expansion']}"
@@ -268,7 +268,7 @@ def _stages_table(told: Mapping[str, Any]) -> Any:
             str(stage["kernel"]),
             str(stage["stride"]),
             shown,
-            gate if stage["gate"] is None else f"gate {governor}",
+            gate if stage["gate"] is None else f"gate {governing}",
         )
     return table
 

@@ -149,9 +149,9 @@ class _GateRun:
             training.load_state(self.unfinished)
         label = "stage II: gate" + ("" if target is None else f" for {target:g}")
         with progress(label, training.total, done=training.step) as bar:
-            keeper = self.context.keeper(self._state, bar, self.recipe.batch_size)
+            callbacks = self.context.callbacks(self._state, bar, self.recipe.batch_size)
             for losses in training:
-                keeper.after_step(
+                callbacks.after_step(
                     self._steps_before() + training.step,
                     {"gate": self.number, "lr": training.lr, **losses._asdict()},
                     f"loss {losses.classification:.2f} | sgs {losses.sgs:.2f} | "
