@@ -365,6 +365,11 @@ class NetSpec:
         """Input pixels per pixel of the last feature map; the smallest image side allowed."""
         return math.prod(stage.stride * (2 if stage.max_pool else 1) for stage in self.stages)
 
+    @property
+    def usual_image_size(self) -> int:
+        """The side in pixels that an architecture is meant for, where nothing else says."""
+        return 224 if self.total_stride >= 32 else 32
+
     def check_image_size(self, height: int, width: int) -> None:
         """Raise `UsageError` for an image that is smaller than the network's total stride."""
         if min(height, width) < self.total_stride:

@@ -13,11 +13,6 @@ MOST_ROUTES: Final = 256
 """Routes of a routing space that are told one by one."""
 
 
-def usual_image_size(spec: NetSpec) -> int:
-    """The side in pixels that an architecture is meant for, where nothing else says."""
-    return 224 if spec.total_stride >= 32 else 32
-
-
 def describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
     """An architecture and the costs of its parts for one size of image, as JSON values.
 
