@@ -82,7 +82,8 @@ def examine(*, quick: bool = False, timeout_s: float = 120.0) -> Values:
     with progress("examining", len(runs)) as bar:
         for run in runs:
             results |= _run(run, LIBRARIES_S if run is imports else timeout_s)
-            bar.advance(note="libraries" if run is imports else " ".join(run))
+            note = "libraries" if run is imports else " ".join(run).replace("backend:", "")
+            bar.advance(note=note)
     torch = results.get("torch", {})
     gpu = {key: torch.get(key) for key in ("driver", "cuda")}
     gpu |= {"devices": torch.get("devices", []), "why_not": torch.get("error")}

@@ -55,12 +55,9 @@ def test_libraries_are_those_of_the_metadata():
         Library("ray", ("ray",)),
         Library("python-multipart", ("serve",)),
     ]
-    assert {"torch": (), "openvino": ("openvino",)}.items() <= dict(doctor.LIBRARIES).items()
-
-
-def test_modules_of_all_required_libraries_exist():
-    required = [one for one in doctor.LIBRARIES if not one.extras]
-    assert [one.name for one in required if not doctor._installed(one.module)] == []
+    found = doctor.LIBRARIES
+    assert {"torch": (), "openvino": ("openvino",)}.items() <= dict(found).items()
+    assert all(doctor._installed(one.module) for one in found if not one.extras)
 
 
 def test_source_code_that_is_not_installed(monkeypatch):
@@ -99,9 +96,9 @@ def test_a_library_that_fails_strangely_is_named_and_the_rest_goes_on(fakes, mon
     (fakes / "illegal.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
     (fakes / "leaves.py").write_text("import sys; sys.exit('no licence')")
     (fakes / "loud.py").write_text('print(\'{"module": "numpy", "error": "none"}\')')
-    (fakes / "stuck.py").write_text("import time; time.sleep(600)")
+    child = _stuck(fakes / "stuck.py")
     names = ("sharedlib", "illegal", "leaves", "loud", "stuck")
-    monkeypatch.setattr(doctor, "LIBRARIES_S", 3.0)
+    monkeypatch.setattr(doctor, "LIBRARIES_S", 6.0)
     _only(monkeypatch, *(Library(n, ("tests",)) for n in names), NUMPY)
     assert cli.run(["doctor"]) == 1
     out, err = capsys.readouterr()
@@ -112,7 +109,8 @@ def test_a_library_that_fails_strangely_is_named_and_the_rest_goes_on(fakes, mon
     assert "pip install sharedlib --force-reinstall" in problems[0]
     assert "SIGILL" in problems[1]
     assert "no licence" in problems[2]
-    assert "no answer within 3 s" in problems[3]
+    assert "no answer within 6 s" in problems[3]
+    _assert_ends(child)
     assert "all that is installed works" not in out
 
 
@@ -205,44 +203,41 @@ def test_a_backend_that_gives_no_answer(monkeypatch):
     assert found["problems"] == ["backend eager does not work: gave no answer within 0.05 s"]
 
 
-def test_a_probe_that_is_killed_takes_its_children_along(fakes, tmp_path):
-    note = tmp_path / "pid"
-    (fakes / "parent.py").write_text(
-        "import subprocess, time\n"
-        "child = subprocess.Popen(['sleep', '600'])\n"
-        f"open({str(note)!r}, 'w').write(str(child.pid))\n"
-        "time.sleep(600)\n"
-    )
-    _, ending = doctor.run_process(["import:parent"], 5)
-    assert ending == "gave no answer within 5 s"
-    deadline = time.monotonic() + 30
-    while _runs(int(note.read_text())):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def _runs(pid):
-    try:
-        return "Z" not in Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-
-
-def test_ctrl_c_ends_all_of_it(fakes, tmp_path):
-    note = tmp_path / "started"
-    (fakes / "torch.py").write_text(
-        f"import time; open({str(note)!r}, 'w').close(); time.sleep(600)"
-    )
+def test_ctrl_c_ends_all_of_it(fakes):
+    child = _stuck(fakes / "torch.py")
     started = start_dynaslim(["doctor"], stdin=subprocess.DEVNULL)
-    deadline = time.monotonic() + 30
-    while not note.exists():
+    deadline = time.monotonic() + 60
+    while not child.exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
     started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=20)
+    _, err = started.communicate(timeout=60)
     assert started.returncode == 130
     assert err.strip().splitlines()[-1] == "dynaslim: interrupted"
     assert "Traceback" not in err
+    _assert_ends(child)
+
+
+def _stuck(module):
+    """Make a module that starts a process and never loads; the path of that process's number."""
+    pid = module.with_suffix(".pid")
+    module.write_text(
+        "import os, subprocess, time\n"
+        "quiet = subprocess.DEVNULL\n"
+        "child = subprocess.Popen(['sleep', '600'], stdout=quiet, stderr=quiet)\n"
+        f"open({str(pid)!r} + '_', 'w').write(str(child.pid))\n"
+        f"os.replace({str(pid)!r} + '_', {str(pid)!r})\n"
+        "time.sleep(600)\n"
+    )
+    return pid
+
+
+def _assert_ends(pid):
+    deadline = time.monotonic() + 30
+    stat = Path("/proc", pid.read_text(), "stat")
+    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline, "a process outlives its parent"
+        time.sleep(0.01)
 
 
 def _torch(monkeypatch, **result):
@@ -265,28 +260,19 @@ def test_why_there_is_no_gpu(monkeypatch):
     assert gpu["devices"] == hints == []
 
 
-def test_a_gpu(monkeypatch):
+def test_gpus(monkeypatch, capsys):
+    device = {"name": "Apple GPU (mps)", "memory_bytes": None}
+    gpu, backend, _ = _torch(monkeypatch, devices=[device], cuda=None, driver=None, error=None)
+    assert gpu["devices"] == [device]
+    assert (backend["status"], backend["why"]) == ("unusable", "needs an NVIDIA GPU")
     device = {"name": "H100", "memory_bytes": 80 * 2**30}
     result = {"devices": [device], "cuda": "12.8", "driver": "550.1", "error": None}
     gpu, backend, hints = _torch(monkeypatch, **result)
     assert gpu == {"devices": [device], "driver": "550.1", "cuda": "12.8", "why_not": None}
     assert (backend["status"], backend["ms"], hints) == ("works", 0.1, [])
-
-
-def test_an_apple_gpu_runs_no_cuda_graphs(monkeypatch):
-    device = {"name": "Apple GPU (mps)", "memory_bytes": None}
-    gpu, backend, _ = _torch(monkeypatch, devices=[device], cuda=None, driver=None, error=None)
-    assert gpu["devices"] == [device]
-    assert (backend["status"], backend["why"]) == ("unusable", "needs an NVIDIA GPU")
-
-
-def test_a_gpu_is_printed_with_its_driver(monkeypatch, capsys):
-    device = {"name": "H100", "memory_bytes": 80 * 2**30}
-    _torch(monkeypatch, devices=[device], cuda="12.8", driver="550.1", threads=8, error=None)
     assert cli.run(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "GPU        H100 (80.0 GiB); driver 550.1, CUDA 12.8" in out
-    assert "torch uses 8 threads" in out
     assert out.endswith("all that is installed works\n")
 
 
