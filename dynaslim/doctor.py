@@ -19,13 +19,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, suppress
 from importlib import import_module, metadata
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from dynaslim.progress import progress
 from dynaslim.runtime import cache
 from dynaslim.runtime.backends import BACKENDS, SUPPORTED
+from dynaslim.runtime.libraries import installed
 from dynaslim.version import __version__
 
 NEEDS: Final = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
@@ -74,8 +74,8 @@ def examine(*, quick: bool = False, timeout_s: float = 120.0) -> Values:
     importing them, and runs the other backends in one process. `timeout_s` limits each process in
     which backends run.
     """
-    imports = [f"import:{one.module}" for one in LIBRARIES if _installed(one.module)]
-    tasks = ["torch"] if _installed("torch") else []
+    imports = [f"import:{one.module}" for one in LIBRARIES if installed(one.module)]
+    tasks = ["torch"] if installed("torch") else []
     tasks += [f"backend:{name}" for name in BACKENDS if _why_not_tried(name, quick) is None]
     runs = [tasks] if quick else [imports, *([task] for task in tasks)]
     results: dict[str, Values] = {}
@@ -241,18 +241,10 @@ def _run_backend(report: Callable[..., None], name: str) -> None:
 # -- the parts of the result -----------------------------------------------------------------------
 
 
-def _installed(module: str) -> bool:
-    """Whether a module can be found, without importing it."""
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):  # of a damaged installation
-        return False
-
-
 def _library(library: Library, results: Mapping[str, Values], quick: bool) -> Values:
     status, version, error = "missing", None, None
     install: str | None = f"pip install {library.name}"
-    if _installed(library.module):
+    if installed(library.module):
         with suppress(metadata.PackageNotFoundError):
             version = metadata.version(library.name)
         error = results.get(f"import:{library.module}", {}).get("error")
@@ -272,7 +264,7 @@ def _library(library: Library, results: Mapping[str, Values], quick: bool) -> Va
 
 def _why_not_tried(name: str, quick: bool) -> tuple[str, str, str | None] | None:
     """Status, reason and installing command of a backend that cannot be tried; None if it can."""
-    missing = [library for library in ("torch", *NEEDS.get(name, ())) if not _installed(library)]
+    missing = [library for library in ("torch", *NEEDS.get(name, ())) if not installed(library)]
     if missing:
         line = f"pip install {' '.join(missing)}"
         return "missing", f"{' and '.join(missing)} not installed", line

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from helpers import start_dynaslim
@@ -29,7 +30,7 @@ def fakes(tmp_path, monkeypatch):
 
 
 def _only(monkeypatch, *libraries, backends=()):
-    """Let the doctor know no more than these."""
+    """Limit the doctor to these."""
     monkeypatch.setattr(doctor, "LIBRARIES", libraries)
     monkeypatch.setattr(doctor, "BACKENDS", {name: BACKENDS[name] for name in backends})
 
@@ -57,7 +58,7 @@ def test_libraries_are_those_of_the_metadata():
     ]
     found = doctor.LIBRARIES
     assert {"torch": (), "openvino": ("openvino",)}.items() <= dict(found).items()
-    assert all(doctor._installed(one.module) for one in found if not one.extras)
+    assert all(doctor.installed(one.module) for one in found if not one.extras)
 
 
 def test_source_code_that_is_not_installed(monkeypatch):
@@ -85,8 +86,8 @@ def test_backends_run_and_the_machine_is_told(monkeypatch, capsys):
     assert found["processor"]["usable_cores"] >= 1
     assert found["threads"] == {"torch": 1, "OMP_NUM_THREADS": "1"}
     assert found["gpu"]["devices"] or found["gpu"]["why_not"]
-    assert found["cache"]["folder"] == os.environ["DYNASLIM_CACHE"]
-    assert found["cache"]["set_by"] == "DYNASLIM_CACHE"
+    cache = found["cache"]
+    assert (cache["folder"], cache["set_by"]) == (os.environ["DYNASLIM_CACHE"], "DYNASLIM_CACHE")
 
 
 def test_a_library_that_fails_strangely_is_named_and_the_rest_goes_on(fakes, monkeypatch, capsys):
@@ -164,9 +165,14 @@ def test_without_anything_optional(fakes):
     assert any("pip install onnx onnxruntime openvino ray" in hint for hint in found["hints"])
 
 
+def test_a_damaged_library_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "damaged", ModuleType("damaged"))  # its __spec__ is None
+    assert not doctor.installed("damaged")
+
+
 def test_a_library_that_it_cannot_do_without(monkeypatch):
     _only(monkeypatch, Library("not-there"), backends=("eager",))
-    monkeypatch.setattr(doctor, "_installed", lambda module: module == "numpy")
+    monkeypatch.setattr(doctor, "installed", lambda module: module == "numpy")
     found = doctor.examine()
     assert found["problems"] == ["not-there is missing: pip install not-there"]
     assert found["backends"][0]["status"] == "missing"
