@@ -1,8 +1,8 @@
-"""The verb that says what works here."""
+"""The verb that reports what is installed and works."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from dynaslim.cli.output import new_table, print_json, say
@@ -20,102 +20,67 @@ def doctor(*, quick: bool = False, timeout: float = 120.0, json: bool = False) -
         timeout: Seconds that a backend's run may take.
         json: Print one JSON object.
     """
-    from dynaslim.doctor import examine, steps
+    from dynaslim.doctor import examine
     from dynaslim.errors import check
-    from dynaslim.progress import progress
 
     check(timeout > 0, f"--timeout {timeout:g}: must be above 0")
-    with progress("examining", len(steps(quick=quick))) as bar:
-        found = examine(
-            quick=quick, timeout_s=timeout, on_done=lambda label: bar.advance(note=label)
-        )
+    found = examine(quick=quick, timeout_s=timeout)
     if json:
         print_json(found)
     else:
-        _say(found)
+        _print(found, "what was tried works" if quick else "all that is installed works")
     return 0 if found["ok"] else 1
 
 
-def _say(found: Mapping[str, Any]) -> None:
+def _print(found: dict[str, Any], verdict: str) -> None:
     say(f"dynaslim {found['dynaslim']}, Python {found['python']}, {found['system']}")
-    say(_libraries_table(found["libraries"]))
-    say(_backends_table(found["backends"]))
-    for label, told in _machine_lines(found):
-        say(f"{label:<11}{told}")
-    say("")
-    for line in found["hints"]:
-        say(f"could be better: {line}")
-    for line in found["problems"]:
-        say(f"problem: {line}")
-    if found["ok"]:
-        quick = any(one["status"] == "installed" for one in found["libraries"])
-        say("what was tried works" if quick else "all that is installed works")
-
-
-def _libraries_table(libraries: list[dict[str, Any]]) -> Any:
-    table = new_table("library", "version", "", "for")
+    table = new_table("library", "version", "", "extra")
     table.columns[2].justify = table.columns[3].justify = "left"
-    for one in libraries:
-        use = one["use"] if one["required"] else f"{one['use']} (optional)"
-        table.add_row(one["name"], one["version"] or "", one["status"], use)
-    return table
-
-
-def _backends_table(backends: list[dict[str, Any]]) -> Any:
+    for one in found["libraries"]:
+        table.add_row(one["name"], one["version"] or "", one["status"], ", ".join(one["extras"]))
+    say(table)
     table = new_table("backend", "", "precisions", "ready in", "then")
     table.add_column("why not", overflow="fold")
     table.columns[1].justify = table.columns[2].justify = "left"
-    for one in backends:
-        told = [part for part in (one["why"], one["install"]) if part]
+    for one in found["backends"]:
         table.add_row(
             one["name"],
             one["status"],
             " ".join(one["precisions"]),
             "" if one["ready_s"] is None else f"{one['ready_s']:.1f} s",
             "" if one["ms"] is None else f"{one['ms']:.1f} ms",
-            ": ".join(told),
+            ": ".join(part for part in (one["why"], one["install"]) if part),
         )
-    return table
+    say(table)
+    for label, line in _machine_lines(found):
+        say(f"{label:<11}{line}")
+    say(f"{'more':<11}python -m torch.utils.collect_env\n")
+    for line in found["hints"]:
+        say(f"could be better: {line}")
+    for line in found["problems"]:
+        say(f"problem: {line}")
+    if found["ok"]:
+        say(verdict)
 
 
-def _machine_lines(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    cpu, memory, gpu, cache = (found[name] for name in ("processor", "memory", "gpu", "cache"))
+def _machine_lines(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    cpu, threads, gpu, cache = (found[key] for key in ("processor", "threads", "gpu", "cache"))
     yield "processor", cpu["name"]
-    features = cpu["features"]
-    if features:
-        have = [name for name, there in features.items() if there]
-        lack = [name for name, there in features.items() if not there]
-        yield "", f"{' '.join(have) or 'none'}; without {' '.join(lack) or 'none'}"
-    limit = cpu["cgroup_cores"]
-    limited = "" if limit is None else f", a limit allows {limit:g}"
-    threads = found["threads"]
-    omp = threads["OMP_NUM_THREADS"]
+    limit = "" if cpu["cgroup_cores"] is None else f", a limit allows {cpu['cgroup_cores']:g}"
     yield (
         "cores",
-        f"{cpu['usable_cores']} usable of {cpu['cores']}{limited}; torch takes "
-        f"{threads['torch'] or 'no'} threads, OMP_NUM_THREADS is {omp or 'not set'}",
+        f"{cpu['usable_cores']} usable of {cpu['cores']}{limit}; torch uses "
+        f"{threads['torch'] or 'no'} threads, OMP_NUM_THREADS is "
+        f"{threads['OMP_NUM_THREADS'] or 'not set'}",
     )
-    total, free, most = memory.values()
-    told = [f"{_gb(total)} in all" if total else "", f"{_gb(free)} available" if free else ""]
-    told.append(f"a limit allows {_gb(most)}" if most else "")
-    yield "memory", ", ".join(filter(None, told)) or "not told by the system"
+    line = f"none: {gpu['why_not']}"
     if gpu["devices"]:
-        names = ", ".join(
-            one["name"] + (f" ({_gb(one['memory_bytes'])})" if one["memory_bytes"] else "")
-            for one in gpu["devices"]
-        )
-        yield "GPU", f"{names}; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda'] or 'none'}"
-    else:
-        yield "GPU", f"none: {gpu['why_not']}"
+        sizes = [(one["name"], one["memory_bytes"]) for one in gpu["devices"]]
+        names = [f"{name} ({size / 2**30:.1f} GiB)" if size else name for name, size in sizes]
+        line = ", ".join(names)
+        line += f"; driver {gpu['driver'] or 'unknown'}, CUDA {gpu['cuda'] or 'none'}"
+    yield "GPU", line
     state = "writable" if cache["writable"] else f"not writable: {cache['error']}"
     by = f", by {cache['set_by']}" if cache["set_by"] else ""
-    yield (
-        "cache",
-        f"{cache['folder'] or 'nowhere'}{by}: {cache['networks']} networks, "
-        f"{cache['bytes'] / 1e6:.1f} MB, "
-        f"{state}",
-    )
-
-
-def _gb(count: int) -> str:
-    return f"{count / 2**30:.1f} GiB"
+    size = f"{cache['networks']} networks, {cache['bytes'] / 1e6:.1f} MB"
+    yield "cache", f"{cache['folder'] or 'nowhere'}{by}: {size}, {state}"

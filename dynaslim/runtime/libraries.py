@@ -10,8 +10,11 @@ from dynaslim.errors import UsageError
 
 
 def installed(library: str) -> bool:
-    """Whether a library can be imported, without importing it."""
-    return find_spec(library) is not None
+    """Whether a library can be found, without importing it."""
+    try:
+        return find_spec(library) is not None
+    except (ImportError, ValueError):  # of a damaged installation
+        return False
 
 
 def require(module: str) -> Any:

@@ -10,8 +10,7 @@ import pytest
 from helpers import lively, lively_net, micro_spec, noise, png
 from torch import nn
 
-from dynaslim import Checkpoint, Engine, Preprocessing, cli
-from dynaslim.doctor import machine
+from dynaslim import Checkpoint, Engine, Preprocessing, cli, doctor
 from dynaslim.errors import DynaslimError, DynaslimWarning
 from dynaslim.runtime import cache, quantise
 from dynaslim.runtime.backends import Resources, inductor, make_backend
@@ -158,7 +157,7 @@ def test_a_user_without_a_home(monkeypatch):
     with pytest.warns(DynaslimWarning, match="are not kept: Could not determine home directory"):
         told = Engine(lively_net("micro"), backend="eager")(noise(micro_spec(), 2))
     assert len(told.logits) == 2
-    found = machine.describe_cache()
+    found = doctor.describe_cache()
     assert (found["folder"], found["writable"]) == (None, False)
     monkeypatch.setenv("DYNASLIM_CACHE", "/somewhere")
     assert cache.cache_folder("key").parent == Path("/somewhere")
@@ -218,7 +217,7 @@ def test_no_cache_writes_nothing(verb, package, tmp_path, monkeypatch, capsys):
 def test_the_doctor_calls_the_state_what_it_is(no_folder, small_disk, monkeypatch):
     def error(folder):
         monkeypatch.setenv("DYNASLIM_CACHE", str(folder))
-        found = machine.describe_cache()
+        found = doctor.describe_cache()
         assert found["writable"] is (found["error"] is None)
         return found["error"]
 
