@@ -22,6 +22,7 @@ from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from dynaslim.errors import DynaslimError
 from dynaslim.progress import progress
 from dynaslim.runtime import cache
 from dynaslim.runtime.backends import BACKENDS, SUPPORTED
@@ -178,17 +179,18 @@ def main(*tasks: str) -> None:
             lines.write(json.dumps({"task": task, **values}) + "\n")
             lines.flush()
 
-        kind, _, name = task.partition(":")
+        part, _, name = task.partition(":")
         why = None
         try:
-            if kind == "import":
+            if part == "import":
                 import_module(name)
-            elif kind == "torch":
+            elif part == "torch":
                 _examine_torch(report)
             else:
                 _run_backend(report, name)
         except BaseException as error:  # a library can even raise SystemExit
-            why = ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
+            kind = [] if isinstance(error, DynaslimError) else [type(error).__name__]
+            why = ": ".join([*kind, *str(error).strip().splitlines()[:1]])
         report(error=why)
 
 
@@ -205,7 +207,15 @@ def _examine_torch(report: Callable[..., None]) -> None:
         devices = [{"name": "Apple GPU (mps)", "memory_bytes": None}]
     report(devices=devices)
     if not devices:
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # raises the reason
+        _start_cuda()  # raises the reason
+
+
+def _start_cuda() -> None:
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        raise DynaslimError("torch is a build for CPUs")
+    torch.cuda.init()  # type: ignore[no-untyped-call]
 
 
 def _run_backend(report: Callable[..., None], name: str) -> None:
@@ -213,7 +223,7 @@ def _run_backend(report: Callable[..., None], name: str) -> None:
     import torch
 
     if name == "cudagraph":
-        torch.cuda.init()  # type: ignore[no-untyped-call]  # raises before the slower imports
+        _start_cuda()  # raises before the slower imports
 
     from dynaslim.nn import SlimNet
     from dynaslim.runtime.engine import Engine
