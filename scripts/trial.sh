@@ -19,7 +19,8 @@ trap clean EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 unset PYTHONPATH PYTHONHOME DYNASLIM_CACHE DYNASLIM_TOKEN
-export PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1
+# one thread: on a machine that others use, those of torch wait for each other
+export OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 HF_HUB_OFFLINE=1
 
 # from a copy, so that the build leaves nothing in the tree
 mkdir "$work/tree" "$work/disks" "$work/home"

@@ -21,7 +21,7 @@ _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     "valid": ("validation",),
 }
 _TOKEN: Final = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
-_HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME: Final = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?")
 
 
 def check_path(path: str | Path) -> None:
