@@ -1,4 +1,4 @@
-"""What `scripts/trial.sh` tries, in the folder and environment that it made; numbers name points."""
+"""What `scripts/trial.sh` tries, in the folder and environment that it made."""
 
 import copy
 import io
@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from resource import RUSAGE_CHILDREN, getrusage
 
-from PIL import Image, ImageDraw, features
+from PIL import Image, features
 
 import dynaslim
 from dynaslim.runtime.package import PackageError, manifest_digest, open_package
@@ -151,7 +151,12 @@ def served(model, *flags, **env):
             process.stdout.close()
 
 
-def post(port, content, kind="image/png"):
+def body_of(content):
+    head = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+    return head + content + b"\r\n--b--\r\n"
+
+
+def post(port, content):
     """The status of a prediction, and how long it took."""
     body = (
         b'--b\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n%s\r\n--b--\r\n'
@@ -189,7 +194,7 @@ def memory(process):
 
 
 def cache():
-    """a read-only or full cache: a warning, and it goes on"""
+    """A read-only or full cache: a warning, and it goes on."""
     file = DRAWINGS[0]
     in_the_way = WORK / "in_the_way"
     in_the_way.write_text("")
@@ -217,7 +222,7 @@ def cache():
 
 
 def budget():
-    """budgets: what other pictures cost is told, --hold holds, the reachable range is named"""
+    """Budgets: what other pictures cost is told, --hold holds, the reachable range is named."""
     folder = WORK / "unlike"
     folder.mkdir()
     chance = random.Random(1)
@@ -242,7 +247,7 @@ def budget():
 
 
 def few_images():
-    """budget curves: too few images are refused, few are told, intervals are kept"""
+    """Budget curves: too few images are refused, few are told, intervals are kept."""
     out = WORK / "curve.safetensors"
     few = drawn(WORK / "fifteen", 2)
     calibrate = ("calibrate-budget", "cifar10", "--out", out, "--data")
@@ -255,7 +260,7 @@ def few_images():
 
 
 def large_pictures():
-    """four clients with small files of large pictures starve nobody"""
+    """Four clients with small files of large pictures starve nobody."""
     buffers = []
     for kind in ("PNG", "WEBP"):
         if kind == "PNG" or features.check("webp"):
@@ -303,7 +308,7 @@ def large_pictures():
 
 
 def links():
-    """a package behind symbolic links runs"""
+    """A package behind symbolic links runs."""
     snapshot = WORK / "hub/snapshots/0"
     snapshot.mkdir(parents=True)
     for number, file in enumerate(sorted(once(package).iterdir())):
@@ -321,7 +326,7 @@ def links():
 
 
 def damaged():
-    """damaged pictures are named, counted and limited, alike in all verbs"""
+    """Damaged pictures are named, counted and limited, alike in all verbs."""
     folder = drawn(WORK / "damaged", 13)
     damage(folder, 1)
     for verb in (("evaluate", "cifar10"), ("calibrate", "cifar10", WORK / "out.safetensors")):
@@ -335,7 +340,7 @@ def damaged():
 
 
 def own_data():
-    """own pictures: skipped files, the new classifier and images trained on are told"""
+    """Own pictures: skipped files, the new classifier and images trained on are told."""
     folder = drawn(WORK / "own", 40, classes=2)
     damage(folder, 1)
     out, err = run(
@@ -352,7 +357,7 @@ def own_data():
 
 
 def mistakes():
-    """mistakes come at once, and one picture takes a few seconds of one core"""
+    """Mistakes come at once, and one picture takes a few seconds of one core."""
 
     def taken(*argv, **given):
         began = getrusage(RUSAGE_CHILDREN)
@@ -387,10 +392,8 @@ def mistakes():
 
 
 def stop():
-    """SIGTERM under load resets no new connection"""
-    small = DRAWINGS[0].read_bytes()
-    body = b'--b\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
-    body += small + b"\r\n--b--\r\n"
+    """SIGTERM under load resets no new connection."""
+    body = body_of(DRAWINGS[0].read_bytes())
     head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n" % len(body)
     head += b"Content-Type: multipart/form-data; boundary=b\r\n\r\n"
     outcomes, end = Counter(), time.monotonic() + 60
@@ -422,7 +425,7 @@ def stop():
 
 
 def manifest():
-    """altered and hostile manifests are refused in a line"""
+    """Altered and hostile manifests are refused in a line."""
     folder = shutil.copytree(once(package), WORK / "altered")
     file = folder / "manifest.json"
     text = file.read_text()
