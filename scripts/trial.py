@@ -510,7 +510,7 @@ def main():
         seconds = f"{time.monotonic() - began:.0f} s"
         why = " ".join(str(told).split()) if told else ""
         print(
-            f"{state} {number} {point.__doc__} ({seconds})" + (f": {why}" if why else ""),
+            f"{state} {number} {point.__doc__[:-1]} ({seconds})" + (f": {why}" if why else ""),
             flush=True,
         )
     return int(failed)

@@ -8,7 +8,9 @@ python=$(realpath -s "${PYTHON:-.venv/bin/python}")
 [ -x "$python" ] || { echo "trial: no $python: run make setup, or set PYTHON" >&2; exit 1; }
 
 work=$(mktemp -d "${TMPDIR:-/tmp}/dynaslim-trial.XXXXXX")
+trial=
 clean() {
+    [ -z "$trial" ] || { kill "$trial" 2>/dev/null && wait "$trial" || true; }
     for disk in "$work"/disks/*; do
         mountpoint -q "$disk" 2>/dev/null && umount -l "$disk"
     done
@@ -37,4 +39,6 @@ site=$("$work/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("p
 cp scripts/trial.py "$work"
 cd "$work"
 timeout --kill-after=10 900 venv/bin/python trial.py "$@" &
-wait $! || exit 1
+trial=$!
+wait "$trial" || exit 1
+trial=
