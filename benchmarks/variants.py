@@ -37,7 +37,7 @@ from dynaslim.runtime.backends.openvino import OpenVinoBackend
 from dynaslim.runtime.forms import Form, FormShape
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.router import Job, Router
-from dynaslim.runtime.schedule import Piece
+from dynaslim.runtime.schedule import MicroBatch
 
 SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -141,7 +141,7 @@ class GatherInside(Router):
             self._sessions[form] = onnxruntime.InferenceSession(model.SerializeToString(), options)
         return self._sessions[form]
 
-    def _piece(self, job: Job, piece: Piece, program: Any, size: Any) -> None:
+    def _piece(self, job: Job, piece: MicroBatch, program: Any, size: Any) -> None:
         if job.picked is None:
             super()._piece(job, piece, program, size)
             return

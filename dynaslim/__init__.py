@@ -13,6 +13,8 @@ Names are imported on first use, so `import dynaslim` costs no torch.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dynaslim.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from dynaslim.checkpoint import Checkpoint, create_model, load, read, save
     from dynaslim.cost import CostTable, madds, params
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
     from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
     from dynaslim.zoo import ZOO, get_spec
 
-__version__ = "0.1.0"
 
 _HOME = {
     "Checkpoint": "dynaslim.checkpoint",

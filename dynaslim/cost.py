@@ -109,8 +109,8 @@ def _layers(walk: _Walk, indices: Sequence[int]) -> Iterator[LayerCost]:
     spec = walk.spec
     max_in = spec.in_channels
     for number, stage in enumerate(spec.stages):
-        governor = spec.governor(number)
-        width = spec.width(number, indices[0 if governor is None else governor + 1])
+        gate = spec.gate_of(number)
+        width = spec.width(number, indices[0 if gate is None else gate + 1])
         for block in range(stage.blocks):
             yield from _block(walk, stage, number, block, width, max_in)
             max_in = stage.widths[-1]

@@ -192,7 +192,7 @@ class NetSpec:
                 f"{at}: gate choice {choices[-1]} is out of range, the stage has "
                 f"{len(widths)} widths (0 to {len(widths) - 1})",
             )
-        if self.governor(number) is not None and len(widths) > 1:
+        if self.gate_of(number) is not None and len(widths) > 1:
             self._check(
                 len(widths) == self.num_widths,
                 f"{at}: has {len(widths)} widths, but the gated stages have {self.num_widths}",
@@ -224,7 +224,7 @@ class NetSpec:
         """Widths that a gate's stage has; 1 for a network without gates."""
         return len(self.stages[self.gated_stages[0]].widths) if self.gated_stages else 1
 
-    def governor(self, stage: int) -> int | None:
+    def gate_of(self, stage: int) -> int | None:
         """Number of the gate that governs a stage, or None in the trunk."""
         before = sum(1 for s in self.gated_stages if s <= stage)
         return before - 1 if before else None
@@ -235,8 +235,7 @@ class NetSpec:
     def teacher_apart(self) -> bool:
         """Whether the largest sub-network lies off every route (its trunk is wider than theirs)."""
         return any(
-            self.governor(s) is None and len(stage.widths) > 1
-            for s, stage in enumerate(self.stages)
+            self.gate_of(s) is None and len(stage.widths) > 1 for s, stage in enumerate(self.stages)
         )
 
     def num_slots(self, stage: int) -> int:
@@ -245,7 +244,7 @@ class NetSpec:
         One per width, as released; and one more for the teacher where it would share a set with
         a route though it feeds it from a wider trunk, which makes the two distributions differ.
         """
-        governed = self.governor(stage) is not None
+        governed = self.gate_of(stage) is not None
         # a single width behind a gate is fed by as many widths as the gate has
         slots = self.num_widths if governed else len(self.stages[stage].widths)
         shared = governed or slots == 1
@@ -256,7 +255,7 @@ class NetSpec:
         widths = self.stages[stage].widths
         if index == LARGEST:
             return Width(widths[-1], self.num_slots(stage) - 1)
-        if self.governor(stage) is None:
+        if self.gate_of(stage) is None:
             index = 0
         return Width(widths[min(index, len(widths) - 1)], index)
 
@@ -286,7 +285,7 @@ class NetSpec:
                 )
         widths = []
         for number in range(len(self.stages)):
-            gate = self.governor(number)
+            gate = self.gate_of(number)
             widths.append(self.width(number, 0 if gate is None else indices[gate]).channels)
         return Route(tuple(widths))
 
@@ -347,7 +346,7 @@ class NetSpec:
                 allowed, why = stage.widths, ""
             else:
                 allowed = (self.width(number, indices[-1]).channels,)
-                why = " on a route" if self.governor(number) is None else " behind that gate"
+                why = " on a route" if self.gate_of(number) is None else " behind that gate"
             if channels not in allowed:
                 which = ", ".join(map(str, allowed))
                 raise UsageError(f"{label}: stage {number} allows {which}{why}, not {channels}")
@@ -365,6 +364,11 @@ class NetSpec:
     def total_stride(self) -> int:
         """Input pixels per pixel of the last feature map; the smallest image side allowed."""
         return math.prod(stage.stride * (2 if stage.max_pool else 1) for stage in self.stages)
+
+    @property
+    def usual_image_size(self) -> int:
+        """The side in pixels that an architecture is meant for, where nothing else says."""
+        return 224 if self.total_stride >= 32 else 32
 
     def check_image_size(self, height: int, width: int) -> None:
         """Raise `UsageError` for an image that is smaller than the network's total stride."""

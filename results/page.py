@@ -43,6 +43,14 @@ beside what one would build instead, and what each part of the method is worth. 
 over seeds ± their standard deviation. Choices (thresholds, budgets, gates) were made on images held
 out of the training split.
 """
+BEFORE: Final = frozenset(
+    {"cifar10", "cifar10_labels", "cifar10_longer", "imagenette", "targets", "gates", "gates_ms"}
+)
+"""Summaries of networks that were trained before stage I was repaired; to be trained again."""
+OLD: Final = (
+    "*Networks of before the repair of stage I ([what changed](#what-changed)); they stand here "
+    "until they are trained again.*\n"
+)
 REMEDIES: Final = {
     "cifar10_labels": "## CIFAR-10, all routes taught by the labels\n\nThe same recipe with "
     "`target: labels`: no route learns from a teacher.",
@@ -90,6 +98,10 @@ def page(summaries: Summary, notes: str) -> str:
     return "\n".join(parts)
 
 
+def _age(name: str) -> str:
+    return f"{OLD}\n" if name in BEFORE else ""
+
+
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
@@ -125,7 +137,8 @@ def _split(found: Summary, images: int | None = None) -> str:
 
 def _remedy(name: str, told: str, found: Summary) -> str:
     seeds = ", ".join(map(str, found["seeds"]))
-    parts = [f"{told} Seeds: {seeds}.\n", _rows_of_networks(found), *_drawn(name, found)]
+    parts = [f"{told} Seeds: {seeds}.\n\n{_age(name)}", _rows_of_networks(found)]
+    parts += _drawn(name, found)
     parts.append(_budgets(found, "CIFAR-10"))
     if "cascade" in found["ways"]:
         parts.append(_equal_cost(found, told.partition("\n")[0].removeprefix("## ")))
@@ -149,7 +162,8 @@ def _goals(summaries: Summary) -> str:
         )
     header = ["supernet", NEAR, OVER, "routes not below networks trained alone, points"]
     return (
-        "## Against the goals\n\nBudgets at which each is met, on CIFAR-10; what the supernets "
+        f"## Against the goals\n\n{_age('cifar10')}"
+        "Budgets at which each is met, on CIFAR-10; what the supernets "
         f"are stands below.\n\n{table(header, rows)}\n{_budgets(summaries['cifar10'], 'CIFAR-10')}"
     )
 
@@ -244,7 +258,8 @@ def _rows_of_networks(main: Summary) -> str:
 def _imagenette(found: Summary) -> str:
     ms = found.get("ms")
     told = (
-        f"## Imagenette\n\n`ds_mbnet` on photographs of 128 px, {_seeds(found)}, on "
+        f"## Imagenette\n\n{_age('imagenette')}"
+        f"`ds_mbnet` on photographs of 128 px, {_seeds(found)}, on "
         f"{_split(found, found['images'])}; recipe `recipes/imagenette_ds_mbnet_supernet.yaml`, "
         f"trained on a GPU from scratch; the four widths of its routing space."
     )
@@ -273,7 +288,7 @@ def _timed(ms: Summary) -> str:
 def _headline(main: Summary) -> str:
     ms = main.get("ms")
     lines = [
-        "## CIFAR-10\n",
+        f"## CIFAR-10\n\n{_age('cifar10')}",
         f"`ds_resnet8_cifar`, {len(main['seeds'])} seeds, on {_split(main, main['images'])}; "
         f"recipe `recipes/cifar10_resnet8_supernet.yaml`. Static networks: the "
         f"same recipe, one width alone, labels.",
@@ -365,7 +380,7 @@ def _ablations(summaries: Summary) -> Iterator[str]:
     found = summaries["targets"]
     if found:
         yield (
-            f"### What the sub-networks learn\n\nFashion-MNIST, `resnet8_small`, "
+            f"### What the sub-networks learn\n\n{_age('targets')}Fashion-MNIST, `resnet8_small`, "
             f"{len(found['seeds'])} seeds, top-1 (%) on {_split(found)}.\n"
         )
         yield _targets(found)
@@ -373,7 +388,8 @@ def _ablations(summaries: Summary) -> Iterator[str]:
     if found:
         yield _equal_cost(found, "Fashion-MNIST")
         yield (
-            "### What the gate minimises\n\nFashion-MNIST, gates as they were trained for the "
+            f"### What the gate minimises\n\n{_age('gates')}"
+            "Fashion-MNIST, gates as they were trained for the "
             "targets: points over the uniform routes at equal multiply-adds, the part of the "
             "widest route's cost, and the largest share of images that one route took.\n"
         )
@@ -397,7 +413,8 @@ def _ablations(summaries: Summary) -> Iterator[str]:
             for row in rows
         ]
         yield (
-            "### Trained on multiply-adds against milliseconds\n\nBoth judged by a table of "
+            f"### Trained on multiply-adds against milliseconds\n\n{_age('gates_ms')}"
+            "Both judged by a table of "
             "measured milliseconds.\n"
         )
         header = ["trained on", "of the widest's ms", "top-1, %", "over uniform, equal ms"]

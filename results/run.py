@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", help="folder with cifar10, fashion_mnist, ...; else the hub")
     parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2")
     parser.add_argument("--only", default="", help="variants, such as supernet,static0")
+    parser.add_argument("--rates", default="0.1,0.2,0.4", help="learning rates that rates_... try")
     parser.add_argument("--jobs", type=int, default=1, help="networks trained side by side")
     parser.add_argument("--list", action="store_true", help="say what is done and what is not")
     parser.add_argument("--judge", action="store_true", help="compare what is trained")
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds = [int(seed) for seed in given.seeds.split(",")]
     only = [variant for variant in given.only.split(",") if variant]
     try:
+        rates = _rates(given.rates)
         if given.judge:
             from results.judging import JUDGED, judge
 
@@ -50,12 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             job
             for name in given.experiments
             if name != "imagenette" or has_gpu()
-            for job in jobs_of(name, given.data, seeds, only)
+            for job in jobs_of(name, given.data, seeds, only, rates)
         ]
         return _run(jobs, given)
     except DynaslimError as error:
         sys.stderr.write(f"{error}\n")
         return error.exit_code
+
+
+def _rates(text: str) -> list[float]:
+    try:
+        return [float(rate) for rate in text.split(",") if rate.strip()]
+    except ValueError:
+        raise UsageError(f"--rates {text!r}: expected numbers such as 0.1,0.2,0.4") from None
 
 
 def has_gpu() -> bool:
@@ -103,7 +112,7 @@ def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
             ready = [job for job in waiting if _is_ready(job, left)]
             if ready and len(running) < given.jobs:
                 waiting.remove(ready[0])
-                running[_start(ready[0], given.data)] = ready[0]
+                running[_start(ready[0], given)] = ready[0]
                 continue
             time.sleep(1)
     finally:
@@ -119,12 +128,13 @@ def _is_ready(job: Job, left: list[Job]) -> bool:
     return needs is None or needs.cell.is_done(needs.asked())
 
 
-def _start(job: Job, data: str | None) -> subprocess.Popen[bytes]:
+def _start(job: Job, given: argparse.Namespace) -> subprocess.Popen[bytes]:
     cell = job.cell
     cell.run.mkdir(parents=True, exist_ok=True)
     argv = [sys.executable, "-m", "results.run", cell.experiment]
     argv += ["--only", cell.variant, "--seeds", str(cell.seed)]
-    argv += [] if data is None else ["--data", data]
+    argv += ["--rates", given.rates]
+    argv += [] if given.data is None else ["--data", given.data]
     say(f"{cell}: started")
     with open(cell.run / "log.txt", "ab") as log:
         return subprocess.Popen(

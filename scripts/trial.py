@@ -239,10 +239,9 @@ def budget():
     mean, told, _ = cost("--budget", "0.5")
     expect(told["unlike_curve"] is True, f"not told: {told['cost_ratio']}")
     expect(abs(told["cost_ratio"] - mean / told["expected_madds"]) < 1e-6, told["cost_ratio"])
-    for share in ("0.3", "0.5"):
+    for share in ("0.3", "1"):
         held = cost("--budget", share, "--hold")[0]
         expect(held <= float(share) * widest, f"--hold: {held} of {widest}")
-    expect(cost("--budget", "1")[0] <= widest, "a budget of 1 costs more than the widest route")
     expect("reaches from" in cost("--budget", "0.05")[2], "no range is named")
 
 

@@ -33,7 +33,7 @@ TRAINED_BEFORE = ("runs/demo/checkpoint.safetensors", "runs/cifar10_gate/gate_0.
 def stand_ins(tmp_path_factory):
     """What the reader of a page has: images, a few files, a network with a budget curve."""
     root = tmp_path_factory.mktemp("reader")
-    for split, images in (("train", 128), ("test", 24)):
+    for split, images in (("train", 128), ("test", 120)):
         source = dynaslim.open_source(MINI, split).dataset
         rows = source.select(range(0, len(source), len(source) // images)).select(range(images))
         table = rows.cast_column("image", datasets.Image(decode=True))

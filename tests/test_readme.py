@@ -28,13 +28,6 @@ def test_commands_are_targets_and_verbs():
     assert verbs == set(VERBS) - {"demo"}
 
 
-def test_tree_names_every_module():
-    tree = README.split("## What is where")[1]
-    for path in (ROOT / "dynaslim").rglob("*.py"):
-        if path.name not in ("__init__.py", "__main__.py"):
-            assert re.search(rf"[ /]{path.name} +\w", tree), path
-
-
 def test_the_demos_table_is_a_demos_table():
     """The numbers shown keep the demo's promise: not below the cheapest route."""
     rows = re.findall(r"^ +([\d-]+|dynamic \([a-z0-9. ]+\)) +([\d.]+) M +([\d.]+)%", README, re.M)

@@ -222,7 +222,7 @@ def test_the_oracle_has_its_control():
     found = comparisons.compare(table, table)
     either = table.correct_NR[:, 3] | (table.mirrored_NC.argmax(1) == table.labels_N)
     assert found["seen_twice"] == {
-        "cost": 2 * table.costs_R[3], "top1": either.mean(), "again": 1.0
+        "cost": 2 * table.costs_R[3], "top1": either.mean(), "escalated": 1.0
     }  # fmt: skip
     assert comparisons.compare(_table(), _table())["seen_twice"] is None
     json.dumps(found)
@@ -328,6 +328,15 @@ def test_unknown_names_are_refused():
         plan.jobs_of("headline", None, (0,), ["static9"])
 
 
+def test_rates_to_try_are_named(capsys):
+    assert run.main(["rates_quick", "--rates", ""]) == 2
+    assert capsys.readouterr().err.startswith("--rates '': give learning rates to try")
+    assert run.main(["rates_quick", "--rates", "0.1,fast"]) == 2
+    assert capsys.readouterr().err.startswith("--rates '0.1,fast': expected numbers")
+    (job, *_) = plan.jobs_of("rates_quick", None, (0,), rates=[0.3])
+    assert job.recipe.optim.lr == 0.3
+
+
 def test_where_the_images_lie_is_no_part_of_what_was_asked():
     here, there = (plan.cifar10(folder, 0).to_dict() for folder in (None, "elsewhere"))
     assert here != there
@@ -341,6 +350,17 @@ def test_committed_cells_are_what_the_plan_asks_for():
     for job in jobs:
         found = job.cell.read()
         assert found is None or found["asked_sha256"] == cells.digest(job.asked()), job.cell
+
+
+@pytest.mark.parametrize("name", plan.BEST)
+def test_learning_rates_are_those_that_the_held_out_images_chose(name):
+    tried = {}
+    for cell in cells.all_cells(f"rates_{name}"):
+        way, _, lr = cell["variant"].partition("_lr")
+        tried.setdefault(way, {})[float(lr)] = np.mean(cell["held_out"]["top1"])
+    for way, top1 in tried.items():
+        if set(top1) >= set(plan.RATES):
+            assert plan.BEST[name][way] == max(top1, key=top1.get), way
 
 
 def test_a_static_network_is_the_route_alone():

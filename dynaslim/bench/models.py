@@ -65,7 +65,7 @@ def open_engine(
     is_name = not (Path(model).exists() or Path(model).suffix or os.sep in model)
     if model in ZOO or is_spec_file(model) or is_name:
         spec = get_spec(model)
-        side = image_size or (224 if spec.total_stride >= 32 else 32)
+        side = image_size or spec.usual_image_size
         spec.check_image_size(side, side)
         net = random_network(model, side).to(default_device(backend))
         return Engine(net, precision=precision, image_size=side, **options), side

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
-from dynaslim import __version__
 from dynaslim.runtime.cache import processor_name, usable_cores
+from dynaslim.version import __version__
 
 Arm = Callable[[], object]
 

@@ -17,7 +17,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
 
-from dynaslim import __version__
 from dynaslim.cli import (
     budget,
     completion,
@@ -33,6 +32,7 @@ from dynaslim.cli import (
 )
 from dynaslim.cli.output import fail, help_columns, say, shell_lines
 from dynaslim.errors import DynaslimError, DynaslimWarning
+from dynaslim.version import __version__
 
 
 class Verb(NamedTuple):

@@ -13,11 +13,6 @@ MOST_ROUTES: Final = 256
 """Routes of a routing space that are told one by one."""
 
 
-def usual_image_size(spec: NetSpec) -> int:
-    """The side in pixels that an architecture is meant for, where nothing else says."""
-    return 224 if spec.total_stride >= 32 else 32
-
-
 def describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
     """An architecture and the costs of its parts for one size of image, as JSON values.
 
@@ -55,8 +50,8 @@ def describe_route(spec: NetSpec, route: Route, image_size_px: int) -> dict[str,
 
 def _stage(spec: NetSpec, number: int) -> dict[str, Any]:
     stage = spec.stages[number]
-    governor = spec.governor(number)
-    routed = range(spec.num_widths) if governor is not None else range(1)
+    governing = spec.gate_of(number)
+    routed = range(spec.num_widths) if governing is not None else range(1)
     return {
         "block": stage.block,
         "blocks": stage.blocks,
@@ -66,8 +61,8 @@ def _stage(spec: NetSpec, number: int) -> dict[str, Any]:
         "max_pool": stage.max_pool,
         "widths": sorted({spec.width(number, index).channels for index in routed}),
         "largest_width": spec.width(number, LARGEST).channels,
-        "gate": governor if stage.gate is not None else None,
-        "governed_by": governor,
+        "gate": governing if stage.gate is not None else None,
+        "governed_by": governing,
     }
 
 

@@ -24,14 +24,13 @@ def models(*, json: bool = False) -> None:
     Args:
         json: Print one JSON object.
     """
-    from dynaslim.cli.describe import usual_image_size
     from dynaslim.cost import madds, params
     from dynaslim.shipped import PICTURES, names
     from dynaslim.zoo import ZOO
 
     rows: list[dict[str, Any]] = []
     for name, spec in ZOO.items():
-        size = usual_image_size(spec)
+        size = spec.usual_image_size
         rows.append(
             {
                 "model": name,
@@ -76,10 +75,10 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
             models made for small images.
         json: Print one JSON object.
     """
-    from dynaslim.cli.describe import describe_spec, usual_image_size
+    from dynaslim.cli.describe import describe_spec
 
     spec, pre, contents = _open(model)
-    usual = usual_image_size(spec) if pre is None else pre.image_size_px
+    usual = spec.usual_image_size if pre is None else pre.image_size_px
     told = describe_spec(spec, usual if image_size is None else image_size)
     if json:
         print_json({**told, **contents})
@@ -256,8 +255,8 @@ def _stages_table(told: Mapping[str, Any]) -> Any:
         shown = _few(widths) if len(widths) <= SHOWN else _span(widths)
         if stage["largest_width"] > widths[-1]:
             shown += f" (largest {stage['largest_width']})"
-        governor = stage["governed_by"]
-        gate = "" if governor is None else f"by gate {governor}"
+        governing = stage["governed_by"]
+        gate = "" if governing is None else f"by gate {governing}"
         block = stage["block"].replace("_", " ") + (", max pool" if stage["max_pool"] else "")
         if stage["expansion"] > 1:
             block += f" x{stage['expansion']}"
@@ -268,7 +267,7 @@ def _stages_table(told: Mapping[str, Any]) -> Any:
             str(stage["kernel"]),
             str(stage["stride"]),
             shown,
-            gate if stage["gate"] is None else f"gate {governor}",
+            gate if stage["gate"] is None else f"gate {governing}",
         )
     return table
 

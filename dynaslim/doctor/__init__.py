@@ -13,7 +13,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any, Final, TypeVar
 
-from dynaslim import __version__
 from dynaslim.doctor.libraries import LIBRARIES, describe, is_installed, pip_line
 from dynaslim.doctor.machine import (
     cxx_compiler,
@@ -24,6 +23,7 @@ from dynaslim.doctor.machine import (
 )
 from dynaslim.doctor.probe import Probe
 from dynaslim.runtime.backends import BACKENDS, SUPPORTED
+from dynaslim.version import __version__
 
 NEEDS: Final = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 """Libraries of the backends beside torch."""

@@ -31,7 +31,6 @@ from huggingface_hub.errors import (
 from huggingface_hub.repocard import ModelCard
 from huggingface_hub.repocard_data import EvalResult, ModelCardData
 
-from dynaslim import __version__
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read
 from dynaslim.checkpoint import save as save_checkpoint
@@ -39,6 +38,7 @@ from dynaslim.errors import DynaslimError, UsageError
 from dynaslim.interop.card import card_text, dataset_of, measured
 from dynaslim.nn.net import SlimNet
 from dynaslim.pretrained import WEIGHTS
+from dynaslim.version import __version__
 
 TAGS: Final = ["dynaslim", "dynamic-slimmable-network", "slimmable", "pytorch"]
 TASK: Final = "image-classification"

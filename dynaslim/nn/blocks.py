@@ -23,7 +23,7 @@ _ACTIVATIONS: dict[Activation, Callable[[], nn.Module]] = {
 }
 
 
-class Maker:
+class LayerFactory:
     """Makes `ConvBN`s for a network: activation, device and dtype in one place."""
 
     def __init__(
@@ -90,7 +90,12 @@ class ConvBlock(Block):
     """Convolution, BN, activation and perhaps a 3x3 max pool of stride 2: stems and heads."""
 
     def __init__(
-        self, make: Maker, stage: StageSpec, stride: int, ins: Sequence[int], outs: Sequence[int]
+        self,
+        make: LayerFactory,
+        stage: StageSpec,
+        stride: int,
+        ins: Sequence[int],
+        outs: Sequence[int],
     ) -> None:
         super().__init__()
         self.gate = None
@@ -109,7 +114,12 @@ class DepthwiseSeparable(Block):
     """MobileNetV1's block: depthwise, gate, pointwise; no shortcut."""
 
     def __init__(
-        self, make: Maker, stage: StageSpec, stride: int, ins: Sequence[int], outs: Sequence[int]
+        self,
+        make: LayerFactory,
+        stage: StageSpec,
+        stride: int,
+        ins: Sequence[int],
+        outs: Sequence[int],
     ) -> None:
         super().__init__()
         self.depthwise = make.conv_bn(max(ins), ins, stage.kernel, stride=stride, depthwise=True)
@@ -130,7 +140,7 @@ class InvertedResidual(Block):
 
     def __init__(
         self,
-        make: Maker,
+        make: LayerFactory,
         stage: StageSpec,
         stride: int,
         ins: Sequence[int],
@@ -168,7 +178,7 @@ class Residual(Block):
 
     def __init__(
         self,
-        make: Maker,
+        make: LayerFactory,
         stage: StageSpec,
         stride: int,
         ins: Sequence[int],
@@ -210,7 +220,7 @@ class Residual(Block):
 
 
 def make_block(
-    make: Maker, stage: StageSpec, index: int, ins: Sequence[int], outs: Sequence[int]
+    make: LayerFactory, stage: StageSpec, index: int, ins: Sequence[int], outs: Sequence[int]
 ) -> Block:
     """Block number `index` of a stage; `ins` and `outs` are channels per BN slot."""
     stride = stage.stride if index == 0 else 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaslim.cost import gate_hidden
-from dynaslim.nn.blocks import Block, Maker, make_block
+from dynaslim.nn.blocks import Block, LayerFactory, make_block
 from dynaslim.nn.functional import AnyWidth, SoftWidth, slim_linear
 from dynaslim.nn.gate import Gate
 from dynaslim.pretrained import Pretrained
@@ -119,7 +119,7 @@ class SlimNet(nn.Module, Pretrained):
     ) -> None:
         super().__init__()
         self.spec = spec
-        make = Maker(spec.activation, device, dtype)
+        make = LayerFactory(spec.activation, device, dtype)
         stages = []
         ins: Sequence[int] = (spec.in_channels,)
         max_in = spec.in_channels

@@ -51,7 +51,8 @@ class SupernetRecipe:
     model: str = "ds_mbnet_tiny"
     """A name of the zoo, or a spec file (.yaml)."""
     init: str | None = None
-    """Checkpoint of this model to start from, in place of random weights. The classifier starts
+    """Checkpoint of this model, or of its widest widths alone, to start from, in place of random
+    weights; of the latter the channels are sorted by importance. The classifier starts
     afresh where the classes are others; mean and std are the checkpoint's where `data` has none;
     the gates' choices are the checkpoint's."""
     epochs: int = 10
@@ -71,7 +72,7 @@ class SupernetRecipe:
     """Part of all steps over which the loss goes over, linearly, from the labels alone to what
     `target`, `teacher` and `label_weight` say."""
     random_routes: int = 2
-    """Routes between the largest and the smallest in each step."""
+    """Routes between the largest and the smallest in each step; fewer where there are fewer."""
     label_smoothing: float = 0.1
     """Of the labels."""
     dropout: float = 0.2

@@ -12,13 +12,12 @@ import jinja2
 import torch
 from markupsafe import Markup
 
-from dynaslim import __version__
 from dynaslim.report import text
 from dynaslim.report.costs import costs
 from dynaslim.report.facts import Facts, Request, gather
 from dynaslim.report.headline import headline
-from dynaslim.report.making import making
 from dynaslim.report.plots import BLUE, GREEN, ORANGE
+from dynaslim.report.provenance import provenance
 from dynaslim.report.sections import (
     class_names,
     classes,
@@ -30,6 +29,7 @@ from dynaslim.report.sections import (
     training,
 )
 from dynaslim.report.timing import CHOSEN_GATE, route_mode
+from dynaslim.version import __version__
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def render(facts: Facts, title: str | None = None) -> str:
             confidence=confidence(facts),
             training=training(facts.subject.curves),
             confusion=confusions(facts, names),
-            making=making(facts),
+            making=provenance(facts),
             gated=facts.subject.chosen.has_gates,
             version=__version__,
         )

@@ -19,8 +19,8 @@ from dynaslim.errors import check
 from dynaslim.pretrained import checkpoint_file
 from dynaslim.progress import Bar, note, progress
 from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe
+from dynaslim.runs.callbacks import Callbacks
 from dynaslim.runs.folder import TRAINED_ON, RunFolder, trained_on
-from dynaslim.runs.keeper import Keeper
 from dynaslim.runs.launch import launched
 from dynaslim.runs.options import RunOptions
 from dynaslim.runs.signals import StopRequest, stop_requests
@@ -67,9 +67,11 @@ class RunContext:
             write_atomic(known, "".join(f"{one}\n" for one in sorted(seen)).encode())
         return opened
 
-    def keeper(self, state: Callable[[], dict[str, Any]], bar: Bar, batch_size: int) -> Keeper:
-        """The keeper of a loop over steps whose `state` is to be saved."""
-        return Keeper(self.folder, self.stop, self.options, state, bar, batch_size=batch_size)
+    def callbacks(
+        self, state: Callable[[], dict[str, Any]], bar: Bar, batch_size: int
+    ) -> Callbacks:
+        """The callbacks of a loop over steps whose `state` is to be saved."""
+        return Callbacks(self.folder, self.stop, self.options, state, bar, batch_size=batch_size)
 
     def results(self) -> dict[str, Any] | None:
         """What a resumed run has written already of what came of it."""

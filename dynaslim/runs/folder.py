@@ -20,11 +20,12 @@ from typing import Any, Final
 import torch
 from filelock import FileLock, Timeout
 
-from dynaslim import __version__
 from dynaslim._files import naming, write_atomic
 from dynaslim.distributed import broadcast, rank, world_size
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.runs.snapshot import read_snapshot, save_snapshot
+from dynaslim.runtime.cache import processor_name
+from dynaslim.version import __version__
 
 SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"
@@ -227,17 +228,6 @@ def environment() -> dict[str, Any]:
         else [],
         "processes": world_size(),
     }
-
-
-def processor_name() -> str:
-    """The processor's name as the system tells it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

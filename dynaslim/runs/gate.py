@@ -21,8 +21,8 @@ from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe
-from dynaslim.report.curves import curves_figure
 from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.curves import curves_figure
 from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
 from dynaslim.train.expected import apply_heads
@@ -149,9 +149,9 @@ class _GateRun:
             training.load_state(self.unfinished)
         label = "stage II: gate" + ("" if target is None else f" for {target:g}")
         with progress(label, training.total, done=training.step) as bar:
-            keeper = self.context.keeper(self._state, bar, self.recipe.batch_size)
+            callbacks = self.context.callbacks(self._state, bar, self.recipe.batch_size)
             for losses in training:
-                keeper.after_step(
+                callbacks.after_step(
                     self._steps_before() + training.step,
                     {"gate": self.number, "lr": training.lr, **losses._asdict()},
                     f"loss {losses.classification:.2f} | sgs {losses.sgs:.2f} | "

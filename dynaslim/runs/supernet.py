@@ -19,8 +19,8 @@ from dynaslim.nn.net import SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import note, progress
 from dynaslim.recipes import DataRecipe, SupernetRecipe
-from dynaslim.report.curves import curves_figure
 from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.curves import curves_figure
 from dynaslim.runs.folder import read_metrics, write_json
 from dynaslim.runs.options import RunOptions
 from dynaslim.spec import NetSpec
@@ -175,13 +175,13 @@ class _SupernetRun:
         every = recipe.val_epochs * training.feed.steps_per_epoch
         first = training.step
         with progress("stage I: supernet", training.total, done=training.step) as bar:
-            keeper = self.context.keeper(self._state, bar, recipe.batch_size)
+            callbacks = self.context.callbacks(self._state, bar, recipe.batch_size)
             if training.step and self._is_due(every):
                 self._validate()  # stopped after the step and before this
-                keeper.restart_clock()
+                callbacks.restart_clock()
             for losses in training:
                 middle = " ".join(f"{loss:.2f}" for loss in losses.randoms)
-                keeper.after_step(
+                callbacks.after_step(
                     training.step,
                     {
                         "epoch": round(training.step / training.feed.steps_per_epoch, 3),
@@ -195,8 +195,8 @@ class _SupernetRun:
                 )
                 if self._is_due(every):
                     self._validate()
-                    keeper.restart_clock()
-        return self._finish(keeper.seconds, training.step - first)
+                    callbacks.restart_clock()
+        return self._finish(callbacks.seconds, training.step - first)
 
     def _state(self) -> dict[str, Any]:
         return {

@@ -255,8 +255,9 @@ class _Tried:
     ) -> Iterator[_Settings]:
         """Thresholds for a target, from there for a wider one, and for a second look at the end.
 
-        See `escalation.Asked`. A `first` of -1 is no step, and then `then` may be none as well; the
-        second look, whose answers are right where `looked_N`, follows the widest target alone.
+        See `escalation.EscalationState`. A `first` of -1 is no step, and then `then` may be none
+        as well; the second look, whose answers are right where `looked_N`, follows the widest
+        target alone.
         """
         answers, everyone = self.answers, np.arange(len(self.answers))
         count = TAUS_OF_TWO if looked_N is None else TAUS_OF_LOOKS

@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-from dynaslim import __version__
 from dynaslim._files import write_atomic
 from dynaslim.errors import DynaslimWarning
+from dynaslim.version import __version__
 
 VARIABLE = "DYNASLIM_CACHE"
 ROOM: Final = 1 << 20

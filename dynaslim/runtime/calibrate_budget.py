@@ -28,9 +28,9 @@ from dynaslim.errors import DataError, DynaslimError, UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.runtime.budget import choose, option_costs
 from dynaslim.runtime.escalation import (
-    Asked,
     Bools,
     Escalation,
+    EscalationState,
     Floats,
     Ints,
     Path,
@@ -256,7 +256,7 @@ def walk(
     right_N = answers.correct_NP[everyone, own_N]
     madds_N = answers.costs(answers.table)[own_N]
     ms_N = None if latency is None else answers.costs(latency)[own_N]
-    asked, up_N = Asked(len(answers)), np.zeros(len(answers), bool)
+    asked, up_N = EscalationState(len(answers)), np.zeros(len(answers), bool)
     for number, (tau, target, mirror) in enumerate(escalations, start=1):
         assert not mirror or number == len(escalations), "a second look is the last step"
         if target not in answers.paths:

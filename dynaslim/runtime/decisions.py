@@ -18,8 +18,8 @@ from dynaslim.errors import UsageError, check
 from dynaslim.runtime import budget as budgets
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.escalation import (
-    Asked,
     Escalation,
+    EscalationState,
     escalation_cost,
     margins,
     who_may_escalate,
@@ -126,7 +126,7 @@ class Decisions:
         return self._unsure if self.escalations else None
 
     def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
-        asked, last_BG = Asked(len(logits_BN)), options_BG.copy()
+        asked, last_BG = EscalationState(len(logits_BN)), options_BG.copy()
         for tau, target, mirror in self.escalations:
             able_B = self.route_costs.may_escalate(last_BG, target, mirror=mirror)
             members = asked.next(able_B, margins(logits_BN), tau).nonzero()[0]

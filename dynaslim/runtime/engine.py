@@ -243,7 +243,7 @@ class Engine:
         """The side of images that the network is for, as far as one can tell."""
         if self.preprocessing is not None:
             return self.preprocessing.image_size_px
-        return 224 if self.spec.total_stride >= 32 else 32
+        return self.spec.usual_image_size
 
     @property
     def backend(self) -> str:

@@ -86,7 +86,7 @@ def _log_softmax(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     return np.asarray(shifted_BN - np.log(np.exp(shifted_BN).sum(1, keepdims=True)))
 
 
-class Asked:
+class EscalationState:
     """Which rows are still open while step after step asks them."""
 
     def __init__(self, rows: int) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import torch
 
-from dynaslim import __version__
 from dynaslim._files import check_text, check_writable, naming, write_atomic
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import DynaslimError, UsageError, check
@@ -38,6 +37,7 @@ from dynaslim.runtime.package import (
 from dynaslim.runtime.quantise import QuantisedForms
 from dynaslim.runtime.single_file import single_file
 from dynaslim.spec import Route
+from dynaslim.version import __version__
 
 TOLERANCE: Final = 1e-4
 """Largest difference to the network, of its largest value, for what is computed in float32."""
@@ -76,7 +76,7 @@ def export_package(
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
     check_text([spec.name, checkpoint.class_names, dict(checkpoint.metrics), dict(notes or {})])
     forms = NetworkForms(net) if source is None else source
-    side = image_size or (pre.image_size_px if pre else 224 if spec.total_stride >= 32 else 32)
+    side = image_size or (pre.image_size_px if pre else spec.usual_image_size)
     spec.check_image_size(side, side)
     for library in ("onnx", "onnxruntime"):
         require(library)
@@ -301,7 +301,7 @@ def _whole_parity(checkpoint: Checkpoint, folder: Path, precision: str, side: in
 def _images(checkpoint: Checkpoint, image_size: int | None, *, rows: int = 8) -> np.ndarray:
     """Rows of noise that differ in level and roughness, so that gates may differ too."""
     spec, pre = checkpoint.net.spec, checkpoint.preprocessing
-    side = image_size or (pre.image_size_px if pre else 224 if spec.total_stride >= 32 else 32)
+    side = image_size or (pre.image_size_px if pre else spec.usual_image_size)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, spec.in_channels, side, side), np.float32)
     level = rng.standard_normal((rows, spec.in_channels, 1, 1), np.float32)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
-from dynaslim.runtime.arrivals import Arrivals
+from dynaslim.runtime.activations import ActivationSampler
 from dynaslim.runtime.cache import open_cache, processor_flags
 from dynaslim.runtime.forms import Form, Precision, segment_forms
 from dynaslim.runtime.libraries import installed, require
@@ -86,7 +86,7 @@ class QuantisedForms:
         self._forms = NetworkForms(net, "int8")
         self.spec: NetSpec = net.spec
         self._images = calibration_images(self.spec, calibration, images)
-        self._arrivals = Arrivals(self._forms, self._images)
+        self._activations = ActivationSampler(self._forms, self._images)
         self.rounds_outputs = not (
             backend == "openvino" or (backend == "auto" and installed("openvino"))
         )
@@ -135,7 +135,7 @@ class QuantisedForms:
                 self._kept[form] = made
             self._missing.discard(form)
             if not self._missing:  # whole routes, if any are still to come, take images
-                self._arrivals.forget()
+                self._activations.forget()
             return made
 
     def sample(self, form: Form) -> np.ndarray:
@@ -143,7 +143,7 @@ class QuantisedForms:
         programs on, for features of any other kind lie outside the ranges that were calibrated.
         """
         with self._lock:
-            return next(self._arrivals.at(form))
+            return next(self._activations.at(form))
 
     def _make(self, form: Form) -> bytes:
         onnx = require("onnx")
@@ -157,7 +157,7 @@ class QuantisedForms:
         return quantise(
             model,
             nodes,
-            self._arrivals.at(form),
+            self._activations.at(form),
             rounds_outputs=self.rounds_outputs,
             reduced_range=self.reduced_range,
         )

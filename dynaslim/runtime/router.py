@@ -24,7 +24,7 @@ from dynaslim.runtime.backends import Backend, Program
 from dynaslim.runtime.escalation import averaged
 from dynaslim.runtime.forms import Form, FormShape, form_madds, form_shape
 from dynaslim.runtime.padding import run_padded
-from dynaslim.runtime.schedule import Piece, Timings, plan_step, rows_in_cache
+from dynaslim.runtime.schedule import MicroBatch, Timings, plan_step, rows_in_cache
 from dynaslim.runtime.workers import Workers, Workspace, Workspaces
 from dynaslim.spec import NetSpec, Route
 
@@ -342,7 +342,7 @@ class Router:
         # compiled here, in one thread, before any piece waits for it
         programs = [self.program(job.form, size, wide=False) for job in jobs]
 
-        def task(piece: Piece) -> Callable[[], None]:
+        def task(piece: MicroBatch) -> Callable[[], None]:
             def run() -> None:
                 job = jobs[piece.bucket]
                 start = time.perf_counter()
@@ -369,7 +369,7 @@ class Router:
             self._caps[key] = cap
         return cap
 
-    def _piece(self, job: Job, piece: Piece, program: Program, size: tuple[int, int]) -> None:
+    def _piece(self, job: Job, piece: MicroBatch, program: Program, size: tuple[int, int]) -> None:
         arrays, rows = self.backend.arrays, piece.stop - piece.start
         outs = [out[piece.start : piece.stop] for out in job.outs]
         if job.picked is None:

@@ -41,7 +41,7 @@ def rows_in_cache(peak_values: int, values: int = CACHE_VALUES) -> int:
     return rows
 
 
-class Piece(NamedTuple):
+class MicroBatch(NamedTuple):
     """Rows `start` to `stop` of bucket number `bucket`."""
 
     bucket: int
@@ -53,7 +53,7 @@ class Piece(NamedTuple):
 class Plan:
     """Pieces in the order they are to be taken; with `wide` one at a time, by all cores."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[MicroBatch, ...]
     wide: bool
 
 
@@ -72,7 +72,7 @@ def plan_step(
         return _plan_one(rows[0], caps[0], workers)
     mean = sum(n * s for n, s in zip(rows, seconds, strict=True)) / workers
     loads = [0.0] * workers
-    pieces: list[Piece] = []
+    pieces: list[MicroBatch] = []
     for bucket in sorted(range(len(rows)), key=lambda bucket: -seconds[bucket]):
         start, row_s = 0, seconds[bucket]
         while start < rows[bucket]:
@@ -80,7 +80,9 @@ def plan_step(
             left, room = rows[bucket] - start, mean - loads[idle]
             if left * row_s > room + (UNEVEN - 1) * mean:
                 left = max(1, min(left, round(room / row_s)))
-            pieces += [Piece(bucket, start + a, start + b) for a, b in _even(left, caps[bucket])]
+            pieces += [
+                MicroBatch(bucket, start + a, start + b) for a, b in _even(left, caps[bucket])
+            ]
             loads[idle] += left * row_s
             start += left
     if max(loads) > TOGETHER * mean:
@@ -97,7 +99,7 @@ def _plan_one(rows: int, cap: int, workers: int) -> Plan:
         return _together([rows], [cap])
     bounds = [rows * n // workers for n in range(workers + 1)]
     pieces = [
-        Piece(0, start + a, start + b)
+        MicroBatch(0, start + a, start + b)
         for start, stop in pairwise(bounds)
         for a, b in _even(stop - start, cap)
     ]
@@ -107,7 +109,7 @@ def _plan_one(rows: int, cap: int, workers: int) -> Plan:
 
 def _together(rows: Sequence[int], caps: Sequence[int]) -> Plan:
     pieces = [
-        Piece(bucket, start, stop)
+        MicroBatch(bucket, start, stop)
         for bucket, (count, cap) in enumerate(zip(rows, caps, strict=True))
         for start, stop in _even(count, cap)
     ]

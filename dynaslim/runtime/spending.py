@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import numpy as np
 
 from dynaslim.runtime.budget import choose, option_costs
-from dynaslim.runtime.escalation import Asked, margins
+from dynaslim.runtime.escalation import EscalationState, margins
 from dynaslim.runtime.router import Escalated, WhoEscalates
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class HeldCall:
         are not to use up what the dear ones need.
         """
         costs, steps = self._decisions.route_costs, self._decisions.escalations
-        asked, last_BG = Asked(len(logits_BN)), options_BG.copy()
+        asked, last_BG = EscalationState(len(logits_BN)), options_BG.copy()
         for behind, step in zip(range(len(steps))[::-1], steps, strict=True):
             margin_B = margins(logits_BN)
             left = max(0.0, self._left)  # rounding may have left less than nothing

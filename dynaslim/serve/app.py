@@ -9,7 +9,6 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim import __version__
 from dynaslim.runtime.libraries import require
 from dynaslim.serve.bodies import BodyReader
 from dynaslim.serve.facts import ServedEngine
@@ -25,6 +24,7 @@ from dynaslim.serve.problems import (
     unauthorised,
 )
 from dynaslim.serve.service import Service, failure
+from dynaslim.version import __version__
 
 if TYPE_CHECKING:
     from fastapi import FastAPI

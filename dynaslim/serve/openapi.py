@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from dynaslim import __version__
 from dynaslim.runtime.budget import FORMS
 from dynaslim.serve.bodies import FIELD
 from dynaslim.serve.queries import LEAST_DEADLINE_MS, TOP_K
 from dynaslim.serve.service import Service
+from dynaslim.version import __version__
 
 _PROBLEMS: Final = {
     400: "The body, or an image in it, cannot be read.",

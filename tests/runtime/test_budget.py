@@ -22,8 +22,8 @@ from dynaslim.runtime.budget import (
     parse_budget,
 )
 from dynaslim.runtime.escalation import (
-    Asked,
     Escalation,
+    EscalationState,
     averaged,
     escalation_cost,
     margins,
@@ -419,7 +419,7 @@ def test_probabilities_are_averaged():
 
 
 def test_who_is_sure_when_asked_is_done():
-    asked = Asked(4)
+    asked = EscalationState(4)
     able = np.array([True, True, True, False])
     first = asked.next(able, np.array([0.1, 0.4, 0.5, 0.1]), 0.5)
     assert first.tolist() == [True, True, False, False]

@@ -14,7 +14,7 @@ from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime import quantise
 from dynaslim.runtime.accuracy import accuracy_report
-from dynaslim.runtime.arrivals import Arrivals
+from dynaslim.runtime.activations import ActivationSampler
 from dynaslim.runtime.forms import Form, segment_forms
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.quantise import QuantisedForms
@@ -223,7 +223,7 @@ def test_second_engine_neither_compiles_nor_calibrates(
     engine.warm_up(32)
     engine.static(TINY.widest_choice)(calibration[0])
     monkeypatch.setattr(quantise, "quantise", lambda *_, **__: pytest.fail("calibrated again"))
-    monkeypatch.setattr(Arrivals, "at", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(ActivationSampler, "at", lambda *_: pytest.fail("calibrated again"))
     batches = [torch.cat(calibration)]  # the same images, in other batches
     again = Engine(
         net, backend=engine.backend, precision="int8", calibration=batches, cache_dir=cache
@@ -263,9 +263,9 @@ def test_construction_is_lazy_and_stops_reading():
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 28])
-def test_arrivals_are_what_the_network_computes(monkeypatch, kept_bytes):
+def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_bytes):
     """All images arrive at every form, from each width before on parts of their own."""
-    monkeypatch.setattr("dynaslim.runtime.arrivals.KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr("dynaslim.runtime.activations.KEPT_BYTES", kept_bytes)
     spec = NetSpec(
         "three gates",
         (
@@ -278,10 +278,10 @@ def test_arrivals_are_what_the_network_computes(monkeypatch, kept_bytes):
         reduction=1.0,
     )
     net, x = lively(spec, image_size=8), noise(spec, 37, image_size=8)
-    arrivals = Arrivals(NetworkForms(net), x)
+    sampler = ActivationSampler(NetworkForms(net), x)
     with torch.inference_mode():
         for form in segment_forms(spec):
-            rows = torch.from_numpy(np.concatenate(list(arrivals.at(form))))
+            rows = torch.from_numpy(np.concatenate(list(sampler.at(form))))
             if form.segment == 0:
                 assert torch.equal(rows, x)
                 continue
@@ -296,9 +296,9 @@ def test_arrivals_are_what_the_network_computes(monkeypatch, kept_bytes):
             assert near.any(0).sum(1).eq(1).all()
             shares = near.any(2).sum(1)  # of the paths
             assert len(possible) == 1 or shares.min() >= 37 // len(possible) // 3
-    assert not kept_bytes or arrivals._bytes > 0
-    arrivals.forget()
-    assert arrivals._bytes == 0
+    assert not kept_bytes or sampler._bytes > 0
+    sampler.forget()
+    assert sampler._bytes == 0
 
 
 def test_threads(calibration):
@@ -320,7 +320,7 @@ def test_threads(calibration):
         thread.join()
     assert not errors
     assert len(found) == len(wanted) // 2
-    assert forms._arrivals._bytes == 0, "features are let go when every segment is made"
+    assert forms._activations._bytes == 0, "features are let go when every segment is made"
 
 
 def test_quiet_and_clean(tmp_path, monkeypatch, capfd, caplog):

@@ -34,7 +34,7 @@ class Part(NamedTuple):
     features: Tensor
 
 
-class Arrivals:
+class ActivationSampler:
     """Float features of the segments of a network, for images (N, C, H, W), float32, on the CPU."""
 
     def __init__(self, forms: NetworkForms, images: Tensor) -> None:

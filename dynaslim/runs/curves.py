@@ -10,8 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from dynaslim.report.plots import BLUE, GREEN, ORANGE
-
+_BLUE, _ORANGE, _GREEN = "#0072B2", "#D55E00", "#009E73"  # told apart by the colour-blind too
 _SKIPPED = {"kind", "step", "epoch", "lr", "images_per_s"}
 
 
@@ -35,7 +34,7 @@ def curves_figure(lines: Sequence[Mapping[str, Any]]) -> bytes:
 def _losses(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
     names = [n for n in (train[0] if train else {}) if n not in _SKIPPED]
     steps = [line["step"] for line in train]
-    for name, colour in zip(names, (BLUE, GREEN, ORANGE, "0.4", "0.7"), strict=False):
+    for name, colour in zip(names, (_BLUE, _GREEN, _ORANGE, "0.4", "0.7"), strict=False):
         values = np.array([np.mean(line[name]) for line in train])
         # the noise of single steps stays to be seen behind the trend
         axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
@@ -51,10 +50,10 @@ def _accuracy(axes: Axes, val: Sequence[Mapping[str, Any]]) -> None:
     steps = [line["step"] for line in val]
     top1 = np.array([line["top1"] for line in val]) * 100
     if len(top1[0]) > 1:
-        axes.fill_between(steps, top1.min(1), top1.max(1), color=BLUE, alpha=0.15)
+        axes.fill_between(steps, top1.min(1), top1.max(1), color=_BLUE, alpha=0.15)
     marker = "o" if len(steps) < 30 else ""
-    axes.plot(steps, top1[:, -1], marker=marker, color=BLUE, label="last route (widest)")
-    axes.plot(steps, top1[:, 0], marker=marker, color=ORANGE, label="first route (cheapest)")
+    axes.plot(steps, top1[:, -1], marker=marker, color=_BLUE, label="last route (widest)")
+    axes.plot(steps, top1[:, 0], marker=marker, color=_ORANGE, label="first route (cheapest)")
     axes.set_xlabel("step")
     axes.set_ylabel("held-out top-1, %")
     axes.grid(alpha=0.3)

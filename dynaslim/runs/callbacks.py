@@ -13,7 +13,7 @@ from dynaslim.runs.options import RunOptions
 from dynaslim.runs.signals import Stopped, StopRequest
 
 
-class Keeper:
+class Callbacks:
     """Keeps a run's folder and bar up to date with its steps."""
 
     def __init__(

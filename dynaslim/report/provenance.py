@@ -32,7 +32,7 @@ _ENVIRONMENT: Final = (
 
 
 @dataclass(frozen=True)
-class Making:
+class Provenance:
     """How the network and the report came to be."""
 
     checkpoint: Table
@@ -43,9 +43,9 @@ class Making:
     """(what it does, the command)."""
 
 
-def making(facts: Facts) -> Making:
+def provenance(facts: Facts) -> Provenance:
     """All of it; what the run did not write down is not there."""
-    return Making(
+    return Provenance(
         _checkpoint(facts),
         _environment(facts),
         _table(hardware()),

@@ -2,7 +2,7 @@ import io
 
 from PIL import Image
 
-from dynaslim.report.curves import curves_figure
+from dynaslim.runs.curves import curves_figure
 
 
 def _colours(png):
