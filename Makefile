@@ -4,13 +4,16 @@ BIN := .venv/bin
 READY := .venv/.ready
 FROM := $(if $(DATA),--data $(DATA))
 
-.PHONY: demo test check format docs setup clean results results-gpu results-quick
+.PHONY: demo test trial check format docs setup clean results results-gpu results-quick
 
 demo: $(READY)  ## train, evaluate and show a small network on real images (about 2 minutes on 2 cores)
 	$(BIN)/dynaslim demo
 
 test: $(READY)  ## the tests, side by side
 	$(BIN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+trial: $(READY)  ## the package, built and tried as a user and an attacker would (3 minutes on 2 cores)
+	scripts/trial.sh
 
 # heads are fitted on arrays of megabytes: kept by the process rather than given back and faulted in
 # again each time, that takes 3 minutes a seed instead of more than 14

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -31,10 +32,16 @@ def check_writable(path: str | Path) -> Path:
 
     Raises:
         UsageError: for a folder, or a name that is none.
+        OSError: if the folder that it lies in, or the nearest there is, cannot be written.
     """
     target = Path(path)
     if not target.name or target.is_dir():
         raise UsageError(f"{str(path)!r}: is a folder; name a file to write")
+    nearest = next(p for p in target.absolute().parents if os.path.exists(p))
+    if nearest.is_dir() and not os.access(nearest, os.W_OK):
+        read_only = hasattr(os, "statvfs") and os.statvfs(nearest).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(target))
     return target
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
-from dynaslim.data.decode import IMAGE_SUFFIXES, decode_image
+from dynaslim.data.decode import IMAGE_SUFFIXES, decode_image, is_image_file
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
@@ -151,7 +151,7 @@ def _named(path: str) -> list[str]:
     for match in _matches(path):
         if os.path.isdir(match):
             files += _in_folder(match)
-        elif _is_image(match):
+        elif is_image_file(match):
             files.append(match)
     check(bool(files), f"{path}: matches no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     return files
@@ -175,18 +175,9 @@ def _in_folder(root: str) -> list[str]:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(entry.path)
-                # a pipe would never end; a link to nothing is to be reported, not passed over
-                elif _is_image(entry.name) and (entry.is_file() or _is_dangling(entry.path)):
+                elif is_image_file(entry.path):
                     files.append(entry.path)
     return sorted(files, key=lambda file: file.split(os.sep))
-
-
-def _is_image(name: str) -> bool:
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
-def _is_dangling(path: str) -> bool:
-    return os.path.islink(path) and not os.path.exists(path)
 
 
 def name_of(file: str | Path) -> str:

@@ -324,6 +324,7 @@ def test_mistakes_are_told_before_torch_is_imported(micro, tmp_path):
     mistakes = [
         (1, "evaluate", "nosuch", "--data", "nosuch"),
         (1, "evaluate", path, "--data", "no/such/data"),
+        (1, "evaluate", path, "--data", "./nosuch"),
         (1, "evaluate", path, "--data", flat),
         (2, "evaluate", path, "--data", folder, "--views", "11"),
         (2, "evaluate", path, "--data", folder, "--device", "abacus"),

@@ -1,12 +1,13 @@
 """A full disk: the file is named, nothing half is left, and what was there stays."""
 
 import errno
+import subprocess
 
 import pytest
 from helpers import lively_net, png
 
 from dynaslim import Checkpoint, Preprocessing, cli
-from dynaslim._files import naming, write_atomic
+from dynaslim._files import check_writable, naming, write_atomic
 from dynaslim.checkpoint import save
 from dynaslim.predict import Prediction
 from dynaslim.predict_tables import ParquetFile, ParquetParts
@@ -95,6 +96,17 @@ def test_verbs_name_the_file_and_leave_nothing(small_disk, tmp_path, monkeypatch
         told = capsys.readouterr().err.splitlines()[-1]
         assert told == f"dynaslim: {small_disk / name}: No space left on device"
         assert [path.name for path in small_disk.iterdir()] == ["fill"], name
+
+
+def test_a_place_that_cannot_be_written_is_told_before_any_work(small_disk, capsys):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    target = small_disk / "new" / "table.parquet"
+    with pytest.raises(OSError, match="Read-only file system") as caught:
+        check_writable(target)
+    assert caught.value.filename == str(target)
+    # before the checkpoint is looked for
+    assert cli.run(["evaluate", "nosuch", "--data", "nosuch", "--table", str(target)]) == 1
+    assert capsys.readouterr().err == f"dynaslim: {target}: Read-only file system\n"
 
 
 def test_a_folder_of_parts_names_the_part(small_disk):

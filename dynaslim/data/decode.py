@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import random
+import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -31,6 +34,19 @@ three the result is hardly to be told from one of all pixels."""
 _BAND_PIXELS: Final = 1 << 20
 Crop = Callable[[int, int], tuple[float, float, float, float]]
 """From a picture's width and height to the part of it to take: left, top, right, bottom."""
+
+
+def is_image_file(path: str | Path) -> bool:
+    """Whether a file of a folder is taken for an image: by its name, if it is a regular file.
+
+    A pipe or a device would never end. Links to nothing are taken, so that they are reported.
+    """
+    if os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES:
+        return False
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True
 
 
 def decode_image(

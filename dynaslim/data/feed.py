@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from dynaslim.data.disk import DiskFeed, DiskImages
@@ -217,8 +218,10 @@ def _in_memory(
     images = load(source)
     if not recipe.val_share:
         return images, None
-    rows, held_back = _holdout(recipe, images.labels_N)
-    return images.subset(rows), images.subset(held_back)
+    # divided by all rows, whether they decode or not: so does who measures on those held back
+    _, held_back = _holdout(recipe, source.labels())
+    held_N = torch.isin(torch.tensor(images.rows), held_back)
+    return images.subset((~held_N).nonzero().flatten()), images.subset(held_N.nonzero().flatten())
 
 
 def _on_disk(

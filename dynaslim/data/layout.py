@@ -5,12 +5,13 @@ Files are found here, and opened in `dynaslim.data.source`.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from dynaslim.data.decode import IMAGE_SUFFIXES
+from dynaslim.data.decode import is_image_file
 from dynaslim.errors import DataError
 
 WHOLE: Final = "whole"
@@ -21,7 +22,7 @@ _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     "valid": ("validation",),
 }
 _TOKEN: Final = re.compile(r"(?<![a-z])(train|test|validation|valid|val)(?![a-z])")
-_HUB_NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME: Final = re.compile(r"\w([\w.-]*\w)?(/\w([\w.-]*\w)?)?")
 
 
 def check_path(path: str | Path) -> None:
@@ -88,7 +89,9 @@ def class_folders(source: Path) -> dict[str, list[tuple[str, str]]]:
     found: dict[str, list[tuple[str, str]]] = {}
     loose: list[Path] = []
     for split, root in roots.items():
-        files = [f for f in sorted(root.rglob("*")) if f.suffix.lower() in IMAGE_SUFFIXES]
+        files = [f for f in sorted(root.rglob("*")) if is_image_file(f)]
+        for file in files:
+            _check_name(file)
         found[split] = [
             (str(file), file.relative_to(root).parts[0]) for file in files if file.parent != root
         ]
@@ -96,6 +99,15 @@ def class_folders(source: Path) -> dict[str, list[tuple[str, str]]]:
     if not any(found.values()):
         raise DataError(_no_classes(source, loose))
     return found
+
+
+def _check_name(file: Path) -> None:
+    """Raise `DataError` for a name that no table of a data set can hold."""
+    try:
+        str(file).encode()
+    except UnicodeEncodeError:
+        told = os.fsencode(file).decode("utf-8", "backslashreplace")
+        raise DataError(f"{told}: its name is not UTF-8; rename it") from None
 
 
 def _no_classes(source: Path, loose: list[Path]) -> str:

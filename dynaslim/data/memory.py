@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import count, islice
 from typing import Final
 
 import numpy as np
@@ -40,6 +40,8 @@ class MemoryImages:
     """A line `file: reason` for each image that was left out because it does not decode."""
     digests: tuple[str, ...] = ()
     """`digest` of each image's file; empty for images that came from none."""
+    rows: tuple[int, ...] = ()
+    """Each image's row of its source; empty for images that came from none."""
 
     def __len__(self) -> int:
         return len(self.labels_N)
@@ -81,6 +83,7 @@ class MemoryImages:
             labels_N=self.labels_N[rows],
             where=tuple(self.where[row] for row in rows.tolist()) if self.where else (),
             digests=tuple(self.digests[row] for row in rows.tolist()) if self.digests else (),
+            rows=tuple(self.rows[row] for row in rows.tolist()) if self.rows else (),
         )
 
 
@@ -110,6 +113,8 @@ def load_images(
     labels = np.empty(len(source), dtype=np.int64)
     where: list[str] = []
     digests: list[str] = []
+    rows: list[int] = []
+    numbers = count()
     skipped = Skipped(source.name, len(source), limit=corrupt_limit)
 
     def decode(entries: Sequence[Entry]) -> list[tuple[np.ndarray | CorruptImageError, str]]:
@@ -122,6 +127,7 @@ def load_images(
             parts = [chunk[at : at + _PER_TASK] for at in range(0, len(chunk), _PER_TASK)]
             decoded = [image for part in pool.map(decode, parts) for image in part]
             for entry, (image, hashed) in zip(chunk, decoded, strict=True):
+                row = next(numbers)
                 if isinstance(image, CorruptImageError):
                     skipped.add(image.where, image.reason)
                     skipped.check()
@@ -129,6 +135,7 @@ def load_images(
                     pixels[len(where)], labels[len(where)] = image, entry.label
                     where.append(entry.where)
                     digests.append(hashed)
+                    rows.append(row)
                 if on_image is not None:
                     on_image()
     kept = len(where)
@@ -140,6 +147,7 @@ def load_images(
         tuple(where),
         skipped.lines,
         tuple(digests),
+        tuple(rows),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 
 from PIL import Image
 
-from dynaslim.data.decode import IMAGE_SUFFIXES
+from dynaslim.data.decode import is_image_file
 from dynaslim.errors import DataError, check
 from dynaslim.serve.pictures import FORMATS
 
@@ -48,10 +48,10 @@ def find_samples(
 def _in_folder(folder: Path) -> list[Sample]:
     found: list[Sample] = []
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in IMAGE_SUFFIXES or len(found) == MOST:
+        if not is_image_file(path) or len(found) == MOST:
             continue
-        content = path.read_bytes()
         try:
+            content = path.read_bytes()
             with Image.open(io.BytesIO(content), formats=FORMATS) as image:
                 kind = Image.MIME.get(image.format or "", "application/octet-stream")
         except Exception as error:  # Pillow's plugins raise of many kinds for damaged files

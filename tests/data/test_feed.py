@@ -503,3 +503,18 @@ def test_images_on_disk_for_evaluation(tmp_path):
 def test_images_without_places_stay_so():
     images = MemoryImages(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4), ("a",) * 4)
     assert images.subset(torch.tensor([1])).where == ()
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_an_image_that_does_not_decode_moves_none_between_training_and_choosing(tmp_path, store):
+    """Budgets and reports find those held back again from the set's labels alone."""
+    path = str(store(tmp_path, 40, broken=(3,)))
+    held_back = holdout(open_source(path, "train").labels(), 0.25)[1]
+    whole = load_images(open_source(path, "train"), GREY, corrupt_limit=0.1)
+    recipe = DataRecipe(
+        path, image_size_px=SIZE, mean=(0.5,), std=(0.25,), val_share=0.25, corrupt_limit=0.1
+    )
+    names = [name for name, row in zip(whole.where, whole.rows, strict=True) if row in held_back]
+    for load in ("memory", "disk"):
+        validation = _open(_changed(recipe, load=load)).validation
+        assert [name for name in validation.where if name in whole.where] == names, load

@@ -1,3 +1,6 @@
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import png, write_parquet
@@ -119,6 +122,25 @@ def test_nothing_there(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"expected a .parquet file or a folder"):
         open_source(tmp_path / "notes.txt")
+
+
+def test_what_never_ends_is_no_image(tmp_path):
+    """A pipe or a device among images; links that lead nowhere are, and are skipped when read."""
+    folder = tmp_path / "cat"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(png())
+    os.mkfifo(folder / "pipe.png")
+    (folder / "zero.png").symlink_to("/dev/zero")
+    (folder / "round.png").symlink_to("round.png")
+    source = open_source(tmp_path)
+    assert [Path(entry.where).name for entry in source.entries()] == ["a.png", "round.png"]
+
+
+def test_a_name_that_is_not_utf8(tmp_path):
+    (tmp_path / "cat").mkdir()
+    Path(os.fsdecode(bytes(tmp_path / "cat") + b"/a\xff.png")).write_bytes(png())
+    with pytest.raises(DataError, match=r"cat/a\\xff.png: its name is not UTF-8; rename it"):
+        open_source(tmp_path)
 
 
 def test_hub_name_that_cannot_be_had():
