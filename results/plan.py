@@ -212,7 +212,7 @@ BEST: Final[dict[str, dict[str, float]]] = {
     "quick": {
         "labels": 0.4,
         "ensemble": 0.2,
-        "distillation": 0.4,
+        "distillation": 0.8,
         "bootstrap": 0.2,
         "both": 0.1,
         "handover": 0.2,
