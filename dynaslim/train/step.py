@@ -120,10 +120,10 @@ def supernet_step(
             (logits,) = net.forward_many(
                 x, (routes.largest,), dropout_mask=kept, run_segment=run_segment
             )
+        logits, whole = logits if logits.ndim == 3 else (logits, logits)
         if target == "distillation" and outside is None:
-            whole = logits[-1] if logits.ndim == 3 else logits
             targets[1:] = [whole.detach().float().softmax(1)] * len(narrow)
-        loss = learn(logits[0] if logits.ndim == 3 else logits, targets[0]) * share
+        loss = learn(logits, targets[0]) * share
         totals[0] += loss.detach()
         torch.autograd.backward(loss)
         # the other routes share their trunk, so they run together and go backward as one sum
