@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dynaslim._files import is_shown
-from dynaslim.data.skipped import NAMED
+from dynaslim.data.skipped import report_lines
 
 if TYPE_CHECKING:
     from dynaslim.evaluation import Evaluation
@@ -137,11 +137,9 @@ def gates_table(results: Mapping[str, Any]) -> Any:
 
 
 def say_skipped(lines: Sequence[str]) -> None:
-    """The images that were skipped: the first by name, the others by number."""
-    for line in lines[:NAMED]:
-        say(f"skipped: {line}")
-    if len(lines) > NAMED:
-        say(f"skipped: {len(lines) - NAMED} more")
+    """Print which images were skipped."""
+    for line in report_lines(lines):
+        say(line)
 
 
 def new_table(*columns: str) -> Any:

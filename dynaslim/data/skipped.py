@@ -23,6 +23,14 @@ class CorruptImageError(DataError):
         self.reason = reason
 
 
+def report_lines(lines: Sequence[str]) -> list[str]:
+    """What every verb prints of skipped images: the first by name, the others by number."""
+    shown = [f"skipped: {line}" for line in lines[:NAMED]]
+    if len(lines) > NAMED:
+        shown.append(f"skipped: {len(lines) - NAMED} more")
+    return shown
+
+
 class Skipped:
     """Distinct images of a data set that were left out, in the order they were met."""
 

@@ -13,7 +13,7 @@ import torch
 
 from dynaslim._files import write_atomic
 from dynaslim.data.feed import Training, open_training
-from dynaslim.data.skipped import NAMED, Skipped
+from dynaslim.data.skipped import Skipped, report_lines
 from dynaslim.distributed import gather, world_size
 from dynaslim.errors import check
 from dynaslim.pretrained import checkpoint_file
@@ -114,11 +114,9 @@ def opened(
 
 
 def note_skipped(lines: Sequence[str]) -> None:
-    """Say which images were skipped: the first by name, the others by number."""
-    for line in lines[:NAMED]:
-        note(f"skipped: {line}")
-    if len(lines) > NAMED:
-        note(f"skipped: {len(lines) - NAMED} more")
+    """Note which images were skipped."""
+    for line in report_lines(lines):
+        note(line)
 
 
 def skipped_lines(data: Training) -> list[str]:
