@@ -6,10 +6,11 @@ compared with: same images, epochs, optimizer and averaging; one width, the labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Final, Literal
 
 from dynaslim.demo import DATA as MINI
@@ -24,7 +25,7 @@ from dynaslim.recipes import (
     SupernetRecipe,
     load_recipe,
 )
-from results.cells import HERE, Cell
+from results.cells import HERE, Cell, all_cells
 
 Kind = Literal["supernet", "static", "gate"]
 TARGETS: Final = (0.35, 0.5, 0.7)
@@ -49,7 +50,7 @@ class Job:
     width: int | None = None
     """Of a static network: which width of the recipe's model."""
     needs: Cell | None = None
-    """The supernet that a gate is trained for, or that a training goes on from."""
+    """The supernet that a gate is trained for."""
 
     def asked(self) -> dict[str, Any]:
         """All that decides its numbers, as plain values."""
@@ -71,11 +72,15 @@ def _shipped(name: str) -> SupernetRecipe:
     return load_recipe(SupernetRecipe, HERE.parent / "recipes" / f"{name}.yaml")
 
 
-def cifar10(folder: str | None, seed: int) -> SupernetRecipe:
-    """The recipe of the model that ships."""
+EPOCHS: Final = 8
+"""Of CIFAR-10's comparisons: a third of the recipe's."""
+
+
+def cifar10(folder: str | None, seed: int, epochs: int | None = EPOCHS) -> SupernetRecipe:
+    """The recipe of the model that ships; None: with all of its epochs."""
     recipe = _shipped("cifar10_resnet8_supernet")
-    path = _data(folder, "cifar10").path
-    return replace(recipe, seed=seed, data=replace(recipe.data, path=path))
+    data = replace(recipe.data, path=_data(folder, "cifar10").path)
+    return replace(recipe, seed=seed, data=data, epochs=epochs or recipe.epochs)
 
 
 def fashion(folder: str | None, seed: int) -> SupernetRecipe:
@@ -107,82 +112,70 @@ def gate(supernet: SupernetRecipe, **fields: Any) -> GateRecipe:
 
 def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """CIFAR-10: supernet, gates, and what a user would train instead."""
-    jobs = []
-    for seed in seeds:
-        recipe = cifar10(folder, seed)
-        jobs += _supernet_and_gates("headline", recipe)
-        jobs += [
-            Job(
-                Cell("headline", f"static{k}", seed),
-                "static",
-                at_rate(recipe, BEST["cifar10"][f"static{k}"]),
-                width=k,
-            )
-            for k in (0, 3, 1, 2)
-        ]
-    return jobs
-
-
-def _supernet_and_gates(
-    experiment: str, recipe: SupernetRecipe, needs: Cell | None = None
-) -> list[Job]:
-    supernet = Cell(experiment, "supernet", recipe.seed)
-    gates = Cell(experiment, "gates", recipe.seed)
-    return [
-        Job(supernet, "supernet", recipe, needs=needs),
-        Job(gates, "gate", gate(recipe), needs=supernet),
+    statics = [
+        _static(
+            "headline", f"static{k}", cifar10(folder, seed), k, best_rate("cifar10", f"static{k}")
+        )
+        for seed in seeds
+        for k in (3, 2, 1, 0)
     ]
+    return _taught("headline", RECIPE, folder, seeds) + statics
+
+
+def _static(experiment: str, variant: str, recipe: SupernetRecipe, width: int, lr: float) -> Job:
+    """A network trained alone: by the labels, whatever the recipe teaches its routes by."""
+    cell = Cell(experiment, variant, recipe.seed)
+    return Job(cell, "static", replace(at_rate(recipe, lr), **UNTAUGHT), width=width)
 
 
 def labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """CIFAR-10: all routes of the supernet taught by the labels."""
-    return _taught("labels", folder, seeds)
+    return _taught("labels", "labels", folder, seeds)
 
 
 def ensemble(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """CIFAR-10: in-place ensemble bootstrapping, the paper's way."""
-    return _taught("ensemble", folder, seeds)
+    return _taught("ensemble", "ensemble", folder, seeds)
 
 
 def distillation(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """CIFAR-10: in-place distillation, the slimmable baseline; no gates."""
-    return [job for job in _taught("distillation", folder, seeds) if job.kind == "supernet"]
-
-
-def _taught(way: str, folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """The recipe that ships, taught in another way at that way's own rate."""
-    jobs = []
-    for seed in seeds:
-        recipe = replace(cifar10(folder, seed), **UNTAUGHT | TEACHING[way])
-        jobs += _supernet_and_gates(way, at_rate(recipe, BEST["cifar10"][way]))
-    return jobs
+    jobs = _taught("distillation", "distillation", folder, seeds)
+    return [job for job in jobs if job.kind == "supernet"]
 
 
 def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """The supernets of `headline` trained on, as the one that ships was."""
-    return _trained_on("longer", "headline", folder, seeds)
+    """CIFAR-10: the recipe in full, which is `headline` trained three times as long."""
+    return _taught("longer", RECIPE, folder, seeds, epochs=None)
 
 
 def longer_labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """Those of `labels` trained on by the labels, the recipe otherwise the same."""
-    return _trained_on("longer_labels", "labels", folder, seeds, **UNTAUGHT | TEACHING["labels"])
+    """CIFAR-10: those of `labels`, trained three times as long."""
+    return _taught("longer_labels", "labels", folder, seeds, epochs=None)
 
 
-def _trained_on(
-    experiment: str, start: str, folder: str | None, seeds: Sequence[int], **fields: Any
+def _taught(
+    experiment: str,
+    way: str,
+    folder: str | None,
+    seeds: Sequence[int],
+    epochs: int | None = EPOCHS,
 ) -> list[Job]:
+    """Supernets of the recipe taught in a way at that way's own rate, and their gates."""
     jobs = []
     for seed in seeds:
-        before = Cell(start, "supernet", seed)
-        recipe = replace(
-            _shipped("cifar10_resnet8_longer_supernet"),
-            seed=seed,
-            data=cifar10(folder, seed).data,
-            init=str((before.run / "last.safetensors").relative_to(HERE.parent)),
-            **fields,
-        )
-        jobs += _supernet_and_gates(experiment, recipe, before)
+        recipe = replace(cifar10(folder, seed, epochs), **UNTAUGHT | TEACHING[way])
+        jobs += _supernet_and_gates(experiment, at_rate(recipe, best_rate("cifar10", way)))
     return jobs
+
+
+def _supernet_and_gates(experiment: str, recipe: SupernetRecipe) -> list[Job]:
+    supernet = Cell(experiment, "supernet", recipe.seed)
+    gates = Cell(experiment, "gates", recipe.seed)
+    return [
+        Job(supernet, "supernet", recipe),
+        Job(gates, "gate", gate(recipe), needs=supernet),
+    ]
 
 
 def targets(folder: str | None, seeds: Sequence[int]) -> list[Job]:
@@ -206,62 +199,66 @@ TEACHING: Final[dict[str, dict[str, Any]]] = {
 }
 """What the sub-networks of a supernet learn: `ensemble` is the paper's way, `both` adds the labels,
 `handover` goes from the labels over to the teacher."""
+RECIPE: Final = "both"
+"""How the networks of the recipe that ships are taught."""
 RATES: Final = (0.1, 0.2, 0.4)
 """Learning rates that each way of teaching is tried at."""
-BEST: Final[dict[str, dict[str, float]]] = {
-    "quick": {
-        "labels": 0.4,
-        "ensemble": 0.2,
-        "distillation": 0.8,
-        "bootstrap": 0.2,
-        "both": 0.1,
-        "handover": 0.2,
-    },
-    "targets": dict.fromkeys(TEACHING, 0.2),
-    "cifar10": dict.fromkeys((*TEACHING, *(f"static{k}" for k in range(4))), 0.2),
-}
-"""The rate of each way that the held-out images chose, by experiment: from the cells of
-`rates_...` at seed 0; 0.2 where they are not all there."""
+
+
+@cache
+def best_rate(experiment: str, variant: str) -> float:
+    """The learning rate of a variant that held-out images chose: by the cells of `rates_...`.
+
+    Highest mean over routes and seeds; 0.2 where nothing was tried.
+    """
+    found: dict[float, list[float]] = {}
+    for cell in all_cells(f"rates_{experiment}"):
+        name, _, rate = cell["variant"].partition("_lr")
+        if name == variant:
+            found.setdefault(float(rate), []).append(fmean(cell["held_out"]["top1"]))
+    return max(found, key=lambda rate: fmean(found[rate]), default=0.2)
 
 
 def rates_quick(_: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES) -> list[Job]:
-    """Every way of teaching at every rate on the images that ship; the first seed only."""
-    return _rates("rates_quick", mini(seeds[0]), rates)
+    """Every way of teaching at every rate on the images that ship."""
+    return _rates("rates_quick", [mini(seed) for seed in seeds], TEACHING, rates)
 
 
 def rates_targets(
     folder: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES
 ) -> list[Job]:
-    """The same on Fashion-MNIST."""
-    return _rates("rates_targets", fashion(folder, seeds[0]), rates)
+    """The same on Fashion-MNIST; the first seed only."""
+    return _rates("rates_targets", [fashion(folder, seeds[0])], TEACHING, rates)
 
 
 def rates_cifar10(
     folder: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES
 ) -> list[Job]:
-    """The same on CIFAR-10 in three epochs, and networks trained alone."""
-    recipe = replace(cifar10(folder, seeds[0]), epochs=3)
-    return _rates("rates_cifar10", recipe, rates) + [
-        Job(
-            Cell("rates_cifar10", f"static{k}_lr{lr:g}", recipe.seed),
-            "static",
-            at_rate(recipe, lr),
-            width=k,
-        )
+    """Ways of teaching and networks trained alone on CIFAR-10; the first seed only."""
+    recipe = cifar10(folder, seeds[0])
+    ways = ("both", "labels", "ensemble", "distillation")
+    return _rates("rates_cifar10", [recipe], ways, rates) + [
+        _static("rates_cifar10", f"static{k}_lr{lr:g}", recipe, k, lr)
         for lr in rates
-        for k in (0, 3, 1, 2)
+        for k in (3, 2, 1, 0)
     ]
 
 
-def _rates(experiment: str, recipe: SupernetRecipe, rates: Sequence[float]) -> list[Job]:
+def _rates(
+    experiment: str,
+    recipes: Sequence[SupernetRecipe],
+    ways: Iterable[str],
+    rates: Sequence[float],
+) -> list[Job]:
     return [
         Job(
-            Cell(experiment, f"{variant}_lr{lr:g}", recipe.seed),
+            Cell(experiment, f"{way}_lr{lr:g}", recipe.seed),
             "supernet",
-            replace(at_rate(recipe, lr), **UNTAUGHT | fields),
+            replace(at_rate(recipe, lr), **UNTAUGHT | TEACHING[way]),
         )
+        for recipe in recipes
         for lr in rates
-        for variant, fields in TEACHING.items()
+        for way in ways
     ]
 
 
@@ -277,7 +274,7 @@ def _targets(
         Job(
             Cell(experiment, variant, seed),
             "supernet",
-            replace(at_rate(recipe(seed), BEST[experiment][variant]), **UNTAUGHT | fields),
+            replace(at_rate(recipe(seed), best_rate(experiment, variant)), **UNTAUGHT | fields),
         )
         for seed in seeds
         for variant, fields in TEACHING.items()

@@ -352,15 +352,20 @@ def test_committed_cells_are_what_the_plan_asks_for():
         assert found is None or found["asked_sha256"] == cells.digest(job.asked()), job.cell
 
 
-@pytest.mark.parametrize("name", plan.BEST)
-def test_learning_rates_are_those_that_the_held_out_images_chose(name):
-    tried = {}
-    for cell in cells.all_cells(f"rates_{name}"):
-        way, _, lr = cell["variant"].partition("_lr")
-        tried.setdefault(way, {})[float(lr)] = np.mean(cell["held_out"]["top1"])
-    for way, top1 in tried.items():
-        if set(top1) >= set(plan.RATES):
-            assert plan.BEST[name][way] == max(top1, key=top1.get), way
+def test_learning_rates_are_those_that_the_held_out_images_chose():
+    top1 = {
+        cell["variant"]: np.mean(cell["held_out"]["top1"])
+        for cell in cells.all_cells("rates_cifar10")
+    }
+    chosen = plan.best_rate("cifar10", "labels")
+    assert top1[f"labels_lr{chosen:g}"] == max(top1[f"labels_lr{rate:g}"] for rate in plan.RATES)
+    assert plan.best_rate("cifar10", "another way") == 0.2
+
+
+def test_the_recipe_that_ships_is_the_one_that_is_measured():
+    shipped = plan.cifar10(None, 0, epochs=None)
+    (longer, *_) = plan.longer(None, [0])
+    assert longer.recipe == shipped
 
 
 def test_a_static_network_is_the_route_alone():
