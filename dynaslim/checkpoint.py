@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 
 from dynaslim._files import write_atomic
 from dynaslim.errors import CheckpointError, UsageError
-from dynaslim.nn.net import SlimNet
+from dynaslim.graph import spec_from_dict
+from dynaslim.nn.graph_net import make_net
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.pretrained import Pretrained, checkpoint_file
-from dynaslim.spec import NetSpec
 from dynaslim.zoo import get_spec
 
 FORMAT: Final = "dynaslim-checkpoint"
@@ -37,7 +38,7 @@ VERSION: Final = 1
 class Checkpoint(Pretrained):
     """A network and what is needed to use it and to know where it came from."""
 
-    net: SlimNet
+    net: ElasticNet
     class_names: tuple[str, ...] | None = None
     preprocessing: Preprocessing | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -134,14 +135,14 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """
     meta, tensors = _read_verified(checkpoint_file(path))
     try:
-        spec = NetSpec.from_dict(meta["spec"])
+        spec = spec_from_dict(meta["spec"])
         names = meta["class_names"]
         pre = meta["preprocessing"]
         budget = meta.get("budget")  # not in files without one
         if not isinstance(budget, dict | None):
             raise UsageError(f"budget {budget!r:.60}: expected an object")
         with _Unfilled():
-            net = SlimNet(spec, device="meta")
+            net = make_net(spec, device="meta")
         _check_tensors(path, net, tensors)
         # copied: in the file they start at any multiple of 8 bytes, and convolutions round the last
         # bit by how their weights are aligned
@@ -186,7 +187,7 @@ def read_prepared(path: str | Path) -> tuple[Checkpoint, Preprocessing]:
 
 def load(
     path: str | Path, *, num_classes: int | None = None, device: torch.device | str = "cpu"
-) -> SlimNet:
+) -> ElasticNet:
     """The network of a checkpoint, in evaluation mode; see `read` for what else is in it.
 
     Raises:
@@ -206,7 +207,7 @@ def keeps_classifier(checkpoint: Checkpoint, class_names: Sequence[str]) -> bool
     return as_many and checkpoint.class_names in (None, tuple(class_names))
 
 
-def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> SlimNet:
+def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> ElasticNet:
     """A copy of the network, to be trained on these classes; in evaluation mode.
 
     The classifier is the checkpoint's where its classes are the same in the same order, or where it
@@ -215,9 +216,10 @@ def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> SlimNet:
     spec = checkpoint.net.spec.replace(num_classes=len(class_names))
     same = keeps_classifier(checkpoint, class_names)
     state = checkpoint.net.state_dict()
-    net = SlimNet(spec, device=next(iter(state.values())).device)
+    net = make_net(spec, device=next(iter(state.values())).device)
     if not same:
-        state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+        head = f"{spec.classifier}."
+        state = {k: v for k, v in state.items() if not k.startswith(head)}
     net.load_state_dict(state, strict=same)
     return net.eval()
 
@@ -258,7 +260,7 @@ def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return meta, tensors
 
 
-def _check_tensors(path: str | Path, net: SlimNet, tensors: Mapping[str, Tensor]) -> None:
+def _check_tensors(path: str | Path, net: ElasticNet, tensors: Mapping[str, Tensor]) -> None:
     own = net.state_dict()
     expected = {name: tuple(tensor.shape) for name, tensor in own.items()}
     for name, shape in expected.items():

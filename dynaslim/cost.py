@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 from dynaslim.errors import UsageError, check
+from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.spec import GATE_AT_ENTRANCE, NetSpec, Route, StageSpec, Width
 
 if TYPE_CHECKING:
@@ -166,8 +167,10 @@ def _shortcut(
 
 @lru_cache(maxsize=4096)
 def _segment_totals(
-    spec: NetSpec, route: Route, image_size: ImageSize, pooling: bool, slimming_heads: bool
+    spec: AnySpec, route: Route, image_size: ImageSize, pooling: bool, slimming_heads: bool
 ) -> tuple[int, ...]:
+    if isinstance(spec, GraphSpec):
+        return _graph_totals(spec, route, image_size, slimming_heads)
     totals = [0] * spec.num_segments
     for layer in layer_costs(spec, route, image_size):
         if slimming_heads or not layer.slimming_head:
@@ -175,15 +178,34 @@ def _segment_totals(
     return tuple(totals)
 
 
+def _graph_totals(
+    spec: GraphSpec, route: Route, image_size: ImageSize, slimming_heads: bool
+) -> tuple[int, ...]:
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    spec.check_image_size(*size)
+    indices = spec.segment_indices(route)
+    totals = []
+    for segment in spec.segments:
+        form = spec.form(segment, indices)
+        gate = segment < len(spec.gates) and not slimming_heads
+        totals.append(form.madds - (spec.gate_madds(segment, form.out[0]) if gate else 0))
+    return tuple(totals)
+
+
 @lru_cache(maxsize=4096)
 def segment_shapes(
-    spec: NetSpec, route: Route, image_size: tuple[int, int]
+    spec: AnySpec, route: Route, image_size: tuple[int, int]
 ) -> tuple[SegmentShape, ...]:
     """The sizes of every segment along a route, for images of (height, width) in pixels.
 
     Raises:
         UsageError: if the route is none of the network's or the image is too small for it.
     """
+    if isinstance(spec, GraphSpec):
+        spec.check_image_size(*image_size)
+        indices = spec.segment_indices(route)
+        forms = [spec.form(segment, indices) for segment in spec.segments]
+        return tuple(SegmentShape(form.out, form.peak) for form in forms)
     walk = _Walk(spec, image_size)
     outs: list[tuple[int, int, int]] = []
     peaks = [0] * spec.num_segments
@@ -197,7 +219,7 @@ def segment_shapes(
 
 
 def madds(
-    spec: NetSpec,
+    spec: AnySpec,
     route: Route | str | Sequence[int],
     image_size: ImageSize,
     *,
@@ -216,8 +238,11 @@ def madds(
     return sum(_segment_totals(spec, checked, image_size, pooling, slimming_heads))
 
 
-def params(spec: NetSpec, route: Route | str | Sequence[int] | None = None) -> int:
+def params(spec: AnySpec, route: Route | str | Sequence[int] | None = None) -> int:
     """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
+    if isinstance(spec, GraphSpec):
+        indices = spec.segment_indices(spec.largest if route is None else spec.coerce_route(route))
+        return sum(spec.form(segment, indices).params for segment in spec.segments)
     if route is None:
         largest = layer_costs(spec, spec.largest, spec.total_stride)
         return sum(layer.params for layer in largest)
@@ -242,7 +267,7 @@ class CostTable:
 
     @classmethod
     @lru_cache(maxsize=256)
-    def from_madds(cls, spec: NetSpec, image_size: ImageSize) -> CostTable:
+    def from_madds(cls, spec: AnySpec, image_size: ImageSize) -> CostTable:
         """The table of MAdds for an image size in pixels."""
         choices = [(0,), *(gate.choices for gate in spec.gates)]
         segments = []
@@ -260,7 +285,7 @@ class CostTable:
         return cls("madds", tuple(segments))
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], spec: NetSpec) -> CostTable:
+    def from_dict(cls, data: Mapping[str, Any], spec: AnySpec) -> CostTable:
         """Rebuild a table from `to_dict` and check that it is one for the network's gates.
 
         Raises:
@@ -329,7 +354,7 @@ def check_keys(data: Mapping[str, Any], expected: set[str]) -> None:
         raise UsageError(f"has an unknown key {key!r}")
 
 
-def _segment_shapes(spec: NetSpec) -> list[tuple[int, int]]:
+def _segment_shapes(spec: AnySpec) -> list[tuple[int, int]]:
     """Options (before, behind) of every segment."""
     options = [1, *(len(gate.choices) for gate in spec.gates)]
     return [(1, 1), *itertools.pairwise(options)]

@@ -366,6 +366,16 @@ class NetSpec:
         return math.prod(stage.stride * (2 if stage.max_pool else 1) for stage in self.stages)
 
     @property
+    def classifier(self) -> str:
+        """Name of the linear layer that gives the logits."""
+        return "classifier"
+
+    @property
+    def features(self) -> int:
+        """Channels of the classifier's input at full width."""
+        return self.stages[-1].widths[-1]
+
+    @property
     def usual_image_size(self) -> int:
         """The side in pixels that an architecture is meant for, where nothing else says."""
         return 224 if self.total_stride >= 32 else 32

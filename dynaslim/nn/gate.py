@@ -18,7 +18,8 @@ class Gate(nn.Module):
     """Global average pool, hidden layer, then up to two heads (arXiv 2103.13258, section 3.3).
 
     The attention head scales the features channel by channel: by a sigmoid, or by `1 + tanh` with
-    zero-initialised weights, which starts as the identity. The slimming head, where `choices` is
+    zero-initialised weights, which starts as the identity; with `attention` None there is no such
+    head. The slimming head, where `choices` is
     not 0, gives one logit per choice; it is bias-free and reads the hidden layer, as released.
     Both are linear layers on pooled features: equal to the paper's 1x1 convolutions.
     """
@@ -28,7 +29,7 @@ class Gate(nn.Module):
         channels: int,
         hidden: int,
         choices: int,
-        attention: Attention,
+        attention: Attention | None,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -41,8 +42,8 @@ class Gate(nn.Module):
 
         self.reduce_weight = parameter(hidden, channels)
         self.reduce_bias = parameter(hidden)
-        self.expand_weight = parameter(channels, hidden)
-        self.expand_bias = parameter(channels)
+        self.expand_weight = None if attention is None else parameter(channels, hidden)
+        self.expand_bias = None if attention is None else parameter(channels)
         self.slimming_weight = parameter(choices, hidden) if choices else None
         self.reset_parameters()
 
@@ -51,11 +52,10 @@ class Gate(nn.Module):
         hidden, channels = self.reduce_weight.shape
         nn.init.uniform_(self.reduce_weight, -1 / math.sqrt(channels), 1 / math.sqrt(channels))
         nn.init.zeros_(self.reduce_bias)
-        if self.attention == "one_plus_tanh":
-            nn.init.zeros_(self.expand_weight)
-        else:
-            nn.init.uniform_(self.expand_weight, -1 / math.sqrt(hidden), 1 / math.sqrt(hidden))
-        nn.init.zeros_(self.expand_bias)
+        if self.expand_weight is not None and self.expand_bias is not None:
+            reach = 0.0 if self.attention == "one_plus_tanh" else 1 / math.sqrt(hidden)
+            nn.init.uniform_(self.expand_weight, -reach, reach)
+            nn.init.zeros_(self.expand_bias)
         if self.slimming_weight is not None:
             nn.init.normal_(self.slimming_weight, std=0.01)
 
@@ -66,6 +66,8 @@ class Gate(nn.Module):
 
     def attend(self, x_BCHW: Tensor, hidden_BR: Tensor) -> Tensor:
         """The features scaled by the attention head."""
+        if self.expand_weight is None:
+            return x_BCHW
         channels = x_BCHW.shape[1]
         scale_BC = slim_linear(hidden_BR, self.expand_weight, channels, self.expand_bias)
         if self.attention == "sigmoid":

@@ -69,14 +69,14 @@ def _left_to_python(function: F) -> F:
 _disabled = cache(torch.compiler.disable)
 """`torch.compiler.disable` of a function: neither it nor what it calls is traced."""
 
-Program = Callable[["SlimNet", Tensor, Tensor | None], Tensor]
+Program = Callable[["ElasticNet", Tensor, Tensor | None], Tensor]
 
 
 # beside the networks, not on them: functions made at run time cannot be pickled or copied
-_PROGRAMS: WeakKeyDictionary[SlimNet, dict[tuple[int, ...], Program]] = WeakKeyDictionary()
+_PROGRAMS: WeakKeyDictionary[ElasticNet, dict[tuple[int, ...], Program]] = WeakKeyDictionary()
 
 
-def _program(net: SlimNet, indices: tuple[int, ...]) -> Program:
+def _program(net: ElasticNet, indices: tuple[int, ...]) -> Program:
     """A network's program for given width indices, made at first use."""
     programs = _PROGRAMS.setdefault(net, {})
     if indices not in programs:
@@ -87,7 +87,7 @@ def _program(net: SlimNet, indices: tuple[int, ...]) -> Program:
 def _make_program(indices: tuple[int, ...]) -> Program:
     """The static forward for given width indices, as a function with a code object of its own."""
 
-    def run(net: SlimNet, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
+    def run(net: ElasticNet, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
         for number, index in enumerate(indices):
             x = net.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
         return x
@@ -97,7 +97,118 @@ def _make_program(indices: tuple[int, ...]) -> Program:
     return FunctionType(code, run.__globals__, name, None, run.__closure__)
 
 
-class SlimNet(nn.Module, Pretrained):
+class ElasticNet(nn.Module, Pretrained):
+    """What all networks have in common: segments that are run along a route.
+
+    A network has a `spec`, and `segment` and `segment_hidden`, one piece of it.
+    """
+
+    spec: Any
+
+    def segment(
+        self,
+        number: int,
+        x: Tensor,
+        choice: int | Tensor,
+        *,
+        decide: bool = True,
+        dropout_mask: Tensor | None = None,
+    ) -> SegmentOutput:
+        """Run segment `number` on what the one before it returned (segment 0: on images)."""
+        raise NotImplementedError
+
+    def segment_hidden(self, number: int, x: Tensor, choice: int | Tensor) -> tuple[Tensor, Tensor]:
+        """As `segment`, with the next gate's hidden features (B, R) in place of its logits."""
+        raise NotImplementedError
+
+    def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:
+        """Every row along the widths that its gates choose, differentiable through them."""
+        raise NotImplementedError
+
+    def _run_segment(
+        self, number: int, x: Tensor, index: int, dropout_mask: Tensor | None
+    ) -> Tensor:
+        return self.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def _check_gated(self, x: Tensor) -> None:
+        if self.training:
+            raise RuntimeError("forward_gated uses running statistics: call net.eval() first")
+        self.check_input(x)
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise `ValueError` unless x is a batch of images that the network takes."""
+        if x.ndim != 4 or x.shape[1] != self.spec.in_channels:
+            raise ValueError(
+                f"input of shape {tuple(x.shape)}: {self.spec.name} takes "
+                f"(rows, {self.spec.in_channels}, height, width)"
+            )
+        self.spec.check_image_size(x.shape[2], x.shape[3])
+
+    def _resolve(self, x: Tensor, route: Route | str | Sequence[int]) -> Program:
+        self.check_input(x)
+        checked = route if isinstance(route, Route) else Route.parse(route)
+        return _program(self, self.spec.segment_indices(checked))
+
+    # Each route's program has a code object of its own and this dispatcher is left to Python:
+    # torch.compile gives up on a code object after 8 shapes or constants, silently.
+    @_left_to_python
+    def forward(
+        self, x: Tensor, route: Route | str | Sequence[int], *, dropout_mask: Tensor | None = None
+    ) -> Tensor:
+        """Static forward: images (B, in_channels, H, W) along one route -> logits (B, classes).
+
+        `route` is a `Route`, its text or its widths. `dropout_mask` multiplies the pooled features
+        (the caller draws it, so that randomness is an argument).
+
+        Raises:
+            UsageError: if the route is not one of the network's, or the image is too small.
+            ValueError: if x is not a batch of images with the spec's channels.
+        """
+        resolve = ElasticNet._resolve
+        if "torch._dynamo" in sys.modules:  # else nothing is being compiled
+            resolve = _disabled(resolve)
+        return resolve(self, x, route)(self, x, dropout_mask)
+
+    def forward_many(
+        self,
+        x: Tensor,
+        routes: Sequence[Route | str | Sequence[int]],
+        *,
+        dropout_mask: Tensor | None = None,
+        run_segment: RunSegment | None = None,
+    ) -> list[Tensor]:
+        """Static forward along several routes -> logits (B, classes) of each, in order.
+
+        Segments that routes share from the images on (the trunk above all) run once, with equal
+        results and gradients. In training mode BN's running statistics there take one update.
+        `run_segment` stands in for this network's own `segment`, compiled say.
+
+        Raises:
+            As `forward`.
+        """
+        self.check_input(x)
+        run = run_segment or self._run_segment
+        paths = [self.spec.segment_indices(self.spec.coerce_route(route)) for route in routes]
+        done: dict[tuple[int, ...], Tensor] = {(): x}
+        for path in paths:
+            for number, index in enumerate(path):
+                here = path[: number + 1]
+                if here not in done:
+                    done[here] = run(number, done[path[:number]], index, dropout_mask)
+        return [done[path] for path in paths]
+
+    def slimming_parameters(self) -> list[nn.Parameter]:
+        """The weights of the slimming heads: all that stage II trains."""
+        weights = (m.slimming_weight for m in self.modules() if isinstance(m, Gate))
+        return [weight for weight in weights if weight is not None]
+
+
+class SlimNet(ElasticNet):
     """A dynamic slimmable network built from a spec.
 
     `net(x, route)` runs one sub-network; `net.forward_gated(x, choose)` masks every row by its
@@ -230,75 +341,6 @@ class SlimNet(nn.Module, Pretrained):
         assert gated.gate is not None
         return gated.front(x, width_before), gated.gate
 
-    def _run_segment(
-        self, number: int, x: Tensor, index: int, dropout_mask: Tensor | None
-    ) -> Tensor:
-        return self.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
-
-    # -- the whole ----------------------------------------------------------------------------
-
-    def check_input(self, x: Tensor) -> None:
-        """Raise `ValueError` unless x is a batch of images that the network takes."""
-        if x.ndim != 4 or x.shape[1] != self.spec.in_channels:
-            raise ValueError(
-                f"input of shape {tuple(x.shape)}: {self.spec.name} takes "
-                f"(rows, {self.spec.in_channels}, height, width)"
-            )
-        self.spec.check_image_size(x.shape[2], x.shape[3])
-
-    def _resolve(self, x: Tensor, route: Route | str | Sequence[int]) -> Program:
-        self.check_input(x)
-        checked = route if isinstance(route, Route) else Route.parse(route)
-        return _program(self, self.spec.segment_indices(checked))
-
-    # Each route's program has a code object of its own and this dispatcher is left to Python:
-    # torch.compile gives up on a code object after 8 shapes or constants, silently.
-    @_left_to_python
-    def forward(
-        self, x: Tensor, route: Route | str | Sequence[int], *, dropout_mask: Tensor | None = None
-    ) -> Tensor:
-        """Static forward: images (B, in_channels, H, W) along one route -> logits (B, classes).
-
-        `route` is a `Route`, its text or its widths. `dropout_mask` multiplies the pooled features
-        (the caller draws it, so that randomness is an argument).
-
-        Raises:
-            UsageError: if the route is not one of the network's, or the image is too small.
-            ValueError: if x is not a batch of images with the spec's channels.
-        """
-        resolve = SlimNet._resolve
-        if "torch._dynamo" in sys.modules:  # else nothing is being compiled
-            resolve = _disabled(resolve)
-        return resolve(self, x, route)(self, x, dropout_mask)
-
-    def forward_many(
-        self,
-        x: Tensor,
-        routes: Sequence[Route | str | Sequence[int]],
-        *,
-        dropout_mask: Tensor | None = None,
-        run_segment: RunSegment | None = None,
-    ) -> list[Tensor]:
-        """Static forward along several routes -> logits (B, classes) of each, in order.
-
-        Segments that routes share from the images on (the trunk above all) run once, with equal
-        results and gradients. In training mode BN's running statistics there take one update.
-        `run_segment` stands in for this network's own `segment`, compiled say.
-
-        Raises:
-            As `forward`.
-        """
-        self.check_input(x)
-        run = run_segment or self._run_segment
-        paths = [self.spec.segment_indices(self.spec.coerce_route(route)) for route in routes]
-        done: dict[tuple[int, ...], Tensor] = {(): x}
-        for path in paths:
-            for number, index in enumerate(path):
-                here = path[: number + 1]
-                if here not in done:
-                    done[here] = run(number, done[path[:number]], index, dropout_mask)
-        return [done[path] for path in paths]
-
     def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:
         """Gated forward: every row masked to the widths its gates choose, differentiable.
 
@@ -309,9 +351,7 @@ class SlimNet(nn.Module, Pretrained):
             RuntimeError: in training mode. Rows of one batch differ in width, so there are no
                 batch statistics to use; where gates are trained the supernet is frozen.
         """
-        if self.training:
-            raise RuntimeError("forward_gated uses running statistics: call net.eval() first")
-        self.check_input(x)
+        self._check_gated(x)
         gate_logits: list[Tensor] = []
         gates: list[Tensor] = []
         choice: int | Tensor = 0
@@ -322,8 +362,3 @@ class SlimNet(nn.Module, Pretrained):
                 gate_logits.append(logits_BK)
                 gates.append(choice)
         return GatedOutput(x, tuple(gate_logits), tuple(gates))
-
-    def slimming_parameters(self) -> list[nn.Parameter]:
-        """The weights of the slimming heads: all that stage II trains."""
-        weights = (m.slimming_weight for m in self.modules() if isinstance(m, Gate))
-        return [weight for weight in weights if weight is not None]

@@ -26,7 +26,7 @@ from dynaslim.runtime.escalation import (
 )
 from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
 from dynaslim.runtime.spending import HeldCall
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import LARGEST, NetSpec, Route
 
 Budget = float | str | BudgetPoint
 
@@ -232,10 +232,9 @@ def _held(costs: RouteCosts, curve: BudgetCurve | None, budget: Budget | None) -
 def _limits(spec: NetSpec, max_route: Route | str | Sequence[int]) -> tuple[int, ...]:
     """The highest option of every gate whose width is at most the route's."""
     route = spec.coerce_route(max_route)
-    widths = [route.widths[stage] for stage in spec.gated_stages]
     limits = []
-    for stage, gate, most in zip(spec.gated_stages, spec.gates, widths, strict=True):
-        allowed = [n for n, c in enumerate(gate.choices) if spec.stages[stage].widths[c] <= most]
+    for gate, most in zip(spec.gates, spec.segment_indices(route)[1:], strict=True):
+        allowed = [n for n, c in enumerate(gate.choices) if c <= most or most == LARGEST]
         check(
             bool(allowed),
             f"max_route {route}: below the cheapest route of the gates, {spec.cheapest_choice}",

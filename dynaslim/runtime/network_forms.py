@@ -11,10 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynaslim.nn.net import SlimNet
+from dynaslim.graph import AnySpec
+from dynaslim.nn.graph_net import GraphNet
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.runtime.extract import extract, extract_segment
-from dynaslim.runtime.forms import Form, Precision
-from dynaslim.runtime.onnx_graph import to_onnx
+from dynaslim.runtime.forms import Form, Precision, form_shape
+from dynaslim.runtime.graph_forms import plain_form
+from dynaslim.runtime.graph_forms import to_onnx as graph_onnx
+from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, LOGITS, to_onnx
 
 
 class NetworkForms:
@@ -26,7 +30,7 @@ class NetworkForms:
         RuntimeError: if the network is in training mode.
     """
 
-    def __init__(self, net: SlimNet, precision: Precision = "fp32") -> None:
+    def __init__(self, net: ElasticNet, precision: Precision = "fp32") -> None:
         if net.training:
             raise RuntimeError("the engine needs running statistics: call net.eval() first")
         self._net = copy.deepcopy(net)
@@ -45,7 +49,7 @@ class NetworkForms:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self._net.classifier.weight.device
+        return self._net.device
 
     @cached_property
     def key(self) -> str:
@@ -57,8 +61,11 @@ class NetworkForms:
             digest.update(values.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def module(self, form: Form, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    def module(self, form: Form, dtype: torch.dtype = torch.float32) -> nn.Module:
         """As `FormSource.module`."""
+        if isinstance(self._net, GraphNet):
+            return plain_form(self._net, form).to(dtype)
+        assert isinstance(self._net, SlimNet)
         if form.route is not None:
             return extract(self._net, form.route).to(dtype)
         with self._lock:  # forms share layers, those of one type
@@ -69,10 +76,20 @@ class NetworkForms:
 
     def onnx(self, form: Form) -> bytes:
         """As `FormSource.onnx`."""
+        if isinstance(self._net, GraphNet):
+            shape = form_shape(self.spec, form, self.spec.image_size)
+            example = torch.zeros(2, *shape.row_in)
+            return graph_onnx(plain_form(self._net, form), example, _outputs(self.spec, form), form.name)
         plain = self.module(form)
+        assert isinstance(plain, nn.Sequential)
         channels = self.spec.in_channels
         if form.route is None and form.segment > 0:
             first = next(m for m in plain.modules() if isinstance(m, nn.Conv2d))
             channels = first.in_channels
         made: bytes = to_onnx(plain, in_channels=channels, name=form.name).SerializeToString()
         return made
+
+
+def _outputs(spec: AnySpec, form: Form) -> tuple[str, ...]:
+    last = form.route is not None or form.segment == len(spec.gates)
+    return (LOGITS,) if last else (FEATURES, GATE_LOGITS)

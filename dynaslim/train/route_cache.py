@@ -144,7 +144,7 @@ def cache_routes(
     paths = choose_paths(spec, max_routes, seed)
     prefixes = _prefixes(paths)
     children = [child.tolist() for child in _children(spec, prefixes)]
-    gates, device = len(spec.gates), net.classifier.weight.device
+    gates, device = len(spec.gates), net.device
     losses: list[Tensor] = []
     correct: list[Tensor] = []
     labels: list[Tensor] = []

@@ -182,7 +182,7 @@ def dropout_mask(
     """
     if dropout == 0:
         return None
-    channels = net.spec.stages[-1].widths[-1]
+    channels = net.spec.features
     everyone = torch.rand(rows * world_size(), channels, generator=generator)
     kept = everyone[rows * rank() : rows * (rank() + 1)].to(device) >= dropout
     return kept / (1 - dropout)

@@ -1,0 +1,693 @@
+"""From a captured model to a network with gates: groups, order, widths, operations, costs."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from dynaslim.convert.capture import BATCH, Captured, arguments, capture, operation, shape_of, where
+from dynaslim.convert.channels import FIXED, NORMALISING, POINTWISE, Analysis, Value
+from dynaslim.errors import UsageError, check
+from dynaslim.graph import (
+    WHOLE,
+    Axis,
+    FormCost,
+    GraphSpec,
+    Group,
+    Node,
+    TensorSpec,
+    kept_count,
+)
+from dynaslim.nn.graph_net import IMAGE, GraphNet, Step
+from dynaslim.spec import GateSpec
+
+Importance = Literal["activation", "statistics", "weight", "none"]
+TRUNK: Final = 1 / 3
+"""Part of the multiply-adds that lies before the gate, unless told otherwise."""
+MULTIPLE: Final = 8
+"""Channels that widths are rounded to."""
+_PASSED: Final = frozenset(
+    "contiguous clone alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to "
+    "_to_copy positive".split()
+)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion found."""
+
+    elastic_share: float
+    """Part of the multiply-adds behind the gate whose layers have at least one side to cut."""
+    whole: Mapping[str, str]
+    """Modules whose channels stay whole, and why."""
+    error: float
+    """Largest difference to the model's answers at full width, relative to the largest answer."""
+
+
+def convert(
+    model: nn.Module,
+    example: Tensor,
+    *,
+    widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+    images: Iterable[Tensor] | None = None,
+    gate_at: Sequence[str] = (),
+    protect: Sequence[str] = (),
+    name: str | None = None,
+) -> GraphNet:
+    """A dynamic slimmable network that answers as `model` does at full width.
+
+    `example` are images (B, C, H, W) such as the model takes, of the size that it will run on.
+    `widths` are the shares of channels behind the gate, rising to 1. Channels are sorted by
+    importance over `images`, batches of network inputs; without them, by what batch
+    normalisation says of the activations. `gate_at` names modules behind which gates are put: by
+    default one, where about a third of the multiply-adds lie before it. The channels of modules
+    that begin with a name of `protect` stay whole.
+
+    Raises:
+        UsageError: if the model cannot be converted; the message names the place and the reason.
+    """
+    return Conversion(model, example, widths, gate_at, protect, name).net(images)
+
+
+class Conversion:
+    """The steps of a conversion, each with what it found."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Tensor,
+        widths: Sequence[float] = (0.25, 0.5, 0.75, 1.0),
+        gate_at: Sequence[str] = (),
+        protect: Sequence[str] = (),
+        name: str | None = None,
+    ) -> None:
+        rising = all(a < b for a, b in zip(widths, widths[1:], strict=False))
+        if not (widths and rising and widths[0] > 0 and widths[-1] == 1):
+            raise UsageError(f"widths {tuple(widths)}: expected shares that rise to 1")
+        self.model, self.example, self.widths = model, example, tuple(widths)
+        self.name = name or type(model).__name__.lower()
+        self.captured = capture(model, example)
+        self.analysis = Analysis(self.captured)
+        for prefix in protect:
+            self._protect(prefix)
+        self.position = {node: number for number, node in enumerate(self.captured.nodes)}
+        self.cuts = self._cuts(gate_at)
+        self._keep_trunk_whole()
+        self._find_groups()
+
+    # -- gates ----------------------------------------------------------------------------------
+
+    def _madds(self, node: fx.Node) -> int:
+        shape = shape_of(node) if isinstance(node.meta.get("val"), Tensor) else ()
+        kind = operation(node)
+        outs = math.prod(shape) // BATCH
+        if kind.startswith("conv") or kind == "linear":
+            weight = self.captured.tensors[self.captured.names[arguments(node)["weight"]]]
+            across = weight.shape[1:] if kind != "conv_transpose2d" else weight.shape[2:]
+            return outs * math.prod(across)
+        if kind in ("matmul", "bmm"):
+            return outs * shape_of(node.all_input_nodes[0])[-1]
+        return 0
+
+    def _crossing(self) -> list[fx.Node]:
+        """Operations after which their result, a feature map, is all that is still needed."""
+        nodes = self.captured.nodes
+        last: dict[fx.Node, int] = {}
+        for number, node in enumerate(nodes):
+            for read in node.all_input_nodes:
+                last[read] = number
+        found, live = [], {self.captured.image}
+        for number, node in enumerate(nodes):
+            live.add(node)
+            live = {n for n in live if last.get(n, -1) > number}
+            value = self.analysis.values[node]
+            if live == {node} and isinstance(value, Value) and len(value.shape) == 4:
+                if value.rows == (1, 0, 0, 0) and value.axis in (None, 1):
+                    found.append(node)
+        return found
+
+    def _cuts(self, gate_at: Sequence[str]) -> list[fx.Node]:
+        crossing = self._crossing()
+        done, total = {}, 0
+        for node in self.captured.nodes:
+            total += self._madds(node)
+            done[node] = total
+        if gate_at:
+            cuts = []
+            for path in gate_at:
+                inside = [n for n in crossing if where(n) == path or where(n).startswith(path + ".")]
+                if not inside:
+                    places = list(dict.fromkeys(where(n) for n in crossing))
+                    raise UsageError(
+                        f"gate at {path!r}: no single feature map leaves it; a gate can be behind "
+                        f"{', '.join(places[:40])}"
+                    )
+                cuts.append(self._behind(inside[-1], crossing))
+            return sorted(cuts, key=self.position.__getitem__)
+        near = [n for n in crossing if 0.1 <= done[n] / max(1, total) <= 0.6] or [
+            n for n in crossing if 0 < done[n] < total
+        ]
+        if not near:
+            raise UsageError(
+                f"{self.name}: at no place does a single feature map hold all that is needed "
+                f"behind it, so there is no place for a gate"
+            )
+
+        def badness(node: fx.Node) -> tuple[float, int]:
+            away = abs(done[node] / total - TRUNK)
+            # few values: a factor of two is worth as much as a tenth of the multiply-adds
+            values = math.log2(math.prod(shape_of(node)))
+            return round(away + 0.1 * values, 6), self.position[node]
+
+        return [self._behind(min(near, key=badness), crossing)]
+
+    def _behind(self, node: fx.Node, crossing: Sequence[fx.Node]) -> fx.Node:
+        """Also what follows an operation on its result alone: normalisation, activation."""
+        nodes, places = self.captured.nodes, set(crossing)
+        while self.position[node] + 1 < len(nodes):
+            following = nodes[self.position[node] + 1]
+            if following not in places or operation(following) not in POINTWISE | NORMALISING:
+                break
+            node = following
+        return node
+
+    def segment_of(self, node: fx.Node) -> int:
+        """Gates that lie before an operation."""
+        return sum(self.position[node] > self.position[cut] for cut in self.cuts)
+
+    # -- groups -------------------------------------------------------------------------------
+
+    def _protect(self, prefix: str) -> None:
+        nodes = [n for n in self.captured.nodes if f"{where(n)}.".startswith(f"{prefix}.")]
+        if not nodes:
+            raise UsageError(f"protect {prefix!r}: the model has no such module")
+        for node in nodes:
+            if isinstance(self.analysis.values[node], Value):
+                self.analysis.fix(node, "protected")
+
+    def _keep_trunk_whole(self) -> None:
+        """Channels that are made before the first gate, or on both sides of one, stay whole."""
+        labels = self.analysis.labels
+        segments: dict[int, set[int]] = {}
+        for node, made in self.analysis.made:
+            for root in np.unique(labels.roots(made)).tolist():
+                segments.setdefault(root, set()).add(self.segment_of(node))
+        for node in self.captured.nodes:  # nor may channels cross two gates
+            value = self.analysis.values[node]
+            for part in value if isinstance(value, list) else [value]:
+                for root in np.unique(labels.roots(part.labels)).tolist():
+                    made_in = segments.get(root)
+                    if made_in and self.segment_of(node) > max(made_in) + 1:
+                        made_in.add(0)
+        self.segments: dict[int, int] = {}
+        whole = []
+        for root, found in segments.items():
+            if root != FIXED and found == {max(found)} and 0 not in found:
+                self.segments[root] = max(found)
+            else:
+                whole.append(root)
+        labels.fix(np.array(whole, np.int64))
+
+    def _vectors(self) -> Iterable[np.ndarray]:
+        """Roots along every axis that holds channels, of parameters and activations."""
+        labels = self.analysis.labels
+        for axes in self.analysis.axes.values():
+            for axis in axes:
+                if axis is not None:
+                    yield labels.roots(axis)
+        for value in self.analysis.values.values():
+            if isinstance(value, Value) and value.axis is not None:
+                yield labels.roots(value.labels.reshape(-1))
+
+    def _find_groups(self) -> None:
+        """Roots that occur in the same axes, equally often, are the units of a group."""
+        labels = self.analysis.labels
+        size = len(labels._parent)
+        seen = np.zeros(size, np.uint64)
+        rng = np.random.default_rng(0)
+        first = np.full(size, -1, np.int64)
+        order = 0
+        most = np.zeros(size, np.int64)
+        for vector in self._vectors():
+            roots, index, counts = np.unique(vector, return_index=True, return_counts=True)
+            key = rng.integers(1, 1 << 62, dtype=np.uint64)
+            seen[roots] += key * counts.astype(np.uint64)
+            most[roots] = np.maximum(most[roots], counts)
+            new = first[roots] < 0
+            first[roots[new]] = order + index[new]
+            order += len(vector)
+        self.unit: dict[int, tuple[int, int]] = {}
+        self.members: list[np.ndarray] = []
+        self.groups: list[Group] = []
+        roots = np.array(sorted(self.segments), np.int64)
+        roots = roots[(labels.roots(roots) == roots) & (first[roots] >= 0)] if len(roots) else roots
+        keys = seen[roots] + np.array([self.segments[r] for r in roots.tolist()], np.uint64)
+        for key in dict.fromkeys(keys[np.argsort(first[roots])].tolist()):
+            units = roots[keys == key]
+            units = units[np.argsort(first[units])]
+            number = len(self.groups)
+            for unit, root in enumerate(units.tolist()):
+                self.unit[root] = (number, unit)
+            self.members.append(units)
+            each = int(most[units[0]])
+            self.groups.append(
+                Group(
+                    len(units),
+                    self.segments[int(units[0])],
+                    tuple(_kept(len(units), each, width) for width in self.widths),
+                )
+            )
+
+    def axis(self, vector: np.ndarray) -> Axis:
+        """Runs of units along an axis, given its labels."""
+        roots = self.analysis.labels.roots(vector).tolist()
+        runs: list[list[int]] = []
+        for root in roots:
+            group, unit = self.unit.get(root, (WHOLE, 0))
+            if runs:
+                last = runs[-1]
+                g, start, count, each = last
+                if group == WHOLE and g == WHOLE:
+                    last[2] += 1
+                    continue
+                if group == g != WHOLE:
+                    if count == 1 and unit == start:
+                        last[3] += 1
+                        continue
+                    if unit == start + count and each == 1:
+                        last[2] += 1
+                        continue
+            runs.append([group, unit, 1, 1])
+        merged: list[list[int]] = []
+        for run in runs:  # runs of units that have several positions each
+            if merged:
+                g, start, count, each = merged[-1]
+                if run[0] == g != WHOLE and run[1] == start + count and run[3] == each:
+                    merged[-1][2] += run[2]
+                    continue
+            merged.append(list(run))
+        return tuple((a, b, c, d) for a, b, c, d in merged)
+
+    # -- order --------------------------------------------------------------------------------
+
+    def importance(self, images: Iterable[Tensor] | None) -> tuple[np.ndarray, str]:
+        """Of every root: root mean square of its activation times the norm of what reads it."""
+        labels, tensors, names = self.analysis.labels, self.captured.tensors, self.captured.names
+        readers = []
+        for node in self.captured.nodes:
+            given = arguments(node)
+            kind = operation(node)
+            if (kind.startswith("conv") and given["groups"] == 1) or kind == "linear":
+                weight = names[given["weight"]]
+                axis = 0 if kind == "conv_transpose2d" else 1
+                vector = self.analysis.axes[weight][axis]
+                if vector is not None:
+                    readers.append((node, weight, axis, labels.roots(vector)))
+        power: dict[fx.Node, Tensor] = {}
+        how = "activation"
+        if images is not None:
+            count = 0
+
+            def watch(node: fx.Node, x: Any) -> None:
+                if isinstance(x, Tensor):
+                    dims = [d for d in range(x.ndim) if d != self._channel_dim(node, x)]
+                    power[node] = power.get(node, torch.zeros(())) + x.square().mean(dims)
+
+            for x in images:
+                count += 1
+                self.run(x, {node: watch for node, *_ in readers})
+            check(count > 0, "images: there are none to sort channels by")
+            power = {node: (total / count).sqrt() for node, total in power.items()}
+        else:
+            how = "statistics"
+            spread = self._from_statistics()
+        found = np.zeros(len(labels._parent))
+        for node, weight, axis, roots in readers:
+            tensor = tensors[weight].detach().float().transpose(0, axis).flatten(1)
+            norm = tensor.norm(dim=1).numpy()
+            rms = power[node].numpy() if images is not None else spread[roots]
+            np.add.at(found, roots, norm * rms)
+        return found, how
+
+    def _channel_dim(self, node: fx.Node, x: Tensor) -> int:
+        return x.ndim - 1 if operation(node) == "linear" else 1
+
+    def _from_statistics(self) -> np.ndarray:
+        """Root mean square by scale and shift of batch normalisation; 1 where there is none."""
+        labels = self.analysis.labels
+        total, count = np.zeros(len(labels._parent)), np.zeros(len(labels._parent))
+        for node in self.captured.nodes:
+            if operation(node) != "batch_norm":
+                continue
+            given = arguments(node)
+            if given["weight"] is None:
+                continue
+            name = self.captured.names[given["weight"]]
+            bias = self.captured.tensors[self.captured.names[given["bias"]]]
+            vector = self.analysis.axes[name][0]
+            assert vector is not None
+            square = self.captured.tensors[name].detach() ** 2 + bias.detach() ** 2
+            np.add.at(total, labels.roots(vector), square.numpy())
+            np.add.at(count, labels.roots(vector), 1)
+        return np.sqrt(np.where(count > 0, total / np.maximum(count, 1), 1.0))
+
+    @torch.no_grad()
+    def run(
+        self, x: Tensor, watch: Mapping[fx.Node, Callable[[fx.Node, Any], None]] | None = None
+    ) -> Tensor:
+        """The captured model on images, its operations one after the other."""
+        results: dict[fx.Node, Any] = {self.captured.image: x}
+        rows = len(x)
+        for node, name in self.captured.names.items():
+            results[node] = self.captured.tensors[name]
+        for node in self.captured.nodes:
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), results.__getitem__)
+            if watch is not None and node in watch:
+                watch[node](node, args[0])
+            if operation(node) in ("view", "reshape", "_unsafe_view", "expand") and rows != BATCH:
+                value = self.analysis.value(node)
+                args = (args[0], [
+                    rows * r if r else n for n, r in zip(value.shape, value.rows, strict=True)
+                ])
+            results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        found: Tensor = results[self.captured.output]
+        return found
+
+    def _sorted(self, importance: np.ndarray) -> dict[str, Tensor]:
+        """All tensors with the units of each group in falling order of importance."""
+        new_place = {}
+        for number, units in enumerate(self.members):
+            order = np.argsort(-importance[units], kind="stable")
+            new_place[number] = order
+        made = {}
+        for name, tensor in self.captured.tensors.items():
+            made[name] = tensor.detach().clone()
+            for axis, vector in enumerate(self.analysis.axes[name]):
+                if vector is None:
+                    continue
+                roots = self.analysis.labels.roots(vector)
+                index = np.arange(len(roots))
+                pairs = [self.unit.get(root, (WHOLE, 0)) for root in roots.tolist()]
+                group = np.array([g for g, _ in pairs])
+                unit = np.array([u for _, u in pairs])
+                for g in np.unique(group[group >= 0]).tolist():
+                    at = np.flatnonzero(group == g)
+                    at = at[np.argsort(unit[at], kind="stable")]
+                    table = at.reshape(len(np.unique(unit[at])), -1)
+                    present = np.unique(unit[at])
+                    assert len(present) == len(new_place[g]), "a group in part"
+                    index[table] = table[new_place[g]]
+                made[name] = made[name].index_select(axis, torch.from_numpy(index))
+        return made
+
+    # -- operations ---------------------------------------------------------------------------
+
+    def _sizes(self, value: Value) -> list[Any]:
+        found: list[Any] = []
+        for axis, (size, rows) in enumerate(zip(value.shape, value.rows, strict=True)):
+            if rows:
+                found.append({"rows": rows})
+            elif axis == value.axis:
+                found.append({"axis": self.axis(value.labels.reshape(-1))})
+            else:
+                found.append(int(size))
+        return found
+
+    def _count(self, vector: np.ndarray) -> Any:
+        axis = self.axis(vector)
+        return {"axis": axis} if any(run[0] != WHOLE for run in axis) else int(len(vector))
+
+    def _nodes(self) -> list[Node]:
+        alias: dict[fx.Node, str] = {self.captured.image: IMAGE}
+        made = []
+        for node in self.captured.nodes:
+            if operation(node) in _PASSED:
+                alias[node] = alias[node.all_input_nodes[0]]
+                continue
+            alias[node] = node.name
+            op, args, kwargs = self._operation(node)
+            reference = _Encoder(self.captured, alias)
+            made.append(
+                Node(
+                    node.name,
+                    op,
+                    tuple(reference(argument) for argument in args),
+                    {name: reference(value) for name, value in kwargs.items()},
+                    self.segment_of(node),
+                    where(node),
+                )
+            )
+        self.alias = alias
+        return made
+
+    def _operation(self, node: fx.Node) -> tuple[str, list[Any], dict[str, Any]]:
+        """An operation with what depends on widths in its arguments written as axes."""
+        kind, given = operation(node), arguments(node)
+        analysis = self.analysis
+        if node.target is operator.getitem:
+            return "getitem", list(node.args), {}
+        if kind in ("view", "reshape", "_unsafe_view", "unflatten"):
+            return "reshape.default", [node.args[0], self._sizes(analysis.value(node))], {}
+        if kind == "expand":
+            return "expand.default", [node.args[0], self._sizes(analysis.value(node))], {}
+        if kind in ("split", "split_with_sizes", "chunk"):
+            source = analysis.value(given["self"])
+            dim = given["dim"] % len(source.shape)
+            parts = analysis.values[node]
+            assert isinstance(parts, list)
+            sizes = [self._sizes(part)[dim] for part in parts]
+            return "split_with_sizes.default", [given["self"], sizes, dim], {}
+        args = [given[name] for name in given]
+        schema = node.target._schema  # type: ignore[union-attr]
+        op = f"{kind}.{schema.overload_name or 'default'}"
+        kwargs = {}
+        for argument in schema.arguments:
+            if argument.kwarg_only and argument.name in given:
+                value = given[argument.name]
+                if argument.default_value != value:
+                    kwargs[argument.name] = value
+        args = [given[a.name] for a in schema.arguments if not a.kwarg_only and a.name in given]
+        names = [a.name for a in schema.arguments if not a.kwarg_only and a.name in given]
+
+        def put(name: str, value: Any) -> None:
+            args[names.index(name)] = value
+
+        if kind.startswith("conv") and given["groups"] > 1:
+            x = analysis.along(given["input"], 1, "")
+            put("groups", self._count(x.reshape(given["groups"], -1)[:, 0]))
+        elif kind == "group_norm":
+            x = analysis.along(given["input"], 1, "")
+            put("num_groups", self._count(x.reshape(given["num_groups"], -1)[:, 0]))
+        elif kind == "layer_norm":
+            dims = len(given["normalized_shape"])
+            put("normalized_shape", self._sizes(analysis.value(given["input"]))[-dims:])
+        elif kind == "slice":
+            source = analysis.value(given["self"])
+            dim = given["dim"] % len(source.shape)
+            if dim == source.axis:
+                vector = source.labels.reshape(-1)
+                begin, end, _ = slice(given["start"], given["end"]).indices(len(vector))
+                put("start", self._count(vector[:begin]))
+                put("end", self._count(vector[:end]))
+        elif kind in ("pad", "constant_pad_nd"):
+            source, made = analysis.value(node.all_input_nodes[0]), analysis.value(node)
+            pads = list(given["pad"])
+            if made.axis is not None:
+                at = 2 * (len(made.shape) - 1 - made.axis)
+                if at < len(pads) and (pads[at] or pads[at + 1]):
+                    vector = made.labels.reshape(-1)
+                    pads[at] = self._count(vector[: pads[at]])
+                    pads[at + 1] = self._count(vector[len(vector) - given["pad"][at + 1] :])
+                    put("pad", pads)
+        return op, args, kwargs
+
+    # -- all together -------------------------------------------------------------------------
+
+    def spec(self, sorted_by: str) -> GraphSpec:
+        """The network without its weights."""
+        captured, labels = self.captured, self.analysis.labels
+        nodes = self._nodes()
+        used = {
+            name
+            for node in nodes
+            for name in _tensors((node.args, node.kwargs))
+        }
+        statistics = {
+            captured.names[arguments(n)[part]]
+            for n in captured.nodes
+            if operation(n) == "batch_norm"
+            for part in ("running_mean", "running_var")
+            if arguments(n)[part] is not None
+        }
+        tensors = {}
+        for name in sorted(used):
+            tensor = captured.tensors[name]
+            axes = []
+            for axis, size in enumerate(tensor.shape):
+                vector = self.analysis.axes[name][axis]
+                axes.append(self.axis(np.zeros(size, np.int64) if vector is None else vector))
+            kind = "statistics" if name in statistics else "constant"
+            if name in captured.trained:
+                kind = "weight"
+            tensors[name] = TensorSpec(tuple(axes), kind)
+        out = shape_of(captured.output)
+        check(len(out) == 2, f"{self.name}: gives {out[1:]} for an image, expected class logits")
+        channels = int(self.example.shape[1])
+        choices = GateSpec(tuple(range(len(self.widths))))
+        cuts = [self.alias[cut] for cut in self.cuts]
+        cut_axes = []
+        for cut in self.cuts:
+            value = self.analysis.value(cut)
+            vector = np.zeros(value.shape[1], np.int64)
+            if value.axis == 1:
+                vector = value.labels.reshape(-1)
+            cut_axes.append(self.axis(vector))
+        assert labels is not None
+        spec = GraphSpec(
+            name=self.name,
+            num_classes=out[1],
+            in_channels=channels,
+            image_size=(int(self.example.shape[2]), int(self.example.shape[3])),
+            percents=tuple(round(100 * width) for width in self.widths),
+            groups=tuple(self.groups),
+            tensors=tensors,
+            nodes=tuple(nodes),
+            cuts=tuple(cuts),
+            cut_axes=tuple(cut_axes),
+            output=self.alias[captured.output],
+            gates=tuple(choices for _ in self.cuts),
+            hidden=max(8, min(64, kept_count(cut_axes[0], {}) // 4)),
+            forms=(),
+            sorted_by=sorted_by,
+        )
+        return replace(spec, forms=tuple(form_costs(spec)))
+
+    def net(self, images: Iterable[Tensor] | None = None) -> GraphNet:
+        """The converted network, verified against the model at full width.
+
+        Raises:
+            UsageError: if their answers differ by more than 1e-5 of the largest.
+        """
+        importance, how = self.importance(images)
+        net = GraphNet(self.spec(how))
+        load_weights(net, self._sorted(importance))
+        net.eval()
+        with torch.no_grad():
+            x = self.example
+            expected, got = self.model(x), net(x, net.spec.largest)
+        error = float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12))
+        if not error <= 1e-5:
+            raise UsageError(
+                f"{self.name}: at full width the converted network differs from the model by "
+                f"{error:.1e} of the largest answer: it is not to be used"
+            )
+        self.error = error
+        return net
+
+
+def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:
+    """Put weights under their names; statistics go into every slot."""
+    own = net.state_dict()
+    for name, value in own.items():
+        if name.startswith("gates."):
+            continue
+        if name in tensors:
+            value.copy_(tensors[name].expand_as(value))
+    net.load_state_dict(own)
+
+
+def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
+    """Costs of every segment at every width, from shapes alone."""
+    net = GraphNet(spec, device="meta").eval()
+    inputs: dict[tuple[int, int], Tensor] = {}
+    image = torch.empty(1, spec.in_channels, *spec.image_size, device="meta")
+    whole = range(spec.num_widths)
+    for segment in range(spec.num_segments):
+        for before in whole if segment > 1 else (0,):
+            x = image if segment == 0 else inputs[segment - 1, before]
+            for choice in whole if segment else (0,):
+                counted = _Counter(spec)
+                with torch.no_grad():
+                    out = net.run_segment(segment, x, before, choice, watch=counted)
+                inputs.setdefault((segment, choice), out)
+                madds = counted.madds
+                if segment < len(spec.gates):
+                    madds += spec.gate_madds(segment, out.shape[1])
+                last = segment == len(spec.gates)
+                size = (spec.num_classes, 1, 1) if last else tuple(out.shape[1:])
+                yield FormCost(
+                    segment, before, choice, madds, counted.params, size, counted.peak  # type: ignore[arg-type]
+                )
+
+
+class _Counter:
+    """Adds up multiply-adds, parameters and the largest feature map of a segment."""
+
+    def __init__(self, spec: GraphSpec) -> None:
+        self.spec = spec
+        self.madds = self.params = self.peak = 0
+
+    def __call__(self, step: Step, args: Sequence[Any], result: Any) -> None:
+        for tensor in (a for a in args[1:] if isinstance(a, Tensor)):
+            self.params += tensor.numel()
+        if not isinstance(result, Tensor):
+            return
+        self.peak = max(self.peak, result.numel())
+        kind = step.op.partition(".")[0]
+        if kind.startswith("conv"):
+            across = args[1].shape[1:] if kind != "conv_transpose2d" else args[1].shape[2:]
+            self.madds += result.numel() * math.prod(across)
+            self.params += 0
+        elif kind == "linear":
+            self.madds += result.numel() * args[1].shape[1]
+        elif kind in ("matmul", "bmm"):
+            self.madds += result.numel() * args[0].shape[-1]
+        elif kind == "scaled_dot_product_attention":
+            self.madds += 2 * args[0].numel() * args[1].shape[-2]
+
+
+class _Encoder:
+    """Arguments as they stand in a `Node`."""
+
+    def __init__(self, captured: Captured, alias: Mapping[fx.Node, str]) -> None:
+        self.captured, self.alias = captured, alias
+
+    def __call__(self, value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            if value in self.captured.names:
+                return {"tensor": self.captured.names[value]}
+            return {"node": self.alias[value]}
+        if isinstance(value, list | tuple):
+            return [self(inner) for inner in value]
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        if isinstance(value, dict):
+            return value
+        check(
+            value is None or isinstance(value, bool | int | float | str),
+            f"argument {value!r}: not of a kind that can be kept",
+        )
+        return value
+
+
+def _tensors(value: Any) -> Iterable[str]:
+    from dynaslim.graph import references
+
+    return (name for key, name in references(value) if key == "tensor")
+
+
+def _kept(units: int, each: int, width: float) -> int:
+    """Units kept at a width: whole multiples of eight channels, at least one."""
+    if width == 1:
+        return units
+    step = max(1, MULTIPLE // each)
+    if units < 2 * step:
+        step = 1
+    return max(1, min(units, max(step, round(units * width / step) * step)))

@@ -1,0 +1,500 @@
+"""Which channels of a captured model can only be cut together: labels, passed from operation to operation.
+
+Every index of a parameter's output axis is a label; an activation carries the labels of its elements.
+Operations that move elements are applied to the labels themselves, those that combine elements unite
+their labels, and what mixes all channels fixes them. An operation without a rule is refused.
+
+Suffixes: none; a *value* is what is known of an activation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from dynaslim.convert.capture import (
+    BATCH,
+    Captured,
+    arguments,
+    operation,
+    refuse,
+    shape_of,
+)
+
+FIXED: Final = 0
+"""The label of what is never cut."""
+LEAST: Final = 8
+"""Layers of fewer channels stay whole."""
+_ROW: Final = 1 << 40
+
+POINTWISE: Final = frozenset(
+    "relu relu6 hardtanh silu sigmoid hardsigmoid hardswish gelu leaky_relu elu selu celu mish tanh "
+    "softplus softsign square sqrt rsqrt exp log neg abs erf reciprocal clamp clamp_min clamp_max "
+    "dropout feature_dropout alpha_dropout contiguous clone alias detach to _to_copy lift_fresh_copy "
+    "log_sigmoid positive".split()
+)
+COMBINING: Final = frozenset("add sub mul div maximum minimum pow rsub true_divide prelu".split())
+MOVING: Final = frozenset(
+    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice select "
+    "narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack expand "
+    "expand_as repeat roll flip pixel_shuffle pixel_unshuffle channel_shuffle unfold "
+    "movedim swapaxes view_as reshape_as".split()
+)
+SPATIAL: Final = frozenset(
+    "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d "
+    "upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d reflection_pad2d "
+    "replication_pad2d pad constant_pad_nd lp_pool2d".split()
+)
+REDUCING: Final = frozenset("mean sum amax amin std var softmax log_softmax linalg_vector_norm".split())
+CONVOLVING: Final = frozenset("conv1d conv2d conv_transpose2d".split())
+NORMALISING: Final = frozenset("batch_norm layer_norm group_norm instance_norm".split())
+MIXING: Final = frozenset(
+    "matmul bmm baddbmm scaled_dot_product_attention einsum cumsum im2col argmax topk".split()
+)
+
+
+@dataclass
+class Value:
+    """The labels of a tensor: an array that broadcasts to its shape, size 1 where labels are alike."""
+
+    shape: tuple[int, ...]
+    labels: np.ndarray
+    rows: tuple[int, ...]
+    """For every axis, its size over the number of rows if it runs over them, else 0."""
+
+    @property
+    def axis(self) -> int | None:
+        """The axis along which labels differ; None if they do not."""
+        varying = [axis for axis, size in enumerate(self.labels.shape) if size > 1]
+        assert len(varying) < 2
+        return varying[0] if varying else None
+
+
+class Labels:
+    """Sets of labels that are cut together (union-find)."""
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1, np.int64)
+
+    def fresh(self, count: int) -> np.ndarray:
+        """New labels, each alone."""
+        first = len(self._parent)
+        made = np.arange(first, first + count)
+        self._parent = np.concatenate([self._parent, made])
+        return made
+
+    def roots(self, labels: np.ndarray) -> np.ndarray:
+        """What stands for each label's set; `FIXED` for those that are never cut."""
+        found = self._parent[labels]
+        while True:
+            further = self._parent[found]
+            if (further == found).all():
+                return found
+            found = further
+
+    def unite(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Label by label, make one set of two."""
+        pairs = np.unique(np.stack([a.ravel(), b.ravel()], 1), axis=0)
+        for x, y in pairs[pairs[:, 0] != pairs[:, 1]].tolist():
+            low, high = sorted((self._root(x), self._root(y)))
+            self._parent[high] = low
+
+    def _root(self, label: int) -> int:
+        path = []
+        while self._parent[label] != label:
+            path.append(label)
+            label = int(self._parent[label])
+        for passed in path:
+            self._parent[passed] = label
+        return label
+
+    def fix(self, labels: np.ndarray) -> None:
+        """Never cut any of these."""
+        self.unite(labels, np.zeros_like(labels))
+
+
+class Analysis:
+    """Labels of every activation and every axis of every parameter of a captured model."""
+
+    def __init__(self, captured: Captured) -> None:
+        self.captured = captured
+        self.labels = Labels()
+        self.values: dict[fx.Node, Value | list[Value]] = {}
+        self.axes: dict[str, list[np.ndarray | None]] = {
+            name: [None] * tensor.ndim for name, tensor in captured.tensors.items()
+        }
+        self.fixed_because: dict[fx.Node, str] = {}
+        self.made: list[tuple[fx.Node, np.ndarray]] = []
+        """Operations whose outputs are channels of their own, and the labels of these."""
+        shape = shape_of(captured.image)
+        plain = np.zeros((1,) * len(shape), np.int64)
+        self.values[captured.image] = Value(shape, plain, (1, *[0] * (len(shape) - 1)))
+        for node in captured.nodes:
+            self.values[node] = self._rule(node)
+        for name, axes in self.axes.items():
+            for labels in axes:
+                if labels is not None and name in captured.tensors:
+                    assert labels.ndim == 1
+        for node in self._output():
+            self.fix(node, "the model's output")
+
+    def _output(self) -> list[fx.Node]:
+        return [self.captured.output]
+
+    # -- access -------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Value:
+        """The labels of an activation, or of a parameter that is used as one."""
+        if node in self.captured.names:
+            tensor = self.captured.tensors[self.captured.names[node]]
+            return Value(tuple(tensor.shape), np.zeros((1,) * tensor.ndim, np.int64), (0,) * tensor.ndim)
+        found = self.values[node]
+        assert isinstance(found, Value)
+        return found
+
+    def fix(self, node: fx.Node, reason: str) -> None:
+        """Never cut what an activation holds."""
+        labels = self.value(node).labels
+        if (self.labels.roots(labels) != FIXED).any():
+            self.fixed_because.setdefault(node, reason)
+            self.labels.fix(labels)
+
+    def along(self, node: fx.Node, axis: int, reason: str) -> np.ndarray:
+        """The label of each position of an axis; fixed if labels differ along another."""
+        value = self.value(node)
+        axis %= len(value.shape)
+        if value.axis not in (None, axis):
+            self.fix(node, reason)
+            return np.zeros(value.shape[axis], np.int64)
+        return np.broadcast_to(
+            np.moveaxis(value.labels, axis, -1).reshape(-1)[: value.labels.shape[axis]],
+            (value.shape[axis],),
+        ).copy()
+
+    def use(self, node: Any, axis: int, labels: np.ndarray) -> None:
+        """A parameter's axis is cut as these labels are."""
+        if node is None:
+            return
+        name = self.captured.names.get(node)
+        assert name is not None
+        before = self.axes[name][axis]
+        if before is None:
+            self.axes[name][axis] = labels
+        else:
+            self.labels.unite(before, labels)
+
+    # -- rules --------------------------------------------------------------------------------
+
+    def _rule(self, node: fx.Node) -> Value | list[Value]:
+        kind = operation(node)
+        for names, rule in self._rules():
+            if kind in names:
+                return rule(node)
+        raise refuse(node, "not an operation that can be converted")
+
+    def _rules(self) -> Sequence[tuple[frozenset[str], Callable[[fx.Node], Value | list[Value]]]]:
+        return (
+            (CONVOLVING, self._convolution),
+            (frozenset(["linear"]), self._linear),
+            (NORMALISING, self._normalisation),
+            (POINTWISE, self._pointwise),
+            (COMBINING, self._combining),
+            (SPATIAL, self._spatial),
+            (MOVING, self._moving),
+            (REDUCING, self._reducing),
+            (MIXING, self._mixing),
+        )
+
+    def _made(self, node: fx.Node, axis: int, labels: np.ndarray, rows: tuple[int, ...]) -> Value:
+        shape = shape_of(node)
+        spread = [1] * len(shape)
+        spread[axis] = len(labels)
+        return Value(shape, labels.reshape(spread), rows)
+
+    def _fresh(self, node: fx.Node, count: int, least: int = LEAST) -> np.ndarray:
+        if count < least:
+            return np.zeros(count, np.int64)
+        labels = self.labels.fresh(count)
+        self.made.append((node, labels))
+        return labels
+
+    def _parameter(self, node: fx.Node, argument: Any, what: str) -> fx.Node:
+        if argument not in self.captured.names:
+            raise refuse(node, f"its {what} is computed from the image (as in CondConv)")
+        assert isinstance(argument, fx.Node)
+        return argument
+
+    def _convolution(self, node: fx.Node) -> Value:
+        given = arguments(node)
+        x, weight = given["input"], self._parameter(node, given["weight"], "weight")
+        channel = 1
+        into = self.along(x, channel, "its positions hold channels")
+        tensor = self.captured.tensors[self.captured.names[weight]]
+        groups = given["groups"]
+        outs = shape_of(node)[1]
+        transposed = operation(node) == "conv_transpose2d"
+        out_axis, in_axis = (1, 0) if transposed else (0, 1)
+        rows = self.value(x).rows
+        if groups == 1:
+            self.use(weight, in_axis, into)
+            out = self._fresh(node, outs)
+            self.use(weight, out_axis, out)
+        else:
+            size, made = len(into) // groups, outs // groups
+            if transposed:
+                self.fix(x, "a transposed convolution in groups")
+                out = np.zeros(outs, np.int64)
+            elif size == 1:
+                out = np.repeat(into, made)
+            else:
+                blocks = into.reshape(groups, size)
+                self.labels.unite(blocks, np.repeat(blocks[:, :1], size, 1))
+                out = np.repeat(blocks[:, 0], made)
+            # each group is one label: an axis of outputs is cut group by group
+            self.use(weight, 0, out)
+            assert tensor.shape[0] == outs or transposed
+        if given["bias"] is not None:
+            self.use(self._parameter(node, given["bias"], "bias"), 0, out)
+        return self._made(node, channel, out, rows)
+
+    def _linear(self, node: fx.Node) -> Value:
+        given = arguments(node)
+        x, weight = given["input"], self._parameter(node, given["weight"], "weight")
+        self.use(weight, 1, self.along(x, -1, "a linear layer on an axis beside the channels"))
+        shape = shape_of(node)
+        out = self._fresh(node, shape[-1])
+        self.use(weight, 0, out)
+        if given["bias"] is not None:
+            self.use(self._parameter(node, given["bias"], "bias"), 0, out)
+        before = self.value(x)
+        if before.axis not in (None, len(shape) - 1):
+            # mixes positions and leaves the channels alone: they were fixed
+            return self._made(node, len(shape) - 1, np.zeros(shape[-1], np.int64), before.rows)
+        return self._made(node, len(shape) - 1, out, before.rows)
+
+    def _normalisation(self, node: fx.Node) -> Value:
+        given, kind = arguments(node), operation(node)
+        x = given["input"]
+        value = self.value(x)
+        if kind == "layer_norm":
+            dims = len(given["normalized_shape"])
+            first = len(value.shape) - dims
+            for offset in range(dims):
+                labels = self.along(x, first + offset, "layer norm over several axes")
+                for name in ("weight", "bias"):
+                    if given[name] is not None:
+                        self.use(given[name], offset, labels)
+            return Value(shape_of(node), self.value(x).labels, value.rows)
+        labels = self.along(x, 1, f"{kind} of an axis that holds channels and pixels")
+        if kind == "group_norm":
+            blocks = labels.reshape(given["num_groups"], -1)
+            self.labels.unite(blocks, np.repeat(blocks[:, :1], blocks.shape[1], 1))
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            if given.get(name) is not None:
+                self.use(self._parameter(node, given[name], name), 0, labels)
+        return Value(shape_of(node), self.value(x).labels, value.rows)
+
+    def _pointwise(self, node: fx.Node) -> Value:
+        value = self.value(node.all_input_nodes[0])
+        return Value(value.shape, value.labels, value.rows)
+
+    def _combining(self, node: fx.Node) -> Value:
+        shape = shape_of(node)
+        given = [n for n in node.all_input_nodes if n not in self.captured.names]
+        if operation(node) == "prelu":
+            labels = self.along(node.args[0], 1, "prelu")  # type: ignore[arg-type]
+            weight = node.args[1]
+            if len(self.captured.tensors[self.captured.names[weight]]) > 1:  # type: ignore[index]
+                self.use(weight, 0, labels)
+            return self._pointwise(node)
+        made: Value | None = None
+        for other in given:
+            value = _aligned(self.value(other), shape)
+            made = value if made is None else self._united(made, value, shape)
+        assert made is not None
+        for parameter in node.all_input_nodes:
+            if parameter in self.captured.names:
+                self._broadcast(node, parameter, made, shape)
+        return Value(shape, made.labels, made.rows)
+
+    def _united(self, a: Value, b: Value, shape: tuple[int, ...]) -> Value:
+        rows = tuple(max(x, y) for x, y in zip(a.rows, b.rows, strict=True))
+        for one, other in ((a, b), (b, a)):
+            axis = one.axis
+            # labels along an axis that the other has too, but without labels: they stay whole
+            if axis is not None and other.shape[axis] > 1 and other.axis is None:
+                roots = self.labels.roots(other.labels)
+                if (roots == FIXED).all():
+                    self.labels.fix(one.labels)
+        left, right = np.broadcast_arrays(a.labels, b.labels)
+        both = (left != FIXED) & (right != FIXED)
+        if both.any():
+            self.labels.unite(left[both], right[both])
+        made = Value(shape, np.where(left != FIXED, left, right), rows)
+        return self._tied(made)
+
+    def _broadcast(self, node: fx.Node, parameter: fx.Node, value: Value, shape: tuple[int, ...]) -> None:
+        """A parameter that is added or multiplied element by element."""
+        tensor = self.captured.tensors[self.captured.names[parameter]]
+        lead = len(shape) - tensor.ndim
+        for axis, size in enumerate(tensor.shape):
+            at = lead + axis
+            if value.rows[at] and size > 1:
+                raise refuse(node, "a constant with a value for every row of the batch")
+            if size > 1 and value.axis == at:
+                self.use(parameter, axis, value.labels.reshape(-1))
+
+    def _spatial(self, node: fx.Node) -> Value:
+        x = node.all_input_nodes[0]
+        value, shape = self.value(x), shape_of(node)
+        if operation(node) in ("pad", "constant_pad_nd"):
+            pads = list(arguments(node)["pad"])
+            axis = value.axis
+            at = None if axis is None else 2 * (len(shape) - 1 - axis)
+            if at is not None and at < len(pads) and (pads[at] or pads[at + 1]):
+                labels = np.concatenate(
+                    [
+                        self._fresh(node, pads[at], least=0),
+                        self.along(x, axis, "padding"),  # type: ignore[arg-type]
+                        self._fresh(node, pads[at + 1], least=0),
+                    ]
+                )
+                return self._made(node, axis, labels, value.rows)  # type: ignore[arg-type]
+            return Value(shape, value.labels, value.rows)
+        if value.axis is not None and value.axis >= len(shape) - 2:
+            self.fix(x, f"{operation(node)} along an axis that holds channels")
+            return Value(shape, np.zeros((1,) * len(shape), np.int64), value.rows)
+        return Value(shape, value.labels, value.rows)
+
+    def _moving(self, node: fx.Node) -> Value | list[Value]:
+        if operation(node) == "getitem":
+            source = self.values[node.args[0]]  # type: ignore[index]
+            assert isinstance(source, list)
+            return source[node.args[1]]  # type: ignore[index]
+
+        self._fix_if_picked(node)
+
+        def full(argument: fx.Node) -> Tensor:
+            if argument in self.captured.names:
+                tensor = self.captured.tensors[self.captured.names[argument]]
+                return torch.zeros(tensor.shape, dtype=torch.int64)
+            return _full(self.value(argument))
+
+        args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), full)
+        moved = node.target(*args, **kwargs)  # type: ignore[operator]
+        if isinstance(moved, Tensor):
+            return self._collapsed(moved)
+        return [self._collapsed(part) for part in moved]
+
+    def _fix_if_picked(self, node: fx.Node) -> None:
+        """Operations that pick or repeat single positions leave no axis to cut."""
+        kind, given = operation(node), arguments(node)
+        x = node.all_input_nodes[0]
+        if x in self.captured.names:
+            return
+        value = self.value(x)
+        if value.axis is None:
+            return
+        dims = len(value.shape)
+        if kind in ("select", "unbind", "unfold"):
+            picked = given.get("dim", given.get("dimension", 0)) % dims == value.axis
+        elif kind == "slice":
+            picked = given["dim"] % dims == value.axis and given["step"] != 1
+        else:
+            picked = kind in ("repeat", "roll", "flip")
+        if picked:
+            self.fix(x, f"{kind} along the channels")
+
+    def _collapsed(self, full: Tensor) -> Value:
+        row, labels = (full // _ROW).numpy(), (full % _ROW).numpy()
+        rows = []
+        for axis, size in enumerate(row.shape):
+            lead = np.take(row, [0], axis)
+            varies = (row != lead).any()
+            rows.append(size // BATCH if varies else 0)
+        return self._tied(Value(tuple(full.shape), _shrunk(labels), tuple(rows)))
+
+    def _tied(self, value: Value) -> Value:
+        """Where labels differ along two axes, tie them along the smaller."""
+        while True:
+            roots = self.labels.roots(value.labels)
+            labels = _shrunk(roots)
+            varying = [axis for axis, size in enumerate(labels.shape) if size > 1]
+            if len(varying) < 2:
+                return Value(value.shape, labels, value.rows)
+            axis = min(varying, key=lambda a: labels.shape[a])
+            first = np.take(labels, [0], axis)
+            self.labels.unite(labels, np.broadcast_to(first, labels.shape))
+
+    def _reducing(self, node: fx.Node) -> Value:
+        x = node.all_input_nodes[0]
+        value, shape = self.value(x), shape_of(node)
+        given = arguments(node)
+        if "softmax" in operation(node):
+            return Value(shape, value.labels, value.rows)
+        dims = given.get("dim")
+        every = range(len(value.shape)) if dims in (None, []) else dims
+        axes = {d % len(value.shape) for d in ([every] if isinstance(every, int) else every)}
+        if any(value.rows[axis] for axis in axes):
+            raise refuse(node, "reduces over the rows of the batch")
+        labels = value.labels
+        for axis in axes:
+            labels = np.take(labels, [0], axis) if labels.shape[axis] == 1 else np.zeros_like(
+                np.take(labels, [0], axis)
+            )
+        rows = list(value.rows)
+        if not given.get("keepdim", False):
+            kept = [axis for axis in range(len(value.shape)) if axis not in axes]
+            labels = labels.reshape([labels.shape[axis] for axis in kept])
+            rows = [rows[axis] for axis in kept]
+        return Value(shape, labels, tuple(rows))
+
+    def _mixing(self, node: fx.Node) -> Value:
+        for x in node.all_input_nodes:
+            if x not in self.captured.names:
+                self.fix(x, f"{operation(node)} mixes its channels")
+        first = self.value(node.all_input_nodes[0])
+        shape = shape_of(node)
+        rows = [0] * len(shape)
+        if first.rows[0]:
+            rows[0] = shape[0] // BATCH
+        return Value(shape, np.zeros((1,) * len(shape), np.int64), tuple(rows))
+
+
+def _aligned(value: Value, shape: tuple[int, ...]) -> Value:
+    lead = len(shape) - len(value.shape)
+    ones = (1,) * lead
+    return Value(
+        ones + value.shape,
+        value.labels.reshape(ones + value.labels.shape),
+        (0,) * lead + value.rows,
+    )
+
+
+def _full(value: Value) -> Tensor:
+    labels = torch.from_numpy(np.ascontiguousarray(value.labels)).expand(value.shape).clone()
+    for axis, per_row in enumerate(value.rows):
+        if per_row:
+            row = torch.arange(BATCH).repeat_interleave(per_row) * _ROW
+            labels += row.reshape([-1 if a == axis else 1 for a in range(len(value.shape))])
+    return labels
+
+
+def _shrunk(labels: np.ndarray) -> np.ndarray:
+    """Size 1 along every axis along which nothing differs."""
+    for axis in range(labels.ndim):
+        first = np.take(labels, [0], axis)
+        if labels.shape[axis] > 1 and (labels == first).all():
+            labels = first
+    return labels
+
+
+def elements(shape: Sequence[int]) -> int:
+    """Elements of one row."""
+    return math.prod(shape) // BATCH

@@ -1,0 +1,385 @@
+"""A converted network as frozen data: operations in order, groups of channels, gates. No torch here.
+
+Words: a *unit* is what is cut together, such as channel 7 of a residual stream in all layers that
+read or write it; a *group* is a run of units of which the first so many are kept; an *axis* of a
+tensor says of which group and unit each of its positions is. A *segment* is what lies between two
+gates; one tensor crosses each gate.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+from dynaslim._files import validated
+from dynaslim.errors import UsageError, check
+from dynaslim.spec import GateSpec, NetSpec, Route
+
+WHOLE: Final = -1
+"""The group of positions that are never cut."""
+
+Run = tuple[int, int, int, int]
+"""Group, first unit, number of units, positions of each unit, one after the other."""
+Axis = tuple[Run, ...]
+Units = Mapping[int, int]
+"""Units kept of each group; of others all."""
+
+
+def kept_positions(axis: Axis, units: Units) -> list[int]:
+    """The positions of an axis that are left, in order."""
+    found, at = [], 0
+    for group, first, count, each in axis:
+        for unit in range(first, first + count):
+            if group == WHOLE or unit < units.get(group, unit + 1):
+                found += range(at, at + each)
+            at += each
+    return found
+
+
+def kept_count(axis: Axis, units: Units) -> int:
+    """How many positions of an axis are left."""
+    total = 0
+    for group, first, count, each in axis:
+        kept = count if group == WHOLE or group not in units else units[group] - first
+        total += each * min(count, max(0, kept))
+    return total
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels that are cut together, the most important units first."""
+
+    units: int
+    segment: int
+    """Whose gate decides how many are kept."""
+    widths: tuple[int, ...]
+    """Units kept at each width index."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A parameter or buffer of the whole network."""
+
+    axes: tuple[Axis, ...]
+    kind: str
+    """`weight`, which is trained; `constant`; or `statistics` of batch normalisation."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """An operation. In `args` and `kwargs`, {"node": name} and {"tensor": name} are what it reads,
+    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch."""
+
+    name: str
+    op: str
+    """Of ATen, such as `conv2d.default`."""
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    segment: int
+    path: str = ""
+    """The module that it was captured in."""
+
+    def inputs(self) -> Iterator[str]:
+        """Names of the operations that it reads."""
+        for key, value in references((self.args, self.kwargs)):
+            if key == "node":
+                yield value
+
+
+def references(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every reference within an argument: its kind and what it refers to."""
+    if isinstance(value, Mapping):
+        if len(value) == 1 and next(iter(value)) in ("node", "tensor", "axis", "rows"):
+            yield next(iter(value.items()))
+        else:
+            for inner in value.values():
+                yield from references(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from references(inner)
+
+
+@dataclass(frozen=True)
+class FormCost:
+    """A segment at width index `choice` behind one at `before`, for one image."""
+
+    segment: int
+    before: int
+    choice: int
+    madds: int
+    params: int
+    out: tuple[int, int, int]
+    """Channels, height, width of what leaves it; (classes, 1, 1) at the end."""
+    peak: int
+    """Values of its largest feature map."""
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """A converted network: what `NetSpec` is for one of the zoo.
+
+    A route names, in percent, the width of each segment: `100-25` runs the trunk whole and a
+    quarter of the channels behind the gate.
+    """
+
+    name: str
+    num_classes: int
+    in_channels: int
+    image_size: tuple[int, int]
+    """Height and width in pixels of the images that it takes."""
+    percents: tuple[int, ...]
+    """Of the channels behind a gate, by width index, rising to 100."""
+    groups: tuple[Group, ...]
+    tensors: Mapping[str, TensorSpec]
+    nodes: tuple[Node, ...]
+    cuts: tuple[str, ...]
+    """Operations whose results cross the gates, in order."""
+    cut_axes: tuple[Axis, ...]
+    """Channels of what crosses each gate, (B, C, H, W)."""
+    output: str
+    gates: tuple[GateSpec, ...]
+    hidden: int
+    """Hidden features of each gate."""
+    forms: tuple[FormCost, ...]
+    sorted_by: str = ""
+    """What the channels were sorted by."""
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.num_classes, self.image_size, self.percents, self.gates))
+
+    def __post_init__(self) -> None:
+        check(len(self.gates) == len(self.cuts), "gates and cuts differ in number")
+        check(self.num_classes >= 1, f"num_classes {self.num_classes}: must be at least 1")
+        for gate in self.gates:
+            rising = all(a < b for a, b in itertools.pairwise(gate.choices))
+            inside = gate.choices and 0 <= gate.choices[0] <= gate.choices[-1] < self.num_widths
+            check(
+                bool(rising and inside),
+                f"gate choices {gate.choices}: must be rising width indices, "
+                f"0 to {self.num_widths - 1}",
+            )
+
+    # -- as NetSpec ---------------------------------------------------------------------------
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the network: the trunk and one behind each gate."""
+        return len(self.gates) + 1
+
+    @property
+    def num_widths(self) -> int:
+        """Widths behind a gate; 1 for a network without gates."""
+        return len(self.percents) if self.gates else 1
+
+    @property
+    def teacher_apart(self) -> bool:
+        """Always False: the widest route is the whole network."""
+        return False
+
+    @property
+    def features(self) -> int:
+        """Channels of the classifier's input at full width; 0 where it ends in no linear layer."""
+        name = self.classifier
+        return 0 if name is None else kept_count(self.tensors[f"{name}.weight"].axes[1], {})
+
+    @property
+    def classifier(self) -> str | None:
+        """Name of the linear layer that gives the logits, if one does."""
+        last = self.nodes[-1]
+        names = [value for key, value in references(last.args) if key == "tensor"]
+        if last.op == "linear.default" and names and names[0].endswith(".weight"):
+            return str(names[0]).removesuffix(".weight")
+        return None
+
+    def route_at(self, indices: Sequence[int]) -> Route:
+        """The route that takes width index `indices[g]` behind gate g.
+
+        Raises:
+            UsageError: for a wrong number of indices or one out of range.
+        """
+        check(
+            len(indices) == len(self.gates),
+            f"indices {tuple(indices)}: {self.name} has {len(self.gates)} gates, give one width "
+            f"index for each",
+        )
+        check(
+            all(0 <= index < self.num_widths for index in indices),
+            f"indices {tuple(indices)}: width indices of {self.name} are 0 to {self.num_widths - 1}",
+        )
+        return Route((100, *(self.percents[index] for index in indices)))
+
+    @cached_property
+    def routes(self) -> tuple[Route, ...]:
+        """The uniform routes, cheapest first."""
+        return tuple(self.route_at((k,) * len(self.gates)) for k in range(self.num_widths))
+
+    @cached_property
+    def routing_space(self) -> tuple[Route, ...]:
+        """Every route that the gates can take."""
+        combos = itertools.product(*(gate.choices for gate in self.gates))
+        return tuple(self.route_at(combo) for combo in combos)
+
+    @property
+    def largest(self) -> Route:
+        """The whole network."""
+        return self.routes[-1]
+
+    @property
+    def smallest(self) -> Route:
+        """The cheapest route."""
+        return self.routes[0]
+
+    @cached_property
+    def cheapest_choice(self) -> Route:
+        """The cheapest route that the gates can take."""
+        return self.route_at([gate.choices[0] for gate in self.gates])
+
+    @cached_property
+    def widest_choice(self) -> Route:
+        """The widest route that the gates can take."""
+        return self.route_at([gate.choices[-1] for gate in self.gates])
+
+    def segment_indices(self, route: Route) -> tuple[int, ...]:
+        """Width index of each segment on a route; the trunk's is 0.
+
+        Raises:
+            UsageError: if the route is none of this network's.
+        """
+        first, *rest = route.widths or (0,)
+        if len(rest) != len(self.gates) or first != 100 or not set(rest) <= set(self.percents):
+            raise UsageError(
+                f"route {route.widths}: {self.name} takes 100 and one of {self.percents} for each "
+                f"of its {len(self.gates)} gates, such as {self.smallest}"
+            )
+        return (0, *(self.percents.index(percent) for percent in rest))
+
+    def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
+        """A checked `Route` from a route, its text or its widths."""
+        checked = route if isinstance(route, Route) else Route.parse(route)
+        self.segment_indices(checked)
+        return checked
+
+    @property
+    def usual_image_size(self) -> int:
+        """The side in pixels that it was converted for."""
+        return self.image_size[0]
+
+    def check_image_size(self, height: int, width: int) -> None:
+        """Raise `UsageError` for images of another size than it was converted for."""
+        if (height, width) != tuple(self.image_size):
+            raise UsageError(
+                f"image size {height}x{width} px: {self.name} was converted for "
+                f"{self.image_size[0]}x{self.image_size[1]} px"
+            )
+
+    def replace(self, **changes: Any) -> GraphSpec:
+        """A copy with fields replaced; `num_classes` replaces the classifier's outputs.
+
+        Raises:
+            UsageError: if the classes are to be others and no linear layer gives the logits.
+        """
+        classes = changes.get("num_classes", self.num_classes)
+        if classes != self.num_classes:
+            name = self.classifier
+            if name is None:
+                raise UsageError(f"{self.name}: does not end in a linear layer, keeps its classes")
+            rows: Axis = ((WHOLE, 0, classes, 1),)
+            tensors = dict(self.tensors)
+            for key in (f"{name}.weight", f"{name}.bias"):
+                if key in tensors:
+                    old = tensors[key]
+                    tensors[key] = dataclasses.replace(old, axes=(rows, *old.axes[1:]))
+            changes["tensors"] = tensors
+            changes["forms"] = tuple(self._with_classes(form, classes) for form in self.forms)
+        return dataclasses.replace(self, **changes)
+
+    def _with_classes(self, form: FormCost, classes: int) -> FormCost:
+        if form.segment != self.num_segments - 1:
+            return form
+        axis = self.tensors[f"{self.classifier}.weight"].axes[1]
+        inside = kept_count(axis, self.units(form.segment, form.before, form.choice))
+        more = (classes - self.num_classes) * inside
+        has_bias = f"{self.classifier}.bias" in self.tensors
+        return dataclasses.replace(
+            form,
+            madds=form.madds + more,
+            params=form.params + more + (classes - self.num_classes) * has_bias,
+            out=(classes, 1, 1),
+        )
+
+    def with_choices(self, *choices: Sequence[int]) -> GraphSpec:
+        """A copy with another routing space: one sequence of width indices per gate, or for all."""
+        if len(choices) == 1:
+            choices = choices * len(self.gates)
+        check(
+            len(choices) == len(self.gates),
+            f"{self.name}: {len(self.gates)} gates, but {len(choices)} sets of choices",
+        )
+        return dataclasses.replace(self, gates=tuple(GateSpec(tuple(c)) for c in choices))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `from_dict` reads them back."""
+        return {"graph": dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> GraphSpec:
+        """Rebuild a spec from `to_dict`.
+
+        Raises:
+            UsageError: for unknown or missing fields, or values of another type.
+        """
+        made = validated(data["graph"], cls, "not a converted network")
+        return made
+
+    # -- what slicing needs -------------------------------------------------------------------
+
+    def units(self, segment: int, before: int, choice: int) -> dict[int, int]:
+        """Units kept of every group within a segment at `choice` behind one at `before`."""
+        found = {}
+        for number, group in enumerate(self.groups):
+            if group.segment == segment:
+                found[number] = group.widths[choice]
+            elif group.segment == segment - 1 and segment > 1:
+                found[number] = group.widths[before]
+        return found
+
+    @cached_property
+    def costs(self) -> dict[tuple[int, int, int], FormCost]:
+        """Costs by (segment, before, choice)."""
+        return {(f.segment, f.before, f.choice): f for f in self.forms}
+
+    def form(self, segment: int, indices: Sequence[int]) -> FormCost:
+        """The cost of a segment on a route, given as width indices of its segments."""
+        before = indices[segment - 1] if segment > 1 else 0
+        return self.costs[segment, before, indices[segment] if segment else 0]
+
+    def gate_madds(self, number: int, channels: int) -> int:
+        """What the gate that a segment ends in costs."""
+        return self.hidden * (channels + len(self.gates[number].choices))
+
+    def elastic_share(self) -> float:
+        """Part of the multiply-adds that is gone at the narrowest width."""
+        whole = sum(self.form(s, self.segment_indices(self.largest)).madds for s in self.segments)
+        least = sum(self.form(s, self.segment_indices(self.smallest)).madds for s in self.segments)
+        return 1 - least / whole
+
+    @property
+    def segments(self) -> range:
+        """Numbers of the segments."""
+        return range(self.num_segments)
+
+
+AnySpec = NetSpec | GraphSpec
+
+
+def spec_from_dict(data: Mapping[str, Any]) -> AnySpec:
+    """Rebuild the spec of a network of the zoo or of a converted one.
+
+    Raises:
+        UsageError: for unknown or missing fields, or values of another type.
+    """
+    return GraphSpec.from_dict(data) if "graph" in data else NetSpec.from_dict(data)
