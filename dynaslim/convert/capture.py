@@ -123,7 +123,7 @@ def _flat(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
         elif node.op == "call_function":
             if str(node.target).startswith("aten._assert") or operation(node) in SKIPPED:
                 continue
-            if node.all_input_nodes and all(n in names for n in node.all_input_nodes):
+            if all(n in names for n in node.all_input_nodes):
                 _fold(node, tensors, names, trained)
             else:
                 nodes.append(node)
@@ -160,7 +160,7 @@ def _fold(
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
     with torch.no_grad():
         made = node.target(*args, **kwargs)  # type: ignore[operator]
-    base = next(names[n] for n in node.all_input_nodes)
+    base = next((names[n] for n in node.all_input_nodes), "constant")
     if not isinstance(made, Tensor):
         if node.target is operator.getitem or not isinstance(made, tuple | list):
             raise refuse(node, "computes several values of parameters alone")

@@ -39,7 +39,7 @@ POINTWISE: Final = frozenset(
     "dropout feature_dropout alpha_dropout contiguous clone alias detach to _to_copy lift_fresh_copy "
     "log_sigmoid positive".split()
 )
-COMBINING: Final = frozenset("add sub mul div maximum minimum pow rsub true_divide prelu".split())
+COMBINING: Final = frozenset("add sub mul div maximum minimum pow rsub true_divide prelu addcmul addcdiv lerp where".split())
 MOVING: Final = frozenset(
     "view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice select "
     "narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack expand "
@@ -81,6 +81,9 @@ class Labels:
 
     def __init__(self) -> None:
         self._parent = np.zeros(1, np.int64)
+
+    def __len__(self) -> int:
+        return len(self._parent)
 
     def fresh(self, count: int) -> np.ndarray:
         """New labels, each alone."""
@@ -235,7 +238,6 @@ class Analysis:
         x, weight = given["input"], self._parameter(node, given["weight"], "weight")
         channel = 1
         into = self.along(x, channel, "its positions hold channels")
-        tensor = self.captured.tensors[self.captured.names[weight]]
         groups = given["groups"]
         outs = shape_of(node)[1]
         transposed = operation(node) == "conv_transpose2d"
@@ -252,13 +254,17 @@ class Analysis:
                 out = np.zeros(outs, np.int64)
             elif size == 1:
                 out = np.repeat(into, made)
-            else:
+            elif groups > size:  # whole groups are cut
                 blocks = into.reshape(groups, size)
                 self.labels.unite(blocks, np.repeat(blocks[:, :1], size, 1))
                 out = np.repeat(blocks[:, 0], made)
-            # each group is one label: an axis of outputs is cut group by group
-            self.use(weight, 0, out)
-            assert tensor.shape[0] == outs or transposed
+            else:  # every group is cut alike
+                blocks = into.reshape(groups, size)
+                self.labels.unite(blocks, np.repeat(blocks[:1], groups, 0))
+                self.use(weight, 1, blocks[0])
+                out = np.tile(self._fresh(node, made), groups)
+            if not transposed:
+                self.use(weight, 0, out)
         if given["bias"] is not None:
             self.use(self._parameter(node, given["bias"], "bias"), 0, out)
         return self._made(node, channel, out, rows)
@@ -292,7 +298,7 @@ class Analysis:
                         self.use(given[name], offset, labels)
             return Value(shape_of(node), self.value(x).labels, value.rows)
         labels = self.along(x, 1, f"{kind} of an axis that holds channels and pixels")
-        if kind == "group_norm":
+        if kind == "group_norm" and given["num_groups"] > 1:
             blocks = labels.reshape(given["num_groups"], -1)
             self.labels.unite(blocks, np.repeat(blocks[:, :1], blocks.shape[1], 1))
         for name in ("weight", "bias", "running_mean", "running_var"):
@@ -350,8 +356,14 @@ class Analysis:
             if size > 1 and value.axis == at:
                 self.use(parameter, axis, value.labels.reshape(-1))
 
-    def _spatial(self, node: fx.Node) -> Value:
+    def _spatial(self, node: fx.Node) -> Value | list[Value]:
         x = node.all_input_nodes[0]
+        if isinstance(node.meta["val"], tuple):  # values and where they were
+            value, (*_, height, width) = self.value(x), node.meta["val"][0].shape
+            shape = (*value.shape[:-2], int(height), int(width))
+            if value.axis is not None and value.axis >= len(shape) - 2:
+                raise refuse(node, "along an axis that holds channels")
+            return [Value(shape, value.labels, value.rows)] * 2
         value, shape = self.value(x), shape_of(node)
         if operation(node) in ("pad", "constant_pad_nd"):
             pads = list(arguments(node)["pad"])

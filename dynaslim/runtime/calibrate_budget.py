@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import DataError, DynaslimError, UsageError, check
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.runtime.budget import choose, option_costs
 from dynaslim.runtime.escalation import (
     Bools,
@@ -133,7 +133,7 @@ def count_paths(spec: NetSpec) -> int:
 
 @torch.inference_mode()
 def answer_paths(
-    net: SlimNet,
+    net: ElasticNet,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     mirror: bool = False,

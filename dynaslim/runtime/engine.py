@@ -35,7 +35,7 @@ from dynaslim.spec import NetSpec, Route
 
 if TYPE_CHECKING:
     from dynaslim.checkpoint import Checkpoint
-    from dynaslim.nn.net import SlimNet
+    from dynaslim.nn.net import ElasticNet
 
 Escalate = Literal["auto"] | float | None
 _KEPT_DECISIONS = 64
@@ -57,7 +57,7 @@ class Engine:
 
     def __init__(
         self,
-        net: SlimNet | Checkpoint,
+        net: ElasticNet | Checkpoint,
         *,
         backend: str = "auto",
         precision: str = "fp32",

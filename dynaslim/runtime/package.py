@@ -22,6 +22,7 @@ from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form, Precision, segment_forms
+from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     format: Literal["dynaslim-package"]
     version: Literal[1, 2]
-    spec: NetSpec
+    spec: AnySpec
     precision: Precision
     class_names: tuple[Name, ...] | None
     preprocessing: Preprocessing | None
@@ -97,6 +98,18 @@ class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise UsageError(f"{name!r:.60} is not a file of the package")
 
 
+class _NetManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
+    spec: NetSpec
+
+
+class _Converted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    graph: GraphSpec
+
+
+class _ConvertedManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
+    spec: _Converted  # type: ignore[assignment]
+
+
 class PackageError(DynaslimError):
     """A package cannot be read, or is not what it says it is."""
 
@@ -107,7 +120,7 @@ class PackageForms:
     has_modules = False
 
     def __init__(
-        self, folder: Path, spec: NetSpec, precision: Precision, key: str, files: Mapping[str, Path]
+        self, folder: Path, spec: AnySpec, precision: Precision, key: str, files: Mapping[str, Path]
     ) -> None:
         """`files` are those of the folder by name: where they are, links followed."""
         self.spec = spec
@@ -156,7 +169,7 @@ class Package:
     """All that its manifest says."""
 
     @property
-    def spec(self) -> NetSpec:
+    def spec(self) -> AnySpec:
         """The network's."""
         return self.forms.spec
 
@@ -230,7 +243,10 @@ def _checked_manifest(manifest: Any) -> _Manifest:
         held.setdefault("mirror", False)
     elif held.pop("sha256", None) != manifest_digest(manifest):
         raise UsageError("does not match its SHA-256: altered or damaged")
-    return validated(held, _Manifest, "not valid", whole=True)
+    if not (isinstance(held.get("spec"), dict) and "graph" in held["spec"]):
+        return validated(held, _NetManifest, "not valid", whole=True)
+    found = validated(held, _ConvertedManifest, "not valid", whole=True)
+    return msgspec.structs.replace(found, spec=found.spec.graph)  # type: ignore[attr-defined]
 
 
 def _checked_file(path: Path, entry: _File) -> Path:

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaslim.errors import UsageError, check
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.runtime.activations import ActivationSampler
 from dynaslim.runtime.cache import open_cache, processor_flags
 from dynaslim.runtime.forms import Form, Precision, segment_forms
@@ -60,7 +60,7 @@ class QuantisedForms:
 
     def __init__(
         self,
-        net: SlimNet,
+        net: ElasticNet,
         calibration: Iterable[Tensor | np.ndarray],
         *,
         images: int = IMAGES,

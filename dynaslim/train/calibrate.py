@@ -11,14 +11,14 @@ from torch import Tensor
 from dynaslim.distributed import average_, gather, rank, world_size
 from dynaslim.errors import TrainingError
 from dynaslim.nn.layers import SlimBatchNorm2d
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.seeds import step_seed
 from dynaslim.spec import NetSpec, Route
 
 
 @torch.no_grad()
 def recalibrate(
-    net: SlimNet,
+    net: ElasticNet,
     batches: Iterable[Tensor],
     routes: Sequence[Route] | None = None,
     *,

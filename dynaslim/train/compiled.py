@@ -8,7 +8,7 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 
 
 class CompiledSegments:
@@ -17,7 +17,7 @@ class CompiledSegments:
     Compiling whole routes would compile, and run, the trunk that they share once for each.
     """
 
-    def __init__(self, net: SlimNet, *, backend: str = "inductor") -> None:
+    def __init__(self, net: ElasticNet, *, backend: str = "inductor") -> None:
         self._net = net
         self._backend = backend
         self._forms: dict[tuple[int, int], Callable[[Tensor, Tensor | None], Tensor]] = {}
@@ -31,7 +31,7 @@ class CompiledSegments:
         return self._forms[form](x, dropout_mask)
 
 
-def _segment(net: SlimNet, number: int, index: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+def _segment(net: ElasticNet, number: int, index: int) -> Callable[[Tensor, Tensor | None], Tensor]:
     def run(x: Tensor, dropout_mask: Tensor | None) -> Tensor:
         return net.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
 

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import TrainingError, check
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.recipes import ExpectedRecipe, SgsRecipe
 from dynaslim.train.losses import sgs_target, sgs_weights
 from dynaslim.train.route_cache import RouteCache as RouteCache
@@ -404,7 +404,7 @@ def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -
 
 
 @torch.no_grad()
-def apply_heads(net: SlimNet, heads: Sequence[Tensor]) -> None:
+def apply_heads(net: ElasticNet, heads: Sequence[Tensor]) -> None:
     """Write slimming heads (K, R), one for each gate, into a network.
 
     Raises:

@@ -11,7 +11,7 @@ from dynaslim.cost import CostTable
 from dynaslim.data.feed import Feed, MemoryFeed
 from dynaslim.data.memory import MemoryImages
 from dynaslim.data.transforms import Augment
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe
 from dynaslim.seeds import step_seed
@@ -21,7 +21,7 @@ from dynaslim.train.route_cache import cache_routes
 
 
 def fit_gate_to_images(
-    net: SlimNet,
+    net: ElasticNet,
     images: MemoryImages,
     preprocessing: Preprocessing,
     recipe: GateRecipe,

@@ -29,7 +29,7 @@ from dynaslim.data.memory import MemoryImages
 from dynaslim.data.transforms import Augment, mix
 from dynaslim.distributed import rank
 from dynaslim.errors import UsageError, check
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.train.calibrate import recalibrate
@@ -56,7 +56,7 @@ class _Training(ABC, Generic[Losses]):
 
     def __init__(
         self,
-        net: SlimNet,
+        net: ElasticNet,
         feed: Feed,
         augment: Augment,
         recipe: SupernetRecipe | GateRecipe,
@@ -171,7 +171,7 @@ class SupernetTraining(_Training[SupernetLosses]):
 
     def __init__(
         self,
-        net: SlimNet,
+        net: ElasticNet,
         feed: Feed,
         augment: Augment,
         recipe: SupernetRecipe,
@@ -191,19 +191,19 @@ class SupernetTraining(_Training[SupernetLosses]):
         self._run_segment = CompiledSegments(net) if recipe.compile else None
         net.train()
 
-    def averaged_network(self) -> SlimNet:
+    def averaged_network(self) -> ElasticNet:
         """A copy of the averaged network, to be recalibrated and used."""
         copied = _plain_copy(self.net)
         copied.load_state_dict(self.teacher.module.state_dict())
         return copied
 
-    def live_network(self) -> SlimNet:
+    def live_network(self) -> ElasticNet:
         """A copy of the network that is trained."""
         return _plain_copy(self.net)
 
     def recalibrate(
-        self, net: SlimNet, batches: int, *, on_batch: Callable[[], None] | None = None
-    ) -> SlimNet:
+        self, net: ElasticNet, batches: int, *, on_batch: Callable[[], None] | None = None
+    ) -> ElasticNet:
         """Take a network's BN statistics anew from `batches` augmented training batches."""
         fresh = calibration_batches(self.feed, self.augment, self.device, batches, self._seed)
         recalibrate(net, fresh, on_batch=on_batch)
@@ -268,7 +268,7 @@ class GateTraining(_Training[GateLosses]):
 
     def __init__(
         self,
-        net: SlimNet,
+        net: ElasticNet,
         feed: Feed,
         augment: Augment,
         recipe: GateRecipe,
@@ -306,13 +306,13 @@ class GateTraining(_Training[GateLosses]):
         )
 
 
-def _plain_copy(net: SlimNet) -> SlimNet:
+def _plain_copy(net: ElasticNet) -> ElasticNet:
     """A copy in torch's default memory format: it answers as it will when saved and loaded."""
-    copied: SlimNet = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    copied: ElasticNet = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return copied.requires_grad_(True).eval()
 
 
-def check_has_gates(net: SlimNet) -> None:
+def check_has_gates(net: ElasticNet) -> None:
     """Raise `UsageError` if the network has no gates."""
     if not net.spec.gates:
         raise UsageError(f"{net.spec.name} has no gates to train")
@@ -361,13 +361,13 @@ def _cosine(step: int, total: int, warmup: int) -> float:
 
 
 def train_supernet(
-    net: SlimNet,
+    net: ElasticNet,
     images: MemoryImages,
     preprocessing: Preprocessing,
     recipe: SupernetRecipe,
     *,
     on_step: Callable[[SupernetLosses], None] | None = None,
-) -> SlimNet:
+) -> ElasticNet:
     """Stage I on images in memory: train `net` in place; the averaged network, recalibrated.
 
     For runs that are saved and can be resumed see `dynaslim.runs.run_supernet`.
@@ -386,7 +386,7 @@ def train_supernet(
 
 
 def train_gate(
-    net: SlimNet,
+    net: ElasticNet,
     images: MemoryImages,
     preprocessing: Preprocessing,
     recipe: GateRecipe,

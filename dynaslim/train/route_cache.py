@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import TrainingError, check
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.spec import NetSpec, Route
 
 Path = tuple[int, ...]
@@ -121,7 +121,7 @@ def choose_paths(spec: NetSpec, max_routes: int, seed: int) -> tuple[Path, ...]:
 
 @torch.no_grad()
 def cache_routes(
-    net: SlimNet,
+    net: ElasticNet,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     max_routes: int,

@@ -19,7 +19,7 @@ from dynaslim.cost import CostTable
 from dynaslim.distributed import average_, rank, world_size
 from dynaslim.errors import TrainingError
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
-from dynaslim.nn.net import RunSegment, SlimNet
+from dynaslim.nn.net import RunSegment, ElasticNet
 from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.train.losses import (
     asked_first,
@@ -55,7 +55,7 @@ class GateLosses(NamedTuple):
 
 
 def supernet_step(
-    net: SlimNet,
+    net: ElasticNet,
     teacher: AveragedModel,
     optimizer: torch.optim.Optimizer,
     x_BCHW: Tensor,
@@ -93,7 +93,7 @@ def supernet_step(
         TrainingError: if a loss is not finite on any process; the optimizer has not stepped.
     """
     averaged = teacher.module
-    assert isinstance(averaged, SlimNet)
+    assert isinstance(averaged, ElasticNet)
     narrow = (*routes.randoms, routes.smallest)
     # drawn for the whole batch of all processes: they together drop what one alone would
     mask = dropout_mask(net, len(x_BCHW), dropout, generator, x_BCHW.device)
@@ -149,7 +149,7 @@ def supernet_step(
 
 
 def _teacher_targets(
-    averaged: SlimNet,
+    averaged: ElasticNet,
     x: Tensor,
     routes: Sandwich,
     target: Target,
@@ -170,7 +170,7 @@ def _teacher_targets(
 
 
 def dropout_mask(
-    net: SlimNet,
+    net: ElasticNet,
     rows: int,
     dropout: float,
     generator: torch.Generator | None,
@@ -197,7 +197,7 @@ def _check_finite(value: float, what: str, step: int) -> None:
 
 
 def gate_step(
-    net: SlimNet,
+    net: ElasticNet,
     optimizer: torch.optim.Optimizer,
     x_BCHW: Tensor,
     labels_B: Tensor,

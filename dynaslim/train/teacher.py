@@ -14,12 +14,12 @@ from dynaslim.checkpoint import read_prepared
 from dynaslim.distributed import average_
 from dynaslim.errors import check
 from dynaslim.nn.layers import SlimBatchNorm2d
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.spec import NetSpec, Route
 
 
-def make_teacher(net: SlimNet, decay: float) -> AveragedModel:
+def make_teacher(net: ElasticNet, decay: float) -> AveragedModel:
     """The EMA network, which normalises by the statistics of each batch and keeps none.
 
     The released code averages the running statistics too and teaches in evaluation mode. Averaged

@@ -1,0 +1,263 @@
+"""Conversion: answers at full width, the same network by every way of running it, refusals."""
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from convertible import NETWORKS, Plain, _conv, trained
+from torch import nn
+
+import dynaslim
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.convert import Conversion, convert
+from dynaslim.cost import CostTable, madds, params
+from dynaslim.data import MemoryImages
+from dynaslim.errors import UsageError
+from dynaslim.nn.graph_net import GraphNet
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
+from dynaslim.runtime.export import export_package
+from dynaslim.runtime.forms import segment_forms
+from dynaslim.runtime.graph_forms import plain_form
+from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.train import train_supernet
+
+
+def images(count=4, seed=0, side=16):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def decisive(net):
+    """Gates that send images different ways."""
+    with torch.no_grad():
+        for gate in net.gates:
+            nn.init.normal_(gate.slimming_weight, generator=torch.Generator().manual_seed(3))
+            hidden = net.segment_hidden(0, images(64, seed=9), 0)[1].mean(0)
+            gate.slimming_weight -= (gate.slimming_weight @ hidden)[:, None] * hidden / hidden.dot(
+                hidden
+            )
+    return net
+
+
+@pytest.fixture(params=NETWORKS)
+def model(request):
+    return trained(request.param)
+
+
+def test_at_full_width_the_answers_are_the_models(model):
+    x = images()
+    with torch.no_grad():
+        expected = model(x)
+    for batches in (None, [images(8, seed=1)]):
+        net = convert(model, x, images=batches)
+        got = net(x, net.spec.largest)
+        assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+
+
+def test_every_width_is_the_same_network_by_every_way(model):
+    """Elastic, extracted, as ONNX, masked by a gate, saved and loaded."""
+    net, x = convert(model, images()), images(3, seed=2)
+    source = NetworkForms(net)
+    features = net.segment(0, x, 0).features.detach()
+    for form in segment_forms(net.spec):
+        into = x if form.segment == 0 else features
+        plain = plain_form(net, form)(into)
+        session = onnxruntime.InferenceSession(source.onnx(form))
+        (first, *_) = session.run(None, {"x": into.numpy()})
+        expected = net.segment(form.segment, into, form.choice).features.detach()
+        tolerance = 2e-5 * float(expected.abs().max())
+        plain = plain[0] if form.segment == 0 else plain
+        assert float((plain - expected).abs().max()) < tolerance
+        assert np.abs(first - expected.numpy()).max() < tolerance
+    with torch.no_grad():
+        for k, route in enumerate(net.spec.routes):
+            gates = torch.eye(4)[[k] * 3]
+            gated = net.forward_gated(x, lambda logits, _, gates=gates: gates).logits
+            assert torch.allclose(gated, net(x, route), rtol=1e-4, atol=1e-5)
+
+
+def test_narrow_routes_cost_less(model):
+    net = convert(model, images())
+    costs = [madds(net.spec, route, 16) for route in net.spec.routes]
+    assert costs == sorted(costs) and costs[0] < costs[-1]
+    assert params(net.spec, net.spec.smallest) < params(net.spec)
+    table = CostTable.from_madds(net.spec, 16)
+    head = net.spec.gate_madds(0, net.gates[0].reduce_weight.shape[1])
+    assert table.route_cost((3,)) == costs[-1] + head
+
+
+def test_multiply_adds_are_those_of_torch():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for name in ("residual", "dense", "grouped", "scaled", "flattened"):
+        net = convert(trained(name), images())
+        for route in net.spec.routes:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                net(images(1), route)
+            assert madds(net.spec, route, 16) == counter.get_total_flops() // 2, name
+
+
+def test_the_engine_routes_it(tmp_path):
+    net = decisive(convert(trained("residual"), images()))
+    x = images(40, seed=4)
+    with torch.no_grad():
+        chosen = net.segment(0, x, 0).gate_logits.argmax(1).tolist()
+        rows = [net(x[i : i + 1], net.spec.routes[k])[0] for i, k in enumerate(chosen)]
+    expected = torch.stack(rows)
+    assert len(set(chosen)) > 1
+    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    file = save(tmp_path / "net.safetensors", Checkpoint(net=net, preprocessing=pre))
+    assert read(file).net.spec == net.spec
+    engines = [dynaslim.Engine.from_checkpoint(file, backend=b) for b in ("eager", "onnxruntime")]
+    package = tmp_path / "package"
+    export_package(read(file), package)
+    engines.append(dynaslim.Engine.from_package(package))
+    for engine in engines:
+        got = torch.as_tensor(engine(x.numpy()).logits)
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_is_trained_like_any_other():
+    pixels = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.arange(64) % 5
+    pixels[labels == 0] //= 4
+    data = MemoryImages(pixels, labels, tuple("abcde"))
+    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.25,) * 3)
+    net = convert(trained("residual"), images())
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    recipe = SupernetRecipe(
+        epochs=2, batch_size=16, calibration_batches=2, optim=OptimRecipe(lr=0.05)
+    )
+    losses = []
+    made = train_supernet(net, data, pre, recipe, on_step=losses.append)
+    assert isinstance(made, GraphNet)
+    assert losses[-1].largest < losses[0].largest
+    assert not torch.equal(before["head.weight"], made.state_dict()["head.weight"])
+    recipe = GateRecipe(epochs=1, batch_size=16, objective="sgs", targets=())
+    heads = [p.clone() for p in made.slimming_parameters()]
+    dynaslim.train.train_gate(made, data, pre, recipe)
+    assert any(not torch.equal(a, b) for a, b in zip(heads, made.slimming_parameters(), strict=True))
+
+
+def test_statistics_are_kept_by_width():
+    net = convert(trained("residual"), images())
+    x = images(32, seed=5)
+    dynaslim.train.recalibrate(net, [x])
+    for route in net.spec.routes:
+        net.eval()
+        with torch.no_grad():
+            own = net(x, route)
+        net.train()
+        with torch.no_grad():
+            batch = net(x, route)
+        net.eval()
+        assert torch.allclose(own, batch, rtol=0.2, atol=0.05)
+
+
+def test_channels_are_sorted_by_importance():
+    """Channels that are never active come last, wherever they were."""
+    model = trained("residual")
+    dead = [0, 5, 17]
+    one = model.body[2].one
+    with torch.no_grad():
+        one[1].weight[dead], one[1].bias[dead] = 0.0, 0.0
+    for batches in (None, [images(8)]):
+        net = convert(model, images(), images=batches)
+        scales = net.tensor("body.2.one.1.weight")
+        assert (scales[-3:] == 0).all() and (scales[:-3] != 0).all()
+
+
+def test_gates_are_put_where_they_are_asked_for():
+    model = trained("residual")
+    net = convert(model, images(), gate_at=["body.0", "body.1"])
+    assert net.spec.num_segments == 3
+    decisive_choices = net.spec.routing_space
+    assert len(decisive_choices) == 16
+    x = images(2, seed=7)
+    with torch.no_grad():
+        whole = net(x, net.spec.largest)
+        for route in decisive_choices:
+            assert torch.isfinite(net(x, route)).all()
+        expected = model(x)
+    assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UsageError, match="gate at 'body.7': no single feature map leaves it"):
+        convert(model, images(), gate_at=["body.7"])
+
+
+def test_what_is_protected_stays_whole():
+    model = trained("residual")
+    free = Conversion(model, images(), protect=["body.1.one"]).net()
+    name = "body.1.one.0.weight"
+    assert all(run[0] == -1 for run in free.spec.tensors[name].axes[0])
+    with pytest.raises(UsageError, match="protect 'nobody': the model has no such module"):
+        Conversion(model, images(), protect=["nobody"])
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return torch.cummax(x, 1).values
+
+
+class Conditional(nn.Module):
+    """A convolution whose weight depends on the image."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts, self.route = nn.Parameter(torch.randn(4, 48 * 16 * 9)), nn.Linear(16, 4)
+
+    def forward(self, x):
+        w = (self.route(x.mean((2, 3)))[:1].softmax(1) @ self.experts).view(48, 16, 3, 3)
+        return nn.functional.conv2d(x, w)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x.repeat(1, 3, 1, 1) if float(x.mean()) > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (Unknown(), r"body.0: cummax: not an operation that can be converted"),
+        (Conditional(), r"body.0: conv2d: its weight is computed from the image"),
+        (Branching(), r"cannot be captured by torch.export"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused_by_name(body, message):
+    with pytest.raises(UsageError, match=message):
+        convert(Plain(body, features=16 if isinstance(body, Unknown) else 48).eval(), images())
+
+
+def test_models_that_are_not_ready_are_refused():
+    model = trained("residual")
+    with pytest.raises(UsageError, match=r"training mode; call model.eval\(\) first"):
+        convert(model.train(), images())
+    model.eval()
+    with pytest.raises(UsageError, match="does not run on an example of shape"):
+        convert(model, torch.randn(1, 4, 16, 16))
+    with pytest.raises(UsageError, match="expected"):
+        convert(model, torch.randn(3, 16, 16))
+    with pytest.raises(UsageError, match="widths .*expected shares that rise to 1"):
+        convert(model, images(), widths=(0.5, 0.25, 1.0))
+    with torch.no_grad():
+        model.head.weight[0, 0] = float("nan")
+    with pytest.raises(UsageError, match="head.weight: has values that are not finite"):
+        convert(model, images())
+
+
+def test_images_of_another_size_are_refused():
+    net = convert(trained("residual"), images())
+    with pytest.raises(UsageError, match="converted for 16x16 px"):
+        net(images(side=32), net.spec.largest)
+
+
+def test_a_shared_layer_is_refused_or_right():
+    layer = _conv(48, 48)
+    model = Plain(_conv(16, 48, stride=2), layer, layer).eval()
+    x = images()
+    try:
+        net = convert(model, x)
+    except UsageError:
+        return
+    with torch.no_grad():
+        assert torch.allclose(net(x, net.spec.largest), model(x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,171 @@
+"""Small networks of every structure that conversion has a rule for."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def _conv(ins, outs, kernel=3, **given):
+    return nn.Sequential(
+        nn.Conv2d(ins, outs, kernel, padding=kernel // 2, bias=False, **given),
+        nn.BatchNorm2d(outs),
+        nn.ReLU(inplace=True),
+    )
+
+
+class Plain(nn.Module):
+    """Stem, body, global pool, linear."""
+
+    def __init__(self, *body, features=48, classes=5):
+        super().__init__()
+        self.stem = _conv(3, 16)
+        self.body = nn.Sequential(*body)
+        self.head = nn.Linear(features, classes)
+
+    def forward(self, x):
+        return self.head(self.body(self.stem(x)).mean((2, 3)))
+
+
+class Shortcut(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.one, self.two = _conv(width, width), nn.Sequential(*_conv(width, width)[:2])
+
+    def forward(self, x):
+        return F.relu(x + self.two(self.one(x)))
+
+
+class Attention(nn.Module):
+    """Squeeze and excitation."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(width, 12, 1), nn.Conv2d(12, width, 1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.up(F.silu(self.down(x.mean((2, 3), keepdim=True)))))
+
+
+class Dense(nn.Module):
+    def __init__(self, width, growth):
+        super().__init__()
+        self.one, self.two = _conv(width, growth), _conv(width + growth, growth)
+
+    def forward(self, x):
+        x = torch.cat([x, self.one(x)], 1)
+        return torch.cat([x, self.two(x)], 1)
+
+
+class Split(nn.Module):
+    """Halves that go different ways, as in CSP networks."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.way = _conv(width // 2, width // 2)
+
+    def forward(self, x):
+        one, two = x.chunk(2, 1)
+        return torch.cat([one, self.way(two)], 1)
+
+
+class Shuffle(nn.Module):
+    def forward(self, x):
+        rows, channels, height, width = x.shape
+        x = x.view(rows, 2, channels // 2, height, width).transpose(1, 2)
+        return x.reshape(rows, channels, height, width)
+
+
+class Scaled(nn.Module):
+    """A ConvNeXt block: depthwise, layer norm over channels, an MLP, a learnt scale."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 64), nn.Linear(64, width)
+        self.scale = nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x):
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        return x + (self.scale * self.down(F.gelu(self.up(y)))).permute(0, 3, 1, 2)
+
+
+class Flattened(nn.Module):
+    """Channels and pixels flattened into a linear layer, as in VGG."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(_conv(3, 16), _conv(16, 32, stride=2), nn.AdaptiveAvgPool2d(4))
+        self.head = nn.Sequential(nn.Linear(512, 32), nn.ReLU(), nn.Dropout(), nn.Linear(32, 5))
+
+    def forward(self, x):
+        return self.head(self.body(x).flatten(1))
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        w = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        w = w / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+        return F.conv2d(x, w, self.bias, self.stride, self.padding)
+
+
+class Padded(nn.Module):
+    """A shortcut that is filled up with channels of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = _conv(16, 48)
+
+    def forward(self, x):
+        return F.pad(x, (0, 0, 0, 0, 16, 16)) + self.body(x)
+
+
+class Heads(nn.Module):
+    """Self-attention over pixels: its channels stay whole."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        rows, channels, height, width = x.shape
+        q, k, v = self.qkv(x).reshape(rows, 3, channels, -1).unbind(1)
+        a = (q.transpose(1, 2) @ k * channels**-0.5).softmax(-1)
+        return x + self.out((v @ a.transpose(1, 2)).reshape(rows, channels, height, width))
+
+
+NETWORKS = {
+    "residual": lambda: Plain(_conv(16, 48, stride=2), Shortcut(48), Shortcut(48)),
+    "attention": lambda: Plain(_conv(16, 48, stride=2), Attention(48), Shortcut(48)),
+    "dense": lambda: Plain(_conv(16, 24, stride=2), Dense(24, 12)),
+    "split": lambda: Plain(_conv(16, 48, stride=2), Split(48), _conv(48, 48)),
+    "shuffle": lambda: Plain(_conv(16, 48), _conv(48, 48, groups=2), Shuffle(), _conv(48, 48)),
+    "grouped": lambda: Plain(_conv(16, 48, stride=2), _conv(48, 48, groups=12), _conv(48, 48)),
+    "scaled": lambda: Plain(_conv(16, 48, stride=2), Scaled(48), Scaled(48)),
+    "flattened": Flattened,
+    "standardised": lambda: Plain(
+        _conv(16, 32, stride=2), Standardised(32, 48, 3), nn.GroupNorm(4, 48), nn.ReLU()
+    ),
+    "padded": lambda: Plain(Padded(), _conv(48, 48, stride=2)),
+    "heads": lambda: Plain(_conv(16, 32, stride=2), Heads(32), _conv(32, 48)),
+    "upsampled": lambda: Plain(
+        _conv(16, 48, stride=2), nn.Upsample(scale_factor=2), _conv(48, 48), nn.MaxPool2d(2)
+    ),
+    "parametric": lambda: Plain(
+        nn.Conv2d(16, 48, 3), nn.PReLU(48), nn.ConvTranspose2d(48, 48, 2, 2), nn.Hardswish()
+    ),
+}
+
+
+def trained(name, images=None):
+    """A network with statistics of some images, in evaluation mode."""
+    torch.manual_seed(0)
+    net = NETWORKS[name]().train()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    with torch.no_grad():
+        net(torch.randn(16, 3, 16, 16) if images is None else images)
+    return net.eval()
