@@ -88,7 +88,7 @@ def serve(
 
         def ready() -> None:
             seconds = time.perf_counter() - started
-            doubt = "" if service.facts.steady else "; no times, the machine was too busy"
+            doubt = "" if service.info.steady else "; no times, the machine was too busy"
             tell(
                 f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s{doubt})"
             )
