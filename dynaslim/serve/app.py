@@ -28,7 +28,7 @@ from dynaslim.serve.http import (
 from dynaslim.serve.model_info import ServedEngine
 from dynaslim.serve.options import ServeOptions
 from dynaslim.serve.pages import File, find_samples, interface_page, web_files
-from dynaslim.serve.predict import Predict
+from dynaslim.serve.predict import PredictEndpoint
 from dynaslim.serve.schemas import (
     RETRY_AFTER,
     Models,
@@ -147,7 +147,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         """Results are in the order of the images. Formats are detected from the images' content."""
 
     # of two routes with the same path the first one gets the requests; FastAPI documents the other
-    app.router.routes.append(Route(PREDICT, Predict(service), methods=["POST"]))
+    app.router.routes.append(Route(PREDICT, PredictEndpoint(service), methods=["POST"]))
     app.post(
         PREDICT,
         operation_id="predict",

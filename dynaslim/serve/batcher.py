@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
@@ -82,45 +82,41 @@ class Answer(NamedTuple):
     mirrored: bool
 
 
+@dataclass(slots=True, eq=False)
 class WorkItem:
     """The images of one request; they may run in several batches."""
 
-    __slots__ = (
-        "answers", "batch_size", "deadline", "decoded", "error", "finished", "missing", "on_done",
-        "pixels", "postponed", "ready", "setting", "started", "top_k", "undecoded", "used",
-        "waiting",
-    )  # fmt: skip
+    rows: InitVar[int]
+    setting: Setting
+    top_k: int
+    deadline: float | None
+    on_done: Callable[[WorkItem], None]
+    answers: list[Answer | None] = field(init=False)
+    pixels: list[np.ndarray | None] = field(init=False)
+    ready: deque[int] = field(default_factory=deque)
+    """Decoded rows that wait for the engine."""
+    undecoded: int = field(init=False)
+    postponed: int = 0
+    """Those of the undecoded rows that no batch waits for."""
+    waiting: int = field(init=False)
+    """Rows in the queue, postponed ones left out."""
+    missing: int = field(init=False)
+    """Rows without an answer."""
+    error: BaseException | None = None
+    used: str | None = None
+    """The budget that its last rows ran with."""
+    batch_size: int = 0
+    """Rows of the largest batch that any of its rows ran in."""
+    decoded: float = 0.0
+    """When its last row was decoded."""
+    started: float = 0.0
+    """When its last row went to the engine."""
+    finished: float = 0.0
+    """When its last row came back."""
 
-    def __init__(
-        self,
-        rows: int,
-        setting: Setting,
-        top_k: int,
-        deadline: float | None,
-        on_done: Callable[[WorkItem], None],
-    ) -> None:
-        self.setting = setting
-        self.top_k = top_k
-        self.deadline = deadline
-        self.on_done = on_done
-        self.answers: list[Answer | None] = [None] * rows
-        self.pixels: list[np.ndarray | None] = [None] * rows
-        self.ready: deque[int] = deque()
-        """Decoded rows that wait for the engine."""
-        self.undecoded = rows
-        self.postponed = 0
-        """Those of the undecoded rows that no batch waits for."""
-        self.waiting = rows
-        """Rows in the queue, postponed ones left out."""
-        self.missing = rows
-        """Rows without an answer."""
-        self.error: BaseException | None = None
-        self.used: str | None = None
-        """The budget that its last rows ran with."""
-        self.batch_size = 0
-        """Rows of the largest batch that any of its rows ran in."""
-        self.decoded = self.started = self.finished = 0.0
-        """When the last row was decoded, went to the engine and came back."""
+    def __post_init__(self, rows: int) -> None:
+        self.answers, self.pixels = [None] * rows, [None] * rows
+        self.undecoded = self.waiting = self.missing = rows
 
     @property
     def done(self) -> bool:

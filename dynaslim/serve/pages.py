@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import html
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -155,54 +155,54 @@ def _shipped_samples(class_names: Sequence[str] | None) -> list[Sample]:
 
 def interface_page(document: Mapping[str, Any]) -> File:
     """An OpenAPI document as one HTML page that loads nothing from elsewhere."""
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{_escape(document['info']['title'])}: interface</title></head><body>",
-        f"<h1>{_escape(document['info']['title'])}: interface</h1>",
-        f"<p>{_escape(document['info'].get('description', ''))}</p>",
-        "<p>The same for programs: <a href='openapi.json'>openapi.json</a></p>",
-    ]
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            parts += _operation(method, path, operation)
-    parts.append("<h2>What bodies look like</h2>")
-    for name, schema in document["components"]["schemas"].items():
-        text = json.dumps(schema, indent=2)
-        parts.append(f"<h3 id='{_escape(name)}'>{_escape(name)}</h3><pre>{_escape(text)}</pre>")
-    return File("\n".join([*parts, "</body></html>"]).encode(), TYPES[".html"])
+    title = escape(document["info"]["title"])
+    operations = "\n".join(
+        _operation(f"{method.upper()} {path}", operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    )
+    schemas = "\n".join(
+        f"<h3 id='{escape(name)}'>{escape(name)}</h3>"
+        f"<pre>{escape(json.dumps(schema, indent=2))}</pre>"
+        for name, schema in document["components"]["schemas"].items()
+    )
+    page = f"""<!doctype html><html lang='en'><head><meta charset='utf-8'>
+<meta name='viewport' content='width=device-width, initial-scale=1'>
+<title>{title}: interface</title></head><body>
+<h1>{title}: interface</h1>
+<p>{escape(document["info"].get("description", ""))}</p>
+<p>The same for programs: <a href='openapi.json'>openapi.json</a></p>
+{operations}
+<h2>What bodies look like</h2>
+{schemas}
+</body></html>"""
+    return File(page.encode(), TYPES[".html"])
 
 
-def _operation(method: str, path: str, operation: Mapping[str, Any]) -> list[str]:
-    parts = [
-        f"<h2><code>{_escape(method.upper())} {_escape(path)}</code></h2>",
-        f"<p>{_escape(operation.get('summary', ''))}</p>",
-        f"<p>{_escape(operation.get('description', ''))}</p>",
-    ]
-    if operation.get("parameters"):
-        parts.append("<dl>")
-        for parameter in operation["parameters"]:
-            parts.append(f"<dt><code>{_escape(parameter['name'])}</code></dt>")
-            parts.append(f"<dd>{_escape(parameter.get('description', ''))}</dd>")
-        parts.append("</dl>")
-    if "requestBody" in operation:
-        parts.append(f"<p>Body: {_media_types(operation['requestBody']['content'])}</p>")
-    parts.append("<dl>")
-    for status, answer in operation["responses"].items():
-        types = _media_types(answer.get("content", {}))
-        parts.append(f"<dt>{_escape(status)}</dt><dd>{_escape(answer['description'])} {types}</dd>")
-    parts.append("</dl>")
-    return parts
+def _operation(name: str, operation: Mapping[str, Any]) -> str:
+    parameters = "".join(
+        f"<dt><code>{escape(one['name'])}</code></dt><dd>{escape(one.get('description', ''))}</dd>"
+        for one in operation.get("parameters", ())
+    )
+    answers = "".join(
+        f"<dt>{status}</dt>"
+        f"<dd>{escape(answer['description'])} {_media_types(answer.get('content', {}))}</dd>"
+        for status, answer in operation["responses"].items()
+    )
+    body = _media_types(operation.get("requestBody", {}).get("content", {}))
+    return f"""<h2><code>{escape(name)}</code></h2>
+<p>{escape(operation.get("summary", ""))}</p>
+<p>{escape(operation.get("description", ""))}</p>
+<dl>{parameters}</dl>
+{f"<p>Body: {body}</p>" if body else ""}
+<dl>{answers}</dl>"""
 
 
 def _media_types(content: Mapping[str, Any]) -> str:
     shown = []
     for media_type, media in content.items():
-        name = media.get("schema", {}).get("$ref", "").rpartition("/")[2]
-        link = f": <a href='#{_escape(name)}'>{_escape(name)}</a>" if name else ""
-        shown.append(f"<code>{_escape(media_type)}</code>{link}")
+        schema = media.get("schema", {})
+        name = escape(schema.get("$ref", "").rpartition("/")[2])
+        link = f"<a href='#{name}'>{name}</a>" if name else escape(json.dumps(schema))
+        shown.append(f"<code>{escape(media_type)}</code>: {link}")
     return ", ".join(shown)
-
-
-def _escape(text: str) -> str:
-    return html.escape(str(text))

@@ -12,7 +12,7 @@ import json
 import logging
 import sys
 import time
-from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
@@ -55,36 +55,6 @@ _log = logging.getLogger("dynaslim.serve")
 
 
 # -- the event loop -------------------------------------------------------------------------------
-
-
-class Outbox:
-    """Hands items that other threads have finished to the event loop, many at a time."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-        self._done: deque[tuple[asyncio.Future[WorkItem], WorkItem]] = deque()
-        self._scheduled = False
-
-    def put(self, future: asyncio.Future[WorkItem], item: WorkItem) -> None:
-        """Set the future's result, or exception; from any thread."""
-        self._done.append((future, item))
-        if not self._scheduled:
-            self._scheduled = True
-            try:
-                self._loop.call_soon_threadsafe(self._deliver)
-            except RuntimeError:  # the loop is closed, and nobody waits any more
-                self._done.clear()
-
-    def _deliver(self) -> None:
-        self._scheduled = False  # first: later items schedule another call
-        while self._done:
-            future, item = self._done.popleft()
-            if future.done():
-                continue
-            if item.error is None:
-                future.set_result(item)
-            else:
-                future.set_exception(item.error)
 
 
 class Lag:
@@ -137,7 +107,7 @@ class _Request:
     uploads: list[Upload] = field(default_factory=list)
 
 
-class Predict:
+class PredictEndpoint:
     """The endpoint of one service."""
 
     def __init__(self, service: Service) -> None:
@@ -151,7 +121,7 @@ class Predict:
         service = self._service
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
-            self._loop, self._outbox, self._lag = loop, Outbox(loop), Lag(loop)
+            self._loop, self._lag = loop, Lag(loop)
         service.lag_s = self._lag.request()
         began = time.monotonic() - service.lag_s
         reader = BodyReader(scope["headers"], service.options.body_bytes, service.buffers)
@@ -207,8 +177,9 @@ class Predict:
             service.batcher.check_room(deadline)  # before the body is read
             body = await _read(reader, receive, deadline)
             request = _Request(began, time.monotonic())
-            future: asyncio.Future[WorkItem] = asyncio.get_running_loop().create_future()
-            deliver = functools.partial(self._outbox.put, future)
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[WorkItem] = loop.create_future()
+            deliver = functools.partial(_deliver, loop, future)
             item = service.batcher.admit(
                 1, setting, top_k=top_k, deadline=deadline, on_done=deliver
             )
@@ -382,6 +353,23 @@ async def _read(reader: BodyReader, receive: Receive, deadline: float) -> bytes:
             return await reader.read(receive)
     except TimeoutError:
         raise HTTPError(408, "body_late", "the body did not arrive in time") from None
+
+
+def _deliver(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[WorkItem], item: WorkItem
+) -> None:
+    """Resolve a future with a finished item, from any thread."""
+
+    def resolve() -> None:
+        if future.done():
+            return
+        if item.error is None:
+            future.set_result(item)
+        else:
+            future.set_exception(item.error)
+
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits
+        loop.call_soon_threadsafe(resolve)
 
 
 async def _wait(future: asyncio.Future[WorkItem], receive: Receive, deadline: float) -> WorkItem:

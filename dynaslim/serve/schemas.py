@@ -158,6 +158,12 @@ def limited_bodies(max_images: int) -> tuple[type[BaseModel], type[BaseModel]]:
 
 _Count = Annotated[int, Field(ge=0)]
 
+
+@with_config(_CLOSED)
+class _Answer(TypedDict):
+    """Makes the answers derived from it have no further fields."""
+
+
 LikelyClass = TypedDict(  # by a call, as one field's name is a keyword
     "LikelyClass",
     {"index": _Count, "class": str | None, "probability": Annotated[float, Field(ge=0, le=1)]},
@@ -165,14 +171,13 @@ LikelyClass = TypedDict(  # by a call, as one field's name is a keyword
 with_config(_CLOSED)(LikelyClass)
 
 
-class _Route(TypedDict):
+class _Route(_Answer):
     route: str
     widths: list[_Count]
     choices: list[_Count]
     madds: float
 
 
-@with_config(_CLOSED)
 class Result(_Route):
     """The answer for one image; `madds` and `ms` count all runs of an escalated image."""
 
@@ -185,8 +190,7 @@ class Result(_Route):
     ms_share: float | None
 
 
-@with_config(_CLOSED)
-class Timing(TypedDict):
+class Timing(_Answer):
     """Milliseconds of a request."""
 
     decode: float
@@ -195,8 +199,7 @@ class Timing(TypedDict):
     total: float
 
 
-@with_config(_CLOSED)
-class Prediction(TypedDict):
+class Prediction(_Answer):
     """The answer to a request, with the results in the order of its images."""
 
     model: str
@@ -209,10 +212,7 @@ class Prediction(TypedDict):
     unlike_curve: bool
 
 
-@with_config(_CLOSED)
-class Stage(TypedDict):
-    """A stage of the network."""
-
+class Stage(_Answer):
     name: str
     widths: list[_Count]
     gated: bool
@@ -220,23 +220,18 @@ class Stage(TypedDict):
     largest: _Count
 
 
-@with_config(_CLOSED)
 class TimedRoute(_Route):
     """A route, and the time of one image along it; null where times were not steady."""
 
     ms: float | None
 
 
-@with_config(_CLOSED)
-class Cost(TypedDict):
-    """The cost of a route."""
-
+class Cost(_Answer):
     madds: float
     ms: float | None
 
 
-@with_config(_CLOSED)
-class Point(TypedDict):
+class Point(_Answer):
     """A point of the budget curve, and the smallest budget that affords it."""
 
     budget: float
@@ -245,38 +240,26 @@ class Point(TypedDict):
     top1: float | None
 
 
-@with_config(_CLOSED)
-class BudgetRange(TypedDict):
-    """The budgets of a network."""
-
+class BudgetRange(_Answer):
     low: float
     high: float
     unit: str
     points: list[Point]
 
 
-@with_config(_CLOSED)
-class Limits(TypedDict):
-    """Limits of a request."""
-
+class Limits(_Answer):
     images: _Count
     body_bytes: _Count
     pixels: _Count
     deadline_ms: float
 
 
-@with_config(_CLOSED)
-class SampleLink(TypedDict):
-    """An image to try."""
-
+class SampleLink(_Answer):
     name: str
     url: str
 
 
-@with_config(_CLOSED)
-class Model(TypedDict):
-    """A model that is served."""
-
+class Model(_Answer):
     name: str
     backend: str | None
     classes: list[str] | None
@@ -292,25 +275,18 @@ class Model(TypedDict):
     samples: list[SampleLink]
 
 
-@with_config(_CLOSED)
-class Models(TypedDict):
-    """All models that are served."""
-
+class Models(_Answer):
     models: list[Model]
 
 
-@with_config(_CLOSED)
-class Status(TypedDict):
-    """The state of the server."""
-
+class Status(_Answer):
     status: str
 
 
 # -- errors ---------------------------------------------------------------------------------------
 
 
-@with_config(_CLOSED)
-class ErrorDetail(TypedDict):
+class ErrorDetail(_Answer):
     """An error; `image` is the number of the image at fault, from 0."""
 
     code: str
@@ -318,8 +294,7 @@ class ErrorDetail(TypedDict):
     image: NotRequired[_Count]
 
 
-@with_config(_CLOSED)
-class ErrorBody(TypedDict):
+class ErrorBody(_Answer):
     """The body of every error."""
 
     error: ErrorDetail

@@ -162,10 +162,6 @@ class Metrics:
                 f"dynaslim_{name}", text, buckets=buckets, registry=self._registry
             )
 
-        def gauge(name: str, text: str, value: Callable[[], float]) -> None:
-            made = prometheus_client.Gauge(f"dynaslim_{name}", text, registry=self._registry)
-            made.set_function(value)
-
         self._requests = counter(
             "requests", "Predictions asked for, by status; 499: client left.", ("code",)
         )
@@ -185,38 +181,37 @@ class Metrics:
         )
         self._escalated = counter("images_escalated", "Images that escalated.")
         self._mirrored = counter("images_mirrored", "Images whose mirror image was run too.")
-        gauge(
-            "queue_rows",
-            "Images waiting, decoding included.",
-            lambda: service.batcher.waiting,
-        )
-        gauge(
-            "expected_wait_seconds",
-            "How long an image that comes now will wait.",
-            lambda: service.batcher.expected_wait_s,
-        )
-        gauge(
-            "budget_share",
-            "Budget of requests that name none, of the widest route's cost.",
-            lambda: service.budget_share,
-        )
-        gauge("ready", "1 if the server takes requests.", lambda: service.accepting)
-        gauge("body_bytes", "Bytes of bodies that are held.", lambda: service.buffers.held)
-        gauge(
-            "lag_seconds",
-            "How long requests wait before the server looks at them.",
-            lambda: service.lag_s,
-        )
-        gauge(
-            "cost_ratio",
-            "Mean cost of recent images with a budget, 1 as the curve has it.",
-            lambda: service.spending.ratio,
-        )
-        gauge(
-            "unlike_curve",
-            "1 if that is clearly another cost than the curve's.",
-            lambda: service.spending.differs,
-        )
+        gauges: dict[str, tuple[str, Callable[[], float]]] = {
+            "queue_rows": (
+                "Images waiting, decoding included.",
+                lambda: service.batcher.waiting,
+            ),
+            "expected_wait_seconds": (
+                "How long an image that comes now will wait.",
+                lambda: service.batcher.expected_wait_s,
+            ),
+            "budget_share": (
+                "Budget of requests that name none, of the widest route's cost.",
+                lambda: service.budget_share,
+            ),
+            "ready": ("1 if the server takes requests.", lambda: service.accepting),
+            "body_bytes": ("Bytes of bodies that are held.", lambda: service.buffers.held),
+            "lag_seconds": (
+                "How long requests wait before the server looks at them.",
+                lambda: service.lag_s,
+            ),
+            "cost_ratio": (
+                "Mean cost of recent images with a budget, 1 as the curve has it.",
+                lambda: service.spending.ratio,
+            ),
+            "unlike_curve": (
+                "1 if that is clearly another cost than the curve's.",
+                lambda: service.spending.differs,
+            ),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = prometheus_client.Gauge(f"dynaslim_{name}", text, registry=self._registry)
+            gauge.set_function(value)
 
     def error(self, status: int, code: str) -> None:
         """Count an error that load, stopping or the deadline caused."""
