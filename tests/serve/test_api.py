@@ -529,6 +529,12 @@ def test_openapi_document(serve):
     )
     limits = {p["name"]: p["schema"] for p in predict_["parameters"]}
     assert limits["deadline_ms"]["maximum"] == 700
+    assert set(limits) == {"budget", "top_k", "escalate", "deadline_ms"}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            errors = {s: a for s, a in operation["responses"].items() if s != "200"}
+            assert all(set(answer["content"]) == {"application/json"} for answer in errors.values())
+            assert all("Retry-After" in errors[s]["headers"] for s in {"429", "503"} & set(errors))
     assert page.headers["content-type"].startswith("text/html")
     assert "/v1/predict" in page.text
     assert "src=" not in page.text
