@@ -195,7 +195,7 @@ def test_a_process_that_dies_fails_its_picture_alone(pictures_of, processes):
     pictures.put(
         DecodingCost(1, 10**9), content, lambda: True, lambda one: (results.append(one), done.set())
     )
-    time.sleep(0.05)
+    until(lambda: not pictures._tasks)  # the process has it
     processes[0].kill()
     assert done.wait(30)
     assert isinstance(results[0], ImageError)
