@@ -1,4 +1,4 @@
-"""The verb that serves a model over HTTP."""
+"""The verb `serve`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def serve(
     Args:
         model: A checkpoint file, the folder of an exported package, or the name of a model that
             ships. Default: cifar10.
-        host: Address to listen at; 0.0.0.0 for all, which asks for a token.
+        host: Address to listen on; 0.0.0.0 for all: set a token then.
         port: Port to listen at; 0 takes a free one.
         backend: What runs the network; auto takes the fastest that is installed.
         workers: Cores that the network runs on. Default: all.
@@ -99,8 +99,8 @@ def serve(
     def tell(line: str) -> None:
         try:
             say(line)
-            sys.stdout.flush()  # whoever waits for the line reads a pipe
-        except BrokenPipeError:  # nobody does, which is no reason not to serve
+            sys.stdout.flush()  # the reader of a pipe may wait for this line
+        except BrokenPipeError:  # serve even if nobody reads it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     return run(

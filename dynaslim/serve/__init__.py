@@ -1,4 +1,4 @@
-"""A network served over HTTP, its images batched with those of other requests.
+"""A network served over HTTP; the images of all requests are batched together.
 
     app = create_app("package", ServeOptions(token="..."))     # a FastAPI application
     with Batcher(engine) as batcher: ...                       # the same batches without HTTP
@@ -9,18 +9,19 @@ Names are imported on first use: a batcher needs no web framework.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from dynaslim.runtime.libraries import require
+
 if TYPE_CHECKING:
     from dynaslim.serve.app import create_app
-    from dynaslim.serve.batcher import Batcher
-    from dynaslim.serve.jobs import DeadlineError, QueueFullError, StoppingError
+    from dynaslim.serve.batcher import Batcher, DeadlineError, QueueFullError, StoppingError
     from dynaslim.serve.options import ServeOptions
 
 _HOME = {
     "Batcher": "dynaslim.serve.batcher",
-    "DeadlineError": "dynaslim.serve.jobs",
-    "QueueFullError": "dynaslim.serve.jobs",
+    "DeadlineError": "dynaslim.serve.batcher",
+    "QueueFullError": "dynaslim.serve.batcher",
     "ServeOptions": "dynaslim.serve.options",
-    "StoppingError": "dynaslim.serve.jobs",
+    "StoppingError": "dynaslim.serve.batcher",
     "create_app": "dynaslim.serve.app",
 }
 
@@ -37,6 +38,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dynaslim.serve' has no attribute {name!r}")
+    if name == "create_app":
+        for library in ("fastapi", "python_multipart", "prometheus_client"):
+            require(library)  # its error has the line that installs it
     return getattr(import_module(_HOME[name]), name)
 
 

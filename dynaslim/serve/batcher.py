@@ -3,11 +3,11 @@
     with Batcher(engine) as batcher:
         answers = batcher.submit([pixels_CSS]).result().answers
 
-A thread takes what is there whenever the engine is free. It does not wait for a batch to fill:
-while the engine works, the next batch gathers by itself. Only for images that are on their way (a
-decoder has them) it waits, for a few milliseconds.
+One thread takes whatever is queued as soon as the engine is free. It does not wait for a batch to
+fill: the next batch collects while the engine works. Only for images that are still being decoded
+does it wait, a few milliseconds at most.
 
-Suffixes: B rows of a batch, C channels, S side in pixels.
+Suffixes: B rows of a batch, C channels, G gates, K likeliest classes, N classes, S side in pixels.
 """
 
 from __future__ import annotations
@@ -17,34 +17,164 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Final
+from dataclasses import InitVar, dataclass, field
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 
-from dynaslim.errors import UsageError, check
-from dynaslim.preprocessing import normalise_pixels
-from dynaslim.serve.budgets import Budgets, Escalate, Setting
-from dynaslim.serve.jobs import (
-    BatchEngine,
-    BatchReport,
-    DeadlineError,
-    Job,
-    QueueFullError,
-    StoppingError,
-    answers_of,
-)
-from dynaslim.serve.load import Throughput
+from dynaslim.errors import DataError, DynaslimError, UsageError, check
+from dynaslim.preprocessing import Preprocessing, normalise_pixels
+from dynaslim.runtime.budget import BudgetCurve
+from dynaslim.serve.budgets import Budgets, Escalate, Setting, Throughput
 from dynaslim.serve.options import ServeOptions
 
 LEAST_ROWS: Final = 4
-"""Of a batch that is cut short for time."""
+"""Smallest limit that `max_batch_ms` can put on a batch."""
 MARGIN: Final = 2.0
-"""Times the expected wait that must be left before a deadline: speed varies, and a shorter queue
-keeps the engine as busy."""
+"""A request is refused unless this many times its expected wait is left before its deadline. Speed
+varies, and a shorter queue keeps the engine just as busy."""
+LEAST_RETRY_S: Final = 1.0
+"""Shortest `retry_after_s`."""
+
+
+class QueueFullError(DynaslimError):
+    """The queue has no room, or the wait is too long; try again in `retry_after_s` seconds."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = max(LEAST_RETRY_S, retry_after_s)
+
+
+class DeadlineError(DynaslimError):
+    """The deadline passed before the images were run."""
+
+
+class StoppingError(DynaslimError):
+    """The batcher accepts no more images."""
+
+
+class BatchEngine(Protocol):
+    """What a batcher needs of an engine; `Engine` has it."""
+
+    @property
+    def preprocessing(self) -> Preprocessing | None:
+        """How images are prepared."""
+
+    @property
+    def curve(self) -> BudgetCurve | None:
+        """The curve that budgets are looked up on."""
+
+    def __call__(
+        self, x: Any, *, budget: Any = None, escalate: Any = "auto", hold: Any = False
+    ) -> Any:
+        """Normalised images (B, C, S, S) -> `RoutedOutput`."""
+
+
+class Answer(NamedTuple):
+    """The network's answer for one image."""
+
+    top: list[tuple[int, float]]
+    """The likeliest classes and their probabilities, in order."""
+    choices: tuple[int, ...]
+    """The width index behind each gate."""
+    madds: float
+    escalated: bool
+    mirrored: bool
+
+
+@dataclass(slots=True, eq=False)
+class WorkItem:
+    """The images of one request; they may run in several batches."""
+
+    rows: InitVar[int]
+    setting: Setting
+    top_k: int
+    deadline: float | None
+    on_done: Callable[[WorkItem], None]
+    answers: list[Answer | None] = field(init=False)
+    pixels: list[np.ndarray | None] = field(init=False)
+    ready: deque[int] = field(default_factory=deque)
+    """Decoded rows that wait for the engine."""
+    undecoded: int = field(init=False)
+    postponed: int = 0
+    """Those of the undecoded rows that no batch waits for."""
+    waiting: int = field(init=False)
+    """Rows in the queue, postponed ones left out."""
+    missing: int = field(init=False)
+    """Rows without an answer."""
+    error: BaseException | None = None
+    used: str | None = None
+    """The budget that its last rows ran with."""
+    batch_size: int = 0
+    """Rows of the largest batch that any of its rows ran in."""
+    decoded: float = 0.0
+    """When its last row was decoded."""
+    started: float = 0.0
+    """When its last row went to the engine."""
+    finished: float = 0.0
+    """When its last row came back."""
+
+    def __post_init__(self, rows: int) -> None:
+        self.answers, self.pixels = [None] * rows, [None] * rows
+        self.undecoded = self.waiting = self.missing = rows
+
+    @property
+    def done(self) -> bool:
+        """Whether it has all its answers, has failed, or was cancelled."""
+        return self.missing == 0
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """One batch, for the metrics."""
+
+    rows: int
+    seconds: float
+    """Time in the engine."""
+    choices: np.ndarray
+    """(B, G) int64."""
+    madds: np.ndarray
+    """(B,)."""
+    escalated: int
+    """Rows that escalated."""
+    mirrored: int
+    """Those of them whose mirror image ran too."""
+    expected_madds: float | None = None
+    """Mean cost of a row at the batch's budget by the curve; None without a budget."""
+
+
+def answers_of(output: Any, top_k: int) -> list[Answer]:
+    """The rows of a `RoutedOutput`, each with its likeliest classes.
+
+    Raises:
+        DataError: if logits are not finite.
+    """
+    logits_BN = np.asarray(output.logits, np.float64)
+    if not np.isfinite(logits_BN).all():
+        raise DataError("the network's output is not finite; its weights are damaged")
+    # one more than top_k: argpartition picks arbitrarily among equal values at its boundary
+    count = min(top_k + 1, logits_BN.shape[1])
+    some_BK = np.sort(np.argpartition(-logits_BN, count - 1, axis=1)[:, :count], axis=1)
+    by_logit_BK = np.argsort(-np.take_along_axis(logits_BN, some_BK, 1), axis=1, kind="stable")
+    order_BK = np.take_along_axis(some_BK, by_logit_BK, 1)[:, :top_k]
+    shifted_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
+    best_BK = np.take_along_axis(shifted_BN, order_BK, 1) / shifted_BN.sum(1, keepdims=True)
+    return [
+        Answer(list(zip(order, best, strict=True)), tuple(choices), madds, escalated, mirrored)
+        for order, best, choices, madds, escalated, mirrored in zip(
+            order_BK.tolist(),
+            best_BK.tolist(),
+            np.asarray(output.routes).tolist(),
+            np.asarray(output.madds).tolist(),
+            np.asarray(output.escalated).tolist(),
+            np.asarray(output.mirrored).tolist(),
+            strict=True,
+        )
+    ]
 
 
 class Batcher:
-    """Runs an engine for callers of any thread; see above."""
+    """Runs an engine for callers in any thread; see the module."""
 
     def __init__(
         self,
@@ -57,7 +187,7 @@ class Batcher:
         """Start the thread.
 
         Raises:
-            UsageError: if the engine does not say how images are prepared, or has no such budget.
+            UsageError: if the engine has no preprocessing, or lacks the options' budgets.
         """
         self.options = ServeOptions() if options is None else options
         if engine.preprocessing is None:
@@ -69,17 +199,17 @@ class Batcher:
         self._on_batch = on_batch
         self.throughput = Throughput()
         self._changed = threading.Condition()
-        self._ready: deque[Job] = deque()
-        """Jobs with rows for the engine, in the order they came to have some."""
+        self._ready: deque[WorkItem] = deque()
+        """Items with decoded rows, in the order in which they got their first."""
         self._ready_rows = 0
         self._decoding = 0
         self._waiting = 0
-        """Rows that are decoded, or will be soon."""
+        """Rows in the queue, decoded or about to be."""
         self._postponed = 0
-        """Rows that will be at some time."""
+        """Rows of large images: in the queue, but no batch waits for them."""
         self._running = 0
         self._busy_since = 0.0
-        """When the oldest row that nobody has answered came, or the last batch ended."""
+        """When the engine last ended a batch, or the first row came after it was idle."""
         self._stopping = False
         self._closed = False
         self._idle = False
@@ -96,17 +226,17 @@ class Batcher:
         escalate: Escalate = "auto",
         top_k: int = 5,
         deadline_s: float | None = None,
-    ) -> Future[Job]:
-        """Ask for images, each uint8 (C, S, S) as `decode_image` gives them.
+    ) -> Future[WorkItem]:
+        """Queue images, each uint8 (C, S, S) as `decode_image` returns them.
 
-        The future's result has their `answers` in order; it fails with `DeadlineError` if they have
-        not been run after `deadline_s`, and with what the engine raised.
+        The future's result has their `answers` in order. It fails with `DeadlineError` if they have
+        not been run after `deadline_s` seconds, or with the error of the engine.
 
         Raises:
-            UsageError: for pixels of another shape, no images, or a budget that the network cannot
-                be asked for.
+            UsageError: for pixels of another shape, no images, or a budget that the network does
+                not have.
             QueueFullError: if there is no room, or the wait would be longer than the deadline.
-            StoppingError: if the batcher takes no more.
+            StoppingError: if the batcher accepts no more images.
         """
         side, channels = self._preprocessing.image_size_px, self._preprocessing.channels
         for one in pixels:
@@ -115,15 +245,15 @@ class Batcher:
                 f"pixels {one.dtype} {one.shape}: give uint8 ({channels}, {side}, {side})",
             )
         check(bool(pixels), "no images: give at least one")
-        future: Future[Job] = Future()
+        future: Future[WorkItem] = Future()
 
-        def deliver(job: Job) -> None:
-            if job.error is None:
-                future.set_result(job)
+        def deliver(item: WorkItem) -> None:
+            if item.error is None:
+                future.set_result(item)
             else:
-                future.set_exception(job.error)
+                future.set_exception(item.error)
 
-        job = self.admit(
+        item = self.admit(
             len(pixels),
             self.budgets.setting(budget, escalate),
             top_k=top_k,
@@ -131,7 +261,7 @@ class Batcher:
             on_done=deliver,
         )
         for row, one in enumerate(pixels):
-            self.put(job, row, one)
+            self.put(item, row, one)
         return future
 
     def admit(
@@ -141,9 +271,9 @@ class Batcher:
         *,
         top_k: int,
         deadline: float | None,
-        on_done: Callable[[Job], None],
-    ) -> Job:
-        """Room for rows that will be `put`; `on_done` is called once, by any thread.
+        on_done: Callable[[WorkItem], None],
+    ) -> WorkItem:
+        """Reserve room for rows that will be `put`; `on_done` is called once, from any thread.
 
         Raises:
             QueueFullError, StoppingError: as `submit`.
@@ -154,7 +284,7 @@ class Batcher:
                 self._busy_since = self._clock()
             self._waiting += rows
             self._decoding += rows
-            return Job(rows, setting, top_k, deadline, on_done)
+            return WorkItem(rows, setting, top_k, deadline, on_done)
 
     def check_room(self, deadline: float | None = None) -> None:
         """Raise what `admit` would for one row."""
@@ -174,7 +304,7 @@ class Batcher:
         ahead = self._waiting + self._running
         if deadline is None or not ahead:
             return
-        # rows come back by whole batches, which others fill up
+        # rows come back in whole batches, which rows of other requests fill up
         batch = self._batch_rows()
         wait_s = self.throughput.seconds_for(-(-(ahead + rows) // batch) * batch)
         late = self._clock() + MARGIN * wait_s - deadline
@@ -185,68 +315,70 @@ class Batcher:
                 late,
             )
 
-    def grow(self, job: Job, rows: int) -> None:
-        """Room for more rows of a job.
+    def grow(self, item: WorkItem, rows: int) -> None:
+        """Reserve room for more rows of an item.
 
         Raises:
-            QueueFullError: if there is none; the job stays as it was.
+            QueueFullError: if there is none; the item is unchanged.
         """
         with self._changed:
-            if job.done:
+            if item.done:
                 return
             over = self.waiting + rows - self.options.queue
             if over > 0:
                 raise QueueFullError(
-                    f"the queue has no room for {len(job.answers) + rows} images; try again later",
+                    f"the queue has no room for {len(item.answers) + rows} images; try again later",
                     self.throughput.seconds_for(over),
                 )
             self._waiting += rows
             self._decoding += rows
-            job.unread += rows
-            job.waiting += rows
-            job.missing += rows
-            job.answers += [None] * rows
-            job.pixels += [None] * rows
+            item.undecoded += rows
+            item.waiting += rows
+            item.missing += rows
+            item.answers += [None] * rows
+            item.pixels += [None] * rows
 
-    def postpone(self, job: Job) -> None:
-        """An image of a job takes long to decode: nobody waits for it, or is told to come again.
+    def postpone(self, item: WorkItem) -> None:
+        """Let no batch wait for one image of an item, and no request be refused because of it.
 
         Raises:
-            QueueFullError: if such images have their half of the queue already.
+            QueueFullError: if such images fill their half of the queue already.
         """
         with self._changed:
-            if job.done:
+            if item.done:
                 return
             if self._postponed >= max(self.options.queue // 2, self.options.max_images):
                 raise QueueFullError("too many large images at once; try again later", 0)
-            job.postponed += 1
+            item.postponed += 1
             self._postponed += 1
-            job.waiting -= 1
+            item.waiting -= 1
             self._waiting -= 1
             self._decoding -= 1
             if self._idle and not self._decoding:
                 self._changed.notify_all()
 
-    def put(self, job: Job, row: int, pixels_CSS: np.ndarray, *, postponed: bool = False) -> None:
-        """An image of a job is decoded."""
+    def put(
+        self, item: WorkItem, row: int, pixels_CSS: np.ndarray, *, postponed: bool = False
+    ) -> None:
+        """Hand in the pixels of one row; `postponed` if the row was."""
         with self._changed:
-            if job.done:
+            if item.done:
                 return
-            if postponed:  # it comes to the others now
+            if postponed:  # from now on a row like any other
                 if not self._waiting + self._running:
                     self._busy_since = self._clock()
-                job.postponed -= 1
+                item.postponed -= 1
                 self._postponed -= 1
-                job.waiting += 1
+                item.waiting += 1
                 self._waiting += 1
                 self._decoding += 1
-            if not job.ready:
-                self._ready.append(job)
-            job.pixels[row] = pixels_CSS
-            job.ready.append(row)
-            job.unread -= 1
-            if not job.unread:
-                job.decoded = self._clock()
+            if not item.ready:
+                self._ready.append(item)
+            item.pixels[row] = pixels_CSS
+            item.ready.append(row)
+            item.undecoded -= 1
+            if not item.undecoded:
+                item.decoded = self._clock()
             self._decoding -= 1
             self._ready_rows += 1
             if self._idle and (
@@ -256,31 +388,31 @@ class Batcher:
             ):
                 self._changed.notify_all()
 
-    def fail(self, job: Job, error: BaseException) -> None:
-        """A job cannot be done; it is told why unless it is done already."""
+    def fail(self, item: WorkItem, error: BaseException) -> None:
+        """End an item with an error, unless it is done."""
         with self._changed:
-            if job.done:
+            if item.done:
                 return
-            self._drop(job, error)
-        job.on_done(job)
+            self._drop(item, error)
+        item.on_done(item)
 
-    def cancel(self, job: Job) -> None:
-        """Nobody waits for a job any more; `on_done` will not be called."""
+    def cancel(self, item: WorkItem) -> None:
+        """End an item that nobody waits for any more; `on_done` is not called."""
         with self._changed:
-            if not job.done:
-                self._drop(job, None)
+            if not item.done:
+                self._drop(item, None)
 
-    def _drop(self, job: Job, error: BaseException | None) -> None:
-        self._waiting -= job.waiting
-        self._decoding -= job.unread - job.postponed
-        self._postponed -= job.postponed
-        self._ready_rows -= len(job.ready)
-        if job.ready:
-            self._ready.remove(job)
-            job.ready.clear()
-        job.pixels.clear()
-        job.error = error
-        job.waiting = job.unread = job.postponed = job.missing = 0
+    def _drop(self, item: WorkItem, error: BaseException | None) -> None:
+        self._waiting -= item.waiting
+        self._decoding -= item.undecoded - item.postponed
+        self._postponed -= item.postponed
+        self._ready_rows -= len(item.ready)
+        if item.ready:
+            self._ready.remove(item)
+            item.ready.clear()
+        item.pixels.clear()
+        item.error = error
+        item.waiting = item.undecoded = item.postponed = item.missing = 0
         if self._idle and not self._decoding:
             self._changed.notify_all()
 
@@ -288,36 +420,36 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Images in the queue, those that are being decoded included."""
+        """Images in the queue, including those that are being decoded."""
         return self._waiting + self._postponed
 
     @property
     def expected_wait_s(self) -> float:
-        """How long an image that comes now will wait, by the throughput of late."""
+        """How long an image that comes now will wait, by the recent throughput."""
         return self.throughput.seconds_for(self._waiting + self._running)
 
     @property
     def budget(self) -> Setting:
-        """What requests run with now if they name no budget."""
+        """The setting of requests that name no budget, at the present load."""
         with self._changed:
             wait_s = self.throughput.seconds_for(self._ready_rows)
-            self.budgets.observe(wait_s, self._clock())  # time alone may have raised it
+            self.budgets.observe(wait_s, self._clock())  # it also rises with time alone
             return self.budgets.current
 
     def _batch_rows(self) -> int:
-        """Most rows of the next batch."""
+        """Largest number of rows of the next batch."""
         most = self.options.max_batch
         least = min(LEAST_ROWS, most)
         return self.throughput.rows_in(self.options.max_batch_ms / 1000, least, most)
 
     def stop(self) -> None:
-        """Take no more; what was taken is answered."""
+        """Accept no more images; those in the queue are answered."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
 
     def close(self) -> None:
-        """`stop`, wait until all is answered, and end the thread."""
+        """`stop`, wait until all images are answered, and end the thread."""
         with self._changed:
             self._stopping = self._closed = True
             self._changed.notify_all()
@@ -335,21 +467,21 @@ class Batcher:
         while (batch := self._next()) is not None:
             setting, members, pixels = batch
             try:
-                self._answer(setting, members, pixels)
+                self._run_batch(setting, members, pixels)
             except Exception as error:
-                for job in dict.fromkeys(job for job, _ in members):
-                    self.fail(job, error)
+                for item in dict.fromkeys(item for item, _ in members):
+                    self.fail(item, error)
             finally:
-                del batch, members, pixels  # not to be kept while the next are waited for
+                del batch, members, pixels  # frees the pixels while the thread waits
                 with self._changed:
                     self._running = 0
                     self._busy_since = self._clock()
 
-    def _next(self) -> tuple[Setting, list[tuple[Job, int]], list[np.ndarray]] | None:
-        """Rows of one setting, the oldest first; None at the end."""
+    def _next(self) -> tuple[Setting, list[tuple[WorkItem, int]], list[np.ndarray]] | None:
+        """The next batch, rows of one setting, the oldest first; None after `close`."""
         longest = self.options.max_wait_ms / 1000
         while True:
-            late: list[Job] = []
+            late: list[WorkItem] = []
             try:
                 with self._changed:
                     until: float | None = None
@@ -374,50 +506,50 @@ class Batcher:
                         self._changed.wait(None if until is None else max(0.0, until - now))
                         self._idle = False
             finally:
-                for job in late:
-                    job.on_done(job)
+                for item in late:
+                    item.on_done(item)
 
-    def _expired(self, now: float) -> list[Job]:
+    def _expired(self, now: float) -> list[WorkItem]:
         late = [j for j in self._ready if j.deadline is not None and j.deadline <= now]
-        for job in late:
-            self._drop(job, DeadlineError("the deadline passed before the images were run"))
+        for item in late:
+            self._drop(item, DeadlineError("the deadline passed before the images were run"))
         return late
 
-    def _take(self, now: float) -> tuple[Setting, list[tuple[Job, int]], list[np.ndarray]]:
+    def _take(self, now: float) -> tuple[Setting, list[tuple[WorkItem, int]], list[np.ndarray]]:
         self.budgets.observe(self.throughput.seconds_for(self._ready_rows), now)
         setting = self.budgets.in_use(self._ready[0].setting)
-        members: list[tuple[Job, int]] = []
+        members: list[tuple[WorkItem, int]] = []
         pixels: list[np.ndarray] = []
-        left: deque[Job] = deque()
+        left: deque[WorkItem] = deque()
         most = self._batch_rows()
         while self._ready and len(members) < most:
-            job = self._ready.popleft()
-            own = self.budgets.in_use(job.setting)
+            item = self._ready.popleft()
+            own = self.budgets.in_use(item.setting)
             if not own.runs_as(setting):
-                left.append(job)
+                left.append(item)
                 continue
-            while job.ready and len(members) < most:
-                row = job.ready.popleft()
-                members.append((job, row))
-                one = job.pixels[row]
+            while item.ready and len(members) < most:
+                row = item.ready.popleft()
+                members.append((item, row))
+                one = item.pixels[row]
                 assert one is not None, "a ready row has its pixels"
                 pixels.append(one)
-                job.pixels[row] = None
-                job.waiting -= 1
-            job.started = now
-            job.used = own.used
-            if job.ready:
-                left.append(job)
+                item.pixels[row] = None
+                item.waiting -= 1
+            item.started = now
+            item.used = own.used
+            if item.ready:
+                left.append(item)
         self._ready.extendleft(reversed(left))
-        for job in dict.fromkeys(job for job, _ in members):
-            job.batch_size = max(job.batch_size, len(members))
+        for item in dict.fromkeys(item for item, _ in members):
+            item.batch_size = max(item.batch_size, len(members))
         self._waiting -= len(members)
         self._ready_rows -= len(members)
         self._running = len(members)
         return setting, members, pixels
 
-    def _answer(
-        self, setting: Setting, members: list[tuple[Job, int]], pixels: list[np.ndarray]
+    def _run_batch(
+        self, setting: Setting, members: list[tuple[WorkItem, int]], pixels: list[np.ndarray]
     ) -> None:
         start = self._clock()
         x_BCSS = normalise_pixels(np.stack(pixels), self._preprocessing)
@@ -426,20 +558,20 @@ class Batcher:
         else:
             output = self._engine(x_BCSS, budget=setting.point, escalate=setting.escalate)
         now = self._clock()
-        answers = answers_of(output, max(job.top_k for job, _ in members))
+        answers = answers_of(output, max(item.top_k for item, _ in members))
         done = []
         with self._changed:
             self.throughput.add(len(members), max(1e-6, now - self._busy_since))
-            for (job, row), answer in zip(members, answers, strict=True):
-                if job.done:  # its caller has left meanwhile
+            for (item, row), answer in zip(members, answers, strict=True):
+                if item.done:  # cancelled or late
                     continue
-                job.answers[row] = answer._replace(top=answer.top[: job.top_k])
-                job.finished = now
-                job.missing -= 1
-                if not job.missing:
-                    done.append(job)
-        for job in done:
-            job.on_done(job)
+                item.answers[row] = answer._replace(top=answer.top[: item.top_k])
+                item.finished = now
+                item.missing -= 1
+                if not item.missing:
+                    done.append(item)
+        for item in done:
+            item.on_done(item)
         if self._on_batch is not None:
             report = BatchReport(
                 len(members),

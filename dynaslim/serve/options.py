@@ -1,4 +1,4 @@
-"""What a server can be told."""
+"""The options of a server."""
 
 from __future__ import annotations
 
@@ -12,52 +12,50 @@ from dynaslim.runtime.budget import parse_budget
 
 MEGABYTE: Final = 1_000_000
 MOST_PIXELS: Final = 178_956_970
-"""What Pillow opens at most."""
+"""Pillow's own limit."""
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Limits and behaviour of a server; every field has a value that is good to start with."""
+    """Limits and behaviour of a server."""
 
     name: str | None = None
-    """What the model is called in answers; by default as its network is."""
+    """The model's name in answers. Default: the name of its network."""
     max_batch: int = 32
-    """Most images that the network runs at once."""
+    """Largest batch, in images."""
     max_batch_ms: float = 100.0
-    """A batch is made so small that it takes no longer by the speed of late, but at least of four
-    images: larger ones let others wait and are hardly faster."""
+    """Longest time of a batch at the recent speed: larger batches make others wait and are hardly
+    faster. Four images are always allowed."""
     max_wait_ms: float = 3.0
-    """How long an image waits for others that are being decoded; with none on the way it does not
-    wait."""
+    """Longest time that an image waits for others that are being decoded."""
     queue: int = 256
-    """Images that may wait, decoding included; a request that finds no room is refused (429)."""
+    """Images that may wait, including those being decoded; beyond, requests are refused (429)."""
     deadline_ms: float = 2000.0
-    """Time that a request has, and the most that it may ask for; later it is answered 504."""
+    """Default and longest deadline of a request, after which it is answered 504."""
     max_body_mb: float = 20.0
     """Largest body of a request, in millions of bytes."""
     max_buffer_mb: float = 256.0
-    """Bodies of all requests together, in millions of bytes."""
+    """All bodies in memory together, in millions of bytes."""
     max_pixels: int = 50_000_000
-    """Width times height of the largest picture that is decoded; all that are decoded at a time
-    take at most seven bytes for each."""
+    """Width times height of the largest image. All images that are being decoded share seven bytes
+    of memory for each of these pixels."""
     max_images: int = 32
-    """Images of one request."""
+    """Most images of a request."""
     decoders: int | None = None
-    """Threads that decode pictures, by default one for each core, and as many processes, at most
-    four, for large ones."""
+    """Threads that decode images, and processes for large ones, of which there are at most four.
+    Default: the number of cores."""
     budget: str | None = None
-    """Budget of requests that name none; by default as trained."""
+    """Budget of requests that name none. Default: as trained."""
     hold: bool = False
-    """Keep the mean cost of the images of every budget under it, whatever they are."""
+    """Keep the mean cost of all images with a budget below it, whatever the images are."""
     adaptive_budget: str | None = None
-    """LOW or LOW:HIGH, shares of the widest route's cost: how far the budget may fall under load,
-    and where it stands without."""
+    """LOW or LOW:HIGH, shares of the widest route's cost: the budget at high load, and at none."""
     adaptive_wait_ms: float = 100.0
-    """Wait in the queue that an adaptive budget keeps below."""
+    """Target of an adaptive budget for the time in the queue."""
     token: str | None = field(default=None, repr=False)
-    """What clients must send as `Authorization: Bearer TOKEN`."""
+    """Secret that clients send as `Authorization: Bearer TOKEN`."""
     samples: Path | None = None
-    """Folder of pictures that the page offers to try."""
+    """Folder of images that the page offers to try."""
     access_log: bool = False
     """Write a line of JSON to standard error for every prediction."""
 
@@ -106,7 +104,7 @@ class ServeOptions:
 
     @property
     def body_bytes(self) -> int:
-        """Largest body of a request."""
+        """Largest body of a request, in bytes."""
         return round(self.max_body_mb * MEGABYTE)
 
     def adaptive_range(self) -> tuple[float, float]:

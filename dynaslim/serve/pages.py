@@ -1,17 +1,23 @@
-"""The web page, its files, the samples, and a page that describes the interface."""
+"""The web page: its files, the sample images that it offers, and its page on the interface."""
 
 from __future__ import annotations
 
 import hashlib
-import html
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
 from importlib import resources
 from importlib.resources.abc import Traversable
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
-from dynaslim.serve.problems import Headers, Problem, Receive, Send, send_bytes, send_problem
-from dynaslim.serve.samples import Sample
+from PIL import Image
+
+from dynaslim.data.decode import is_image_file
+from dynaslim.errors import DataError, check
+from dynaslim.serve.decoding import FORMATS
+from dynaslim.serve.http import Headers, Receive, Send, send_bytes
 
 TYPES: Final = {
     ".html": "text/html; charset=utf-8",
@@ -23,8 +29,8 @@ TYPES: Final = {
     ".webmanifest": "application/manifest+json",
     ".woff2": "font/woff2",
 }
-"""Files with other endings are not served."""
-PAGE_HEADERS: Final[Headers] = [
+"""Files with other extensions are not served."""
+PAGE_HEADERS: Final[Headers] = (
     (
         b"content-security-policy",
         b"default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; "
@@ -34,129 +40,169 @@ PAGE_HEADERS: Final[Headers] = [
     (b"permissions-policy", b"camera=(self), microphone=(), geolocation=()"),
     (b"referrer-policy", b"no-referrer"),
     (b"x-content-type-options", b"nosniff"),
-]
+)
+MOST_SAMPLES: Final = 24
+_SHIPPED: Final = "dynaslim.data.fashion_mnist_mini"
 
 
 class File:
-    """Something that does not change while the server runs: an ASGI endpoint for GET and HEAD."""
+    """Constant content, as an ASGI endpoint for GET and HEAD."""
 
-    def __init__(self, content: bytes, kind: str, *, max_age_s: int = 0) -> None:
+    def __init__(self, content: bytes, media_type: str, *, max_age_s: int = 0) -> None:
         digest = hashlib.sha256(content).hexdigest()[:32]
         self._content = content
         self._etag = f'"{digest}"'.encode()
-        # its name stays where the content changes with a new version: ask each time, by the ETag
+        # a new version keeps the name, so clients have to revalidate by the ETag
         cache = f"max-age={max_age_s}" if max_age_s else "no-cache"
-        self._headers = [
-            (b"cache-control", cache.encode()),
-            (b"etag", self._etag),
-            *PAGE_HEADERS,
-        ]
-        self._type = kind.encode()
+        self._headers = [(b"cache-control", cache.encode()), (b"etag", self._etag), *PAGE_HEADERS]
+        self._type = media_type.encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answer with the content, or that the client has it."""
+        """Send the content, or 304 if the client has it."""
         for name, value in scope["headers"]:
-            if name == b"if-none-match" and self._known(value):
+            if name == b"if-none-match" and self._matches(value):
                 await send({"type": "http.response.start", "status": 304, "headers": self._headers})
                 await send({"type": "http.response.body", "body": b""})
                 return
         headers = [(b"content-type", self._type), *self._headers]
         await send_bytes(send, 200, self._content, headers)
 
-    def _known(self, tags: bytes) -> bool:
+    def _matches(self, tags: bytes) -> bool:
         listed = [tag.strip().removeprefix(b"W/") for tag in tags.split(b",")]
         return self._etag in listed or listed == [b"*"]
 
 
-class Missing:
-    """Where no file is."""
-
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Say so."""
-        await send_problem(send, not_found(scope["path"]))
-
-
-def not_found(path: str) -> Problem:
-    """There is nothing at a path."""
-    return Problem(404, "not_found", f"nothing at {path[:200]}; see /docs")
-
-
 def web_files() -> dict[str, File]:
-    """The files of the page by their path below /static/."""
-    found: dict[str, File] = {}
-    root = resources.files("dynaslim.serve") / "web"
-    if root.is_dir():
-        _collect(root, "", found)
-    return found
+    """The files of the page by their path in its folder."""
+    return dict(_files_in(resources.files("dynaslim.serve") / "web", ""))
 
 
-def _collect(folder: Traversable, prefix: str, found: dict[str, File]) -> None:
+def _files_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, File]]:
     for entry in folder.iterdir():
         name = f"{prefix}{entry.name}"
         if entry.is_dir():
-            _collect(entry, f"{name}/", found)
-        elif (kind := TYPES.get(f".{entry.name.rpartition('.')[2]}")) is not None:
-            found[name] = File(entry.read_bytes(), kind)
+            yield from _files_in(entry, f"{name}/")
+        elif (media_type := TYPES.get(f".{entry.name.rpartition('.')[2]}")) is not None:
+            yield name, File(entry.read_bytes(), media_type)
 
 
-def sample_file(sample: Sample) -> File:
-    """A sample; it may be kept for an hour."""
-    return File(sample.content, sample.type, max_age_s=3600)
+# -- samples --------------------------------------------------------------------------------------
 
 
-# -- a description for people ---------------------------------------------------------------------
+class Sample(NamedTuple):
+    """A sample image."""
+
+    name: str
+    content: bytes
+    media_type: str
 
 
-def describe(document: Mapping[str, Any]) -> File:
-    """The OpenAPI document as one plain page: nothing is fetched from elsewhere."""
-    parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<title>{_e(document['info']['title'])}: interface</title></head><body>",
-        f"<h1>{_e(document['info']['title'])}: interface</h1>",
-        f"<p>{_e(document['info'].get('description', ''))}</p>",
-        "<p>The same for programs: <a href='openapi.json'>openapi.json</a></p>",
-    ]
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            parts += _operation(method, path, operation)
-    parts.append("<h2>What bodies look like</h2>")
-    for name, schema in document["components"]["schemas"].items():
-        text = json.dumps(schema, indent=2)
-        parts.append(f"<h3 id='{_e(name)}'>{_e(name)}</h3><pre>{_e(text)}</pre>")
-    return File("\n".join([*parts, "</body></html>"]).encode(), TYPES[".html"])
+def find_samples(
+    folder: Path | None, model: Path | None, class_names: Sequence[str] | None
+) -> list[Sample]:
+    """The images of a folder, else of the model's folder `samples`, else shipped ones that fit.
+
+    Raises:
+        UsageError: if `folder` does not exist, or has no images.
+        DataError: for a file that is not an image.
+    """
+    if folder is not None:
+        check(folder.is_dir(), f"--samples {folder}: no such folder")
+        found = _samples_in(folder)
+        check(bool(found), f"--samples {folder}: has no pictures ({', '.join(FORMATS)})")
+        return found
+    if model is not None and (model / "samples").is_dir():
+        return _samples_in(model / "samples")
+    return _shipped_samples(class_names)
 
 
-def _operation(method: str, path: str, operation: Mapping[str, Any]) -> list[str]:
-    parts = [
-        f"<h2><code>{_e(method.upper())} {_e(path)}</code></h2>",
-        f"<p>{_e(operation.get('summary', ''))}</p>",
-        f"<p>{_e(operation.get('description', ''))}</p>",
-    ]
-    if operation.get("parameters"):
-        parts.append("<dl>")
-        for parameter in operation["parameters"]:
-            parts.append(f"<dt><code>{_e(parameter['name'])}</code></dt>")
-            parts.append(f"<dd>{_e(parameter.get('description', ''))}</dd>")
-        parts.append("</dl>")
-    if "requestBody" in operation:
-        parts.append(f"<p>Body: {_kinds(operation['requestBody']['content'])}</p>")
-    parts.append("<dl>")
-    for status, answer in operation["responses"].items():
-        kinds = _kinds(answer.get("content", {}))
-        parts.append(f"<dt>{_e(status)}</dt><dd>{_e(answer['description'])} {kinds}</dd>")
-    parts.append("</dl>")
-    return parts
+def _samples_in(folder: Path) -> list[Sample]:
+    found: list[Sample] = []
+    for path in sorted(filter(is_image_file, folder.iterdir()))[:MOST_SAMPLES]:
+        try:
+            content = path.read_bytes()
+            with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+                media_type = Image.MIME.get(image.format or "", "application/octet-stream")
+        except Exception as error:  # Pillow's plugins raise many types for damaged files
+            raise DataError(f"{path}: not a picture that can be shown ({error})") from None
+        found.append(Sample(path.stem, content, media_type))
+    return found
 
 
-def _kinds(content: Mapping[str, Any]) -> str:
+def _shipped_samples(class_names: Sequence[str] | None) -> list[Sample]:
+    """One Fashion-MNIST image of each class, for networks with exactly these classes."""
+    if class_names is None or len(class_names) != 10:
+        return []
+    try:
+        import pyarrow.parquet as parquet  # type: ignore[import-untyped]
+    except ImportError:  # not needed to serve a package
+        return []
+    with resources.as_file(resources.files(_SHIPPED) / "test.parquet") as path:
+        file = parquet.ParquetFile(path)
+        metadata = json.loads(file.schema_arrow.metadata[b"huggingface"])
+        names: list[str] = metadata["info"]["features"]["label"]["names"]
+        if sorted(names) != sorted(class_names):
+            return []
+        rows = next(file.iter_batches(batch_size=200)).to_pylist()
+    by_label: dict[int, bytes] = {}
+    for row in rows:
+        by_label.setdefault(row["label"], row["image"]["bytes"])
+    return [Sample(names[n], by_label[n], "image/png") for n in sorted(by_label)]
+
+
+# -- the OpenAPI document for people --------------------------------------------------------------
+
+
+def interface_page(document: Mapping[str, Any]) -> File:
+    """An OpenAPI document as one HTML page that loads nothing from elsewhere."""
+    title = escape(document["info"]["title"])
+    operations = "\n".join(
+        _operation(f"{method.upper()} {path}", operation)
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    )
+    schemas = "\n".join(
+        f"<h3 id='{escape(name)}'>{escape(name)}</h3>"
+        f"<pre>{escape(json.dumps(schema, indent=2))}</pre>"
+        for name, schema in document["components"]["schemas"].items()
+    )
+    page = f"""<!doctype html><html lang='en'><head><meta charset='utf-8'>
+<meta name='viewport' content='width=device-width, initial-scale=1'>
+<title>{title}: interface</title></head><body>
+<h1>{title}: interface</h1>
+<p>{escape(document["info"].get("description", ""))}</p>
+<p>The same for programs: <a href='openapi.json'>openapi.json</a></p>
+{operations}
+<h2>What bodies look like</h2>
+{schemas}
+</body></html>"""
+    return File(page.encode(), TYPES[".html"])
+
+
+def _operation(name: str, operation: Mapping[str, Any]) -> str:
+    parameters = "".join(
+        f"<dt><code>{escape(one['name'])}</code></dt><dd>{escape(one.get('description', ''))}</dd>"
+        for one in operation.get("parameters", ())
+    )
+    answers = "".join(
+        f"<dt>{status}</dt>"
+        f"<dd>{escape(answer['description'])} {_media_types(answer.get('content', {}))}</dd>"
+        for status, answer in operation["responses"].items()
+    )
+    body = _media_types(operation.get("requestBody", {}).get("content", {}))
+    return f"""<h2><code>{escape(name)}</code></h2>
+<p>{escape(operation.get("summary", ""))}</p>
+<p>{escape(operation.get("description", ""))}</p>
+<dl>{parameters}</dl>
+{f"<p>Body: {body}</p>" if body else ""}
+<dl>{answers}</dl>"""
+
+
+def _media_types(content: Mapping[str, Any]) -> str:
     shown = []
-    for kind, media in content.items():
-        name = media.get("schema", {}).get("$ref", "").rpartition("/")[2]
-        link = f": <a href='#{_e(name)}'>{_e(name)}</a>" if name else ""
-        shown.append(f"<code>{_e(kind)}</code>{link}")
+    for media_type, media in content.items():
+        schema = media.get("schema", {})
+        name = escape(schema.get("$ref", "").rpartition("/")[2])
+        link = f"<a href='#{name}'>{name}</a>" if name else escape(json.dumps(schema))
+        shown.append(f"<code>{escape(media_type)}</code>: {link}")
     return ", ".join(shown)
-
-
-def _e(text: str) -> str:
-    return html.escape(str(text))

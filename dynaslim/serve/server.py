@@ -1,4 +1,4 @@
-"""`dynaslim serve`: the application in a process of its own, and how it stops."""
+"""`dynaslim serve`: the application in uvicorn, from binding the port to a graceful stop."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from PIL import _imaging
 
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.runtime.libraries import installed, require
 from dynaslim.serve.options import ServeOptions
-from dynaslim.serve.service import Service
+
+if TYPE_CHECKING:
+    from dynaslim.serve.service import Service
 
 LIBRARIES: Final = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 LINGER_S: Final = 0.3
-"""How long the port stays open at least when the server stops, and how long the connections stay
-that it has: their clients are told so, instead of being cut off."""
+"""Shortest time that the port stays open when the server stops, and the time that its connections
+stay open after that: their clients get a 503 instead of a reset."""
 _CLOSE_S: Final = 3
-"""For connections whose client does not read its answer."""
+"""Time for clients that do not read their answer."""
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _KEEP_ALIVE_S: Final = 75
 _TICK_S: Final = 0.02
@@ -50,11 +52,11 @@ def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code.
 
-    After the signal all requests that were accepted are answered: 0 if they were within `drain_s`
-    seconds, else 1. A second signal ends the process at once, with 128 plus its number.
+    After the signal, accepted requests are answered; the code is 0 if that took at most `drain_s`
+    seconds, else 1. A second signal ends the process at once with code 128 plus its number.
 
     Raises:
-        UsageError: for a host or port that does not exist, a missing library, as `create_app`.
+        UsageError: for a host or port that does not exist, or a missing library; as `create_app`.
         DynaslimError: if the port is in use, or the model does not start.
     """
     check_libraries()
@@ -88,12 +90,12 @@ def serve(
 
         def ready() -> None:
             seconds = time.perf_counter() - started
-            doubt = "" if service.facts.steady else "; no times, the machine was too busy"
+            doubt = "" if service.info.steady else "; no times, the machine was too busy"
             tell(
                 f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s{doubt})"
             )
 
-        # asyncio puts back its defaults, not what it found
+        # asyncio restores the default handlers, not the previous ones
         handlers = {number: signal.getsignal(number) for number in _STOPPING}
         try:
             return asyncio.run(
@@ -101,14 +103,14 @@ def serve(
             )
         finally:
             for number, handler in handlers.items():
-                if handler is not None:  # of another language
+                if handler is not None:  # None: not installed from Python
                     signal.signal(number, handler)
     finally:
         listener.close()
 
 
 def check_libraries() -> None:
-    """Raise `UsageError` if a library is missing; the message is the line that installs all."""
+    """Raise `UsageError` if a library is missing; the message has the line that installs all."""
     missing = [library for library in LIBRARIES if not installed(library)]
     if missing:
         raise UsageError(
@@ -119,11 +121,11 @@ def check_libraries() -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket with an address, not listening yet.
+    """A socket that is bound to an address, and does not listen yet.
 
     Raises:
-        UsageError: if there is no such host or port.
-        DynaslimError: if the port is in use, or may not be taken.
+        UsageError: if the host or port does not exist.
+        DynaslimError: if the port is in use or not permitted.
     """
     check(0 <= port <= 65535, f"--port {port}: must be from 0 to 65535")
     try:
@@ -131,7 +133,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise UsageError(f"--host {host}: {error.strerror or error}") from None
     family, _, _, _, address = found[0]
-    # with the protocol named: asyncio lets no answer wait for more only where it sees TCP
+    # with an explicit protocol: otherwise asyncio does not set TCP_NODELAY
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -153,17 +155,17 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def _quiet() -> None:
-    """Nobody can do anything about what clients send: it is answered, and counted, not logged."""
+    """Do not log what clients send: it is answered and counted."""
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")
     libtiff = ctypes.CDLL(_imaging.__file__)
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
-        if hasattr(libtiff, name):  # it writes to standard error what Pillow raises anyway
+        if hasattr(libtiff, name):  # libtiff prints what Pillow raises anyway
             handler = getattr(libtiff, name)
             handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
             handler(None)
-    require("prometheus_client").disable_created_metrics()  # a series more for each, of no use here
+    require("prometheus_client").disable_created_metrics()  # a second, unused series for each
 
 
 async def _run(
@@ -185,7 +187,7 @@ async def _run(
         stop.set()
 
     loop = asyncio.get_running_loop()
-    for number in _STOPPING:  # in the place of the ones of uvicorn
+    for number in _STOPPING:  # instead of uvicorn's handlers
         loop.add_signal_handler(number, on_signal, number)
     while service.state == "starting" and not stop.is_set():
         await asyncio.sleep(_TICK_S)
@@ -196,7 +198,7 @@ async def _run(
     elif not stop.is_set():
         stop.set()
     left = await _drain(service, drain_s)
-    if left or compiling:  # what hangs in a library cannot be ended otherwise
+    if left or compiling:  # a call that hangs in a library cannot be interrupted
         if left:
             sys.stderr.write(f"dynaslim: requests not answered in {drain_s:g} s: {left}\n")
         sys.stderr.flush()
@@ -214,7 +216,7 @@ async def _run(
 
 
 async def _drain(service: Service, drain_s: float) -> int:
-    """Refuse what comes, answer what is there; the number of requests left at the end."""
+    """Answer the accepted requests, refuse new ones; returns the number without an answer."""
     service.stop()
     start = time.monotonic()
     while True:
@@ -225,7 +227,7 @@ async def _drain(service: Service, drain_s: float) -> int:
 
 
 async def _close_port(server: Any, listener: socket.socket) -> None:
-    """Take the connections that wait at the port, which closing it would reset, and no more."""
+    """Accept the waiting connections, which closing the port would reset, then close it."""
     connections = []
     with suppress(OSError):
         while True:
@@ -241,5 +243,5 @@ async def _close_port(server: Any, listener: socket.socket) -> None:
         return made
 
     for connection in connections:
-        with suppress(OSError):  # it has left
+        with suppress(OSError):  # closed by the client
             await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)

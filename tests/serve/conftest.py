@@ -19,7 +19,7 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.export import export_package
-from dynaslim.serve import ServeOptions, create_app, facts
+from dynaslim.serve import ServeOptions, create_app, model_info
 
 SIDE = 16
 CLASSES = tuple("abcde")
@@ -61,15 +61,15 @@ def _export(folder, **changes):
     return folder
 
 
-_LIMITS = {"_SPREAD": facts._SPREAD, "_STEADY": facts._STEADY}
+_LIMITS = {"_SPREAD": model_info._SPREAD, "_STEADY": model_info._STEADY}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def any_times():
     """Times are shown, steady or not: those of a network this small are of microseconds."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "_SPREAD", math.inf)
-        patch.setattr(facts, "_STEADY", 0)
+        patch.setattr(model_info, "_SPREAD", math.inf)
+        patch.setattr(model_info, "_STEADY", 0)
         yield
 
 
@@ -77,7 +77,7 @@ def any_times():
 def steady_times(monkeypatch):
     """Times are shown only if they are steady, as in a server."""
     for name, value in _LIMITS.items():
-        monkeypatch.setattr(facts, name, value)
+        monkeypatch.setattr(model_info, name, value)
 
 
 @pytest.fixture(scope="session")

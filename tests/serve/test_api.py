@@ -18,12 +18,11 @@ from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.predict import predict
 from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime.package import PackageError
-from dynaslim.serve import ServeOptions, create_app
+from dynaslim.serve import ServeOptions, create_app, model_info
+from dynaslim.serve.batcher import BatchReport
 from dynaslim.serve.budgets import Budgets
-from dynaslim.serve.facts import Facts
-from dynaslim.serve.jobs import BatchReport
-from dynaslim.serve.metrics import Metrics
-from dynaslim.serve.samples import find_samples
+from dynaslim.serve.model_info import ModelInfo
+from dynaslim.serve.pages import find_samples
 
 RESULT_KEYS = {
     "name", "top", "route", "widths", "choices", "escalated", "mirrored", "madds", "madds_share",
@@ -141,7 +140,7 @@ def test_budgets_and_escalation(serve, engine, pictures):
 
 
 def test_budgets_beyond_the_widest_are_offered_where_there_are_points(engine, monkeypatch):
-    assert Facts(engine)._budget()["high"] == 1.0
+    assert ModelInfo(engine).budget_range()["high"] == 1.0
     curve = engine.curve
     dear = dataclasses.replace(
         curve.points[-1], madds=1.25 * curve.widest_madds, share=1.25, top1=1.0, top1_selecting=1.0,
@@ -149,7 +148,7 @@ def test_budgets_beyond_the_widest_are_offered_where_there_are_points(engine, mo
     )  # fmt: skip
     looks = dataclasses.replace(curve, points=(*curve.points, dear))
     monkeypatch.setattr(engine, "curve", looks)
-    offered = Facts(engine)._budget()
+    offered = ModelInfo(engine).budget_range()
     assert offered["high"] == offered["points"][-1]["budget"] == 1.25
     budgets = Budgets(looks, ServeOptions(), 0.0)
     assert budgets.setting("1.3", "auto").point == dear
@@ -159,27 +158,27 @@ def test_budgets_beyond_the_widest_are_offered_where_there_are_points(engine, mo
 
 
 def test_the_time_of_an_image_that_ran_twice(engine):
-    facts = Facts(engine)
-    for n, route in enumerate(facts.listed(), start=1):
+    info = ModelInfo(engine)
+    for n, route in enumerate(info.listed, start=1):
         route.ms = float(n)
-    facts._trunk_ms = 0.25
-    cheapest, widest = facts.listed()[0], facts.widest
-    trunk = CostTable.from_madds(engine.spec, facts.side).segments[0][0][0]
+    info._trunk_ms = 0.25
+    cheapest, widest = info.listed[0], info.widest
+    trunk = CostTable.from_madds(engine.spec, info.side).segments[0][0][0]
     twice = cheapest.madds + widest.madds - trunk
-    assert facts.ms_of(widest, widest.madds, False) == widest.ms
-    assert facts.ms_of(widest, twice, True) == widest.ms + 1 - 0.25
+    assert info.ms_of(widest, widest.madds, False) == widest.ms
+    assert info.ms_of(widest, twice, True) == widest.ms + 1 - 0.25
     # a mirror image takes the whole route, trunk and all
-    assert facts.ms_of(widest, 2 * widest.madds, True, mirrored=True) == 2 * widest.ms
-    looked = facts.ms_of(widest, twice + widest.madds, True, mirrored=True)
+    assert info.ms_of(widest, 2 * widest.madds, True, mirrored=True) == 2 * widest.ms
+    looked = info.ms_of(widest, twice + widest.madds, True, mirrored=True)
     assert looked == 2 * widest.ms + 1 - 0.25
-    middle = facts.listed()[1]
+    middle = info.listed[1]
     assert middle is not widest
     thrice = cheapest.madds + middle.madds + widest.madds - 2 * trunk
-    assert facts.ms_of(widest, thrice, True) == widest.ms + 1 - 0.25 + 2 - 0.25
-    facts._trunk_ms = 5.0  # noise of the measurement makes no image free
-    assert facts.ms_of(widest, twice, True) == widest.ms
+    assert info.ms_of(widest, thrice, True) == widest.ms + 1 - 0.25 + 2 - 0.25
+    info._trunk_ms = 5.0  # noise of the measurement makes no image free
+    assert info.ms_of(widest, twice, True) == widest.ms
     widest.ms = None
-    assert facts.ms_of(widest, twice, True) is None
+    assert info.ms_of(widest, twice, True) is None
 
 
 def test_a_budget_of_the_server(serve, pictures):
@@ -464,10 +463,8 @@ def test_points_that_no_budget_leads_to_are_not_offered(serve, engine):
 def test_times_are_measured_again_until_they_are_steady(
     engine, busy_tries, how, steady, monkeypatch
 ):
-    from dynaslim.serve import facts
-
-    found = facts.Facts(engine)
-    routes = found.listed()
+    found = ModelInfo(engine)
+    routes = found.listed
     ms = {tuple(found._options(r.choices)): n for n, r in enumerate(routes, 10)}
     cheapest = tuple(found._options(routes[0].choices))
     now, calls, tries = [0.0], [0], [0]
@@ -486,21 +483,19 @@ def test_times_are_measured_again_until_they_are_steady(
         return ([1.0],)
 
     monkeypatch.setattr(engine.router, "routed", routed)
-    monkeypatch.setattr(facts.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(facts, "time_form", trunk)
+    monkeypatch.setattr(model_info.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(model_info, "time_form", trunk)
     found.measure()
     assert found.steady == steady
-    assert tries == [min(busy_tries + 1, facts.MEASURE_TRIES)]
-    shown = [route.ms for route in found.listed()]
+    assert tries == [min(busy_tries + 1, model_info.MEASURE_TRIES)]
+    shown = [route.ms for route in found.listed]
     assert shown == (pytest.approx(sorted(ms.values())) if steady else [None] * len(routes))
     assert (found.ms_of(found.widest, found.widest.madds, True) is None) == (not steady)
 
 
 @pytest.mark.usefixtures("steady_times")
 def test_a_server_without_steady_times_shows_none(serve, pictures, monkeypatch):
-    from dynaslim.serve import facts
-
-    monkeypatch.setattr(facts.Facts, "_rise", lambda _: False)
+    monkeypatch.setattr(ModelInfo, "_rise", lambda _: False)
     with serve() as client:
         (model,) = client.get("/v1/models").json()["models"]
         (result,) = client.post("/v1/predict", files=form(pictures[0])).json()["results"]
@@ -512,10 +507,8 @@ def test_a_server_without_steady_times_shows_none(serve, pictures, monkeypatch):
 
 
 def test_many_routes_are_listed_by_their_uniform_ones(serve, engine):
-    from dynaslim.serve import facts
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(facts, "MOST_ROUTES", 3)
+        patch.setattr(model_info, "MOST_ROUTES", 3)
         with serve() as client:
             (model,) = client.get("/v1/models").json()["models"]
             answer = client.post("/v1/predict", files=form(png(3, (16, 16), "RGB"))).json()
@@ -536,6 +529,12 @@ def test_openapi_document(serve):
     )
     limits = {p["name"]: p["schema"] for p in predict_["parameters"]}
     assert limits["deadline_ms"]["maximum"] == 700
+    assert set(limits) == {"budget", "top_k", "escalate", "deadline_ms"}
+    for operations in document["paths"].values():
+        for operation in operations.values():
+            errors = {s: a for s, a in operation["responses"].items() if s != "200"}
+            assert all(set(answer["content"]) == {"application/json"} for answer in errors.values())
+            assert all("Retry-After" in errors[s]["headers"] for s in {"429", "503"} & set(errors))
     assert page.headers["content-type"].startswith("text/html")
     assert "/v1/predict" in page.text
     assert "src=" not in page.text
@@ -576,18 +575,20 @@ def test_metrics(serve, engine, pictures):
         assert float(count) == routes.count(route)
 
 
-def test_what_dear_batches_cost_is_taken_from_what_others_save():
+def test_what_dear_batches_cost_is_taken_from_what_others_save(engine):
     """Images that run twice may cost more than the widest route; a counter does not fall."""
-    metrics = Metrics(lambda _: "route", 10.0)
-    choices = np.zeros((2, 1), np.int64)
-    for madds, saved in (
-        ([4.0, 6.0], 10.0),
-        ([13.0, 11.0], 10.0),
-        ([9.0, 9.0], 10.0),
-        ([5.0, 2.0], 21.0),
+    service = create_app(engine).state.service
+    widest, choices = service.info.widest_madds, np.zeros((2, 2), np.int64)
+    for shares, saved in (
+        ([0.4, 0.6], 1.0),
+        ([1.3, 1.1], 1.0),
+        ([0.9, 0.9], 1.0),
+        ([0.5, 0.2], 2.1),
     ):
-        metrics.batch(BatchReport(2, 0.1, choices, np.array(madds), 0, 0))
-        assert float(metric(metrics.text()[0].decode(), "dynaslim_madds_saved_total")) == saved
+        service.metrics.batch(BatchReport(2, 0.1, choices, widest * np.array(shares), 0, 0))
+        counted = float(metric(service.metrics.text().decode(), "dynaslim_madds_saved_total"))
+        assert counted / widest == pytest.approx(saved)
+    service.close()
 
 
 def test_two_servers_count_apart(serve, pictures):
@@ -736,16 +737,16 @@ def test_closing_answers_what_is_still_being_decoded(engine):
     def decode_first():
         """As a body with two images does: the second is left to whoever is free."""
         gate.wait(20)
-        service.in_background(lambda: service.batcher.put(job, 1, pixels))
-        service.batcher.put(job, 0, pixels)
+        service.decoders.submit(service.batcher.put, item, 1, pixels)
+        service.batcher.put(item, 0, pixels)
 
     setting = service.batcher.budgets.setting(None, "auto")
-    job = service.batcher.admit(2, setting, top_k=1, deadline=None, on_done=done.append)
-    service.in_background(decode_first)
+    item = service.batcher.admit(2, setting, top_k=1, deadline=None, on_done=done.append)
+    service.decoders.submit(decode_first)
     closing = threading.Thread(target=service.close)
     closing.start()
     gate.set()
     closing.join(20)
     assert not closing.is_alive()
-    assert done == [job]
-    assert all(job.answers)
+    assert done == [item]
+    assert all(item.answers)

@@ -11,8 +11,7 @@ from dynaslim.data.decode import decode_image
 from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.serve import Batcher, DeadlineError, QueueFullError, ServeOptions, StoppingError
-from dynaslim.serve.batcher import MARGIN
-from dynaslim.serve.jobs import answers_of
+from dynaslim.serve.batcher import MARGIN, answers_of
 
 PIXELS = np.zeros((3, 4, 4), np.uint8)
 WAIT_S = 10

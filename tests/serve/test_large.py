@@ -17,13 +17,10 @@ from helpers import running
 from PIL import Image
 
 from dynaslim.data.decode import decode_image
-from dynaslim.data.skipped import CorruptImageError
 from dynaslim.predict import predict
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.serve import ServeOptions, create_app, large
-from dynaslim.serve.large import LargePictures, NoMemoryError
-from dynaslim.serve.pictures import LARGE, Decoder, Need
-from dynaslim.serve.problems import Problem
+from dynaslim.serve import ServeOptions, create_app, decoding
+from dynaslim.serve.decoding import LARGE, Decoder, DecodingCost, DecodingPool, ImageError
 
 WIDTH, HEIGHT = 16_383, 3_000
 PRE = Preprocessing(16)
@@ -47,7 +44,7 @@ def pictures_of():
     made = []
 
     def start(memory=10**9, processes=1):
-        made.append(LargePictures(PRE, memory, processes))
+        made.append(DecodingPool(PRE, memory, processes))
         return made[-1]
 
     yield start
@@ -64,7 +61,7 @@ def processes(monkeypatch):
         made.append(popen(*given, **named))
         return made[-1]
 
-    monkeypatch.setattr(large.subprocess, "Popen", start)
+    monkeypatch.setattr(decoding.subprocess, "Popen", start)
     return made
 
 
@@ -75,13 +72,13 @@ def until(condition, seconds=20):
         time.sleep(0.01)
 
 
-LITTLE = Need(1, 0)
+LITTLE = DecodingCost(1, 0)
 
 
-def decoded(pictures, content, need=LITTLE):
+def decoded(pictures, content, cost=LITTLE):
     """What comes of a picture."""
     done, results = threading.Event(), []
-    pictures.put(need, content, lambda: True, lambda one: (results.append(one), done.set()))
+    pictures.put(cost, content, lambda: True, lambda one: (results.append(one), done.set()))
     assert done.wait(30)
     return results[0]
 
@@ -123,22 +120,22 @@ def test_memory_is_reckoned_as_what_it_takes_at_most(name, tmp_path):
     content = FILES[name](4000, 2500)
     (tmp_path / "file").write_bytes(content)
     (tmp_path / "small").write_bytes(FILES[name](8, 8))
-    need = Decoder(PRE, 50_000_000).need(content, 0)
-    assert need.work >= 10_000_000
+    cost = Decoder(PRE, 50_000_000).cost(content)
+    assert cost.work >= 10_000_000
     files = [str(tmp_path / "file"), str(tmp_path / "small")]
     run = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= need.memory + 4_000_000  # what Pillow takes for any picture
+    assert int(run.stdout) <= cost.memory + 4_000_000  # what Pillow takes for any picture
 
 
 def test_what_takes_more_memory_than_there_is():
     decoder = Decoder(PRE, WIDTH * HEIGHT)
-    assert decoder.need(huge("RGB", "PNG"), 0).memory <= decoder.memory
+    assert decoder.cost(huge("RGB", "PNG")).memory <= decoder.memory
     with pytest.raises(
-        Problem, match=r"more than 344 MB; of such a WEBP at most about 20\d{6} "
+        ImageError, match=r"more than 344 MB; of such a WEBP at most about 20\d{6} "
     ) as e:
-        decoder.need(FILES["webp"](WIDTH, HEIGHT), 3)
-    assert (e.value.status, e.value.code, e.value.image) == (413, "too_many_pixels", 3)
+        decoder.cost(FILES["webp"](WIDTH, HEIGHT))
+    assert e.value.code == "too_many_pixels"
 
 
 def test_what_is_large():
@@ -147,11 +144,11 @@ def test_what_is_large():
     scans = encode(rough, "JPEG", progressive=True)
     start = scans.rindex(b"\xff\xda")
     many = scans[:start] + scans[start:-2] * 60 + scans[-2:]
-    assert not decoder.need(encode(rough, "PNG"), 0).large
-    assert not decoder.need(scans, 0).large
-    assert decoder.need(many, 0).large, "each scan takes its time"
-    assert decoder.need(encode(rough, "WEBP"), 0).large, "Python's lock is kept all the time"
-    assert decoder.need(huge("1", "PNG", 1001, 1000), 0).work > LARGE
+    assert not decoder.cost(encode(rough, "PNG")).large
+    assert not decoder.cost(scans).large
+    assert decoder.cost(many).large, "each scan takes its time"
+    assert decoder.cost(encode(rough, "WEBP")).large, "Python's lock is kept all the time"
+    assert decoder.cost(huge("1", "PNG", 1001, 1000)).work > LARGE
 
 
 # -- in a process of its own ----------------------------------------------------------------------
@@ -166,7 +163,7 @@ def test_a_large_picture_is_answered_as_predict_does(serve, engine, kind, tmp_pa
     (tmp_path / "file").write_bytes(content)
     (row,) = predict(engine, [tmp_path / "file"])
     with serve(deadline_ms=60_000) as client:
-        assert client.app.state.service.decode.need(content, 0).large
+        assert client.app.state.service.decoder.cost(content).large
         answer = client.post("/v1/predict", files=[("images", content)] * 2)
         cut = client.post("/v1/predict", files=[("images", content[:-3000])])
     assert answer.status_code == 200, answer.text
@@ -182,8 +179,9 @@ def test_a_process_keeps_to_its_memory(pictures_of, processes):
     """Also where it was reckoned wrongly."""
     pictures = pictures_of()
     content = huge("RGB", "PNG", 4000, 5000)
-    assert isinstance(decoded(pictures, content, Need(1, 0)), NoMemoryError)
-    fine = decoded(pictures, content, Need(1, 10**9))
+    failed = decoded(pictures, content, DecodingCost(1, 0))
+    assert (failed.code, "more than 1000 MB" in str(failed)) == ("too_many_pixels", True)
+    fine = decoded(pictures, content, DecodingCost(1, 10**9))
     assert np.array_equal(fine, decode_image(content, PRE, "x"))
     assert len(processes) == 2, "another one, since the first had no memory left"
 
@@ -195,12 +193,12 @@ def test_a_process_that_dies_fails_its_picture_alone(pictures_of, processes):
     done, results = threading.Event(), []
     content = huge("RGB", "PNG")
     pictures.put(
-        Need(1, 10**9), content, lambda: True, lambda one: (results.append(one), done.set())
+        DecodingCost(1, 10**9), content, lambda: True, lambda one: (results.append(one), done.set())
     )
-    time.sleep(0.05)
+    until(lambda: not pictures._tasks)  # the process has it
     processes[0].kill()
     assert done.wait(30)
-    assert isinstance(results[0], CorruptImageError)
+    assert isinstance(results[0], ImageError)
     assert isinstance(decoded(pictures, small), np.ndarray)
 
 
@@ -210,7 +208,7 @@ def test_the_smallest_that_there_is_memory_for_comes_first(pictures_of):
     gate = threading.Event()
 
     def put(name, work, memory, deliver=order.append):
-        pictures.put(Need(work, memory), small, lambda: True, lambda _: deliver(name))
+        pictures.put(DecodingCost(work, memory), small, lambda: True, lambda _: deliver(name))
 
     put("first", 1, 60, lambda name: (gate.wait(20), order.append(name)))
     time.sleep(0.05)
@@ -231,13 +229,13 @@ def test_who_is_not_waited_for_any_more_is_not_decoded(serve, processes):
         answer = client.post("/v1/predict?deadline_ms=300", files=files)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
         until(lambda: len(processes) == 1 and processes[0].poll() is not None, 5)
-        until(lambda: not service.large._tasks and service.large._free == service.decode.memory, 5)
+        until(lambda: not service.large._tasks and service.large._free == service.decoder.memory, 5)
         assert service.batcher.waiting == 0
         assert len(processes) == 1, "the others were not begun"
 
 
 def test_memory_goes_back(pictures_of, processes, monkeypatch):
-    monkeypatch.setattr(large, "IDLE_S", 0.1)
+    monkeypatch.setattr(decoding, "IDLE_S", 0.1)
     pictures = pictures_of()
     content = encode(Image.new("RGB", (20, 20)), "PNG")
     for turn in (1, 2):

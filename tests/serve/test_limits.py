@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from dynaslim.serve import ServeOptions, create_app
-from dynaslim.serve.loops import Lag
+from dynaslim.serve.predict import Lag
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def until(condition):
 
 
 def counted(service, name):
-    text = service.metrics.text()[0].decode()
+    text = service.metrics.text().decode()
     found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 

@@ -8,13 +8,13 @@ import pytest
 
 from dynaslim.errors import UsageError
 from dynaslim.serve import Batcher, ServeOptions
-from dynaslim.serve.budgets import Budgets
-from dynaslim.serve.load import (
+from dynaslim.serve.budgets import (
     CALM_S,
-    KNOWN,
+    LEAST_BATCHES,
     LONGEST_CALM_S,
     SETTLE_S,
     BudgetControl,
+    Budgets,
     Throughput,
     spread,
 )
@@ -22,7 +22,7 @@ from dynaslim.serve.load import (
 
 def test_throughput_is_the_median_of_late():
     rate = Throughput()
-    for _ in range(KNOWN):
+    for _ in range(LEAST_BATCHES):
         assert rate.seconds_for(100) == 0
         assert rate.rows_in(1.0, 4, 32) == 32
         rate.add(10, 0.1)
@@ -96,7 +96,6 @@ def test_fixed_budgets(engine):
     own = budgets.setting(None, "auto")
     assert (own.point, own.asked, own.used) == (None, None, None)
     assert budgets.setting("1", "auto").point == engine.curve.points[-1]
-    assert not budgets.adaptive
     budgets.observe(1e9, 1.0)
     assert budgets.in_use(own) == own
 

@@ -1,4 +1,4 @@
-"""What there is to say about a model: its routes, what they cost, and its limits."""
+"""A model's routes, their costs and measured times, and its limits."""
 
 from __future__ import annotations
 
@@ -8,70 +8,59 @@ import statistics
 import time
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
 from dynaslim.cost import CostTable
-from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form
 from dynaslim.runtime.latency import profile, time_form
 from dynaslim.runtime.router import Decide
+from dynaslim.serve.batcher import BatchEngine
 from dynaslim.serve.budgets import share_text
 from dynaslim.serve.options import ServeOptions
 from dynaslim.spec import NetSpec
 
+if TYPE_CHECKING:
+    from dynaslim.serve.schemas import BudgetRange, Model, SampleLink
+
 MOST_ROUTES: Final = 64
-"""Routing spaces up to so many routes are listed and timed one by one."""
+"""Up to this number, all routes are listed, and timed one by one."""
 MEASURE_S: Final = 1.0
 MEASURE_ROUNDS: Final = 25
 MEASURE_TRIES: Final = 3
 _STEADY: Final = 0.9
-"""Times are not to be trusted where a dearer route takes less than so much of a cheaper one's."""
+"""Times are not steady where a costlier route takes less than this part of a cheaper one's time."""
 _SPREAD: Final = 2.0
-"""Nor where a quarter of a route's take more than so many times as long as another quarter."""
+"""Nor where the quartiles of a route's times differ by more than this factor."""
 _PROFILE_ROUNDS: Final = 3
 
 
-class ServedEngine(Protocol):
-    """What a server runs: `Engine`, or anything else with these."""
+class ServedEngine(BatchEngine, Protocol):
+    """What a server needs of an engine; `Engine` has it."""
 
     @property
     def spec(self) -> NetSpec:
-        """The network's."""
+        """The network's architecture."""
 
     @property
     def class_names(self) -> Sequence[str] | None:
-        """By number."""
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How pictures are prepared."""
-
-    @property
-    def curve(self) -> BudgetCurve | None:
-        """What budgets are looked up on."""
+        """Names of the classes by number."""
 
     @property
     def backend(self) -> str:
-        """Its name."""
+        """The backend's name."""
 
     @property
     def router(self) -> Any:
-        """What divides and runs the batches, to time routes with."""
+        """Runs batches; used to time routes."""
 
     def warm_up(self, image_size: int | None = None) -> None:
-        """Compile what is needed."""
-
-    def __call__(
-        self, x: Any, *, budget: Any = None, escalate: Any = "auto", hold: Any = False
-    ) -> Any:
-        """Normalised images (B, C, S, S) -> `RoutedOutput`."""
+        """Compile all programs."""
 
 
-class RouteFacts:
-    """A route that gates can take."""
+class RouteInfo:
+    """A route of the gates."""
 
     def __init__(self, spec: NetSpec, choices: tuple[int, ...], madds: float) -> None:
         route = spec.route_at(choices)
@@ -81,11 +70,11 @@ class RouteFacts:
         """The width index behind each gate."""
         self.madds = madds
         self.ms: float | None = None
-        """Of one image alone, measured when the server started; None if that was not steady."""
+        """Time of a single image, measured at the start; None if times were not steady."""
 
 
-class Facts:
-    """A model's routes by their choices, found as they are asked for."""
+class ModelInfo:
+    """The routes of a model by their choices, looked up on demand."""
 
     def __init__(self, engine: ServedEngine) -> None:
         assert engine.preprocessing is not None, "checked by the batcher"
@@ -96,31 +85,30 @@ class Facts:
         self.widest_madds = self._table.widest_cost
         self._ms_table: CostTable | None = None
         self._trunk_ms: float | None = None
-        self._before: dict[float, tuple[RouteFacts, ...]] = {}
+        self._before: dict[float, tuple[RouteInfo, ...]] = {}
         self.steady = True
-        """False where something else kept the machine busy, so that there are no times."""
-        self._routes: dict[tuple[int, ...], RouteFacts] = {}
+        """False if the machine was too busy to measure times."""
+        self._routes: dict[tuple[int, ...], RouteInfo] = {}
         self.widest = self.route(tuple(gate.choices[-1] for gate in self.spec.gates))
 
-    def route(self, choices: tuple[int, ...]) -> RouteFacts:
+    def route(self, choices: tuple[int, ...]) -> RouteInfo:
         """The route with these width indices."""
         known = self._routes.get(choices)
         if known is None:
-            known = RouteFacts(self.spec, choices, self._table.route_cost(self._options(choices)))
+            known = RouteInfo(self.spec, choices, self._table.route_cost(self._options(choices)))
             if self._ms_table is not None:
                 known.ms = self._ms_table.route_cost(self._options(choices))
             self._routes[choices] = known
         return known
 
     def ms_of(
-        self, route: RouteFacts, madds: float, escalated: bool, *, mirrored: bool = False
+        self, route: RouteInfo, madds: float, escalated: bool, *, mirrored: bool = False
     ) -> float | None:
-        """What an image takes alone: the time of its route, of all where it escalated.
+        """Time of a single image that ended on a route, in ms; with all runs if it escalated.
 
-        The routes before the last of an image that was `escalated` are those that its `madds` leave
-        room for: one, or two if that fits better. The trunk, whose features are kept, counts once.
-        Of one that was `mirrored` the last route counts twice, trunk and all, and there may be none
-        before.
+        The earlier routes of an `escalated` image are the one or two whose cost fits its `madds`
+        best. The trunk is counted once, since its features are kept. For a `mirrored` image the
+        last route counts twice, with the trunk, and there may be no earlier routes.
         """
         if mirrored and route.ms is not None:
             first = self.ms_of(route, madds - route.madds, madds > 2 * route.madds + 0.5)
@@ -130,8 +118,8 @@ class Facts:
         trunk, left = self._table.segments[0][0][0], madds - route.madds
         before = self._before.get(left)
         if before is None:
-            listed = [other for other in self.listed() if other.madds <= left + trunk + 0.5]
-            ways: list[tuple[RouteFacts, ...]] = [(one,) for one in listed or self.listed()[:1]]
+            listed = [other for other in self.listed if other.madds <= left + trunk + 0.5]
+            ways: list[tuple[RouteInfo, ...]] = [(one,) for one in listed or self.listed[:1]]
             ways += itertools.combinations(listed, 2)
             before = min(ways, key=lambda way: abs(sum(r.madds - trunk for r in way) - left))
             self._before[left] = before
@@ -143,29 +131,29 @@ class Facts:
         gates = self.spec.gates
         return [gate.choices.index(c) for gate, c in zip(gates, choices, strict=True)]
 
-    def listed(self) -> list[RouteFacts]:
-        """All routes of the gates, the cheapest first; of many those with one choice behind all."""
-        return self._listed
+    @property
+    def _many_routes(self) -> bool:
+        return math.prod(len(gate.choices) for gate in self.spec.gates) > MOST_ROUTES
 
     @cached_property
-    def _listed(self) -> list[RouteFacts]:
+    def listed(self) -> list[RouteInfo]:
+        """The routes, the cheapest first; of many, those with the same choice behind all gates."""
         gates = self.spec.gates
-        if math.prod(len(gate.choices) for gate in gates) <= MOST_ROUTES:
-            space = list(itertools.product(*(gate.choices for gate in gates)))
-        else:
+        if self._many_routes:
             shared = set(gates[0].choices).intersection(*(gate.choices for gate in gates))
             ends = {tuple(gate.choices[end] for gate in gates) for end in (0, -1)}
             space = sorted({(index,) * len(gates) for index in shared} | ends)
+        else:
+            space = list(itertools.product(*(gate.choices for gate in gates)))
         return sorted(map(self.route, space), key=lambda route: route.madds)
 
     def measure(self) -> None:
-        """Time one image along every route, and the trunk, for about a second.
+        """Time a single image along every route, and the trunk, for about a second.
 
-        Again where the times are not steady; if they never are, there are none.
+        Repeated up to `MEASURE_TRIES` times until the times are steady; else there are none.
         """
-        many = math.prod(len(gate.choices) for gate in self.spec.gates) > MOST_ROUTES
         for _ in range(MEASURE_TRIES):
-            self.steady = self._measure_forms() if many else self._measure_routes()
+            self.steady = self._measure_forms() if self._many_routes else self._measure_routes()
             if self.steady:
                 return
         self._ms_table = self._trunk_ms = None
@@ -173,7 +161,7 @@ class Facts:
             route.ms = None
 
     def _measure_forms(self) -> bool:
-        """Whether times by segment are steady, as far as their sums say."""
+        """Time each segment; returns whether the sums are steady."""
         by_form = profile(self._engine.router, self.side, 1, rounds=_PROFILE_ROUNDS)
         self._ms_table = by_form.table
         self._trunk_ms = by_form.ms[Form(0).name][0]
@@ -182,8 +170,8 @@ class Facts:
         return self._rise()
 
     def _measure_routes(self) -> bool:
-        """Whether times by route are steady."""
-        router, routes = self._engine.router, self.listed()
+        """Time each route; returns whether the times are steady."""
+        router, routes = self._engine.router, self.listed
         shape = (1, self.spec.in_channels, self.side, self.side)
         rng = np.random.default_rng(0)
         (trunk,) = time_form(router, Form(0), shape[2:], (1,), MEASURE_ROUNDS, rng)
@@ -197,7 +185,7 @@ class Facts:
                 decide = _always(self._options(route.choices))
                 start = time.perf_counter()
                 router.routed(images, decide, None)
-                if turn:  # the first meets cold memory
+                if turn:  # the first round runs with cold caches
                     times[route.name].append((time.perf_counter() - start) * 1e3)
             if turn and time.perf_counter() > end:
                 break
@@ -208,12 +196,14 @@ class Facts:
         return narrow and self._rise()
 
     def _rise(self) -> bool:
-        """Whether a dearer route takes hardly less time than a cheaper one."""
-        ms = [route.ms for route in self.listed() if route.ms is not None]
+        """Whether times rise with the cost of the routes, nearly."""
+        ms = [route.ms for route in self.listed if route.ms is not None]
         return all(b >= _STEADY * a for a, b in itertools.pairwise(ms))
 
-    def describe(self, name: str, backend: str | None, options: ServeOptions) -> dict[str, Any]:
-        """The model as `/v1/models` shows it, without samples."""
+    def describe(
+        self, name: str, backend: str | None, options: ServeOptions, samples: list[SampleLink]
+    ) -> Model:
+        """The model for `/v1/models`."""
         spec, names = self.spec, self._engine.class_names
         return {
             "name": name,
@@ -240,37 +230,42 @@ class Facts:
                     "madds": route.madds,
                     "ms": route.ms,
                 }
-                for route in self.listed()
+                for route in self.listed
             ],
             "widest": {"madds": self.widest_madds, "ms": self.widest.ms},
             "steady": self.steady,
-            "budget": self._budget(),
+            "budget": self.budget_range(),
             "limits": {
                 "images": options.max_images,
                 "body_bytes": options.body_bytes,
                 "pixels": options.max_pixels,
                 "deadline_ms": options.deadline_ms,
             },
+            "samples": samples,
         }
 
-    def _budget(self) -> dict[str, Any] | None:
+    def budget_range(self) -> BudgetRange | None:
+        """The budgets that the model can run with; None without a budget curve."""
         curve = self._engine.curve
         if curve is None:
             return None
-        points = [
-            {
-                "budget": float(share_text(point)),
-                "madds_share": point.share,
-                "ms": point.ms,
-                "top1": point.top1,
-            }
-            for point in curve.reachable
-        ]
         low, dearest = (float(share_text(curve.points[end])) for end in (0, -1))
-        # above 1 only where a second look is worth it
-        return {"low": low, "high": max(1.0, dearest), "unit": "share", "points": points}
+        return {
+            "low": low,
+            "high": max(1.0, dearest),  # above 1 only where unsure images are worth a second run
+            "unit": "share",
+            "points": [
+                {
+                    "budget": float(share_text(point)),
+                    "madds_share": point.share,
+                    "ms": point.ms,
+                    "top1": point.top1,
+                }
+                for point in curve.reachable
+            ],
+        }
 
 
 def _always(path: Sequence[int]) -> Decide:
-    """The same option behind each gate for every row."""
+    """Choose the same option behind each gate for every row."""
     return lambda gate, _, rows: np.full(len(rows), path[gate], np.int64)

@@ -1,0 +1,334 @@
+"""HTTP errors, and the bodies of requests: read up to a limit, then parsed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
+
+from dynaslim.errors import DynaslimError
+from dynaslim.serve.schemas import FIELD, ErrorBody, JSONBody, Upload
+
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
+    from dynaslim.serve.service import Buffers
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Headers = Sequence[tuple[bytes, bytes]]
+
+MULTIPART: Final = b"multipart/form-data"
+_COMMAS: Final = 10_000
+"""In a JSON body, besides those of its images: more values could fill the memory."""
+_DISCARD_S: Final = 1.0
+"""How long the rest of a refused body is read before the answer."""
+_LINGER_S: Final = 2.0
+"""How long it is read after the answer."""
+_LINGER_BODIES: Final = 8
+"""How much of it, as a multiple of the largest body."""
+_HOW: Final = (
+    f"send multipart/form-data with files in the field {FIELD}, or application/json "
+    '{"images": [{"data": BASE64}]}'
+)
+_JSON_HEADERS: Final = (
+    (b"content-type", b"application/json"),
+    (b"cache-control", b"no-store"),
+    (b"x-content-type-options", b"nosniff"),
+)
+
+_encode: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+
+
+class HTTPError(Exception):
+    """A request that is answered with an error."""
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        image: int | None = None,
+        retry_after_s: float | None = None,
+        headers: Headers = (),
+    ) -> None:
+        """`image` is the number of the image at fault, from 0."""
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.headers = list(headers)
+        self.body: ErrorBody = {"error": {"code": code, "message": message}}
+        if image is not None:
+            self.body["error"]["image"] = image
+        if retry_after_s is not None:
+            seconds = str(max(1, math.ceil(retry_after_s)))
+            self.headers.append((b"retry-after", seconds.encode()))
+
+
+def internal_error(error: BaseException) -> HTTPError:
+    """The answer to an error of the server; only messages of our own errors are shown."""
+    known = isinstance(error, DynaslimError)
+    return HTTPError(500, "failed", str(error) if known else "an error of the server; see its log")
+
+
+async def send_bytes(
+    send: Send, status: int, body: bytes, headers: Headers, *, more: bool = False
+) -> None:
+    """Send a whole body; with `more`, the caller ends the response."""
+    length = (b"content-length", str(len(body)).encode())
+    await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+async def send_json(
+    send: Send, status: int, value: Any, headers: Headers = (), *, more: bool = False
+) -> None:
+    """Send a JSON body; `more` as for `send_bytes`."""
+    body = _encode(value).encode()
+    await send_bytes(send, status, body, [*_JSON_HEADERS, *headers], more=more)
+
+
+# -- reading --------------------------------------------------------------------------------------
+
+
+class BodyReader:
+    """Reads one body; `release` returns its bytes to the buffers."""
+
+    def __init__(self, headers: Headers, limit: int, buffers: Buffers) -> None:
+        self._limit = limit
+        self._buffers = buffers
+        self._held = 0
+        self.complete = False
+        """Whether the whole body has been received."""
+        self.type = b""
+        self._length: int | None = None
+        self._expects_continue = False
+        for name, value in headers:
+            if name == b"content-type":
+                self.type = value
+            elif name == b"content-length" and value.isdigit():
+                self._length = int(value)
+            elif name == b"expect":
+                self._expects_continue = True
+
+    async def read(self, receive: Receive) -> bytes:
+        """The body.
+
+        Raises:
+            HTTPError: 413 if it is too large, 429 if all bodies in memory are.
+            ClientDisconnect: if it ends early.
+        """
+        if self._length is not None and self._length > self._limit:
+            raise self._too_large()
+        chunks: list[bytes] = []
+        while not self.complete:
+            chunk = await self._receive(receive)
+            self._held += len(chunk)
+            self._buffers.held += len(chunk)
+            if self._held > self._limit:
+                chunks.clear()
+                raise self._too_large()
+            if self._buffers.held > self._buffers.most:
+                chunks.clear()
+                raise HTTPError(
+                    429, "busy", "too many bodies at once; try again later", retry_after_s=1
+                )
+            chunks.append(chunk)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    async def _receive(self, receive: Receive) -> bytes:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        self.complete = not message.get("more_body", False)
+        chunk: bytes = message.get("body", b"")
+        return chunk
+
+    def release(self) -> None:
+        """Count the body as freed."""
+        self._buffers.held -= self._held
+        self._held = 0
+
+    async def refuse(
+        self, error: HTTPError, receive: Receive, send: Send, *, close: bool = False
+    ) -> None:
+        """Send an error so that a client which is still sending the body receives it.
+
+        The rest of the body is read for a moment, without keeping it: if the connection were closed
+        before, it would be reset, and the error could be lost. A short rest is read before the
+        error, and the connection kept; a long one is read after it.
+
+        Raises:
+            ClientDisconnect: if the client has left.
+        """
+        self.release()
+        if error.status != 408 and (self._length is None or self._length <= 2 * self._limit):
+            await self._discard(receive, self._limit, _DISCARD_S)
+        headers = [*error.headers]
+        if close or not self.complete:
+            headers.append((b"connection", b"close"))
+        await send_json(send, error.status, error.body, headers, more=not self.complete)
+        if not self.complete:
+            with suppress(ClientDisconnect):
+                await self._discard(receive, _LINGER_BODIES * self._limit, _LINGER_S)
+            await send({"type": "http.response.body"})
+
+    async def _discard(self, receive: Receive, most: int, seconds: float) -> None:
+        if self._expects_continue:  # the client has not sent the body, and will not
+            return
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not self.complete and most > 0:
+                    most -= len(await self._receive(receive))
+
+    def _too_large(self) -> HTTPError:
+        return HTTPError(413, "body_too_large", f"the body has more than {self._limit} bytes")
+
+
+# -- parsing --------------------------------------------------------------------------------------
+
+
+def form_boundary(content_type: bytes) -> bytes:
+    """The boundary of a multipart body; empty for JSON.
+
+    Raises:
+        HTTPError: 415 for any other type, 400 for multipart without a boundary.
+    """
+    from python_multipart.multipart import parse_options_header
+
+    kind, options = parse_options_header(content_type)
+    if kind == MULTIPART:
+        boundary: bytes = options.get(b"boundary", b"")
+        if not boundary:
+            raise HTTPError(400, "body_unreadable", "multipart/form-data without a boundary")
+        return boundary
+    if kind == b"application/json":
+        return b""
+    shown = kind.decode("latin-1") or "none"
+    raise HTTPError(415, "content_type", f"content type {shown}: {_HOW}")
+
+
+def parse_body(body: bytes, boundary: bytes, max_images: int) -> list[Upload]:
+    """The images of a body.
+
+    Raises:
+        HTTPError: 400 if it cannot be read, 413 for too many images, 422 for other contents.
+    """
+    uploads = _parse_form(body, boundary, max_images) if boundary else _parse_json(body, max_images)
+    if not uploads:
+        raise HTTPError(422, "no_images", f"no images: {_HOW}")
+    return uploads
+
+
+def _too_many_images(max_images: int) -> HTTPError:
+    return HTTPError(413, "too_many_images", f"a request may have at most {max_images} images")
+
+
+class _Form:
+    """Collects the parts of a form, in callbacks of python-multipart."""
+
+    def __init__(self, max_images: int) -> None:
+        self.uploads: list[Upload] = []
+        self.ended = False
+        self._max_images = max_images
+        self._data: list[bytes] = []
+        self._header = self._value = self._disposition = b""
+
+    def callbacks(self) -> MultipartCallbacks:
+        return {
+            "on_part_begin": self._begin_part,
+            "on_header_field": self._add_header,
+            "on_header_value": self._add_value,
+            "on_header_end": self._end_header,
+            "on_part_data": lambda data, start, end: self._data.append(data[start:end]),
+            "on_part_end": self._end_part,
+            "on_end": self._end,
+        }
+
+    def _begin_part(self) -> None:
+        if len(self.uploads) == self._max_images:
+            raise _too_many_images(self._max_images)
+        self._data, self._disposition = [], b""
+
+    def _add_header(self, data: bytes, start: int, end: int) -> None:
+        self._header += data[start:end]
+
+    def _add_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _end_header(self) -> None:
+        if self._header.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._header = self._value = b""
+
+    def _end_part(self) -> None:
+        from python_multipart.multipart import parse_options_header
+
+        _, options = parse_options_header(self._disposition)
+        if b"name" not in options:
+            raise HTTPError(400, "body_unreadable", "a part of the form has no name")
+        name = options[b"name"].decode("utf-8", "replace")
+        if name != FIELD:
+            raise HTTPError(422, "unknown_field", f"field {name!r:.60}: files go into {FIELD}")
+        file = options.get(b"filename")
+        shown = None if file is None else file.decode("utf-8", "replace")
+        self.uploads.append(Upload(name=shown, data=b"".join(self._data)))
+
+    def _end(self) -> None:
+        self.ended = True
+
+
+def _parse_form(body: bytes, boundary: bytes, max_images: int) -> list[Upload]:
+    from python_multipart.exceptions import FormParserError
+    from python_multipart.multipart import MultipartParser
+
+    form = _Form(max_images)
+    try:
+        parser = MultipartParser(boundary, form.callbacks())
+        parser.write(body)
+        parser.finalize()
+    except FormParserError as error:
+        raise HTTPError(400, "body_unreadable", f"not multipart/form-data: {error}") from None
+    if not form.ended:
+        raise HTTPError(400, "body_unreadable", "the form ends before its last boundary")
+    return form.uploads
+
+
+def _parse_json(body: bytes, max_images: int) -> list[Upload]:
+    if body.count(b",") > _COMMAS + 2 * max_images:
+        raise HTTPError(413, "body_too_large", "the JSON has more values than images can have")
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        line = " ".join(str(error).split())
+        raise HTTPError(400, "body_unreadable", f"not JSON: {line}") from None
+    try:
+        images = JSONBody.model_validate(value).images
+    except ValidationError:
+        raise HTTPError(
+            422, "bad_body", f"expected an object with nothing but a list: {_HOW}"
+        ) from None
+    if len(images) > max_images:
+        raise _too_many_images(max_images)
+    return [_json_image(image, number) for number, image in enumerate(images)]
+
+
+def _json_image(image: Any, number: int) -> Upload:
+    try:
+        return Upload.model_validate(image)
+    except ValidationError as error:
+        found = {one["type"]: one for one in error.errors(include_url=False, include_input=False)}
+    if found.keys() - {"is_instance_of", "value_error"}:
+        message = "an image must be an object with data and perhaps name"
+    elif "is_instance_of" in found:
+        message = "data and name of an image must be strings"
+    else:
+        raise HTTPError(400, "bad_base64", str(found["value_error"]["ctx"]["error"]), image=number)
+    raise HTTPError(422, "bad_body", message, image=number)

@@ -1,0 +1,333 @@
+"""The fields of the HTTP interface: parameters, bodies, answers and errors, each declared once.
+
+FastAPI builds the OpenAPI document from these types. Parameters and bodies are pydantic models,
+which validate. Answers are typed dicts: mypy checks the code that builds them, and at run time they
+cost nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from typing import Annotated, Any, Final, Literal, NotRequired
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    with_config,
+)
+from pydantic.json_schema import SkipJsonSchema
+from typing_extensions import TypedDict
+
+from dynaslim.runtime.budget import FORMS
+
+_CLOSED: Final = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+_NUMBER: Final = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
+
+# -- parameters -----------------------------------------------------------------------------------
+
+
+def _text(pattern: str, expected: str) -> WrapValidator:
+    """Accept only text of a pattern, and give every error the same message."""
+
+    def validate(value: str, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        try:
+            if re.fullmatch(pattern, value):
+                return handler(value)
+        except ValidationError:
+            pass
+        raise ValueError(f"{info.field_name} {value!r:.60}: {expected}")
+
+    return WrapValidator(validate)
+
+
+_Milliseconds = Annotated[
+    float,
+    Field(ge=1, allow_inf_nan=False),
+    _text(_NUMBER, "must be a number of at least 1"),
+]
+
+
+class PredictParameters(BaseModel):
+    """The query parameters of a prediction."""
+
+    model_config = _CLOSED
+
+    budget: str | SkipJsonSchema[None] = Field(
+        None, description=f"What an image may cost on average: {FORMS}."
+    )
+    top_k: Annotated[
+        int,
+        Field(ge=1),
+        _text(r"[0-9]{1,1000}", "must be a whole number of at least 1"),
+    ] = 5
+    """Number of likeliest classes to return; all of them where there are fewer."""
+    escalate: Annotated[
+        Literal["auto", "never"] | Annotated[float, Field(ge=0, le=1)],
+        _text(f"auto|never|{_NUMBER}", "give auto, never, or a margin from 0 to 1"),
+    ] = "auto"
+    """Whether unsure images escalate to a wider route: `auto` as the budget has it, which may run
+    the mirror image too; `never`; or below this margin between the two likeliest classes."""
+    deadline_ms: _Milliseconds
+    """Milliseconds from the request's head after which an answer is of no use."""
+
+
+def predict_parameters(max_deadline_ms: float) -> type[PredictParameters]:
+    """`PredictParameters` of a server, whose own deadline is the default and the maximum."""
+
+    def check(value: float) -> float:
+        if value > max_deadline_ms:
+            raise ValueError(f"deadline_ms {value:g}: at most {max_deadline_ms:g} here")
+        return value
+
+    class Limited(PredictParameters):
+        deadline_ms: Annotated[_Milliseconds, AfterValidator(check)] = Field(
+            max_deadline_ms,
+            json_schema_extra={"maximum": max_deadline_ms},
+            description=PredictParameters.model_fields["deadline_ms"].description,
+        )
+
+    return Limited
+
+
+# -- bodies ---------------------------------------------------------------------------------------
+
+FIELD: Final = "images"
+"""The only field of a body."""
+
+
+def _decode_base64(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        # base64 in lines is common; any other character outside of its alphabet is an error
+        return base64.b64decode("".join(value.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"data is not base64: {' '.join(str(error).split())}") from None
+
+
+class Upload(BaseModel):
+    """An image of a request."""
+
+    model_config = _CLOSED
+
+    name: InstanceOf[str] | None = None
+    """Returned with the result; any string, also one that is not valid Unicode."""
+    data: Annotated[
+        InstanceOf[bytes],
+        BeforeValidator(_decode_base64),
+        WithJsonSchema({"type": "string", "format": "byte", "contentEncoding": "base64"}),
+    ]
+    """The file, base64-encoded."""
+
+
+class JSONBody(BaseModel):
+    """A body of type application/json, without the limits of a server."""
+
+    model_config = _CLOSED
+
+    images: list[Any]
+
+
+def limited_bodies(max_images: int) -> tuple[type[BaseModel], type[BaseModel]]:
+    """The bodies of a server, as JSON and as a form, for the OpenAPI document."""
+    count = Field(min_length=1, max_length=max_images)
+
+    class Images(JSONBody):
+        images: Annotated[list[Upload], count]
+
+    class Form(BaseModel):
+        model_config = _CLOSED
+
+        images: Annotated[list[bytes], count]
+
+    return Images, Form
+
+
+# -- answers --------------------------------------------------------------------------------------
+
+_Count = Annotated[int, Field(ge=0)]
+
+
+@with_config(_CLOSED)
+class _Answer(TypedDict):
+    """Makes the answers derived from it have no further fields."""
+
+
+LikelyClass = TypedDict(  # by a call, as one field's name is a keyword
+    "LikelyClass",
+    {"index": _Count, "class": str | None, "probability": Annotated[float, Field(ge=0, le=1)]},
+)
+with_config(_CLOSED)(LikelyClass)
+
+
+class _Route(_Answer):
+    route: str
+    widths: list[_Count]
+    choices: list[_Count]
+    madds: float
+
+
+class Result(_Route):
+    """The answer for one image; `madds` and `ms` count all runs of an escalated image."""
+
+    name: str | None
+    top: list[LikelyClass]
+    escalated: bool
+    mirrored: bool
+    madds_share: float
+    ms: float | None
+    ms_share: float | None
+
+
+class Timing(_Answer):
+    """Milliseconds of a request."""
+
+    decode: float
+    queue: float
+    engine: float
+    total: float
+
+
+class Prediction(_Answer):
+    """The answer to a request, with the results in the order of its images."""
+
+    model: str
+    budget: str | None
+    budget_used: str | None
+    results: list[Result]
+    timing_ms: Timing
+    batch_size: _Count
+    cost_ratio: float | None
+    unlike_curve: bool
+
+
+class Stage(_Answer):
+    name: str
+    widths: list[_Count]
+    gated: bool
+    blocks: _Count
+    largest: _Count
+
+
+class TimedRoute(_Route):
+    """A route, and the time of one image along it; null where times were not steady."""
+
+    ms: float | None
+
+
+class Cost(_Answer):
+    madds: float
+    ms: float | None
+
+
+class Point(_Answer):
+    """A point of the budget curve, and the smallest budget that affords it."""
+
+    budget: float
+    madds_share: float
+    ms: float | None
+    top1: float | None
+
+
+class BudgetRange(_Answer):
+    low: float
+    high: float
+    unit: str
+    points: list[Point]
+
+
+class Limits(_Answer):
+    images: _Count
+    body_bytes: _Count
+    pixels: _Count
+    deadline_ms: float
+
+
+class SampleLink(_Answer):
+    name: str
+    url: str
+
+
+class Model(_Answer):
+    name: str
+    backend: str | None
+    classes: list[str] | None
+    num_classes: _Count
+    image_size_px: _Count
+    in_channels: _Count
+    stages: list[Stage]
+    routes: list[TimedRoute]
+    widest: Cost
+    steady: bool
+    budget: BudgetRange | None
+    limits: Limits
+    samples: list[SampleLink]
+
+
+class Models(_Answer):
+    models: list[Model]
+
+
+class Status(_Answer):
+    status: str
+
+
+# -- errors ---------------------------------------------------------------------------------------
+
+
+class ErrorDetail(_Answer):
+    """An error; `image` is the number of the image at fault, from 0."""
+
+    code: str
+    message: str
+    image: NotRequired[_Count]
+
+
+class ErrorBody(_Answer):
+    """The body of every error."""
+
+    error: ErrorDetail
+
+
+_ERRORS: Final = {
+    400: "The body, or an image in it, cannot be read.",
+    401: "The token is missing or wrong.",
+    408: "The body did not arrive in time.",
+    413: "The body, an image, or the number of images is too large.",
+    415: "The body, or an image in it, is of a type that is not accepted.",
+    422: "A parameter or the body is not as described.",
+    429: "The server is busy; Retry-After is the time to wait.",
+    500: "The network failed.",
+    503: "The server is starting or stopping; Retry-After is the time to wait.",
+    504: "No answer within the deadline.",
+}
+RETRY_AFTER: Final[dict[str, Any]] = {
+    "Retry-After": {
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+        "description": "Seconds.",
+    }
+}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Errors of a route, for its `responses`."""
+    return {
+        status: {
+            "model": ErrorBody,
+            "description": _ERRORS[status],
+            **({"headers": RETRY_AFTER} if status in (429, 503) else {}),
+        }
+        for status in statuses
+    }
