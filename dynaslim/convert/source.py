@@ -1,0 +1,150 @@
+"""Models to convert by name: of timm, of torchvision, or made by a function in a user's file."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dynaslim.errors import UsageError, check
+from dynaslim.preprocessing import Preprocessing
+
+KINDS = ("timm:NAME", "torchvision:NAME", "module:FILE.py:FUNCTION")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model in evaluation mode, and how images are prepared for it."""
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    name: str
+
+
+def load_source(
+    text: str,
+    *,
+    weights: Path | None = None,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+) -> Source:
+    """The model that `text` names, with `weights` (.safetensors, or .pth by torch's restricted
+    loader) if they are given, else with random ones.
+
+    Raises:
+        UsageError: for another kind of name, a library that is not installed, a model that it does
+            not have, or weights that do not fit; the message names them.
+    """
+    kind, _, name = text.partition(":")
+    classes = {} if num_classes is None else {"num_classes": num_classes}
+    config: Mapping[str, Any] = {}
+    if kind == "timm" and name:
+        timm = _library("timm", text)
+        if not timm.is_model(name):
+            raise UsageError(f"{text}: timm has no such model")
+        model = timm.create_model(name, **classes)
+        config = getattr(model, "pretrained_cfg", {}) or {}
+    elif kind == "torchvision" and name:
+        models = _library("torchvision.models", text)
+        if name not in models.list_models():
+            raise UsageError(f"{text}: torchvision has no such model")
+        model = models.get_model(name, weights=None, **classes)
+    elif kind == "module" and name.count(":") >= 1:
+        file, _, function = name.rpartition(":")
+        model = _from_file(Path(file), function, text)
+        name = function
+    else:
+        raise UsageError(f"{text}: expected {', '.join(KINDS)}")
+    if weights is not None:
+        load_weights(model, weights)
+    size = image_size or int(config.get("input_size", (3, 224, 224))[-1])
+    preprocessing = Preprocessing(
+        image_size_px=size,
+        mean=tuple(config.get("mean", (0.485, 0.456, 0.406))),
+        std=tuple(config.get("std", (0.229, 0.224, 0.225))),
+        crop_fraction=float(config.get("crop_pct", 1.0)),
+    )
+    return Source(model.eval(), preprocessing, name)
+
+
+def _library(name: str, text: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        package = name.partition(".")[0]
+        raise UsageError(
+            f"{text}: {package} cannot be imported ({error}); install it: pip install {package}"
+        ) from None
+
+
+def _from_file(file: Path, function: str, text: str) -> nn.Module:
+    check(file.is_file(), f"{text}: no such file {file}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    factory = getattr(module, function, None)
+    check(callable(factory), f"{text}: {file} has no function {function!r}")
+    model = factory()  # type: ignore[misc]
+    check(isinstance(model, nn.Module), f"{text}: {function} returns no torch.nn.Module")
+    made: nn.Module = model
+    return made
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """A state dict from a .safetensors file, or from one of `torch.save`, without running code.
+
+    Raises:
+        UsageError: if the file is missing, or holds something else.
+    """
+    check(file.is_file(), f"weights {file}: no such file")
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of several libraries
+        raise UsageError(
+            f"weights {file}: not readable as weights alone: {str(error).splitlines()[0]}"
+        ) from None
+    for key in ("state_dict", "model"):
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    check(
+        isinstance(found, dict) and all(isinstance(v, Tensor) for v in found.values()),
+        f"weights {file}: not a state dict",
+    )
+    return {str(key).removeprefix("module."): value for key, value in found.items()}
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Put weights into a model: by name, or, where all shapes agree in order, by order.
+
+    Raises:
+        UsageError: if they do not fit; the message names what is missing, unexpected or of another
+            shape.
+    """
+    found, own = read_weights(file), model.state_dict()
+    if set(found) != set(own):
+        # the same architecture as another library names it
+        ours = [(k, v.shape) for k, v in own.items() if not k.endswith("num_batches_tracked")]
+        theirs = [(k, v) for k, v in found.items() if not k.endswith("num_batches_tracked")]
+        if [shape for _, shape in ours] == [v.shape for _, v in theirs]:
+            found = {k: v for (k, _), (_, v) in zip(ours, theirs, strict=True)}
+            own.update(found)
+            found = own
+    missing, unexpected = sorted(set(own) - set(found)), sorted(set(found) - set(own))
+    other = sorted(k for k in set(own) & set(found) if own[k].shape != found[k].shape)
+    problems = [
+        f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("other shape", other))
+        if names
+    ]
+    check(not problems, f"weights {file} do not fit the model: {'; '.join(problems)}")
+    model.load_state_dict(found)
