@@ -21,7 +21,7 @@ from dynaslim.cost import madds
 from dynaslim.data.transforms import normalise, readable_batches
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, LabelledImages, RouteMetrics, RouteShare, evaluate
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.pretrained import local_path, run_checkpoints
 from dynaslim.progress import progress
@@ -214,7 +214,8 @@ class ReportData:
     @property
     def spec(self) -> NetSpec:
         """Of `run.model`."""
-        return self.run.model.checkpoint.net.spec
+        spec: NetSpec = self.run.model.checkpoint.net.spec
+        return spec
 
     @property
     def evaluation(self) -> Evaluation | None:
@@ -453,7 +454,7 @@ def _notes_on_images(images: ReportImages, evaluation: Evaluation) -> list[str]:
 
 @torch.inference_mode()
 def measure_details(
-    net: SlimNet,
+    net: ElasticNet,
     images: LabelledImages,
     preprocessing: Preprocessing,
     evaluation: Evaluation,
@@ -485,7 +486,7 @@ def measure_details(
     return Details(torch.cat(margin), torch.cat(gates, 1), torch.cat(right))
 
 
-def _run_paths(net: SlimNet, x_BCSS: Tensor, choices_BG: Tensor) -> tuple[Tensor, Tensor]:
+def _run_paths(net: ElasticNet, x_BCSS: Tensor, choices_BG: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of rows along their paths, and the probability (G, B) of each gate's choice."""
     spec = net.spec
     logits_BN = torch.empty(len(x_BCSS), spec.num_classes)
