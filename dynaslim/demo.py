@@ -23,7 +23,7 @@ from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
-from dynaslim.report.plots import evaluation_figure
+from dynaslim.report.charts import evaluation_figure
 from dynaslim.runs.folder import METRICS, environment
 from dynaslim.runs.launch import note_if_busy
 from dynaslim.runtime.budget_search import fit_curve

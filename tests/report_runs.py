@@ -18,7 +18,7 @@ PRE = Preprocessing(16, mean=(0.5,) * 3, std=(0.125,) * 3)
 HOSTILE = (
     "<script>alert(1)</script>",
     "\"><img src=x onerror='alert(1)'>",
-    "turned \u202e around \x07",
+    "turned \u202e around \x07\uffff",
     "&amp; & <b>co</b> {{ 7 * 7 }}",
     "w" * 300,
 )

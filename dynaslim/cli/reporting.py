@@ -1,4 +1,4 @@
-"""The verb that makes a page of a run."""
+"""`dynaslim report`: an HTML page on a run."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def report(
             hf:// address, or the name of a model that ships.
         out: The page to write (.html); one file that needs nothing else.
         data: Images to evaluate on: a parquet file or a folder of them, a folder of images by
-            class, or a hub name. By default those that training held back, where they still are.
+            class, or a hub name. By default those that training held back, if they still exist.
         split: Split of the data; by default test, or what training held back.
-        target: Of a run with several gates, the one to show in detail; by default the middle one.
-        images: Take so many images at random, always the same.
-        baselines: Static networks to compare with, a JSON file
+        target: The gate to show in detail, of a run with several; by default the middle one.
+        images: Number of images to evaluate on, a fixed random choice; by default all.
+        baselines: JSON file of static networks to compare with,
             [{"name", "top1", "madds", "ms"}, ...]; by default baselines.json of the run.
         title: Title of the page.
-        backend: What is timed: auto, eager, inductor, onnxruntime, openvino or cudagraph.
-        rounds: Times that each route is timed; 0 leaves milliseconds out. By default as many as
-            take ten seconds.
+        backend: Backend to time: auto, eager, inductor, onnxruntime, openvino or cudagraph.
+        rounds: Rounds of timing; 0 leaves milliseconds out. By default as many as take ten
+            seconds.
         batch_size: Images per batch of the evaluation.
         device: cpu, cuda or mps.
         no_cache: Keep no compiled programs on disk, and read none.
@@ -62,10 +62,9 @@ def report(
     if data is not None:
         check_path(data)
 
-    from dynaslim.report.facts import Request
-    from dynaslim.report.html import build_report
+    from dynaslim.report import ReportOptions, build_report
 
-    request = Request(
+    options = ReportOptions(
         run,
         data=data,
         split=split,
@@ -78,7 +77,7 @@ def report(
         device=to_device(device),
         cache_dir=None if no_cache else "auto",
     )
-    made = build_report(request, title=title)
+    made = build_report(options, title=title)
     write_atomic(out, made.html.encode())
     if json:
         print_json({"out": str(out), **made.summary})

@@ -1,180 +1,336 @@
-"""The charts of a report: each a picture, the keys to it, and the same numbers as a table."""
+"""The charts of a report by matplotlib: SVG for the page, PNG for the demo.
+
+In the page's SVG a colour is a CSS variable and text is text, so that the style sheet sets the
+colours of the light and the dark mode, and the fonts. An artist's gid of the form "class|title"
+becomes the class of its SVG element and a `<title>`, which browsers show as a tooltip. Colours are
+those of Okabe and Ito, which colour-blind people can distinguish.
+"""
 
 from __future__ import annotations
 
+import io
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Final, Literal
+import re
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
+from xml.etree import ElementTree as ET
 
+import matplotlib.style
 import numpy as np
+import torch
 from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dynaslim.data.memory import MemoryImages
+from dynaslim.evaluation import Evaluation
 from dynaslim.report import text
-from dynaslim.report.svg import HEIGHT, SHAPES, WIDTH, Axis, Canvas, Plot
+from dynaslim.report.data import Mode
+from dynaslim.runs.curves import read_accuracies, read_losses
+from dynaslim.spec import NetSpec
 
-Style = Literal["uniform", "dynamic", "budget", "baseline"]
-_SIGNS: Final[dict[Style, str]] = {
-    "uniform": "circle",
-    "dynamic": "star",
-    "budget": "square",
-    "baseline": "diamond",
+COLOURS: Final = {
+    "page": "#ffffff",
+    "ink": "#1a2027",
+    "quiet": "#57616b",
+    "rule": "#d9dee3",
+    "blue": "#0072b2",
+    "orange": "#d55e00",
+    "orange-ink": "#b04d00",
+    "green": "#009e73",
+    "grey": "#6a737c",
+    "violet": "#8e4a8a",
+    "other": "#b9c0c7",
+    "r0": "#d3e6f3",
+    "r1": "#b0d2ea",
+    "r2": "#86bade",
+    "r3": "#579fcf",
+    "r4": "#2277ab",
+    "r5": "#0d659c",
+    "r6": "#08476f",
 }
+"""CSS variables with their colours in the light mode; r0 to r6 are routes by rising cost."""
 RAMP: Final = 7
-"""Colours from the cheapest route to the widest: CSS classes r0 to r6."""
-BINS: Final = 20
-_MOST_LABELS: Final = 6
-_MOST_STEPS: Final = 120
+_PALE: Final = 4
+"""Colours of the ramp that text is written on in ink, not in the colour of the page."""
+_WIDTH, _HEIGHT = 460, 310
+"""In SVG units: about a pixel on a desktop, three quarters of one on a phone."""
+_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 46
+_STYLE: Final = {
+    "figure.dpi": 72,  # a point is an SVG unit
+    "font.family": "DejaVu Sans",  # measures the text; the style sheet sets the font
+    "font.size": 12.5,
+    "text.parse_math": False,  # names are not formulas
+    "text.color": COLOURS["ink"],
+    "axes.labelcolor": COLOURS["quiet"],
+    "axes.edgecolor": COLOURS["quiet"],
+    "axes.labelpad": 7,
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": COLOURS["rule"],
+    "xtick.color": COLOURS["quiet"],
+    "ytick.color": COLOURS["quiet"],
+    "ytick.major.size": 0,
+    "ytick.major.pad": 7,
+    "hatch.linewidth": 1.5,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "dynaslim",
+}
+_in_style = matplotlib.style.context(_STYLE, after_reset=True)
+"""Decorator of the functions that draw; the user's own settings of matplotlib have no effect."""
+_BINS: Final = 20
+_EXAMPLES: Final = 12
+_MAX_STEPS: Final = 120
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells as text; the first column names the row."""
+class Key(NamedTuple):
+    """An entry of a legend: the CSS class of its symbol, and its meaning."""
 
-    head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-
-
-@dataclass(frozen=True)
-class Key:
-    """What a sign or a colour of a chart stands for."""
-
-    icon: Markup
-    text: str
+    style: str
+    name: str
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A picture, its keys, and a table of what it shows."""
+    """A chart for the page, its legend, and a table of the values that it shows."""
 
-    svg: Markup
+    view_box: str
+    content: Markup
+    """The elements inside `<svg>`."""
     keys: tuple[Key, ...]
-    table: Table
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
 
 
-def ramp(number: int, routes: int) -> str:
-    """The CSS class of a route's colour, of so many from the cheapest to the widest."""
-    last = RAMP - 1
-    return f"r{last if routes <= 1 else round(number * last / (routes - 1))}"
+def _axes(height: float, unit: str, label: str) -> tuple[Figure, Axes]:
+    width = _WIDTH - _LEFT - _RIGHT
+    figure = Figure(figsize=(_WIDTH / 72, height / 72))
+    place = (_LEFT / _WIDTH, _BOTTOM / height, width / _WIDTH, 1 - (_TOP + _BOTTOM) / height)
+    axes = figure.add_axes(place)
+    axes.set(xlabel=unit, ylabel=label)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: _short(value)))
+    axes.yaxis.set_label_coords(-44 / width, 0.5)
+    return figure, axes
 
 
-def swatch(style: str) -> Markup:
-    """A small field of a colour."""
-    icon = Canvas(14, 14, "")
-    icon.add("rect", style, x=1, y=1, width=12, height=12, rx=2)
-    return _icon(icon)
+def _short(value: float) -> str:
+    value = round(value, 9) + 0.0
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:g}"
 
 
-def _icon(icon: Canvas) -> Markup:
-    """A picture that says nothing that the words beside it do not."""
-    for name in ("role", "aria-label"):
-        del icon.root.attrib[name]
-    icon.root.attrib.update({"aria-hidden": "true", "class": "icon", "width": f"{icon.width:g}"})
-    return icon.markup()
+def _limits(values: Sequence[float]) -> tuple[float, float]:
+    """The range of values with some room around it."""
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def _chart(
+    figure: Figure, keys: Sequence[Key], head: Sequence[str], rows: Sequence[Sequence[str]]
+) -> Chart:
+    """A chart whose SVG can stand among others in a page: without ids that others may have."""
+    raw = io.BytesIO()
+    with warnings.catch_warnings():
+        # names may have characters that this font lacks and the reader's has
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(raw, format="svg", transparent=True, metadata={"Date": None})
+    root = ET.fromstring(raw.getvalue())
+    used = set(re.findall(r"(?:url\(|:href=.)#(\w+)", raw.getvalue().decode()))
+    prefix = f"c{zlib.crc32(raw.getvalue()):08x}"
+    variables = {colour[1:]: f"var(--{name})" for name, colour in COLOURS.items()}
+
+    def replaced(match: re.Match[str]) -> str:
+        word = match[1]
+        return variables.get(word) or (f"#{prefix}{word}" if word in used else match[0])
+
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}metadata", "}style")):  # the style is for the whole page
+                parent.remove(child)
+    for element in root.iter():
+        attributes = dict(element.attrib)
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib.clear()
+        for key, value in attributes.items():
+            if key != "id":
+                name = key.rpartition("}")[2]
+                element.set(name, re.sub(r"#(\w+)", replaced, value))
+            elif value in used:
+                element.set("id", prefix + value)
+            elif "|" in value:
+                style, _, title = value.partition("|")
+                element.set("class", style)
+                if title:
+                    element.insert(0, ET.Element("title"))
+                    element[0].text = title
+    content = "".join(ET.tostring(child, encoding="unicode") for child in root)
+    return Chart(
+        root.attrib["viewBox"], Markup(content), tuple(keys), tuple(head), tuple(map(tuple, rows))
+    )
 
 
 # -- accuracy against cost ------------------------------------------------------------------------
 
 
-_PLACES: Final[dict[Style, tuple[tuple[float, float, str], ...]]] = {
-    "uniform": ((-8, -8, "end"), (8, 16, "start"), (8, -8, "start"), (-8, 16, "end")),
-    "dynamic": ((0, 23, "middle"), (0, -13, "middle"), (12, 5, "start"), (-12, 5, "end")),
-    "budget": (),
-    "baseline": ((0, 20, "middle"), (0, -10, "middle"), (9, 4, "start"), (-9, 4, "end")),
-}
-"""Where a label may stand beside its sign, the best place first."""
-_LETTER: Final = 7.2
-_LINE: Final = 13
-
-
-@dataclass(frozen=True)
-class Point:
-    """A cost and an accuracy in percent."""
-
+class _Series(NamedTuple):
+    colour: str
+    marker: str
+    size: float
+    line: str
     name: str
+
+
+_SERIES: Final = {
+    "uniform": _Series("blue", "o", 9, "-", "one route for all images"),
+    "budget": _Series("green", "s", 8, "--", "budgets of the gate"),
+    "baseline": _Series("grey", "D", 8, "", "static networks to compare with"),
+    "dynamic": _Series("orange", "*", 19, "", "dynamic: the gate chooses for every image"),
+}
+_PLACES: Final = {
+    "dynamic": ((0, -23, "center"), (0, 13, "center"), (12, -5, "left"), (-12, -5, "right")),
+    "uniform": ((-8, 8, "right"), (8, -16, "left"), (8, 8, "left"), (-8, -16, "right")),
+    "baseline": ((0, -20, "center"), (0, 10, "center"), (9, -4, "left"), (-9, -4, "right")),
+}
+"""Offsets and alignment of a label beside its point, the preferred one first."""
+_LETTER: Final = 7.2
+_MAX_LABELS: Final = 6
+
+
+class _Point(NamedTuple):
+    mode: Mode
     cost: float
     top1: float
+    """In percent, as all accuracies of a chart."""
     interval: tuple[float, float] | None = None
-    """The ends of the accuracy's 95% interval."""
     quartiles: tuple[float, float] | None = None
-    """Of the cost, where it was measured several times."""
-    label: str = ""
-    """Written beside it."""
 
 
-@dataclass(frozen=True)
-class Series:
-    """Points of one kind, joined by a line or not."""
+def _points(modes: Sequence[Mode], *, by_ms: bool) -> dict[str, list[_Point]]:
+    """The modes whose cost is known, by kind; those that no line joins in the order of cost."""
+    found: dict[str, list[_Point]] = {kind: [] for kind in _SERIES}
+    for mode in modes:
+        cost = mode.ms if by_ms else mode.madds
+        if cost is not None:
+            # intervals of the many budgets would hide the others
+            ends = None if mode.kind == "budget" else mode.interval
+            interval = ends and (100 * ends[0], 100 * ends[1])
+            quartiles = mode.quartiles if by_ms else None
+            scale = 1 if by_ms else 1e6
+            point = _Point(mode, cost / scale, 100 * mode.top1, interval, quartiles)
+            found[mode.kind].append(point)
+    for kind, points in found.items():
+        if not _SERIES[kind].line:
+            points.sort(key=lambda point: point.cost)
+    return {kind: points for kind, points in found.items() if points}
 
-    name: str
-    style: Style
-    points: tuple[Point, ...] = field(default=())
-    line: bool = False
 
+@_in_style
+def cost_chart(modes: Sequence[Mode], suffixes: Mapping[str, str], *, by_ms: bool) -> Chart | None:
+    """Top-1 against MAdds or milliseconds per image; None if no cost is known.
 
-def cost_chart(series: Sequence[Series], *, unit: str, label: str, digits: int) -> Chart:
-    """Top-1 against cost; costs start at 0, so that lengths compare as costs do."""
-    shown = [one for one in series if one.points]
-    everything = [point for one in shown for point in one.points]
-    ends = [end for point in everything for end in (point.top1, *(point.interval or ()))]
-    costs = [cost for point in everything for cost in (point.cost, *(point.quartiles or ()))]
-    plot = Plot(
-        label,
-        Axis.around(costs, unit, start=0.0),
-        Axis.around(ends, "top-1 accuracy, %"),
-    )
-    for one in shown:
-        if one.line:
-            plot.line([plot.at(p.cost, p.top1) for p in one.points], f"line {one.style}")
-    for one in shown:
-        for point in one.points:
-            if point.interval is not None:
-                plot.bar(point.cost, *point.interval, f"bar {one.style}")
-            if point.quartiles is not None:
-                spread = [plot.at(cost, point.top1) for cost in point.quartiles]
-                plot.line(spread, f"bar {one.style}")
-    for one in shown:
-        for point in one.points:
-            said = f"{point.name}: {point.top1:.2f}% at {point.cost:.{digits}f}"
-            plot.marker(_SIGNS[one.style], point.cost, point.top1, f"sign {one.style}", said)
-    _labels(plot, shown)
-    rows = tuple(
+    The cost axis starts at 0, so that distances on it are proportional to costs. `suffixes` are
+    appended to the names of the kinds of modes.
+    """
+    unit, digits = "million multiply-adds per image (mean)", 2
+    if by_ms:
+        unit, digits = "milliseconds per image (median)", 4
+    series = _points(modes, by_ms=by_ms)
+    if not series:
+        return None
+    figure, axes = _axes(_HEIGHT, unit, "top-1 accuracy, %")
+    _draw_points(axes, series, digits)
+    _draw_labels(axes, series)
+    names = {kind: _SERIES[kind].name + suffixes.get(kind, "") for kind in series}
+    rows = [
         (
-            point.name,
-            one.name,
+            point.mode.name,
+            names[kind],
             f"{point.cost:.{digits}f}",
             f"{point.top1:.2f}",
             text.NONE if point.interval is None else "{:.2f} to {:.2f}".format(*point.interval),
         )
-        for one in shown
-        for point in one.points
-    )
-    keys = tuple(Key(_sign_key(one), one.name) for one in shown)
-    return Chart(plot.markup(), keys, Table(("", "kind", unit, "top-1, %", "95% interval"), rows))
-
-
-def _labels(plot: Plot, series: Sequence[Series]) -> None:
-    """Words beside points, each where no sign or other word is; left out if there is no place."""
-    taken = [
-        (x - 6, y - 6, x + 6, y + 6)
-        for one in series
-        for x, y in (plot.at(p.cost, p.top1) for p in one.points)
+        for kind, points in series.items()
+        for point in points
     ]
-    # the few stars go first, for they matter most
-    for one in sorted(series, key=lambda one: one.style != "dynamic"):
-        labelled = [point for point in one.points if point.label]
-        if len(labelled) > _MOST_LABELS:
+    keys = [Key(f"sign {kind}", name) for kind, name in names.items()]
+    return _chart(figure, keys, ("", "kind", unit, "top-1, %", "95% interval"), rows)
+
+
+def _draw_points(axes: Axes, series: Mapping[str, Sequence[_Point]], digits: int) -> None:
+    every = [point for points in series.values() for point in points]
+    costs = [cost for point in every for cost in (point.cost, *(point.quartiles or ()))]
+    ends = [end for point in every for end in (point.top1, *(point.interval or ()))]
+    axes.set_xlim(0, _limits(costs)[1])
+    axes.set_ylim(*_limits(ends))
+    for kind, points in series.items():
+        look = _SERIES[kind]
+        colour = COLOURS[look.colour]
+        if look.line:
+            x, y = [point.cost for point in points], [point.top1 for point in points]
+            axes.plot(x, y, look.line, color=colour, lw=2)
+        for point in points:
+            bars: Any = {"color": colour, "alpha": 0.55, "lw": 1.3, "zorder": 3}
+            if point.interval is not None:
+                axes.plot([point.cost] * 2, point.interval, marker="_", ms=8, **bars)
+            if point.quartiles is not None:
+                axes.plot(point.quartiles, [point.top1] * 2, **bars)
+            axes.plot(
+                point.cost,
+                point.top1,
+                look.marker,
+                color=colour,
+                ms=look.size,
+                mec=COLOURS["page"],
+                mew=1.2,
+                zorder=4,
+                clip_on=False,
+                gid=f"|{point.mode.name}: {point.top1:.2f}% at {point.cost:.{digits}f}",
+            )
+
+
+def _draw_labels(axes: Axes, series: Mapping[str, Sequence[_Point]]) -> None:
+    """Write labels where no point and no other label is; leave them out if there is no place."""
+    at = axes.transData.transform
+    centres = [at((point.cost, point.top1)) for points in series.values() for point in points]
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
+    first, last = axes.get_window_extent().intervalx
+    for kind in ("dynamic", "uniform", "baseline"):  # the most important first
+        labelled = [point for point in series.get(kind, ()) if point.mode.label]
+        if len(labelled) > _MAX_LABELS:
             labelled = [labelled[0], labelled[-1]]
         for point in labelled:
-            x, y = plot.at(point.cost, point.top1)
-            for right, down, anchor in _PLACES[one.style]:
-                width = _LETTER * len(point.label)
-                left = x + right - {"start": 0.0, "middle": width / 2, "end": width}[anchor]
-                box = (left, y + down - _LINE + 2, left + width, y + down + 2)
-                inside = plot.left - 20 <= box[0] and box[2] <= plot.width
+            x, y = at((point.cost, point.top1))
+            width = _LETTER * len(point.mode.label)
+            for right, up, side in _PLACES[kind]:
+                left = x + right - {"left": 0.0, "center": width / 2, "right": width}[side]
+                box = (left, y + up - 2, left + width, y + up + 11)
+                inside = first - 20 <= box[0] and box[2] <= last + _RIGHT
                 if inside and not any(_overlap(box, other) for other in taken):
                     taken.append(box)
-                    plot.text(x + right, y + down, point.label, f"value {one.style}", anchor=anchor)
+                    axes.annotate(
+                        point.mode.label,
+                        (point.cost, point.top1),
+                        (right, up),
+                        textcoords="offset points",
+                        ha=side,
+                        weight="normal" if kind == "baseline" else "bold",
+                        color=COLOURS[
+                            {"uniform": "blue", "dynamic": "orange-ink"}.get(kind, "quiet")
+                        ],
+                        zorder=5,
+                        gid="value|",
+                    )
                     break
 
 
@@ -182,186 +338,256 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _sign_key(one: Series) -> Markup:
-    icon = Canvas(26, 14, "")
-    if one.line:
-        icon.line([(1, 7), (25, 7)], f"line {one.style}")
-    shape = _SIGNS[one.style]
-    if shape == "circle":
-        icon.add("circle", f"sign {one.style}", cx=13, cy=7, r=4.5)
-    else:
-        scale = 0.72 if shape == "star" else 1
-        corners = " ".join(
-            f"{13 + scale * dx:.1f},{7 + scale * dy:.1f}" for dx, dy in SHAPES[shape]
-        )
-        icon.add("polygon", f"sign {one.style}", points=corners)
-    return _icon(icon)
-
-
 # -- shares of routes -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Bar:
-    """A row of shares that add up to 1, with what is written at its end."""
+class Bar(NamedTuple):
+    """A row of shares with the sum 1, and the text at its end."""
 
     name: str
     shares: tuple[float, ...]
     end: str
 
 
-_NAMES: Final = 118
-_ENDS: Final = 70
-_ROW: Final = 24
+def ramp(number: int, routes: int) -> str:
+    """The colour of a route out of `routes`, counted by rising cost."""
+    last = RAMP - 1
+    return f"r{last if routes <= 1 else round(number * last / (routes - 1))}"
 
 
-def share_bars(
-    bars: Sequence[Bar], parts: Sequence[tuple[str, str]], *, label: str, end: str
-) -> Chart:
-    """Stacked bars; `parts` are (CSS class, name) of the shares, `end` heads the last column."""
-    plot = Canvas(WIDTH, 26 + _ROW * len(bars), label)
-    span = WIDTH - _NAMES - _ENDS
-    plot.text(WIDTH - 2, 14, end, "tick", anchor="end")
-    for number, bar in enumerate(bars):
-        top = 24 + number * _ROW
-        plot.text(_NAMES - 8, top + 14, text.shorten(bar.name, 17), "name", anchor="end")
-        plot.text(WIDTH - 2, top + 14, bar.end, "value", anchor="end")
-        x = float(_NAMES)
-        for (style, name), share in zip(parts, bar.shares, strict=True):
-            width = span * share
-            if width <= 0:
+@_in_style
+def share_chart(bars: Sequence[Bar], parts: Sequence[tuple[str, str]], *, end: str) -> Chart:
+    """Stacked bars; `parts` are (colour, name) of the shares, `end` heads the texts at the ends."""
+    top, names, ends = 22, 118, 70
+    height = top + 24 * len(bars)
+    width = (_WIDTH - names - ends) / _WIDTH
+    figure = Figure(figsize=(_WIDTH / 72, height / 72))
+    axes = figure.add_axes((names / _WIDTH, 0, width, 1 - top / height))
+    axes.set(xlim=(0, 1), ylim=(len(bars) - 0.5, -0.5), xticks=[])
+    axes.spines.bottom.set_visible(False)
+    axes.grid(visible=False)
+    axes.set_yticks(range(len(bars)), [text.shorten(bar.name, 17) for bar in bars])
+    axes.tick_params(labelcolor=COLOURS["ink"], pad=8)
+    right = (_WIDTH - names - 2) / (_WIDTH - names - ends)
+    axes.text(right, -0.75, end, ha="right", color=COLOURS["quiet"])
+    for row, bar in enumerate(bars):
+        axes.text(right, row, bar.end, ha="right", va="center_baseline", weight="bold")
+        left = 0.0
+        for (colour, name), share in zip(parts, bar.shares, strict=True):
+            if share <= 0:
                 continue
-            said = f"{bar.name}: {share:.1%} {name}"
-            plot.add("rect", f"part {style}", x=x, y=top, width=width, height=18, title=said)
+            is_other = colour == "other"
+            axes.barh(
+                row,
+                share,
+                height=0.75,
+                left=left,
+                fc="none" if is_other else COLOURS[colour],
+                ec=COLOURS["other" if is_other else "page"],
+                hatch="\\\\\\" if is_other else None,
+                lw=0.6,
+                gid=f"part {colour}|{bar.name}: {share:.1%} {name}",
+            )
             if share >= 0.14:
-                inside = f"in {style}"
-                plot.text(x + width / 2, top + 13, f"{share:.0%}", inside, anchor="middle")
-            x += width
-    keys = tuple(Key(swatch(f"part {style}"), name) for style, name in parts)
-    rows = tuple((bar.name, *(f"{share:.1%}" for share in bar.shares), bar.end) for bar in bars)
-    return Chart(plot.markup(), keys, Table(("", *(name for _, name in parts), end), rows))
+                pale = is_other or int(colour[1:]) < _PALE
+                axes.text(
+                    left + share / 2,
+                    row,
+                    f"{share:.0%}",
+                    ha="center",
+                    va="center_baseline",
+                    size=11.5,
+                    weight="bold" if is_other else "normal",
+                    color=COLOURS["ink" if pale else "page"],
+                    gid=f"in {colour}|",
+                )
+            left += share
+    rows = [(bar.name, *(f"{share:.1%}" for share in bar.shares), bar.end) for bar in bars]
+    keys = [Key(f"part {colour}", name) for colour, name in parts]
+    return _chart(figure, keys, ("", *(name for _, name in parts), end), rows)
 
 
 # -- distributions --------------------------------------------------------------------------------
 
 
-def histogram(values: np.ndarray, right: np.ndarray, *, unit: str, label: str) -> Chart:
-    """How many images have which value of 0..1, those with a right answer below the wrong ones."""
-    edges = np.linspace(0, 1, BINS + 1)
-    good = np.histogram(values[right], edges)[0]
-    bad = np.histogram(values[~right], edges)[0]
-    plot = Plot(
-        label,
-        Axis(0.0, 1.0, unit),
-        Axis(0.0, 1.06 * max(1, int((good + bad).max())), "images", _short_count),
-        height=HEIGHT - 40,
-    )
-    for place, (low, high) in enumerate(itertools.pairwise(edges)):
-        stack = 0.0
-        for style, name, number in (
-            ("right", "right", int(good[place])),
-            ("wrong", "wrong", int(bad[place])),
-        ):
-            if not number:
-                continue
-            left, top = plot.at(float(low), stack + number)
-            end, bottom = plot.at(float(high), stack)
-            plot.add(
-                "rect",
-                f"part {style}",
-                x=left + 0.7,
-                y=top,
-                width=end - left - 1.4,
-                height=max(bottom - top, 0.6),
-                title=f"{low:.2f} to {high:.2f}: {number} {name}",
-            )
-            stack += number
-    keys = (
-        Key(swatch("part right"), "answer right"),
-        Key(swatch("part wrong"), "answer wrong"),
-    )
-    rows = tuple(
-        (
-            f"{low:.2f} to {high:.2f}",
-            text.count(int(g)),
-            text.count(int(b)),
-            text.percent(g / (g + b), 1) if g + b else text.NONE,
+@_in_style
+def histogram(value_N: np.ndarray, right_N: np.ndarray, *, unit: str) -> Chart:
+    """The number of images by a value of 0..1, wrong answers stacked on the right ones."""
+    edges = np.linspace(0, 1, _BINS + 1)
+    right = np.histogram(value_N[right_N], edges)[0]
+    wrong = np.histogram(value_N[~right_N], edges)[0]
+    figure, axes = _axes(_HEIGHT - 40, unit, "images")
+    axes.set(xlim=(0, 1), ylim=(0, 1.06 * max(1, int((right + wrong).max()))))
+    rows = []
+    for (low, high), good, bad in zip(itertools.pairwise(edges), right, wrong, strict=True):
+        span = f"{low:.2f} to {high:.2f}"
+        looks: Any = (
+            (good, 0, "right", {"fc": COLOURS["blue"], "ec": COLOURS["blue"]}),
+            (bad, good, "wrong", {"fc": "none", "ec": COLOURS["orange"], "hatch": "////"}),
         )
-        for low, high, g, b in zip(edges, edges[1:], good, bad, strict=False)
-    )
-    return Chart(plot.markup(), keys, Table((unit, "right", "wrong", "share right"), rows))
-
-
-def _short_count(value: float) -> str:
-    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
+        for number, base, name, look in looks:
+            if number:
+                corner, width = (low + 0.05 * (high - low), base), 0.9 * (high - low)
+                gid = f"part {name}|{span}: {number} {name}"
+                axes.add_patch(Rectangle(corner, width, number, lw=0.8, gid=gid, **look))
+        share = text.percent(good / (good + bad), 1) if good + bad else text.NONE
+        rows.append((span, text.count(good), text.count(bad), share))
+    keys = (Key("part right", "answer right"), Key("part wrong", "answer wrong"))
+    return _chart(figure, keys, (unit, "right", "wrong", "share right"), rows)
 
 
 # -- curves of a training -------------------------------------------------------------------------
 
+_LINES: Final = (
+    ("blue", "-"),
+    ("green", (0, (2, 2))),
+    ("orange", (0, (4, 2))),
+    ("violet", (0, (1, 2))),
+    ("grey", "-"),
+)
+"""Colours and dashes of the curves; a curve's place here is its CSS class, l0 to l4."""
 
-@dataclass(frozen=True)
-class Line:
+
+class Curve(NamedTuple):
     """A quantity over the steps of a training."""
 
     name: str
-    style: str
-    """CSS classes l0 to l4."""
-    steps: tuple[float, ...]
-    values: tuple[float, ...]
+    style: int
+    steps: Sequence[float]
+    values: Sequence[float]
 
 
-def curves_chart(lines: Sequence[Line], *, unit: str, label: str, signs: bool) -> Chart | None:
-    """Lines over steps; of many steps means over neighbours. None if there is nothing to draw."""
-    binned = [_binned(line) for line in lines]
-    values = [value for line in binned for value in line.values]
-    if not values:
+def loss_chart(lines: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """The losses in a metrics file; None if there are none."""
+    curves = []
+    for style, (name, (steps, values)) in enumerate(read_losses(lines).items()):
+        shown = text.shorten(text.clean(name.replace("_", " ")), 40)
+        curves.append(Curve(shown, style, steps, values))
+    return _curves_chart(curves, "training loss")
+
+
+def accuracy_chart(lines: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """Top-1 of the last and the first route at each evaluation of a metrics file, or None."""
+    steps, top1 = read_accuracies(lines)
+    if not steps:
         return None
-    steps = [step for line in binned for step in line.steps]
-    plot = Plot(
-        label,
-        Axis.around(steps, "step", start=0.0, form=_short_count),
-        Axis.around(values, unit),
-        height=HEIGHT - 30,
+    curves = (
+        Curve("last route (widest)", 0, steps, [100 * row[-1] for row in top1]),
+        Curve("first route (cheapest)", 2, steps, [100 * row[0] for row in top1]),
     )
-    for line in binned:
-        plot.line([plot.at(x, y) for x, y in zip(line.steps, line.values, strict=True)], line.style)
-        if signs and len(line.steps) <= 40:
-            for x, y in zip(line.steps, line.values, strict=True):
-                place = plot.at(x, y)
-                said = f"{line.name}, step {x:g}: {y:.4g}"
-                plot.add("circle", f"dot {line.style}", cx=place[0], cy=place[1], r=3, title=said)
-    keys = tuple(Key(_line_key(line.style), line.name) for line in binned)
-    return Chart(plot.markup(), keys, _curves_table(binned))
+    return _curves_chart(curves, "held-out top-1, %", points=True)
 
 
-def _binned(line: Line) -> Line:
-    """At most `_MOST_STEPS` steps: means over as many as it takes, one after the other."""
-    size = -(-len(line.steps) // _MOST_STEPS)
-    if size <= 1:
-        return line
+@_in_style
+def _curves_chart(curves: Sequence[Curve], unit: str, *, points: bool = False) -> Chart | None:
+    """Curves over steps; `points` marks the values if they are few."""
+    curves = [_averaged(curve) for curve in curves]
+    if not curves:
+        return None
+    figure, axes = _axes(_HEIGHT - 30, "step", unit)
+    axes.set_xlim(0, _limits([step for curve in curves for step in curve.steps])[1])
+    axes.set_ylim(*_limits([value for curve in curves for value in curve.values]))
+    for name, style, steps, values in curves:
+        colour, dashes = _LINES[style]
+        axes.plot(steps, values, linestyle=dashes, color=COLOURS[colour], lw=2)
+        for step, value in zip(steps, values, strict=True) if points and len(steps) <= 40 else ():
+            gid = f"|{name}, step {step:g}: {value:.4g}"
+            axes.plot(step, value, "o", ms=6, mew=0, color=COLOURS[colour], gid=gid)
+    keys = [Key(f"line l{curve.style}", curve.name) for curve in curves]
+    head = ("step", *(curve.name for curve in curves))
+    return _chart(figure, keys, head, _curves_table(curves))
 
-    def means(values: Sequence[float]) -> tuple[float, ...]:
+
+def _averaged(curve: Curve) -> Curve:
+    """A curve of at most `_MAX_STEPS` steps: the means of as many neighbours as that takes."""
+    size = -(-len(curve.steps) // _MAX_STEPS)
+
+    def means(values: Sequence[float]) -> list[float]:
         parts = [values[at : at + size] for at in range(0, len(values), size)]
-        return tuple(sum(part) / len(part) for part in parts)
+        return [sum(part) / len(part) for part in parts]
 
-    return Line(line.name, line.style, means(line.steps), means(line.values))
+    return curve._replace(steps=means(curve.steps), values=means(curve.values))
 
 
-def _curves_table(lines: Sequence[Line], most: int = 12) -> Table:
-    """A few steps of every line, the last among them."""
-    steps = sorted({step for line in lines for step in line.steps})
+def _curves_table(curves: Sequence[Curve], most: int = 12) -> list[tuple[str, ...]]:
+    """The values at a few evenly spaced steps, the last among them."""
+    steps = sorted({step for curve in curves for step in curve.steps})
     places = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
-    rows = []
-    for step in (steps[place] for place in places):
-        cells = []
-        for line in lines:
-            found = dict(zip(line.steps, line.values, strict=True)).get(step)
-            cells.append(text.NONE if found is None else f"{found:.4g}")
-        rows.append((f"{step:.0f}", *cells))
-    return Table(("step", *(line.name for line in lines)), tuple(rows))
+    found = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
+    return [
+        (f"{step:.0f}", *(f"{one[step]:.4g}" if step in one else text.NONE for one in found))
+        for step in (steps[place] for place in places)
+    ]
 
 
-def _line_key(style: str) -> Markup:
-    icon = Canvas(26, 14, "")
-    icon.line([(1, 7), (25, 7)], style)
-    return _icon(icon)
+# -- the picture of the demo ----------------------------------------------------------------------
+
+
+@_in_style
+def evaluation_figure(
+    spec: NetSpec, result: Evaluation, images: MemoryImages, *, title: str
+) -> bytes:
+    """Accuracy against MAdds, and below it example images sorted by the route they took: a PNG.
+
+    Only for networks with one gate, whose routes are its choices.
+    """
+    assert result.dynamic is not None
+    assert len(spec.gates) == 1
+    shares = result.dynamic.route_shares
+    rows = len(shares)
+    figure = Figure(figsize=(10, 4.4 + 1.15 * rows), layout="constrained")
+    upper, lower = figure.subfigures(2, 1, squeeze=False, height_ratios=[4.4, 1.15 * rows])[:, 0]
+    figure.suptitle(title, fontsize=15)
+    generator = torch.Generator().manual_seed(0)
+    grid = lower.subplots(rows, 1, squeeze=False)[:, 0]
+    lower.suptitle(
+        "Test images by the route the gate chose, cheapest first (orange frame: wrong answer)"
+    )
+    cost = {route.widths: route.madds for route in result.routes}
+    for axes, share, index in zip(grid, shares, spec.gates[0].choices, strict=True):
+        taken = torch.nonzero(result.choices[:, 0] == index).flatten()
+        order = torch.randperm(len(taken), generator=generator)[:_EXAMPLES]
+        _draw_strip(axes, images, result, taken[order])
+        label = f"{text.millions(cost[share.widths])}\n{share.share:.0%} of images"
+        axes.set_ylabel(label, rotation=0, ha="right", va="center", color=COLOURS["ink"])
+    dynamic = result.dynamic
+    modes = [
+        Mode("uniform", "", r.top1, r.madds, None, f"{100 * r.top1:.1f}") for r in result.routes
+    ]
+    label = f"{100 * dynamic.top1:.1f}"
+    modes.append(Mode("dynamic", "", dynamic.top1, dynamic.mean_madds, None, label))
+    axes = upper.subplots()
+    axes.set(xlabel="million multiply-adds per image (mean)", ylabel="top-1 accuracy, %")
+    series = _points(modes, by_ms=False)
+    _draw_points(axes, series, 2)
+    names = [_SERIES[kind].name for kind in series]
+    axes.legend([axes.lines[n] for n in (0, -1)], names, loc="lower right")
+    figure.draw_without_rendering()  # places the axes
+    _draw_labels(axes, series)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _draw_strip(axes: Axes, images: MemoryImages, result: Evaluation, rows: torch.Tensor) -> None:
+    """One row of pictures with the names of their classes."""
+    size = images.images_NCSS.shape[-1]
+    gap = max(2, size // 5)
+    step = size + gap
+    canvas = np.full((size + 4, step * _EXAMPLES, 3), 255, dtype=np.uint8)
+    for column, row in enumerate(rows.tolist()):
+        pixels = images.images_NCSS[row].permute(1, 2, 0).numpy()
+        left = column * step + gap // 2
+        canvas[2 : 2 + size, left : left + size] = pixels  # one channel spreads over three
+        is_right = bool(result.predictions[row] == images.labels_N[row])
+        name = images.class_names[int(images.labels_N[row])]
+        colour = COLOURS["quiet" if is_right else "orange"]
+        frame = Rectangle((left - 0.5, 1.5), size, size, fill=False, ec=colour, lw=1.5)
+        axes.add_patch(frame)
+        axes.text(left + size / 2, size + 6, name, ha="center", va="top", size=9, color=colour)
+    if not len(rows):
+        axes.text(step * _EXAMPLES / 2, size / 2, "no image took this route", ha="center")
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.grid(visible=False)
+    axes.spines[:].set_visible(False)

@@ -1,406 +1,325 @@
-"""The parts of a report between its headline and how it was made, ready for the page."""
+"""The parts of a report that need more than `ReportData`, ready for the templates."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import base64
+import io
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final, NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 
-from dynaslim.evaluation import ClassMetrics
+from dynaslim.evaluation import ClassMetrics, Evaluation, LabelledImages
 from dynaslim.report import text
-from dynaslim.report.charts import (
-    Bar,
-    Chart,
-    Line,
-    Table,
-    curves_chart,
-    histogram,
-    ramp,
-    share_bars,
-)
-from dynaslim.report.facts import Facts
-from dynaslim.report.gallery import RouteGallery, Strip, make_gallery
-from dynaslim.report.numbers import confusion
-from dynaslim.report.stats import accuracy_interval
-from dynaslim.report.subject import Curves
+from dynaslim.report.charts import Bar, Chart, histogram, ramp, share_chart
+from dynaslim.report.data import ReportData
 
-MOST_ROUTES: Final = 6
-"""Routes that are told apart; the rest are "other routes"."""
-MOST_CLASSES: Final = 30
-"""Classes that are listed; of more, the ends of the list are."""
-_END: Final = 12
-MATRIX_CLASSES: Final = 20
+_MAX_ROUTES: Final = 6
+"""Routes that are shown one by one; the rest are "other routes"."""
+_MAX_CLASSES: Final = 30
+"""Classes that are listed; of more, `_ENDS` at both ends of the list."""
+_ENDS: Final = 12
+_MAX_GATES: Final = 4
+_MAX_MATRIX: Final = 20
+"""Classes of a confusion matrix."""
 _PAIRS: Final = 20
-_PAIRS_BESIDE: Final = 10
-"""Confusions that are listed beside a matrix."""
-_MOST_GATES: Final = 4
-_NO_LOSSES: Final = frozenset({"kind", "step", "epoch", "lr", "images_per_s", "gate", "mean_cost"})
-
-
-@dataclass(frozen=True)
-class RouteColumn:
-    """A route that the report tells apart, or (`number` None) all others together."""
-
-    number: int | None
-    """In `DynamicMetrics.route_shares`, and in `Evaluation.taken`."""
-    style: str
-    widths: str
-    madds: str
-    share: float
-
-    @property
-    def name(self) -> str:
-        """Widths and cost."""
-        return f"{self.widths} ({self.madds})" if self.number is not None else self.widths
-
-
-def route_columns(facts: Facts) -> tuple[RouteColumn, ...]:
-    """The most used routes, cheapest first, and what is left of the images."""
-    if facts.numbers is None or facts.numbers.dynamic is None:
-        return ()
-    shares = facts.numbers.dynamic.route_shares
-    order = sorted(range(len(shares)), key=lambda n: (-shares[n].share, n))[:MOST_ROUTES]
-    cost = {n: facts.cost_of(shares[n].widths) for n in order}
-    order.sort(key=lambda n: (cost[n] or 0, shares[n].widths))
-    columns = [
-        RouteColumn(
-            number,
-            ramp(place, len(order)),
-            text.widths_of(shares[number].widths),
-            text.millions(cost[number]),
-            shares[number].share,
-        )
-        for place, number in enumerate(order)
-    ]
-    if len(shares) > len(order):
-        left = sum(one.share for n, one in enumerate(shares) if n not in order)
-        others = f"{len(shares) - len(order)} other routes"
-        columns.append(RouteColumn(None, "other", others, "", left))
-    return tuple(columns)
-
-
-def class_names(facts: Facts) -> tuple[str, ...]:
-    """What each class is called on the page."""
-    known = facts.subject.chosen.checkpoint.class_names
-    names: Sequence[str | None] = known or ()
-    if not names and facts.numbers is not None:
-        names = [one.name for one in facts.numbers.per_class]
-    if not names:
-        names = (None,) * facts.spec.num_classes
-    return tuple(text.name_of(name, index) for index, name in enumerate(names))
+_PAIRS_BESIDE_MATRIX: Final = 10
+_STRIP: Final = 6
+"""Pictures of a row."""
+_SIDE_PX: Final = 128
+"""Larger pictures are made smaller: they are shown at about half of it."""
 
 
 # -- routes ---------------------------------------------------------------------------------------
 
 
-def taken_table(facts: Facts, columns: Sequence[RouteColumn]) -> Table | None:
-    """Each route that images took: how many, and how right it and the widest are on just these."""
-    evaluation, details = facts.evaluation, facts.details
-    if evaluation is None or details is None or evaluation.dynamic is None:
-        return None
+@dataclass(frozen=True)
+class RouteColumn:
+    """A route that is shown by itself, or (`number` None) all others together."""
+
+    number: int | None
+    """Its position in `DynamicMetrics.route_shares` and in `Evaluation.taken`."""
+    colour: str
+    widths: str
+    madds: int | None
+    share: float
+
+    @property
+    def name(self) -> str:
+        """Widths and cost."""
+        if self.number is None:
+            return self.widths
+        return f"{self.widths} ({text.millions(self.madds)})"
+
+
+def route_columns(data: ReportData) -> tuple[RouteColumn, ...]:
+    """The most used routes by rising cost, and then the others together."""
+    if data.metrics is None or data.metrics.dynamic is None:
+        return ()
+    shares = data.metrics.dynamic.route_shares
+    order = sorted(range(len(shares)), key=lambda n: (-shares[n].share, n))[:_MAX_ROUTES]
+    cost = {n: data.route_madds(shares[n].widths) for n in order}
+    order.sort(key=lambda n: (cost[n] or 0, shares[n].widths))
+    columns = []
+    for place, n in enumerate(order):
+        colour, widths = ramp(place, len(order)), text.widths_of(shares[n].widths)
+        columns.append(RouteColumn(n, colour, widths, cost[n], shares[n].share))
+    if len(shares) > len(order):
+        rest = sum(one.share for n, one in enumerate(shares) if n not in order)
+        name = f"{len(shares) - len(order)} other routes"
+        columns.append(RouteColumn(None, "other", name, None, rest))
+    return tuple(columns)
+
+
+class TakenRoute(NamedTuple):
+    """The images that took a route, and accuracies on just these: their own and the widest's."""
+
+    column: RouteColumn
+    images: int
+    share: float
+    top1: float | None
+    widest_top1: float | None
+
+
+def taken_routes(data: ReportData, columns: Sequence[RouteColumn]) -> tuple[TakenRoute, ...]:
+    """One entry for each column; none without a dynamic mode."""
+    evaluation, details = data.evaluation, data.details
+    if evaluation is None or details is None:
+        return ()
     right_N = (evaluation.predictions == evaluation.labels).numpy()
     widest_N = details.widest_right_N.numpy()
     number_N = evaluation.taken_number.numpy()
-    told = [column.number for column in columns if column.number is not None]
-    rows = []
+    shown = [column.number for column in columns if column.number is not None]
+    found = []
     for column in columns:
-        own = number_N == column.number
-        if column.number is None:
-            own = ~np.isin(number_N, told)
-        images = int(own.sum())
-        rows.append(
-            (
-                column.widths,
-                column.madds or text.NONE,
-                text.count(images),
-                text.percent(images / evaluation.images, 1),
-                text.percent(right_N[own].mean() if images else None),
-                text.percent(widest_N[own].mean() if images else None),
-            )
+        own_N = (
+            number_N == column.number if column.number is not None else ~np.isin(number_N, shown)
         )
-    head = ("route", "MAdds", "images", "share", "top-1 of these", "widest route on these")
-    return Table(head, tuple(rows))
+        images = int(own_N.sum())
+        top1s = [float(one[own_N].mean()) if images else None for one in (right_N, widest_N)]
+        found.append(TakenRoute(column, images, images / evaluation.images, *top1s))
+    return tuple(found)
 
 
 # -- classes --------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Classes:
-    """What every class costs and how often it is right."""
-
-    bars: Chart | None
-    table: Table
-    listed: int
-    classes: int
-    """Classes that have images."""
-    order: str
+def class_names(data: ReportData) -> tuple[str, ...]:
+    """The name of each class on the page."""
+    names: Sequence[str | None] = data.run.model.checkpoint.class_names or ()
+    if not names and data.metrics is not None:
+        names = [one.name for one in data.metrics.per_class]
+    if not names:
+        names = (None,) * data.spec.num_classes
+    return tuple(text.name_of(name, index) for index, name in enumerate(names))
 
 
-def classes(facts: Facts, columns: Sequence[RouteColumn], names: Sequence[str]) -> Classes | None:
-    """Bars of the routes and a table by class; the costliest first, or else the hardest."""
-    numbers = facts.numbers
-    if numbers is None:
+class Classes(NamedTuple):
+    """Accuracy and cost of every class."""
+
+    chart: Chart | None
+    """Routes by class; None without a dynamic mode."""
+    listed: Sequence[ClassMetrics]
+    """By falling cost; without a dynamic mode by rising accuracy."""
+    total: int
+    """Classes with images."""
+
+
+def classes(
+    data: ReportData, columns: Sequence[RouteColumn], names: Sequence[str]
+) -> Classes | None:
+    """None if there are no metrics."""
+    if data.metrics is None:
         return None
-    found = [one for one in numbers.per_class if one.images]
+    found = [one for one in data.metrics.per_class if one.images]
     if not found:
         return None
-    gated = numbers.dynamic is not None
-    if gated:
+    dynamic = data.metrics.dynamic
+    if dynamic is not None:
         found.sort(key=lambda one: (-(one.mean_madds or 0.0), one.index))
-        order = "Classes by what their images cost on average, the costliest first"
     else:
         found.sort(key=lambda one: (one.top1 or 0.0, one.index))
-        order = "Classes by their accuracy, the lowest first"
-    shown = found if len(found) <= MOST_CLASSES else [*found[:_END], *found[-_END:]]
-    told = [column.number for column in columns if column.number is not None]
+    listed = found if len(found) <= _MAX_CLASSES else [*found[:_ENDS], *found[-_ENDS:]]
+    chart = None
+    if dynamic is not None and columns:
+        shown = [column.number for column in columns if column.number is not None]
 
-    def shares(all_shares: Sequence[float]) -> tuple[float, ...]:
-        named = [all_shares[number] for number in told]
-        others = sum(s for n, s in enumerate(all_shares) if n not in told)
-        return tuple(named) if len(named) == len(columns) else (*named, others)
+        def bar(one: ClassMetrics) -> Bar:
+            shares = [one.route_shares[number] for number in shown]
+            if len(shares) < len(columns):
+                others = (s for n, s in enumerate(one.route_shares) if n not in shown)
+                shares.append(sum(others))
+            return Bar(names[one.index], tuple(shares), text.millions(one.mean_madds))
 
-    bars = None
-    if gated and columns:
-        assert numbers.dynamic is not None
-        rows = [
-            Bar("all images", tuple(column.share for column in columns), _cost(numbers.dynamic)),
-            *(Bar(names[one.index], shares(one.route_shares), _cost(one)) for one in shown),
-        ]
-        bars = share_bars(
-            rows,
-            [(column.style, column.name) for column in columns],
-            label="Routes per class: share of each class's images along each route. "
-            + "; ".join(f"{row.name} {row.end}" for row in rows[:6]),
-            end="mean MAdds",
-        )
-    table = Table(
-        ("class", "images", "top-1", "95% interval", *(("mean MAdds",) if gated else ())),
-        tuple(_class_row(one, names[one.index], gated=gated) for one in shown),
-    )
-    return Classes(bars, table, len(shown), len(found), order)
-
-
-def _cost(one: Any) -> str:
-    return text.millions(one.mean_madds)
-
-
-def _class_row(one: ClassMetrics, name: str, *, gated: bool) -> tuple[str, ...]:
-    assert one.top1 is not None
-    interval = accuracy_interval(one.top1, one.images)
-    return (
-        name,
-        text.count(one.images),
-        text.percent(one.top1),
-        f"{text.percent(interval.low, 1)} to {text.percent(interval.high, 1)}",
-        *((text.millions(one.mean_madds),) if gated else ()),
-    )
-
-
-# -- pictures -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """Pictures of the most used routes, and mistakes."""
-
-    routes: tuple[tuple[RouteColumn | None, RouteGallery], ...]
-    mistakes: Strip | None
-
-
-def gallery(facts: Facts, columns: Sequence[RouteColumn], names: Sequence[str]) -> Gallery | None:
-    """Pictures by route; without gates of the one route that was taken."""
-    evaluation, details, opened = facts.evaluation, facts.details, facts.opened
-    if evaluation is None or details is None or opened is None:
-        return None
-    by_number = {c.number: c for c in columns if c.number is not None and c.share > 0}
-    numbers = list(by_number) or [0]
-    galleries, mistakes = make_gallery(evaluation, details, opened.images, names, numbers)
-    return Gallery(tuple((by_number.get(one.route), one) for one in galleries), mistakes)
+        shares = tuple(column.share for column in columns)
+        every = Bar("all images", shares, text.millions(dynamic.mean_madds))
+        parts = [(column.colour, column.name) for column in columns]
+        chart = share_chart([every, *map(bar, listed)], parts, end="mean MAdds")
+    return Classes(chart, listed, len(found))
 
 
 # -- confidence -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Distribution:
-    """A histogram with what it says in words."""
+class Confidence(NamedTuple):
+    """Confidence of a gate in its choice, or (`gate` None) of the network in its answer."""
 
-    title: str
+    gate: int | None
+    gates: int
     chart: Chart
-    words: str
+    surest_top1: float | None
+    """Accuracy on the half of the images with the higher confidence; None for a single image."""
+    other_top1: float | None
 
 
-def confidence(facts: Facts) -> tuple[Distribution, ...]:
-    """How sure the gates are of their choices, and the network of its answers."""
-    evaluation, details = facts.evaluation, facts.details
+def confidences(data: ReportData) -> tuple[Confidence, ...]:
+    """Those of the gates, then that of the network; none without images."""
+    evaluation, details = data.evaluation, data.details
     if evaluation is None or details is None:
         return ()
     right_N = (evaluation.predictions == evaluation.labels).numpy()
-    found = []
     gates = details.gate_probability_GN.numpy()
-    for number, value_N in enumerate(gates[:_MOST_GATES]):
-        which = "the gate" if len(gates) == 1 else f"gate {number + 1} of {len(gates)}"
-        words = _halves(value_N, right_N, "gate")
-        chart = histogram(
-            value_N,
-            right_N,
-            unit="probability of the chosen width",
-            label=f"Histogram of the probability that {which} gives its choice. {words}",
-        )
-        found.append(Distribution(f"How sure {which} is of its choice", chart, words))
-    margin_N = details.margin_N.numpy()
-    words = _halves(margin_N, right_N, "network")
-    chart = histogram(
-        margin_N,
-        right_N,
-        unit="margin between the two likeliest classes",
-        label=f"Histogram of the margin of the answers. {words}",
-    )
-    found.append(Distribution("How sure the network is of its answer", chart, words))
+    values = [(n, gate_N) for n, gate_N in enumerate(gates[:_MAX_GATES])]
+    found = []
+    for number, value_N in [*values, (None, details.margin_N.numpy())]:
+        unit = "probability of the chosen width"
+        if number is None:
+            unit = "margin between the two likeliest classes"
+        order = np.argsort(value_N, kind="stable")
+        half = len(order) // 2
+        halves = (order[half:], order[:half])
+        tops = [float(right_N[own].mean()) if half else None for own in halves]
+        chart = histogram(value_N, right_N, unit=unit)
+        found.append(Confidence(number, len(gates), chart, *tops))
     return tuple(found)
 
 
-def _halves(value_N: np.ndarray, right_N: np.ndarray, what: str) -> str:
-    """How right the answers are where it is surest, and where it is least sure."""
-    order = np.argsort(value_N, kind="stable")
-    half = len(order) // 2
-    if not half:
-        return ""
-    low, high = (
-        text.percent(float(right_N[own].mean()), 1) for own in (order[:half], order[half:])
-    )
-    return (
-        f"Of the half of the images of which the {what} is surest {high} are answered right, of "
-        f"the other half {low}."
-    )
+# -- confusions -----------------------------------------------------------------------------------
 
 
-# -- training -------------------------------------------------------------------------------------
+class Confusions(NamedTuple):
+    """Answers by class."""
+
+    matrix: Sequence[Sequence[int]]
+    """Number of images by class (rows) and answer (columns); empty for many classes."""
+    pairs: Sequence[tuple[str, str, int, float]]
+    """The most frequent mistakes: class, answer, images and their share of the class."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """The curves of a stage."""
-
-    title: str
-    charts: tuple[tuple[str, Chart], ...]
-
-
-def training(curves: Sequence[Curves]) -> tuple[Training, ...]:
-    """Losses and accuracies over the steps of every stage that left a metrics file."""
-    found = []
-    for one in curves:
-        charts = []
-        losses = curves_chart(
-            _losses(one.lines), unit="training loss", label=f"{one.title}: losses", signs=False
-        )
-        if losses is not None:
-            charts.append(("Losses", losses))
-        accuracy = curves_chart(
-            _accuracies(one.lines),
-            unit="held-out top-1, %",
-            label=f"{one.title}: accuracy on held-out images",
-            signs=True,
-        )
-        if accuracy is not None:
-            charts.append(("Accuracy on held-out images", accuracy))
-        if charts:
-            found.append(Training(one.title, tuple(charts)))
-    return tuple(found)
-
-
-def _losses(lines: Sequence[Mapping[str, Any]]) -> list[Line]:
-    train = [line for line in lines if line["kind"] == "train"]
-    names = [name for name in (train[0] if train else {}) if name not in _NO_LOSSES]
-    found = []
-    for place, name in enumerate(names[:5]):
-        pairs = [
-            (float(line["step"]), value)
-            for line in train
-            if (value := _mean(line.get(name))) is not None
-        ]
-        if pairs:
-            steps, values = zip(*pairs, strict=True)
-            shown = text.shorten(text.clean(name.replace("_", " ")), 40)
-            found.append(Line(shown, f"line l{place}", steps, values))
-    return found
-
-
-def _accuracies(lines: Sequence[Mapping[str, Any]]) -> list[Line]:
-    """The first and the last route of every evaluation on the way."""
-    rows = []
-    for line in lines:
-        top1 = line.get("top1")
-        if line["kind"] == "val" and isinstance(top1, list) and top1:
-            ends = (_mean(top1[0]), _mean(top1[-1]))
-            if ends[0] is not None and ends[1] is not None:
-                rows.append((float(line["step"]), 100 * ends[1], 100 * ends[0]))
-    if not rows:
-        return []
-    steps, widest, cheapest = zip(*rows, strict=True)
-    return [
-        Line("last route (widest)", "line l0", steps, widest),
-        Line("first route (cheapest)", "line l2", steps, cheapest),
-    ]
-
-
-def _mean(value: Any) -> float | None:
-    """A number, or the mean of a list of them; None for anything else."""
-    values = value if isinstance(value, list) else [value]
-    if not values or not all(type(v) in (int, float) and np.isfinite(v) for v in values):
-        return None
-    return float(np.mean(values))
-
-
-# -- confusion ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Cell:
-    """How many images of a class got an answer, and their share of the class."""
-
-    count: str
-    share: float
-    right: bool
-
-
-@dataclass(frozen=True)
-class Confusion:
-    """A matrix of few classes, or the most frequent confusions of many."""
-
-    names: tuple[str, ...]
-    matrix: tuple[tuple[Cell, ...], ...]
-    pairs: Table
-    wrong: int
-
-
-def confusions(facts: Facts, names: Sequence[str]) -> Confusion | None:
-    """What classes are taken for, in the dynamic mode, or along the widest route."""
-    evaluation = facts.evaluation
+def confusions(data: ReportData, names: Sequence[str]) -> Confusions | None:
+    """Of the dynamic mode, or without it of the widest route; None without images."""
+    evaluation = data.evaluation
     if evaluation is None:
         return None
-    counts = confusion(evaluation, len(names))
+    classes = len(names)
+    pairs_N = evaluation.labels * classes + evaluation.predictions
+    counts = torch.bincount(pairs_N, minlength=classes**2).view(classes, -1).numpy()
     totals = counts.sum(1)
     wrong = counts.copy()
     np.fill_diagonal(wrong, 0)
-    most = _PAIRS_BESIDE if len(names) <= MATRIX_CLASSES else _PAIRS
-    flat = np.argsort(-wrong, axis=None, kind="stable")[:most]
+    is_small = classes <= _MAX_MATRIX
+    order = np.argsort(-wrong, axis=None, kind="stable")
     pairs = [
-        (names[row], names[column], text.count(n), text.percent(n / int(totals[row]), 1))
-        for row, column in zip(*np.unravel_index(flat, wrong.shape), strict=True)
-        if (n := int(wrong[row, column]))
-    ]
-    matrix: tuple[tuple[Cell, ...], ...] = ()
-    if len(names) <= MATRIX_CLASSES:
-        matrix = tuple(
-            tuple(
-                Cell(text.count(int(n)), float(n / max(1, total)), row == column)
-                for column, n in enumerate(line)
-            )
-            for row, (line, total) in enumerate(zip(counts, totals, strict=True))
+        (names[row], names[column], count, count / int(totals[row]))
+        for row, column in zip(
+            *np.unravel_index(order[: _PAIRS_BESIDE_MATRIX if is_small else _PAIRS], wrong.shape),
+            strict=True,
         )
-    head = ("class", "taken for", "images", "of the class")
-    return Confusion(tuple(names), matrix, Table(head, tuple(pairs)), int(wrong.sum()))
+        if (count := int(wrong[row, column]))
+    ]
+    return Confusions(counts.tolist() if is_small else [], pairs)
+
+
+# -- pictures -------------------------------------------------------------------------------------
+
+
+class Picture(NamedTuple):
+    """An image as the network sees it, and the network's answer."""
+
+    uri: str
+    is_small: bool
+    """Has few pixels, which should stay visible."""
+    label: str
+    answer: str
+    is_right: bool
+    confidence: float
+
+
+class Gallery(NamedTuple):
+    """Pictures by route, each row with its title, and the most confident mistakes."""
+
+    routes: Sequence[tuple[RouteColumn | None, Sequence[tuple[str, Sequence[Picture]]]]]
+    mistakes: Sequence[Picture]
+
+
+def gallery(
+    data: ReportData, columns: Sequence[RouteColumn], names: Sequence[str]
+) -> Gallery | None:
+    """The hardest and the easiest images of each route by their margin; None without images.
+
+    Of a route with few images each is shown once: first the hardest, then the easiest of the rest.
+    """
+    evaluation, details, source = data.evaluation, data.details, data.images
+    if evaluation is None or details is None or source is None:
+        return None
+    shown: list[tuple[RouteColumn | None, int]] = [
+        (column, column.number)
+        for column in columns
+        if column.number is not None and column.share > 0
+    ]
+    routes = []
+    for column, number in shown or [(None, 0)]:
+        own = torch.nonzero(evaluation.taken_number == number).flatten()
+        order = own[details.margin_N[own].argsort(stable=True)].tolist()
+        hard, rest = order[:_STRIP], order[_STRIP:]
+        routes.append((column, (("hardest", hard), ("easiest", rest[-_STRIP:][::-1]))))
+    wrong = torch.nonzero(evaluation.predictions != evaluation.labels).flatten()
+    by_confidence = evaluation.confidence[wrong].argsort(descending=True, stable=True)
+    mistakes = wrong[by_confidence][: 2 * _STRIP].tolist()
+    needed = {place for _, strips in routes for _, places in strips for place in places}
+    pictures = _pictures(evaluation, source.images, names, sorted(needed | {*mistakes}))
+    return Gallery(
+        [
+            (column, [(title, [pictures[n] for n in places]) for title, places in strips if places])
+            for column, strips in routes
+        ],
+        [pictures[n] for n in mistakes],
+    )
+
+
+def _pictures(
+    evaluation: Evaluation, images: LabelledImages, names: Sequence[str], places: Sequence[int]
+) -> dict[int, Picture]:
+    """Pictures of evaluated images, by their position in the evaluation."""
+    batches = images.batches(64, evaluation.rows[torch.tensor(places, dtype=torch.int64)])
+    pixels = itertools.chain.from_iterable(batch.numpy() for batch, _ in batches)
+    return {
+        place: Picture(
+            data_uri(pixels_CSS),
+            pixels_CSS.shape[-1] <= _SIDE_PX // 2,
+            names[int(evaluation.labels[place])],
+            names[int(evaluation.predictions[place])],
+            bool(evaluation.predictions[place] == evaluation.labels[place]),
+            float(evaluation.confidence[place]),
+        )
+        for place, pixels_CSS in zip(places, pixels, strict=True)
+    }
+
+
+def data_uri(pixels_CSS: np.ndarray) -> str:
+    """uint8 pixels (1 or 3, S, S) as a data URI: a PNG if small, else a JPEG of at most 128 px."""
+    is_grey = pixels_CSS.shape[0] == 1
+    picture = Image.fromarray(pixels_CSS[0] if is_grey else pixels_CSS.transpose(1, 2, 0))
+    buffer = io.BytesIO()
+    if max(picture.size) <= _SIDE_PX // 2:
+        picture.save(buffer, "PNG", optimize=True)
+        kind = "png"
+    else:
+        picture.thumbnail((_SIDE_PX, _SIDE_PX), Image.Resampling.LANCZOS)
+        picture.save(buffer, "JPEG", quality=82)
+        kind = "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"

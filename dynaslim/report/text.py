@@ -1,4 +1,4 @@
-"""How a report writes numbers and names."""
+"""How a report writes numbers and names; also the filters of its templates."""
 
 from __future__ import annotations
 
@@ -6,37 +6,40 @@ import re
 from collections.abc import Sequence
 from typing import Final
 
-LONGEST_NAME: Final = 80
 NONE: Final = "\u2013"
-"""What stands in a table for what is not known: a dash."""
+"""A dash: the cell of an unknown value."""
 MINUS: Final = "\u2212"
 TIMES: Final = "\u00d7"
+_MAX_NAME: Final = 80
 _UNPRINTABLE: Final = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]"
 )
 
 
 def clean(text: str) -> str:
-    """Text that any file and any page can hold: control characters and stray surrogates replaced.
-
-    What would turn the writing direction of the text behind it is replaced too.
-    """
+    """Replace characters that a page cannot hold: controls, surrogates, changes of direction."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def name_of(name: str | None, index: int) -> str:
-    """A class's name, or its number; names without end are cut."""
-    return shorten(clean(name), LONGEST_NAME) if name else f"class {index}"
+    """A class's name in one line, shortened if need be, or its number if it has none."""
+    line = " ".join(clean(name or "").split())
+    return shorten(line, _MAX_NAME) if line else f"class {index}"
 
 
 def shorten(text: str, most: int) -> str:
-    """At most so many characters; the last is an ellipsis where some are left out."""
+    """At most `most` characters, the last of them an ellipsis if some are left out."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share of 0..1 as 85.35%; a dash for none."""
+    """A share of 0..1 as 85.35%."""
     return NONE if share is None else f"{share:.{digits}%}"
+
+
+def interval(ends: Sequence[float] | None) -> str:
+    """A confidence interval of an accuracy as 84.1% to 87.9%."""
+    return NONE if ends is None else f"{percent(ends[0], 1)} to {percent(ends[1], 1)}"
 
 
 def points(difference: float, digits: int = 2) -> str:
@@ -46,33 +49,34 @@ def points(difference: float, digits: int = 2) -> str:
 
 
 def millions(madds: float | None) -> str:
-    """Multiply-adds as 1.29 M; a dash for none."""
+    """Multiply-adds as 1.29 M."""
     return NONE if madds is None else f"{madds / 1e6:.2f} M"
 
 
 def milliseconds(ms: float | None) -> str:
-    """Three digits of a time in ms; a dash for none."""
+    """A time in ms with three digits."""
     return NONE if ms is None else f"{three_digits(ms)} ms"
 
 
 def three_digits(value: float) -> str:
     """A positive number as 0.0707, 1.52 or 153."""
-    return f"{value:.{max(0, 2 - _exponent(value))}f}"
-
-
-def _exponent(value: float) -> int:
-    """The decimal exponent of a positive number, at most 2 and at least -4."""
-    return next((e for e in (2, 1, 0, -1, -2, -3) if value >= 10.0**e), -4)
+    exponent = next((e for e in (2, 1, 0, -1, -2, -3) if value >= 10.0**e), -4)
+    return f"{value:.{2 - exponent}f}"
 
 
 def count(number: int) -> str:
-    """A whole number with its thousands apart: 2,000."""
+    """A whole number with separators: 2,000."""
     return f"{number:,}"
 
 
-def times(ratio: float) -> str:
+def times(ratio: float | None) -> str:
     """A ratio as 1.42×."""
-    return f"{ratio:.2f}{TIMES}"
+    return NONE if ratio is None else f"{ratio:.2f}{TIMES}"
+
+
+def plural(number: int, noun: str) -> str:
+    """A number with its noun: 1 core, 2 cores."""
+    return f"{count(number)} {noun}{'' if number == 1 else 's'}"
 
 
 def widths_of(widths: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
-"""Milliseconds of a network's routes, gates and budgets on this machine, taken in turn.
+"""Time per image of a network's routes, gates and budgets on this machine, in interleaved rounds.
 
-Suffixes: B rows, C channels, S side in pixels, G gates.
+Suffixes: B rows, C channels, S side in pixels, N images, G gates.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from dynaslim.runtime.engine import Engine
 from dynaslim.spec import NetSpec, Route
 
 BATCH_SIZE: Final = 32
-_MOST_BATCHES: Final = 8
+_MAX_BATCHES: Final = 8
 _MADDS_PER_ROUND: Final = 2e9
-"""Of the widest route: what decides how many batches a round has."""
+"""Multiply-adds of the widest route in a round, which set the number of batches."""
 _SECONDS: Final = 10.0
 _ROUNDS: Final = (7, 31)
+"""Fewest and most rounds where their number is not given."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """What was timed; every mode ran the same images in every round."""
+    """Measured times; every mode ran the same images in every round."""
 
     backend: str
     rounds: int
@@ -42,7 +43,7 @@ class Times:
     """In each round."""
     hardware: Mapping[str, Any]
     ms: Mapping[str, Sequence[float]]
-    """Milliseconds per image by mode (`route_mode`, ...) and round."""
+    """Milliseconds per image of every round, by mode (`route_mode`, `gate_mode`, `budget_mode`)."""
 
     def spread(self, mode: str) -> dict[str, float] | None:
         """Median and quartiles of a mode in ms per image; None if it was not timed."""
@@ -52,70 +53,63 @@ class Times:
         """Median of a mode in ms per image; None if it was not timed."""
         return summary(self.ms[mode])["median"] if mode in self.ms else None
 
-    @property
-    def noise(self) -> float:
-        """How far the quartiles of a mode lie apart, as a share of its median; of the worst."""
-        found = [summary(values) for values in self.ms.values()]
-        return max((one["q3"] - one["q1"]) / one["median"] for one in found)
-
-    def ratio(self, above: str, below: str) -> dict[str, float] | None:
-        """Median and quartiles of the ratio of two modes, of pairs of the same round."""
+    def ratio(self, above: str, below: str) -> float | None:
+        """Median ratio of two modes in the same round; None if one was not timed."""
         if above not in self.ms or below not in self.ms:
             return None
-        return summary([a / b for a, b in zip(self.ms[above], self.ms[below], strict=True)])
+        pairs = zip(self.ms[above], self.ms[below], strict=True)
+        return summary([a / b for a, b in pairs])["median"]
+
+    @property
+    def noise(self) -> float:
+        """Largest distance of a mode's quartiles, as a share of its median."""
+        spreads = [summary(values) for values in self.ms.values()]
+        return max((one["q3"] - one["q1"]) / one["median"] for one in spreads)
 
 
 def route_mode(widths: Sequence[int]) -> str:
-    """The name of a static route in `Times.ms`."""
+    """Key of a static route in `Times.ms`."""
     return f"route {Route(tuple(widths))}"
 
 
 def gate_mode(number: int) -> str:
-    """The name of the dynamic mode of a run's gate."""
+    """Key of a gate's dynamic mode in `Times.ms`; 0 is the model that is reported in detail."""
     return f"gate {number}"
 
 
-CHOSEN_GATE: Final = gate_mode(0)
-"""The gate that the details are of, which is timed first."""
-
-
 def budget_mode(number: int) -> str:
-    """The name of a point of the budget curve."""
+    """Key of a point of the budget curve in `Times.ms`."""
     return f"budget {number}"
 
 
-def batches_per_round(spec: NetSpec, image_size_px: int) -> int:
-    """How many batches of 32 a round has: several of a small network, one of a large one."""
+def rows_per_round(spec: NetSpec, image_size_px: int) -> int:
+    """Images of a round: several batches for a small network, one for a large one."""
     batch = madds(spec, spec.widest_choice, image_size_px) * BATCH_SIZE
-    return int(min(max(_MADDS_PER_ROUND // batch, 1), _MOST_BATCHES))
+    return BATCH_SIZE * int(min(max(_MADDS_PER_ROUND // batch, 1), _MAX_BATCHES))
 
 
-def representative(evaluation: Evaluation, rows: int, seed: int = 0) -> torch.Tensor:
-    """Positions of so many evaluated images whose routes have the shares of all, mixed.
+def representative_images(
+    evaluation: Evaluation, images: LabelledImages, pre: Preprocessing, rows: int
+) -> np.ndarray:
+    """Network input (rows, C, S, S), float32, whose routes have the shares of all images.
 
-    Fewer images are taken several times.
+    The order is random with a fixed seed. Where there are fewer images, they are repeated.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     number_N = evaluation.taken_number.numpy()
-    counts = _counts(np.bincount(number_N, minlength=len(evaluation.taken)), rows)
+    counts = _apportion(np.bincount(number_N, minlength=len(evaluation.taken)), rows)
     picked = []
     for route, count in enumerate(counts):
         own = rng.permutation(np.flatnonzero(number_N == route))
         picked.append(np.resize(own, count))
-    return torch.from_numpy(rng.permutation(np.concatenate(picked)))
-
-
-def pixels_at(
-    images: LabelledImages, preprocessing: Preprocessing, rows: torch.Tensor
-) -> np.ndarray:
-    """Network input (B, C, S, S) of these rows of a set, float32."""
-    (pixels_BCSS, _) = next(iter(images.batches(len(rows), rows)))
-    x: np.ndarray = normalise(pixels_BCSS, preprocessing).numpy()
+    positions = torch.from_numpy(rng.permutation(np.concatenate(picked)))
+    (pixels_BCSS, _) = next(iter(images.batches(rows, evaluation.rows[positions])))
+    x: np.ndarray = normalise(pixels_BCSS, pre).numpy()
     return x
 
 
-def noise(spec: NetSpec, rows: int, image_size_px: int) -> np.ndarray:
-    """Normal noise in place of images: (rows, C, S, S) float32."""
+def noise_images(spec: NetSpec, rows: int, image_size_px: int) -> np.ndarray:
+    """Normal noise to use without images: (rows, C, S, S) float32."""
     shape = (rows, spec.in_channels, image_size_px, image_size_px)
     x: np.ndarray = np.random.default_rng(0).standard_normal(shape, np.float32)
     return x
@@ -124,7 +118,7 @@ def noise(spec: NetSpec, rows: int, image_size_px: int) -> np.ndarray:
 def measure_times(
     engine: Engine,
     others: Sequence[Checkpoint],
-    x_BCSS: np.ndarray,
+    x_NCSS: np.ndarray,
     *,
     cache_dir: str | Path | None = "auto",
     routes: Sequence[Sequence[int]],
@@ -133,29 +127,30 @@ def measure_times(
     rounds: int | None,
     on_round: Callable[[], None] | None = None,
 ) -> Times:
-    """Time routes and budgets of an engine, and its dynamic mode and that of others, in turn.
+    """Time an engine's routes, budgets and dynamic mode, and the dynamic mode of other checkpoints.
 
-    `others` are the same network with other gates. `shares` None lets the gates choose; else each
-    gate, the engine's first, is overruled to send rows along routes in its shares, and left out if
-    it has none. `rounds` None takes about ten seconds. The engine is closed in the end.
+    `others` are the same network with other gates. With `shares` None the gates choose; otherwise
+    they are overruled so that routes have the shares given for each gate, the engine's first, and a
+    gate without shares is left out. `rounds` None takes about ten seconds. Closes the engine.
     """
-    spec = engine.spec
-    batches = np.split(x_BCSS, range(BATCH_SIZE, len(x_BCSS), BATCH_SIZE))
-    arms: dict[str, Arm] = {
-        route_mode(widths): _all(engine.static(list(widths)), batches) for widths in routes
-    }
+    batches = np.split(x_NCSS, range(BATCH_SIZE, len(x_NCSS), BATCH_SIZE))
+
+    def over_batches(run: Callable[[Any], Any]) -> Arm:
+        return lambda: [run(batch) for batch in batches]
+
+    def at_budget(point: BudgetPoint) -> Callable[[Any], Any]:
+        return lambda batch: engine(batch, budget=point)
+
+    arms = {route_mode(widths): over_batches(engine.static(list(widths))) for widths in routes}
     engines = [engine]
     if shares is None:
         engines += [Engine(other, backend=engine.backend, cache_dir=cache_dir) for other in others]
-        for number, one in enumerate(engines):
-            arms[gate_mode(number)] = _all(one, batches)
+        arms |= {gate_mode(number): over_batches(one) for number, one in enumerate(engines)}
     else:
         for number, mix in enumerate(shares):
-            if not sum(one.share for one in mix):
-                continue
-            arms[gate_mode(number)] = _overruled(engine, spec, mix, batches)
-    for number, point in enumerate(budgets):
-        arms[budget_mode(number)] = _all(_at_budget(engine, point), batches)
+            if sum(one.share for one in mix):
+                arms[gate_mode(number)] = _overruled(engine, mix, batches)
+    arms |= {budget_mode(n): over_batches(at_budget(point)) for n, point in enumerate(budgets)}
     try:
         if rounds is None:
             rounds = _rounds_for(arms)
@@ -163,17 +158,12 @@ def measure_times(
     finally:
         for one in engines:
             one.close()
-    return Times(
-        engine.backend,
-        rounds,
-        len(x_BCSS),
-        hardware(),
-        {mode: [ms / len(x_BCSS) for ms in values] for mode, values in times.items()},
-    )
+    ms = {mode: [value / len(x_NCSS) for value in values] for mode, values in times.items()}
+    return Times(engine.backend, rounds, len(x_NCSS), hardware(), ms)
 
 
 def _rounds_for(arms: Mapping[str, Arm]) -> int:
-    """As many rounds as take `_SECONDS`, but enough for a spread."""
+    """The number of rounds that take `_SECONDS`, within `_ROUNDS`."""
     for arm in arms.values():
         arm()  # compiles
     start = time.perf_counter()
@@ -183,43 +173,31 @@ def _rounds_for(arms: Mapping[str, Arm]) -> int:
     return int(min(max(_SECONDS / (time.perf_counter() - start), least), most))
 
 
-def _all(run: Callable[[Any], Any], batches: Sequence[np.ndarray]) -> Arm:
-    return lambda: [run(batch) for batch in batches]
-
-
-def _at_budget(engine: Engine, point: BudgetPoint) -> Callable[[Any], Any]:
-    return lambda batch: engine(batch, budget=point)
-
-
-def _overruled(
-    engine: Engine, spec: NetSpec, shares: Sequence[RouteShare], batches: Sequence[np.ndarray]
-) -> Arm:
-    """The dynamic mode with decisions made beforehand."""
+def _overruled(engine: Engine, shares: Sequence[RouteShare], batches: Sequence[np.ndarray]) -> Arm:
+    """The dynamic mode with the gates' decisions replaced by fixed ones in these shares."""
+    spec, router = engine.spec, engine.router
     paths = [
         [gate.choices.index(index) for gate, index in zip(spec.gates, indices, strict=True)]
         for indices in (spec.segment_indices(Route(one.widths))[1:] for one in shares)
     ]
-    router = engine.router
     rows = sum(map(len, batches))
-    counts = _counts(np.array([one.share for one in shares]), rows)
+    counts = _apportion(np.array([one.share for one in shares]), rows)
     options_NG = np.repeat(np.array(paths, np.int64), counts, axis=0)
     options_NG = np.random.default_rng(0).permutation(options_NG)
     parts = np.split(options_NG, range(BATCH_SIZE, rows, BATCH_SIZE))
 
+    def decide(options_BG: np.ndarray) -> Callable[[int, Any, np.ndarray], np.ndarray]:
+        return lambda gate, _, rows: options_BG[rows, gate]
+
     def run() -> None:
         for batch, options_BG in zip(batches, parts, strict=True):
-            images = router.backend.arrays.images(batch)
-            router.routed(images, _told(options_BG), None)
+            router.routed(router.backend.arrays.images(batch), decide(options_BG), None)
 
     return run
 
 
-def _told(options_BG: np.ndarray) -> Callable[[int, Any, np.ndarray], np.ndarray]:
-    return lambda gate, _, rows: options_BG[rows, gate]
-
-
-def _counts(weights: np.ndarray, rows: int) -> np.ndarray:
-    """Whole numbers in these shares that add up to `rows`; the largest remainders get the rest."""
+def _apportion(weights: np.ndarray, rows: int) -> np.ndarray:
+    """Whole numbers in these shares with the sum `rows`, by the largest remainders."""
     exact = weights / weights.sum() * rows
     counts: np.ndarray = np.floor(exact).astype(int)
     for place in np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]:

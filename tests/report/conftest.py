@@ -58,7 +58,6 @@ def gate_run(tmp_path_factory, data):
 @pytest.fixture(scope="session")
 def gate_page(gate_run):
     """The report of that run, timed; what most tests look at."""
-    from dynaslim.report.facts import Request
-    from dynaslim.report.html import build_report
+    from dynaslim.report import ReportOptions, build_report
 
-    return build_report(Request(gate_run, backend="eager", rounds=2))
+    return build_report(ReportOptions(gate_run, backend="eager", rounds=2))

@@ -10,11 +10,9 @@ from report_runs import HOSTILE, PRE, TARGETS, Page, held_images, make_net
 
 from dynaslim.checkpoint import read
 from dynaslim.evaluation import evaluate
-from dynaslim.report import make_report, text
-from dynaslim.report.facts import Request
-from dynaslim.report.html import build_report
-from dynaslim.report.numbers import look_closer
-from dynaslim.report.stats import accuracy_interval, at_cost, paired_difference
+from dynaslim.report import ReportOptions, build_report, make_report, text
+from dynaslim.report.data import at_cost, measure_details, paired_difference
+from dynaslim.runtime.budget_search import accuracy_interval
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +58,7 @@ def test_accuracies_and_costs_are_those_of_the_evaluation(page, gate_page, evalu
 def test_headline_compares_with_the_widest_route(page, gate_page, evaluation, data):
     """The interval is that of the images on which the two disagree."""
     net, images = make_net(1), held_images(data)
-    details = look_closer(net, images, PRE, evaluation, batch_size=7)
+    details = measure_details(net, images, PRE, evaluation, batch_size=7)
     right = evaluation.predictions == evaluation.labels
     widest_right = details.widest_right_N
     assert widest_right.float().mean().item() == pytest.approx(evaluation.routes[-1].top1)
@@ -128,7 +126,7 @@ def test_details_are_those_of_the_gates_and_of_each_image_alone(evaluation, data
     from dynaslim.data.transforms import normalise
     from dynaslim.nn.functional import argmax_one_hot
 
-    details = look_closer(net, images, PRE, evaluation, batch_size=6)
+    details = measure_details(net, images, PRE, evaluation, batch_size=6)
     pixels, _ = next(images.batches(20))
     with torch.inference_mode():
         gated = net.forward_gated(normalise(pixels, PRE), lambda logits, _: argmax_one_hot(logits))
@@ -175,15 +173,18 @@ def test_page_asks_for_nothing_and_runs_nothing(gate_page, page):
     assert policy.startswith("default-src 'none'")
 
 
-def test_every_chart_has_words_and_numbers(page):
+def test_every_chart_has_words_and_numbers(page, gate_page):
     charts = [g for t, g in page.elements if t == "svg" and g.get("role") == "img"]
     assert len(charts) == 2 + 1 + 3 + 2
     assert all(len(given["aria-label"]) > 20 for given in charts)
     assert sum(tag == "figure" for tag, _ in page.elements) == len(charts)
     assert sum(tag == "details" for tag, _ in page.elements) == len(charts) + 1  # and the recipe
     assert all(given["alt"] for tag, given in page.elements if tag == "img")
-    hidden = [g for t, g in page.elements if t == "svg" and g.get("role") != "img"]
-    assert all(given["aria-hidden"] == "true" for given in hidden)
+    svg = re.findall("<svg.*?</svg>", gate_page.html, re.DOTALL)
+    assert sum(part.count("<title>") for part in svg) > 50, "points and bars have tooltips"
+    assert not re.search("#[0-9a-f]{6}\\b", "".join(svg)), "all colours are the style sheet's"
+    identifiers = [given["id"] for _, given in page.elements if "id" in given]
+    assert len(identifiers) == len(set(identifiers))
 
 
 def test_parts_and_order(page):
@@ -289,7 +290,7 @@ def test_request_is_checked(gate_run):
 
 
 def test_some_images_are_always_the_same(gate_run):
-    pages = [build_report(Request(gate_run, images=9, rounds=0)) for _ in range(2)]
+    pages = [build_report(ReportOptions(gate_run, images=9, rounds=0)) for _ in range(2)]
     assert pages[0].summary["images"] == 9
     assert pages[0].html == pages[1].html
     assert "9 images at random of 20" in Page(pages[0].html).text

@@ -48,8 +48,9 @@ CONTRAST = """() => {
     if (element.closest("title, style")) continue;
     const style = getComputedStyle(element);
     let below = behind(element);
-    if (element.matches("text.in")) {  // on a bar of the same route
-      const bar = element.previousElementSibling;
+    const share = element.closest("g.in");
+    if (share) {  // on a bar of the same route
+      const bar = share.closest("svg").querySelector(`.part.${share.classList[1]} path`);
       const fill = getComputedStyle(bar).fill;
       if (fill.startsWith("url")) continue;
       below = rgba(fill);

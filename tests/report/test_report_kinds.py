@@ -26,10 +26,8 @@ from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.evaluation import evaluate
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, SupernetRecipe
-from dynaslim.report import make_report, text
-from dynaslim.report.facts import Request
-from dynaslim.report.html import build_report
-from dynaslim.report.images import MINI
+from dynaslim.report import ReportOptions, build_report, make_report, text
+from dynaslim.report.inputs import MINI
 from dynaslim.spec import NetSpec, StageSpec
 
 ALL_PARTS = ["costs", "classes", "images", "confidence", "confusion", "making"]
@@ -48,7 +46,7 @@ def _modes(page):
 
 
 def test_target_picks_the_gate_of_the_details(gate_run, data):
-    built = build_report(Request(gate_run, target=0.8, rounds=0))
+    built = build_report(ReportOptions(gate_run, target=0.8, rounds=0))
     assert built.summary["target"] == 0.8
     dynamic = evaluate(make_net(2), held_images(data), PRE, routes=()).dynamic
     assert built.summary["dynamic"]["top1"] == dynamic.top1
@@ -82,7 +80,7 @@ def test_supernet_has_no_dynamic_mode(supernet_run, data):
     assert page.rows(["class", "images", "top-1"])[0][2] == f"{0:.2%}"
     assert "dynaslim train gate --supernet" in page.text
     better = save(supernet_run / "last.safetensors", read(supernet_run / "best.safetensors"))
-    assert build_report(Request(supernet_run, rounds=0)).summary["checkpoint"] == str(better)
+    assert build_report(ReportOptions(supernet_run, rounds=0)).summary["checkpoint"] == str(better)
 
 
 def test_real_runs_of_both_stages(tmp_path, capsys):
@@ -132,14 +130,14 @@ def demo_folder(tmp_path_factory):
 
 def test_a_folder_of_save_pretrained_stands_for_its_checkpoint(demo_folder, tmp_path):
     read(demo_folder / "checkpoint.safetensors").save_pretrained(tmp_path / "saved")
-    built = build_report(Request(tmp_path / "saved", images=24, rounds=0))
+    built = build_report(ReportOptions(tmp_path / "saved", images=24, rounds=0))
     assert built.summary["images"] == 24
     assert "Sandal" in Page(built.html).text
 
 
 @pytest.mark.parametrize("name", ["", "checkpoint.safetensors"])
 def test_demo_is_evaluated_on_the_images_that_ship(demo_folder, name):
-    built = build_report(Request(demo_folder / name, images=24, rounds=0))
+    built = build_report(ReportOptions(demo_folder / name, images=24, rounds=0))
     page = Page(built.html)
     assert built.summary["data"] == str(MINI)
     assert (built.summary["images"], built.summary["split"]) == (24, "test")
@@ -167,7 +165,7 @@ def test_one_channel(tmp_path):
 
 
 def test_large_pictures_are_made_smaller():
-    from dynaslim.report.gallery import data_uri
+    from dynaslim.report.sections import data_uri
 
     pixels = torch.randint(0, 256, (3, 500, 500), dtype=torch.uint8).numpy()
     assert data_uri(pixels).startswith("data:image/jpeg")
@@ -180,7 +178,7 @@ def test_a_thousand_classes_stay_bounded(tmp_path):
     write_images(tmp_path / "many", "test", 200, names)
     net = lively(micro_spec(num_classes=1000), image_size=16)
     file = save(tmp_path / "many.safetensors", Checkpoint(net, tuple(names), PRE))
-    built = build_report(Request(file, data=str(tmp_path / "many"), rounds=0))
+    built = build_report(ReportOptions(file, data=str(tmp_path / "many"), rounds=0))
     assert len(built.html) < 700_000
     page = Page(built.html)
     assert len(page.rows(["class", "images", "top-1"])) == 24
@@ -223,7 +221,7 @@ def _stored(tmp_path, data, **changes):
 
 def test_without_images_what_was_stored_is_told(gate_run, tmp_path):
     file = _stored(tmp_path, gate_run / "gate_0.60.safetensors")
-    built = build_report(Request(file, backend="eager", rounds=2))
+    built = build_report(ReportOptions(file, backend="eager", rounds=2))
     page = Page(built.html)
     assert page.parts == STORED_PARTS
     (note,) = (note for note in built.summary["notes"] if "images to look at" in note)
@@ -253,7 +251,7 @@ def test_without_images_what_was_stored_is_told(gate_run, tmp_path):
 )
 def test_nothing_stored_either(gate_run, tmp_path, metrics):
     file = _stored(tmp_path, gate_run / "gate_0.60.safetensors", metrics=metrics)
-    built = build_report(Request(file, rounds=0))
+    built = build_report(ReportOptions(file, rounds=0))
     page = Page(built.html)
     assert page.parts == ["making"]
     assert "has not been measured yet" in page.text
@@ -263,14 +261,14 @@ def test_nothing_stored_either(gate_run, tmp_path, metrics):
 
 
 def test_named_images_and_their_split(gate_run, data):
-    built = build_report(Request(gate_run, data=str(data), rounds=0))
+    built = build_report(ReportOptions(gate_run, data=str(data), rounds=0))
     assert (built.summary["images"], built.summary["split"]) == (40, "test")
     assert "evaluate it" in Page(built.html).text
-    other = build_report(Request(gate_run, split="test", rounds=0))
+    other = build_report(ReportOptions(gate_run, split="test", rounds=0))
     assert other.summary["images"] == 40
     assert built.summary["notes"] == other.summary["notes"]
     assert [note for note in built.summary["notes"] if "--rounds 0" not in note] == []
-    trained = build_report(Request(gate_run, split="train", rounds=0)).summary
+    trained = build_report(ReportOptions(gate_run, split="train", rounds=0)).summary
     assert trained["images"] == 80
     assert any("was trained on these images" in note for note in trained["notes"])
 
@@ -302,7 +300,7 @@ def test_unreadable_images_are_named(tmp_path, data):
     (tmp_path / "broken").mkdir()
     table.to_parquet(tmp_path / "broken" / "test.parquet")
     file = save(tmp_path / "net.safetensors", Checkpoint(make_net(), HOSTILE, PRE))
-    built = build_report(Request(file, data=str(tmp_path / "broken"), rounds=0))
+    built = build_report(ReportOptions(file, data=str(tmp_path / "broken"), rounds=0))
     assert built.summary["images"] == 39
     assert any(re.match(r"1 image could .*row 3", note) for note in built.summary["notes"])
 
@@ -369,14 +367,18 @@ def test_baselines(gate_run, tmp_path):
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("{}", "expected at most 50 baselines"),
-        ('[{"top1": 0.5, "ms": 1}]', "entry 0: expected an object with a name"),
-        ('[{"name": "a", "top1": 70, "ms": 1}]', "top1 70: expected a share of 0 to 1"),
+        ("[3]", "entry 0: 3: expected object"),
+        ("{}", "not a list of at most 50 baselines"),
+        ('[{"top1": 0.5, "ms": 1}]', "entry 0: has no 'name'"),
+        ('[{"name": "a", "top1": 70, "ms": 1}]', "entry 0: top1 70: expected float <= 1"),
         ('[{"name": "a", "top1": 0.7}]', "give madds or ms"),
-        ('[{"name": "a", "top1": 0.7, "ms": -1}]', "ms -1: expected a number"),
-        ('[{"name": "a", "top1": 0.7, "ms": NaN}]', "ms nan: expected a number"),
-        ('[{"name": "a", "top1": 0.7, "flops": 1}]', "unknown key 'flops'"),
-        ("[" * 100_000, "not JSON"),
+        ('[{"name": "a", "top1": 0.7, "ms": -1}]', "ms -1: expected float >= 0"),
+        ('[{"name": "a", "top1": 0.7, "ms": NaN}]', "NaN: must be a finite number"),
+        (
+            '[{"name": "a", "top1": 0.7, "ms": 1, "flops": 1}]',
+            "entry 0: has an unknown key 'flops'",
+        ),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_baselines_that_are_none(gate_run, tmp_path, content, message):

@@ -1,0 +1,572 @@
+"""Everything that a report shows, gathered: read from the run, evaluated on images, timed here.
+
+Suffixes: N images, B rows of a batch, C channels, S side in pixels, G gates, K options of a gate.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynaslim import shipped
+from dynaslim.cost import madds
+from dynaslim.data.transforms import normalise, readable_batches
+from dynaslim.errors import UsageError, check
+from dynaslim.evaluation import Evaluation, LabelledImages, RouteMetrics, RouteShare, evaluate
+from dynaslim.nn.net import ElasticNet
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.pretrained import local_path, run_checkpoints
+from dynaslim.progress import progress
+from dynaslim.report import text
+from dynaslim.report.inputs import (
+    BASELINES,
+    Baseline,
+    Model,
+    NoImagesError,
+    ReportImages,
+    RunInfo,
+    StoredMetrics,
+    open_images,
+    read_baselines,
+    read_run,
+    stored_metrics,
+)
+from dynaslim.report.timing import (
+    Times,
+    budget_mode,
+    gate_mode,
+    measure_times,
+    noise_images,
+    representative_images,
+    route_mode,
+    rows_per_round,
+)
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget_search import Interval, Z, accuracy_interval
+from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, simulate
+from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.escalation import margins
+from dynaslim.spec import NetSpec, Route
+
+_MAX_TIMED: Final = 16
+"""Static routes that are timed of a network that has more."""
+_BUDGETS: Final = 8
+_NOISY: Final = 0.3
+
+Metrics = Evaluation | StoredMetrics
+"""`images`, `routes`, `dynamic` and `per_class`, measured anew or as training stored them."""
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """Arguments of `make_report`, and the engine's cache."""
+
+    run: Path
+    data: str | None = None
+    split: str | None = None
+    target: float | None = None
+    images: int | None = None
+    baselines: Path | None = None
+    backend: str = "auto"
+    rounds: int | None = None
+    batch_size: int = 256
+    device: torch.device | str = "cpu"
+    cache_dir: str | Path | None = "auto"
+    """Folder of compiled programs, as `EngineOptions.cache_dir`."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 1), ("rounds", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            flag = name.replace("_", "-")
+            check(value is None or value >= least, f"--{flag} {value}: must be at least {least}")
+        check(self.rounds != 1, "--rounds 1: has no spread; give at least 2, or 0 for no timing")
+
+
+# -- what was measured ----------------------------------------------------------------------------
+
+
+class Difference(NamedTuple):
+    """A difference of accuracies with the ends of its 95% confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval excludes 0."""
+        return self.low > 0 or self.high < 0
+
+
+def paired_difference(better: int, worse: int, images: int) -> Difference:
+    """The difference of two accuracies on the same images, in 0..1, with its 95% interval.
+
+    Only the first is right on `better` images, only the second on `worse`. The images on which
+    both are right or both wrong do not add to the variance, so the interval is narrower than that
+    of either accuracy.
+    """
+    assert images > 0
+    value = (better - worse) / images
+    variance = (better + worse - (better - worse) ** 2 / images) / images**2
+    half = Z * math.sqrt(max(variance, 0.0))
+    return Difference(value, value - half, value + half)
+
+
+def at_cost(points: Sequence[tuple[float, float]], cost: float) -> float | None:
+    """The accuracy at a cost by linear interpolation of (cost, accuracy); None outside of them."""
+    for (left, low), (right, high) in itertools.pairwise(sorted(points)):
+        if left <= cost <= right:
+            share = (cost - left) / (right - left) if right > left else 0.0
+            return low + share * (high - low)
+    return None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A model with trained gates, its metrics if there are any, and its key in `Times.ms`."""
+
+    model: Model
+    metrics: Metrics | None
+    timed_as: str
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A point of the budget curve and its result on the report's images, or at calibration."""
+
+    point: BudgetPoint
+    madds: float
+    """Mean per image."""
+    top1: float
+    images: int | None
+    """Number of images; None if the curve does not have it."""
+
+    @property
+    def name(self) -> str:
+        """Its share of the widest route's cost."""
+        return f"budget {self.point.share:.3f}"
+
+
+@dataclass(frozen=True)
+class Details:
+    """Confidence of gates and network on each evaluated image, in the evaluation's order."""
+
+    margin_N: Tensor
+    """(N,) float32, 0..1: the highest class probability minus the next."""
+    gate_probability_GN: Tensor
+    """(G, N) float32, 0..1: each gate's probability of its choice; no row without gates."""
+    widest_right_N: Tensor
+    """(N,) bool: whether the widest route that the gates can take is right."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One way to run the network, or a baseline: a row of the table and a point of the charts."""
+
+    kind: Literal["uniform", "dynamic", "budget", "baseline"]
+    name: str
+    top1: float
+    madds: float | None
+    """Mean per image."""
+    images: int | None = None
+    """Number of images of the accuracy, if known."""
+    label: str = ""
+    """Text beside the point of a chart."""
+    ms: float | None = None
+    """Median per image."""
+    quartiles: tuple[float, float] | None = None
+    """Of `ms`, where it was measured here."""
+    speed: float | None = None
+    """How many times as fast as the widest route."""
+
+    @property
+    def interval(self) -> Interval | None:
+        """The 95% interval of the accuracy."""
+        return None if self.images is None else accuracy_interval(self.top1, self.images)
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All values of a report; those that could not be had are None, and `notes` give the reason."""
+
+    options: ReportOptions
+    run: RunInfo
+    metrics: Metrics | None
+    """Of `run.model`."""
+    gates: tuple[Gate, ...]
+    """Every model with trained gates, sorted by target."""
+    images: ReportImages | None
+    details: Details | None
+    times: Times | None
+    budgets: tuple[Budget, ...]
+    """Points of the model's budget curve, the cheapest first."""
+    baselines: tuple[Baseline, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def spec(self) -> NetSpec:
+        """Of `run.model`."""
+        spec: NetSpec = self.run.model.checkpoint.net.spec
+        return spec
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """`metrics`, if they were measured for this report."""
+        return self.metrics if isinstance(self.metrics, Evaluation) else None
+
+    @cached_property
+    def widest(self) -> RouteMetrics | None:
+        """The reference: the widest route that gates can take; without gates the costliest."""
+        if self.metrics is None:
+            return None
+        if self.metrics.dynamic is None:
+            return max(self.metrics.routes, key=lambda route: route.madds, default=None)
+        widths = self.spec.widest_choice.widths
+        return next((route for route in self.metrics.routes if route.widths == widths), None)
+
+    @cached_property
+    def against_widest(self) -> Difference | None:
+        """The dynamic mode's accuracy minus the widest route's, on the same images."""
+        evaluation = self.evaluation
+        if self.details is None or evaluation is None or evaluation.dynamic is None:
+            return None
+        right_N = evaluation.predictions == evaluation.labels
+        widest_N = self.details.widest_right_N
+        better, worse = int((right_N & ~widest_N).sum()), int((~right_N & widest_N).sum())
+        return paired_difference(better, worse, len(right_N))
+
+    @cached_property
+    def modes(self) -> tuple[Mode, ...]:
+        """All modes: the uniform routes by cost, the gates by target, budgets, baselines."""
+        modes = []
+        for route in sorted(self.metrics.routes if self.metrics else (), key=lambda r: r.madds):
+            assert self.metrics is not None
+            name, label = text.widths_of(route.widths), f"{100 * route.top1:.2f}"
+            mode = Mode("uniform", name, route.top1, route.madds, self.metrics.images, label)
+            modes.append(self._timed(mode, route_mode(route.widths)))
+        for gate in self.gates:
+            if gate.metrics is not None and gate.metrics.dynamic is not None:
+                dynamic, images = gate.metrics.dynamic, gate.metrics.images
+                target = f"{gate.model.target:g}: " if gate.model.target else ""
+                label = f"{target if len(self.gates) > 1 else ''}{100 * dynamic.top1:.2f}"
+                name = gate.model.label
+                mode = Mode("dynamic", name, dynamic.top1, dynamic.mean_madds, images, label)
+                modes.append(self._timed(mode, gate.timed_as))
+        for number, budget in enumerate(self.budgets):
+            mode = Mode("budget", budget.name, budget.top1, budget.madds, budget.images)
+            modes.append(self._timed(mode, budget_mode(number)))
+        for one in self.baselines:
+            name = text.name_of(one.name, 0)
+            label = text.shorten(name, 14)
+            modes.append(Mode("baseline", name, one.top1, one.madds, label=label, ms=one.ms))
+        return tuple(modes)
+
+    def _timed(self, mode: Mode, key: str) -> Mode:
+        spread = self.times and self.times.spread(key)
+        if not spread:
+            return mode
+        quartiles = (spread["q1"], spread["q3"])
+        return replace(mode, ms=spread["median"], quartiles=quartiles, speed=self.speed(key))
+
+    def speed(self, key: str) -> float | None:
+        """How many times as fast as the widest route a mode of `times` is; None if not timed."""
+        if self.times is None or self.widest is None:
+            return None
+        return self.times.ratio(route_mode(self.widest.widths), key)
+
+    def uniform_top1(self, cost: float, *, by_ms: bool) -> float | None:
+        """Top-1 of one route for all images at a cost, interpolated between measured routes."""
+        routes = [mode for mode in self.modes if mode.kind == "uniform"]
+        costs = [mode.ms if by_ms else mode.madds for mode in routes]
+        points = [(x, mode.top1) for x, mode in zip(costs, routes, strict=True) if x is not None]
+        return at_cost(points, cost)
+
+    def route_madds(self, widths: Sequence[int]) -> int | None:
+        """Multiply-adds of a route; None if the image size is unknown."""
+        pre = self.run.model.checkpoint.preprocessing
+        if pre is None:
+            return None
+        return madds(self.spec, Route(tuple(widths)), pre.image_size_px)
+
+
+# -- gathering ------------------------------------------------------------------------------------
+
+
+def gather(options: ReportOptions) -> ReportData:
+    """Read, evaluate and time; progress goes to standard error.
+
+    Raises:
+        UsageError: if there is no run, or an argument makes no sense.
+        CheckpointError: if a checkpoint cannot be read.
+        DataError: if images that were named cannot be read or do not fit the network.
+    """
+    baselines = () if options.baselines is None else read_baselines(options.baselines)
+    path = shipped.resolve(options.run)
+    run = read_run(path if run_checkpoints(path) else local_path(path), options.target)
+    if options.baselines is None and (run.path / BASELINES).is_file():
+        baselines = read_baselines(run.path / BASELINES)
+    model = run.model
+    notes = [*run.notes]
+    curve = _budget_curve(model, notes)
+    model.checkpoint.net.to(options.device)
+    engine = _engine(options, model, notes)
+    images = None
+    try:
+        images = open_images(
+            model.checkpoint, data=options.data, split=options.split, limit=options.images
+        )
+    except NoImagesError as error:
+        notes.append(
+            f"There are no images to look at: {error}. Pictures, confidence and confusions are "
+            f"left out, and accuracies are those that training stored. Give images with "
+            f"--data PATH."
+        )
+    models = [model, *(other for other in run.gated if other is not model)]
+    details = None
+    if images is not None:
+        evaluation, details = _evaluate(model, images, options)
+        others = [_evaluate_gate(other, images, options) for other in models[1:]]
+        metrics: list[Metrics | None] = [evaluation, *others]
+        notes += _notes_on_images(images, evaluation)
+    else:
+        metrics = [
+            stored_metrics(one.checkpoint.metrics, one.checkpoint.net.spec) for one in models
+        ]
+        if metrics[0] is None:
+            notes.append(f"{model.file.name} has no accuracies stored.")
+    budgets = _budgets(curve, model, images, options)
+    times = None
+    if engine is not None:
+        times = _times(engine, options, models, metrics, images, budgets)
+        if times.noise > _NOISY:
+            notes.append(
+                f"The machine was busy while times were taken: quartiles lie up to "
+                f"{times.noise:.0%} of the median apart. Make the report again when it is idle, or "
+                f"with more --rounds."
+            )
+    positions = [models.index(one) for one in run.gated]
+    return ReportData(
+        options,
+        run,
+        metrics[0],
+        tuple(Gate(models[n], metrics[n], gate_mode(n)) for n in positions),
+        images,
+        details,
+        times,
+        budgets,
+        baselines,
+        tuple(notes),
+    )
+
+
+def _budget_curve(model: Model, notes: list[str]) -> BudgetCurve | None:
+    checkpoint = model.checkpoint
+    if checkpoint.budget is None:
+        return None
+    try:
+        curve = BudgetCurve.from_dict(checkpoint.budget)
+        curve.check_fits(checkpoint.net.spec, mirror=checkpoint.mirror)
+        count_paths(checkpoint.net.spec)
+    except UsageError as error:
+        notes.append(f"The budget curve is left out: {error}.")
+        return None
+    return curve
+
+
+def _engine(options: ReportOptions, model: Model, notes: list[str]) -> Engine | None:
+    """The engine to time, made before long work so that a missing backend is an error at once."""
+    spec = model.checkpoint.net.spec
+    if options.rounds == 0:
+        notes.append("Milliseconds are left out, as asked for (--rounds 0).")
+        return None
+    if not spec.gates or model.checkpoint.preprocessing is None:
+        why = "it has no gates" if not spec.gates else "nothing says how large its images are"
+        notes.append(f"Milliseconds are left out: the engine does not run {spec.name}, {why}.")
+        return None
+    return Engine(model.checkpoint, backend=options.backend, cache_dir=options.cache_dir)
+
+
+def _evaluate(
+    model: Model, images: ReportImages, options: ReportOptions
+) -> tuple[Evaluation, Details]:
+    """The uniform routes, the widest choice and the dynamic mode; and the details of each image."""
+    net, pre = model.checkpoint.net, model.checkpoint.preprocessing
+    assert pre is not None
+    routes = net.spec.routes
+    if model.has_trained_gates:
+        routes = tuple(dict.fromkeys((*routes, net.spec.widest_choice)))
+    with progress("evaluating", len(images.images)) as bar:
+        evaluation = evaluate(
+            net,
+            images.images,
+            pre,
+            batch_size=options.batch_size,
+            routes=routes,
+            on_batch=bar.advance,
+            dynamic=model.has_trained_gates,
+        )
+    with progress("measuring confidence", evaluation.images) as bar:
+        details = measure_details(
+            net,
+            images.images,
+            pre,
+            evaluation,
+            batch_size=options.batch_size,
+            on_batch=bar.advance,
+        )
+    return evaluation, details
+
+
+def _evaluate_gate(model: Model, images: ReportImages, options: ReportOptions) -> Evaluation:
+    """The dynamic mode of another model of the run."""
+    pre = model.checkpoint.preprocessing
+    assert pre is not None
+    with progress(f"evaluating {model.label}", len(images.images)) as bar:
+        return evaluate(
+            model.checkpoint.net.to(options.device),
+            images.images,
+            pre,
+            batch_size=options.batch_size,
+            routes=(),
+            on_batch=bar.advance,
+        )
+
+
+def _notes_on_images(images: ReportImages, evaluation: Evaluation) -> list[str]:
+    notes = []
+    if images.trained_on:
+        notes.append(
+            "The network was trained on these images: expect less than these numbers elsewhere."
+        )
+    if evaluation.skipped:
+        names = "; ".join(images.images.skipped.names[:3])
+        notes.append(f"{text.plural(evaluation.skipped, 'image')} could not be read: {names}.")
+    return notes
+
+
+@torch.inference_mode()
+def measure_details(
+    net: ElasticNet,
+    images: LabelledImages,
+    preprocessing: Preprocessing,
+    evaluation: Evaluation,
+    *,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> Details:
+    """Run the evaluated images again, along the routes that they took and along the widest."""
+    spec, device = net.spec, next(net.parameters()).device
+    widest = spec.widest_choice if evaluation.dynamic is not None else evaluation.taken[0]
+    margin: list[Tensor] = []
+    gates: list[Tensor] = []
+    right: list[Tensor] = []
+    done = 0
+    for pixels_BCSS, labels_B in images.batches(batch_size, evaluation.rows):
+        x_BCSS = normalise(pixels_BCSS.to(device), preprocessing)
+        rows = slice(done, done + len(labels_B))
+        done = rows.stop
+        widest_BN = net(x_BCSS, widest).float().cpu()
+        if evaluation.dynamic is None:
+            logits_BN, chosen_GB = widest_BN, torch.empty(0, len(labels_B))
+        else:
+            logits_BN, chosen_GB = _run_paths(net, x_BCSS, evaluation.choices[rows])
+        margin.append(torch.from_numpy(margins(logits_BN.numpy())))
+        gates.append(chosen_GB)
+        right.append(widest_BN.argmax(1) == evaluation.labels[rows])
+        if on_batch is not None:
+            on_batch(len(labels_B))
+    return Details(torch.cat(margin), torch.cat(gates, 1), torch.cat(right))
+
+
+def _run_paths(net: ElasticNet, x_BCSS: Tensor, choices_BG: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits of rows along their paths, and the probability (G, B) of each gate's choice."""
+    spec = net.spec
+    logits_BN = torch.empty(len(x_BCSS), spec.num_classes)
+    chosen_GB = torch.empty(len(spec.gates), len(x_BCSS))
+    paths, path_B = torch.unique(choices_BG, dim=0, return_inverse=True)
+    for number, path in enumerate(paths.tolist()):
+        rows = torch.nonzero(path_B == number).flatten()
+        features = x_BCSS[rows.to(x_BCSS.device)]
+        for segment, index in enumerate((0, *path)):
+            features, gate_logits_BK = net.segment(segment, features, index)
+            if gate_logits_BK is not None:
+                option = spec.gates[segment].choices.index(path[segment])
+                chosen_GB[segment, rows] = gate_logits_BK.float().softmax(1)[:, option].cpu()
+        logits_BN[rows] = features.float().cpu()
+    return logits_BN, chosen_GB
+
+
+def _budgets(
+    curve: BudgetCurve | None, model: Model, images: ReportImages | None, options: ReportOptions
+) -> tuple[Budget, ...]:
+    """Evenly spaced points of the curve, measured on the images if there are any."""
+    if curve is None:
+        return ()
+    points = [curve.points[place] for place in _spaced(len(curve.points), _BUDGETS)]
+    if images is None:
+        count = curve.reporting_images
+        return tuple(Budget(point, point.madds, point.top1, count) for point in points)
+    pre = model.checkpoint.preprocessing
+    assert pre is not None
+    with progress("running every path", len(images.images)) as bar:
+        answers = answer_paths(
+            model.checkpoint.net,
+            readable_batches(images.images, pre, options.batch_size),
+            mirror=model.checkpoint.mirror,
+            on_batch=bar.advance,
+        )
+    outcomes = [simulate(answers, point.shift, point.escalations) for point in points]
+    return tuple(
+        Budget(point, outcome.madds, outcome.top1, len(answers))
+        for point, outcome in zip(points, outcomes, strict=True)
+    )
+
+
+def _times(
+    engine: Engine,
+    options: ReportOptions,
+    models: Sequence[Model],
+    metrics: Sequence[Metrics | None],
+    images: ReportImages | None,
+    budgets: Sequence[Budget],
+) -> Times:
+    """Time on images with the shares of routes of all, or on noise if there are none."""
+    spec, pre = engine.spec, engine.preprocessing
+    assert pre is not None
+    rows = rows_per_round(spec, pre.image_size_px)
+    evaluation = metrics[0]
+    shares: list[Sequence[RouteShare]] | None = []
+    if images is not None and isinstance(evaluation, Evaluation):
+        x = representative_images(evaluation, images.images, pre, rows)
+        shares = None if evaluation.dynamic is not None else []
+    else:
+        x = noise_images(spec, rows, pre.image_size_px)
+        if models[0].has_trained_gates:
+            shares = [one.dynamic.route_shares if one and one.dynamic else () for one in metrics]
+    routes = [spec.routes[place].widths for place in _spaced(len(spec.routes), _MAX_TIMED)]
+    with progress("timing", options.rounds) as bar:
+        return measure_times(
+            engine,
+            [model.checkpoint for model in models[1:]],
+            x,
+            cache_dir=options.cache_dir,
+            routes=list(dict.fromkeys([*routes, spec.widest_choice.widths])),
+            budgets=[budget.point for budget in budgets] if images is not None else [],
+            shares=shares,
+            rounds=options.rounds,
+            on_round=lambda: bar.advance(),
+        )
+
+
+def _spaced(total: int, most: int) -> list[int]:
+    """At most `most` evenly spaced positions out of `total`, the first and the last among them."""
+    count = max(min(total, most), 1)
+    return sorted({round(n * (total - 1) / max(1, count - 1)) for n in range(count)})

@@ -1,0 +1,422 @@
+"""What a report is made from: the files of a run, images to evaluate on, stored metrics, baselines.
+
+Only the checkpoints have to be sound. Other files of a run may be missing, truncated or of another
+form; they are then left out, and `RunInfo.notes` names them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, NamedTuple
+
+import msgspec
+import torch
+
+import dynaslim.data
+from dynaslim._files import parse_json, validated
+from dynaslim.checkpoint import Checkpoint, read
+from dynaslim.data.disk import DiskImages
+from dynaslim.data.layout import WHOLE
+from dynaslim.data.order import holdout
+from dynaslim.data.source import ImageSource, open_source
+from dynaslim.errors import CheckpointError, DataError, UsageError, check
+from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics, match_classes
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.pretrained import run_checkpoints
+from dynaslim.runs.folder import METRICS
+from dynaslim.spec import NetSpec
+
+Kind = Literal["supernet run", "gate run", "demo", "checkpoint"]
+
+BASELINES: Final = "baselines.json"
+"""File of baselines that is read from a run's folder without being named."""
+MINI: Final = Path(dynaslim.data.__file__).parent / "fashion_mnist_mini"
+"""The data set that ships with the package."""
+_EXPECTED: Final = (
+    "expected a checkpoint file, or the folder of a run: with gate*.safetensors, last.safetensors, "
+    "best.safetensors or (the demo's) checkpoint.safetensors"
+)
+_BASELINES_FORM: Final = '[{"name": "resnet18", "top1": 0.7, "madds": 1.8e9, "ms": 9.5}, ...]'
+_MAX_BASELINES: Final = 50
+
+
+# -- the run --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint of the run."""
+
+    file: Path
+    checkpoint: Checkpoint
+    target: float | None = None
+    """Mean cost that the gate was trained for, as a share of the widest route's, if any."""
+
+    @property
+    def has_trained_gates(self) -> bool:
+        """Whether the network has gates that were trained.
+
+        The network of stage I has gates too, with their initial weights.
+        """
+        recipe = self.checkpoint.recipe
+        return bool(self.checkpoint.net.spec.gates) and not (
+            "supernet" in recipe and "gate" not in recipe
+        )
+
+    @property
+    def label(self) -> str:
+        """Name of its dynamic mode, which differs from those of the run's other targets."""
+        return "dynamic" if self.target is None else f"dynamic, target {self.target:g}"
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The lines of a metrics file under the title of their stage."""
+
+    title: str
+    lines: tuple[Mapping[str, Any], ...]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The models of a run and the files beside them."""
+
+    path: Path
+    kind: Kind
+    model: Model
+    """The one that the details of the report are about."""
+    gated: tuple[Model, ...]
+    """All models with trained gates, sorted by target; `model` among them if it has such gates."""
+    curves: tuple[Curves, ...] = ()
+    environments: tuple[Mapping[str, Any], ...] = ()
+    """Versions and hardware of every start of the run."""
+    results: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()
+    """Files that could not be read."""
+
+
+def read_run(path: Path, target: float | None = None) -> RunInfo:
+    """Read a run's folder or a checkpoint file; `target` selects the model, default the middle one.
+
+    Raises:
+        UsageError: if there is no run at the path, or no gate for the target.
+        CheckpointError: if a checkpoint cannot be read.
+    """
+    if not path.exists():
+        raise UsageError(f"{path}: no such file or folder; {_EXPECTED}")
+    if path.is_file():
+        model = _select(path, [_read_model(path)], target)
+        return RunInfo(path, "checkpoint", model, (model,) if model.has_trained_gates else ())
+    kind, files = _checkpoints_of(path)
+    models = [_read_model(file) for file in files]
+    models.sort(key=lambda one: (one.target is not None, one.target or 0.0, one.file.name))
+    model = _select(path, models, target)
+    notes: list[str] = []
+    results = _read_json(path / "results.json", dict, notes)
+    starts = _read_json(path / "environment.json", list, notes) or []
+    return RunInfo(
+        path,
+        kind,
+        model,
+        tuple(one for one in models if one.has_trained_gates),
+        curves=tuple(_curves(path, kind, model, models)),
+        environments=tuple(start for start in starts if isinstance(start, dict)),
+        results=results,
+        notes=tuple(notes),
+    )
+
+
+def _checkpoints_of(folder: Path) -> tuple[Kind, list[Path]]:
+    files = run_checkpoints(folder)
+    if files:
+        first = files[0].stem
+        is_gate = first.startswith("gate")
+        return "gate run" if is_gate else "demo" if first == "checkpoint" else "supernet run", files
+    if (folder / METRICS).is_file():
+        raise UsageError(f"{folder}: the run has written no checkpoint yet; let it go on")
+    raise UsageError(f"{folder}: holds no run; {_EXPECTED}")
+
+
+def _read_model(file: Path) -> Model:
+    checkpoint = read(file)
+    target = checkpoint.recipe.get("target")
+    if isinstance(target, int | float) and 0 < target <= 1:
+        return Model(file, checkpoint, float(target))
+    return Model(file, checkpoint)
+
+
+def _select(path: Path, models: Sequence[Model], target: float | None) -> Model:
+    if target is None:
+        return models[len(models) // 2]
+    for model in models:
+        if model.target is not None and math.isclose(model.target, target, rel_tol=1e-6):
+            return model
+    targets = ", ".join(f"{one.target:g}" for one in models if one.target is not None)
+    raise UsageError(
+        f"--target {target:g}: {path} has "
+        + (f"gates for {targets}" if targets else "no gates for targets; leave it out")
+    )
+
+
+def _curves(folder: Path, kind: Kind, model: Model, models: Sequence[Model]) -> Iterator[Curves]:
+    """Curves of the run; of a gate run those of the selected gate, after those of its supernet."""
+    lines = _read_metrics(folder / METRICS)
+    if kind != "gate run":
+        if lines:
+            yield Curves("Training", lines)
+        return
+    recipe = model.checkpoint.recipe.get("gate")
+    gate: Mapping[str, Any] = recipe if isinstance(recipe, Mapping) else {}
+    supernet = gate.get("supernet")
+    if isinstance(supernet, str) and supernet:
+        stage1 = Path(supernet).parent
+        # a run that was moved usually still has its supernet's run as a neighbour
+        first = _read_metrics(stage1 / METRICS) or _read_metrics(
+            folder.parent / stage1.name / METRICS
+        )
+        if first:
+            yield Curves("Stage I: the supernet", first)
+    number = models.index(model)
+    # gates are trained in the order of the recipe, which may not be that of their targets
+    targets = gate.get("targets")
+    if isinstance(targets, list) and model.target in targets:
+        number = targets.index(model.target)
+    lines = tuple(line for line in lines if line.get("gate", number) == number)
+    if lines:
+        yield Curves("Stage II: the gate", lines)
+
+
+def _read_metrics(file: Path) -> tuple[Mapping[str, Any], ...]:
+    """The lines of a metrics file that have a kind and a step; none if it cannot be read."""
+    try:
+        content = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    lines = []
+    for raw in content.splitlines():
+        try:
+            line = json.loads(raw)
+        except ValueError:  # such as a last line that a crash cut short
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int and "kind" in line:
+            lines.append(line)
+    return tuple(lines)
+
+
+def _read_json(file: Path, kind: type[Any], notes: list[str]) -> Any:
+    """The value in a JSON file; None, with a note if the file exists, if it is not of this type."""
+    if not file.exists():
+        return None
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        value = None
+    if isinstance(value, kind):
+        return value
+    notes.append(f"{file.name} cannot be read; its content is left out.")
+    return None
+
+
+# -- images ---------------------------------------------------------------------------------------
+
+
+class HeldOut(NamedTuple):
+    """Images for validation: a whole split, or the share of the training split held back."""
+
+    path: str
+    split: str
+    share: float | None
+
+
+@dataclass(frozen=True)
+class ReportImages:
+    """The images that the report evaluates on."""
+
+    images: DiskImages
+    data: str
+    """The data set as the user or the recipe names it."""
+    split: str
+    held_back: float | None
+    """Share of the split that training held back, if these are those; None for a whole split."""
+    total: int
+    """Number of images before `limit`."""
+    trained_on: bool
+    """Whether the recipe names these as its training images."""
+
+
+class NoImagesError(Exception):
+    """No images were named and those of the recipe are not available; the message is the reason."""
+
+
+def open_images(
+    checkpoint: Checkpoint, *, data: str | None, split: str | None, limit: int | None
+) -> ReportImages:
+    """The images that `data` names, or else those that training held back.
+
+    `limit` selects that many at random, with a fixed seed.
+
+    Raises:
+        NoImagesError: if none are named and those of the recipe are not available.
+        DataError: if those named cannot be read, or their classes are not the network's.
+        CheckpointError: if images are named and the checkpoint has no preprocessing.
+    """
+    pre = checkpoint.preprocessing
+    if pre is None:
+        reason = "the checkpoint does not say how images are prepared (preprocessing)"
+        raise CheckpointError(reason) if data is not None else NoImagesError(reason)
+    if data is not None:
+        return _open(checkpoint, pre, HeldOut(data, split or "test", None), limit)
+    source = held_out(checkpoint.recipe)
+    try:
+        if source is None:
+            return _open(checkpoint, pre, _shipped(checkpoint, split), limit)
+        if not Path(source.path).exists():
+            raise NoImagesError(f"the run's images are not at {source.path} here")
+        if split is not None:
+            source = HeldOut(source.path, split, None)
+        return _open(checkpoint, pre, source, limit)
+    except DataError as error:
+        raise NoImagesError(f"the run's images cannot be read ({error})") from None
+
+
+def held_out(recipe: Mapping[str, Any]) -> HeldOut | None:
+    """The images that the last stage of a recipe held back; None if it names no images.
+
+    Raises:
+        NoImagesError: if it names images and held none back.
+    """
+    for data in _data_recipes(recipe):
+        path, train, share = data["path"], data.get("split"), data.get("val_share")
+        if not path:
+            continue
+        if isinstance(data.get("val_split"), str):
+            return HeldOut(path, data["val_split"], None)
+        if not isinstance(train, str) or not isinstance(share, float) or not 0 < share < 1:
+            raise NoImagesError("training held no images back")
+        return HeldOut(path, train, share)
+    return None
+
+
+def _data_recipes(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The data of both stages, the last stage first."""
+    for stage in (recipe.get("gate"), recipe.get("supernet")):
+        data = stage.get("data") if isinstance(stage, Mapping) else None
+        if isinstance(data, Mapping) and isinstance(data.get("path"), str):
+            yield data
+
+
+def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
+    """The data set that ships, for a network that the demo trained on it."""
+    stages = [checkpoint.recipe.get(stage) for stage in ("supernet", "gate")]
+    names = checkpoint.class_names
+    if all(isinstance(stage, Mapping) for stage in stages) and names is not None:
+        source = HeldOut(str(MINI), split or "test", None)
+        if open_source(MINI, source.split).class_names == names:
+            return source
+    raise NoImagesError("the checkpoint does not say which images it was trained on")
+
+
+def _open(
+    checkpoint: Checkpoint, pre: Preprocessing, which: HeldOut, limit: int | None
+) -> ReportImages:
+    spec = checkpoint.net.spec
+    source = open_source(which.path, which.split)
+    order = match_classes(source.name, source.class_names, spec.num_classes, checkpoint.class_names)
+    rows = torch.arange(len(source))
+    if which.share is not None:
+        rows = holdout(source.labels(), which.share)[1]
+    total = len(rows)
+    if limit is not None and limit < total:
+        picked = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:limit]
+        rows = rows[picked.sort().values]
+    images = DiskImages.of(source, pre, rows=rows, workers=os.cpu_count() or 1)
+    if order is not None:
+        images = images.relabelled(order, checkpoint.class_names or ())
+    images.check_fits(pre, spec.num_classes)
+    trained_on = which.share is None and _is_trained_on(checkpoint.recipe, source)
+    return ReportImages(images, which.path, source.split, which.share, total, trained_on)
+
+
+def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:
+    for data in _data_recipes(recipe):
+        path = Path(data["path"] or MINI)
+        same = path.exists() and path.resolve() == Path(source.name).resolve()
+        if same and source.split in (data.get("split"), WHOLE):
+            return True
+    return False
+
+
+# -- stored metrics -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredMetrics:
+    """The metrics that training stored in a checkpoint; the fields are those of `Evaluation`."""
+
+    images: int
+    routes: tuple[RouteMetrics, ...]
+    dynamic: DynamicMetrics | None
+    per_class: tuple[ClassMetrics, ...]
+
+
+def stored_metrics(metrics: Mapping[str, Any], spec: NetSpec) -> StoredMetrics | None:
+    """Read `Evaluation.to_dict` from a checkpoint's metrics; None if it is of another form."""
+    try:
+        found = msgspec.convert(metrics.get("val", metrics), StoredMetrics)
+        shares = found.dynamic.route_shares if found.dynamic else ()
+        for widths in [one.widths for one in found.routes] + [one.widths for one in shares]:
+            spec.coerce_route(widths)
+    except (msgspec.ValidationError, UsageError):
+        return None
+    modes = (*found.routes, *((found.dynamic,) if found.dynamic else ()))
+    costs = [found.dynamic.mean_madds if found.dynamic else 0.0]
+    costs += [one.mean_madds or 0.0 for one in found.per_class]
+    accuracies = [value for mode in modes for value in (mode.top1, mode.top5)]
+    accuracies += [one.top1 or 0.0 for one in found.per_class]
+    accuracies += [share.share for share in shares]
+    accuracies += [share for one in found.per_class for share in one.route_shares]
+    is_valid = (
+        found.images > 0
+        and len(found.per_class) == spec.num_classes
+        and all(math.isfinite(cost) for cost in costs)
+        and all(0 <= accuracy <= 1 for accuracy in accuracies)
+    )
+    return found if is_valid else None
+
+
+# -- baselines ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """A static network to compare with, as the user measured it; costs are per image."""
+
+    name: Annotated[str, msgspec.Meta(min_length=1)]
+    top1: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    madds: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    ms: Annotated[float, msgspec.Meta(ge=0)] | None = None
+
+    def __post_init__(self) -> None:
+        check(self.madds is not None or self.ms is not None, "give madds or ms, or both")
+
+
+def read_baselines(path: Path) -> tuple[Baseline, ...]:
+    """Read a JSON file with a list of baselines.
+
+    Raises:
+        UsageError: if it cannot be read or is of another form.
+    """
+    try:
+        raw = parse_json(path.read_bytes())
+        is_list = isinstance(raw, list) and len(raw) <= _MAX_BASELINES
+        check(is_list, f"not a list of at most {_MAX_BASELINES} baselines")
+        return tuple(validated(one, Baseline, f"entry {n}") for n, one in enumerate(raw))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}; the form is {_BASELINES_FORM}") from None
