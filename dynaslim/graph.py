@@ -1,4 +1,4 @@
-"""A converted network as frozen data: operations in order, groups of channels, gates. No torch here.
+"""A converted network as frozen data: operations, groups of channels, gates. No torch here.
 
 Words: a *unit* is what is cut together, such as channel 7 of a residual stream in all layers that
 read or write it; a *group* is a run of units of which the first so many are kept; an *axis* of a
@@ -72,7 +72,8 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Node:
     """An operation. In `args` and `kwargs`, {"node": name} and {"tensor": name} are what it reads,
-    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch."""
+    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch.
+    """
 
     name: str
     op: str
@@ -208,7 +209,8 @@ class GraphSpec:
         )
         check(
             all(0 <= index < self.num_widths for index in indices),
-            f"indices {tuple(indices)}: width indices of {self.name} are 0 to {self.num_widths - 1}",
+            f"indices {tuple(indices)}: width indices of {self.name} are 0 to "
+            f"{self.num_widths - 1}",
         )
         return Route((100, *(self.percents[index] for index in indices)))
 

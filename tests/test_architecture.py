@@ -13,8 +13,8 @@ PACKAGE = Path(dynaslim.__file__).parent
 
 # each may import only itself and what stands before it
 ROOMS = [
-    "version", "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec", "graph",
-    "shipped",
+    "version", "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec",
+    "graph", "shipped",
     "zoo", "cost", "cost_file", "recipes", "pretrained", "nn", "convert", "checkpoint", "data",
     "runtime", "predict",
     "predict_tables", "predict_ray", "evaluation_table", "evaluation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,8 +38,10 @@ TOLERANCE: Final = 1e-5
 MULTIPLE: Final = 8
 """Channels that widths are rounded to."""
 _PASSED: Final = frozenset(
-    "contiguous clone alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to "
-    "_to_copy positive".split()
+    """
+    contiguous clone alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to
+    _to_copy positive
+    """.split()  # noqa: SIM905
 )
 
 
@@ -91,7 +94,7 @@ class Conversion:
         protect: Sequence[str] = (),
         name: str | None = None,
     ) -> None:
-        rising = all(a < b for a, b in zip(widths, widths[1:], strict=False))
+        rising = all(a < b for a, b in itertools.pairwise(widths))
         if not (widths and rising and widths[0] > 0 and widths[-1] == 1):
             raise UsageError(f"widths {tuple(widths)}: expected shares that rise to 1")
         self.model, self.example, self.widths = model, example, tuple(widths)
@@ -131,9 +134,9 @@ class Conversion:
             live.add(node)
             live = {n for n in live if last.get(n, -1) > number}
             value = self.analysis.values[node]
-            if live == {node} and isinstance(value, Value) and len(value.shape) == 4:
-                if value.rows == (1, 0, 0, 0) and value.axis in (None, 1):
-                    found.append(node)
+            alone = live == {node} and isinstance(value, Value) and value.rows == (1, 0, 0, 0)
+            if alone and value.axis in (None, 1):  # type: ignore[union-attr]
+                found.append(node)
         return found
 
     def _cuts(self, gate_at: Sequence[str]) -> list[fx.Node]:
@@ -145,7 +148,9 @@ class Conversion:
         if gate_at:
             cuts = []
             for path in gate_at:
-                inside = [n for n in crossing if where(n) == path or where(n).startswith(path + ".")]
+                inside = [
+                    n for n in crossing if where(n) == path or where(n).startswith(path + ".")
+                ]
                 if not inside:
                     places = list(dict.fromkeys(where(n) for n in crossing))
                     raise UsageError(
@@ -400,9 +405,10 @@ class Conversion:
                 watch[node](node, args[0])
             if operation(node) in ("view", "reshape", "_unsafe_view", "expand") and rows != BATCH:
                 value = self.analysis.value(node)
-                args = (args[0], [
-                    rows * r if r else n for n, r in zip(value.shape, value.rows, strict=True)
-                ])
+                args = (
+                    args[0],
+                    [rows * r if r else n for n, r in zip(value.shape, value.rows, strict=True)],
+                )
             results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         found: Tensor = results[self.captured.output]
         return found
@@ -449,7 +455,7 @@ class Conversion:
 
     def _count(self, vector: np.ndarray) -> Any:
         axis = self.axis(vector)
-        return {"axis": axis} if any(run[0] != WHOLE for run in axis) else int(len(vector))
+        return {"axis": axis} if any(run[0] != WHOLE for run in axis) else len(vector)
 
     def _nodes(self) -> list[Node]:
         alias: dict[fx.Node, str] = {self.captured.image: IMAGE}
@@ -541,11 +547,7 @@ class Conversion:
         """The network without its weights."""
         captured, labels = self.captured, self.analysis.labels
         nodes = self._nodes()
-        used = {
-            name
-            for node in nodes
-            for name in _tensors((node.args, node.kwargs))
-        }
+        used = {name for node in nodes for name in _tensors((node.args, node.kwargs))}
         statistics = {
             captured.names[arguments(n)[part]]
             for n in captured.nodes
@@ -657,7 +659,13 @@ def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
                 last = segment == len(spec.gates)
                 size = (spec.num_classes, 1, 1) if last else tuple(out.shape[1:])
                 yield FormCost(
-                    segment, before, choice, madds, counted.params, size, counted.peak  # type: ignore[arg-type]
+                    segment,
+                    before,
+                    choice,
+                    madds,
+                    counted.params,
+                    size,
+                    counted.peak,  # type: ignore[arg-type]
                 )
 
 

@@ -91,10 +91,10 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         raise UsageError(
             f"the model cannot be captured by torch.export: {str(error).splitlines()[0]}"
         ) from None
-    return _flat(program, model)
+    return _flat(program)
 
 
-def _flat(program: torch.export.ExportedProgram, model: nn.Module) -> Captured:
+def _flat(program: torch.export.ExportedProgram) -> Captured:
     signature = program.graph_signature
     if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
         raise UsageError(
@@ -162,8 +162,7 @@ def _fold(
         made = node.target(*args, **kwargs)  # type: ignore[operator]
     base = next((names[n] for n in node.all_input_nodes), "constant")
     if not isinstance(made, Tensor):
-        if node.target is operator.getitem or not isinstance(made, tuple | list):
-            raise refuse(node, "computes several values of parameters alone")
+        raise refuse(node, "computes several values of parameters alone")
     name = f"{base}_{node.name}"
     tensors[name] = made
     names[node] = name

@@ -1,10 +1,9 @@
-"""Which channels of a captured model can only be cut together: labels, passed from operation to operation.
+"""Which channels of a captured model can only be cut together.
 
-Every index of a parameter's output axis is a label; an activation carries the labels of its elements.
-Operations that move elements are applied to the labels themselves, those that combine elements unite
-their labels, and what mixes all channels fixes them. An operation without a rule is refused.
-
-Suffixes: none; a *value* is what is known of an activation.
+Every index of a layer's output axis is a label, and an activation carries the labels of its
+elements. Operations that move elements are applied to the labels themselves, those that combine
+elements unite their labels, and what mixes all channels fixes them. An operation without a rule is
+refused.
 """
 
 from __future__ import annotations
@@ -34,34 +33,58 @@ LEAST: Final = 8
 _ROW: Final = 1 << 40
 
 POINTWISE: Final = frozenset(
-    "relu relu6 hardtanh silu sigmoid hardsigmoid hardswish gelu leaky_relu elu selu celu mish tanh "
-    "softplus softsign square sqrt rsqrt exp log neg abs erf reciprocal clamp clamp_min clamp_max "
-    "dropout feature_dropout alpha_dropout contiguous clone alias detach to _to_copy lift_fresh_copy "
-    "log_sigmoid positive".split()
+    """
+    relu relu6 hardtanh silu sigmoid hardsigmoid hardswish gelu leaky_relu elu selu celu mish
+    tanh softplus softsign square sqrt rsqrt exp log neg abs erf reciprocal clamp clamp_min
+    clamp_max dropout feature_dropout alpha_dropout contiguous clone alias detach to _to_copy
+    lift_fresh_copy log_sigmoid positive
+    """.split()  # noqa: SIM905
 )
-COMBINING: Final = frozenset("add sub mul div maximum minimum pow rsub true_divide prelu addcmul addcdiv lerp where".split())
+COMBINING: Final = frozenset(
+    """
+    add sub mul div maximum minimum pow rsub true_divide prelu addcmul addcdiv lerp where
+    """.split()  # noqa: SIM905
+)
 MOVING: Final = frozenset(
-    "view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice select "
-    "narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack expand "
-    "expand_as repeat roll flip pixel_shuffle pixel_unshuffle channel_shuffle unfold "
-    "movedim swapaxes view_as reshape_as".split()
+    """
+    view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice
+    select narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack
+    expand expand_as repeat roll flip pixel_shuffle pixel_unshuffle channel_shuffle unfold
+    movedim swapaxes view_as reshape_as
+    """.split()  # noqa: SIM905
 )
 SPATIAL: Final = frozenset(
-    "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d "
-    "upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d reflection_pad2d "
-    "replication_pad2d pad constant_pad_nd lp_pool2d".split()
+    """
+    max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d
+    upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d reflection_pad2d
+    replication_pad2d pad constant_pad_nd lp_pool2d
+    """.split()  # noqa: SIM905
 )
-REDUCING: Final = frozenset("mean sum amax amin std var softmax log_softmax linalg_vector_norm".split())
-CONVOLVING: Final = frozenset("conv1d conv2d conv_transpose2d".split())
-NORMALISING: Final = frozenset("batch_norm layer_norm group_norm instance_norm".split())
+REDUCING: Final = frozenset(
+    """
+    mean sum amax amin std var softmax log_softmax linalg_vector_norm
+    """.split()  # noqa: SIM905
+)
+CONVOLVING: Final = frozenset(
+    """
+    conv1d conv2d conv_transpose2d
+    """.split()  # noqa: SIM905
+)
+NORMALISING: Final = frozenset(
+    """
+    batch_norm layer_norm group_norm instance_norm
+    """.split()  # noqa: SIM905
+)
 MIXING: Final = frozenset(
-    "matmul bmm baddbmm scaled_dot_product_attention einsum cumsum im2col argmax topk".split()
+    """
+    matmul bmm baddbmm scaled_dot_product_attention einsum cumsum im2col argmax topk
+    """.split()  # noqa: SIM905
 )
 
 
 @dataclass
 class Value:
-    """The labels of a tensor: an array that broadcasts to its shape, size 1 where labels are alike."""
+    """The labels of a tensor: an array of size 1 along axes where they are alike."""
 
     shape: tuple[int, ...]
     labels: np.ndarray
@@ -156,7 +179,9 @@ class Analysis:
         """The labels of an activation, or of a parameter that is used as one."""
         if node in self.captured.names:
             tensor = self.captured.tensors[self.captured.names[node]]
-            return Value(tuple(tensor.shape), np.zeros((1,) * tensor.ndim, np.int64), (0,) * tensor.ndim)
+            return Value(
+                tuple(tensor.shape), np.zeros((1,) * tensor.ndim, np.int64), (0,) * tensor.ndim
+            )
         found = self.values[node]
         assert isinstance(found, Value)
         return found
@@ -345,7 +370,9 @@ class Analysis:
         made = Value(shape, np.where(left != FIXED, left, right), rows)
         return self._tied(made)
 
-    def _broadcast(self, node: fx.Node, parameter: fx.Node, value: Value, shape: tuple[int, ...]) -> None:
+    def _broadcast(
+        self, node: fx.Node, parameter: fx.Node, value: Value, shape: tuple[int, ...]
+    ) -> None:
         """A parameter that is added or multiplied element by element."""
         tensor = self.captured.tensors[self.captured.names[parameter]]
         lead = len(shape) - tensor.ndim
@@ -457,8 +484,10 @@ class Analysis:
             raise refuse(node, "reduces over the rows of the batch")
         labels = value.labels
         for axis in axes:
-            labels = np.take(labels, [0], axis) if labels.shape[axis] == 1 else np.zeros_like(
+            labels = (
                 np.take(labels, [0], axis)
+                if labels.shape[axis] == 1
+                else np.zeros_like(np.take(labels, [0], axis))
             )
         rows = list(value.rows)
         if not given.get("keepdim", False):

@@ -85,7 +85,8 @@ def _library(name: str, text: str) -> Any:
 def _from_file(file: Path, function: str, text: str) -> nn.Module:
     check(file.is_file(), f"{text}: no such file {file}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     factory = getattr(module, function, None)
@@ -143,7 +144,11 @@ def load_weights(model: nn.Module, file: Path) -> None:
     other = sorted(k for k in set(own) & set(found) if own[k].shape != found[k].shape)
     problems = [
         f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("other shape", other))
+        for what, names in (
+            ("missing", missing),
+            ("unexpected", unexpected),
+            ("other shape", other),
+        )
         if names
     ]
     check(not problems, f"weights {file} do not fit the model: {'; '.join(problems)}")

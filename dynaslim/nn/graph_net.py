@@ -388,9 +388,7 @@ class GraphNet(ElasticNet):
                 made.append((choice, share, torch.stack(parts).sum(0)))
             if number == len(self.gates):
                 outs = [z if w is None else z * w[:, None] for _, w, z in made]
-                return GatedOutput(
-                    torch.stack(outs).sum(0), tuple(gate_logits), tuple(gates)
-                )
+                return GatedOutput(torch.stack(outs).sum(0), tuple(gate_logits), tuple(gates))
             gate = self.gates[number]
             assert isinstance(gate, Gate)
             # a gate reads what its row has: the features of the option it took, at full width

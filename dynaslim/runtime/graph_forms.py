@@ -1,4 +1,4 @@
-"""Segments of a converted network as plain modules: weights of exactly their width, BN folded in."""
+"""Segments of a converted network as plain modules: weights of their width, BN folded in."""
 
 from __future__ import annotations
 

@@ -79,7 +79,9 @@ class NetworkForms:
         if isinstance(self._net, GraphNet):
             shape = form_shape(self.spec, form, self.spec.image_size)
             example = torch.zeros(2, *shape.row_in)
-            return graph_onnx(plain_form(self._net, form), example, _outputs(self.spec, form), form.name)
+            return graph_onnx(
+                plain_form(self._net, form), example, _outputs(self.spec, form), form.name
+            )
         plain = self.module(form)
         assert isinstance(plain, nn.Sequential)
         channels = self.spec.in_channels

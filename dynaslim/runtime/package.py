@@ -19,10 +19,10 @@ import msgspec
 
 from dynaslim._files import parse_json, validated
 from dynaslim.errors import DynaslimError, UsageError, check
+from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form, Precision, segment_forms
-from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:

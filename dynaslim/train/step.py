@@ -19,7 +19,7 @@ from dynaslim.cost import CostTable
 from dynaslim.distributed import average_, rank, world_size
 from dynaslim.errors import TrainingError
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
-from dynaslim.nn.net import RunSegment, ElasticNet
+from dynaslim.nn.net import ElasticNet, RunSegment
 from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.train.losses import (
     asked_first,

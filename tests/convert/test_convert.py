@@ -33,8 +33,8 @@ def decisive(net):
         for gate in net.gates:
             nn.init.normal_(gate.slimming_weight, generator=torch.Generator().manual_seed(3))
             hidden = net.segment_hidden(0, images(64, seed=9), 0)[1].mean(0)
-            gate.slimming_weight -= (gate.slimming_weight @ hidden)[:, None] * hidden / hidden.dot(
-                hidden
+            gate.slimming_weight -= (
+                (gate.slimming_weight @ hidden)[:, None] * hidden / hidden.dot(hidden)
             )
     return net
 
@@ -79,7 +79,8 @@ def test_every_width_is_the_same_network_by_every_way(model):
 def test_narrow_routes_cost_less(model):
     net = convert(model, images())
     costs = [madds(net.spec, route, 16) for route in net.spec.routes]
-    assert costs == sorted(costs) and costs[0] < costs[-1]
+    assert costs == sorted(costs)
+    assert costs[0] < costs[-1]
     assert params(net.spec, net.spec.smallest) < params(net.spec)
     table = CostTable.from_madds(net.spec, 16)
     head = net.spec.gate_madds(0, net.gates[0].reduce_weight.shape[1])
@@ -136,7 +137,9 @@ def test_it_is_trained_like_any_other():
     recipe = GateRecipe(epochs=1, batch_size=16, objective="sgs", targets=())
     heads = [p.clone() for p in made.slimming_parameters()]
     dynaslim.train.train_gate(made, data, pre, recipe)
-    assert any(not torch.equal(a, b) for a, b in zip(heads, made.slimming_parameters(), strict=True))
+    assert any(
+        not torch.equal(a, b) for a, b in zip(heads, made.slimming_parameters(), strict=True)
+    )
 
 
 def test_statistics_are_kept_by_width():
@@ -164,7 +167,8 @@ def test_channels_are_sorted_by_importance():
     for batches in (None, [images(8)]):
         net = convert(model, images(), images=batches)
         scales = net.tensor("body.2.one.1.weight")
-        assert (scales[-3:] == 0).all() and (scales[:-3] != 0).all()
+        assert (scales[-3:] == 0).all()
+        assert (scales[:-3] != 0).all()
 
 
 def test_gates_are_put_where_they_are_asked_for():
@@ -180,7 +184,7 @@ def test_gates_are_put_where_they_are_asked_for():
             assert torch.isfinite(net(x, route)).all()
         expected = model(x)
     assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UsageError, match="gate at 'body.7': no single feature map leaves it"):
+    with pytest.raises(UsageError, match=r"gate at 'body.7': no single feature map leaves it"):
         convert(model, images(), gate_at=["body.7"])
 
 
@@ -237,11 +241,11 @@ def test_models_that_are_not_ready_are_refused():
         convert(model, torch.randn(1, 4, 16, 16))
     with pytest.raises(UsageError, match="expected"):
         convert(model, torch.randn(3, 16, 16))
-    with pytest.raises(UsageError, match="widths .*expected shares that rise to 1"):
+    with pytest.raises(UsageError, match=r"widths .*expected shares that rise to 1"):
         convert(model, images(), widths=(0.5, 0.25, 1.0))
     with torch.no_grad():
         model.head.weight[0, 0] = float("nan")
-    with pytest.raises(UsageError, match="head.weight: has values that are not finite"):
+    with pytest.raises(UsageError, match=r"head.weight: has values that are not finite"):
         convert(model, images())
 
 
