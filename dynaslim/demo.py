@@ -14,9 +14,8 @@ import torch
 
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, create_model, save
-from dynaslim.data import MemoryImages, load_images, open_source
-from dynaslim.data.memory import channel_statistics
-from dynaslim.data.order import holdout
+from dynaslim.data import ImageDataset, load_images, open_source
+from dynaslim.data.images import channel_statistics, holdout
 from dynaslim.data.transforms import readable_batches
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
@@ -174,7 +173,7 @@ def _line(step: int, losses: SupernetLosses) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _load(split: str, preprocessing: Preprocessing) -> MemoryImages:
+def _load(split: str, preprocessing: Preprocessing) -> ImageDataset:
     source = open_source(DATA, split)
     with progress(f"reading {split} images", len(source)) as bar:
         return load_images(source, preprocessing, on_image=bar.advance)
@@ -182,7 +181,7 @@ def _load(split: str, preprocessing: Preprocessing) -> MemoryImages:
 
 def _every_path(
     net: SlimNet,
-    images: MemoryImages,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     on_batch: Callable[[int], None],
     mirror: bool,

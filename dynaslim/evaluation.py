@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from dynaslim._files import write_atomic
-from dynaslim.errors import DataError, check
+from dynaslim.errors import check
 from dynaslim.evaluation_table import Answers, Modes, answer_all
 from dynaslim.evaluation_table import LabelledImages as LabelledImages
 from dynaslim.evaluation_table import view as view
@@ -324,29 +324,3 @@ def _per_class(
         )
         for index, (right, count) in enumerate(zip(right_K, images_K, strict=True))
     )
-
-
-def match_classes(
-    name: str,
-    data_classes: Sequence[str],
-    num_classes: int,
-    net_classes: Sequence[str] | None = None,
-) -> list[int] | None:
-    """The network's class number of each class of a data set; None if they are in the same order.
-
-    Where both have names, classes are matched by name; a network without names takes the set's
-    order.
-
-    Raises:
-        DataError: if their number differs, or a name is not one of the network's.
-    """
-    if len(data_classes) != num_classes:
-        raise DataError(f"{name}: has {len(data_classes)} classes, the network has {num_classes}")
-    if net_classes is None or tuple(data_classes) == tuple(net_classes):
-        return None
-    foreign = [c for c in data_classes if c not in net_classes]
-    if foreign:
-        raise DataError(
-            f"{name}: class {foreign[0]!r} is none of the network's: {', '.join(net_classes)}"
-        )
-    return [tuple(net_classes).index(c) for c in data_classes]

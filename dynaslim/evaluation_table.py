@@ -30,7 +30,7 @@ assert 2 * len(_SHIFTS) == MAX_VIEWS
 
 
 class LabelledImages(Protocol):
-    """What `evaluate` reads: `MemoryImages`, or anything else with these."""
+    """What `evaluate` reads: `ImageDataset`, or anything else with these."""
 
     @property
     def name(self) -> str:

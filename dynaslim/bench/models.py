@@ -14,7 +14,7 @@ from torch import Tensor
 from dynaslim import shipped
 from dynaslim.checkpoint import Checkpoint, create_model
 from dynaslim.data import load_images, open_source
-from dynaslim.data.disk import DiskImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
@@ -146,8 +146,8 @@ def _prepared(checkpoint: Checkpoint) -> Preprocessing:
     return checkpoint.preprocessing
 
 
-def _read(data: str, split: str, pre: Preprocessing, images: int) -> tuple[DiskImages, Tensor]:
+def _read(data: str, split: str, pre: Preprocessing, images: int) -> tuple[ImageDataset, Tensor]:
     source = open_source(data, split)
-    loaded = DiskImages.of(source, pre, workers=os.cpu_count() or 1, corrupt_limit=0.01)
+    loaded = ImageDataset.of(source, pre)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:images]
     return loaded, order

@@ -2,41 +2,30 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
 import dynaslim.data
 from dynaslim.checkpoint import Checkpoint
-from dynaslim.data.disk import DiskImages
+from dynaslim.data.images import HeldOut, ImageDataset, held_out
+from dynaslim.data.images import open_images as open_for
 from dynaslim.data.layout import WHOLE
-from dynaslim.data.order import holdout
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.errors import CheckpointError, DataError
-from dynaslim.evaluation import match_classes
-from dynaslim.preprocessing import Preprocessing
 
 MINI: Final = Path(dynaslim.data.__file__).parent / "fashion_mnist_mini"
 """The set that ships with the package."""
-
-
-class HeldOut(NamedTuple):
-    """Images that a training chose by: a split, or a share held back of the one it trained on."""
-
-    path: str
-    split: str
-    share: float | None
 
 
 @dataclass(frozen=True)
 class Opened:
     """Images to evaluate on, and what they are."""
 
-    images: DiskImages
+    images: ImageDataset
     data: str
     """The data set as it was named."""
     split: str
@@ -73,39 +62,21 @@ def open_images(
         reason = "the checkpoint does not say how images are prepared (preprocessing)"
         raise CheckpointError(reason) if data is not None else NoImagesError(reason)
     if data is not None:
-        return _open(checkpoint, pre, HeldOut(data, split or "test", None), limit)
-    found = held_out(checkpoint.recipe)
+        return _open(checkpoint, HeldOut(data, split or "test", None), limit)
+    stages = held_out(checkpoint.recipe)
     try:
+        if not stages:
+            return _open(checkpoint, _shipped(checkpoint, split), limit)
+        found = stages[0]
         if found is None:
-            return _open(checkpoint, pre, _shipped(checkpoint, split), limit)
+            raise NoImagesError("training held no images back")
         if not Path(found.path).exists():
             raise NoImagesError(f"the run's images are not at {found.path} here")
         if split is not None:
             found = HeldOut(found.path, split, None)
-        return _open(checkpoint, pre, found, limit)
+        return _open(checkpoint, found, limit)
     except DataError as error:
         raise NoImagesError(f"the run's images cannot be read ({error})") from None
-
-
-def held_out(recipe: Mapping[str, Any]) -> HeldOut | None:
-    """What the last stage of a checkpoint's recipe held back; None if it names no images.
-
-    Raises:
-        NoImagesError: if it names images and held none back.
-    """
-    for stage in (recipe.get("gate"), recipe.get("supernet")):
-        data = stage.get("data") if isinstance(stage, Mapping) else None
-        if not isinstance(data, Mapping) or not isinstance(data.get("path"), str):
-            continue
-        path, train, share = data["path"], data.get("split"), data.get("val_share")
-        if not path:
-            continue
-        if isinstance(data.get("val_split"), str):
-            return HeldOut(path, data["val_split"], None)
-        if not isinstance(train, str) or not isinstance(share, float) or not 0 < share < 1:
-            raise NoImagesError("training held no images back")
-        return HeldOut(path, train, share)
-    return None
 
 
 def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
@@ -119,23 +90,17 @@ def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
     raise NoImagesError("the checkpoint does not say which images it was trained on")
 
 
-def _open(checkpoint: Checkpoint, pre: Preprocessing, which: HeldOut, limit: int | None) -> Opened:
-    spec = checkpoint.net.spec
-    source = open_source(which.path, which.split)
-    order = match_classes(source.name, source.class_names, spec.num_classes, checkpoint.class_names)
-    rows = torch.arange(len(source))
-    if which.share is not None:
-        rows = holdout(source.labels(), which.share)[1]
-    whole = len(rows)
+def _open(checkpoint: Checkpoint, which: HeldOut, limit: int | None) -> Opened:
+    images = open_for(checkpoint, which.path, which.split, share=which.share)
+    whole = len(images)
     if limit is not None and limit < whole:
         picked = torch.randperm(whole, generator=torch.Generator().manual_seed(0))[:limit]
-        rows = rows[picked.sort().values]
-    images = DiskImages.of(source, pre, rows=rows, workers=os.cpu_count() or 1)
-    if order is not None:
-        images = images.relabelled(order, checkpoint.class_names or ())
-    images.check_fits(pre, spec.num_classes)
-    trained_on = which.share is None and _is_trained_on(checkpoint.recipe, source)
-    return Opened(images, which.path, source.split, which.share, whole, trained_on)
+        images = images.subset(picked.sort().values)
+    assert checkpoint.preprocessing is not None
+    assert images.source is not None
+    images.check_fits(checkpoint.preprocessing, checkpoint.net.spec.num_classes)
+    trained_on = which.share is None and _is_trained_on(checkpoint.recipe, images.source)
+    return Opened(images, which.path, images.source.split, which.share, whole, trained_on)
 
 
 def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.evaluation import Evaluation
 from dynaslim.spec import NetSpec
 
@@ -22,7 +22,7 @@ _EXAMPLES = 12
 
 
 def evaluation_figure(
-    spec: NetSpec, result: Evaluation, images: MemoryImages, *, title: str
+    spec: NetSpec, result: Evaluation, images: ImageDataset, *, title: str
 ) -> bytes:
     """Accuracy against MAdds, and below it example images sorted by the route they took: a PNG.
 
@@ -79,7 +79,7 @@ def _accuracy_axes(axes: Axes, result: Evaluation) -> None:
     axes.legend(loc="lower right")
 
 
-def _strip(axes: Axes, images: MemoryImages, result: Evaluation, rows: torch.Tensor) -> None:
+def _strip(axes: Axes, images: ImageDataset, result: Evaluation, rows: torch.Tensor) -> None:
     """One row of pictures with the names of their classes."""
     size = images.images_NCSS.shape[-1]
     gap = max(2, size // 5)

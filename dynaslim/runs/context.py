@@ -13,7 +13,7 @@ import torch
 
 from dynaslim._files import write_atomic
 from dynaslim.data.feed import Training, open_training
-from dynaslim.data.skipped import Skipped, report_lines
+from dynaslim.data.skipped import report_lines
 from dynaslim.distributed import gather, world_size
 from dynaslim.errors import check
 from dynaslim.pretrained import checkpoint_file
@@ -54,13 +54,13 @@ class RunContext:
             )
         skipped = opened.feed.skipped
         note(
-            f"{opened.name}: {opened.images} images to train on, {opened.held_back} held back, "
-            f"{skipped.count} skipped"
+            f"{opened.name}: {opened.feed.num_images} images to train on, "
+            f"{opened.held_back} held back, {skipped.count} skipped"
         )
         note_skipped(skipped.lines)
         known = self.folder.file(TRAINED_ON)
         if self.folder.is_main and not (self.folder.state is not None and known.exists()):
-            seen = set(opened.digests()) - {""}
+            seen = set(opened.feed.digests()) - {""}
             base = recipe.supernet if isinstance(recipe, GateRecipe) else recipe.init
             if base is not None:  # what it starts from has seen those of its own run
                 seen |= trained_on(checkpoint_file(base))
@@ -121,7 +121,6 @@ def note_skipped(lines: Sequence[str]) -> None:
 
 def skipped_lines(data: Training) -> list[str]:
     """A line for every image, to train on or held out, that a process of the run left out."""
-    held_out = data.validation.skipped if data.validation is not None else ()
-    lines = held_out.lines if isinstance(held_out, Skipped) else held_out
+    lines = data.validation.skipped.lines if data.validation is not None else ()
     everywhere = gather([*data.feed.skipped.lines, *lines])
     return sorted({line for part in everywhere for line in part})

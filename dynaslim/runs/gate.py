@@ -103,8 +103,9 @@ class _GateRun:
         targets = recipe.targets
         assert isinstance(targets, tuple)
         self.targets: tuple[float | None, ...] = targets or (None,)
-        state = self.folder.state or {"gate": 0, "done": [], "training": None, "skipped": []}
-        self.data.feed.skipped.load_state(state["skipped"])
+        state = self.folder.state or {"gate": 0, "done": [], "training": None}
+        if self.folder.state is not None:
+            self.data.feed.load_state(self.folder.state)
         self.number: int = state["gate"]
         self.done: list[dict[str, Any]] = state["done"]
         self.unfinished: dict[str, Any] | None = state["training"]
@@ -132,7 +133,7 @@ class _GateRun:
             "gate": self.number,
             "done": self.done,
             "training": training,
-            "skipped": self.data.feed.skipped.state(),
+            **self.data.feed.state(),
         }
 
     def _steps_before(self) -> int:
@@ -269,7 +270,7 @@ class _GateRun:
             "unit": self.table.unit,
             "data": self.data.name,
             "images_per_epoch": self.data.feed.steps_per_epoch * self.data.feed.batch_size,
-            "train_images": self.data.images,
+            "train_images": self.data.feed.num_images,
             "val_images": self.data.held_back,
             "skipped": skipped,
             "widest_madds": madds(spec, spec.widest_choice, pre.image_size_px),

@@ -131,7 +131,7 @@ class _SupernetRun:
         if state is not None:
             self.training.load_state(state)
             self.best, self.validated = state["best"], state["validated"]
-            self.data.feed.skipped.load_state(state["skipped"])
+            self.data.feed.load_state(state)
 
     def _teacher(self, spec: NetSpec) -> OutsideTeacher | None:
         """The recipe's teacher, run in the way that makes it best on images as it will see them."""
@@ -203,7 +203,7 @@ class _SupernetRun:
             **self.training.state(),
             "best": self.best,
             "validated": self.validated,
-            "skipped": self.data.feed.skipped.state(),
+            **self.data.feed.state(),
         }
 
     def _is_due(self, every: int) -> bool:
@@ -256,7 +256,7 @@ class _SupernetRun:
             "model": training.net.spec.name,
             "data": data.name,
             "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
-            "train_images": data.images,
+            "train_images": data.feed.num_images,
             "val_images": data.held_back,
             "skipped": skipped,
             "classifier": self.classifier,
