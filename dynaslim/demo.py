@@ -23,8 +23,8 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.report.plots import evaluation_figure
+from dynaslim.runs.context import note_if_busy
 from dynaslim.runs.folder import METRICS, environment
-from dynaslim.runs.launch import note_if_busy
 from dynaslim.runtime.budget_search import fit_curve
 from dynaslim.runtime.calibrate_budget import Outcome, PathAnswers, answer_paths, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet

@@ -21,10 +21,9 @@ from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe
-from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.context import Callbacks, RunContext, RunOptions, opened, skipped_lines
 from dynaslim.runs.curves import curves_figure
 from dynaslim.runs.folder import read_metrics, write_json
-from dynaslim.runs.options import RunOptions
 from dynaslim.train.expected import apply_heads
 from dynaslim.train.fit import augmented_views, fit_to
 from dynaslim.train.loop import GateTraining, check_has_gates
@@ -150,7 +149,7 @@ class _GateRun:
             training.load_state(self.unfinished)
         label = "stage II: gate" + ("" if target is None else f" for {target:g}")
         with progress(label, training.total, done=training.step) as bar:
-            callbacks = self.context.callbacks(self._state, bar, self.recipe.batch_size)
+            callbacks = Callbacks(self.context, self._state, bar, self.recipe.batch_size)
             for losses in training:
                 callbacks.after_step(
                     self._steps_before() + training.step,

@@ -19,10 +19,9 @@ from dynaslim.nn.net import SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import note, progress
 from dynaslim.recipes import DataRecipe, SupernetRecipe
-from dynaslim.runs.context import RunContext, opened, skipped_lines
+from dynaslim.runs.context import Callbacks, RunContext, RunOptions, opened, skipped_lines
 from dynaslim.runs.curves import curves_figure
 from dynaslim.runs.folder import read_metrics, write_json
-from dynaslim.runs.options import RunOptions
 from dynaslim.spec import NetSpec
 from dynaslim.train import recalibrate
 from dynaslim.train.loop import SupernetTraining, calibration_batches, training_batches
@@ -175,7 +174,7 @@ class _SupernetRun:
         every = recipe.val_epochs * training.feed.steps_per_epoch
         first = training.step
         with progress("stage I: supernet", training.total, done=training.step) as bar:
-            callbacks = self.context.callbacks(self._state, bar, recipe.batch_size)
+            callbacks = Callbacks(self.context, self._state, bar, recipe.batch_size)
             if training.step and self._is_due(every):
                 self._validate()  # stopped after the step and before this
                 callbacks.restart_clock()
