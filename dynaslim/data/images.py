@@ -241,12 +241,12 @@ class ImageDataset:
             return list(pool.map(hashed, rows.tolist()))
 
     def _decode(self, index: int) -> np.ndarray | CorruptImageError:
-        assert self.source is not None
-        assert self.preprocessing is not None
-        return decode_entry(self.source[int(self.rows[index])], self.preprocessing)
+        return self._decode_hashed(index, hashed=False)[0]
 
-    def _decode_hashed(self, index: int) -> tuple[np.ndarray | CorruptImageError, str]:
-        """The pixels of an image and the digest of its file, which is read once."""
+    def _decode_hashed(
+        self, index: int, *, hashed: bool = True
+    ) -> tuple[np.ndarray | CorruptImageError, str]:
+        """The pixels of an image, and the digest of its file, which is read once."""
         assert self.source is not None
         assert self.preprocessing is not None
         entry = self.source[int(self.rows[index])]
@@ -254,7 +254,8 @@ class ImageDataset:
             content = entry.read()
         except CorruptImageError as error:
             return error, ""
-        return decode_entry(entry._replace(content=content), self.preprocessing), digest(content)
+        image = decode_entry(entry._replace(content=content), self.preprocessing)
+        return image, digest(content) if hashed else ""
 
 
 class _Places(Sequence[str]):

@@ -22,12 +22,21 @@ import torch.distributed as dist
 from dynaslim._files import write_atomic
 from dynaslim.data.feed import Training, open_training
 from dynaslim.data.skipped import report_lines
-from dynaslim.distributed import gather, largest, world_size
+from dynaslim.distributed import gather, largest, rank, world_size
 from dynaslim.errors import UsageError, check
+from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.nn.net import SlimNet
 from dynaslim.pretrained import checkpoint_file
 from dynaslim.progress import Bar, note, progress
 from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe
-from dynaslim.runs.folder import TRAINED_ON, RunFolder, trained_on
+from dynaslim.runs.curves import curves_figure
+from dynaslim.runs.folder import (
+    TRAINED_ON,
+    RunFolder,
+    read_metrics,
+    trained_on,
+    write_json,
+)
 from dynaslim.runtime.cache import usable_cores
 
 
@@ -212,6 +221,37 @@ class RunContext:
             write_atomic(known, "".join(f"{one}\n" for one in sorted(seen)).encode())
         return opened
 
+    def evaluate(
+        self, net: SlimNet, data: Training, label: str = "", *, dynamic: bool = True
+    ) -> Evaluation | None:
+        """Evaluate on the held-out images, with a bar if there is a label; None without images."""
+        if data.validation is None:
+            return None
+
+        def evaluated(on_batch: Callable[..., object] | None) -> Evaluation:
+            assert data.validation is not None
+            return evaluate(
+                net,
+                data.validation,
+                data.preprocessing,
+                on_batch=self.stop.checked(on_batch),
+                dynamic=dynamic,
+            )
+
+        if not label:
+            return evaluated(None)
+        with progress(f"evaluating {label}", len(data.validation)) as bar:
+            return evaluated(bar.advance)
+
+    def write_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Write curves and results on the first process; returns the results."""
+        if rank() == 0:
+            if lines := read_metrics(self.folder.path):
+                picture = write_atomic(self.folder.file("curves.png"), curves_figure(lines))
+                results["files"]["curves"] = str(picture)
+            write_json(self.folder.file("results.json"), results)
+        return results
+
     def results(self) -> dict[str, Any] | None:
         """The results of a resumed run that has ended."""
         path = self.folder.file("results.json")
@@ -252,11 +292,17 @@ def opened(
             yield RunContext(folder, options, stop, device)
 
 
-def skipped_lines(data: Training) -> list[str]:
-    """A line for every image that any process of the run skipped."""
-    lines = data.validation.skipped.lines if data.validation is not None else ()
-    everywhere = gather([*data.feed.skipped.lines, *lines])
-    return sorted({line for part in everywhere for line in part})
+def data_results(data: Training) -> dict[str, Any]:
+    """What `results.json` has of the images; skipped ones are those of all processes."""
+    held_out = data.validation.skipped.lines if data.validation is not None else ()
+    everywhere = gather([*data.feed.skipped.lines, *held_out])
+    return {
+        "data": data.name,
+        "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
+        "train_images": data.feed.num_images,
+        "val_images": data.held_back,
+        "skipped": sorted({line for part in everywhere for line in part}),
+    }
 
 
 class Callbacks:
