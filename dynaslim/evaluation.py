@@ -14,7 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from dynaslim._files import write_atomic
 from dynaslim.cost import madds
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.distributed import gather, rank, world_size
 from dynaslim.errors import DataError, DynaslimError, check
@@ -33,36 +34,6 @@ from dynaslim.spec import NetSpec, Route
 T = TypeVar("T")
 _SHIFTS: Final = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # the image, up, down, left, right
 assert 2 * len(_SHIFTS) == MAX_VIEWS
-
-
-class LabelledImages(Protocol):
-    """What `evaluate` reads: `ImageDataset`, or anything else with these."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    @property
-    def class_names(self) -> Sequence[str]:
-        """By label; empty if unknown."""
-
-    @property
-    def where(self) -> Sequence[str]:
-        """What each image is called in files and messages; empty if unknown."""
-
-    def __len__(self) -> int:
-        """How many images."""
-
-    def check_fits(self, preprocessing: Preprocessing, num_classes: int) -> None:
-        """Raise `DataError` unless pixels and classes are what the two say."""
-
-    def batches(
-        self, batch_size: int, order: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(uint8 pixels (B, C, S, S), int64 labels (B,)) of the rows in `order`, a batch at a time.
-
-        An image that cannot be read keeps its place in the batch, with a label below zero.
-        """
 
 
 @dataclass(frozen=True)
@@ -165,7 +136,7 @@ class Evaluation:
 @torch.inference_mode()
 def evaluate(
     net: SlimNet,
-    images: LabelledImages,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     *,
     batch_size: int = 256,
@@ -207,7 +178,7 @@ def evaluate(
     return _summary(modes, chosen, images, answers)
 
 
-def write_table(path: str | Path, evaluation: Evaluation, images: LabelledImages) -> Path:
+def write_table(path: str | Path, evaluation: Evaluation, images: ImageDataset) -> Path:
     """Write one row for each evaluated image as a parquet file, whole or not at all.
 
     Columns: file (`images.where`, or "row n" from 0 where that is empty), label and prediction with
@@ -248,7 +219,7 @@ def write_table(path: str | Path, evaluation: Evaluation, images: LabelledImages
 
 
 def _summary(
-    modes: _Modes, chosen: Sequence[Route], images: LabelledImages, answers: _Answers
+    modes: _Modes, chosen: Sequence[Route], images: ImageDataset, answers: _Answers
 ) -> Evaluation:
     """All totals, from the answers for each image."""
     spec = modes.net.spec
@@ -338,7 +309,7 @@ def _count_pairs(first_N: Tensor, second_N: Tensor, firsts: int, seconds: int) -
 
 
 def _per_class(
-    images: LabelledImages,
+    images: ImageDataset,
     labels_N: Tensor,
     predictions_N: Tensor,
     madds_N: Tensor,
@@ -475,7 +446,7 @@ def view(x_BCSS: Tensor, number: int) -> Tensor:
 
 def _answer_all(
     modes: _Modes,
-    images: LabelledImages,
+    images: ImageDataset,
     batch_size: int,
     on_batch: Callable[[int], None] | None = None,
 ) -> _Answers:
@@ -497,7 +468,7 @@ def _answer_all(
 
 def _own_answers(
     modes: _Modes,
-    images: LabelledImages,
+    images: ImageDataset,
     batch_size: int,
     on_batch: Callable[[int], None] | None,
 ) -> Iterator[_Answers]:

@@ -8,7 +8,7 @@ is fast.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -18,6 +18,34 @@ from dynaslim.errors import UsageError, check
 
 Target = Literal["labels", "distillation", "bootstrap", "ensemble"]
 Objective = Literal["expected", "sgs"]
+
+
+def _values(recipe: object, names: Sequence[str]) -> Iterator[tuple[str, float]]:
+    """The named fields that are not None."""
+    for name in names:
+        value = getattr(recipe, name)
+        if value is not None:
+            yield name, value
+
+
+def _check_least(recipe: object, low: float, *names: str) -> None:
+    for name, value in _values(recipe, names):
+        check(value >= low, f"{name} {value}: must be at least {low}")
+
+
+def _check_most(recipe: object, high: float, *names: str) -> None:
+    for name, value in _values(recipe, names):
+        check(value <= high, f"{name} {value}: must be at most {high}")
+
+
+def _check_positive(recipe: object, *names: str) -> None:
+    for name, value in _values(recipe, names):
+        check(value > 0, f"{name} {value}: must be above 0")
+
+
+def _check_below_1(recipe: object, *names: str) -> None:
+    for name, value in _values(recipe, names):
+        check(0 <= value < 1, f"{name} {value}: must be in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -53,19 +81,12 @@ class DataRecipe:
     skipped."""
 
     def __post_init__(self) -> None:
-        check(0 <= self.val_share < 1, f"val_share {self.val_share}: must be in [0, 1)")
-        check(self.image_size_px >= 1, f"image_size_px {self.image_size_px}: must be at least 1")
-        check(
-            0 < self.crop_fraction <= 1,
-            f"crop_fraction {self.crop_fraction}: must be above 0 and at most 1",
-        )
+        _check_below_1(self, "val_share")
+        _check_least(self, 1, "image_size_px", "stream_images", "shuffle_buffer")
+        _check_least(self, 0, "corrupt_limit")
+        _check_positive(self, "crop_fraction")
+        _check_most(self, 1, "crop_fraction", "corrupt_limit")
         check((self.mean is None) == (self.std is None), "mean and std: give both or neither")
-        check(
-            self.stream_images is None or self.stream_images >= 1,
-            f"stream_images {self.stream_images}: must be at least 1",
-        )
-        check(self.shuffle_buffer >= 1, f"shuffle_buffer {self.shuffle_buffer}: at least 1")
-        check(0 <= self.corrupt_limit <= 1, f"corrupt_limit {self.corrupt_limit}: not in [0, 1]")
         check(
             self.load != "stream" or self.val_split is not None or self.val_share == 0,
             "load stream: a stream holds nothing back; name a val_split, or set val_share 0",
@@ -101,17 +122,11 @@ class AugmentRecipe:
     """CutMix's alpha; 0 for none."""
 
     def __post_init__(self) -> None:
-        check(self.shift_px >= 0, f"shift_px {self.shift_px}: must not be negative")
-        check(0 < self.scale_min <= 1, f"scale_min {self.scale_min}: above 0 and at most 1")
-        check(self.randaugment_ops >= 0, f"randaugment_ops {self.randaugment_ops}: negative")
-        check(
-            0 <= self.randaugment_magnitude <= 10,
-            f"randaugment_magnitude {self.randaugment_magnitude}: must be between 0 and 10",
-        )
-        for name in ("randaugment_std", "jitter", "mixup", "cutmix"):
-            check(getattr(self, name) >= 0, f"{name} {getattr(self, name)}: must not be negative")
-        check(self.jitter <= 1, f"jitter {self.jitter}: at most 1")
-        check(0 <= self.erasing <= 1, f"erasing {self.erasing}: must be between 0 and 1")
+        _check_least(self, 0, "shift_px", "randaugment_ops", "randaugment_magnitude")
+        _check_least(self, 0, "randaugment_std", "jitter", "erasing", "mixup", "cutmix")
+        _check_positive(self, "scale_min")
+        _check_most(self, 1, "scale_min", "jitter", "erasing")
+        _check_most(self, 10, "randaugment_magnitude")
 
 
 @dataclass(frozen=True)
@@ -136,15 +151,10 @@ class OptimRecipe:
     """Parts that a batch is run in, to save memory; gradients add up, the optimizer steps once."""
 
     def __post_init__(self) -> None:
-        check(self.lr > 0, f"lr {self.lr}: must be positive")
-        check(0 <= self.warmup_share < 1, f"warmup_share {self.warmup_share}: must be in [0, 1)")
-        check(0 <= self.momentum < 1, f"momentum {self.momentum}: must be in [0, 1)")
-        check(self.weight_decay >= 0, f"weight_decay {self.weight_decay}: must not be negative")
-        check(
-            self.clip_norm is None or self.clip_norm > 0,
-            f"clip_norm {self.clip_norm}: must be positive",
-        )
-        check(self.accumulate >= 1, f"accumulate {self.accumulate}: must be at least 1")
+        _check_positive(self, "lr", "clip_norm")
+        _check_below_1(self, "warmup_share", "momentum")
+        _check_least(self, 0, "weight_decay")
+        _check_least(self, 1, "accumulate")
 
 
 class _Recipe:
@@ -154,7 +164,7 @@ class _Recipe:
     seed: int
 
     def __post_init__(self) -> None:
-        check(self.epochs >= 1, f"epochs {self.epochs}: must be at least 1")
+        _check_least(self, 1, "epochs")
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,24 +230,16 @@ class SupernetRecipe(_Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.batch_size >= 2, f"batch_size {self.batch_size}: BN needs at least 2")
-        check(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing {self.label_smoothing}: must be in [0, 1)",
-        )
-        check(0 <= self.dropout < 1, f"dropout {self.dropout}: must be in [0, 1)")
-        check(0 <= self.ema_decay < 1, f"ema_decay {self.ema_decay}: must be in [0, 1)")
-        check(self.label_weight >= 0, f"label_weight {self.label_weight}: must not be negative")
-        check(0 <= self.label_warmup <= 1, f"label_warmup {self.label_warmup}: must be in [0, 1]")
+        _check_below_1(self, "label_smoothing", "dropout", "ema_decay")
+        _check_least(self, 0, "label_weight", "label_warmup", "random_routes")
+        _check_most(self, 1, "label_warmup")
+        _check_least(self, 1, "calibration_batches", "val_calibration_batches", "val_epochs")
         check(
             self.teacher is not None
             or self.target != "labels"
             or (self.label_weight == 0 and self.label_warmup == 0),
             "target labels: label_weight and label_warmup are for a target or a teacher beside it",
         )
-        check(self.random_routes >= 0, f"random_routes {self.random_routes}: must not be negative")
-        for name in ("calibration_batches", "val_calibration_batches", "val_epochs"):
-            value = getattr(self, name)
-            check(value >= 1, f"{name} {value}: must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -270,22 +272,9 @@ class SgsRecipe:
     """Of the labels and of the sparsification labels; the released code smooths both."""
 
     def __post_init__(self) -> None:
-        check(self.tau > 0, f"tau {self.tau}: must be positive")
-        check(
-            self.easy_share is None or 0 < self.easy_share < 1,
-            f"easy_share {self.easy_share}: must be between 0 and 1",
-        )
-        for name in ("class_weight", "sgs_weight", "cost_weight"):
-            value = getattr(self, name)
-            check(value >= 0, f"{name} {value}: must not be negative")
-        check(
-            self.cost_scale is None or self.cost_scale > 0,
-            f"cost_scale {self.cost_scale}: must be positive",
-        )
-        check(
-            0 <= self.label_smoothing < 1,
-            f"label_smoothing {self.label_smoothing}: must be in [0, 1)",
-        )
+        _check_positive(self, "tau", "easy_share", "cost_scale")
+        _check_below_1(self, "easy_share", "label_smoothing")
+        _check_least(self, 0, "class_weight", "sgs_weight", "cost_weight")
 
 
 @dataclass(frozen=True)
@@ -311,12 +300,8 @@ class ExpectedRecipe:
     """Weight of the cost, as a share of the widest route's, where the recipe has no target."""
 
     def __post_init__(self) -> None:
-        for name in ("max_routes", "views", "iterations", "bisections"):
-            value = getattr(self, name)
-            check(value >= 1, f"{name} {value}: must be at least 1")
-        for name in ("entropy", "weight_decay", "sgs_weight", "cost_weight"):
-            value = getattr(self, name)
-            check(value >= 0, f"{name} {value}: must not be negative")
+        _check_least(self, 1, "max_routes", "views", "iterations", "bisections")
+        _check_least(self, 0, "entropy", "weight_decay", "sgs_weight", "cost_weight")
 
 
 @dataclass(frozen=True)
@@ -358,7 +343,7 @@ class GateRecipe(_Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.batch_size >= 1, f"batch_size {self.batch_size}: must be at least 1")
+        _check_least(self, 1, "batch_size")
         object.__setattr__(self, "targets", _shares(self.targets))
         object.__setattr__(self, "choices", _choices(self.choices))
         mixed = self.augment.mixup or self.augment.cutmix

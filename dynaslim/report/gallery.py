@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dynaslim.evaluation import Evaluation, LabelledImages
+from dynaslim.data.images import ImageDataset
+from dynaslim.evaluation import Evaluation
 from dynaslim.report import text
 from dynaslim.report.numbers import Details
 
@@ -60,7 +61,7 @@ class RouteGallery:
 def make_gallery(
     evaluation: Evaluation,
     details: Details,
-    images: LabelledImages,
+    images: ImageDataset,
     names: Sequence[str],
     routes: Sequence[int],
 ) -> tuple[tuple[RouteGallery, ...], Strip | None]:
@@ -99,7 +100,7 @@ def make_gallery(
 
 
 def _shots(
-    evaluation: Evaluation, images: LabelledImages, names: Sequence[str], places: Sequence[int]
+    evaluation: Evaluation, images: ImageDataset, names: Sequence[str], places: Sequence[int]
 ) -> dict[int, Shot]:
     """The pictures of some evaluated images by their place in the evaluation."""
     found: dict[int, Shot] = {}

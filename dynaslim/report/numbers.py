@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import (
     ClassMetrics,
     DynamicMetrics,
     Evaluation,
-    LabelledImages,
     RouteMetrics,
     RouteShare,
 )
@@ -138,7 +138,7 @@ class Details:
 @torch.inference_mode()
 def look_closer(
     net: SlimNet,
-    images: LabelledImages,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     evaluation: Evaluation,
     *,

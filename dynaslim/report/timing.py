@@ -17,8 +17,9 @@ import torch
 from dynaslim.bench.timing import Arm, hardware, interleave, summary
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
-from dynaslim.evaluation import Evaluation, LabelledImages, RouteShare
+from dynaslim.evaluation import Evaluation, RouteShare
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetPoint
 from dynaslim.runtime.engine import Engine
@@ -105,9 +106,7 @@ def representative(evaluation: Evaluation, rows: int, seed: int = 0) -> torch.Te
     return torch.from_numpy(rng.permutation(np.concatenate(picked)))
 
 
-def pixels_at(
-    images: LabelledImages, preprocessing: Preprocessing, rows: torch.Tensor
-) -> np.ndarray:
+def pixels_at(images: ImageDataset, preprocessing: Preprocessing, rows: torch.Tensor) -> np.ndarray:
     """Network input (B, C, S, S) of these rows of a set, float32."""
     (pixels_BCSS, _) = next(iter(images.batches(len(rows), rows)))
     x: np.ndarray = normalise(pixels_BCSS, preprocessing).numpy()
