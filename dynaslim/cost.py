@@ -15,9 +15,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from dynaslim.errors import UsageError, check
+from dynaslim._files import validated
+from dynaslim.errors import check
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.spec import GATE_AT_ENTRANCE, NetSpec, Route, StageSpec, Width
 
@@ -292,24 +293,25 @@ class CostTable:
             UsageError: for missing or unknown keys, an unknown unit, shapes that are not the
                 network's, or costs that are not finite numbers of at least 0.
         """
-        check_keys(data, {"unit", "segments"})
-        unit, segments = data["unit"], data["segments"]
-        check(unit in get_args(Unit), f"unit {unit!r}: choose from {', '.join(get_args(Unit))}")
+        table = validated(data, cls, "cost table", whole=True)
+        table.check_fits(spec)
+        return table
+
+    def check_fits(self, spec: AnySpec) -> None:
+        """Raise `UsageError` unless the table is one for the network's gates."""
         shapes = _segment_shapes(spec)
         check(
-            isinstance(segments, list) and len(segments) == len(shapes),
+            len(self.segments) == len(shapes),
             f"segments: {spec.name} has {len(shapes)}, expected a list of so many tables",
         )
-        for j, (table, (rows, columns)) in enumerate(zip(segments, shapes, strict=True)):
-            fits = isinstance(table, list) and len(table) == rows
-            fits = fits and all(isinstance(r, list) and len(r) == columns for r in table)
+        for j, (table, (rows, columns)) in enumerate(zip(self.segments, shapes, strict=True)):
+            fits = len(table) == rows and all(len(row) == columns for row in table)
             check(fits, f"segment {j}: expected {rows} rows of {columns} costs")
-            for value in (value for row in table for value in row):
+            for value in itertools.chain.from_iterable(table):
                 check(
-                    type(value) in (int, float) and math.isfinite(value) and value >= 0,
+                    math.isfinite(value) and value >= 0,
                     f"segment {j}: cost {value!r} must be a finite number of at least 0",
                 )
-        return cls(unit, tuple(tuple(tuple(map(float, r)) for r in table) for table in segments))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
@@ -344,14 +346,6 @@ class CostTable:
             total = total + ((before @ matrix) * gate_BK).sum(1)
             before = gate_BK
         return total
-
-
-def check_keys(data: Mapping[str, Any], expected: set[str]) -> None:
-    """Raise `UsageError` unless a mapping has just the expected keys."""
-    for key in sorted(expected - set(data)):
-        raise UsageError(f"has no {key!r}")
-    for key in sorted(set(data) - expected):
-        raise UsageError(f"has an unknown key {key!r}")
 
 
 def _segment_shapes(spec: AnySpec) -> list[tuple[int, int]]:

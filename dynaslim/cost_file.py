@@ -1,19 +1,35 @@
-"""Cost tables in files, counted or measured: what gates are trained by and buckets merged by."""
+"""Files of cost tables, counted or measured, for training gates and merging buckets."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from dynaslim._files import write_atomic
-from dynaslim.cost import CostTable, ImageSize, check_keys
+from dynaslim._files import validated, write_atomic
+from dynaslim.cost import CostTable, ImageSize, Unit
 from dynaslim.errors import UsageError, check
 from dynaslim.spec import NetSpec
 
 FORMAT: Final = "dynaslim-cost-table"
 VERSION: Final = 1
+
+
+@dataclass(frozen=True)
+class _CostFile:
+    """The content of a file."""
+
+    format: str
+    version: int
+    model: str
+    choices: tuple[tuple[int, ...], ...]
+    image_size_px: tuple[int, int]
+    """Height and width."""
+    note: dict[str, Any]
+    unit: Unit
+    segments: tuple[tuple[tuple[float, ...], ...], ...]
 
 
 def write_cost_table(
@@ -26,8 +42,8 @@ def write_cost_table(
 ) -> Path:
     """Write a table for a network as JSON, whole or not at all.
 
-    `image_size` in pixels is what it was counted or measured at; `note` is for people (hardware,
-    backend, batch size): plain JSON values.
+    `image_size` in pixels is that of the images; `note` holds plain JSON values for readers
+    (hardware, backend, batch size).
 
     Raises:
         UsageError: if the table is not one for the network, or the note is not plain JSON.
@@ -45,7 +61,7 @@ def write_cost_table(
         **table.to_dict(),
     }
     try:
-        CostTable.from_dict(table.to_dict(), spec)
+        table.check_fits(spec)
         text = json.dumps(content, indent=1, allow_nan=False)
     except (UsageError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: not written, {error}") from None
@@ -67,31 +83,30 @@ def read_cost_table(
         raise UsageError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:  # not UTF-8, or not JSON
         raise UsageError(f"{path}: not a cost table, not JSON: {error}") from None
-    try:
-        return _table_from_file(data, spec, image_size)
-    except UsageError as error:
-        raise UsageError(f"{path}: {error}") from None
-
-
-def _table_from_file(data: Any, spec: NetSpec, image_size: ImageSize | None) -> CostTable:
     ours = isinstance(data, dict) and data.get("format") == FORMAT
-    check(ours, f"not a cost table: its format is not {FORMAT!r}")
+    check(ours, f"{path}: not a cost table: its format is not {FORMAT!r}")
     version = data.get("version")
-    check(version == VERSION, f"cost table version {version}, this dynaslim reads {VERSION}")
-    head = {"format", "version", "model", "choices", "image_size_px", "note"}
-    check_keys(data, head | {"unit", "segments"})
-    check(data["model"] == spec.name, f"is for model {data['model']!r}, not {spec.name!r}")
-    choices = [list(gate.choices) for gate in spec.gates]
-    check(data["choices"] == choices, f"is for gate choices {data['choices']}, not {choices}")
-    size = data["image_size_px"]
     check(
-        isinstance(size, list)
-        and len(size) == 2
-        and all(type(side) is int and side >= 1 for side in size),
-        f"image_size_px {size!r}: expected [height, width] in pixels",
+        version == VERSION, f"{path}: cost table version {version}, this dynaslim reads {VERSION}"
+    )
+    file = validated(data, _CostFile, str(path), whole=True)
+    check(file.model == spec.name, f"{path}: is for model {file.model!r}, not {spec.name!r}")
+    choices = tuple(gate.choices for gate in spec.gates)
+    check(file.choices == choices, f"{path}: is for gate choices {file.choices}, not {choices}")
+    height, width = file.image_size_px
+    check(
+        min(height, width) >= 1,
+        f"{path}: image_size_px {file.image_size_px}: expected [height, width] in pixels",
     )
     if image_size is not None:
-        asked = [image_size] * 2 if isinstance(image_size, int) else list(image_size)
-        check(size == asked, f"is for images of {size[0]}x{size[1]} px, not {asked[0]}x{asked[1]}")
-    check(isinstance(data["note"], dict), f"note {data['note']!r}: expected an object")
-    return CostTable.from_dict({key: data[key] for key in ("unit", "segments")}, spec)
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        check(
+            file.image_size_px == size,
+            f"{path}: is for images of {height}x{width} px, not {size[0]}x{size[1]}",
+        )
+    table = CostTable(file.unit, file.segments)
+    try:
+        table.check_fits(spec)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
+    return table

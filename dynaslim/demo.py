@@ -14,18 +14,17 @@ import torch
 
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, create_model, save
-from dynaslim.data import MemoryImages, load_images, open_source
-from dynaslim.data.memory import channel_statistics
-from dynaslim.data.order import holdout
+from dynaslim.data import ImageDataset, load_images, open_source
+from dynaslim.data.images import channel_statistics, holdout
 from dynaslim.data.transforms import readable_batches
 from dynaslim.evaluation import Evaluation, evaluate
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.report.charts import evaluation_figure
+from dynaslim.runs.context import note_if_busy
 from dynaslim.runs.folder import METRICS, environment
-from dynaslim.runs.launch import note_if_busy
 from dynaslim.runtime.budget_search import fit_curve
 from dynaslim.runtime.calibrate_budget import Outcome, PathAnswers, answer_paths, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet
@@ -174,15 +173,15 @@ def _line(step: int, losses: SupernetLosses) -> bytes:
     return json.dumps(line).encode() + b"\n"
 
 
-def _load(split: str, preprocessing: Preprocessing) -> MemoryImages:
+def _load(split: str, preprocessing: Preprocessing) -> ImageDataset:
     source = open_source(DATA, split)
     with progress(f"reading {split} images", len(source)) as bar:
         return load_images(source, preprocessing, on_image=bar.advance)
 
 
 def _every_path(
-    net: SlimNet,
-    images: MemoryImages,
+    net: ElasticNet,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     on_batch: Callable[[int], None],
     mirror: bool,

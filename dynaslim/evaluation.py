@@ -1,30 +1,39 @@
 """Evaluation: every uniform route, and the dynamic mode that the gates choose.
 
-All totals are taken from the answers for each image (`dynaslim.evaluation_table`), in integers and
-exact sums: they do not depend on who ran which batch.
+A mode is a route, or the dynamic mode. Processes of one run share the batches and gather what every
+mode answers for every image. All totals are taken from those answers, in integers and exact sums:
+they do not depend on which process ran which batch.
 
-Suffixes: N images, M modes, G gates, K classes, R routes.
+Suffixes: N images, B rows of a batch, M modes, G gates, K classes, R routes, C channels, S side in
+pixels.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dynaslim._files import write_atomic
-from dynaslim.errors import DataError, check
-from dynaslim.evaluation_table import Answers, Modes, answer_all
-from dynaslim.evaluation_table import LabelledImages as LabelledImages
-from dynaslim.evaluation_table import view as view
-from dynaslim.nn.net import SlimNet
+from dynaslim.cost import madds
+from dynaslim.data.images import ImageDataset
+from dynaslim.data.transforms import normalise
+from dynaslim.distributed import gather, rank, world_size
+from dynaslim.errors import DataError, DynaslimError, check
+from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import MAX_VIEWS, Preprocessing
+from dynaslim.runtime.engine import Engine
 from dynaslim.spec import NetSpec, Route
+
+T = TypeVar("T")
+_SHIFTS: Final = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # the image, up, down, left, right
+assert 2 * len(_SHIFTS) == MAX_VIEWS
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,8 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    net: SlimNet,
-    images: LabelledImages,
+    net: ElasticNet,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     *,
     batch_size: int = 256,
@@ -164,12 +173,12 @@ def evaluate(
     cheapest = spec.cheapest_choice
     gated = dynamic and bool(spec.gates)
     run = (*chosen, cheapest) if not chosen or (gated and cheapest not in chosen) else chosen
-    modes = Modes(net, run, preprocessing, gated=gated, views=views, bf16=bf16)
-    answers = answer_all(modes, images, batch_size, on_batch)
+    modes = _Modes(net, run, preprocessing, gated=gated, views=views, bf16=bf16)
+    answers = _answer_all(modes, images, batch_size, on_batch)
     return _summary(modes, chosen, images, answers)
 
 
-def write_table(path: str | Path, evaluation: Evaluation, images: LabelledImages) -> Path:
+def write_table(path: str | Path, evaluation: Evaluation, images: ImageDataset) -> Path:
     """Write one row for each evaluated image as a parquet file, whole or not at all.
 
     Columns: file (`images.where`, or "row n" from 0 where that is empty), label and prediction with
@@ -210,7 +219,7 @@ def write_table(path: str | Path, evaluation: Evaluation, images: LabelledImages
 
 
 def _summary(
-    modes: Modes, chosen: Sequence[Route], images: LabelledImages, answers: Answers
+    modes: _Modes, chosen: Sequence[Route], images: ImageDataset, answers: _Answers
 ) -> Evaluation:
     """All totals, from the answers for each image."""
     spec = modes.net.spec
@@ -267,7 +276,7 @@ def _mean(values_N: Tensor) -> float:
     return math.fsum(values_N.tolist()) / len(values_N)
 
 
-def _means(answers: Answers, mode: int) -> dict[str, float]:
+def _means(answers: _Answers, mode: int) -> dict[str, float]:
     """top1, top5 and loss per image of one mode."""
     rank_N = answers.rank_MN[mode]
     return {
@@ -277,7 +286,7 @@ def _means(answers: Answers, mode: int) -> dict[str, float]:
     }
 
 
-def _gate_accuracy(spec: NetSpec, answers: Answers, easy_N: Tensor) -> float:
+def _gate_accuracy(spec: NetSpec, answers: _Answers, easy_N: Tensor) -> float:
     hits = 0
     for gate, picked_N in zip(spec.gates, answers.choices_GN, strict=True):
         asked_N = torch.where(easy_N, gate.choices[0], gate.choices[-1])
@@ -300,7 +309,7 @@ def _count_pairs(first_N: Tensor, second_N: Tensor, firsts: int, seconds: int) -
 
 
 def _per_class(
-    images: LabelledImages,
+    images: ImageDataset,
     labels_N: Tensor,
     predictions_N: Tensor,
     madds_N: Tensor,
@@ -326,27 +335,204 @@ def _per_class(
     )
 
 
-def match_classes(
-    name: str,
-    data_classes: Sequence[str],
-    num_classes: int,
-    net_classes: Sequence[str] | None = None,
-) -> list[int] | None:
-    """The network's class number of each class of a data set; None if they are in the same order.
+# -- the answers for each image -------------------------------------------------------------------
 
-    Where both have names, classes are matched by name; a network without names takes the set's
-    order.
+
+class _Answers(NamedTuple):
+    """What the modes answered for some images; the images are the last axis of every tensor."""
+
+    rows_N: Tensor
+    labels_N: Tensor
+    loss_MN: Tensor
+    prediction_MN: Tensor
+    rank_MN: Tensor
+    """How many classes came before the label: 0 is right, below 5 is right in top-5."""
+    confidence_MN: Tensor
+    choices_GN: Tensor
+    madds_N: Tensor
+
+    @staticmethod
+    def join(parts: Sequence[_Answers]) -> _Answers:
+        """All images of the parts, by row."""
+        joined = _Answers(*(torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True)))
+        order = joined.rows_N.argsort()
+        return _Answers(*(tensor[..., order] for tensor in joined))
+
+
+class _Modes:
+    """A network's modes, run on batches: some routes, and last the dynamic mode if `gated`."""
+
+    def __init__(
+        self,
+        net: ElasticNet,
+        routes: Sequence[Route],
+        preprocessing: Preprocessing,
+        *,
+        gated: bool,
+        views: int,
+        bf16: bool,
+    ) -> None:
+        self.net = net
+        self.routes = routes
+        self.preprocessing = preprocessing
+        self.views = views
+        self.bf16 = bf16
+        self.device = next(net.parameters()).device
+        # serial, by torch as it is: every process then computes a batch in just the same way
+        self.engine = (
+            Engine(
+                net,
+                backend="eager",
+                precision="bf16" if bf16 else "fp32",
+                workers=1,
+                max_batch=1 << 30,
+                cache_dir=None,
+            )
+            if gated
+            else None
+        )
+        self.names = [f"route {route}" for route in routes]
+        if self.engine is not None:
+            self.names.append("dynamic mode")
+
+    def madds(self, route: Route) -> int:
+        """Multiply-adds of one image along a route, all its views together."""
+        return madds(self.net.spec, route, self.preprocessing.image_size_px) * self.views
+
+    def __call__(self, pixels_BCSS: Tensor, labels_B: Tensor, rows_B: Tensor) -> _Answers:
+        """Answers for a batch; raises `DynaslimError` if the network's output is not finite."""
+        x_BCSS = normalise(pixels_BCSS.to(self.device), self.preprocessing)
+        logits: list[list[Tensor]] = [[] for _ in self.names]  # of each mode, by view
+        choices_GB = torch.empty(0, len(labels_B), dtype=torch.int64)
+        madds_B = torch.zeros(len(labels_B), dtype=torch.float64)
+        for number in range(self.views):
+            seen_BCSS = view(x_BCSS, number)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                outputs = self.net.forward_many(seen_BCSS, self.routes)
+                if self.engine is not None:
+                    routed = self.engine(seen_BCSS)
+                    outputs.append(routed.logits)
+                    madds_B += routed.madds.cpu()
+                    if number == 0:
+                        choices_GB = routed.routes.cpu().T
+            for name, mode, output in zip(self.names, logits, outputs, strict=True):
+                mode.append(_finite(name, output.float().cpu()))
+        scores_MBK = torch.stack([_mean_of_views(mode) for mode in logits])
+        return _Answers(
+            rows_B,
+            labels_B,
+            torch.stack([F.cross_entropy(s, labels_B, reduction="none") for s in scores_MBK]),
+            scores_MBK.argmax(2),
+            _ranks(scores_MBK, labels_B),
+            scores_MBK.softmax(2).amax(2),
+            choices_GB,
+            madds_B,
+        )
+
+
+def view(x_BCSS: Tensor, number: int) -> Tensor:
+    """View `number` (0 to `MAX_VIEWS` - 1) of normalised images, for test-time augmentation.
+
+    View 0 is the image and 1 its mirror image; then come the image moved up, down, left and right
+    by a sixteenth of its side (at least 1 px), each followed by its mirror image. What moves in is
+    zero, the mean colour.
+    """
+    step = max(1, x_BCSS.shape[-1] // 16)
+    down, right = (step * sign for sign in _SHIFTS[number // 2])
+    # a negative pad crops: rows taken off one side are added as zeros on the other
+    moved = F.pad(x_BCSS, (right, -right, down, -down)) if down or right else x_BCSS
+    return moved.flip(3) if number % 2 else moved
+
+
+def _answer_all(
+    modes: _Modes,
+    images: ImageDataset,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None = None,
+) -> _Answers:
+    """The whole table, on every process; `on_batch` hears of the images of this one's batches.
 
     Raises:
-        DataError: if their number differs, or a name is not one of the network's.
+        DataError: if no image can be read.
+        DynaslimError: if the network's output is not finite, or another process failed.
     """
-    if len(data_classes) != num_classes:
-        raise DataError(f"{name}: has {len(data_classes)} classes, the network has {num_classes}")
-    if net_classes is None or tuple(data_classes) == tuple(net_classes):
-        return None
-    foreign = [c for c in data_classes if c not in net_classes]
-    if foreign:
-        raise DataError(
-            f"{name}: class {foreign[0]!r} is none of the network's: {', '.join(net_classes)}"
+
+    def own_batches() -> list[_Answers]:
+        return list(_own_answers(modes, images, batch_size, on_batch))
+
+    parts = [part for process in _everyone(own_batches) for part in process]
+    if not parts:
+        raise DataError(f"{images.name or 'data'}: none of its {len(images)} images can be read")
+    return _Answers.join(parts)
+
+
+def _own_answers(
+    modes: _Modes,
+    images: ImageDataset,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None,
+) -> Iterator[_Answers]:
+    """Answers for this process's batches, which are composed as one process's would be."""
+    own = torch.split(torch.arange(len(images)), batch_size)[rank() :: world_size()]
+    if not own:
+        return
+    loaded = images.batches(batch_size, torch.cat(own))
+    for rows_B, (pixels_BCSS, labels_B) in zip(own, loaded, strict=True):
+        if len(labels_B) != len(rows_B):
+            raise DataError(
+                f"{images.name}: gave {len(labels_B)} images for a batch of {len(rows_B)}"
+            )
+        readable = labels_B >= 0
+        if readable.all():
+            yield modes(pixels_BCSS, labels_B, rows_B)
+        elif readable.any():
+            yield modes(pixels_BCSS[readable], labels_B[readable], rows_B[readable])
+        if on_batch is not None:
+            on_batch(len(labels_B))
+
+
+def _everyone(work: Callable[[], T]) -> list[T]:
+    """Every process's result; if one fails, all raise, where they would wait for it forever."""
+    if world_size() == 1:
+        return [work()]
+    try:
+        own = work()
+    except Exception as error:
+        # a stranger's exception may not survive the journey to the other processes
+        ours = isinstance(error, DynaslimError)
+        told = f"process {rank()}: {type(error).__name__}: {error}"
+        gather(error if ours else DynaslimError(told))
+        raise
+    results = gather(own)
+    for result in results:
+        if isinstance(result, DynaslimError):
+            raise result
+    return results
+
+
+def _finite(name: str, logits_BK: Tensor) -> Tensor:
+    if not torch.isfinite(logits_BK).all():
+        raise DynaslimError(
+            f"{name}: the network's output is not finite; its weights or BN statistics "
+            f"are damaged, or the input is"
         )
-    return [tuple(net_classes).index(c) for c in data_classes]
+    return logits_BK
+
+
+def _mean_of_views(logits: Sequence[Tensor]) -> Tensor:
+    """Scores whose softmax is the mean of the views' probabilities; one view's are its logits.
+
+    Not the mean of logits as in the released code: that top-1 was never the higher (docs/log.md).
+    `runtime.escalation.averaged` does the same.
+    """
+    if len(logits) == 1:
+        return logits[0]
+    log_probs = torch.stack([logits_BK.log_softmax(1) for logits_BK in logits])
+    return log_probs.logsumexp(0) - math.log(len(logits))
+
+
+def _ranks(scores_MBK: Tensor, labels_B: Tensor) -> Tensor:
+    """How many classes come before the label; of equals the lower number does, as in argmax."""
+    own_MB1 = scores_MBK.gather(2, labels_B.expand(len(scores_MBK), -1)[..., None])
+    lower_BK = torch.arange(scores_MBK.shape[2]) < labels_B[:, None]
+    return ((scores_MBK > own_MB1) | ((scores_MBK == own_MB1) & lower_BK)).sum(2)

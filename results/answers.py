@@ -19,8 +19,8 @@ import torch
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
-from dynaslim.data import MemoryImages, load_images, open_source
-from dynaslim.data.order import holdout
+from dynaslim.data import ImageDataset, load_images, open_source
+from dynaslim.data.images import holdout
 from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
@@ -156,7 +156,7 @@ _ARRAYS = ("logits_NRC", "labels_N", "gate_logits_NR", "hidden_NF", "mean_NF", "
 
 
 @torch.inference_mode()
-def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) -> Table:
+def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) -> Table:
     """Run a network along all its uniform routes, the trunk once; the widest on mirror images too.
 
     Raises:
@@ -189,7 +189,7 @@ def answer(checkpoint: Checkpoint, images: MemoryImages, batch_size: int = 250) 
     return Table(spec, pre.image_size_px, **joined)
 
 
-def images_of(data: str, split: str, pre: Preprocessing, val_share: float = 0.1) -> MemoryImages:
+def images_of(data: str, split: str, pre: Preprocessing, val_share: float = 0.1) -> ImageDataset:
     """`train` (without what is held out), `held_out` of it, or `test`, decoded as prepared."""
     source = open_source(data, "test" if split == "test" else "train")
     everything = load_images(source, pre)

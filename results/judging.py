@@ -16,7 +16,7 @@ import torch
 
 from dynaslim.checkpoint import read
 from dynaslim.cost_file import read_cost_table
-from dynaslim.data import MemoryImages
+from dynaslim.data import ImageDataset
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import SupernetRecipe
 from dynaslim.runtime.budget_search import split_rows
@@ -30,7 +30,7 @@ WIDTHS: Final = 4
 
 
 @cache
-def _images(data: str, split: str, pre: Preprocessing, share: float) -> MemoryImages:
+def _images(data: str, split: str, pre: Preprocessing, share: float) -> ImageDataset:
     return images_of(data, split, pre, share)
 
 

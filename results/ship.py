@@ -18,7 +18,7 @@ from dynaslim import shipped
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cost import params
-from dynaslim.data import MemoryImages
+from dynaslim.data import ImageDataset
 from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import DynaslimError
 from dynaslim.evaluation import evaluate
@@ -98,7 +98,7 @@ def _with_gate(supernet: Path, recipe: SupernetRecipe, data: DataRecipe, run: Pa
     return read(run / f"gate_{TARGET:.2f}.safetensors")
 
 
-def _tested(gated: Checkpoint, curve: BudgetCurve, test: MemoryImages) -> dict[str, Any]:
+def _tested(gated: Checkpoint, curve: BudgetCurve, test: ImageDataset) -> dict[str, Any]:
     """The test split: routes, the gate as trained, and budgets that were chosen before."""
     pre = gated.preprocessing
     assert pre is not None
@@ -123,7 +123,7 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: MemoryImages) -> dict[s
 
 
 def _answers(
-    gated: Checkpoint, images: MemoryImages, on_batch: Callable[[int], None]
+    gated: Checkpoint, images: ImageDataset, on_batch: Callable[[int], None]
 ) -> PathAnswers:
     pre = gated.preprocessing
     assert pre is not None

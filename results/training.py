@@ -21,8 +21,7 @@ from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.runs import RunOptions, run_gate, run_supernet
-from dynaslim.runs.folder import write_json
-from dynaslim.runs.snapshot import read_snapshot, save_snapshot
+from dynaslim.runs.folder import read_snapshot, save_snapshot, write_json
 from dynaslim.train.loop import SupernetTraining
 from dynaslim.train.step import SupernetLosses, dropout_mask
 from dynaslim.zoo import get_spec

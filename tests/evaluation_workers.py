@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from helpers import lively, micro_spec, noise
 
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import evaluate
 from dynaslim.preprocessing import Preprocessing
@@ -20,7 +20,7 @@ def noise_images(count, classes=5):
     """The noise of `helpers` as pixels, with labels that no network can know."""
     pixels = (noise(micro_spec(), count, image_size=16) * 32 + 128).clamp(0, 255).to(torch.uint8)
     labels = torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(0))
-    return MemoryImages(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
+    return ImageDataset(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
 
 
 def opinionated(spec):
@@ -35,11 +35,16 @@ def opinionated(spec):
 
 
 @dataclasses.dataclass(frozen=True)
-class PartlyReadable(MemoryImages):
+class PartlyReadable(ImageDataset):
     """Like a set on disk, some of whose images do not decode; one may fail otherwise."""
 
     unreadable: tuple[int, ...] = ()
     explosive: int = -1
+    places: tuple[str, ...] = ()
+
+    @property
+    def where(self):
+        return self.places
 
     def batches(self, batch_size, order=None):
         assert order is not None

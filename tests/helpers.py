@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 
 from dynaslim import Engine
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.nn import SlimNet
 from dynaslim.nn.functional import slim_linear
 from dynaslim.nn.gate import Gate
@@ -256,7 +256,7 @@ def toy_images(count=96, classes=5, seed=0):
     labels = torch.arange(count) % classes
     level = (labels * 255 // classes)[:, None, None, None]
     noise_ = torch.randint(0, 40, (count, 3, 16, 16), generator=generator)
-    return MemoryImages((level + noise_).to(torch.uint8), labels, tuple("abcde"[:classes]), "toy")
+    return ImageDataset((level + noise_).to(torch.uint8), labels, tuple("abcde"[:classes]), "toy")
 
 
 @contextmanager

@@ -9,8 +9,7 @@ from helpers import lively, micro_spec, noise
 from PIL import Image
 
 from dynaslim.data import open_source
-from dynaslim.data.disk import DiskImages
-from dynaslim.data.order import holdout
+from dynaslim.data.images import ImageDataset, holdout
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe
 
@@ -56,7 +55,7 @@ def recipes(data, *, target=None, gated=True, supernet=""):
 def held_images(data):
     """The images of a parquet folder that training with `SHARE` holds back."""
     source = open_source(data, "train")
-    return DiskImages.of(source, PRE, rows=holdout(source.labels(), SHARE)[1])
+    return ImageDataset.of(source, PRE, rows=holdout(source.labels(), SHARE)[1])
 
 
 def make_net(number=0, **changes):

@@ -17,7 +17,7 @@ ROOMS = [
     "graph", "shipped",
     "zoo", "cost", "cost_file", "recipes", "pretrained", "nn", "convert", "checkpoint", "data",
     "runtime", "predict",
-    "predict_tables", "predict_ray", "evaluation_table", "evaluation",
+    "predict_tables", "predict_ray", "evaluation",
     "train", "bench", "interop", "runs", "report", "serve", "demo", "doctor", "cli", "__main__",
 ]  # fmt: skip
 

@@ -14,7 +14,7 @@ from dynaslim.cli.output import evaluation_table, saving
 from dynaslim.data import load_images, open_source
 from dynaslim.data.transforms import normalise
 from dynaslim.demo import DATA, README_TOP1, run_demo
-from dynaslim.runs.launch import busy
+from dynaslim.runs.context import busy
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from helpers import lively, micro_spec
 
 from dynaslim import Engine
 from dynaslim.cost import madds
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.images import ImageDataset, label_mapping
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import DataError, DynaslimError, UsageError
-from dynaslim.evaluation import evaluate, match_classes
+from dynaslim.evaluation import evaluate
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.zoo import get_spec
@@ -22,7 +22,7 @@ def _images(count, classes=5):
     pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
     pixels = pixels // torch.randint(1, 8, (count, 1, 1, 1), generator=generator).to(torch.uint8)
     labels = torch.randint(0, classes, (count,), generator=generator)
-    return MemoryImages(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
+    return ImageDataset(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
 
 
 def test_numbers_are_those_of_plain_loops():
@@ -100,16 +100,16 @@ def test_output_that_is_not_finite_is_not_a_result():
 
 
 def test_classes_are_matched_by_name():
-    assert match_classes("x", ["a", "b"], 2, ["a", "b"]) is None
-    assert match_classes("x", ["a", "b"], 2) is None
-    assert match_classes("x", ["b", "c", "a"], 3, ["a", "b", "c"]) == [1, 2, 0]
-    images = MemoryImages(torch.zeros(3, 1, 1, 1), torch.tensor([0, 1, 2]), ("b", "c", "a"))
+    assert label_mapping("x", ["a", "b"], ["a", "b"], 2) == [0, 1]
+    assert label_mapping("x", ["a", "b"], None, 2) == [0, 1]
+    assert label_mapping("x", ["b", "c", "a"], ["a", "b", "c"], 3) == [1, 2, 0]
+    images = ImageDataset(torch.zeros(3, 1, 1, 1), torch.tensor([0, 1, 2]), ("b", "c", "a"))
     again = images.relabelled([1, 2, 0], ("a", "b", "c"))
     assert [again.class_names[c] for c in again.labels_N] == ["b", "c", "a"]
     with pytest.raises(DataError, match="x: class 'd' is none of the network's: a, b"):
-        match_classes("x", ["a", "d"], 2, ["a", "b"])
+        label_mapping("x", ["a", "d"], ["a", "b"], 2)
     with pytest.raises(DataError, match="x: has 1 classes, the network has 2"):
-        match_classes("x", ["a"], 2, ["a", "b"])
+        label_mapping("x", ["a"], ["a", "b"], 2)
 
 
 def test_easy_is_what_the_cheapest_choice_gets_right():

@@ -10,7 +10,7 @@ from pyarrow import parquet
 
 from dynaslim import Engine
 from dynaslim.cost import madds
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import DataError, UsageError
 from dynaslim.evaluation import evaluate, write_table
@@ -125,7 +125,7 @@ def test_classes_add_up_to_the_whole(net):
 def test_classes_share_the_unused_routes_of_one_gate():
     one_gate = lively(get_spec("ds_mbnet_tiny").replace(num_classes=5))
     images = noise_images(20)
-    images = dataclasses.replace(images, images_NCSS=images.images_NCSS.repeat(1, 1, 2, 2))
+    images = dataclasses.replace(images, pixels=images.images_NCSS.repeat(1, 1, 2, 2))
     pre = dataclasses.replace(PRE, image_size_px=32)
     result = evaluate(one_gate, images, pre)
     assert [r.widths for r in result.taken] == [s.widths for s in result.dynamic.route_shares]
@@ -187,7 +187,7 @@ def test_skipped_images_are_in_no_result(net):
 
 
 def test_batches_that_lose_images_are_refused(net):
-    class Leaky(MemoryImages):
+    class Leaky(ImageDataset):
         def batches(self, batch_size, order=None):
             return ((pixels[1:], labels[1:]) for pixels, labels in super().batches(8, order))
 
@@ -197,7 +197,7 @@ def test_batches_that_lose_images_are_refused(net):
 
 def test_table_says_what_became_of_each_image(net, tmp_path):
     where = tuple(f"folder/{n}.png" for n in range(20))
-    images = dataclasses.replace(partly_readable(20, 2, 7), where=where)
+    images = dataclasses.replace(partly_readable(20, 2, 7), places=where)
     result = evaluate(net, images, PRE)
     path = write_table(tmp_path / "deep" / "images.parquet", result, images)
     assert [file.name for file in path.parent.iterdir()] == ["images.parquet"]
@@ -231,7 +231,7 @@ def test_table_says_what_became_of_each_image(net, tmp_path):
 
 
 def test_table_of_images_from_nowhere(tmp_path):
-    class Unnamed(MemoryImages):
+    class Unnamed(ImageDataset):
         def check_fits(self, preprocessing, num_classes):
             """A source that does not know its classes."""
 

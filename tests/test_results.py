@@ -14,7 +14,7 @@ from helpers import bright_pngs, lively_net, write_parquet
 import dynaslim
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
-from dynaslim.data import MemoryImages
+from dynaslim.data import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
@@ -265,7 +265,7 @@ def test_a_table_keeps_its_mirror_images(tmp_path):
 def test_answers_have_the_mirror_images_where_they_may(one_thread):
     net = lively_net("ds_resnet8_cifar")
     pixels = torch.randint(0, 256, (6, 3, 32, 32), dtype=torch.uint8)
-    images = MemoryImages(pixels, torch.arange(6), tuple("abcdefghij"), "noise")
+    images = ImageDataset(pixels, torch.arange(6), tuple("abcdefghij"), "noise")
     pre = Preprocessing(32)
     recipe = {"supernet": {"augment": {"mirror": True}}}
     made = answer(Checkpoint(net, preprocessing=pre, recipe=recipe), images)

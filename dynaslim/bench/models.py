@@ -14,8 +14,8 @@ from torch import Tensor
 from dynaslim import shipped
 from dynaslim.checkpoint import Checkpoint, create_model
 from dynaslim.data import load_images, open_source
-from dynaslim.data.disk import DiskImages
-from dynaslim.data.transforms import normalise
+from dynaslim.data.images import ImageDataset
+from dynaslim.data.transforms import normalise, readable_batches
 from dynaslim.errors import UsageError, check
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
@@ -120,10 +120,8 @@ def calibration_batches(
     check(images >= 1, f"--calibration-images {images}: must be at least 1")
     pre = _prepared(checkpoint)
     loaded, order = _read(data, split, pre, images)
-    for pixels, labels in loaded.batches(64, order):
-        readable = labels >= 0  # others are black, and would be calibrated on
-        if readable.any():
-            yield normalise(pixels[readable], pre)
+    for x_BCSS, _ in readable_batches(loaded.subset(order), pre, 64):
+        yield x_BCSS
 
 
 def compare_precisions(
@@ -146,8 +144,8 @@ def _prepared(checkpoint: Checkpoint) -> Preprocessing:
     return checkpoint.preprocessing
 
 
-def _read(data: str, split: str, pre: Preprocessing, images: int) -> tuple[DiskImages, Tensor]:
+def _read(data: str, split: str, pre: Preprocessing, images: int) -> tuple[ImageDataset, Tensor]:
     source = open_source(data, split)
-    loaded = DiskImages.of(source, pre, workers=os.cpu_count() or 1, corrupt_limit=0.01)
+    loaded = ImageDataset.of(source, pre)
     order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:images]
     return loaded, order

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -11,8 +10,6 @@ from typing import TYPE_CHECKING, Any, Final
 from dynaslim.cli.output import new_table, print_json, say, say_skipped
 
 if TYPE_CHECKING:
-    import torch
-
     from dynaslim.data.source import ImageSource
     from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
     from dynaslim.runtime.calibrate_budget import Outcome
@@ -77,10 +74,8 @@ def calibrate_budget(
 
     from dynaslim.checkpoint import read_prepared, save
     from dynaslim.cost_file import read_cost_table
-    from dynaslim.data import open_source
-    from dynaslim.data.disk import DiskImages
+    from dynaslim.data.images import open_images
     from dynaslim.data.transforms import readable_batches
-    from dynaslim.evaluation import match_classes
     from dynaslim.progress import progress
     from dynaslim.runtime.budget_search import FEW_IMAGES, fit_curve, split_rows
     from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, uniform_outcomes
@@ -96,18 +91,10 @@ def calibrate_budget(
     held_share, asked_split = None, split
     if split is None:
         split, held_share = _held_back(checkpoint, loaded.recipe)
-    source = open_source(data, split)
-    order = match_classes(source.name, source.class_names, spec.num_classes, loaded.class_names)
-    images = DiskImages.of(
-        source,
-        preprocessing,
-        rows=None if held_share is None else _held_rows(source, held_share),
-        workers=os.cpu_count() or 1,
-        corrupt_limit=corrupt_limit,
-    )
+    images = open_images(loaded, data, split, share=held_share, corrupt_limit=corrupt_limit)
     images, told = unseen(images, file, asked_split)
-    if order is not None:
-        images = images.relabelled(order, loaded.class_names or ())
+    source = images.source
+    assert source is not None
     images.check_fits(preprocessing, spec.num_classes)
     _check_enough(source, len(images))
     net = loaded.net.to(to_device(device))
@@ -169,27 +156,19 @@ def calibrate_budget(
 
 def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
     """The split that training chose by, or its training split and the share held back of it."""
+    from dynaslim.data.images import held_out
     from dynaslim.errors import UsageError
 
-    stages = [recipe.get(stage) for stage in ("supernet", "gate")]
-    kept = {
-        (data.get("split"), data.get("val_split"), data.get("val_share"))
-        for stage in stages
-        if isinstance(stage, Mapping)
-        and isinstance(data := stage.get("data"), Mapping)
-        and data.get("path")  # a recipe that names no images did not open them
-    }
     ask = "name a split of images that it was not trained on with --split"
+    kept = {found and (found.split, found.share) for found in held_out(recipe)}
     if not kept:
         raise UsageError(f"{checkpoint}: does not say which images training held back; {ask}")
     if len(kept) > 1:
         raise UsageError(f"{checkpoint}: its two stages held back different images; {ask}")
-    train, val, share = kept.pop()
-    if isinstance(val, str):
-        return val, None
-    if not isinstance(train, str) or not isinstance(share, float) or not 0 < share < 1:
+    found = kept.pop()
+    if found is None:
         raise UsageError(f"{checkpoint}: training held no images back; {ask}")
-    return train, share
+    return found
 
 
 def _check_enough(source: ImageSource, images: int) -> None:
@@ -201,12 +180,6 @@ def _check_enough(source: ImageSource, images: int) -> None:
             f"{source.name} [{source.split}]: has {images} images to measure budgets on, too few "
             f"to tell settings apart; give at least {LEAST_IMAGES}, better {FEW_IMAGES:,}"
         )
-
-
-def _held_rows(source: ImageSource, share: float) -> torch.Tensor:
-    from dynaslim.data.order import holdout
-
-    return holdout(source.labels(), share)[1]
 
 
 def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, Outcome]]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -11,7 +10,7 @@ from dynaslim.cli.output import class_table, evaluation_table, print_json, say, 
 if TYPE_CHECKING:
     import torch
 
-    from dynaslim.data.disk import DiskImages
+    from dynaslim.data.images import ImageDataset
 
 MOST_CLASSES: Final = 20
 """More classes than these are in the JSON, not on the screen."""
@@ -69,23 +68,16 @@ def evaluate(
 
     from dynaslim import evaluation
     from dynaslim.checkpoint import read_prepared
-    from dynaslim.data import open_source
-    from dynaslim.data.disk import DiskImages
+    from dynaslim.data.images import open_images
     from dynaslim.progress import progress
 
     loaded, preprocessing = read_prepared(file)
     spec = loaded.net.spec
     routes = None if asked is None else (spec.coerce_route(asked),)
-    source = open_source(data, split or "test")
-    order = evaluation.match_classes(
-        source.name, source.class_names, spec.num_classes, loaded.class_names
-    )
-    images = DiskImages.of(
-        source, preprocessing, workers=os.cpu_count() or 1, corrupt_limit=corrupt_limit
-    )
+    images = open_images(loaded, data, split or "test", corrupt_limit=corrupt_limit)
     images, told = unseen(images, file, split)
-    if order is not None:
-        images = images.relabelled(order, loaded.class_names or ())
+    source = images.source
+    assert source is not None
     with progress("evaluating", len(images)) as bar:
         result = evaluation.evaluate(
             loaded.net.to(to_device(device)),
@@ -123,7 +115,7 @@ def evaluate(
         say(f"{table}: a line for every image")
 
 
-def unseen(images: DiskImages, checkpoint: Path, split: str | None) -> tuple[DiskImages, str]:
+def unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[ImageDataset, str]:
     """The images to measure, and what there is to say if the network was trained on some of them.
 
     Of a set that is not divided, and of which no split was asked for, those are left out.
@@ -140,7 +132,8 @@ def unseen(images: DiskImages, checkpoint: Path, split: str | None) -> tuple[Dis
     count, total = int(known.sum()), len(images)
     if not count:
         return images, ""
-    if split is None and images.source.split == WHOLE and count < total:
+    whole = images.source is not None and images.source.split == WHOLE
+    if split is None and whole and count < total:
         return images.subset((~known).nonzero().flatten()), (
             f"{total - count} of {total} images, which training held back; it was trained on the "
             f"others (--split {WHOLE} measures all)"
@@ -199,24 +192,16 @@ def calibrate(
 
     from dynaslim.checkpoint import read_prepared, save
     from dynaslim.data import open_source
-    from dynaslim.data.disk import DiskFeed
+    from dynaslim.data.feed import ImageFeed
+    from dynaslim.data.images import ImageDataset
     from dynaslim.data.transforms import normalise
     from dynaslim.progress import progress
-    from dynaslim.recipes import AugmentRecipe
     from dynaslim.train import recalibrate
 
     loaded, preprocessing = read_prepared(file)
     source = open_source(data, split)
-    augment = AugmentRecipe(crop="none", mirror=False)
-    feed = DiskFeed(
-        source,
-        preprocessing,
-        augment,
-        min(batch_size, len(source)),
-        seed,
-        workers,
-        corrupt_limit=corrupt_limit,
-    )
+    images = ImageDataset.of(source, preprocessing, corrupt_limit=corrupt_limit)
+    feed = ImageFeed(images, min(batch_size, len(images)), seed, workers=workers)
     count = min(batches, feed.steps_per_epoch)
     target = to_device(device)
     loaded.net.to(target)

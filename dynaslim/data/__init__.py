@@ -7,17 +7,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dynaslim.data.memory import MemoryImages, load_images
+    from dynaslim.data.images import ImageDataset, load_images
     from dynaslim.data.source import ImageSource, open_source
 
 _HOME = {
+    "ImageDataset": "dynaslim.data.images",
     "ImageSource": "dynaslim.data.source",
-    "MemoryImages": "dynaslim.data.memory",
-    "load_images": "dynaslim.data.memory",
+    "load_images": "dynaslim.data.images",
     "open_source": "dynaslim.data.source",
 }
 
-__all__ = ["ImageSource", "MemoryImages", "load_images", "open_source"]
+__all__ = ["ImageDataset", "ImageSource", "load_images", "open_source"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,52 +1,90 @@
-"""Training batches: what every kind of feed gives, and how a recipe's feed is opened.
+"""Training batches: the feeds of images in memory, on the disk and in streams.
 
-Everything random is a function of (seed, epoch), so that a resumed run gets the batches of a
-straight one; and several processes together see what one sees.
+The order of images is a function of (seed, epoch), so that a resumed run gets the batches of a
+straight one. Several processes see together what one process sees, save of a stream, whose order
+depends on their number.
 
 Suffixes: B rows of a batch, C channels, S side in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Final, Protocol, TypeVar
+import multiprocessing
+import signal
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, Final, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from dynaslim.data.disk import DiskFeed, DiskImages
-from dynaslim.data.memory import MemoryImages, channel_statistics, load_images
-from dynaslim.data.order import EpochOrder, holdout, own_rows, whole_batches
-from dynaslim.data.skipped import Skipped
-from dynaslim.data.source import ImageSource, open_source
-from dynaslim.data.stream import StreamFeed, fetched, open_stream
+from dynaslim import distributed
+from dynaslim.data.decode import decode_entry, random_crop
+from dynaslim.data.images import ImageDataset, ahead, channel_statistics, holdout, label_mapping
+from dynaslim.data.skipped import LIMIT, CorruptImageError, Skipped
+from dynaslim.data.source import Entry, ImageSource, fetched, open_source
 from dynaslim.data.transforms import Augment
-from dynaslim.errors import DataError, UsageError, check
+from dynaslim.errors import DataError, DynaslimError, TrainingError, UsageError, check
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import AugmentRecipe, DataRecipe
+from dynaslim.seeds import step_seed
 
-HASHED: Final = 20_000
-"""Most files on the disk that are read to be told again, beside training."""
-Images = TypeVar("Images", MemoryImages, DiskImages)
+_HASHED: Final = 20_000
+"""Most files on the disk that are hashed at the start of a run."""
+_AHEAD: Final = 2
+"""Batches that each worker decodes ahead."""
+_READ_AHEAD: Final = 3
+"""Batches of a stream that are read and decoded ahead."""
+_JUDGED: Final = 1_000
+"""Images of a stream to be seen before the share of corrupt ones is judged."""
 
 
-class Feed(Protocol):
-    """Batches of uint8 pixels with labels, epoch after epoch."""
+class Feed(ABC):
+    """Batches of uint8 pixels with labels, epoch after epoch.
 
-    name: str
-    """The data set, for messages."""
-    class_names: tuple[str, ...]
-    batch_size: int
-    """Images of one step, over all processes."""
-    steps_per_epoch: int
-    """Whole batches only; images that do not fill one are left out of the epoch."""
-    resized: bool
+    Raises:
+        TrainingError: if the images do not fill one batch.
+        UsageError: if the batch cannot be divided evenly among the processes.
+    """
+
+    resized = False
     """The pixels are already a random resized crop of their picture."""
-    skipped: Skipped
-    """Images that this process met and that do not decode."""
 
+    def __init__(
+        self,
+        images: ImageDataset | ImageSource,
+        num_images: int,
+        batch_size: int,
+        seed: int,
+        skipped: Skipped,
+    ) -> None:
+        if num_images < batch_size:
+            raise TrainingError(
+                f"{images.name or 'data'}: {num_images} images do not fill one batch of "
+                f"{batch_size}"
+            )
+        self.name = images.name
+        """The data set, for messages."""
+        self.class_names = images.class_names
+        self.num_images = num_images
+        """How many images there are to train on."""
+        self.batch_size = batch_size
+        """Images of one step, over all processes."""
+        self.steps_per_epoch = num_images // batch_size
+        """Whole batches; images that do not fill one are left out of the epoch."""
+        self.skipped = skipped
+        """Images that this process met and that do not decode."""
+        self._seed = seed
+        own_rows(batch_size)
+
+    @abstractmethod
     def batches(
         self, start: int, stop: int, *, purpose: str = "train"
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -55,57 +93,338 @@ class Feed(Protocol):
         B is this process's share of the batch; each purpose has an order of its own.
 
         Raises:
-            DataError: if too many images do not decode, or there are fewer than was said.
+            DataError: if too many images do not decode, or there are fewer than expected.
         """
-        ...
 
+    def digests(self) -> Sequence[str]:
+        """`digest` of the training files: a sample of a large set on the disk, none of a stream."""
+        return ()
 
-class MemoryFeed:
-    """A `Feed` of images in memory."""
+    def state(self) -> dict[str, Any]:
+        """What a resumed run has to take over, as plain values."""
+        return {"skipped": self.skipped.state(), "processes": distributed.world_size()}
 
-    def __init__(self, images: MemoryImages, batch_size: int, seed: int) -> None:
-        """Shuffle `images` by `seed`.
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state` returned, in this or another process.
 
         Raises:
-            TrainingError: if the images do not fill one batch.
-            UsageError: if the batch cannot be divided evenly among the processes.
+            UsageError: if the order of the images is not the one the run was started with.
         """
-        self.name = images.name
-        self.class_names = images.class_names
-        self.batch_size = batch_size
-        self.steps_per_epoch = whole_batches(images.name, len(images), batch_size)
-        self.resized = False
-        self.skipped = Skipped.of(images.name, len(images) + len(images.skipped), images.skipped)
+        self.skipped.load_state(state["skipped"])
+
+
+def order_seed(seed: int, epoch: int, purpose: str) -> int:
+    """The seed of an epoch's order; "train" is not named, so that recorded runs stay the same."""
+    return step_seed(seed, epoch, "order" if purpose == "train" else f"order {purpose}")
+
+
+def own_rows(batch_size: int) -> slice:
+    """The rows of each batch that are for this process.
+
+    Raises:
+        UsageError: if the batch cannot be divided evenly among the processes.
+    """
+    processes, rank = distributed.world_size(), distributed.rank()
+    if batch_size % processes:
+        raise UsageError(
+            f"batch_size {batch_size}: cannot be divided evenly among {processes} processes"
+        )
+    share = batch_size // processes
+    return slice(rank * share, (rank + 1) * share)
+
+
+# -- images in memory or on the disk --------------------------------------------------------------
+
+
+class ImageFeed(Feed):
+    """Batches of a shuffled `ImageDataset`; images on the disk are decoded in worker processes.
+
+    With `augment`, a `resized` crop of images on the disk is made while they are decoded. The place
+    of an image that does not decode is taken by the next one of the epoch's order that does, so
+    that batches stay whole and depend on nothing that came before. With 0 workers this process
+    decodes.
+    """
+
+    def __init__(
+        self,
+        images: ImageDataset,
+        batch_size: int,
+        seed: int,
+        *,
+        augment: AugmentRecipe | None = None,
+        workers: int = 0,
+    ) -> None:
+        super().__init__(images, len(images), batch_size, seed, images.skipped)
         self.images = images
-        self._seed = seed
-        own_rows(batch_size)
+        in_memory = images.pixels is not None
+        self.resized = not in_memory and augment is not None and augment.crop == "resized"
+        self._scale_min = augment.scale_min if self.resized and augment is not None else None
+        self._workers = 0 if in_memory else workers
 
     def batches(
         self, start: int, stop: int, *, purpose: str = "train"
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """As `Feed.batches`."""
-        order, own = EpochOrder(len(self.images), self._seed, purpose), own_rows(self.batch_size)
-        for step in range(start, stop):
-            epoch, at = divmod(step, self.steps_per_epoch)
-            rows = order(epoch)[at * self.batch_size : (at + 1) * self.batch_size][own]
-            yield self.images.images_NCSS[rows], self.images.labels_N[rows]
+        steps = _Steps(
+            self.images,
+            self._scale_min,
+            self._seed,
+            purpose,
+            self.steps_per_epoch,
+            self.batch_size,
+            own_rows(self.batch_size),  # workers do not know the rank
+        )
+        loader: DataLoader[Any] = DataLoader(
+            steps,
+            batch_size=None,
+            sampler=range(start, stop),
+            num_workers=self._workers,
+            prefetch_factor=_AHEAD if self._workers else None,
+            collate_fn=_unchanged,
+            generator=torch.Generator(),  # or it would draw from the global one
+            multiprocessing_context=_context() if self._workers else None,
+            worker_init_fn=_ignore_signals,
+        )
+        for batch in loader:
+            if isinstance(batch, DynaslimError):
+                raise batch
+            for where, reason in batch.skipped:
+                self.skipped.add(where, reason)
+            self.skipped.check()
+            yield batch.pixels_BCSS, batch.labels_B
+
+    def digests(self) -> Sequence[str]:
+        """As `Feed.digests`."""
+        return self.images.digests(_HASHED)
+
+
+class _Batch(NamedTuple):
+    """The batch of a step, as a worker hands it over."""
+
+    pixels_BCSS: Tensor
+    labels_B: Tensor
+    skipped: list[tuple[str, str]]
+    """Where and why, of images that do not decode."""
+
+
+@dataclass
+class _Steps(Dataset[_Batch | DynaslimError]):
+    """The batch of each global step."""
+
+    images: ImageDataset
+    scale_min: float | None
+    seed: int
+    purpose: str
+    steps_per_epoch: int
+    batch_size: int
+    own: slice
+    epoch: int = -1
+    order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def __getitem__(self, step: int) -> _Batch | DynaslimError:
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch != self.epoch:
+            seed = order_seed(self.seed, epoch, self.purpose)
+            generator = torch.Generator().manual_seed(seed)
+            self.order = torch.randperm(len(self.images), generator=generator)
+            self.epoch = epoch
+        places = range(at * self.batch_size, (at + 1) * self.batch_size)[self.own]
+        if self.images.pixels is not None:
+            rows = self.order[places.start : places.stop]
+            return _Batch(self.images.pixels[rows], self.images.labels_N[rows], [])
+        skipped: list[tuple[str, str]] = []
+        try:
+            pixels, labels = zip(*(self._image(place, skipped) for place in places), strict=True)
+        except DynaslimError as error:  # raised in a worker, it would come with its traceback
+            return error
+        return _Batch(torch.from_numpy(np.stack(pixels)), torch.stack(labels), skipped)
+
+    def _image(self, place: int, skipped: list[tuple[str, str]]) -> tuple[np.ndarray, Tensor]:
+        """The first image from this place of the epoch on that decodes, and its label."""
+        images = self.images
+        assert images.source is not None
+        assert images.preprocessing is not None
+        for further in range(len(self.order)):
+            number = self.order[(place + further) % len(self.order)]
+            row = int(images.rows[number])
+            crop = None
+            if self.scale_min is not None:
+                seed = f"{self.seed}/{self.epoch}/crop {self.purpose}/{row}"
+                crop = random_crop(self.scale_min, seed)
+            image = decode_entry(images.source[row], images.preprocessing, crop)
+            if not isinstance(image, CorruptImageError):
+                return image, images.labels_N[number]
+            skipped.append((image.where, image.reason))
+        raise DataError(f"{images.name}: no image can be decoded; {skipped[0][0]}")
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _ignore_signals(_worker: int) -> None:
+    """Launchers signal a whole process group: the run stops after its step, which needs us."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _context() -> str | None:
+    """How workers start; by fork where that is safe, as fresh ones import torch for seconds.
+
+    Workers use neither the accelerator nor torch's threads (DataLoader limits them to one), which
+    are what does not survive a fork.
+    """
+    if sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods():
+        return "fork"
+    return None
+
+
+# -- streams --------------------------------------------------------------------------------------
+
+
+class StreamFeed(Feed):
+    """Batches of a stream, shuffled among `buffer` images; threads read and decode ahead.
+
+    Each process reads its own part of the stream (see `ImageSource.shuffled`). The place of an
+    image that does not decode is taken by the next one of its batch that does (after the last comes
+    the first), so that batches do not depend on what came before. `num_images` is used where the
+    stream does not say how many there are.
+
+    Raises:
+        UsageError: if the number of images is unknown.
+    """
+
+    def __init__(
+        self,
+        stream: ImageSource,
+        preprocessing: Preprocessing,
+        augment: AugmentRecipe,
+        batch_size: int,
+        seed: int,
+        workers: int = 1,
+        *,
+        num_images: int | None = None,
+        buffer: int = 10_000,
+        corrupt_limit: float = LIMIT,
+    ) -> None:
+        images = stream.num_images or num_images
+        if images is None:
+            raise UsageError(
+                f"{stream.name}: does not say how many images it has; give --data.stream_images"
+            )
+        skipped = Skipped(stream.name, limit=corrupt_limit, at_least=_JUDGED)
+        super().__init__(stream, images, batch_size, seed, skipped)
+        self.resized = augment.crop == "resized"
+        self._stream = stream
+        self._preprocessing = preprocessing
+        self._scale_min = augment.scale_min if self.resized else None
+        self._workers = max(workers, 1)
+        self._buffer = buffer
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """As `Feed.load_state`; the order depends on the number of processes."""
+        now = distributed.world_size()
+        # without a number: all processes read the order of one
+        before = state.get("processes", 1)
+        check(
+            before == now,
+            f"{self.name}: the order of a stream depends on the number of processes: the run was "
+            f"started with the order of {before}, this is {now}; resume it with {before}, or start "
+            f"a new run",
+        )
+        super().load_state(state)
+
+    def batches(
+        self, start: int, stop: int, *, purpose: str = "train"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """As `Feed.batches`; images before `start` in its epoch are read, but not decoded."""
+        while start < stop:
+            epoch, at = divmod(start, self.steps_per_epoch)
+            end = min(stop, (epoch + 1) * self.steps_per_epoch)
+            yield from self._epoch(epoch, at, end - start, purpose)
+            if end % self.steps_per_epoch == 0:
+                self.skipped.check(complete=True)
+            start = end
+
+    def _epoch(
+        self, epoch: int, first: int, steps: int, purpose: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        own = range(self.batch_size)[own_rows(self.batch_size)]
+        entries = self._stream.shuffled(
+            order_seed(self._seed, epoch, purpose),
+            self._buffer,
+            first * len(own),
+            self.steps_per_epoch * len(own),
+        )
+        reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(self._workers)
+
+        def decode(entry: Entry, place: int) -> np.ndarray | CorruptImageError:
+            crop = None
+            if self._scale_min is not None:
+                crop = random_crop(self._scale_min, f"{self._seed}/{epoch}/crop {purpose}/{place}")
+            return decode_entry(entry, self._preprocessing, crop)
+
+        def read(step: int) -> list[tuple[int, Future[np.ndarray | CorruptImageError]]]:
+            at = step * self.batch_size + own.start
+            batch = list(islice(entries, len(own)))
+            if len(batch) < len(own):
+                seen = step * len(own) + len(batch)
+                raise DataError(
+                    f"{self.name}: the stream ended after {seen} images, where "
+                    f"{self.num_images // distributed.world_size()} were to be; correct "
+                    f"--data.stream_images"
+                )
+            return [
+                (entry.label, decoders.submit(decode, entry, place))
+                for place, entry in enumerate(batch, at)
+            ]
+
+        try:
+            with closing(ahead(reader, read, range(first, first + steps), _READ_AHEAD)) as read_in:
+                for batch in read_in:
+                    seen = self.skipped.images + len(own)
+                    self.skipped.images = min(seen, self.num_images)
+                    images = [(image.result(), label) for label, image in batch]
+                    yield self._whole(images)
+        finally:
+            # closing is left to the reader: datasets sleeps for seconds when it closes parquet
+            with suppress(RuntimeError):  # at the interpreter's end nothing more is begun
+                reader.submit(entries.close)
+            reader.shutdown(wait=False)
+            decoders.shutdown(wait=False, cancel_futures=True)
+
+    def _whole(
+        self, batch: list[tuple[np.ndarray | CorruptImageError, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """The batch with the next image that decodes in place of each that does not."""
+        pixels, labels = [], []
+        for at in range(len(batch)):
+            for image, label in (*batch[at:], *batch[:at]):
+                if not isinstance(image, CorruptImageError):
+                    pixels.append(image)
+                    labels.append(label)
+                    break
+                self.skipped.add(image.where, image.reason)
+            else:
+                last = self.skipped.names[-1]
+                raise DataError(f"{self.name}: no image of a batch decodes; {last}")
+        self.skipped.check()
+        return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
+
+
+# -- what a recipe trains on ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a recipe's images are to a training run."""
+    """The images of a training run."""
 
     feed: Feed
     augment: Augment
     """From the feed's pixels to network input."""
-    validation: MemoryImages | DiskImages | None
-    """Images to choose by; None where the recipe holds none back."""
+    validation: ImageDataset | None
+    """Images held out; None where the recipe holds none out."""
     preprocessing: Preprocessing
-    images: int
-    """How many there are to train on."""
-    digests: Callable[[], Sequence[str]]
-    """`digest` of the files trained on; of more than `HASHED` on the disk a sample, of a stream
-    none."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -119,7 +438,7 @@ class Training:
 
     @property
     def held_back(self) -> int:
-        """How many there are to choose by."""
+        """How many images are held out."""
         return 0 if self.validation is None else len(self.validation)
 
 
@@ -135,7 +454,7 @@ def open_training(
 ) -> Training:
     """Open a recipe's images for a network of so many input channels (1 or 3).
 
-    The images held back do not depend on `seed`. A recipe without mean and std gets those of the
+    The images held out do not depend on `seed`. A recipe without mean and std gets those of the
     training images where they are in memory, else ImageNet's (for one channel, the mean of its
     three). `workers` decode a `disk` or `stream` set; `on_image` is called for each image that is
     decoded into memory.
@@ -147,35 +466,55 @@ def open_training(
     """
     check(bool(recipe.path), "name the images: --data.path PATH")
     preprocessing = _preprocessing(recipe, channels)
-    feed: Feed
-    validation: MemoryImages | DiskImages | None
-    if recipe.load == "memory":
-        images, validation = _in_memory(recipe, preprocessing, on_image)
-        feed = MemoryFeed(images, batch_size, seed)
-        count = len(images)
-        digests: Callable[[], Sequence[str]] = partial(tuple, images.digests)
-        if recipe.mean is None:
-            mean, std = channel_statistics(images)
-            preprocessing = replace(preprocessing, mean=mean, std=std)
-    elif recipe.load == "disk":
-        source, rows, validation = _on_disk(recipe, preprocessing, workers)
-        feed = DiskFeed(
+    in_memory, streaming = recipe.load == "memory", recipe.load == "stream"
+    source = open_source(recipe.path, recipe.split, streaming=streaming)
+
+    def dataset(source: ImageSource, rows: Tensor | None = None) -> ImageDataset:
+        images = ImageDataset.of(
             source,
             preprocessing,
-            augment,
-            batch_size,
-            seed,
-            workers,
             rows=rows,
+            workers=None if in_memory else workers,
             corrupt_limit=recipe.corrupt_limit,
         )
-        count = len(source) if rows is None else len(rows)
-        trained = DiskImages.of(source, preprocessing, rows=rows, workers=max(workers, 1))
-        digests = partial(trained.digests, HASHED)
-    else:
-        stream = open_stream(recipe.path, recipe.split)
+        return images.loaded(on_image) if in_memory else images
+
+    feed: Feed
+    images = validation = None
+    if recipe.val_split is not None:
+        opened = fetched if streaming else open_source
+        other = opened(recipe.path, recipe.val_split)
+        # a set that is not divided gives the same images under every name
+        check(
+            source.split != other.split,
+            f"{recipe.path}: {recipe.split!r} and {recipe.val_split!r} are the same images here; "
+            f"leave val_split out, and val_share holds some back",
+        )
+        names = source.class_names
+        mapping = label_mapping(
+            other.name, other.class_names, names, len(names), "the training split"
+        )
+        images = None if streaming else dataset(source)
+        validation = dataset(other).relabelled(mapping, names)
+    elif recipe.val_share:
+        labels = source.labels()
+        rows, held_rows = holdout(labels, recipe.val_share)
+        check(
+            len(held_rows) > 0,
+            f"val_share {recipe.val_share}: of {len(labels)} images it holds none back",
+        )
+        if in_memory:  # decoded once, and judged together
+            everything = dataset(source)
+            held_N = torch.isin(everything.rows, held_rows)
+            images = everything.subset((~held_N).nonzero().flatten())
+            validation = everything.subset(held_N.nonzero().flatten())
+        else:
+            images, validation = dataset(source, rows), dataset(source, held_rows)
+    elif not streaming:
+        images = dataset(source)
+    if images is None:
         feed = StreamFeed(
-            stream,
+            source,
             preprocessing,
             augment,
             batch_size,
@@ -185,69 +524,13 @@ def open_training(
             buffer=recipe.shuffle_buffer,
             corrupt_limit=recipe.corrupt_limit,
         )
-        validation, digests = None, tuple
-        count = stream.num_images or recipe.stream_images or 0
-        if recipe.val_split is not None:
-            source = fetched(recipe.path, recipe.val_split)
-            _check_apart(recipe, stream.split, source.split)
-            validation = _disk_images(source, recipe, preprocessing, workers)
-            validation = _same_classes(validation, feed.class_names)
+    else:
+        feed = ImageFeed(images, batch_size, seed, augment=augment, workers=workers)
+        if in_memory and recipe.mean is None:
+            mean, std = channel_statistics(images)
+            preprocessing = replace(preprocessing, mean=mean, std=std)
     augmented = Augment(augment, preprocessing, resized_already=feed.resized)
-    return Training(feed, augmented, validation, preprocessing, count, digests)
-
-
-def _in_memory(
-    recipe: DataRecipe, preprocessing: Preprocessing, on_image: Callable[[], None] | None
-) -> tuple[MemoryImages, MemoryImages | None]:
-    """The images to train on and those to choose by."""
-
-    def load(source: ImageSource) -> MemoryImages:
-        return load_images(
-            source,
-            preprocessing,
-            on_image=on_image,
-            corrupt_limit=recipe.corrupt_limit,
-        )
-
-    source = open_source(recipe.path, recipe.split)
-    if recipe.val_split is not None:
-        other = open_source(recipe.path, recipe.val_split)
-        _check_apart(recipe, source.split, other.split)
-        images = load(source)
-        return images, _same_classes(load(other), images.class_names)
-    images = load(source)
-    if not recipe.val_share:
-        return images, None
-    # divided by all rows, whether they decode or not: so does who measures on those held back
-    _, held_back = _holdout(recipe, source.labels())
-    held_N = torch.isin(torch.tensor(images.rows), held_back)
-    return images.subset((~held_N).nonzero().flatten()), images.subset(held_N.nonzero().flatten())
-
-
-def _on_disk(
-    recipe: DataRecipe, preprocessing: Preprocessing, workers: int
-) -> tuple[ImageSource, Tensor | None, DiskImages | None]:
-    """The source to train on with its rows (None: all), and the images to choose by."""
-    source = open_source(recipe.path, recipe.split)
-    labels = source.labels()
-    if recipe.val_split is not None:
-        other = open_source(recipe.path, recipe.val_split)
-        _check_apart(recipe, source.split, other.split)
-        validation = _disk_images(other, recipe, preprocessing, workers)
-        return source, None, _same_classes(validation, source.class_names)
-    if not recipe.val_share:
-        return source, None, None
-    rows, held_back = _holdout(recipe, labels)
-    return source, rows, _disk_images(source, recipe, preprocessing, workers, held_back)
-
-
-def _check_apart(recipe: DataRecipe, split: str, val_split: str) -> None:
-    """A set that is not divided gives the same images under every name."""
-    check(
-        split != val_split,
-        f"{recipe.path}: {recipe.split!r} and {recipe.val_split!r} are the same images here; leave "
-        f"val_split out, and val_share holds some back",
-    )
+    return Training(feed, augmented, validation, preprocessing)
 
 
 def _preprocessing(recipe: DataRecipe, channels: int) -> Preprocessing:
@@ -258,33 +541,3 @@ def _preprocessing(recipe: DataRecipe, channels: int) -> Preprocessing:
     if len(mean) != channels:
         raise UsageError(f"mean {mean}: the network has {channels} input channels")
     return replace(usual, mean=mean, std=std)
-
-
-def _holdout(recipe: DataRecipe, labels: Tensor) -> tuple[Tensor, Tensor]:
-    rows, held_back = holdout(labels, recipe.val_share)
-    check(
-        len(held_back) > 0,
-        f"val_share {recipe.val_share}: of {len(labels)} images it holds none back",
-    )
-    return rows, held_back
-
-
-def _disk_images(
-    source: ImageSource,
-    recipe: DataRecipe,
-    preprocessing: Preprocessing,
-    workers: int,
-    rows: Tensor | None = None,
-) -> DiskImages:
-    return DiskImages.of(
-        source, preprocessing, rows=rows, workers=workers, corrupt_limit=recipe.corrupt_limit
-    )
-
-
-def _same_classes(images: Images, class_names: tuple[str, ...]) -> Images:
-    """The images with their classes numbered as in training; raises `DataError` if they differ."""
-    if images.class_names == class_names:
-        return images
-    if sorted(images.class_names) != sorted(class_names):
-        raise DataError(f"{images.name}: the splits to train on and to choose by differ in classes")
-    return images.relabelled([class_names.index(c) for c in images.class_names], class_names)

@@ -10,7 +10,7 @@ from dynaslim.errors import DataError
 NAMED: Final = 20
 """Skipped images that are named; the others are counted."""
 LIMIT: Final = 0.01
-"""Share of a set's images that may be left out unless it is said; one image may be."""
+"""Default share of a set's images that may be left out; one image always may."""
 _IN_MESSAGE: Final = 3
 
 
@@ -24,7 +24,7 @@ class CorruptImageError(DataError):
 
 
 def report_lines(lines: Sequence[str]) -> list[str]:
-    """What every verb prints of skipped images: the first by name, the others by number."""
+    """What every command prints about skipped images: the first by name, the rest as a count."""
     shown = [f"skipped: {line}" for line in lines[:NAMED]]
     if len(lines) > NAMED:
         shown.append(f"skipped: {len(lines) - NAMED} more")
@@ -32,27 +32,17 @@ def report_lines(lines: Sequence[str]) -> list[str]:
 
 
 class Skipped:
-    """Distinct images of a data set that were left out, in the order they were met."""
+    """Distinct images of a data set that were left out, in the order they were met.
+
+    `images` is the size of the set, or how many images were seen so far where it is read as a
+    stream. `limit` is the share of them that may be left out, judged once `at_least` were seen.
+    """
 
     def __init__(
         self, name: str, images: int = 0, *, limit: float = 1.0, at_least: int = 0
     ) -> None:
-        self.name = name
-        """The data set, for messages."""
-        self.images = images
-        """Images in the set, or seen so far where the set is read as a stream."""
-        self.limit = limit
-        """Share of the images that may be left out."""
-        self.at_least = at_least
-        """Images to be seen before their share is held against the limit."""
+        self.name, self.images, self.limit, self.at_least = name, images, limit, at_least
         self._lines: dict[str, str] = {}
-
-    @classmethod
-    def of(cls, name: str, images: int, lines: Iterable[str]) -> Skipped:
-        """Those of a set of so many images, all told, that have been left out already."""
-        skipped = cls(name, images)
-        skipped._lines = {line: line for line in lines}
-        return skipped
 
     @property
     def count(self) -> int:
@@ -70,15 +60,15 @@ class Skipped:
         return self.lines[:NAMED]
 
     def add(self, where: str, reason: str) -> None:
-        """Count an image; one that was counted before changes nothing."""
+        """Count an image, once."""
         self._lines.setdefault(where, f"{where}: {reason}")
 
     def state(self) -> list[list[str]]:
-        """What has been counted, for `load_state` of a run that goes on."""
+        """What has been counted, for `load_state` of a resumed run."""
         return [[where, line] for where, line in self._lines.items()]
 
     def load_state(self, state: Iterable[Sequence[str]]) -> None:
-        """Count what another run had counted."""
+        """Count what the run had counted before it was stopped."""
         for where, line in state:
             self._lines.setdefault(where, line)
 
@@ -86,7 +76,7 @@ class Skipped:
         """Raise `DataError` if more than the limit's share of the images were left out.
 
         One image is never too many, unless the limit is 0: of a small set it is a large share.
-        With `complete` the set has been seen, so that `at_least` does not matter any more.
+        With `complete` the whole set has been seen, and `at_least` no longer matters.
         """
         if self.count <= max(self.limit * self.images, 1 if self.limit else 0):
             return

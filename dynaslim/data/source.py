@@ -1,20 +1,23 @@
-"""One loader for labelled images: parquet files, image folders and hub names, by `datasets`."""
+"""Opening labelled images, still encoded: parquet files, image folders and hub names."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
 import huggingface_hub
+import pyarrow.parquet  # type: ignore[import-untyped]
 import torch
+from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
 from dynaslim.data.layout import class_folders, is_hub_name, pick_split, tables_of
 from dynaslim.data.skipped import CorruptImageError
+from dynaslim.distributed import rank, world_size
 from dynaslim.errors import DataError
 
 
@@ -29,7 +32,7 @@ class Entry(NamedTuple):
     """The bytes are in the file `where`."""
 
     def read(self) -> bytes:
-        """The encoded image; raises `CorruptImageError` if there is none to be had."""
+        """The encoded image; raises `CorruptImageError` if it is missing or cannot be read."""
         if self.content is not None:
             return self.content
         if not self.on_disk:
@@ -42,114 +45,193 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A split of labelled images, still encoded: iterate for (where, image bytes, label)."""
+    """A split of labelled images, still encoded.
+
+    Rows are read by number, or in a shuffled order; a stream can only be read in order.
+    """
 
     name: str
     """The path or hub name it came from, for messages."""
     split: str
     class_names: tuple[str, ...]
     dataset: Any
+    """A `datasets.Dataset`, or the `datasets.IterableDataset` of a stream."""
     image_column: str
     label_column: str
+    num_images: int | None
+    """None for a stream of unknown length."""
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __iter__(self) -> Iterator[tuple[str, bytes, int]]:
-        for entry in self.entries():
-            yield entry.where, entry.read(), entry.label
-
     def __getitem__(self, row: int) -> Entry:
-        """The entry of one row.
+        """The image of one row; raises `DataError` if its label is not one of the classes."""
+        columns = self.dataset[row]
+        return self._entry(columns[self.image_column], columns[self.label_column], self._row(row))
 
-        Raises:
-            DataError: if its label is none of the classes.
-        """
-        return self._entry(row, self.dataset[row])
-
-    def entries(self) -> Iterator[Entry]:
-        """Every entry in turn; one whose image is missing says so when it is read."""
-        for row, columns in enumerate(self.dataset):
-            yield self._entry(row, columns)
+    def __iter__(self) -> Iterator[Entry]:
+        """Every image in turn."""
+        return map(self.__getitem__, range(len(self)))
 
     def labels(self) -> Tensor:
-        """The label of every row, int64, without a look at the images.
+        """The label of every row, int64; images are not read.
 
         Raises:
-            DataError: if one is none of the classes; the message names its row.
+            DataError: if a label is not one of the classes; the message names its row.
         """
         labels = self.dataset.select_columns([self.label_column])[:][self.label_column]
         for row, label in enumerate(labels):
-            check_label(label, self.class_names, self._where(row))
+            self._checked(label, self._row(row))
         return torch.tensor(labels, dtype=torch.int64)
 
-    def _where(self, row: int) -> str:
+    def shuffled(
+        self, seed: int, buffer: int, start: int = 0, share: int = 0
+    ) -> Generator[Entry, None, None]:
+        """The images of this process from number `start` of the order that `seed` gives.
+
+        The shards (files) of a stream are shuffled and shared out among the processes, and each
+        process shuffles its images among `buffer` of them. Shares of several processes differ in
+        size: one that ends starts again, unless it has less than half of the `share` images that a
+        process takes in an epoch. Rows on the disk are shuffled freely and shared out evenly.
+
+        What comes before `start` is read but not decoded. The saved state of `datasets` would skip
+        it, but loses the images of the shuffle buffer.
+
+        Raises:
+            DataError: if reading fails, or a label is not one of the classes.
+        """
+        part = self._share(seed, buffer)
+        if world_size() == 1:
+            yield from map(self._shuffled_entry, self._read(part.skip(start)))
+            return
+        position = number = 0
+        while position == 0 or 2 * number >= share:
+            number = 0
+            for columns in self._read(part):
+                if position >= start:
+                    yield self._shuffled_entry(columns)
+                position += 1
+                number += 1
+            if not number:
+                return
+
+    def _share(self, seed: int, buffer: int) -> Any:
+        """The shuffled images that this process reads."""
+        dataset, processes = self.dataset, world_size()
+        if isinstance(dataset, datasets.Dataset):
+            return dataset.shuffle(seed=seed).shard(processes, rank(), contiguous=False)
+        if dataset.num_shards < processes:
+            dataset = dataset.reshard()  # by row groups
+        shuffled = dataset.shuffle(seed=seed, buffer_size=buffer)
+        if processes == 1:
+            return shuffled
+        if shuffled.num_shards >= processes:
+            return shuffled.shard(processes, rank())
+        # too small to be divided: each process reads the whole stream and drops what is not its own
+        return split_dataset_by_node(shuffled, rank(), processes)
+
+    def in_order(self) -> Iterator[Mapping[str, Any]]:
+        """The undecoded rows as they are stored."""
+        return self._read(self.dataset)
+
+    def _read(self, dataset: Any) -> Iterator[Mapping[str, Any]]:
+        try:
+            yield from dataset
+        except Exception as error:  # network and format problems, of many kinds
+            raise DataError(f"{self.name}: reading stopped: {_first_line(error)}") from error
+
+    def _row(self, row: int) -> str:
         return f"{self.name} [{self.split}] row {row}"
 
-    def _entry(self, row: int, columns: Mapping[str, Any]) -> Entry:
-        return entry_of(
-            columns[self.image_column],
-            columns[self.label_column],
-            self.class_names,
-            self._where(row),
-        )
+    def _entry(self, image: Mapping[str, Any] | None, label: object, where: str) -> Entry:
+        """The entry of undecoded columns; `where` names an image that is not a file."""
+        content, path = (None, None) if image is None else (image["bytes"], image["path"])
+        on_disk = content is None and path is not None
+        if on_disk:
+            where = str(path)
+        return Entry(where, content, self._checked(label, where), on_disk)
+
+    def _shuffled_entry(self, columns: Mapping[str, Any]) -> Entry:
+        image = columns[self.image_column]
+        if image is not None and image["path"]:
+            where = image["path"]
+        else:  # the row number is unknown
+            content = b"" if image is None else image["bytes"] or b""
+            where = f"image with MD5 {hashlib.md5(content).hexdigest()}"
+        place = f"{self.name} [{self.split}] {where}"
+        return self._entry(image, columns[self.label_column], place)
+
+    def _checked(self, label: object, where: str) -> int:
+        if not isinstance(label, int) or not 0 <= label < len(self.class_names):
+            count = len(self.class_names)
+            raise DataError(f"{where}: label {label!r} is none of the {count} classes")
+        return label
 
 
 def digest(content: bytes) -> str:
-    """What tells an image's file from all others: 16 hexadecimal digits of its content."""
+    """A hash of an image's file: 16 hexadecimal digits."""
     return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
-def entry_of(
-    image: Mapping[str, Any] | None, label: object, class_names: Sequence[str], where: str
-) -> Entry:
-    """The entry of an image column's undecoded value; `where` names one that is in no file.
-
-    Raises:
-        DataError: if the label is none of the classes.
-    """
-    content = path = None
-    if image is not None:
-        content, path = image["bytes"], image["path"]
-    on_disk = content is None and path is not None
-    if on_disk:
-        where = str(path)
-    return Entry(where, content, check_label(label, class_names, where), on_disk)
-
-
-def check_label(label: object, class_names: Sequence[str], where: str) -> int:
-    """The label, if it is the number of a class; raises `DataError` otherwise."""
-    if not isinstance(label, int) or not 0 <= label < len(class_names):
-        raise DataError(f"{where}: label {label!r} is none of the {len(class_names)} classes")
-    return label
-
-
-def open_source(path: str | Path, split: str = "test") -> ImageSource:
+def open_source(path: str | Path, split: str = "test", *, streaming: bool = False) -> ImageSource:
     """Open a split of a data set; nothing is decoded yet.
 
     `path` is a parquet file, a folder of parquet files (their names or folders say train, test or
     validation), a folder of images (`[split/]class/file`) or the name of a data set on the hub.
-    `split` "test" also takes validation; a set that is not divided is taken whole.
+    `split` "test" also takes validation; a set that is not divided is taken whole. With `streaming`
+    nothing is copied to the disk.
 
     Raises:
         DataError: if there is nothing there, no such split, or no image and label columns.
     """
-    source = Path(path)
+    name, local = str(path), Path(path)
     datasets.disable_progress_bars()
-    tables = tables_of(source) if source.exists() else {}
+    tables = tables_of(local) if local.exists() else {}
     if tables:
-        name = pick_split(str(path), split, list(tables))
-        dataset = open_tables(str(path), name, tables[name])
+        chosen = pick_split(name, split, list(tables))
+        dataset = _open_tables(name, chosen, tables[chosen], streaming)
     else:
-        loaded = _image_folder(source) if source.exists() else open_hub(str(path))
-        name = pick_split(str(path), split, list(loaded))
-        dataset = loaded[name]
-    if not len(dataset):
-        raise DataError(f"{path}: split {name} is empty")
-    return _source(str(path), name, dataset)
+        loaded = _image_folder(local) if local.exists() else _open_hub(name, streaming)
+        chosen = pick_split(name, split, list(loaded))
+        dataset = loaded[chosen]
+    number: int | None
+    if isinstance(dataset, datasets.Dataset):
+        number = len(dataset)
+    elif tables:
+        number = _rows_of(name, tables[chosen])
+    else:
+        info = (dataset.info.splits or {}).get(chosen)
+        number = None if info is None else info.num_examples or None
+    if number == 0:
+        raise DataError(f"{name}: split {chosen} is empty")
+    if dataset.features is None:
+        dataset = dataset._resolve_features()  # from the first images
+    image_column, label_column = _pick_columns(name, dataset.features)
+    class_names = _class_names(name, dataset, label_column)
+    dataset = dataset.select_columns([image_column, label_column])
+    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    return ImageSource(name, chosen, class_names, dataset, image_column, label_column, number)
 
 
-def open_tables(path: str, split: str, tables: list[str], *, streaming: bool = False) -> Any:
+def fetched(path: str, split: str) -> ImageSource:
+    """A whole split of a streamed set, for evaluation.
+
+    Of a set on the hub, the split is copied to the disk as it is read, without the other splits.
+    """
+    if Path(path).exists():
+        return open_source(path, split)
+    stream = open_source(path, split, streaming=True)
+    dataset = datasets.Dataset.from_generator(
+        _rows, gen_kwargs={"path": path, "split": split}, features=stream.dataset.features
+    )
+    return replace(stream, dataset=dataset, num_images=len(dataset))
+
+
+def _rows(path: str, split: str) -> Iterator[Mapping[str, Any]]:
+    return open_source(path, split, streaming=True).in_order()
+
+
+def _open_tables(path: str, split: str, tables: list[str], streaming: bool) -> Any:
     """The dataset of one split's parquet files; raises `DataError` if they cannot be read."""
     # splits are opened one at a time: together, all would get the class names of one
     options = {"streaming": True} if streaming else {}
@@ -159,21 +241,21 @@ def open_tables(path: str, split: str, tables: list[str], *, streaming: bool = F
     except Exception as error:  # datasets lets through what its readers raise, of many kinds
         if "corresponds to no data" in str(error):
             raise DataError(f"{path}: split {split} is empty") from None
-        raise DataError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
+        raise DataError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
 
 
-def open_hub(name: str, *, streaming: bool = False) -> Mapping[str, Any]:
+def _open_hub(name: str, streaming: bool) -> Mapping[str, Any]:
     """Split name -> dataset of a data set on the hub; raises `DataError` if there is none."""
     if not is_hub_name(name):
         raise DataError(f"{name}: no such file or folder")
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries; we report the outcome
+    options = {"streaming": True} if streaming else {}
     try:
-        options = {"streaming": True} if streaming else {}
         loaded: Mapping[str, Any] = datasets.load_dataset(name, **options)
     except Exception as error:  # network, access and format problems, of many kinds
         raise DataError(
             f"{name}: no such file or folder, and not to be had as a data set from the hub: "
-            f"{first_line(error)}"
+            f"{_first_line(error)}"
         ) from None
     return loaded
 
@@ -194,21 +276,15 @@ def _image_folder(source: Path) -> dict[str, Any]:
     }
 
 
-def _source(name: str, split: str, dataset: Any) -> ImageSource:
-    image_column, column = pick_columns(name, dataset.features)
-    label = dataset.features[column]
-    if isinstance(label, datasets.ClassLabel):
-        class_names = tuple(label.names)
-    else:
-        highest = max((label for label in dataset[column] if label is not None), default=-1)
-        class_names = tuple(map(str, range(highest + 1)))
-    dataset = dataset.select_columns([image_column, column])
-    dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
-    return ImageSource(name, split, class_names, dataset, image_column, column)
+def _rows_of(name: str, tables: Sequence[str]) -> int:
+    try:
+        return sum(pyarrow.parquet.read_metadata(table).num_rows for table in tables)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{name}: cannot be read as parquet: {_first_line(error)}") from None
 
 
-def pick_columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
-    """The columns of images and of labels: class labels, or else numbers called `label`.
+def _pick_columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
+    """The columns of images and of labels: class labels, or else integers called `label`.
 
     Raises:
         DataError: if there is no such column.
@@ -224,7 +300,17 @@ def pick_columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
     return images[0], labels[0]
 
 
-def first_line(error: Exception) -> str:
-    """What an error of another library says, for a message of one line."""
+def _class_names(name: str, dataset: Any, column: str) -> tuple[str, ...]:
+    label = dataset.features[column]
+    if isinstance(label, datasets.ClassLabel):
+        return tuple(label.names)
+    if not isinstance(dataset, datasets.Dataset):
+        raise DataError(f"{name}: a stream's label column must name its classes, {label} does not")
+    highest = max((label for label in dataset[column] if label is not None), default=-1)
+    return tuple(map(str, range(highest + 1)))
+
+
+def _first_line(error: Exception) -> str:
+    """The message of another library's error, in one line."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

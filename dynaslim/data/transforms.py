@@ -20,8 +20,7 @@ from dynaslim.recipes import AugmentRecipe
 from dynaslim.seeds import step_seed
 
 if TYPE_CHECKING:
-    from dynaslim.data.disk import DiskImages
-    from dynaslim.data.memory import MemoryImages
+    from dynaslim.data.images import ImageDataset
 
 
 def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
@@ -33,7 +32,7 @@ def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 
 def readable_batches(
-    images: MemoryImages | DiskImages, preprocessing: Preprocessing, batch_size: int
+    images: ImageDataset, preprocessing: Preprocessing, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Network inputs (B, C, S, S) and labels (B,) of the images that can be read, as stored."""
     for pixels, labels in images.batches(batch_size):

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.evaluation import Evaluation
 from dynaslim.report import text
 from dynaslim.report.data import Mode
@@ -525,7 +525,7 @@ def _curves_table(curves: Sequence[Curve], most: int = 12) -> list[tuple[str, ..
 
 @_in_style
 def evaluation_figure(
-    spec: NetSpec, result: Evaluation, images: MemoryImages, *, title: str
+    spec: NetSpec, result: Evaluation, images: ImageDataset, *, title: str
 ) -> bytes:
     """Accuracy against MAdds, and below it example images sorted by the route they took: a PNG.
 
@@ -569,7 +569,7 @@ def evaluation_figure(
     return buffer.getvalue()
 
 
-def _draw_strip(axes: Axes, images: MemoryImages, result: Evaluation, rows: torch.Tensor) -> None:
+def _draw_strip(axes: Axes, images: ImageDataset, result: Evaluation, rows: torch.Tensor) -> None:
     """One row of pictures with the names of their classes."""
     size = images.images_NCSS.shape[-1]
     gap = max(2, size // 5)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from dynaslim import shipped
 from dynaslim.cost import madds
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise, readable_batches
 from dynaslim.errors import UsageError, check
-from dynaslim.evaluation import Evaluation, LabelledImages, RouteMetrics, RouteShare, evaluate
+from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.pretrained import local_path, run_checkpoints
@@ -455,7 +456,7 @@ def _notes_on_images(images: ReportImages, evaluation: Evaluation) -> list[str]:
 @torch.inference_mode()
 def measure_details(
     net: ElasticNet,
-    images: LabelledImages,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     evaluation: Evaluation,
     *,

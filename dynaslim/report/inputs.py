@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, NamedTuple
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 import torch
@@ -20,13 +19,12 @@ import torch
 import dynaslim.data
 from dynaslim._files import parse_json, validated
 from dynaslim.checkpoint import Checkpoint, read
-from dynaslim.data.disk import DiskImages
+from dynaslim.data.images import HeldOut, ImageDataset, held_out
+from dynaslim.data.images import open_images as open_for
 from dynaslim.data.layout import WHOLE
-from dynaslim.data.order import holdout
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
-from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics, match_classes
-from dynaslim.preprocessing import Preprocessing
+from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics
 from dynaslim.pretrained import run_checkpoints
 from dynaslim.runs.folder import METRICS
 from dynaslim.spec import NetSpec
@@ -225,19 +223,11 @@ def _read_json(file: Path, kind: type[Any], notes: list[str]) -> Any:
 # -- images ---------------------------------------------------------------------------------------
 
 
-class HeldOut(NamedTuple):
-    """Images for validation: a whole split, or the share of the training split held back."""
-
-    path: str
-    split: str
-    share: float | None
-
-
 @dataclass(frozen=True)
 class ReportImages:
     """The images that the report evaluates on."""
 
-    images: DiskImages
+    images: ImageDataset
     data: str
     """The data set as the user or the recipe names it."""
     split: str
@@ -270,36 +260,21 @@ def open_images(
         reason = "the checkpoint does not say how images are prepared (preprocessing)"
         raise CheckpointError(reason) if data is not None else NoImagesError(reason)
     if data is not None:
-        return _open(checkpoint, pre, HeldOut(data, split or "test", None), limit)
-    source = held_out(checkpoint.recipe)
+        return _open(checkpoint, HeldOut(data, split or "test", None), limit)
+    stages = held_out(checkpoint.recipe)
     try:
+        if not stages:
+            return _open(checkpoint, _shipped(checkpoint, split), limit)
+        source = stages[0]
         if source is None:
-            return _open(checkpoint, pre, _shipped(checkpoint, split), limit)
+            raise NoImagesError("training held no images back")
         if not Path(source.path).exists():
             raise NoImagesError(f"the run's images are not at {source.path} here")
         if split is not None:
             source = HeldOut(source.path, split, None)
-        return _open(checkpoint, pre, source, limit)
+        return _open(checkpoint, source, limit)
     except DataError as error:
         raise NoImagesError(f"the run's images cannot be read ({error})") from None
-
-
-def held_out(recipe: Mapping[str, Any]) -> HeldOut | None:
-    """The images that the last stage of a recipe held back; None if it names no images.
-
-    Raises:
-        NoImagesError: if it names images and held none back.
-    """
-    for data in _data_recipes(recipe):
-        path, train, share = data["path"], data.get("split"), data.get("val_share")
-        if not path:
-            continue
-        if isinstance(data.get("val_split"), str):
-            return HeldOut(path, data["val_split"], None)
-        if not isinstance(train, str) or not isinstance(share, float) or not 0 < share < 1:
-            raise NoImagesError("training held no images back")
-        return HeldOut(path, train, share)
-    return None
 
 
 def _data_recipes(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
@@ -321,25 +296,18 @@ def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
     raise NoImagesError("the checkpoint does not say which images it was trained on")
 
 
-def _open(
-    checkpoint: Checkpoint, pre: Preprocessing, which: HeldOut, limit: int | None
-) -> ReportImages:
-    spec = checkpoint.net.spec
-    source = open_source(which.path, which.split)
-    order = match_classes(source.name, source.class_names, spec.num_classes, checkpoint.class_names)
-    rows = torch.arange(len(source))
-    if which.share is not None:
-        rows = holdout(source.labels(), which.share)[1]
-    total = len(rows)
+def _open(checkpoint: Checkpoint, which: HeldOut, limit: int | None) -> ReportImages:
+    images = open_for(checkpoint, which.path, which.split, share=which.share)
+    total = len(images)
     if limit is not None and limit < total:
         picked = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:limit]
-        rows = rows[picked.sort().values]
-    images = DiskImages.of(source, pre, rows=rows, workers=os.cpu_count() or 1)
-    if order is not None:
-        images = images.relabelled(order, checkpoint.class_names or ())
-    images.check_fits(pre, spec.num_classes)
-    trained_on = which.share is None and _is_trained_on(checkpoint.recipe, source)
-    return ReportImages(images, which.path, source.split, which.share, total, trained_on)
+        images = images.subset(picked.sort().values)
+    assert checkpoint.preprocessing is not None
+    assert images.source is not None
+    images.check_fits(checkpoint.preprocessing, checkpoint.net.spec.num_classes)
+    trained_on = which.share is None and _is_trained_on(checkpoint.recipe, images.source)
+    split = images.source.split
+    return ReportImages(images, which.path, split, which.share, total, trained_on)
 
 
 def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dynaslim.evaluation import ClassMetrics, Evaluation, LabelledImages
+from dynaslim.data.images import ImageDataset
+from dynaslim.evaluation import ClassMetrics, Evaluation
 from dynaslim.report import text
 from dynaslim.report.charts import Bar, Chart, histogram, ramp, share_chart
 from dynaslim.report.data import ReportData
@@ -292,7 +293,7 @@ def gallery(
 
 
 def _pictures(
-    evaluation: Evaluation, images: LabelledImages, names: Sequence[str], places: Sequence[int]
+    evaluation: Evaluation, images: ImageDataset, names: Sequence[str], places: Sequence[int]
 ) -> dict[int, Picture]:
     """Pictures of evaluated images, by their position in the evaluation."""
     batches = images.batches(64, evaluation.rows[torch.tensor(places, dtype=torch.int64)])

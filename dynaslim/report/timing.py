@@ -17,8 +17,9 @@ import torch
 from dynaslim.bench.timing import Arm, hardware, interleave, summary
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
-from dynaslim.evaluation import Evaluation, LabelledImages, RouteShare
+from dynaslim.evaluation import Evaluation, RouteShare
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetPoint
 from dynaslim.runtime.engine import Engine
@@ -89,7 +90,7 @@ def rows_per_round(spec: NetSpec, image_size_px: int) -> int:
 
 
 def representative_images(
-    evaluation: Evaluation, images: LabelledImages, pre: Preprocessing, rows: int
+    evaluation: Evaluation, images: ImageDataset, pre: Preprocessing, rows: int
 ) -> np.ndarray:
     """Network input (rows, C, S, S), float32, whose routes have the shares of all images.
 

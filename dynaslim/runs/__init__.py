@@ -1,8 +1,7 @@
 """Training runs: a folder each, to start, stop, resume and look at."""
 
+from dynaslim.runs.context import RunOptions, Stopped
 from dynaslim.runs.gate import run_gate
-from dynaslim.runs.options import RunOptions
-from dynaslim.runs.signals import Stopped
 from dynaslim.runs.supernet import run_supernet
 
 __all__ = ["RunOptions", "Stopped", "run_gate", "run_supernet"]

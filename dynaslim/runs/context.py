@@ -1,34 +1,187 @@
-"""What the runs of both stages work with, opened once and closed together."""
+"""What the runs of both stages share: options, processes, signals, and callbacks between steps."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import signal
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from dynaslim._files import write_atomic
 from dynaslim.data.feed import Training, open_training
-from dynaslim.data.skipped import Skipped, report_lines
-from dynaslim.distributed import gather, world_size
-from dynaslim.errors import check
+from dynaslim.data.skipped import report_lines
+from dynaslim.distributed import gather, largest, rank, world_size
+from dynaslim.errors import UsageError, check
+from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.nn.net import SlimNet
 from dynaslim.pretrained import checkpoint_file
 from dynaslim.progress import Bar, note, progress
 from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe
-from dynaslim.runs.callbacks import Callbacks
-from dynaslim.runs.folder import TRAINED_ON, RunFolder, trained_on
-from dynaslim.runs.launch import launched
-from dynaslim.runs.options import RunOptions
-from dynaslim.runs.signals import StopRequest, stop_requests
+from dynaslim.runs.curves import curves_figure
+from dynaslim.runs.folder import (
+    TRAINED_ON,
+    RunFolder,
+    read_metrics,
+    trained_on,
+    write_json,
+)
+from dynaslim.runtime.cache import usable_cores
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """How a run uses the machine; nothing here changes the numbers of a single process."""
+
+    resume: bool = False
+    """Go on where the run in the folder stopped; starts it if there is none."""
+    force: bool = False
+    """Resume although the recipe has changed."""
+    device: str = "auto"
+    """`auto`, `cpu`, `cuda` or `mps`; under torchrun each process takes one."""
+    workers: int = 2
+    """Processes that decode images, per process of the run; 0 decodes in the run itself."""
+    save_every_s: float = 60.0
+    """Seconds between snapshots, which are also written after every epoch."""
+    log_every: int = 10
+    """Steps between lines of the metrics file."""
+
+    def __post_init__(self) -> None:
+        check(self.device in ("auto", "cpu", "cuda", "mps"), f"device {self.device!r}: unknown")
+        check(self.workers >= 0, f"workers {self.workers}: must not be negative")
+        check(self.save_every_s >= 0, f"save_every_s {self.save_every_s}: must not be negative")
+        check(self.log_every >= 1, f"log_every {self.log_every}: must be at least 1")
+
+
+class Stopped(BaseException):
+    """The run was asked to stop and has saved a snapshot.
+
+    Not an `Exception`, so that no handler of failures catches it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
+
+
+class StopRequest:
+    """Whether SIGTERM or SIGINT has come; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+
+    def receive(self, number: int, frame: FrameType | None) -> None:
+        """Signal handler."""
+        if number == signal.SIGINT and self.number is not None:
+            raise KeyboardInterrupt
+        self.number = number
+
+    def agreed(self) -> int | None:
+        """The signal that came to any of the run's processes, so that all stop after one step."""
+        return largest(self.number or 0) or None
+
+    def check(self) -> None:
+        """Stop now if asked to; for work that starts anew when it is resumed."""
+        if self.number is not None:
+            raise Stopped(self.number)
+
+    def checked(self, tell: Callable[..., object] | None = None) -> Callable[..., None]:
+        """A progress callback that calls `check` and then `tell`."""
+
+        def call(*done: int) -> None:
+            self.check()
+            if tell is not None:
+                tell(*done)
+
+        return call
+
+
+@contextmanager
+def stop_requests() -> Iterator[StopRequest]:
+    """Take SIGTERM and SIGINT as requests while inside."""
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request  # Python lets only the main thread handle signals
+        return
+    before = {n: signal.signal(n, request.receive) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def note_if_busy() -> None:
+    """Print a warning if other programs keep the processor busy.
+
+    The number of threads is left as it is: results depend on it.
+    """
+    if hasattr(os, "getloadavg") and "OMP_NUM_THREADS" not in os.environ:
+        line = busy(os.getloadavg()[0], usable_cores(), torch.get_num_threads())
+        if line is not None:
+            note(line)
+
+
+def busy(load: float, cores: int, threads: int) -> str | None:
+    """The warning for a load of so many running programs; None if it leaves enough cores."""
+    if threads == 1 or load < cores / 2:
+        return None
+    return (
+        f"warning: other programs keep this machine busy (load {load:.1f} on {cores} cores), and "
+        f"{threads} threads that wait for one another can be several times slower than fewer: stop "
+        f"this and start it with OMP_NUM_THREADS={max(1, min(threads, int(cores - load)))}"
+    )
+
+
+@contextmanager
+def launched(device: str) -> Iterator[torch.device]:
+    """Join the run's other processes, if torchrun started any; the device to work on.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own deprecations at import
+        from lightning_fabric import Fabric
+        from lightning_fabric.utilities.exceptions import MisconfigurationException
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    hosts = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    try:
+        fabric = Fabric(
+            accelerator=device,
+            devices=here,
+            num_nodes=hosts,
+            # only its process group is used: gradients of all passes of a step are averaged once,
+            # by the step itself, where a wrapper around the module would do it once per pass
+            strategy="ddp" if here * hosts > 1 else "auto",
+        )
+    except (MisconfigurationException, RuntimeError, ValueError) as error:
+        raise UsageError(f"device {device}: {' '.join(str(error).split())}") from None
+    fabric.launch()
+    if fabric.device.type == "cpu":
+        note_if_busy()
+    try:
+        yield fabric.device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run's folder, its options, the requests to stop it and the device it works on."""
+    """A run's folder, options, stop requests and device."""
 
     folder: RunFolder
     options: RunOptions
@@ -40,7 +193,7 @@ class RunContext:
     ) -> Training:
         """`open_training` with a bar; can be stopped while it reads images into memory.
 
-        How many images there are is said, and which they are is kept in the run's folder.
+        Prints how many images there are, and keeps their digests in the run's folder.
         """
         with progress("reading images", None) as bar:
             opened = open_training(
@@ -54,27 +207,53 @@ class RunContext:
             )
         skipped = opened.feed.skipped
         note(
-            f"{opened.name}: {opened.images} images to train on, {opened.held_back} held back, "
-            f"{skipped.count} skipped"
+            f"{opened.name}: {opened.feed.num_images} images to train on, "
+            f"{opened.held_back} held back, {skipped.count} skipped"
         )
-        note_skipped(skipped.lines)
+        for line in report_lines(skipped.lines):
+            note(line)
         known = self.folder.file(TRAINED_ON)
         if self.folder.is_main and not (self.folder.state is not None and known.exists()):
-            seen = set(opened.digests()) - {""}
+            seen = set(opened.feed.digests()) - {""}
             base = recipe.supernet if isinstance(recipe, GateRecipe) else recipe.init
-            if base is not None:  # what it starts from has seen those of its own run
+            if base is not None:  # its weights come from a run with images of its own
                 seen |= trained_on(checkpoint_file(base))
             write_atomic(known, "".join(f"{one}\n" for one in sorted(seen)).encode())
         return opened
 
-    def callbacks(
-        self, state: Callable[[], dict[str, Any]], bar: Bar, batch_size: int
-    ) -> Callbacks:
-        """The callbacks of a loop over steps whose `state` is to be saved."""
-        return Callbacks(self.folder, self.stop, self.options, state, bar, batch_size=batch_size)
+    def evaluate(
+        self, net: SlimNet, data: Training, label: str = "", *, dynamic: bool = True
+    ) -> Evaluation | None:
+        """Evaluate on the held-out images, with a bar if there is a label; None without images."""
+        if data.validation is None:
+            return None
+
+        def evaluated(on_batch: Callable[..., object] | None) -> Evaluation:
+            assert data.validation is not None
+            return evaluate(
+                net,
+                data.validation,
+                data.preprocessing,
+                on_batch=self.stop.checked(on_batch),
+                dynamic=dynamic,
+            )
+
+        if not label:
+            return evaluated(None)
+        with progress(f"evaluating {label}", len(data.validation)) as bar:
+            return evaluated(bar.advance)
+
+    def write_results(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Write curves and results on the first process; returns the results."""
+        if rank() == 0:
+            if lines := read_metrics(self.folder.path):
+                picture = write_atomic(self.folder.file("curves.png"), curves_figure(lines))
+                results["files"]["curves"] = str(picture)
+            write_json(self.folder.file("results.json"), results)
+        return results
 
     def results(self) -> dict[str, Any] | None:
-        """What a resumed run has written already of what came of it."""
+        """The results of a resumed run that has ended."""
         path = self.folder.file("results.json")
         if not (self.options.resume and path.exists()):
             return None
@@ -91,9 +270,9 @@ def opened(
     *,
     alone_for: str = "",
 ) -> Iterator[RunContext]:
-    """Join the other processes, take signals as requests and open the folder, while inside.
+    """Join the other processes, handle signals and open the folder, while inside.
 
-    `alone_for` names what cannot be done by several processes.
+    `alone_for` names what several processes cannot do.
 
     Raises:
         UsageError: as `RunFolder`, for an unknown device, or for several processes where one is
@@ -113,15 +292,57 @@ def opened(
             yield RunContext(folder, options, stop, device)
 
 
-def note_skipped(lines: Sequence[str]) -> None:
-    """Note which images were skipped."""
-    for line in report_lines(lines):
-        note(line)
+def data_results(data: Training) -> dict[str, Any]:
+    """What `results.json` has of the images; skipped ones are those of all processes."""
+    held_out = data.validation.skipped.lines if data.validation is not None else ()
+    everywhere = gather([*data.feed.skipped.lines, *held_out])
+    return {
+        "data": data.name,
+        "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
+        "train_images": data.feed.num_images,
+        "val_images": data.held_back,
+        "skipped": sorted({line for part in everywhere for line in part}),
+    }
 
 
-def skipped_lines(data: Training) -> list[str]:
-    """A line for every image, to train on or held out, that a process of the run left out."""
-    held_out = data.validation.skipped if data.validation is not None else ()
-    lines = held_out.lines if isinstance(held_out, Skipped) else held_out
-    everywhere = gather([*data.feed.skipped.lines, *lines])
-    return sorted({line for part in everywhere for line in part})
+class Callbacks:
+    """Logs steps and saves snapshots of the `state` of a loop over them."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        state: Callable[[], dict[str, Any]],
+        bar: Bar,
+        batch_size: int,
+    ) -> None:
+        self._context, self._options = context, context.options
+        self._state, self._bar, self._batch_size = state, bar, batch_size
+        self._saved = self._last = time.monotonic()
+        self._window: deque[float] = deque(maxlen=self._options.log_every)
+        self.seconds = 0.0
+        """Seconds spent on steps so far, evaluations left out."""
+
+    def after_step(self, step: int, values: dict[str, Any], note: str, *, save: bool) -> None:
+        """Log step number `step`; snapshot if `save` or if the last one is old.
+
+        Raises:
+            Stopped: if the run was asked to stop; a snapshot has been written.
+        """
+        now = time.monotonic()
+        self._window.append(now - self._last)
+        self.seconds += now - self._last
+        rate = self._batch_size * len(self._window) / max(sum(self._window), 1e-9)
+        self._bar.advance(note=f"{rate:.0f} img/s  {note}")
+        if step % self._options.log_every == 0:
+            self._context.folder.log("train", step, {**values, "images_per_s": round(rate, 1)})
+        number = self._context.stop.agreed()
+        if save or number is not None or now - self._saved >= self._options.save_every_s:
+            self._context.folder.save_state(self._state())
+            self._saved = time.monotonic()
+        if number is not None:
+            raise Stopped(number)
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Start the time of the next step now."""
+        self._last = time.monotonic()

@@ -17,13 +17,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
 
+import safetensors
+import safetensors.torch
 import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from dynaslim._files import naming, write_atomic
 from dynaslim.distributed import broadcast, rank, world_size
 from dynaslim.errors import CheckpointError, UsageError
-from dynaslim.runs.snapshot import read_snapshot, save_snapshot
 from dynaslim.runtime.cache import processor_name
 from dynaslim.version import __version__
 
@@ -31,8 +33,9 @@ SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"
 TRAINED_ON: Final = "trained_on.txt"
 """`digest` of the files of the training images, a line for each."""
-LOCK: Final = ".lock"
-FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices", "supernet"}
+_FORMAT: Final = "dynaslim-snapshot"
+_VERSION: Final = 1
+_FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices", "supernet"}
 """Fields of a recipe that no run can change on its way."""
 
 
@@ -61,7 +64,7 @@ class RunFolder:
         self.state: dict[str, Any] | None = None
         """What the run was at its last snapshot, if it is resumed."""
         self._board: Any = None
-        self._lock = FileLock(path / LOCK, timeout=0)  # the system lets go of it after any end
+        self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it after any end
         # the first process looks, the others take its word: files may reach them later
         problem = broadcast(self._prepare(resume, force) if self.is_main else None)
         if problem is not None:
@@ -101,7 +104,7 @@ class RunFolder:
                 f"{self.path}: holds a run of stage {found['stage']}, this is {self.stage}"
             )
         changed = _differences(found["recipe"], self.recipe)
-        fixed = [line for line in changed if line.split(" ", 1)[0] in FIXED]
+        fixed = [line for line in changed if line.split(" ", 1)[0] in _FIXED]
         if fixed:
             raise UsageError(
                 f"{self.path}: {'; '.join(fixed)}; that makes another run: name another folder"
@@ -239,3 +242,73 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str 
         elif old != new:
             found.append(f"{prefix}{key} was {old!r}, is {new!r}")
     return found
+
+
+# -- snapshots ------------------------------------------------------------------------------------
+# The whole state of a training (nested dicts, lists, plain values and tensors) in one safetensors
+# file, without pickle: tensors under numbered names, the rest as JSON in the metadata.
+
+
+def save_snapshot(path: str | Path, state: Mapping[str, Any]) -> None:
+    """Write a state, whole or not at all.
+
+    Raises:
+        CheckpointError: if a tensor has values that are not finite: nobody could go on from there.
+        OSError: if the file cannot be written; an older one of that name is left as it was.
+    """
+    tensors: dict[str, Tensor] = {}
+    packed = _pack(state, tensors)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{path}: not saved, tensor {name} has values that are not finite"
+            )
+    meta = {"format": _FORMAT, "version": _VERSION, "state": packed}
+    write_atomic(path, safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
+
+
+def read_snapshot(path: str | Path) -> dict[str, Any]:
+    """The state that `save_snapshot` wrote, on the CPU.
+
+    Raises:
+        CheckpointError: if the file is no snapshot, is truncated, or is of another version.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            meta = json.loads((file.metadata() or {}).get("dynaslim", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise CheckpointError(f"{path}: not a readable snapshot ({error})") from None
+    if meta.get("format") != _FORMAT:
+        raise CheckpointError(f"{path}: not a snapshot of a training run")
+    if meta.get("version") != _VERSION:
+        raise CheckpointError(
+            f"{path}: snapshot version {meta.get('version')}, this dynaslim reads {_VERSION}"
+        )
+    state: dict[str, Any] = _unpack(meta["state"], tensors)
+    return state
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        name = f"{len(tensors):05d}"
+        tensors[name] = value.detach().cpu().contiguous()
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        # as pairs: an optimizer's keys are numbers, which JSON would make strings
+        return {"items": [[key, _pack(item, tensors)] for key, item in value.items()]}
+    if isinstance(value, list | tuple):
+        return {"list": [_pack(item, tensors) for item in value]}
+    return {"value": value}
+
+
+def _unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
+    ((kind, content),) = packed.items()
+    match kind:
+        case "tensor":
+            return tensors[content]
+        case "items":
+            return {key: _unpack(item, tensors) for key, item in content}
+        case "list":
+            return [_unpack(item, tensors) for item in content]
+    return content

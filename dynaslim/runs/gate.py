@@ -10,21 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read_prepared, save
 from dynaslim.cost import CostTable, madds
 from dynaslim.cost_file import read_cost_table
 from dynaslim.data.transforms import normalise
 from dynaslim.distributed import rank
 from dynaslim.errors import DataError, check
-from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.evaluation import Evaluation
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe
-from dynaslim.runs.context import RunContext, opened, skipped_lines
-from dynaslim.runs.curves import curves_figure
-from dynaslim.runs.folder import read_metrics, write_json
-from dynaslim.runs.options import RunOptions
+from dynaslim.runs.context import Callbacks, RunContext, RunOptions, data_results, opened
 from dynaslim.train.expected import apply_heads
 from dynaslim.train.fit import augmented_views, fit_to
 from dynaslim.train.loop import GateTraining, check_has_gates
@@ -81,8 +77,7 @@ class _GateRun:
         check_has_gates(self.supernet.net)
         self.net: SlimNet = with_choices(self.supernet.net, recipe).to(self.device)
         spec = self.net.spec
-        as_trained = {name: getattr(pre, name) for name in _PREPARED}
-        data = replace(recipe.data, **as_trained)
+        data = replace(recipe.data, **pre.to_dict())  # as in the supernet's training
         self.data = context.open_images(data, recipe, spec.in_channels)
         names = self.supernet.class_names
         if len(self.data.class_names) != spec.num_classes or names not in (
@@ -103,8 +98,9 @@ class _GateRun:
         targets = recipe.targets
         assert isinstance(targets, tuple)
         self.targets: tuple[float | None, ...] = targets or (None,)
-        state = self.folder.state or {"gate": 0, "done": [], "training": None, "skipped": []}
-        self.data.feed.skipped.load_state(state["skipped"])
+        state = self.folder.state or {"gate": 0, "done": [], "training": None}
+        if self.folder.state is not None:
+            self.data.feed.load_state(self.folder.state)
         self.number: int = state["gate"]
         self.done: list[dict[str, Any]] = state["done"]
         self.unfinished: dict[str, Any] | None = state["training"]
@@ -132,7 +128,7 @@ class _GateRun:
             "gate": self.number,
             "done": self.done,
             "training": training,
-            "skipped": self.data.feed.skipped.state(),
+            **self.data.feed.state(),
         }
 
     def _steps_before(self) -> int:
@@ -149,7 +145,7 @@ class _GateRun:
             training.load_state(self.unfinished)
         label = "stage II: gate" + ("" if target is None else f" for {target:g}")
         with progress(label, training.total, done=training.step) as bar:
-            callbacks = self.context.callbacks(self._state, bar, self.recipe.batch_size)
+            callbacks = Callbacks(self.context, self._state, bar, self.recipe.batch_size)
             for losses in training:
                 callbacks.after_step(
                     self._steps_before() + training.step,
@@ -209,7 +205,9 @@ class _GateRun:
     def _keep(self, target: float | None, extra: dict[str, Any]) -> dict[str, Any]:
         """Evaluate and save the gate that has been trained."""
         self.net.eval()
-        result = self._evaluate(f"gate {self.number + 1} of {len(self.targets)}")
+        result = self.context.evaluate(
+            self.net, self.data, f"gate {self.number + 1} of {len(self.targets)}"
+        )
         name = self._name(target)
         summary = None if result is None else result.to_dict()
         entry = {
@@ -237,17 +235,6 @@ class _GateRun:
         told = f"{target:.2f}" if len(set(rounded)) == len(rounded) else f"{target:g}"
         return f"gate_{told}.safetensors"
 
-    def _evaluate(self, label: str) -> Evaluation | None:
-        if self.data.validation is None:
-            return None
-        with progress(f"evaluating {label}", len(self.data.validation)) as bar:
-            return evaluate(
-                self.net,
-                self.data.validation,
-                self.data.preprocessing,
-                on_batch=self.stop.checked(bar.advance),
-            )
-
     def _cost_share(self, result: Evaluation) -> float:
         """Mean cost of the routes taken, by the table, as a share of the widest route's."""
         total = 0.0
@@ -261,29 +248,16 @@ class _GateRun:
     def _finish(self) -> dict[str, Any]:
         spec, pre = self.net.spec, self.data.preprocessing
         first = self.done[0]["val"]
-        skipped = skipped_lines(self.data)
-        results = {
-            "stage": "gate",
-            "model": spec.name,
-            "objective": self.recipe.objective,
-            "unit": self.table.unit,
-            "data": self.data.name,
-            "images_per_epoch": self.data.feed.steps_per_epoch * self.data.feed.batch_size,
-            "train_images": self.data.images,
-            "val_images": self.data.held_back,
-            "skipped": skipped,
-            "widest_madds": madds(spec, spec.widest_choice, pre.image_size_px),
-            "routes": [] if first is None else first["routes"],
-            "gates": self.done,
-            "files": {Path(entry["file"]).stem: entry["file"] for entry in self.done},
-        }
-        if rank() == 0:
-            lines = read_metrics(self.folder.path)
-            if lines:
-                picture = write_atomic(self.folder.file("curves.png"), curves_figure(lines))
-                results["files"]["curves"] = str(picture)
-            write_json(self.folder.file("results.json"), results)
-        return results
-
-
-_PREPARED = ("image_size_px", "mean", "std", "crop_fraction")
+        return self.context.write_results(
+            {
+                "stage": "gate",
+                "model": spec.name,
+                "objective": self.recipe.objective,
+                "unit": self.table.unit,
+                **data_results(self.data),
+                "widest_madds": madds(spec, spec.widest_choice, pre.image_size_px),
+                "routes": [] if first is None else first["routes"],
+                "gates": self.done,
+                "files": {Path(entry["file"]).stem: entry["file"] for entry in self.done},
+            }
+        )

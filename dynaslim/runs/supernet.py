@@ -10,19 +10,15 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save, with_classes
 from dynaslim.distributed import rank
 from dynaslim.errors import UsageError, check
-from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.evaluation import Evaluation
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import note, progress
 from dynaslim.recipes import DataRecipe, SupernetRecipe
-from dynaslim.runs.context import RunContext, opened, skipped_lines
-from dynaslim.runs.curves import curves_figure
-from dynaslim.runs.folder import read_metrics, write_json
-from dynaslim.runs.options import RunOptions
+from dynaslim.runs.context import Callbacks, RunContext, RunOptions, data_results, opened
 from dynaslim.spec import NetSpec
 from dynaslim.train import recalibrate
 from dynaslim.train.loop import SupernetTraining, calibration_batches, training_batches
@@ -131,7 +127,7 @@ class _SupernetRun:
         if state is not None:
             self.training.load_state(state)
             self.best, self.validated = state["best"], state["validated"]
-            self.data.feed.skipped.load_state(state["skipped"])
+            self.data.feed.load_state(state)
 
     def _teacher(self, spec: NetSpec) -> OutsideTeacher | None:
         """The recipe's teacher, run in the way that makes it best on images as it will see them."""
@@ -175,7 +171,7 @@ class _SupernetRun:
         every = recipe.val_epochs * training.feed.steps_per_epoch
         first = training.step
         with progress("stage I: supernet", training.total, done=training.step) as bar:
-            callbacks = self.context.callbacks(self._state, bar, recipe.batch_size)
+            callbacks = Callbacks(self.context, self._state, bar, recipe.batch_size)
             if training.step and self._is_due(every):
                 self._validate()  # stopped after the step and before this
                 callbacks.restart_clock()
@@ -203,7 +199,7 @@ class _SupernetRun:
             **self.training.state(),
             "best": self.best,
             "validated": self.validated,
-            "skipped": self.data.feed.skipped.state(),
+            **self.data.feed.state(),
         }
 
     def _is_due(self, every: int) -> bool:
@@ -219,6 +215,7 @@ class _SupernetRun:
         net = self.training.averaged_network()
         self._recalibrate(net, self.recipe.val_calibration_batches)
         result = self._evaluate(net)
+        assert result is not None
         top1 = [route.top1 for route in result.routes]
         mean = sum(top1) / len(top1)
         is_best = self.best is None or mean > self.best["mean_top1"]
@@ -233,8 +230,8 @@ class _SupernetRun:
         self.folder.save_state(self._state())
 
     def _finish(self, seconds: float, steps: int) -> dict[str, Any]:
-        """Recalibrate and evaluate what came of it, and write it down."""
-        training, data = self.training, self.data
+        """Recalibrate, evaluate and save both networks, and write the results."""
+        training = self.training
         evaluations: dict[str, Any] = {}
         files: dict[str, str] = {}
         for name, net in (
@@ -242,37 +239,28 @@ class _SupernetRun:
             ("last_live", training.live_network()),
         ):
             self._recalibrate(net, self.recipe.calibration_batches, f"recalibrating {name}")
-            metrics = {}
-            if data.validation is not None:
-                with progress(f"evaluating {name}", len(data.validation)) as bar:
-                    metrics["val"] = self._evaluate(net, bar.advance).to_dict()
-                evaluations[name] = metrics["val"]
+            result = self._evaluate(net, name)
+            if result is not None:
+                evaluations[name] = result.to_dict()
+            metrics = {} if result is None else {"val": evaluations[name]}
             files[name] = self._save(f"{name}.safetensors", net, metrics)
         if self.best is not None:
             files["best"] = str(self.folder.file("best.safetensors"))
-        skipped = skipped_lines(data)
-        results = {
-            "stage": "supernet",
-            "model": training.net.spec.name,
-            "data": data.name,
-            "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
-            "train_images": data.images,
-            "val_images": data.held_back,
-            "skipped": skipped,
-            "classifier": self.classifier,
-            "steps": training.total,
-            "images_per_s": round(steps * self.recipe.batch_size / seconds, 1) if steps else None,
-            "best": self.best,
-            "val": evaluations,
-            "files": files,
-        }
-        if rank() == 0:
-            lines = read_metrics(self.folder.path)
-            files["curves"] = str(
-                write_atomic(self.folder.file("curves.png"), curves_figure(lines))
-            )
-            write_json(self.folder.file("results.json"), results)
-        return results
+        return self.context.write_results(
+            {
+                "stage": "supernet",
+                "model": training.net.spec.name,
+                **data_results(self.data),
+                "classifier": self.classifier,
+                "steps": training.total,
+                "images_per_s": round(steps * self.recipe.batch_size / seconds, 1)
+                if steps
+                else None,
+                "best": self.best,
+                "val": evaluations,
+                "files": files,
+            }
+        )
 
     def _recalibrate(self, net: SlimNet, batches: int, label: str = "") -> None:
         if not label:
@@ -282,15 +270,9 @@ class _SupernetRun:
         with progress(label, batches) as bar:
             self.training.recalibrate(net, batches, on_batch=self.stop.checked(bar.advance))
 
-    def _evaluate(self, net: SlimNet, on_batch: Any = None) -> Evaluation:
-        assert self.data.validation is not None
-        return evaluate(
-            net,
-            self.data.validation,
-            self.data.preprocessing,
-            on_batch=self.stop.checked(on_batch),
-            dynamic=False,  # the gates have learnt nothing yet
-        )
+    def _evaluate(self, net: SlimNet, label: str = "") -> Evaluation | None:
+        # the gates are not trained yet
+        return self.context.evaluate(net, self.data, label, dynamic=False)
 
     def _save(self, name: str, net: SlimNet, metrics: dict[str, Any]) -> str:
         path = self.folder.file(name)

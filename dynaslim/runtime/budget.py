@@ -21,18 +21,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from dynaslim._files import validated
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
-from dynaslim.runtime.escalation import Escalation, Floats, Ints, Path
+from dynaslim.runtime.escalation import Escalation, Floats, Ints
 from dynaslim.spec import NetSpec
 
 Logits = npt.NDArray[np.floating[Any]]
 Kind = Literal["share", "madds", "ms", "drop"]
+# the ranges of values in files
+_Amount = Annotated[float, msgspec.Meta(ge=0)]
+_Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
+_Count = Annotated[int, msgspec.Meta(ge=1)]
+_Options = tuple[Annotated[int, msgspec.Meta(ge=0)], ...]
 
 FORMS: Final = (
     "a share of the widest route's cost above 0 and up to 1 (0.6; up to 2 where unsure images are "
@@ -142,32 +149,32 @@ class BudgetPoint:
     """
 
     shift: float
-    tau: float | None
+    tau: _Amount | None
     """Rows of a smaller margin escalate; None for the gate alone."""
-    escalate_to: Path | None
+    escalate_to: _Options | None
     """The option of every gate on the target path; None for the gate alone."""
-    madds: float
+    madds: _Amount
     """Multiply-adds per image, slimming heads and escalation included."""
-    share: float
+    share: _Amount
     """`madds` of the widest route's."""
-    ms: float | None
+    ms: _Amount | None
     """Milliseconds per image by the latency table that was given; None without one."""
-    top1: float
-    escalated: float
+    top1: _Share
+    escalated: _Share
     """Share of the images that escalated, 0..1."""
-    top1_selecting: float | None = None
+    top1_selecting: _Share | None = None
     """Accuracy on the images by which the points were picked: optimistic, and what decides which
     point is the better one. None stands for `top1`."""
-    tau_then: float | None = None
+    tau_then: _Amount | None = None
     """As `tau`, for the second step of escalation; None where there is no second."""
-    escalate_then: Path | None = None
+    escalate_then: _Options | None = None
     """As `escalate_to`, for the second step."""
-    tau_mirror: float | None = None
+    tau_mirror: _Amount | None = None
     """Rows of a smaller margin that stand on `mirror_along` see their mirror image too; None for no
     second look."""
-    mirror_along: Path | None = None
+    mirror_along: _Options | None = None
     """The widest path, which the mirror image takes; None for no second look."""
-    top1_interval: tuple[float, float] | None = None
+    top1_interval: tuple[_Share, _Share] | None = None
     """Ends of the 95% interval of `top1`; None where it was not measured."""
 
     @property
@@ -183,6 +190,18 @@ class BudgetPoint:
             for tau, target, mirror in steps
             if tau is not None and target is not None
         )
+
+    def check_steps(self, at: str) -> None:
+        """Raise `UsageError` unless every step of escalation has a threshold and a path."""
+        for tau, name in (
+            ("tau", "escalate_to"),
+            ("tau_then", "escalate_then"),
+            ("tau_mirror", "mirror_along"),
+        ):
+            both = (getattr(self, tau) is None) == (getattr(self, name) is None)
+            check(both, f"{at}: {tau} and {name} must be given both or neither")
+        orphan = self.escalate_then is not None and self.escalate_to is None
+        check(not orphan, f"{at}: escalate_then without escalate_to")
 
     @property
     def merit(self) -> float:
@@ -231,20 +250,20 @@ class BudgetCurve:
     `ms_gate_points` are the same by milliseconds; where they are empty the others stand in.
     """
 
-    image_size_px: int
-    images: int
+    image_size_px: _Count
+    images: _Count
     """Held-out images."""
-    widest_madds: float
-    widest_ms: float | None
-    widest_top1: float
-    cheapest_madds: float
-    cheapest_ms: float | None
-    cheapest_top1: float
+    widest_madds: _Amount
+    widest_ms: _Amount | None
+    widest_top1: _Share
+    cheapest_madds: _Amount
+    cheapest_ms: _Amount | None
+    cheapest_top1: _Share
     points: tuple[BudgetPoint, ...]
     gate_points: tuple[BudgetPoint, ...]
     ms_points: tuple[BudgetPoint, ...] = ()
     ms_gate_points: tuple[BudgetPoint, ...] = ()
-    reporting_images: int | None = None
+    reporting_images: _Count | None = None
     """How many of the images every `top1` is measured on; the others picked the points. None if all
     did both, which makes every `top1` optimistic."""
 
@@ -384,36 +403,12 @@ class BudgetCurve:
             UsageError: for missing or unknown keys, values of another type or that cannot be such,
                 or points that are not in the order of their cost; the message names the value.
         """
-        _check_keys(data, cls, "budget curve")
-        lists = {}
-        for name in _LISTS:
-            check(isinstance(data[name], list), f"budget curve: {name} must be a list of points")
-            lists[name] = tuple(
-                _point(raw, f"budget curve: {name} {number}")
-                for number, raw in enumerate(data[name])
-            )
-        at = "budget curve: "
-        for name in ("image_size_px", "images", "reporting_images"):
-            value = data[name]
-            fine = type(value) is int and value >= 1
-            fine = fine or (value is None and name == "reporting_images")
-            check(fine, f"{at}{name} {value!r} must be a whole number of at least 1")
-        curve = cls(
-            image_size_px=data["image_size_px"],
-            images=data["images"],
-            widest_madds=_number(data, "widest_madds", at),
-            widest_ms=_optional(data, "widest_ms", at),
-            widest_top1=_number(data, "widest_top1", at, high=1),
-            cheapest_madds=_number(data, "cheapest_madds", at),
-            cheapest_ms=_optional(data, "cheapest_ms", at),
-            cheapest_top1=_number(data, "cheapest_top1", at, high=1),
-            reporting_images=data["reporting_images"],
-            **lists,
-        )
+        curve = validated(data, cls, "budget curve")
         curve._check_points()
         return curve
 
     def _check_points(self) -> None:
+        _check_finite(self, "budget curve")
         timed = self.widest_ms is not None
         check(self.widest_madds > 0, "budget curve: widest_madds must be above 0")
         check((self.cheapest_ms is not None) == timed, "budget curve: has ms for one end only")
@@ -424,6 +419,8 @@ class BudgetCurve:
             check(timed or not by_ms or not points, f"budget curve: {name} without any ms")
             for number, point in enumerate(points):
                 at = f"budget curve: {name} {number}"
+                _check_finite(point, at)
+                point.check_steps(at)
                 check((point.ms is not None) == timed, f"{at}: ms {point.ms!r}, unlike the ends")
                 share = point.madds / self.widest_madds
                 check(
@@ -439,10 +436,6 @@ class BudgetCurve:
 
 
 _LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
-_LATER: Final = dict.fromkeys(
-    ("tau_then", "escalate_then", "tau_mirror", "mirror_along", "top1_interval")
-)
-"""What points of earlier versions do not say."""
 
 
 def _cost(point: BudgetPoint, kind: Kind) -> float:
@@ -452,69 +445,7 @@ def _cost(point: BudgetPoint, kind: Kind) -> float:
     return point.share if kind == "share" else point.madds
 
 
-def _point(data: Any, at: str) -> BudgetPoint:
-    data = {**_LATER, **data} if isinstance(data, Mapping) else data
-    _check_keys(data, BudgetPoint, at)
-    where = f"{at}: "
-    for tau, name in (
-        ("tau", "escalate_to"),
-        ("tau_then", "escalate_then"),
-        ("tau_mirror", "mirror_along"),
-    ):
-        target = data[name]
-        check(
-            target is None
-            or (isinstance(target, list) and all(type(t) is int and t >= 0 for t in target)),
-            f"{where}{name} {target!r} must be an option for each gate",
-        )
-        check(
-            (target is None) == (data[tau] is None),
-            f"{where}{tau} and {name} must be given both or neither",
-        )
-    first, then, last = data["escalate_to"], data["escalate_then"], data["mirror_along"]
-    check(then is None or first is not None, f"{where}escalate_then without escalate_to")
-    ends = data["top1_interval"]
-    fine = isinstance(ends, list) and len(ends) == 2
-    fine = fine and all(type(end) in (int, float) and 0 <= end <= 1 for end in ends)
-    check(ends is None or fine, f"{where}top1_interval {ends!r:.60} must be two shares, or null")
-    return BudgetPoint(
-        shift=_number(data, "shift", where, low=-math.inf),
-        tau=_optional(data, "tau", where),
-        escalate_to=None if first is None else tuple(first),
-        madds=_number(data, "madds", where),
-        share=_number(data, "share", where),
-        ms=_optional(data, "ms", where),
-        top1=_number(data, "top1", where, high=1),
-        escalated=_number(data, "escalated", where, high=1),
-        top1_selecting=_optional(data, "top1_selecting", where, high=1),
-        tau_then=_optional(data, "tau_then", where),
-        escalate_then=None if then is None else tuple(then),
-        tau_mirror=_optional(data, "tau_mirror", where),
-        mirror_along=None if last is None else tuple(last),
-        top1_interval=None if ends is None else (float(ends[0]), float(ends[1])),
-    )
-
-
-def _check_keys(data: Any, kind: type[Any], at: str) -> None:
-    check(isinstance(data, Mapping), f"{at}: expected an object, got {data!r:.60}")
-    names = {field.name for field in dataclasses.fields(kind)}
-    for key in sorted(names - set(data)):
-        raise UsageError(f"{at}: has no {key!r}")
-    for key in sorted(set(data) - names, key=str):
-        raise UsageError(f"{at}: has an unknown key {key!r}")
-
-
-def _number(
-    data: Mapping[str, Any], key: str, at: str, low: float = 0, high: float = math.inf
-) -> float:
-    value = data[key]
-    check(
-        type(value) in (int, float) and math.isfinite(value) and low <= value <= high,
-        f"{at}{key} {value!r} must be a finite number"
-        + (f" of {low:g} to {high:g}" if high < math.inf else " of at least 0" if low == 0 else ""),
-    )
-    return float(value)
-
-
-def _optional(data: Mapping[str, Any], key: str, at: str, high: float = math.inf) -> float | None:
-    return None if data[key] is None else _number(data, key, at, high=high)
+def _check_finite(held: BudgetCurve | BudgetPoint, at: str) -> None:
+    for name, value in vars(held).items():
+        fine = not isinstance(value, float) or math.isfinite(value)
+        check(fine, f"{at}: {name} {value!r} must be a finite number")

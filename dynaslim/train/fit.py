@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dynaslim.cost import CostTable
-from dynaslim.data.feed import Feed, MemoryFeed
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.feed import Feed, ImageFeed
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import Augment
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
@@ -22,7 +22,7 @@ from dynaslim.train.route_cache import cache_routes
 
 def fit_gate_to_images(
     net: ElasticNet,
-    images: MemoryImages,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     recipe: GateRecipe,
     *,
@@ -41,7 +41,7 @@ def fit_gate_to_images(
     """
     check_has_gates(net)
     images.check_fits(preprocessing, net.spec.num_classes)
-    feed = MemoryFeed(images, recipe.batch_size, recipe.seed)
+    feed = ImageFeed(images, recipe.batch_size, recipe.seed)
     cache = cache_routes(
         net.eval(),
         augmented_views(

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from dynaslim.cost import CostTable
-from dynaslim.data.feed import Feed, MemoryFeed
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.feed import Feed, ImageFeed
+from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import Augment, mix
 from dynaslim.distributed import rank
 from dynaslim.errors import UsageError, check
@@ -362,7 +362,7 @@ def _cosine(step: int, total: int, warmup: int) -> float:
 
 def train_supernet(
     net: ElasticNet,
-    images: MemoryImages,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     recipe: SupernetRecipe,
     *,
@@ -377,7 +377,7 @@ def train_supernet(
         DataError: if the images do not fit the network or the preprocessing.
     """
     images.check_fits(preprocessing, net.spec.num_classes)
-    feed = MemoryFeed(images, recipe.batch_size, recipe.seed)
+    feed = ImageFeed(images, recipe.batch_size, recipe.seed)
     training = SupernetTraining(net, feed, Augment(recipe.augment, preprocessing), recipe)
     for losses in training:
         if on_step is not None:
@@ -387,7 +387,7 @@ def train_supernet(
 
 def train_gate(
     net: ElasticNet,
-    images: MemoryImages,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     recipe: GateRecipe,
     *,
@@ -406,7 +406,7 @@ def train_gate(
     check_has_gates(net)
     check(recipe.objective == "sgs", "train_gate: for objective expected see fit_gate_to_images")
     images.check_fits(preprocessing, net.spec.num_classes)
-    feed = MemoryFeed(images, recipe.batch_size, recipe.seed)
+    feed = ImageFeed(images, recipe.batch_size, recipe.seed)
     table = CostTable.from_madds(net.spec, preprocessing.image_size_px)
     for losses in GateTraining(net, feed, Augment(recipe.augment, preprocessing), recipe, table):
         if on_step is not None:

@@ -11,7 +11,7 @@ import dynaslim
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.convert import Conversion, convert
 from dynaslim.cost import CostTable, madds, params
-from dynaslim.data import MemoryImages
+from dynaslim.data import ImageDataset
 from dynaslim.errors import UsageError
 from dynaslim.nn.graph_net import GraphNet
 from dynaslim.preprocessing import Preprocessing
@@ -122,7 +122,7 @@ def test_it_is_trained_like_any_other():
     pixels = torch.randint(0, 256, (64, 3, 16, 16), dtype=torch.uint8)
     labels = torch.arange(64) % 5
     pixels[labels == 0] //= 4
-    data = MemoryImages(pixels, labels, tuple("abcde"))
+    data = ImageDataset(pixels, labels, tuple("abcde"))
     pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.25,) * 3)
     net = convert(trained("residual"), images())
     before = {name: value.clone() for name, value in net.state_dict().items()}

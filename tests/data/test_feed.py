@@ -1,4 +1,5 @@
 import multiprocessing
+from itertools import islice
 
 import datasets
 import pytest
@@ -7,11 +8,10 @@ from helpers import png, write_parquet
 
 from dynaslim import distributed
 from dynaslim.data import load_images, open_source
-from dynaslim.data.disk import DiskFeed, DiskImages
-from dynaslim.data.feed import MemoryFeed, open_training
-from dynaslim.data.memory import MemoryImages, channel_statistics
-from dynaslim.data.order import holdout
-from dynaslim.data.stream import StreamFeed, fetched, open_stream
+from dynaslim.data import source as source_module
+from dynaslim.data.feed import ImageFeed, StreamFeed, open_training
+from dynaslim.data.images import ImageDataset, channel_statistics, holdout
+from dynaslim.data.source import fetched
 from dynaslim.errors import DataError, TrainingError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import AugmentRecipe, DataRecipe
@@ -52,14 +52,18 @@ STORES = [_folder, _table]
 def _feed(kind, path, augment=PLAIN, workers=0, limit=0.0, **options):
     if kind == "memory":
         images = load_images(open_source(path, "train"), GREY, corrupt_limit=limit)
-        return MemoryFeed(images, BATCH, 7)
+        return ImageFeed(images, BATCH, 7)
     if kind == "disk":
-        source = open_source(path, "train")
-        return DiskFeed(source, GREY, augment, BATCH, 7, workers, corrupt_limit=limit, **options)
+        images = ImageDataset.of(open_source(path, "train"), GREY, corrupt_limit=limit)
+        return ImageFeed(images, BATCH, 7, augment=augment, workers=workers)
     stream = open_stream(path, "train")
     return StreamFeed(
         stream, GREY, augment, BATCH, 7, workers, buffer=6, corrupt_limit=limit, **options
     )
+
+
+def open_stream(path, split="train"):
+    return open_source(path, split, streaming=True)
 
 
 def _same(first, second):
@@ -133,15 +137,23 @@ def test_workers_change_nothing(tmp_path, kind, workers):
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def _as_processes(monkeypatch, count):
+    """Be each of so many processes in turn."""
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
+    monkeypatch.setattr(source_module, "world_size", lambda: count)
+    for rank in range(count):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(source_module, "rank", lambda rank=rank: rank)
+        yield rank
+
+
+@pytest.mark.parametrize("kind", ["memory", "disk"])
 @pytest.mark.parametrize("augment", [PLAIN, RESIZED])
 def test_processes_together_see_what_one_sees(tmp_path, monkeypatch, kind, augment):
     path = _table(tmp_path, broken=(5,))
     one = list(_feed(kind, path, augment, limit=0.5).batches(3, 8))
     parts = []
-    monkeypatch.setattr(distributed, "world_size", lambda: 2)
-    for rank in range(2):
-        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+    for _ in _as_processes(monkeypatch, 2):
         feed = _feed(kind, path, augment, limit=0.5)
         assert feed.batch_size == BATCH
         assert feed.steps_per_epoch == len(list(feed.batches(0, 5)))
@@ -152,9 +164,93 @@ def test_processes_together_see_what_one_sees(tmp_path, monkeypatch, kind, augme
         for (x0, y0), (x1, y1) in zip(*parts, strict=True)
     ]
     _same(joined, one)
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    with pytest.raises(UsageError, match="batch_size 4: cannot be divided evenly among 3"):
-        _feed(kind, path, limit=0.5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_that_cannot_be_divided(tmp_path, monkeypatch, kind):
+    path = _table(tmp_path)
+    for _ in _as_processes(monkeypatch, 3):
+        with pytest.raises(UsageError, match="batch_size 4: cannot be divided evenly among 3"):
+            _feed(kind, path)
+
+
+def _tables(root, counts):
+    """A parquet file of so many images for each count."""
+    for number, count in enumerate(counts):
+        images = [png(100 * number + n, (12, 10)) for n in range(count)]
+        write_parquet(root, images, 3, f"train-{number}")
+    return root
+
+
+@pytest.mark.parametrize("counts", [(10, 10, 10, 10), (40,), None])
+def test_processes_share_a_stream(tmp_path, monkeypatch, counts):
+    """By files, by rows where there are too few files, by numbers in a folder of images."""
+    path = _folder(tmp_path, 40) if counts is None else _tables(tmp_path, counts)
+    parts = []
+    for _ in _as_processes(monkeypatch, 2):
+        feed = _feed("stream", path, RESIZED)
+        assert feed.steps_per_epoch == 10
+        straight = list(feed.batches(0, 20))
+        assert all(len(y) == 2 for _, y in straight)
+        _same(_feed("stream", path, RESIZED).batches(13, 20), straight[13:])
+        parts.append(list(_feed("stream", path).batches(0, 20)))
+    for epoch in (slice(0, 10), slice(10, 20)):
+        first, second = (set(_keys(part[epoch])) for part in parts)
+        assert len(first) == len(second) == 20
+        assert not first & second
+
+
+def test_a_process_reads_its_own_files_alone(tmp_path, monkeypatch):
+    path = _tables(tmp_path, (6, 6, 6, 6))
+    whole = {png(100 * number + n, (12, 10)): number for number in range(4) for n in range(6)}
+    seen = []
+    for _ in _as_processes(monkeypatch, 2):
+        for seed in range(6):
+            entries = list(islice(open_stream(path).shuffled(seed, 3, share=12), 12))
+            assert len({e.content for e in entries}) == 12
+            seen.append((seed, frozenset(whole[e.content] for e in entries)))
+    assert all(len(files) == 2 for _, files in seen)
+    for seed in range(6):
+        first, second = (files for s, files in seen if s == seed)
+        assert not first & second
+    assert len({files for _, files in seen}) > 2, "other files in other epochs"
+
+
+def test_shares_of_a_stream_that_differ_in_size(tmp_path, monkeypatch):
+    """Three files for two processes: the one with a single file starts it again."""
+    path = _tables(tmp_path, (8, 8, 8))
+    sizes = []
+    for _ in _as_processes(monkeypatch, 2):
+        feed = _feed("stream", path)
+        straight = list(feed.batches(0, 6))
+        sizes.append(len(set(_keys(straight))))
+        _same(_feed("stream", path).batches(5, 6), straight[5:])
+    assert sorted(sizes) == [8, 12]
+
+
+def test_a_stream_that_ends_early_on_a_process(tmp_path, monkeypatch):
+    import dataclasses
+
+    path = _tables(tmp_path, (8, 8))
+    for _ in _as_processes(monkeypatch, 2):
+        stream = dataclasses.replace(open_stream(path), num_images=None)
+        feed = StreamFeed(stream, GREY, PLAIN, BATCH, 0, num_images=40)
+        with pytest.raises(DataError, match="ended after 8 images, where 20 were to be"):
+            list(feed.batches(0, 10))
+
+
+def test_a_stream_is_resumed_by_as_many_processes(tmp_path, monkeypatch):
+    path = _table(tmp_path)
+    one = _feed("stream", path).state()
+    before = {"skipped": one["skipped"]}  # of an earlier version
+    _feed("stream", path).load_state(before)
+    for _ in _as_processes(monkeypatch, 2):
+        feed = _feed("stream", path)
+        feed.load_state(feed.state())
+        for state in (one, before):
+            with pytest.raises(UsageError, match="with the order of 1, this is 2; resume it with"):
+                feed.load_state(state)
+            _feed("disk", path).load_state(state)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -240,10 +336,10 @@ def test_images_in_memory_without_the_corrupt_ones(tmp_path):
     )
     assert len(images) == len(images.where) == COUNT - 1
     assert len(calls) == COUNT
-    assert "class 2/005.png: not an image" in images.skipped[0]
-    assert len(images.skipped) == 1
+    assert "class 2/005.png: not an image" in images.skipped.lines[0]
+    assert images.skipped.count == 1
     assert not any(place.endswith("005.png") for place in images.where)
-    feed = MemoryFeed(images, BATCH, 0)
+    feed = ImageFeed(images, BATCH, 0)
     assert feed.skipped.count == 1
     assert feed.skipped.images == COUNT
     # what belongs to an image stays with it
@@ -251,8 +347,8 @@ def test_images_in_memory_without_the_corrupt_ones(tmp_path):
         number = int(images.where[row][-7:-4])
         assert images.labels_N[row] == number % 3
     part = images.subset(torch.tensor([3, 1])).relabelled([2, 1, 0], list("cba"))
-    assert part.where == (images.where[3], images.where[1])
-    assert part.skipped == images.skipped
+    assert list(part.where) == [images.where[3], images.where[1]]
+    assert part.skipped.lines == images.skipped.lines
     assert part.labels_N.tolist() == [2 - int(images.labels_N[row]) for row in (3, 1)]
 
 
@@ -261,7 +357,7 @@ def test_files_that_go_missing_count_as_corrupt(tmp_path):
     source = open_source(path, "train")
     (path / "train" / "class 0" / "003.png").unlink()
     images = load_images(source, GREY, corrupt_limit=0.1)
-    assert "003.png: cannot be read: No such file" in images.skipped[0]
+    assert "003.png: cannot be read: No such file" in images.skipped.lines[0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -296,10 +392,10 @@ def test_a_stream_of_several_tables(tmp_path):
     write_parquet(tmp_path, [png(n) for n in range(100, 113)], 3, "train-1")
     stream = open_stream(tmp_path, "train")
     assert stream.num_images == 22
-    orders = [[e.content for e in stream.entries(seed, 4)] for seed in (1, 2, 1)]
+    orders = [[e.content for e in stream.shuffled(seed, 4)] for seed in (1, 2, 1)]
     assert len(set(orders[0])) == 22
     assert orders[0] == orders[2] != orders[1]
-    assert [e.content for e in stream.entries(1, 4, 15)] == orders[0][15:]
+    assert [e.content for e in stream.shuffled(1, 4, 15)] == orders[0][15:]
     with pytest.raises(DataError, match="has no split 'test', only 'train'"):
         open_stream(tmp_path, "test")
     (tmp_path / "train-2.parquet").write_bytes(b"PAR1")
@@ -418,7 +514,7 @@ def test_training_with_a_split_to_choose_by(tmp_path):
             assert training.preprocessing.mean == (0.449,)
     write_parquet(path, [png(n) for n in range(6)], 2, "validation")
     for load in KINDS:
-        with pytest.raises(DataError, match="the splits to train on and to choose by differ"):
+        with pytest.raises(DataError, match="has 2 classes, the training split has 3"):
             _open(_changed(recipe, load=load))
 
 
@@ -467,7 +563,7 @@ def test_random_crops_at_decoding_keep_the_detail(tmp_path):
 def test_images_on_disk_for_evaluation(tmp_path):
     path = _folder(tmp_path, broken=(4, 10))
     source = open_source(path, "train")
-    images = DiskImages.of(source, GREY, workers=2, corrupt_limit=0.1)
+    images = ImageDataset.of(source, GREY, workers=2, corrupt_limit=0.1)
     memory = load_images(source, GREY, corrupt_limit=0.1)
     batches = list(images.batches(5))
     assert [len(y) for _, y in batches] == [5, 5, 5, 5, 2]
@@ -483,7 +579,6 @@ def test_images_on_disk_for_evaluation(tmp_path):
     ((x_, y_),) = images.batches(3, order)
     assert torch.equal(x_, x[order])
     assert torch.equal(y_, y[order])
-    assert [len(y) for _, y in images.batches(5, drop_last=True)] == [5] * 4
     part = images.subset(torch.tensor([5, 2])).relabelled([2, 0, 1], ["x", "y", "z"])
     assert len(part) == 2
     assert list(part.where) == [images.where[5], images.where[2]]
@@ -493,15 +588,17 @@ def test_images_on_disk_for_evaluation(tmp_path):
     images.check_fits(GREY, 3)
     with pytest.raises(DataError, match="has 3 classes, the network has 4"):
         images.check_fits(GREY, 4)
-    with pytest.raises(DataError, match="1 channels of 8 px, the preprocessing says 3 of 8 px"):
+    with pytest.raises(
+        DataError, match=r"of shape \(1, 8, 8\), the preprocessing says \(3, 8, 8\)"
+    ):
         images.check_fits(Preprocessing(SIZE), 3)
-    strict = DiskImages.of(source, GREY)  # 1 %, as everywhere
+    strict = ImageDataset.of(source, GREY)  # 1 %, as everywhere
     with pytest.raises(DataError, match=r"2 of 22 images .*class 1/0(04|10).png"):
         list(strict.batches(5))
 
 
 def test_images_without_places_stay_so():
-    images = MemoryImages(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4), ("a",) * 4)
+    images = ImageDataset(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.arange(4), ("a",) * 4)
     assert images.subset(torch.tensor([1])).where == ()
 
 

@@ -6,7 +6,8 @@ import torch
 from helpers import png, write_parquet
 
 from dynaslim.data import load_images, open_source
-from dynaslim.data.memory import MemoryImages, channel_statistics
+from dynaslim.data.images import ImageDataset, channel_statistics
+from dynaslim.data.source import Entry
 from dynaslim.demo import DATA
 from dynaslim.errors import DataError
 from dynaslim.preprocessing import Preprocessing
@@ -35,7 +36,7 @@ def test_parquet_file_and_folder_agree(tmp_path):
     for where in (path, path.parent):
         source = open_source(where, "test")
         assert source.class_names == ("class 0", "class 1")
-        assert [(content, label) for _, content, label in source] == [
+        assert [(entry.read(), entry.label) for entry in source] == [
             (image, n % 2) for n, image in enumerate(images)
         ]
 
@@ -54,10 +55,10 @@ def test_image_folder(tmp_path, split):
     source = open_source(_folder(tmp_path, split), "test")
     assert source.class_names == ("cat", "dog")
     assert len(source) == 6
-    where, content, label = next(iter(source))
-    assert where.endswith("cat/0.png")
-    assert content == png(0)
-    assert label == 0
+    entry = next(iter(source))
+    assert entry.where.endswith("cat/0.png")
+    assert entry.read() == png(0)
+    assert entry.label == 0
 
 
 def test_class_and_file_names_that_sound_like_splits(tmp_path):
@@ -92,7 +93,7 @@ def test_rows_without_image_or_label_are_named(tmp_path):
     rows = {"image": [{"bytes": png(), "path": None}, None], "label": [1, 0]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
     with pytest.raises(DataError, match="row 1: has no image"):
-        list(open_source(tmp_path / "a.parquet"))
+        [entry.read() for entry in open_source(tmp_path / "a.parquet")]
     rows = {"image": [{"bytes": png(), "path": None}] * 2, "label": [1, None]}
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "b.parquet")
     with pytest.raises(DataError, match="row 1: label None is none of the 2 classes"):
@@ -133,7 +134,7 @@ def test_what_never_ends_is_no_image(tmp_path):
     (folder / "zero.png").symlink_to("/dev/zero")
     (folder / "round.png").symlink_to("round.png")
     source = open_source(tmp_path)
-    assert [Path(entry.where).name for entry in source.entries()] == ["a.png", "round.png"]
+    assert [Path(entry.where).name for entry in source] == ["a.png", "round.png"]
 
 
 def test_a_name_that_is_not_utf8(tmp_path):
@@ -164,7 +165,7 @@ def test_hub_name_goes_to_the_hub(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source("owner/pictures")
     assert asked == ["owner/pictures"]
-    assert next(iter(source)) == ("owner/pictures [test] row 0", png(), 1)
+    assert next(iter(source)) == Entry("owner/pictures [test] row 0", png(), 1)
 
 
 def test_damaged_parquet(tmp_path):
@@ -202,7 +203,7 @@ def test_one_image_that_does_not_decode_is_never_too_many(tmp_path):
     """1 % of a small set is less than one image; two are too many, and both are named."""
     table = write_parquet(tmp_path / "table", [b"no image", *[png()] * 20], 2)
     images = load_images(open_source(table), Preprocessing(32))
-    assert (len(images), len(images.digests), len(images.skipped)) == (20, 20, 1)
+    assert (len(images), len(images.digests()), images.skipped.count) == (20, 20, 1)
     table = write_parquet(tmp_path / "table", [b"no image", *[png()] * 20, b"none"], 2)
     with pytest.raises(DataError, match=r"2 of 22 images .*row 0: .*; .*row 21: "):
         load_images(open_source(table), Preprocessing(32))
@@ -233,12 +234,11 @@ def test_load_images_counts_and_statistics(tmp_path):
 
 
 def test_batches_cover_everything_once():
-    images = MemoryImages(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.arange(10), ("a",))
+    images = ImageDataset(torch.zeros(10, 1, 2, 2, dtype=torch.uint8), torch.arange(10), ("a",))
     order = torch.randperm(10)
     labels = [y for _, y in images.batches(4, order)]
     assert [len(y) for y in labels] == [4, 4, 2]
     assert torch.equal(torch.cat(labels), order)
-    assert [len(y) for _, y in images.batches(4, drop_last=True)] == [4, 4]
     assert images.subset(torch.tensor([3, 5])).labels_N.tolist() == [3, 5]
 
 

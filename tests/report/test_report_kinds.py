@@ -21,7 +21,7 @@ from report_runs import (
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.data import open_source
-from dynaslim.data.disk import DiskImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.evaluation import evaluate
 from dynaslim.preprocessing import Preprocessing
@@ -195,7 +195,7 @@ def test_of_many_routes_the_most_used_are_shown(tmp_path):
     file = save(tmp_path / "net.safetensors", Checkpoint(net, names, pre))
     page = _page(file, data=str(tmp_path / "data"))
     taken = page.rows(["route", "MAdds", "images"])
-    result = evaluate(net, DiskImages.of(open_source(tmp_path / "data"), pre), pre, routes=())
+    result = evaluate(net, ImageDataset.of(open_source(tmp_path / "data"), pre), pre, routes=())
     shares = sorted((one.share for one in result.dynamic.route_shares), reverse=True)
     assert len(shares) > 6, "the network is such that many routes are taken"
     assert taken[-1][0] == f"{len(shares) - 6} other routes"

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from dynaslim import cli
 from dynaslim.checkpoint import read
-from dynaslim.runs.snapshot import read_snapshot
+from dynaslim.runs.folder import read_snapshot
 
 STEPS = 24  # 3 epochs of 8
 

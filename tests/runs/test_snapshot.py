@@ -3,7 +3,7 @@ import torch
 from safetensors.torch import save_file
 
 from dynaslim.errors import CheckpointError
-from dynaslim.runs.snapshot import read_snapshot, save_snapshot
+from dynaslim.runs.folder import read_snapshot, save_snapshot
 
 
 def test_nested_state_comes_back_bit_for_bit(tmp_path):

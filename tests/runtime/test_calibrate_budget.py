@@ -29,7 +29,7 @@ from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cost import CostTable, madds
 from dynaslim.cost_file import write_cost_table
 from dynaslim.data import open_source
-from dynaslim.data.order import holdout
+from dynaslim.data.images import holdout
 from dynaslim.errors import CheckpointError, DataError, DynaslimError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime import budget_search, calibrate_budget

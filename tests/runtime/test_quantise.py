@@ -9,7 +9,7 @@ from helpers import lively, micro_spec, noise
 
 from dynaslim import Engine
 from dynaslim.checkpoint import Checkpoint
-from dynaslim.data.memory import MemoryImages
+from dynaslim.data.images import ImageDataset
 from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime import quantise
@@ -397,7 +397,7 @@ def _images(count, unreadable=()):
     pixels = torch.randint(0, 256, (count, 3, 32, 32), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, 10, (count,), generator=generator)
 
-    class Some(MemoryImages):
+    class Some(ImageDataset):
         def batches(self, batch_size, order=None):
             for x, y in super().batches(batch_size, order):
                 yield x, torch.tensor([-1 if int(n) in unreadable else int(n) for n in y])

@@ -12,7 +12,7 @@ import train_workers
 from helpers import free_port, lively, micro_spec, noise, png, spawn_two, write_parquet
 
 from dynaslim.checkpoint import read
-from dynaslim.runs.snapshot import read_snapshot
+from dynaslim.runs.folder import read_snapshot
 from dynaslim.train import recalibrate
 
 

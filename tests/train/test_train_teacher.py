@@ -5,7 +5,7 @@ import torch
 from helpers import lively, micro_spec, toy_images
 
 from dynaslim.checkpoint import Checkpoint, save
-from dynaslim.data.feed import MemoryFeed
+from dynaslim.data.feed import ImageFeed
 from dynaslim.data.transforms import Augment, normalise
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
@@ -79,7 +79,7 @@ def _training(**fields):
     )
     torch.manual_seed(0)
     net = lively(micro_spec(), image_size=16)
-    feed = MemoryFeed(toy_images(48), 16, 0)
+    feed = ImageFeed(toy_images(48), 16, 0)
     return SupernetTraining(net, feed, Augment(AugmentRecipe(), PRE), recipe)
 
 
