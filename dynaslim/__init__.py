@@ -10,6 +10,7 @@ One trained network, and for every image only as much of it as that image needs.
 Names are imported on first use, so `import dynaslim` costs no torch.
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'dynaslim' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
+    if "dynaslim.nn.net" in sys.modules:
+        import_module("dynaslim.interop.hub")  # adds methods to networks and checkpoints
     globals()[name] = value  # before a submodule of that name can take its place
     return value
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import safetensors
 import safetensors.torch
@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 from dynaslim._files import write_atomic
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.graph import spec_from_dict
+from dynaslim.model_names import checkpoint_file
 from dynaslim.nn.graph_net import make_net
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.pretrained import Pretrained, checkpoint_file
 from dynaslim.zoo import get_spec
 
 FORMAT: Final = "dynaslim-checkpoint"
@@ -35,8 +35,13 @@ VERSION: Final = 1
 
 
 @dataclass(frozen=True)
-class Checkpoint(Pretrained):
+class Checkpoint:
     """A network and what is needed to use it and to know where it came from."""
+
+    # added by `dynaslim.interop.hub`
+    save_pretrained: ClassVar[Callable[..., Path]]
+    push_to_hub: ClassVar[Callable[..., str]]
+    from_pretrained: ClassVar[Callable[..., Checkpoint]]
 
     net: ElasticNet
     class_names: tuple[str, ...] | None = None

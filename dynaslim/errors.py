@@ -20,6 +20,10 @@ class CheckpointError(DynaslimError):
     """A checkpoint cannot be read, or is not what it says it is."""
 
 
+class HubError(DynaslimError):
+    """The hub cannot be reached, does not have what is asked for, or does not allow it."""
+
+
 class DataError(DynaslimError):
     """Images or labels cannot be read, or do not fit the network."""
 

@@ -24,10 +24,9 @@ import numpy as np
 from dynaslim.data.decode import IMAGE_SUFFIXES, decode_image, is_image_file
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
+from dynaslim.model_names import find_model
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
-from dynaslim.pretrained import checkpoint_file, local_path
 from dynaslim.runtime.spending import Ledger, Spending
-from dynaslim.shipped import resolve
 
 if TYPE_CHECKING:
     from dynaslim.runtime.engine import Engine
@@ -169,15 +168,12 @@ def _matches(pattern: str) -> list[str]:
 
 
 def _in_folder(root: str) -> list[str]:
-    files, folders = [], [root]
-    while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif is_image_file(entry.path):
-                    files.append(entry.path)
-    return sorted(files, key=lambda file: file.split(os.sep))
+    def fail(error: OSError) -> None:
+        raise error
+
+    folders = os.walk(root, onerror=fail)
+    files = (os.path.join(folder, name) for folder, _, names in folders for name in names)
+    return sorted(filter(is_image_file, files), key=lambda file: file.split(os.sep))
 
 
 def name_of(file: str | Path) -> str:
@@ -188,41 +184,18 @@ def name_of(file: str | Path) -> str:
 # -- predicting -----------------------------------------------------------------------------------
 
 
-def check_model(model: str | Path) -> Path | None:
-    """The checkpoint file of a model; None for an exported package. No torch.
-
-    Raises:
-        UsageError: for a folder that is neither.
-        CheckpointError: if there is no such file.
-    """
-    from dynaslim.runtime.package import is_package
-
-    if is_package(model):
-        return None
-    path = local_path(resolve(model))
-    check(
-        not path.is_dir(),
-        f"{model}: is a folder and no package; name a checkpoint file, the folder of a run or an "
-        f"exported package",
-    )
-    return checkpoint_file(path)
-
-
 def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Engine:
-    """The engine of a checkpoint file, a folder (an exported package, one of `save_pretrained` or
-    of a run), a repository on the hub, or a model that ships.
+    """The engine of a checkpoint or an exported package, by any name (`dynaslim.model_names`).
 
     Raises:
-        UsageError: for a folder that is no package, and as `Engine`.
+        UsageError: as `Engine`.
         CheckpointError: if it cannot be read, or does not say how images are prepared.
     """
-    from dynaslim.runtime.engine import Engine
+    found = find_model(model, ("checkpoint", "package"))
+    from dynaslim.runtime.engine import Engine  # after what can be refused without it
 
-    path = check_model(model)
-    if path is None:
-        engine = Engine.from_package(model, backend=backend, **options)
-    else:
-        engine = Engine.from_checkpoint(path, backend=backend, **options)
+    make = Engine.from_package if found.kind == "package" else Engine.from_checkpoint
+    engine = make(found.path, backend=backend, **options)
     if engine.preprocessing is None:
         raise CheckpointError(f"{model}: does not say how images are prepared (preprocessing)")
     return engine

@@ -11,23 +11,23 @@ from __future__ import annotations
 import inspect
 import logging
 import os
+import pickle
 import socket
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from dynaslim import errors
 from dynaslim.errors import DataError, DynaslimError, check
+from dynaslim.model_names import find_model
 from dynaslim.predict import (
     BATCH_SIZE,
     Budget,
-    Prediction,
     RoutedEngine,
     Rows,
-    Unreadable,
     check_numbers,
     name_of,
     open_engine,
@@ -79,9 +79,10 @@ def predict_ray(
     ray, data = require("ray"), require("ray.data")
     if make_engine is None:
         options = {"workers": 1, "batch_size": batch_size, "cache_dir": cache_dir}
-        # what is wrong with the model is found here, before anything is started
-        chosen = open_engine(model, backend, **options).backend
-        make_engine = partial(open_engine, os.path.abspath(model), chosen, **options)
+        # a model that cannot be run is refused here, before anything is started
+        path = find_model(model, ("checkpoint", "package")).path.absolute()
+        chosen = open_engine(path, backend, **options).backend
+        make_engine = partial(open_engine, path, chosen, **options)
     return _predict(ray, data, files, make_engine, batch_size, budget, hold, workers)
 
 
@@ -159,34 +160,18 @@ def _in_order(answered: Any, files: Sequence[str | Path]) -> Rows:
     """The rows of the answers, checked to be one for each file, under the names given here."""
     done = 0
     for table in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-        for row in table.to_pylist():
-            if row["error"] is not None:
-                raise getattr(errors, row["kind"], DynaslimError)(row["error"])
+        for piece in table.to_pylist():
+            rows = pickle.loads(piece["rows"])
+            if isinstance(rows, DynaslimError):
+                raise rows
             # a promise of this module, kept by Ray's order and retries: never write what breaks it
-            if row["number"] != done:
-                raise RuntimeError(f"row {row['number']} came from the cluster for row {done}")
-            name = name_of(files[done])
-            done += 1
-            if row["reason"] is not None:
-                yield Unreadable(name, row["reason"])
-            else:
-                yield Prediction(
-                    name,
-                    row["label"],
-                    row["class_name"],
-                    row["confidence"],
-                    row["route"],
-                    row["madds"],
-                    row["escalated"],
-                    row["mirrored"],
-                )
+            if piece["first"] != done:
+                raise RuntimeError(f"row {piece['first']} came from the cluster for row {done}")
+            for row in rows:
+                yield replace(row, file=name_of(files[done]))
+                done += 1
     if done != len(files):
         raise RuntimeError(f"{done} rows came from the cluster for {len(files)} files")
-
-
-_ANSWERED: Final = (
-    "label", "class_name", "confidence", "route", "madds", "escalated", "mirrored"
-)  # fmt: skip
 
 
 class _Worker:
@@ -200,59 +185,24 @@ class _Worker:
         hold: bool,
     ) -> None:
         self._make_engine = make_engine
-        self._batch_size = batch_size
-        self._budget = budget
-        self._hold = hold
+        # `hold` is of every piece: the mean of all is then under the budget too
+        self._options: dict[str, Any] = {"batch_size": batch_size, "budget": budget, "hold": hold}
         self._engine: RoutedEngine | None = None
 
     def __call__(self, piece: Any) -> Any:
-        """A table of one piece -> a table of its rows, or of one row with what went wrong."""
+        """A table of one piece -> a table of its first number and pickled rows, or an error."""
         import pyarrow as pa  # type: ignore[import-untyped]
 
-        first = piece["first"][0].as_py()
         files = [Path(os.fsdecode(file)) for file in piece["files"][0].as_py()]
         try:
-            rows = [
-                {"number": number, **row} for number, row in enumerate(self._answers(files), first)
-            ]
+            if self._engine is None:  # not in __init__, where an error would be Ray's to report
+                self._engine = self._make_engine()
+            with closing(predict(self._engine, files, workers=1, **self._options)) as answers:
+                rows: Any = list(answers)
         except DynaslimError as error:
-            # as a row: Ray would wrap an exception in pages of its own
-            message = f"{error} (on {socket.gethostname()})"
-            rows = [{"number": first, "error": message, "kind": type(error).__name__}]
-        schema = pa.schema(
-            {
-                "number": pa.int64(),
-                "label": pa.int64(),
-                "class_name": pa.string(),
-                "confidence": pa.float64(),
-                "route": pa.string(),
-                "madds": pa.float64(),
-                "escalated": pa.bool_(),
-                "mirrored": pa.bool_(),
-                "reason": pa.string(),
-                "error": pa.string(),
-                "kind": pa.string(),
-            }
-        )
-        return pa.Table.from_pylist(rows, schema=schema)
-
-    def _answers(self, files: Sequence[Path]) -> Generator[dict[str, Any], None, None]:
-        if self._engine is None:  # not in __init__, where an error would be Ray's to report
-            self._engine = self._make_engine()
-        answers = predict(
-            self._engine,
-            files,
-            batch_size=self._batch_size,
-            budget=self._budget,
-            hold=self._hold,  # of every piece: the mean of all is then under the budget too
-            workers=1,
-        )
-        with closing(answers):
-            for row in answers:
-                if isinstance(row, Unreadable):
-                    yield {"reason": row.reason}
-                else:
-                    yield {field: getattr(row, field) for field in _ANSWERED}
+            # as a value: Ray would wrap an exception in pages of its own
+            rows = type(error)(f"{error} (on {socket.gethostname()})")
+        return pa.table({"first": piece["first"], "rows": [pickle.dumps(rows)]})
 
 
 @contextmanager

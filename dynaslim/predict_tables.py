@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from dynaslim._files import check_writable, naming, write_atomic
 from dynaslim.errors import UsageError, check
@@ -19,12 +19,12 @@ SUMMARY: Final = "_summary.json"
 PART_ROWS: Final = 50_000
 
 
-class _Buffer:
-    """Rows as columns, until there are enough of them to be written."""
+class _Table:
+    """Rows that are written whenever there are enough of them; a context manager."""
 
-    def __init__(self) -> None:
-        self.pa, self.parquet = pa, _ = _pyarrow()
-        self.schema = pa.schema(
+    def __init__(self, limit: int) -> None:
+        self._pa, self._parquet = pa, _ = _pyarrow()
+        self._schema = pa.schema(
             {
                 "file": pa.string(),
                 "class": pa.int64(),
@@ -36,26 +36,41 @@ class _Buffer:
                 "mirrored": pa.bool_(),
             }
         )
+        self._limit = limit
         self._rows: list[dict[str, Any]] = []
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def add(self, row: Prediction) -> None:
+        """Append a row."""
         self._rows.append(row.to_dict())
+        if len(self._rows) >= self._limit:
+            self._write(self._taken())
 
-    def take(self) -> Any:
+    def _taken(self) -> Any:
         """The rows as a table; none are left."""
         rows, self._rows = self._rows, []
-        return self.pa.Table.from_pylist(rows, schema=self.schema)
+        return self._pa.Table.from_pylist(rows, schema=self._schema)
+
+    @abstractmethod
+    def _write(self, table: Any) -> None: ...
+
+    @abstractmethod
+    def commit(self, summary: Mapping[str, Any]) -> None:
+        """Write the rows that are left, and make it complete."""
+
+    @abstractmethod
+    def __enter__(self) -> Self:
+        """Make the file or folder; raises `OSError`, which names it, if that cannot be done."""
+
+    def __exit__(self, *_: object) -> None:
+        """Without `commit` it is not complete."""
 
 
-class ParquetFile:
+class ParquetFile(_Table):
     """One parquet file, whole or not at all: rows go to a temporary file beside it as they come.
 
-    A context manager; what has not been committed by its end is removed, and an older file of that
-    name is left as it was. Columns: file, class, class_name (null where unknown), confidence
-    (0..1, float32), route (such as 12-24-48), madds, escalated, mirrored.
+    Without `commit` that is removed, and an older file of the name is left as it was. Columns:
+    file, class, class_name (null where unknown), confidence (0..1, float32), route (such as
+    12-24-48), madds, escalated, mirrored.
     """
 
     GROUP_ROWS: Final = 10_000
@@ -63,56 +78,45 @@ class ParquetFile:
     def __init__(self, path: str | Path) -> None:
         """Check the name; raises `UsageError` for a folder, or if pyarrow is not installed."""
         self._target = check_writable(path)
-        self._buffer = _Buffer()
+        super().__init__(self.GROUP_ROWS)
         self._temporary = self._target.with_name(f".{self._target.name}.{os.getpid()}.tmp")
         self._writer: Any = None
 
-    def __enter__(self) -> ParquetFile:
-        """Open it; raises `OSError`, which names it, if that cannot be done."""
+    def __enter__(self) -> Self:
         with naming(self._target):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             try:
-                self._writer = self._buffer.parquet.ParquetWriter(
-                    self._temporary, self._buffer.schema
-                )
+                self._writer = self._parquet.ParquetWriter(self._temporary, self._schema)
             except BaseException:  # it has made the file, and `__exit__` is not called
                 self._temporary.unlink(missing_ok=True)
                 raise
         return self
 
-    def add(self, row: Prediction) -> None:
-        """Append a row."""
-        self._buffer.add(row)
-        if len(self._buffer) >= self.GROUP_ROWS:
-            with naming(self._target):
-                self._writer.write_table(self._buffer.take())
+    def _write(self, table: Any) -> None:
+        with naming(self._target):
+            self._writer.write_table(table)
 
     def commit(self, summary: Mapping[str, Any]) -> None:
         """Give the file its name; the summary is not for it."""
+        if self._rows:
+            self._write(self._taken())
         with naming(self._target):
-            if len(self._buffer):
-                self._writer.write_table(self._buffer.take())
             self._writer.close()
             with open(self._temporary, "rb") as written:
                 os.fsync(written.fileno())
             os.replace(self._temporary, self._target)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         with suppress(Exception):  # what is not committed is not wanted, even if the disk is full
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
 
-class ParquetParts:
+class ParquetParts(_Table):
     """A folder of parquet files `part-00000.parquet` ... and last `_summary.json`.
 
     Each part is written whole or not at all, with the columns of `ParquetFile`. Readers pass over
-    names that begin with `_`. A context manager; a folder that was not committed has no summary.
+    names that begin with `_`. Without `commit` the parts stay, and there is no summary.
     """
 
     def __init__(self, folder: str | Path, *, part_rows: int = PART_ROWS) -> None:
@@ -126,43 +130,27 @@ class ParquetParts:
         if self._folder.exists():
             check(self._folder.is_dir(), f"{name}: is a file; name a folder for the parts")
             check(not any(self._folder.iterdir()), f"{name}: is not empty; name a new folder")
-        self._part_rows = part_rows
-        self._buffer = _Buffer()
+        super().__init__(part_rows)
         self._parts = 0
 
-    def __enter__(self) -> ParquetParts:
-        """Make the folder; raises `OSError`, which names it, if that cannot be done."""
+    def __enter__(self) -> Self:
         with naming(self._folder):
             self._folder.mkdir(parents=True, exist_ok=True)
         return self
 
-    def add(self, row: Prediction) -> None:
-        """Append a row."""
-        self._buffer.add(row)
-        if len(self._buffer) >= self._part_rows:
-            self._write()
-
-    def commit(self, summary: Mapping[str, Any]) -> None:
-        """Write what is left, and the summary, which makes the folder complete."""
-        if len(self._buffer) or not self._parts:
-            self._write()
-        content = json.dumps({**summary, "parts": self._parts}, indent=2, allow_nan=False)
-        write_atomic(self._folder / SUMMARY, content.encode() + b"\n")
-
-    def _write(self) -> None:
-        sink = self._buffer.pa.BufferOutputStream()
-        self._buffer.parquet.write_table(self._buffer.take(), sink)
+    def _write(self, table: Any) -> None:
+        sink = self._pa.BufferOutputStream()
+        self._parquet.write_table(table, sink)
         part = self._folder / f"part-{self._parts:05d}.parquet"
         write_atomic(part, sink.getvalue().to_pybytes())
         self._parts += 1
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
-        """Parts stay; without the summary they are not complete."""
+    def commit(self, summary: Mapping[str, Any]) -> None:
+        """Write what is left, and the summary, which makes the folder complete."""
+        if self._rows or not self._parts:
+            self._write(self._taken())
+        content = json.dumps({**summary, "parts": self._parts}, indent=2, allow_nan=False)
+        write_atomic(self._folder / SUMMARY, content.encode() + b"\n")
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -14,8 +14,8 @@ from functools import cache
 import pytest
 
 from dynaslim import cli
-from dynaslim.cli.completion import VALUES, script
 from dynaslim.cli.parser import flags, make_parser
+from dynaslim.cli.setup import VALUES, script
 from dynaslim.errors import UsageError
 from dynaslim.runtime.backends import BACKENDS
 from dynaslim.runtime.forms import PRECISIONS

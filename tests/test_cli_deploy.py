@@ -250,7 +250,7 @@ def test_export_of_single_graphs(micro, tmp_path, capsys):
             "choose one",
         ),
         (["export", "nothing.safetensors", "OUT"], 1, "no such file"),
-        (["predict", "FOLDER", "MICRO"], 2, "is a folder and no package"),
+        (["predict", "FOLDER", "MICRO"], 1, "is a folder without a checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(micro, tmp_path, capsys, argv, code, message):

@@ -68,12 +68,11 @@ def test_source_code_that_is_not_installed(monkeypatch):
     assert any("pip install -e ." in hint for hint in found["hints"])
 
 
-def test_backends_run_and_the_machine_is_told(monkeypatch, capsys):
+def test_backends_run(monkeypatch, capsys):
     """Real runs of two backends, through the verb."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     _only(monkeypatch, NUMPY, backends=("eager", "inductor", "onnxruntime", "cudagraph"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert cli.run(["doctor", "--quick", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["ok"] is True
@@ -83,11 +82,8 @@ def test_backends_run_and_the_machine_is_told(monkeypatch, capsys):
         assert backends[name]["status"] == "works", backends[name]
         assert 0 < backends[name]["ms"] < 60_000
     assert backends["inductor"]["status"] in ("not tried", "missing")
-    assert found["processor"]["usable_cores"] >= 1
-    assert found["threads"] == {"torch": 1, "OMP_NUM_THREADS": "1"}
-    assert found["gpu"]["devices"] or found["gpu"]["why_not"]
-    cache = found["cache"]
-    assert (cache["folder"], cache["set_by"]) == (os.environ["DYNASLIM_CACHE"], "DYNASLIM_CACHE")
+    assert backends["cudagraph"]["status"] in ("works", "unusable")
+    assert found["cache"]["folder"] == os.environ["DYNASLIM_CACHE"]
 
 
 def test_a_library_that_fails_strangely_is_named_and_the_rest_goes_on(fakes, monkeypatch, capsys):
@@ -99,7 +95,7 @@ def test_a_library_that_fails_strangely_is_named_and_the_rest_goes_on(fakes, mon
     (fakes / "loud.py").write_text('print(\'{"module": "numpy", "error": "none"}\')')
     child = _stuck(fakes / "stuck.py")
     names = ("sharedlib", "illegal", "leaves", "loud", "stuck")
-    monkeypatch.setattr(doctor, "LIBRARIES_S", 6.0)
+    monkeypatch.setattr(doctor, "LIBRARY_S", 6.0)
     _only(monkeypatch, *(Library(n, ("tests",)) for n in names), NUMPY)
     assert cli.run(["doctor"]) == 1
     out, err = capsys.readouterr()
@@ -177,11 +173,10 @@ def test_a_library_that_it_cannot_do_without(monkeypatch):
     assert found["problems"] == ["not-there is missing: pip install not-there"]
     assert found["backends"][0]["status"] == "missing"
     assert found["backends"][0]["install"] == "pip install torch"
-    assert found["gpu"]["why_not"] == "torch does not load"
 
 
 def test_what_ends_the_process_of_all_is_tried_alone(fakes, monkeypatch):
-    """--quick: one process for everything; the task in which it ended starts a new one."""
+    """--quick: one process for all backends; if it ends, each gets one of its own."""
     package = fakes / "openvino"
     package.mkdir()
     (package / "__init__.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGILL)")
@@ -189,13 +184,13 @@ def test_what_ends_the_process_of_all_is_tried_alone(fakes, monkeypatch):
     monkeypatch.setitem(doctor.NEEDS, "openvino", ("openvino",))
     run_process, processes = doctor.run_process, []
 
-    def run(tasks, seconds):
-        processes.append(tasks)
-        return run_process(tasks, seconds)
+    def run(*arguments, seconds):
+        processes.append(arguments[2:])
+        return run_process(*arguments, seconds=seconds)
 
     monkeypatch.setattr(doctor, "run_process", run)
     found = doctor.examine(quick=True)
-    assert processes == [["torch", "backend:eager", "backend:openvino"], ["backend:openvino"]]
+    assert processes == [("eager", "openvino"), ("eager",), ("openvino",)]
     eager, openvino = found["backends"]
     assert (eager["status"], openvino["status"]) == ("works", "broken")
     assert "SIGILL" in openvino["why"]
@@ -246,60 +241,14 @@ def _assert_ends(pid):
         time.sleep(0.01)
 
 
-def _torch(monkeypatch, **result):
-    """The GPU and the hints where the task "torch" has this result."""
-    _only(monkeypatch, NUMPY, backends=("cudagraph",))
-    works = {"backend:cudagraph": {"error": None, "ready_s": 1.0, "ms": 0.1}}
-    monkeypatch.setattr(doctor, "_run", lambda *_: {"torch": result, **works})
-    found = doctor.examine()
-    return found["gpu"], found["backends"][0], found["hints"]
-
-
 def test_why_there_is_no_gpu(monkeypatch):
-    why = "torch is a build for CPUs"
-    gpu, backend, hints = _torch(monkeypatch, cuda=None, driver="550.1", devices=[], error=why)
-    assert (backend["status"], backend["why"], gpu["why_not"]) == ("unusable", why, why)
-    assert backend["ms"] is None
-    assert hints == ["there is an NVIDIA driver, but torch is a build for CPUs: install a CUDA one"]
-    gpu, backend, hints = _torch(monkeypatch, error="ended its process by SIGILL")
-    assert (backend["status"], gpu["why_not"]) == ("unusable", "torch does not load")
-    assert gpu["devices"] == hints == []
-
-
-def test_gpus(monkeypatch, capsys):
-    device = {"name": "Apple GPU (mps)", "memory_bytes": None}
-    gpu, backend, _ = _torch(monkeypatch, devices=[device], cuda=None, driver=None, error=None)
-    assert gpu["devices"] == [device]
-    assert (backend["status"], backend["why"]) == ("unusable", "needs an NVIDIA GPU")
-    device = {"name": "H100", "memory_bytes": 80 * 2**30}
-    result = {"devices": [device], "cuda": "12.8", "driver": "550.1", "error": None}
-    gpu, backend, hints = _torch(monkeypatch, **result)
-    assert gpu == {"devices": [device], "driver": "550.1", "cuda": "12.8", "why_not": None}
-    assert (backend["status"], backend["ms"], hints) == ("works", 0.1, [])
-    assert cli.run(["doctor"]) == 0
-    out = capsys.readouterr().out
-    assert "GPU        H100 (80.0 GiB); driver 550.1, CUDA 12.8" in out
-    assert out.endswith("all that is installed works\n")
-
-
-def test_limits_of_a_container(tmp_path, monkeypatch):
-    assert doctor.container_cores(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    assert doctor.container_cores(tmp_path) is None
-    (tmp_path / "cpu.max").write_text("150000 100000\n")
-    assert doctor.container_cores(tmp_path) == 1.5
-    (tmp_path / "cpu.max").unlink()
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "cpu/cpu.cfs_period_us").write_text("100000")
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1")
-    assert doctor.container_cores(tmp_path) is None
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("200000")
-    assert doctor.container_cores(tmp_path) == 2
-    monkeypatch.setattr(doctor, "container_cores", lambda: 1.5)
-    monkeypatch.setattr(doctor.cache, "usable_cores", lambda: 4)
-    _, _, [hint] = _torch(monkeypatch, devices=[], cuda=None, error=None)
-    assert hint.startswith("a limit allows 1.5 cores of 4")
-    assert hint.endswith("taskset -c 0-1")
+    _only(monkeypatch, NUMPY, backends=("cudagraph",))
+    why = "Torch not compiled with CUDA enabled"
+    monkeypatch.setattr(doctor, "run_backends", lambda *_: {"cudagraph": {"unusable": why}})
+    found = doctor.examine()
+    [backend] = found["backends"]
+    assert (backend["status"], backend["why"], backend["ms"]) == ("unusable", why, None)
+    assert found["ok"] is True
 
 
 def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
@@ -311,10 +260,6 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     monkeypatch.setenv("DYNASLIM_CACHE", str(tmp_path / "cache"))
     assert doctor.describe_cache()["writable"] is True
     assert not (tmp_path / "cache").exists()
-    (tmp_path / "cache" / "network").mkdir(parents=True)
-    (tmp_path / "cache" / "network" / "program").write_bytes(b"x" * 100)
-    found = doctor.describe_cache()
-    assert (found["networks"], found["bytes"]) == (1, 100)
 
 
 def test_bad_flags(capsys):

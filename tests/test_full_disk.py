@@ -105,7 +105,7 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(small_disk, caps
         check_writable(target)
     assert caught.value.filename == str(target)
     # before the checkpoint is looked for
-    assert cli.run(["evaluate", "nosuch", "--data", "nosuch", "--table", str(target)]) == 1
+    assert cli.run(["evaluate", "nosuch", "--data", "no/such", "--table", str(target)]) == 1
     assert capsys.readouterr().err == f"dynaslim: {target}: Read-only file system\n"
 
 

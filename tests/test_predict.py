@@ -392,7 +392,7 @@ def test_closing_early_stops_the_threads(shades, monkeypatch):
 
 def test_models_that_no_engine_is_made_of(micro, tmp_path):
     assert open_engine(micro, "eager").class_names == tuple("abcde")
-    with pytest.raises(UsageError, match=r"is a folder and no package"):
+    with pytest.raises(CheckpointError, match=r"is a folder without a checkpoint; .* package"):
         open_engine(tmp_path)
     bare = save(tmp_path / "bare.safetensors", Checkpoint(lively(micro_spec())))
     with pytest.raises(CheckpointError, match=r"bare.safetensors: does not say how"):
@@ -525,7 +525,7 @@ def fake(monkeypatch):
         return engine
 
     monkeypatch.setattr(rooms, "open_engine", opened)
-    monkeypatch.setattr(rooms, "check_model", lambda model: None)
+    monkeypatch.setattr("dynaslim.cli.predicting.find_model", lambda *_: None)
     return engine
 
 
@@ -695,7 +695,7 @@ def test_what_the_model_is_asked_for(fake, shades, capsys):
     argv = ["m", shades[0], "--backend", "openvino", "--budget", "4.5ms", "--batch-size", "5"]
     assert _run(capsys, *argv)[0] == 0
     assert fake.budgets == ["4.5ms"]
-    assert fake.opened == [((Path("m"), "openvino"), {"batch_size": 5, "cache_dir": "auto"})]
+    assert fake.opened == [(("m", "openvino"), {"batch_size": 5, "cache_dir": "auto"})]
     assert _run(capsys, "m", shades[0])[0] == 0
     assert fake.budgets[1:] == [None]
 
@@ -770,7 +770,7 @@ def test_models_that_cannot_be_run(micro, shades, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for argv, code, message in [
         ([tmp_path / "no.safetensors"], 1, "no.safetensors: no such file"),
-        ([tmp_path / "empty"], 2, "is a folder and no package"),
+        ([tmp_path / "empty"], 1, "is a folder without a checkpoint"),
         ([micro, "--backend", "nonsense"], 2, "backend 'nonsense': choose from auto"),
         ([micro, "--backend", "eager", "--budget", "x"], 2, "budget 'x'"),
     ]:

@@ -2,6 +2,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -296,12 +297,6 @@ def test_pieces_are_whole_batches_and_hold_every_file_once(count, batch_size, wo
         assert sizes[0] <= PIECE_BATCHES * batch_size
 
 
-def _answer(*rows):
-    fields = ("number", *predict_ray._ANSWERED, "reason", "error")
-    table = pa.Table.from_pylist([{field: row.get(field) for field in fields} for row in rows])
-    return SimpleNamespace(iter_batches=lambda **options: iter([table]))
-
-
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
@@ -311,7 +306,9 @@ def _answer(*rows):
     ],
 )
 def test_rows_that_are_lost_or_repeated_are_found_out(numbers, message):
-    answer = _answer(*({"number": number, "reason": "is empty"} for number in numbers))
+    rows = pickle.dumps([Unreadable("a", "is empty")])
+    table = pa.Table.from_pylist([{"first": number, "rows": rows} for number in numbers])
+    answer = SimpleNamespace(iter_batches=lambda **options: iter([table]))
     with pytest.raises(RuntimeError, match=message):
         list(predict_ray._in_order(answer, ["a", "b", "c"]))
 

@@ -10,6 +10,7 @@ import dynaslim
 from dynaslim import cli, shipped
 from dynaslim.checkpoint import Checkpoint, save
 from dynaslim.errors import CheckpointError, UsageError
+from dynaslim.model_names import checkpoint_file
 from dynaslim.predict import open_engine
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.export import export_package
@@ -45,7 +46,10 @@ def test_names_lead_to_files(here, trained):
     assert shipped.path() == shipped.path("cifar10") == trained
     with pytest.raises(UsageError, match="'cifar11' does not ship with dynaslim: choose from cif"):
         shipped.path("cifar11")
-    assert [shipped.is_name(n) for n in ("cifar10", "./cifar10", "cifar11")] == [True, False, False]
+    assert checkpoint_file("cifar10") == trained
+    for name in ("./cifar10", "cifar11"):
+        with pytest.raises(CheckpointError, match=r"cifar1[01]: no such file"):
+            checkpoint_file(name)
 
 
 def test_what_ships_says_so_and_has_a_card():
@@ -63,13 +67,11 @@ def test_what_ships_says_so_and_has_a_card():
 
 
 def test_a_file_of_that_name_comes_first_and_a_folder_does_not(here, trained):
-    assert shipped.resolve("cifar10") == trained
-    assert str(shipped.resolve("other")) == "other"
     (here / "cifar10").mkdir()
-    assert shipped.resolve("cifar10") == trained
+    assert checkpoint_file("cifar10") == trained
     (here / "cifar10").rmdir()
     shutil.copy(trained, here / "cifar10")
-    assert str(shipped.resolve("cifar10")) == "cifar10"
+    assert str(checkpoint_file("cifar10")) == "cifar10"
 
 
 def test_a_name_is_a_checkpoint_everywhere(here, trained):

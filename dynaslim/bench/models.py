@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dynaslim import shipped
 from dynaslim.checkpoint import Checkpoint, create_model
 from dynaslim.data import load_images, open_source
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise, readable_batches
 from dynaslim.errors import UsageError, check
+from dynaslim.model_names import find_model
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.pretrained import local_path
 from dynaslim.runtime.backends import default_device
 from dynaslim.runtime.engine import Engine
-from dynaslim.runtime.package import is_package
 from dynaslim.train import recalibrate
-from dynaslim.zoo import ZOO, get_spec, is_spec_file
+from dynaslim.zoo import get_spec
 
 
 def random_network(name: str, image_size: int, seed: int = 0) -> SlimNet:
@@ -60,22 +56,20 @@ def open_engine(
     options: dict[str, Any] = {"backend": backend, "batch_size": batch_size}
     if not cache:
         options["cache_dir"] = None
-    if shipped.is_name(model) and not is_package(model):
-        model = str(shipped.resolve(model))
-    is_name = not (Path(model).exists() or Path(model).suffix or os.sep in model)
-    if model in ZOO or is_spec_file(model) or is_name:
+    found = find_model(model)
+    if found.kind == "architecture":
         spec = get_spec(model)
         side = image_size or spec.usual_image_size
         spec.check_image_size(side, side)
         net = random_network(model, side).to(default_device(backend))
         return Engine(net, precision=precision, image_size=side, **options), side
-    if is_package(model) or (Path(model).is_dir() and local_path(model).is_dir()):
-        engine = Engine.from_package(model, image_size=image_size, **options)
+    if found.kind == "package":
+        engine = Engine.from_package(found.path, image_size=image_size, **options)
         own = engine.source.precision
         check(precision in ("fp32", own), f"precision {precision}: the package is {own}")
     else:
         engine = Engine.from_checkpoint(
-            model, precision=precision, image_size=image_size, **options
+            found.path, precision=precision, image_size=image_size, **options
         )
     pre = engine.preprocessing
     side = image_size or (pre.image_size_px if pre is not None else 224)

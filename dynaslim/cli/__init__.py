@@ -18,16 +18,13 @@ from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
 
 from dynaslim.cli import (
-    budget,
-    completion,
-    convert,
     deploy,
-    doctor,
     look,
     measure,
     predicting,
     reporting,
     serving,
+    setup,
     training,
 )
 from dynaslim.cli.output import fail, help_columns, say, shell_lines
@@ -66,7 +63,7 @@ VERBS: Final = {
         "dynaslim calibrate runs/cifar10/last.safetensors OUT --data PATH",
     ),
     "calibrate-budget": Verb(
-        budget.calibrate_budget,
+        measure.calibrate_budget,
         "train",
         "dynaslim calibrate-budget runs/cifar10_gate/gate_0.60.safetensors --data PATH",
     ),
@@ -97,12 +94,12 @@ VERBS: Final = {
         "dynaslim export runs/demo/checkpoint.safetensors package",
     ),
     "import-official": Verb(
-        convert.import_official,
+        deploy.import_official,
         "convert",
         "dynaslim import-official model_best.pth.tar ds_mbnet.safetensors",
     ),
-    "doctor": Verb(doctor.doctor, "set up", "dynaslim doctor"),
-    "completion": Verb(completion.completion, "set up", "dynaslim completion bash"),
+    "doctor": Verb(setup.doctor, "set up", "dynaslim doctor"),
+    "completion": Verb(setup.completion, "set up", "dynaslim completion bash"),
 }
 
 

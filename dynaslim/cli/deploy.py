@@ -1,11 +1,15 @@
-"""Verbs that make a network ready for use elsewhere, and say how fast it is here."""
+"""Verbs that convert networks from and to other formats, and measure how fast they are here."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dynaslim._files import check_writable
 from dynaslim.cli.output import new_table, print_json, say
+from dynaslim.errors import CheckpointError, UsageError, check
+from dynaslim.model_names import checkpoint_file, find_model, is_package
+from dynaslim.spec import Route
 
 if TYPE_CHECKING:
     from dynaslim.checkpoint import Checkpoint
@@ -38,9 +42,6 @@ def profile(
         no_cache: Keep no compiled programs on disk, and read none.
         json: Print one JSON object.
     """
-    from dynaslim._files import check_writable
-    from dynaslim.errors import check
-
     check(rounds >= 1, f"--rounds {rounds}: must be at least 1")
     check_writable(out)
     _check_named(model, backend)
@@ -107,8 +108,6 @@ def bench(
         json: Print one JSON object.
     """
     from dynaslim.data.layout import check_path
-    from dynaslim.errors import UsageError, check
-    from dynaslim.runtime.package import is_package
 
     # the ideal is whole routes in one program each, and a package has segments only
     check(
@@ -183,23 +182,12 @@ def bench(
 
 def _check_named(model: str, *backends: str) -> None:
     """Raise `DynaslimError` for a model or a backend that there is not; no torch."""
-    from dynaslim.errors import check
-    from dynaslim.pretrained import checkpoint_file
     from dynaslim.runtime.backends import BACKENDS
-    from dynaslim.shipped import is_name
-    from dynaslim.zoo import ZOO, get_spec, is_spec_file
 
     for name in backends:
         known = ("auto", *BACKENDS)
         check(name in known, f"backend {name!r}: choose from {', '.join(known)}")
-    path = Path(model)
-    if model in ZOO or is_spec_file(model) or is_name(model):
-        return
-    if path.suffix or len(path.parts) > 1:
-        if not path.is_dir():
-            checkpoint_file(model)
-    elif not path.exists():
-        get_spec(model)
+    find_model(model)
 
 
 def _bench_table(result: dict[str, Any]) -> Any:
@@ -249,9 +237,6 @@ def export(
         json: Print one JSON object.
     """
     from dynaslim.data.layout import check_path
-    from dynaslim.errors import UsageError, check
-    from dynaslim.pretrained import checkpoint_file
-    from dynaslim.spec import Route
 
     if single_file and static_route is not None:
         raise UsageError("--single-file and --static-route: choose one")
@@ -327,3 +312,30 @@ def _quantised(
         loaded.net, batches, images=calibration[1], cache_dir="auto" if cache else None
     )
     return forms, {"accuracy": compare_precisions(loaded, forms, data, *report)}
+
+
+def import_official(file: Path, out: Path, *, ema: bool = False, json: bool = False) -> None:
+    """Convert a checkpoint of the released DS-Net code, without running anything from it.
+
+    Args:
+        file: The released file (.pth.tar).
+        out: The checkpoint to write (.safetensors).
+        ema: Take the averaged weights.
+        json: Print one JSON object.
+    """
+    check_writable(out)
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file")
+
+    from dynaslim.checkpoint import save
+    from dynaslim.interop.official import import_official as convert
+
+    checkpoint = convert(file, ema=ema)
+    save(out, checkpoint)
+    spec = checkpoint.net.spec
+    choices = spec.gates[0].choices
+    if json:
+        told = {"out": str(out), "model": spec.name, "num_classes": spec.num_classes}
+        print_json({**told, "choices": list(choices)})
+        return
+    say(f"{out}: {spec.name}, {spec.num_classes} classes, gate choices {choices}")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cli.output import new_table, print_json, printable, say
+from dynaslim.cost import layer_costs, madds, params
+from dynaslim.model_names import MANIFEST, find_model
+from dynaslim.shipped import PICTURES, names
+from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
+from dynaslim.zoo import ZOO, get_spec
 
 if TYPE_CHECKING:
     from dynaslim.preprocessing import Preprocessing
-    from dynaslim.spec import NetSpec
 
 FEW: Final = 24
 """So many forms of segments are shown one by one; of more, a range for each segment."""
+MOST_ROUTES: Final = 256
+"""Routes of a routing space that are listed in the JSON."""
 SHOWN: Final = 6
 """Names or numbers shown of a longer list."""
 
@@ -24,10 +31,6 @@ def models(*, json: bool = False) -> None:
     Args:
         json: Print one JSON object.
     """
-    from dynaslim.cost import madds, params
-    from dynaslim.shipped import PICTURES, names
-    from dynaslim.zoo import ZOO
-
     rows: list[dict[str, Any]] = []
     for name, spec in ZOO.items():
         size = spec.usual_image_size
@@ -75,11 +78,9 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
             models made for small images.
         json: Print one JSON object.
     """
-    from dynaslim.cli.describe import describe_spec
-
     spec, pre, contents = _open(model)
     usual = spec.usual_image_size if pre is None else pre.image_size_px
-    told = describe_spec(spec, usual if image_size is None else image_size)
+    told = _describe_spec(spec, usual if image_size is None else image_size)
     if json:
         print_json({**told, **contents})
         return
@@ -91,23 +92,13 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
 
 def _open(model: str) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
     """A model's spec, how its images are prepared, and what else its file or folder holds."""
-    from dynaslim import shipped
-    from dynaslim.runtime.package import is_package
-    from dynaslim.zoo import ZOO, get_spec, is_spec_file
-
-    path = Path(model)
-    if shipped.is_name(model) and not is_package(path):
-        return _open_checkpoint(shipped.resolve(model))
-    is_name = not (path.exists() or path.suffix or len(path.parts) > 1)
-    if model in ZOO or is_spec_file(model) or is_name:
+    found = find_model(model)
+    if found.kind == "architecture":
         return get_spec(model), None, {}
-    return _open_package(path) if is_package(path) else _open_checkpoint(path)
+    return (_open_package if found.kind == "package" else _open_checkpoint)(found.path)
 
 
-def _open_checkpoint(path: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
-    from dynaslim.pretrained import checkpoint_file
-
-    file = checkpoint_file(path)  # before torch is imported
+def _open_checkpoint(file: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
     from dynaslim.checkpoint import read
     from dynaslim.runtime.package import file_digest
 
@@ -156,13 +147,112 @@ def _open_package(path: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, 
     )
 
 
+# -- as plain values ------------------------------------------------------------------------------
+
+
+def _describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
+    """An architecture and the costs of its parts for one size of image, as JSON values.
+
+    Costs of segments include what their gates' heads cost, which a route alone does without.
+
+    Raises:
+        UsageError: if the images are too small for the network.
+    """
+    return {
+        "model": spec.name,
+        "params": params(spec),
+        "image_size_px": image_size_px,
+        "in_channels": spec.in_channels,
+        "num_classes": spec.num_classes,
+        "activation": spec.activation,
+        "attention": spec.attention,
+        "attention_at": spec.attention_at,
+        "stages": [_stage(spec, number) for number in range(len(spec.stages))],
+        "gates": [_gate(spec, number) for number in range(len(spec.gates))],
+        "segments": [_segment(spec, number, image_size_px) for number in range(spec.num_segments)],
+        "routes": [_describe_route(spec, route, image_size_px) for route in spec.routes],
+        "largest": _describe_route(spec, spec.largest, image_size_px),
+        "routing_space": _routing_space(spec, image_size_px),
+    }
+
+
+def _describe_route(spec: NetSpec, route: Route, image_size_px: int) -> dict[str, Any]:
+    """Widths, multiply-adds and parameters of the sub-network along a route."""
+    return {
+        "widths": list(route.widths),
+        "madds": madds(spec, route, image_size_px),
+        "params": params(spec, route),
+    }
+
+
+def _stage(spec: NetSpec, number: int) -> dict[str, Any]:
+    stage = spec.stages[number]
+    governing = spec.gate_of(number)
+    routed = range(spec.num_widths) if governing is not None else range(1)
+    return {
+        "block": stage.block,
+        "blocks": stage.blocks,
+        "kernel": stage.kernel,
+        "stride": stage.stride,
+        "expansion": stage.expansion,
+        "max_pool": stage.max_pool,
+        "widths": sorted({spec.width(number, index).channels for index in routed}),
+        "largest_width": spec.width(number, LARGEST).channels,
+        "gate": governing if stage.gate is not None else None,
+        "governed_by": governing,
+    }
+
+
+def _gate(spec: NetSpec, number: int) -> dict[str, Any]:
+    at = spec.gated_stages[number]
+    return {
+        "stage": at,
+        "at": "entrance" if GATE_AT_ENTRANCE[spec.stages[at].block] else "behind the depthwise",
+        "choices": list(spec.gates[number].choices),
+        "widths": [spec.stages[at].widths[index] for index in spec.gates[number].choices],
+    }
+
+
+def _segment(spec: NetSpec, number: int, image_size_px: int) -> dict[str, Any]:
+    """The forms of a segment: rows are choices of the gate before it, columns of its own."""
+    from dynaslim.runtime.forms import Form, form_madds, route_through
+
+    def form_params(form: Form) -> int:
+        layers = layer_costs(spec, route_through(spec, form), image_size_px)
+        return sum(layer.params for layer in layers if layer.segment == number)
+
+    before = spec.gates[number - 2].choices if number > 1 else (0,)
+    own = spec.gates[number - 1].choices if number > 0 else (0,)
+    forms = [[Form(number, a, b) for b in own] for a in before]
+    size = (image_size_px, image_size_px)
+    return {
+        "in_choices": list(before),
+        "out_choices": list(own),
+        "madds": [[round(form_madds(spec, form, size)) for form in row] for row in forms],
+        "params": [[form_params(form) for form in row] for row in forms],
+    }
+
+
+def _routing_space(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
+    """The routes that the gates can take; of very many, only how many they are."""
+    size = math.prod(len(gate.choices) for gate in spec.gates)
+    routes = spec.routing_space if size <= MOST_ROUTES else None
+    return {
+        "size": size,
+        "cheapest": _describe_route(spec, spec.cheapest_choice, image_size_px),
+        "widest": _describe_route(spec, spec.widest_choice, image_size_px),
+        "routes": None
+        if routes is None
+        else [_describe_route(spec, route, image_size_px) for route in routes],
+    }
+
+
 # -- for a person ---------------------------------------------------------------------------------
 
 
 def _contents_lines(kind: str, holds: Mapping[str, Any]) -> Iterator[str]:
     """What a checkpoint or a package holds beside its network, line by line."""
     from dynaslim.interop.card import measured
-    from dynaslim.runtime.package import MANIFEST
 
     def line(label: str, told: str) -> str:
         return f"{label:<11}{told}"

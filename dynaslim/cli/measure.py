@@ -1,70 +1,120 @@
-"""Verbs that measure a network, or make it ready to be."""
+"""Verbs that measure a network on labelled images, or make it ready to be."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim.cli.output import class_table, evaluation_table, print_json, say, say_skipped
+from dynaslim._files import check_writable
+from dynaslim.cli.output import (
+    class_table,
+    evaluation_table,
+    new_table,
+    print_json,
+    say,
+    say_skipped,
+)
+from dynaslim.errors import DataError, UsageError, check
+from dynaslim.model_names import checkpoint_file, is_hub_address
+from dynaslim.spec import NetSpec, Route
 
 if TYPE_CHECKING:
     import torch
 
     from dynaslim.data.images import ImageDataset
+    from dynaslim.data.source import ImageSource
+    from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+    from dynaslim.runtime.calibrate_budget import Outcome
 
 MOST_CLASSES: Final = 20
 """More classes than these are in the JSON, not on the screen."""
+SHOWN: Final = 10
+"""Budgets in the table for a person; the checkpoint has more."""
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Labelled images, and how a network is run on them; mistakes are found without torch."""
+
+    data: str
+    """A parquet file or a folder of them, a folder of images by class, or a hub name."""
+    batch_size: int = 256
+    """Images per batch."""
+    corrupt_limit: float = 0.01
+    """Share of images that may turn out not to decode; they are left out."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+
+    def __post_init__(self) -> None:
+        from dynaslim.data.layout import check_path
+
+        check(self.batch_size >= 1, f"--batch-size {self.batch_size}: must be at least 1")
+        check(
+            0 <= self.corrupt_limit <= 1,
+            f"--corrupt-limit {self.corrupt_limit}: must be between 0 and 1",
+        )
+        check_device(self.device)
+        check_path(self.data)
+
+
+@dataclass(frozen=True)
+class CalibrateOptions(ImageOptions):
+    """As `ImageOptions`, of the images that BN statistics are taken from."""
+
+    batches: int = 100
+    """Batches to average over, at most one pass over the data."""
+    batch_size: int = 128
+    """Images per batch."""
+    corrupt_limit: float = 0.01
+    """Share of images that may turn out not to decode; others take their place."""
+    seed: int = 0
+    """Of the order of the images."""
+    workers: int = 2
+    """Processes that decode images; 0 decodes in this one."""
+
+    def __post_init__(self) -> None:
+        check(
+            self.batches >= 1 and self.batch_size >= 2,
+            "--batches must be at least 1 and --batch-size at least 2",
+        )
+        check(self.workers >= 0, f"--workers {self.workers}: must not be negative")
+        super().__post_init__()
 
 
 def evaluate(
     checkpoint: Path,
     *,
-    data: str,
+    images: ImageOptions,
     split: str | None = None,
     route: str | None = None,
     views: int = 1,
     table: Path | None = None,
-    batch_size: int = 256,
-    corrupt_limit: float = 0.01,
-    device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Measure every route and the dynamic mode on labelled images.
 
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
-        data: A parquet file or a folder of them, a folder of images by class, or a hub name.
+        images: The images, and how the network is run on them.
         split: Split of the data; "test" also takes one called validation. Default: test; of a set
             that is not divided, the images that the network was not trained on.
         route: Measure this route only, beside the dynamic mode, such as 12-24-48-80-160.
         views: Test-time augmentation: mean over so many views of each image, 1 to 10.
         table: Write a line for every image there (parquet): file, label, prediction, route,
             confidence, MAdds.
-        batch_size: Images per batch.
-        corrupt_limit: Share of images that may turn out not to decode; they are left out.
-        device: cpu, cuda or mps.
         json: Print one JSON object.
     """
-    from dynaslim._files import check_writable
-    from dynaslim.data.layout import check_path
-    from dynaslim.errors import UsageError
     from dynaslim.preprocessing import MAX_VIEWS
-    from dynaslim.pretrained import checkpoint_file
-    from dynaslim.spec import Route
 
-    # what can be refused at once is, before torch is imported and a large set is opened
-    if batch_size < 1:
-        raise UsageError(f"--batch-size {batch_size}: must be at least 1")
-    if not 0 <= corrupt_limit <= 1:
-        raise UsageError(f"--corrupt-limit {corrupt_limit}: must be between 0 and 1")
-    if not 1 <= views <= MAX_VIEWS:
-        raise UsageError(f"--views {views}: must be from 1 to {MAX_VIEWS}")
+    # mistakes are found before torch is imported and a large set is opened
+    check(1 <= views <= MAX_VIEWS, f"--views {views}: must be from 1 to {MAX_VIEWS}")
     if table is not None:
         check_writable(table)
-    check_device(device)
     asked = None if route is None else Route.parse(route)
     file = checkpoint_file(checkpoint)
-    check_path(data)
 
     from dynaslim import evaluation
     from dynaslim.checkpoint import read_prepared
@@ -72,31 +122,30 @@ def evaluate(
     from dynaslim.progress import progress
 
     loaded, preprocessing = read_prepared(file)
-    spec = loaded.net.spec
-    routes = None if asked is None else (spec.coerce_route(asked),)
-    images = open_images(loaded, data, split or "test", corrupt_limit=corrupt_limit)
-    images, told = unseen(images, file, split)
-    source = images.source
+    routes = None if asked is None else (loaded.net.spec.coerce_route(asked),)
+    opened = open_images(loaded, images.data, split or "test", corrupt_limit=images.corrupt_limit)
+    opened, told = _unseen(opened, file, split)
+    source = opened.source
     assert source is not None
-    with progress("evaluating", len(images)) as bar:
+    with progress("evaluating", len(opened)) as bar:
         result = evaluation.evaluate(
-            loaded.net.to(to_device(device)),
-            images,
+            loaded.net.to(to_device(images.device)),
+            opened,
             preprocessing,
-            batch_size=batch_size,
+            batch_size=images.batch_size,
             routes=routes,
             on_batch=bar.advance,
             views=views,
         )
     if table is not None:
-        evaluation.write_table(table, result, images)
+        evaluation.write_table(table, result, opened)
     if json:
         print_json(
             {
                 "data": source.name,
                 "split": source.split,
                 "trained_on": told,
-                "unreadable": list(images.skipped.lines),
+                "unreadable": list(opened.skipped.lines),
                 **result.to_dict(),
             }
         )
@@ -105,7 +154,7 @@ def evaluate(
         f"{checkpoint} on {source.name} [{source.split}]: {result.images} images, "
         f"{result.skipped} skipped"
     )
-    say_skipped(images.skipped.lines)
+    say_skipped(opened.skipped.lines)
     if told:
         say(told)
     say(evaluation_table(result))
@@ -115,10 +164,10 @@ def evaluate(
         say(f"{table}: a line for every image")
 
 
-def unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[ImageDataset, str]:
-    """The images to measure, and what there is to say if the network was trained on some of them.
+def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[ImageDataset, str]:
+    """The images to measure, and a note if the network was trained on some of them.
 
-    Of a set that is not divided, and of which no split was asked for, those are left out.
+    Those are left out of a set that is not divided, if no split was asked for.
     """
     import torch
 
@@ -147,14 +196,8 @@ def calibrate(
     checkpoint: Path,
     out: Path,
     *,
-    data: str,
+    images: CalibrateOptions,
     split: str = "train",
-    batches: int = 100,
-    batch_size: int = 128,
-    seed: int = 0,
-    workers: int = 2,
-    corrupt_limit: float = 0.01,
-    device: str = "cpu",
     json: bool = False,
 ) -> None:
     """Take a network's BN statistics anew for every route, as after training.
@@ -162,33 +205,12 @@ def calibrate(
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
         out: The checkpoint to write (.safetensors); may be the same.
-        data: A parquet file or a folder of them, a folder of images by class, or a hub name.
+        images: The images, and how the network is run on them.
         split: Split of the data.
-        batches: Batches to average over, at most one pass over the data.
-        batch_size: Images per batch.
-        seed: Of the order of the images.
-        workers: Processes that decode images; 0 decodes in this one.
-        corrupt_limit: Share of images that may turn out not to decode; others take their place.
-        device: cpu, cuda or mps.
         json: Print one JSON object.
     """
-    from dataclasses import replace
-
-    from dynaslim._files import check_writable
-    from dynaslim.data.layout import check_path
-    from dynaslim.errors import UsageError
-    from dynaslim.pretrained import checkpoint_file
-
-    if batches < 1 or batch_size < 2:
-        raise UsageError("--batches must be at least 1 and --batch-size at least 2")
-    if workers < 0:
-        raise UsageError(f"--workers {workers}: must not be negative")
-    if not 0 <= corrupt_limit <= 1:
-        raise UsageError(f"--corrupt-limit {corrupt_limit}: must be between 0 and 1")
-    check_device(device)
     check_writable(out)
     file = checkpoint_file(checkpoint)
-    check_path(data)
 
     from dynaslim.checkpoint import read_prepared, save
     from dynaslim.data import open_source
@@ -199,11 +221,12 @@ def calibrate(
     from dynaslim.train import recalibrate
 
     loaded, preprocessing = read_prepared(file)
-    source = open_source(data, split)
-    images = ImageDataset.of(source, preprocessing, corrupt_limit=corrupt_limit)
-    feed = ImageFeed(images, min(batch_size, len(images)), seed, workers=workers)
-    count = min(batches, feed.steps_per_epoch)
-    target = to_device(device)
+    source = open_source(images.data, split)
+    opened = ImageDataset.of(source, preprocessing, corrupt_limit=images.corrupt_limit)
+    size = min(images.batch_size, len(opened))
+    feed = ImageFeed(opened, size, images.seed, workers=images.workers)
+    count = min(images.batches, feed.steps_per_epoch)
+    target = to_device(images.device)
     loaded.net.to(target)
     drawn = (normalise(pixels.to(target), preprocessing) for pixels, _ in feed.batches(0, count))
     with progress("recalibrating", count) as bar:
@@ -222,10 +245,204 @@ def calibrate(
     say_skipped(feed.skipped.lines)
 
 
+def calibrate_budget(
+    checkpoint: Path,
+    *,
+    images: ImageOptions,
+    split: str | None = None,
+    out: Path | None = None,
+    table: Path | None = None,
+    budget: str | None = None,
+    json: bool = False,
+) -> None:
+    """Measure what a trained gate gives at every budget, and keep it in the checkpoint.
+
+    Args:
+        checkpoint: A checkpoint file with a trained gate, or the folder of a run.
+        images: The images, and how the network is run on them.
+        split: Split of the data. By default the images that training held back, as the
+            checkpoint's recipe says.
+        out: The checkpoint to write (.safetensors); by default the same.
+        table: A cost table in ms for this network, for budgets such as 4.5ms.
+        budget: Show what this budget gives too: 0.6 (of the widest route's cost), 250M, 4.5ms or
+            drop=0.3 (points of top-1).
+        json: Print one JSON object.
+    """
+    from dynaslim.runtime.budget import parse_budget
+
+    # mistakes are found before torch is imported and a large set is opened
+    kind = None if budget is None else parse_budget(budget)[0]
+    if kind == "ms" and table is None:
+        raise UsageError(f"--budget {budget}: give a cost table in ms with --table")
+    if out is None and is_hub_address(checkpoint):
+        raise UsageError(f"{checkpoint}: is on the hub; name the checkpoint to write with --out")
+    file = checkpoint_file(checkpoint)
+    out = check_writable(file if out is None else out)
+
+    from dynaslim.checkpoint import read_prepared, save
+    from dynaslim.cost_file import read_cost_table
+    from dynaslim.data.images import open_images
+    from dynaslim.data.transforms import readable_batches
+    from dynaslim.progress import progress
+    from dynaslim.runtime.budget_search import FEW_IMAGES, fit_curve, split_rows
+    from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, uniform_outcomes
+
+    loaded, preprocessing = read_prepared(file)
+    spec = loaded.net.spec
+    count_paths(spec)
+    latency = None
+    if table is not None:
+        latency = read_cost_table(table, spec, image_size=preprocessing.image_size_px)
+        if latency.unit != "ms":
+            raise UsageError(f"--table {table}: is in {latency.unit}, give one in ms")
+    held_share, asked_split = None, split
+    if split is None:
+        split, held_share = _held_back(checkpoint, loaded.recipe)
+    opened = open_images(
+        loaded, images.data, split, share=held_share, corrupt_limit=images.corrupt_limit
+    )
+    opened, told = _unseen(opened, file, asked_split)
+    source = opened.source
+    assert source is not None
+    opened.check_fits(preprocessing, spec.num_classes)
+    _check_enough(source, len(opened))
+    net = loaded.net.to(to_device(images.device))
+    with progress("running every path", len(opened)) as bar:
+        answers = answer_paths(
+            net,
+            readable_batches(opened, preprocessing, images.batch_size),
+            mirror=loaded.mirror,
+            on_batch=bar.advance,
+        )
+    _check_enough(source, len(answers))
+    curve = fit_curve(answers, latency=latency)
+    curve.check_fits(spec, mirror=loaded.mirror)
+    asked = None if budget is None else curve.at(budget)
+    uniform = uniform_outcomes(answers, latency=latency, rows=split_rows(len(answers))[1])
+    save(out, replace(loaded, net=net.cpu(), budget=curve.to_dict()))
+    if json:
+        print_json(
+            {
+                "data": source.name,
+                "split": source.split,
+                "held_back": held_share,
+                "images": curve.images,
+                "mirror": loaded.mirror,
+                "unreadable": list(opened.skipped.lines),
+                "routes": [
+                    {"widths": list(r.widths), "madds": o.madds, "ms": o.ms, "top1": o.top1}
+                    for r, o in uniform
+                ],
+                "budget": None if asked is None else {"asked": budget, **asdict(asked)},
+                "curve": curve.to_dict(),
+            }
+        )
+        return
+    held = "" if held_share is None else ", those that training held back"
+    skipped = opened.skipped
+    say(
+        f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}, "
+        f"{skipped.count} skipped"
+    )
+    say_skipped(skipped.lines)
+    if curve.images < FEW_IMAGES:
+        say(
+            f"few images: of less than {FEW_IMAGES:,} the points are hard to tell apart; "
+            f"top-1 has its 95% interval"
+        )
+    if told:
+        say(told)
+    elif split == "train" and held_share is None:
+        say("the gate was trained on this split: expect less than these numbers elsewhere")
+    if not loaded.mirror:
+        say("no second look: the recipe does not say that mirror images keep their class")
+    say(_curve_table(curve, spec, uniform))
+    if asked is not None:
+        say(_points_table(f"budget {budget}", {"": asked}, spec, timed=latency is not None))
+    say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
+    say(f"{out}: {len(curve.points)} points of cost and accuracy")
+
+
+def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
+    """The split that training chose by, or its training split and the share held back of it."""
+    from dynaslim.data.images import held_out
+
+    ask = "name a split of images that it was not trained on with --split"
+    kept = {found and (found.split, found.share) for found in held_out(recipe)}
+    if not kept:
+        raise UsageError(f"{checkpoint}: does not say which images training held back; {ask}")
+    if len(kept) > 1:
+        raise UsageError(f"{checkpoint}: its two stages held back different images; {ask}")
+    found = kept.pop()
+    if found is None:
+        raise UsageError(f"{checkpoint}: training held no images back; {ask}")
+    return found
+
+
+def _check_enough(source: ImageSource, images: int) -> None:
+    from dynaslim.runtime.budget_search import FEW_IMAGES, LEAST_IMAGES
+
+    if images < LEAST_IMAGES:
+        raise DataError(
+            f"{source.name} [{source.split}]: has {images} images to measure budgets on, too few "
+            f"to tell settings apart; give at least {LEAST_IMAGES}, better {FEW_IMAGES:,}"
+        )
+
+
+def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, Outcome]]) -> Any:
+    """About `SHOWN` budgets, evenly spaced, and the uniform routes."""
+    lowest = curve.cheapest_madds / curve.widest_madds
+    shares = [lowest + (1 - lowest) * n / (SHOWN - 1) for n in range(SHOWN)]
+    shown = {f"{share:.2f}": curve.at(min(share, 1.0)) for share in shares}
+    if curve.points[-1].share > 1:  # where a second look is worth it
+        dearest = f"{math.ceil(100 * curve.points[-1].share) / 100:.2f}"
+        shown[dearest] = curve.at(dearest)
+    table = _points_table("budget", shown, spec, timed=curve.widest_ms is not None)
+    table.add_section()
+    for route, outcome in uniform:
+        ms = [] if outcome.ms is None else [f"{outcome.ms:.3f}"]
+        table.add_row(
+            str(route), f"{outcome.madds / 1e6:.2f} M", *ms, f"{outcome.top1:.2%}", "", "", "", ""
+        )
+    return table
+
+
+def _accuracy(point: BudgetPoint) -> str:
+    if point.top1_interval is None:
+        return f"{point.top1:.2%}"
+    low, high = point.top1_interval
+    return f"{point.top1:.2%} ±{50 * (high - low):.1f}"
+
+
+def _points_table(
+    title: str, points: Mapping[str, BudgetPoint], spec: NetSpec, *, timed: bool
+) -> Any:
+    ms_column = ["ms"] if timed else []
+    table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
+    for name, point in points.items():
+        targets = [
+            "mirror"
+            if mirror
+            else str(
+                spec.route_at([gate.choices[n] for gate, n in zip(spec.gates, path, strict=True)])
+            )
+            for _, path, mirror in point.escalations
+        ]
+        table.add_row(
+            name or f"{point.share:.3f} of the widest",
+            f"{point.madds / 1e6:.2f} M",
+            *([] if point.ms is None else [f"{point.ms:.3f}"]),
+            _accuracy(point),
+            f"{point.escalated:.1%}",
+            " > ".join(targets),
+            " > ".join(f"{tau:.3f}" for tau, *_ in point.escalations),
+            f"{point.shift:.3g}",
+        )
+    return table
+
+
 def check_device(name: str) -> None:
     """Raise `UsageError` for a name that no device has, here or elsewhere; no torch."""
-    from dynaslim.errors import check
-
     known = name.partition(":")[0] in ("cpu", "cuda", "mps")
     check(known, f"--device {name}: choose cpu, cuda or mps")
 
@@ -234,8 +451,6 @@ def to_device(name: str) -> torch.device:
     """A device by its name; raises `UsageError` if there is none here."""
     check_device(name)
     import torch
-
-    from dynaslim.errors import UsageError
 
     try:
         return torch.empty(0, device=name).device

@@ -1,4 +1,8 @@
-"""A verb's parser, made of its signature and docstring; help and complaints in plain words."""
+"""A verb's parser, made of its signature and docstring; help and errors in plain words.
+
+A parameter whose type is a dataclass gets a flag for each of the fields: of a recipe nested ones,
+and `--config` for a file of them; of other options plain ones, with the fields' docstrings as help.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ import dataclasses
 import difflib
 import inspect
 import re
+import sys
 import types
 from collections.abc import Callable, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -46,7 +52,7 @@ class VerbParser(jsonargparse.ArgumentParser):
         raise UsageError(f"{verb}: {_in_plain_words(self, message)}; see {self.prog} --help")
 
 
-class _Help(argparse.HelpFormatter):
+class Help(argparse.HelpFormatter):
     """Flags with short names for their values, and defaults only where they say something."""
 
     def __init__(self, prog: str, **options: Any) -> None:
@@ -65,7 +71,7 @@ class _Help(argparse.HelpFormatter):
             return "\n".join([EXAMPLE, *shell_lines(text.removeprefix(EXAMPLE), width)])
         # paragraph by paragraph; one that is indented is code
         return "\n\n".join(
-            part if part.startswith(" ") else super(_Help, self)._fill_text(part, width, indent)
+            part if part.startswith(" ") else super(Help, self)._fill_text(part, width, indent)
             for part in text.split("\n\n")
         )
 
@@ -77,69 +83,99 @@ class _Help(argparse.HelpFormatter):
 
 
 def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbParser:
-    """A parser of a verb's function; a parameter called `recipe` has a flag for each field."""
+    """The parser of a verb's function."""
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
-    helps = {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
-    hints = get_type_hints(function)
     parser = VerbParser(
         prog=f"dynaslim {verb}",
         description=doc.description,
         epilog=f"{EXAMPLE}{example}",
-        formatter_class=_Help,
+        formatter_class=Help,
     )
+    hints, helps = _types(function), _helps(doc)
     for parameter in inspect.signature(function).parameters.values():
         name, hint = parameter.name, hints[parameter.name]
-        if name == "recipe":
-            continue
-        told = helps[name]
-        if parameter.kind is not parameter.KEYWORD_ONLY:
-            if hint == list[str]:
-                parser.add_argument(name, type=str, nargs="+", help=told)
-            elif parameter.default is not parameter.empty:
-                parser.add_argument(
-                    name, type=hint, nargs="?", default=parameter.default, help=told
-                )
-            else:
-                parser.add_argument(name, type=hint, help=told)
-            continue
-        flag = f"--{name.replace('_', '-')}"
-        # the long form last: it names the flag in messages and in help
-        spelled = [*SHORT.get(name, ()), flag]
-        if hint is bool:
-            parser.add_argument(*spelled, action="store_true", help=told)
-        elif parameter.default is parameter.empty:
-            parser.add_argument(*spelled, type=hint, required=True, help=told)
+        if _has_fields(hint):
+            if name != "recipe":
+                _add_options(parser, hint)
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            _add_flag(parser, name, hint, parameter.default, helps[name])
+        elif hint == list[str]:
+            parser.add_argument(name, type=str, nargs="+", help=helps[name])
+        elif parameter.default is not parameter.empty:
+            parser.add_argument(
+                name, type=hint, nargs="?", default=parameter.default, help=helps[name]
+            )
         else:
-            parser.add_argument(*spelled, type=hint, default=parameter.default, help=told)
-    kind = recipe_of(function)
+            parser.add_argument(name, type=hint, help=helps[name])
+    kind = hints.get("recipe")
     if kind is not None:
         jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
         told = "File of the recipe's fields (YAML); flags that follow it change them."
         parser.add_argument("--config", action="config", help=told)
         parser.add_class_arguments(kind)
-        _spell_with_dashes(parser)
         _tidy(parser, kind)
+        _spell_with_dashes(parser)
     parser.usage = _usage(parser)
     return parser
 
 
-def recipe_of(function: Callable[..., Any]) -> type[Any] | None:
-    """The class of a verb's recipe, if it takes one."""
-    kind: type[Any] | None = get_type_hints(function).get("recipe")
-    return kind
+def _types(function: Callable[..., Any]) -> dict[str, Any]:
+    """The types of a function's parameters.
+
+    Those of options are named by their modules (`dynaslim.predict.PredictOptions`) and imported
+    here, so that the help of all verbs does not import them.
+    """
+    for annotation in inspect.get_annotations(function).values():
+        if annotation.startswith("dynaslim."):
+            import_module(annotation.rpartition(".")[0])
+    return get_type_hints(function, localns={"dynaslim": sys.modules["dynaslim"]})
+
+
+def _helps(doc: docstring_parser.Docstring) -> dict[str, str]:
+    return {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
+
+
+def _has_fields(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)
+
+
+def _add_options(parser: VerbParser, kind: type[Any]) -> None:
+    """A flag for every field of a dataclass."""
+    hints, helps = get_type_hints(kind), dict[str, str]()
+    for base in filter(_has_fields, reversed(kind.__mro__)):
+        helps |= _helps(docstring_parser.parse_from_object(base))
+    for field in dataclasses.fields(kind):
+        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
+        _add_flag(parser, field.name, hints[field.name], default, helps[field.name])
+
+
+def _add_flag(parser: VerbParser, name: str, hint: Any, default: Any, told: str) -> None:
+    # the long form last: it names the flag in messages and in help
+    spelled = [*SHORT.get(name, ()), f"--{name.replace('_', '-')}"]
+    told = told.replace("`", "")
+    if hint is bool:
+        parser.add_argument(*spelled, action="store_true", help=told)
+    elif default is inspect.Parameter.empty:
+        parser.add_argument(*spelled, type=hint, required=True, help=told)
+    else:
+        parser.add_argument(*spelled, type=hint, default=default, help=told)
 
 
 def arguments(
     function: Callable[..., Any], parser: VerbParser, parsed: jsonargparse.Namespace
 ) -> dict[str, Any]:
-    """What the verb's function is called with."""
-    kind = recipe_of(function)
-    if kind is None:
-        return vars(parsed)
+    """The arguments that the verb's function is called with.
+
+    Raises:
+        UsageError: for values that options refuse.
+    """
     parsed.pop("config", None)
-    values = vars(parser.instantiate(parsed))
-    fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
-    return {"recipe": kind(**fields), **values}
+    values: dict[str, Any] = vars(parser.instantiate(parsed))
+    for name, kind in _types(function).items():
+        if _has_fields(kind):
+            fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
+            values[name] = kind(**fields)
+    return values
 
 
 def flags(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:

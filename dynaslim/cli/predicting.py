@@ -7,15 +7,20 @@ import sys
 import time
 from contextlib import ExitStack, closing, redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
 from dynaslim.cli.output import fail, new_table, printable, say
+from dynaslim.errors import check
+from dynaslim.model_names import (
+    find_model,
+    is_hub_address,
+    is_package,
+    is_saved_folder,
+    run_checkpoints,
+)
 
 if TYPE_CHECKING:
-    from dynaslim.predict import Prediction, Rows, Summary
-    from dynaslim.predict_tables import ParquetFile, ParquetParts
-    from dynaslim.progress import Bar
-    from dynaslim.runtime.budget import BudgetCurve
+    from dynaslim.predict import Prediction, Summary
 
 FEW: Final = 50
 """Of so many files each has its line on the screen; of more there are totals."""
@@ -59,35 +64,49 @@ def predict(
         top_k: Likeliest classes to name, on the screen and in JSON.
         no_cache: Keep no compiled programs on disk, and read none.
     """
-    from dynaslim.errors import UsageError
-    from dynaslim.predict import Summary, Unreadable, check_model, find_images
+    from dynaslim.predict import Summary, Unreadable, find_images, open_engine
+    from dynaslim.predict import predict as predict_here
+    from dynaslim.predict_ray import predict_ray
+    from dynaslim.predict_tables import ParquetFile, ParquetParts
+    from dynaslim.progress import progress
     from dynaslim.runtime.backends import BACKENDS
     from dynaslim.runtime.budget import parse_budget
-    from dynaslim.shipped import resolve
 
-    # what can be refused at once is, before torch is imported
-    if not 1 <= batch_size <= MOST_ROWS:
-        raise UsageError(f"--batch-size {batch_size}: must be between 1 and {MOST_ROWS:,}")
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers {workers}: must be at least 1")
-    if top_k < 1:
-        raise UsageError(f"--top-k {top_k}: must be at least 1")
-    if top_k > 1 and (parquet is not None or engine == "ray"):
-        raise UsageError(f"--top-k {top_k}: --parquet and --engine ray have the likeliest alone")
-    if backend not in ("auto", *BACKENDS):
-        raise UsageError(f"backend {backend!r}: choose from auto, {', '.join(BACKENDS)}")
+    # mistakes are found before torch is imported
+    check(
+        1 <= batch_size <= MOST_ROWS,
+        f"--batch-size {batch_size}: must be between 1 and {MOST_ROWS:,}",
+    )
+    check(workers is None or workers >= 1, f"--workers {workers}: must be at least 1")
+    check(top_k >= 1, f"--top-k {top_k}: must be at least 1")
+    check(
+        top_k == 1 or (parquet is None and engine == "local"),
+        f"--top-k {top_k}: --parquet and --engine ray have the likeliest alone",
+    )
+    known = ("auto", *BACKENDS)
+    check(backend in known, f"backend {backend!r}: choose from {', '.join(known)}")
     if budget is not None:
         parse_budget(budget)
-    if hold and budget is None:
-        raise UsageError("--hold: give the budget that is to hold with --budget")
+    check(budget is not None or not hold, "--hold: give the budget that is to hold with --budget")
     model, paths = _divided(paths, model)
     files = find_images(paths)
-    check_model(resolve(model))
-    table = None if parquet is None else _table(parquet, engine)
+    find_model(model, ("checkpoint", "package"))
+    table = None
+    if parquet is not None:
+        table = (ParquetParts if engine == "ray" else ParquetFile)(parquet)
     cache_dir = None if no_cache else "auto"
-    given = _Options(backend, batch_size, budget, hold, workers, top_k, cache_dir)
-    rows, curve = _rows(engine, resolve(model), files, given)
-    expected = None
+    opened = open_engine(model, backend, batch_size=batch_size, cache_dir=cache_dir)
+    options: dict[str, Any] = {
+        "batch_size": batch_size,
+        "budget": budget,
+        "hold": hold,
+        "workers": workers,
+    }
+    if engine == "ray":
+        rows = predict_ray(model, files, backend=backend, cache_dir=cache_dir, **options)
+    else:
+        rows = predict_here(opened, files, top_k=top_k, **options)
+    expected, curve = None, opened.curve
     if budget is not None and curve is not None:
         expected = curve.at(budget).madds
         if not hold and (note := curve.out_of_reach(budget)):
@@ -98,7 +117,8 @@ def predict(
     with ExitStack() as stack:
         if engine == "ray":  # which prints what happens to its workers
             stack.enter_context(redirect_stdout(sys.stderr))
-        bar = _bar(stack, len(files))
+        # a progress bar for many files
+        bar = stack.enter_context(progress("predicting", len(files))) if len(files) > FEW else None
         if table is not None:
             stack.enter_context(table)
         stack.enter_context(closing(rows))
@@ -142,8 +162,6 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
             either.
     """
     from dynaslim import shipped
-    from dynaslim.errors import check
-    from dynaslim.pretrained import run_checkpoints
 
     first, *others = paths
     if model is not None:
@@ -154,7 +172,7 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
         return model, paths
     is_folder = Path(first).is_dir() and not _is_model(first)
     check(
-        not (is_folder and shipped.is_name(first)),
+        not (is_folder and first in shipped.names()),
         f"{first}: is a folder here, and a model that ships; give --model {first} for the model, "
         f"or ./{first} for the folder",
     )
@@ -170,9 +188,6 @@ def _is_model(path: str) -> bool:
 
     A run's pictures are no images to predict: whoever names a run means its network.
     """
-    from dynaslim.pretrained import is_hub_address, is_saved_folder, run_checkpoints
-    from dynaslim.runtime.package import is_package
-
     is_folder = is_package(path) or is_saved_folder(path) or bool(run_checkpoints(path))
     return path.endswith(".safetensors") or is_hub_address(path) or is_folder
 
@@ -190,51 +205,6 @@ def _names_images(path: str) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES or (
         glob.has_magic(path) and not Path(path).exists()
     )
-
-
-class _Options(NamedTuple):
-    backend: str
-    batch_size: int
-    budget: str | None
-    hold: bool
-    workers: int | None
-    top_k: int
-    cache_dir: str | None
-
-
-def _rows(
-    engine: str, model: Path, files: list[Path], given: _Options
-) -> tuple[Rows, BudgetCurve | None]:
-    """The rows to come, and the network's curve; a model that cannot be run is found out here."""
-    from dynaslim.predict import open_engine
-    from dynaslim.predict import predict as predict_here
-
-    opened = open_engine(
-        model, given.backend, batch_size=given.batch_size, cache_dir=given.cache_dir
-    )
-    options = given._asdict()
-    if engine == "ray":
-        from dynaslim.predict_ray import predict_ray
-
-        del options["top_k"]  # tables have the likeliest alone
-        return predict_ray(model, files, **options), opened.curve
-    del options["backend"], options["cache_dir"]  # the engine has been opened
-    return predict_here(opened, files, **options), opened.curve
-
-
-def _table(parquet: Path, engine: str) -> ParquetFile | ParquetParts:
-    from dynaslim.predict_tables import ParquetFile, ParquetParts
-
-    return ParquetParts(parquet) if engine == "ray" else ParquetFile(parquet)
-
-
-def _bar(stack: ExitStack, files: int) -> Bar | None:
-    """A progress bar for many files."""
-    from dynaslim.progress import progress
-
-    if files <= FEW:
-        return None
-    return stack.enter_context(progress("predicting", files))
 
 
 class _Json:

@@ -49,14 +49,9 @@ def report(
     from dynaslim._files import check_writable, write_atomic
     from dynaslim.cli.measure import check_device, to_device
     from dynaslim.data.layout import check_path
-    from dynaslim.errors import check
-    from dynaslim.pretrained import is_hub_address
-    from dynaslim.shipped import resolve
+    from dynaslim.model_names import run_or_checkpoint
 
-    check(
-        is_hub_address(run) or resolve(run).exists(),
-        f"{run}: no such file or folder; expected a checkpoint file or the folder of a run",
-    )
+    run_or_checkpoint(run)
     check_writable(out)
     check_device(device)
     if data is not None:

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from dynaslim.shipped import DEFAULT, is_name
+from dynaslim.shipped import DEFAULT, names
 
 
 def serve(
@@ -76,7 +76,7 @@ def serve(
     check(drain_s >= 0, f"--drain-s {drain_s:g}: must be at least 0")
     check(workers is None or workers >= 1, f"--workers {workers}: must be at least 1")
     options = ServeOptions(
-        name=model if name is None and is_name(model) else name,
+        name=model if name is None and model in names() else name,
         max_batch=max_batch,
         max_batch_ms=max_batch_ms,
         max_wait_ms=max_wait_ms,

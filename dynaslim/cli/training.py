@@ -17,7 +17,8 @@ from dynaslim.cli.output import (
     say,
     say_skipped,
 )
-from dynaslim.recipes import GateRecipe, SupernetRecipe
+from dynaslim.model_names import checkpoint_file
+from dynaslim.recipes import GateRecipe, RunOptions, SupernetRecipe
 from dynaslim.zoo import get_spec
 
 
@@ -56,12 +57,7 @@ def train_supernet(
     recipe: SupernetRecipe,
     *,
     out: Path,
-    resume: bool = False,
-    force: bool = False,
-    device: str = "auto",
-    workers: int = 2,
-    save_every_s: float = 60.0,
-    log_every: int = 10,
+    options: RunOptions,
     json: bool = False,
 ) -> int:
     """Stage I: train a supernet; stop it at any moment and go on with --resume.
@@ -69,20 +65,13 @@ def train_supernet(
     Args:
         recipe: What to train, and how.
         out: Folder of the run.
-        resume: Go on where the run in the folder stopped; starts it if there is none.
-        force: Resume although the recipe has changed.
-        device: auto, cpu, cuda or mps.
-        workers: Processes that decode images; 0 decodes in the run itself.
-        save_every_s: Seconds between snapshots, which are also written after every epoch.
-        log_every: Steps between lines of the metrics file.
+        options: How the run works on this machine.
         json: Print one JSON object.
     """
-    _check_named(recipe.data.path, device, recipe.init)
+    _check_named(recipe.data.path, recipe.init)
     get_spec(recipe.model)
 
-    from dynaslim.runs import RunOptions, run_supernet
-
-    options = RunOptions(resume, force, device, workers, save_every_s, log_every)
+    from dynaslim.runs import run_supernet
 
     def show(results: dict[str, Any]) -> None:
         for name, result in results["val"].items():
@@ -96,12 +85,7 @@ def train_gate(
     recipe: GateRecipe,
     *,
     out: Path,
-    resume: bool = False,
-    force: bool = False,
-    device: str = "auto",
-    workers: int = 2,
-    save_every_s: float = 60.0,
-    log_every: int = 10,
+    options: RunOptions,
     json: bool = False,
 ) -> int:
     """Stage II: train the gates of a supernet; one checkpoint for each target cost.
@@ -109,19 +93,13 @@ def train_gate(
     Args:
         recipe: What to train, and how.
         out: Folder of the run.
-        resume: Go on where the run in the folder stopped; starts it if there is none.
-        force: Resume although the recipe has changed.
-        device: auto, cpu, cuda or mps.
-        workers: Processes that decode images; 0 decodes in the run itself.
-        save_every_s: Seconds between snapshots, which are also written after every epoch.
-        log_every: Steps between lines of the metrics file.
+        options: How the run works on this machine.
         json: Print one JSON object.
     """
-    _check_named(recipe.data.path, device, recipe.supernet or None)
+    _check_named(recipe.data.path, recipe.supernet or None)
 
-    from dynaslim.runs import RunOptions, run_gate
+    from dynaslim.runs import run_gate
 
-    options = RunOptions(resume, force, device, workers, save_every_s, log_every)
     return _run_and_show(
         lambda: run_gate(recipe, out, options),
         lambda results: say(gates_table(results)),
@@ -129,14 +107,10 @@ def train_gate(
     )
 
 
-def _check_named(data: str, device: str, checkpoint: str | None) -> None:
-    """Raise `DynaslimError` for what a recipe names and there is not; no torch."""
-    from dynaslim.cli.measure import check_device
+def _check_named(data: str, checkpoint: str | None) -> None:
+    """Raise `DynaslimError` for images or a checkpoint that do not exist; no torch."""
     from dynaslim.data.layout import check_path
-    from dynaslim.pretrained import checkpoint_file
 
-    if device != "auto":
-        check_device(device)
     if checkpoint is not None:
         checkpoint_file(checkpoint)
     if data:

@@ -15,7 +15,7 @@ import torch
 from datasets.distributed import split_dataset_by_node
 from torch import Tensor
 
-from dynaslim.data.layout import class_folders, is_hub_name, pick_split, tables_of
+from dynaslim.data.layout import check_hub_name, class_folders, pick_split, tables_of
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.distributed import rank, world_size
 from dynaslim.errors import DataError
@@ -246,8 +246,7 @@ def _open_tables(path: str, split: str, tables: list[str], streaming: bool) -> A
 
 def _open_hub(name: str, streaming: bool) -> Mapping[str, Any]:
     """Split name -> dataset of a data set on the hub; raises `DataError` if there is none."""
-    if not is_hub_name(name):
-        raise DataError(f"{name}: no such file or folder")
+    check_hub_name(name)
     huggingface_hub.utils.logging.set_verbosity_error()  # its retries; we report the outcome
     options = {"streaming": True} if streaming else {}
     try:

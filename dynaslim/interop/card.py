@@ -8,7 +8,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cost import params
-from dynaslim.pretrained import WEIGHTS
+from dynaslim.model_names import WEIGHTS
 from dynaslim.runtime.budget import BudgetCurve
 
 if TYPE_CHECKING:

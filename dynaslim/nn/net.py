@@ -8,8 +8,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from types import FunctionType
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +20,6 @@ from dynaslim.cost import gate_hidden
 from dynaslim.nn.blocks import Block, LayerFactory, make_block
 from dynaslim.nn.functional import AnyWidth, SoftWidth, slim_linear
 from dynaslim.nn.gate import Gate
-from dynaslim.pretrained import Pretrained
 from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
 
 Choose = Callable[[Tensor, int], Tensor]
@@ -97,11 +97,16 @@ def _make_program(indices: tuple[int, ...]) -> Program:
     return FunctionType(code, run.__globals__, name, None, run.__closure__)
 
 
-class ElasticNet(nn.Module, Pretrained):
+class ElasticNet(nn.Module):
     """What all networks have in common: segments that are run along a route.
 
     A network has a `spec`, and `segment` and `segment_hidden`, one piece of it.
     """
+
+    # added by `dynaslim.interop.hub`
+    save_pretrained: ClassVar[Callable[..., Path]]
+    push_to_hub: ClassVar[Callable[..., str]]
+    from_pretrained: ClassVar[Callable[..., ElasticNet]]
 
     spec: Any
 

@@ -16,15 +16,14 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dynaslim import shipped
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise, readable_batches
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
+from dynaslim.model_names import run_or_checkpoint
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.pretrained import local_path, run_checkpoints
 from dynaslim.progress import progress
 from dynaslim.report import text
 from dynaslim.report.inputs import (
@@ -310,8 +309,7 @@ def gather(options: ReportOptions) -> ReportData:
         DataError: if images that were named cannot be read or do not fit the network.
     """
     baselines = () if options.baselines is None else read_baselines(options.baselines)
-    path = shipped.resolve(options.run)
-    run = read_run(path if run_checkpoints(path) else local_path(path), options.target)
+    run = read_run(run_or_checkpoint(options.run), options.target)
     if options.baselines is None and (run.path / BASELINES).is_file():
         baselines = read_baselines(run.path / BASELINES)
     model = run.model

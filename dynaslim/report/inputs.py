@@ -25,7 +25,7 @@ from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics
-from dynaslim.pretrained import run_checkpoints
+from dynaslim.model_names import run_checkpoints
 from dynaslim.runs.folder import METRICS
 from dynaslim.spec import NetSpec
 

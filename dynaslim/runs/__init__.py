@@ -1,6 +1,7 @@
 """Training runs: a folder each, to start, stop, resume and look at."""
 
-from dynaslim.runs.context import RunOptions, Stopped
+from dynaslim.recipes import RunOptions
+from dynaslim.runs.context import Stopped
 from dynaslim.runs.gate import run_gate
 from dynaslim.runs.supernet import run_supernet
 

@@ -25,10 +25,10 @@ from dynaslim.data.skipped import report_lines
 from dynaslim.distributed import gather, largest, rank, world_size
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, evaluate
+from dynaslim.model_names import checkpoint_file
 from dynaslim.nn.net import SlimNet
-from dynaslim.pretrained import checkpoint_file
 from dynaslim.progress import Bar, note, progress
-from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe
+from dynaslim.recipes import DataRecipe, GateRecipe, RunOptions, SupernetRecipe
 from dynaslim.runs.curves import curves_figure
 from dynaslim.runs.folder import (
     TRAINED_ON,
@@ -38,30 +38,6 @@ from dynaslim.runs.folder import (
     write_json,
 )
 from dynaslim.runtime.cache import usable_cores
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """How a run uses the machine; nothing here changes the numbers of a single process."""
-
-    resume: bool = False
-    """Go on where the run in the folder stopped; starts it if there is none."""
-    force: bool = False
-    """Resume although the recipe has changed."""
-    device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `mps`; under torchrun each process takes one."""
-    workers: int = 2
-    """Processes that decode images, per process of the run; 0 decodes in the run itself."""
-    save_every_s: float = 60.0
-    """Seconds between snapshots, which are also written after every epoch."""
-    log_every: int = 10
-    """Steps between lines of the metrics file."""
-
-    def __post_init__(self) -> None:
-        check(self.device in ("auto", "cpu", "cuda", "mps"), f"device {self.device!r}: unknown")
-        check(self.workers >= 0, f"workers {self.workers}: must not be negative")
-        check(self.save_every_s >= 0, f"save_every_s {self.save_every_s}: must not be negative")
-        check(self.log_every >= 1, f"log_every {self.log_every}: must be at least 1")
 
 
 class Stopped(BaseException):

@@ -19,8 +19,8 @@ from dynaslim.errors import DataError, check
 from dynaslim.evaluation import Evaluation
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
-from dynaslim.recipes import GateRecipe
-from dynaslim.runs.context import Callbacks, RunContext, RunOptions, data_results, opened
+from dynaslim.recipes import GateRecipe, RunOptions
+from dynaslim.runs.context import Callbacks, RunContext, data_results, opened
 from dynaslim.train.expected import apply_heads
 from dynaslim.train.fit import augmented_views, fit_to
 from dynaslim.train.loop import GateTraining, check_has_gates

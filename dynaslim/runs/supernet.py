@@ -17,8 +17,8 @@ from dynaslim.evaluation import Evaluation
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import note, progress
-from dynaslim.recipes import DataRecipe, SupernetRecipe
-from dynaslim.runs.context import Callbacks, RunContext, RunOptions, data_results, opened
+from dynaslim.recipes import DataRecipe, RunOptions, SupernetRecipe
+from dynaslim.runs.context import Callbacks, RunContext, data_results, opened
 from dynaslim.spec import NetSpec
 from dynaslim.train import recalibrate
 from dynaslim.train.loop import SupernetTraining, calibration_batches, training_batches

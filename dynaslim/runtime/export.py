@@ -20,6 +20,7 @@ import torch
 from dynaslim._files import check_text, check_writable, naming, write_atomic
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import DynaslimError, UsageError, check
+from dynaslim.model_names import MANIFEST, is_package
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.forms import Form, FormSource, form_shape, segment_forms
 from dynaslim.runtime.libraries import require
@@ -27,11 +28,9 @@ from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import OPSET
 from dynaslim.runtime.package import (
     FORMAT,
-    MANIFEST,
     VERSION,
     WEIGHTS,
     file_digest,
-    is_package,
     manifest_digest,
 )
 from dynaslim.runtime.quantise import QuantisedForms

@@ -20,6 +20,7 @@ import msgspec
 from dynaslim._files import parse_json, validated
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.graph import AnySpec, GraphSpec
+from dynaslim.model_names import MANIFEST
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.forms import Form, Precision, segment_forms
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 FORMAT: Final = "dynaslim-package"
 VERSION: Final = 2
 """1 had no hash of the manifest, and values that nothing read; such packages are read as well."""
-MANIFEST: Final = "manifest.json"
 WEIGHTS: Final = "weights.bin"
 MOST_BYTES: Final = 1 << 24
 """Of a manifest."""
@@ -172,11 +172,6 @@ class Package:
     def spec(self) -> AnySpec:
         """The network's."""
         return self.forms.spec
-
-
-def is_package(path: str | Path) -> bool:
-    """Whether there is a folder with a manifest of ours, valid or not."""
-    return (Path(path) / MANIFEST).is_file()
 
 
 def open_package(path: str | Path) -> Package:

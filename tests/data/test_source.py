@@ -7,6 +7,7 @@ from helpers import png, write_parquet
 
 from dynaslim.data import load_images, open_source
 from dynaslim.data.images import ImageDataset, channel_statistics
+from dynaslim.data.layout import check_path
 from dynaslim.data.source import Entry
 from dynaslim.demo import DATA
 from dynaslim.errors import DataError
@@ -144,9 +145,14 @@ def test_a_name_that_is_not_utf8(tmp_path):
         open_source(tmp_path)
 
 
-def test_hub_name_that_cannot_be_had():
-    with pytest.raises(DataError, match="no-such-set: no such file or folder, and not to be had"):
-        open_source("no-such-set")
+def test_hub_name_that_cannot_be_had(monkeypatch):
+    with pytest.raises(DataError, match="no/such-set: no such file or folder, and not to be had"):
+        open_source("no/such-set")
+    # a name without an owner is refused without a word to the hub
+    monkeypatch.setattr("datasets.load_dataset", None)
+    for refuse in (check_path, open_source):
+        with pytest.raises(DataError, match=r"^nosuch: no such file or folder; .* is OWNER/NAME$"):
+            refuse("nosuch")
 
 
 def test_hub_name_goes_to_the_hub(monkeypatch):

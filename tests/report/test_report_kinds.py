@@ -18,6 +18,7 @@ from report_runs import (
     write_images,
 )
 
+import dynaslim
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.data import open_source
@@ -129,7 +130,7 @@ def demo_folder(tmp_path_factory):
 
 
 def test_a_folder_of_save_pretrained_stands_for_its_checkpoint(demo_folder, tmp_path):
-    read(demo_folder / "checkpoint.safetensors").save_pretrained(tmp_path / "saved")
+    dynaslim.read(demo_folder / "checkpoint.safetensors").save_pretrained(tmp_path / "saved")
     built = build_report(ReportOptions(tmp_path / "saved", images=24, rounds=0))
     assert built.summary["images"] == 24
     assert "Sandal" in Page(built.html).text
@@ -443,7 +444,7 @@ def test_folders_that_hold_no_run(tmp_path, capsys, gate_run):
     def argv(run, *more):
         return ["report", run, "-o", out, "--rounds", "0", *more]
 
-    _fails(capsys, argv(tmp_path / "nowhere"), 2, "nowhere: no such file or folder; expected a")
+    _fails(capsys, argv(tmp_path / "nowhere"), 1, "nowhere: no such file; expected a checkpoint")
     (tmp_path / "empty").mkdir()
     _fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run; expected a checkpoint file")
     (tmp_path / "empty" / "photo.jpg").write_bytes(b"x")

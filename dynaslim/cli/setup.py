@@ -1,0 +1,177 @@
+"""Verbs that set up: what is installed and works, and completion in a shell."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from dynaslim.cli.output import new_table, print_json, say
+from dynaslim.errors import check
+from dynaslim.shipped import names
+from dynaslim.zoo import ZOO
+
+if TYPE_CHECKING:
+    from dynaslim.cli.parser import VerbParser
+
+
+def doctor(*, quick: bool = False, timeout: float = 120.0, json: bool = False) -> int:
+    """Check the installation: libraries, and backends by a small run of each.
+
+    Exit code 1 means that something does not work though it is installed, or that a library is
+    missing that dynaslim cannot do without.
+
+    Args:
+        quick: Leave out the backend that compiles for half a minute (inductor), and look libraries
+            up without loading them.
+        timeout: Seconds that a backend's run may take.
+        json: Print one JSON object.
+    """
+    from dynaslim.doctor import examine
+
+    check(timeout > 0, f"--timeout {timeout:g}: must be above 0")
+    found = examine(quick=quick, timeout_s=timeout)
+    if json:
+        print_json(found)
+        return 0 if found["ok"] else 1
+    say(f"dynaslim {found['dynaslim']}, Python {found['python']}, {found['system']}")
+    table = new_table("library", "version", "", "extra")
+    table.columns[2].justify = table.columns[3].justify = "left"
+    for one in found["libraries"]:
+        table.add_row(one["name"], one["version"] or "", one["status"], ", ".join(one["extras"]))
+    say(table)
+    table = new_table("backend", "", "precisions", "ready in", "then")
+    table.add_column("why not", overflow="fold")
+    table.columns[1].justify = table.columns[2].justify = "left"
+    for one in found["backends"]:
+        table.add_row(
+            one["name"],
+            one["status"],
+            " ".join(one["precisions"]),
+            "" if one["ready_s"] is None else f"{one['ready_s']:.1f} s",
+            "" if one["ms"] is None else f"{one['ms']:.1f} ms",
+            ": ".join(part for part in (one["why"], one["install"]) if part),
+        )
+    say(table)
+    cache = found["cache"]
+    state = "writable" if cache["writable"] else f"not writable: {cache['error']}"
+    say(f"cache      {cache['folder'] or 'nowhere'}: {state}")
+    say("machine    python -m torch.utils.collect_env\n")
+    for line in found["hints"]:
+        say(f"could be better: {line}")
+    for line in found["problems"]:
+        say(f"problem: {line}")
+    if found["ok"]:
+        say("what was tried works" if quick else "all that is installed works")
+    return 0 if found["ok"] else 1
+
+
+# -- completion ------------------------------------------------------------------------------------
+
+VALUES: Final = {
+    "backend": ("auto", "eager", "inductor", "onnxruntime", "openvino", "cudagraph"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "precision": ("fp32", "bf16", "int8"),
+}
+"""Values of flags that take other texts too, such as a list of them."""
+
+FILES: Final = {"cost_table", "data", "data.path", "init", "model", "paths", "supernet"}
+"""Arguments that are typed as text, since they may be the name of something else, but that mostly
+name a file or a folder."""
+
+
+def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
+    """Print a script that makes a shell complete dynaslim's verbs, flags, models and files.
+
+    For bash, in ~/.bashrc:
+
+        eval "$(dynaslim completion bash)"
+
+    For zsh, in ~/.zshrc, behind compinit:
+
+        eval "$(dynaslim completion zsh)"
+
+    For fish, in ~/.config/fish/config.fish:
+
+        dynaslim completion fish | source
+
+    A shell starts faster with a script that was printed into a file once: for bash
+    ~/.local/share/bash-completion/completions/dynaslim, for zsh a file _dynaslim in a folder of
+    $fpath, for fish ~/.config/fish/completions/dynaslim.fish.
+
+    Args:
+        shell: The shell that is to run the script.
+    """
+    say(script(shell))
+
+
+def script(shell: str) -> str:
+    """The script for a shell. It is static: pressing Tab starts no Python.
+
+    Raises:
+        UsageError: if the installed shtab has no scripts for it.
+    """
+    import shtab
+
+    known = shell in shtab.SUPPORTED_SHELLS
+    check(known, f"the installed shtab has no {shell}: pip install -U shtab")
+    made: str = shtab.complete(_all_verbs(), shell)
+    return made
+
+
+def _all_verbs() -> VerbParser:
+    """All verbs as subcommands of one parser."""
+    from dynaslim.cli import VERBS
+    from dynaslim.cli.parser import Help, VerbParser, make_parser
+
+    root = VerbParser("dynaslim", formatter_class=Help)
+    root.add_argument("--version", action="store_true", help="show the version and exit")
+    groups = {"": root.add_subcommands()}
+    for name, verb in VERBS.items():
+        parser = make_parser(name, verb.run, verb.example)
+        for action in parser._actions:
+            _set_completion(action)
+        group, _, last = name.rpartition(" ")
+        if group not in groups:
+            about = f"{group}: choose what"
+            below = groups[""].add_subcommand(group, VerbParser(description=about), help=about)
+            groups[group] = below.add_subcommands()
+        parser.description = (parser.description or "").partition("\n")[0]
+        groups[group].add_subcommand(last, parser, help=parser.description)
+    return root
+
+
+def _set_completion(action: Any) -> None:
+    """Set the values, or the files, that an argument is completed by."""
+    import shtab
+
+    from dynaslim.cli.parser import choices_of, takes_path
+
+    models = _models_or_file(action.help or "")
+    if choices := choices_of(action) or VALUES.get(action.dest, ()):
+        action.choices = choices
+    elif models is not None:
+        action.complete = models
+    elif takes_path(action) or action.dest in FILES:
+        action.complete = shtab.FILE
+
+
+def _models_or_file(told: str) -> dict[str, Any] | None:
+    """How a model is completed: by the names that the argument's help speaks of, or as a file."""
+    models = {"zoo": tuple(ZOO), "ships": names()}
+    kinds = [kind for kind in models if kind in told]
+    if not kinds:
+        return None
+    listed = " ".join(name for kind in kinds for name in models[kind])
+    # shtab has bash treat what a function of such a name prints as names of files
+    function = f"_dynaslim_{'_'.join(kinds)}_or_file"
+    return {
+        "bash": function,
+        "zsh": function,
+        "fish": f"({function})",
+        "preamble": {
+            "bash": f'{function}() {{\n  compgen -W "{listed}" -- "$1"\n  compgen -f -- "$1"\n}}',
+            "zsh": f"{function}() {{\n"
+            f"  _alternative 'models:model:({listed})' 'files:file:_files'\n}}",
+            "fish": f"function {function}\n  string split -n ' ' '{listed}'\n"
+            f"  __fish_complete_path (commandline -ct)\nend",
+        },
+    }
