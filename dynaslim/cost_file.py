@@ -11,7 +11,7 @@ from typing import Any, Final
 from dynaslim._files import validated, write_atomic
 from dynaslim.cost import CostTable, ImageSize, Unit
 from dynaslim.errors import UsageError, check
-from dynaslim.spec import NetSpec
+from dynaslim.graph import AnySpec
 
 FORMAT: Final = "dynaslim-cost-table"
 VERSION: Final = 1
@@ -35,7 +35,7 @@ class _CostFile:
 def write_cost_table(
     path: str | Path,
     table: CostTable,
-    spec: NetSpec,
+    spec: AnySpec,
     image_size: ImageSize,
     *,
     note: Mapping[str, Any] | None = None,
@@ -69,7 +69,7 @@ def write_cost_table(
 
 
 def read_cost_table(
-    path: str | Path, spec: NetSpec, *, image_size: ImageSize | None = None
+    path: str | Path, spec: AnySpec, *, image_size: ImageSize | None = None
 ) -> CostTable:
     """Read a table that `write_cost_table` wrote for this network (and this image size, if given).
 

@@ -26,10 +26,11 @@ from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.distributed import gather, rank, world_size
 from dynaslim.errors import DataError, DynaslimError, check
+from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import MAX_VIEWS, Preprocessing
 from dynaslim.runtime.engine import Engine
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 T = TypeVar("T")
 _SHIFTS: Final = ((0, 0), (-1, 0), (1, 0), (0, -1), (0, 1))  # the image, up, down, left, right
@@ -286,7 +287,7 @@ def _means(answers: _Answers, mode: int) -> dict[str, float]:
     }
 
 
-def _gate_accuracy(spec: NetSpec, answers: _Answers, easy_N: Tensor) -> float:
+def _gate_accuracy(spec: AnySpec, answers: _Answers, easy_N: Tensor) -> float:
     hits = 0
     for gate, picked_N in zip(spec.gates, answers.choices_GN, strict=True):
         asked_N = torch.where(easy_N, gate.choices[0], gate.choices[-1])
@@ -294,7 +295,7 @@ def _gate_accuracy(spec: NetSpec, answers: _Answers, easy_N: Tensor) -> float:
     return hits / answers.choices_GN.numel()
 
 
-def _taken(spec: NetSpec, choices_NG: Tensor) -> tuple[tuple[Route, ...], Tensor]:
+def _taken(spec: AnySpec, choices_NG: Tensor) -> tuple[tuple[Route, ...], Tensor]:
     """The routes by their widths (of one gate the unused ones too), and which of them each took."""
     distinct, number_N = torch.unique(choices_NG, dim=0, return_inverse=True)
     found = [spec.route_at(row) for row in distinct.tolist()]

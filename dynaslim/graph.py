@@ -31,7 +31,8 @@ Units = Mapping[int, int]
 
 def kept_positions(axis: Axis, units: Units) -> list[int]:
     """The positions of an axis that are left, in order."""
-    found, at = [], 0
+    found: list[int] = []
+    at = 0
     for group, first, count, each in axis:
         for unit in range(first, first + count):
             if group == WHOLE or unit < units.get(group, unit + 1):

@@ -183,7 +183,8 @@ class SupernetRecipe(_Recipe):
     init: str | None = None
     """Checkpoint of this model, or of its widest widths alone, to start from, in place of random
     weights; of the latter the channels are sorted by importance. The classifier starts
-    afresh where the classes are others; mean and std are the checkpoint's where `data` has none;
+    afresh where the classes are others; a converted network is its own model, whatever
+    `model` says; mean and std are the checkpoint's where `data` has none;
     the gates' choices are the checkpoint's."""
     epochs: int = 10
     """Passes over the training images."""

@@ -17,11 +17,12 @@ import numpy as np
 from dynaslim.bench.timing import Arm, interleave, summary
 from dynaslim.cost import madds
 from dynaslim.errors import check
+from dynaslim.graph import AnySpec
 from dynaslim.runtime.arrays import Array
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.forms import Form
 from dynaslim.runtime.router import Router
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 SCOUT_ROUNDS: Final = 5
 MOST_ROUTES: Final = 32
@@ -38,7 +39,7 @@ class Traffic:
     """Of all images: what the times of one row each are weighted by."""
 
 
-def mixed(spec: NetSpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traffic:
+def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traffic:
     """Rows in given shares over the paths that take the same option at every gate, in random order.
 
     Raises:
@@ -63,7 +64,7 @@ def mixed(spec: NetSpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traf
     return Traffic(paths, tuple(numbers.tolist()), tuple(shares.tolist()))
 
 
-def observed(spec: NetSpec, routes_BG: np.ndarray, rows: int) -> Traffic:
+def observed(spec: AnySpec, routes_BG: np.ndarray, rows: int) -> Traffic:
     """The traffic that gates chose: the first `rows` images as they came, shares of all.
 
     Raises:

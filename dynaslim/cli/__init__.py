@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
 
 from dynaslim.cli import (
+    converting,
     deploy,
     look,
     measure,
@@ -45,6 +46,11 @@ VERBS: Final = {
     "models": Verb(look.models, "look", "dynaslim models"),
     "info": Verb(look.info, "look", "dynaslim info ds_mbnet --image-size 224"),
     "report": Verb(reporting.report, "look", "dynaslim report runs/demo -o report.html"),
+    "convert": Verb(
+        converting.convert,
+        "train",
+        "dynaslim convert timm:resnet50 resnet50.safetensors --weights resnet50.pth --data PATH",
+    ),
     "train supernet": Verb(
         training.train_supernet,
         "train",

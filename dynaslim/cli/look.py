@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cli.output import new_table, print_json, printable, say
 from dynaslim.cost import layer_costs, madds, params
+from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST, find_model
 from dynaslim.shipped import PICTURES, names
 from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
@@ -80,17 +81,24 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
     """
     spec, pre, contents = _open(model)
     usual = spec.usual_image_size if pre is None else pre.image_size_px
-    told = _describe_spec(spec, usual if image_size is None else image_size)
+    size = usual if image_size is None else image_size
+    if isinstance(spec, GraphSpec):
+        told = _describe_converted(spec, size)
+    else:
+        told = _describe_spec(spec, size)
     if json:
         print_json({**told, **contents})
         return
     for kind, holds in contents.items():
         say("\n".join(_contents_lines(kind, holds)))
         say("" if holds["budget"] is None else _budget_table(holds["budget"]))
-    _say_architecture(told)
+    if isinstance(spec, GraphSpec):
+        _say_converted(told)
+    else:
+        _say_architecture(told)
 
 
-def _open(model: str) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
+def _open(model: str) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
     """A model's spec, how its images are prepared, and what else its file or folder holds."""
     found = find_model(model)
     if found.kind == "architecture":
@@ -98,7 +106,7 @@ def _open(model: str) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
     return (_open_package if found.kind == "package" else _open_checkpoint)(found.path)
 
 
-def _open_checkpoint(file: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
+def _open_checkpoint(file: Path) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
     from dynaslim.checkpoint import read
     from dynaslim.runtime.package import file_digest
 
@@ -121,7 +129,7 @@ def _open_checkpoint(file: Path) -> tuple[NetSpec, Preprocessing | None, dict[st
     )
 
 
-def _open_package(path: Path) -> tuple[NetSpec, Preprocessing | None, dict[str, Any]]:
+def _open_package(path: Path) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
     from dynaslim.runtime.package import open_package
 
     held = open_package(path)
@@ -176,7 +184,48 @@ def _describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
     }
 
 
-def _describe_route(spec: NetSpec, route: Route, image_size_px: int) -> dict[str, Any]:
+def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
+    """A converted network and its costs, as JSON values."""
+    routes = [_describe_route(spec, route, image_size_px) for route in spec.routes]
+    return {
+        "model": spec.name,
+        "params": params(spec),
+        "image_size_px": image_size_px,
+        "in_channels": spec.in_channels,
+        "num_classes": spec.num_classes,
+        "operations": len(spec.nodes),
+        "sorted_by": spec.sorted_by,
+        "gates": [
+            {"behind": cut, "choices": list(gate.choices)}
+            for cut, gate in zip(spec.cuts, spec.gates, strict=True)
+        ],
+        "groups": [
+            {"units": group.units, "segment": group.segment, "widths": list(group.widths)}
+            for group in spec.groups
+        ],
+        "elastic_share": spec.elastic_share(),
+        "routes": routes,
+        "largest": routes[-1],
+        "routing_space": {"routes": None},
+    }
+
+
+def _say_converted(told: Mapping[str, Any]) -> None:
+    size = told["image_size_px"]
+    say(
+        f"{told['model']}, converted: {_millions(told['params'])} parameters, "
+        f"{told['num_classes']} classes; costs at {size}x{size} px"
+    )
+    for number, gate in enumerate(told["gates"]):
+        say(f"gate {number}, behind {gate['behind']}: width indices {_few(gate['choices'], 12)}")
+    say(
+        f"{len(told['groups'])} groups of channels, sorted by {told['sorted_by']}; the narrowest "
+        f"route saves {told['elastic_share']:.0%} of the multiply-adds"
+    )
+    say(_routes_table(told))
+
+
+def _describe_route(spec: AnySpec, route: Route, image_size_px: int) -> dict[str, Any]:
     """Widths, multiply-adds and parameters of the sub-network along a route."""
     return {
         "widths": list(route.widths),

@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -43,18 +43,6 @@ _PASSED: Final = frozenset(
     _to_copy positive
     """.split()  # noqa: SIM905
 )
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion found."""
-
-    elastic_share: float
-    """Part of the multiply-adds behind the gate whose layers have at least one side to cut."""
-    whole: Mapping[str, str]
-    """Modules whose channels stay whole, and why."""
-    error: float
-    """Largest difference to the model's answers at full width, relative to the largest answer."""
 
 
 def convert(
@@ -598,6 +586,14 @@ class Conversion:
         )
         return replace(spec, forms=tuple(form_costs(spec)))
 
+    def whole(self) -> dict[str, str]:
+        """Modules behind the first gate whose channels stay whole for a reason, and the reason."""
+        found: dict[str, str] = {}
+        for node, reason in self.analysis.fixed_because.items():
+            if self.segment_of(node) and node is not self.captured.output:
+                found.setdefault(where(node), reason)
+        return found
+
     def net(self, images: Iterable[Tensor] | None = None) -> GraphNet:
         """The converted network, verified against the model at full width.
 
@@ -657,16 +653,9 @@ def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
                 if segment < len(spec.gates):
                     madds += spec.gate_madds(segment, out.shape[1])
                 last = segment == len(spec.gates)
-                size = (spec.num_classes, 1, 1) if last else tuple(out.shape[1:])
-                yield FormCost(
-                    segment,
-                    before,
-                    choice,
-                    madds,
-                    counted.params,
-                    size,
-                    counted.peak,  # type: ignore[arg-type]
-                )
+                size = (spec.num_classes, 1, 1) if last else (*out.shape[1:4],)
+                paid = (madds, counted.params)
+                yield FormCost(segment, before, choice, *paid, size, counted.peak)
 
 
 class _Counter:

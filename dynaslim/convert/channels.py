@@ -117,9 +117,9 @@ class Labels:
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
         """What stands for each label's set; `FIXED` for those that are never cut."""
-        found = self._parent[labels]
+        found: np.ndarray = self._parent[labels]
         while True:
-            further = self._parent[found]
+            further: np.ndarray = self._parent[found]
             if (further == found).all():
                 return found
             found = further

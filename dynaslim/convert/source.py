@@ -108,7 +108,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            return load_file(file)
+            return dict(load_file(file))
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of several libraries
         raise UsageError(

@@ -131,6 +131,8 @@ def channel_groups(net: SlimNet) -> list[ChannelGroup]:
             case _:
                 raise AssertionError(f"no rule for {type(block).__name__}")
         if block.gate is not None:
+            assert block.gate.expand_weight is not None
+            assert block.gate.expand_bias is not None
             gated.consumers.append(block.gate.reduce_weight)
             gated.carriers += [(block.gate.expand_weight, 0), (block.gate.expand_bias, 0)]
     here.consumers.append(net.classifier.weight)

@@ -23,7 +23,7 @@ from dynaslim.evaluation import Evaluation, RouteShare
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetPoint
 from dynaslim.runtime.engine import Engine
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 BATCH_SIZE: Final = 32
 _MAX_BATCHES: Final = 8
@@ -83,7 +83,7 @@ def budget_mode(number: int) -> str:
     return f"budget {number}"
 
 
-def rows_per_round(spec: NetSpec, image_size_px: int) -> int:
+def rows_per_round(spec: AnySpec, image_size_px: int) -> int:
     """Images of a round: several batches for a small network, one for a large one."""
     batch = madds(spec, spec.widest_choice, image_size_px) * BATCH_SIZE
     return BATCH_SIZE * int(min(max(_MADDS_PER_ROUND // batch, 1), _MAX_BATCHES))
@@ -109,7 +109,7 @@ def representative_images(
     return x
 
 
-def noise_images(spec: NetSpec, rows: int, image_size_px: int) -> np.ndarray:
+def noise_images(spec: AnySpec, rows: int, image_size_px: int) -> np.ndarray:
     """Normal noise to use without images: (rows, C, S, S) float32."""
     shape = (rows, spec.in_channels, image_size_px, image_size_px)
     x: np.ndarray = np.random.default_rng(0).standard_normal(shape, np.float32)

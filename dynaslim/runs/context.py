@@ -26,7 +26,7 @@ from dynaslim.distributed import gather, largest, rank, world_size
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.model_names import checkpoint_file
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet
 from dynaslim.progress import Bar, note, progress
 from dynaslim.recipes import DataRecipe, GateRecipe, RunOptions, SupernetRecipe
 from dynaslim.runs.curves import curves_figure
@@ -198,7 +198,7 @@ class RunContext:
         return opened
 
     def evaluate(
-        self, net: SlimNet, data: Training, label: str = "", *, dynamic: bool = True
+        self, net: ElasticNet, data: Training, label: str = "", *, dynamic: bool = True
     ) -> Evaluation | None:
         """Evaluate on the held-out images, with a bar if there is a label; None without images."""
         if data.validation is None:

@@ -17,7 +17,8 @@ from dynaslim.data.transforms import normalise
 from dynaslim.distributed import rank
 from dynaslim.errors import DataError, check
 from dynaslim.evaluation import Evaluation
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.graph_net import make_net
+from dynaslim.nn.net import ElasticNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, RunOptions
 from dynaslim.runs.context import Callbacks, RunContext, data_results, opened
@@ -50,7 +51,7 @@ def run_gate(
         return _GateRun(recipe, context).run()
 
 
-def with_choices(net: SlimNet, recipe: GateRecipe) -> SlimNet:
+def with_choices(net: ElasticNet, recipe: GateRecipe) -> ElasticNet:
     """The network with the recipe's routing space, and fresh slimming heads for it.
 
     Raises:
@@ -61,7 +62,7 @@ def with_choices(net: SlimNet, recipe: GateRecipe) -> SlimNet:
         return net
     assert isinstance(choices, tuple)
     torch.manual_seed(recipe.seed)  # the heads' initial weights
-    other = SlimNet(net.spec.with_choices(*choices))
+    other = make_net(net.spec.with_choices(*choices))
     kept = {k: v for k, v in net.state_dict().items() if not k.endswith(".slimming_weight")}
     other.load_state_dict(kept, strict=False)
     return other.eval()
@@ -75,7 +76,7 @@ class _GateRun:
         self.folder, self.stop, self.device = context.folder, context.stop, context.device
         self.supernet, pre = read_prepared(recipe.supernet)
         check_has_gates(self.supernet.net)
-        self.net: SlimNet = with_choices(self.supernet.net, recipe).to(self.device)
+        self.net: ElasticNet = with_choices(self.supernet.net, recipe).to(self.device)
         spec = self.net.spec
         data = replace(recipe.data, **pre.to_dict())  # as in the supernet's training
         self.data = context.open_images(data, recipe, spec.in_channels)

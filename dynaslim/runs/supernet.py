@@ -14,7 +14,9 @@ from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save, with_c
 from dynaslim.distributed import rank
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation
-from dynaslim.nn.net import SlimNet
+from dynaslim.graph import AnySpec
+from dynaslim.nn.graph_net import GraphNet, make_net
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import note, progress
 from dynaslim.recipes import DataRecipe, RunOptions, SupernetRecipe
@@ -52,6 +54,8 @@ def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
     """The checkpoint to start from, checked to hold the recipe's model or its widest alone."""
     assert recipe.init is not None
     start = read(recipe.init)
+    if isinstance(start.net, GraphNet):
+        return start  # a converted network is its own model
     found = start.net.spec
     check(
         _shape(found, widths=False) == _shape(spec, widths=False),
@@ -98,23 +102,26 @@ class _SupernetRun:
     def __init__(self, recipe: SupernetRecipe, context: RunContext) -> None:
         self.recipe, self.context = recipe, context
         self.folder, self.stop = context.folder, context.stop
-        spec = get_spec(recipe.model)
-        start = None if recipe.init is None else _start(recipe, spec)
+        named = get_spec(recipe.model)
+        start = None if recipe.init is None else _start(recipe, named)
+        spec: AnySpec = named
+        if start is not None and isinstance(start.net, GraphNet):
+            spec = start.net.spec
         data = recipe.data if start is None else _prepared_as(start, recipe.data)
         self.data = context.open_images(data, recipe, spec.in_channels)
         names = self.data.class_names
         torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
         self.classifier = "started anew"
         if start is not None:
-            if _shape(start.net.spec) != _shape(spec):
-                start = replace(start, net=self._slimmable(start.net, spec))
+            if isinstance(start.net, SlimNet) and _shape(start.net.spec) != _shape(named):
+                start = replace(start, net=self._slimmable(start.net, named))
             net = with_classes(start, names)
             if keeps_classifier(start, names):
                 self.classifier = "taken over"
             classes = f"{len(names)} classes: {', '.join(names[:6])}{', ...' * (len(names) > 6)}"
             note(f"classifier of {recipe.init}: {self.classifier} for {classes}")
         else:
-            net = SlimNet(spec.replace(num_classes=len(names)))
+            net = make_net(spec.replace(num_classes=len(names)))
         net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)
@@ -262,7 +269,7 @@ class _SupernetRun:
             }
         )
 
-    def _recalibrate(self, net: SlimNet, batches: int, label: str = "") -> None:
+    def _recalibrate(self, net: ElasticNet, batches: int, label: str = "") -> None:
         if not label:
             self.training.recalibrate(net, batches, on_batch=self.stop.check)
             return
@@ -270,11 +277,11 @@ class _SupernetRun:
         with progress(label, batches) as bar:
             self.training.recalibrate(net, batches, on_batch=self.stop.checked(bar.advance))
 
-    def _evaluate(self, net: SlimNet, label: str = "") -> Evaluation | None:
+    def _evaluate(self, net: ElasticNet, label: str = "") -> Evaluation | None:
         # the gates are not trained yet
         return self.context.evaluate(net, self.data, label, dynamic=False)
 
-    def _save(self, name: str, net: SlimNet, metrics: dict[str, Any]) -> str:
+    def _save(self, name: str, net: ElasticNet, metrics: dict[str, Any]) -> str:
         path = self.folder.file(name)
         if rank() == 0:
             save(

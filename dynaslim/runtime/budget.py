@@ -30,8 +30,8 @@ import numpy.typing as npt
 from dynaslim._files import validated
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
+from dynaslim.graph import AnySpec
 from dynaslim.runtime.escalation import Escalation, Floats, Ints
-from dynaslim.spec import NetSpec
 
 Logits = npt.NDArray[np.floating[Any]]
 Kind = Literal["share", "madds", "ms", "drop"]
@@ -208,7 +208,7 @@ class BudgetPoint:
         """What makes a point better than another."""
         return self.top1 if self.top1_selecting is None else self.top1_selecting
 
-    def check_fits(self, spec: NetSpec, *, mirror: bool = False) -> None:
+    def check_fits(self, spec: AnySpec, *, mirror: bool = False) -> None:
         """Raise `UsageError` unless the point can be one of this network.
 
         `mirror` is whether that may be shown mirror images.
@@ -373,7 +373,7 @@ class BudgetCurve:
             f"{100 * self.widest_top1:.2f}%; the nearest is drop={reachable:g}"
         )
 
-    def check_fits(self, spec: NetSpec, *, mirror: bool = False) -> None:
+    def check_fits(self, spec: AnySpec, *, mirror: bool = False) -> None:
         """Raise `UsageError` unless the curve can be one of this network.
 
         `mirror` is whether that may be shown mirror images.

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import DataError, DynaslimError, UsageError, check
+from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
 from dynaslim.runtime.budget import choose, option_costs
 from dynaslim.runtime.escalation import (
@@ -39,7 +40,7 @@ from dynaslim.runtime.escalation import (
     margins,
     who_may_escalate,
 )
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 MAX_PATHS: Final = 256
 
@@ -48,7 +49,7 @@ MAX_PATHS: Final = 256
 class PathAnswers:
     """What every path of a network answers for every image, and what its gates would decide."""
 
-    spec: NetSpec
+    spec: AnySpec
     image_size_px: int
     gate_logits: tuple[npt.NDArray[np.float32], ...]
     """For every gate (Q, N, K), by prefix."""
@@ -115,7 +116,7 @@ class Outcome(NamedTuple):
     escalated: float
 
 
-def count_paths(spec: NetSpec) -> int:
+def count_paths(spec: AnySpec) -> int:
     """How many paths a network's gates have.
 
     Raises:

@@ -15,6 +15,7 @@ import numpy as np
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
+from dynaslim.graph import AnySpec
 from dynaslim.runtime import budget as budgets
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.escalation import (
@@ -26,7 +27,7 @@ from dynaslim.runtime.escalation import (
 )
 from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
 from dynaslim.runtime.spending import HeldCall
-from dynaslim.spec import LARGEST, NetSpec, Route
+from dynaslim.spec import LARGEST, Route
 
 Budget = float | str | BudgetPoint
 
@@ -42,7 +43,7 @@ class _Target(NamedTuple):
 class RouteCosts:
     """What routes cost for one size of image, laid out for use at every call."""
 
-    def __init__(self, spec: NetSpec, size: tuple[int, int]) -> None:
+    def __init__(self, spec: AnySpec, size: tuple[int, int]) -> None:
         self.spec = spec
         self.table = CostTable.from_madds(spec, size)
         self.options = budgets.option_costs(self.table)
@@ -229,7 +230,7 @@ def _held(costs: RouteCosts, curve: BudgetCurve | None, budget: Budget | None) -
     return share
 
 
-def _limits(spec: NetSpec, max_route: Route | str | Sequence[int]) -> tuple[int, ...]:
+def _limits(spec: AnySpec, max_route: Route | str | Sequence[int]) -> tuple[int, ...]:
     """The highest option of every gate whose width is at most the route's."""
     route = spec.coerce_route(max_route)
     limits = []

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from dynaslim.errors import UsageError, check
+from dynaslim.graph import AnySpec
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.arrays import Array
 from dynaslim.runtime.auto import fastest
@@ -31,7 +32,7 @@ from dynaslim.runtime.forms import FormSource, check_precision, segment_forms
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
 from dynaslim.runtime.router import Router
 from dynaslim.runtime.spending import HeldCall, Ledger
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 if TYPE_CHECKING:
     from dynaslim.checkpoint import Checkpoint
@@ -182,7 +183,7 @@ class Engine:
         mirror: bool,
         options: EngineOptions,
     ) -> None:
-        self.spec: NetSpec = source.spec
+        self.spec: AnySpec = source.spec
         if not self.spec.gates:
             raise UsageError(f"{self.spec.name} has no gates: call net(x, route) instead")
         self.source = source

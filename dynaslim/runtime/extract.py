@@ -36,6 +36,8 @@ class PlainGate(nn.Module):
     def __init__(self, gate: Gate, channels: int, *, decides: bool) -> None:
         super().__init__()
         self.reduce = _linear(gate.reduce_weight[:, :channels], gate.reduce_bias)
+        assert gate.expand_weight is not None
+        assert gate.expand_bias is not None
         self.expand = _linear(gate.expand_weight[:channels], gate.expand_bias[:channels])
         self.slimming: nn.Linear | None = None
         if decides:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get
 
 from dynaslim.cost import CostTable, madds, segment_shapes
 from dynaslim.errors import check
-from dynaslim.spec import NetSpec, Route
+from dynaslim.graph import AnySpec
+from dynaslim.spec import Route
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,7 @@ class FormShape:
     """Whether it takes images, not the features of the segment before."""
 
 
-def segment_forms(spec: NetSpec) -> Iterator[Form]:
+def segment_forms(spec: AnySpec) -> Iterator[Form]:
     """Every form of every segment that the gates can ask for."""
     yield Form(0)
     before: tuple[int, ...] = (0,)
@@ -72,7 +73,7 @@ def segment_forms(spec: NetSpec) -> Iterator[Form]:
         before = gate.choices
 
 
-def form_shape(spec: NetSpec, form: Form, image_size: tuple[int, int]) -> FormShape:
+def form_shape(spec: AnySpec, form: Form, image_size: tuple[int, int]) -> FormShape:
     """What a form takes and gives for images of (height, width) in pixels.
 
     Raises:
@@ -91,7 +92,7 @@ def form_shape(spec: NetSpec, form: Form, image_size: tuple[int, int]) -> FormSh
     return FormShape(row_in, (here.out, options), here.peak, form.segment == 0)
 
 
-def form_madds(spec: NetSpec, form: Form, size: tuple[int, int]) -> float:
+def form_madds(spec: AnySpec, form: Form, size: tuple[int, int]) -> float:
     """Multiply-adds of a form per row, for images of (height, width)."""
     if form.route is not None:
         return float(madds(spec, form.route, size))
@@ -103,7 +104,7 @@ def form_madds(spec: NetSpec, form: Form, size: tuple[int, int]) -> float:
     return table.segments[form.segment][before][after]
 
 
-def route_through(spec: NetSpec, form: Form) -> Route:
+def route_through(spec: AnySpec, form: Form) -> Route:
     """A route on which a segment has this form."""
     at = form.segment - 1  # the gate before it
     return spec.route_at(
@@ -115,7 +116,7 @@ class FormSource(Protocol):
     """Where the programs of a network's forms come from."""
 
     @property
-    def spec(self) -> NetSpec:
+    def spec(self) -> AnySpec:
         """The network's."""
 
     @property

@@ -21,9 +21,9 @@ import numpy as np
 from dynaslim.cost import CostTable
 from dynaslim.cost_file import read_cost_table, write_cost_table
 from dynaslim.errors import UsageError, check
+from dynaslim.graph import AnySpec
 from dynaslim.runtime.forms import Form, segment_forms
 from dynaslim.runtime.router import Job, Router
-from dynaslim.spec import NetSpec
 
 ROUNDS: Final = 9
 
@@ -45,7 +45,7 @@ class LatencyTable:
     """Backend, precision, hardware and threads."""
 
     @classmethod
-    def read(cls, path: str | Path, spec: NetSpec) -> LatencyTable:
+    def read(cls, path: str | Path, spec: AnySpec) -> LatencyTable:
         """Read what `write` wrote for this network.
 
         Raises:
@@ -69,7 +69,7 @@ class LatencyTable:
             raise UsageError(f"{path}: {error}") from None
         return made
 
-    def write(self, path: str | Path, spec: NetSpec) -> Path:
+    def write(self, path: str | Path, spec: AnySpec) -> Path:
         """Write the table, whole or not at all; raises `OSError` if that cannot be done."""
         note = {
             **self.note,
@@ -79,7 +79,7 @@ class LatencyTable:
         }
         return write_cost_table(path, self.table, spec, self.image_size_px, note=note)
 
-    def check_fits(self, spec: NetSpec) -> None:
+    def check_fits(self, spec: AnySpec) -> None:
         """Raise `UsageError` unless all forms of the network have their times."""
         check(self.table.unit == "ms", f"latency table: unit {self.table.unit!r}, not ms")
         check(
@@ -102,7 +102,7 @@ class LatencyTable:
             return times[-1] * rows / self.rows[-1]
         return float(np.interp(rows, self.rows, times))
 
-    def merge(self, spec: NetSpec, gate: int, before: int, counts: np.ndarray) -> np.ndarray:
+    def merge(self, spec: AnySpec, gate: int, before: int, counts: np.ndarray) -> np.ndarray:
         """Where the rows of each option (K,) go: their own, or a wider one if that saves time.
 
         `counts` may be those of the first options alone, where others are not allowed.
@@ -206,7 +206,7 @@ def _quartiles(values: Sequence[float]) -> float:
     return high - low
 
 
-def _cost_table(spec: NetSpec, per_image: dict[str, float]) -> CostTable:
+def _cost_table(spec: AnySpec, per_image: dict[str, float]) -> CostTable:
     segments = [((per_image[Form(0).name],),)]
     before: tuple[int, ...] = (0,)
     for number, gate in enumerate(spec.gates, start=1):

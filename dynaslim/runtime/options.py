@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 
 from dynaslim.errors import UsageError, check
+from dynaslim.graph import AnySpec
 from dynaslim.runtime.latency import LatencyTable
-from dynaslim.spec import NetSpec
 
 MAX_BATCH: Final = 256
 
@@ -59,7 +59,7 @@ class EngineOptions:
             check(name in known, f"{name}: no option of an engine, which has {', '.join(known)}")
         return cls(**options)
 
-    def table(self, spec: NetSpec) -> LatencyTable | None:
+    def table(self, spec: AnySpec) -> LatencyTable | None:
         """The latency table, checked; raises `UsageError` if it is not one for the network."""
         if self.latency is None or isinstance(self.latency, LatencyTable):
             table = self.latency
@@ -96,7 +96,7 @@ class RoutedOutput:
         return iter((self.logits, self.routes, self.madds))
 
 
-def check_images(x: Any, spec: NetSpec) -> tuple[int, int]:
+def check_images(x: Any, spec: AnySpec) -> tuple[int, int]:
     """Height and width of a batch of images.
 
     Raises:

@@ -241,7 +241,7 @@ def _checked_manifest(manifest: Any) -> _Manifest:
     if not (isinstance(held.get("spec"), dict) and "graph" in held["spec"]):
         return validated(held, _NetManifest, "not valid", whole=True)
     found = validated(held, _ConvertedManifest, "not valid", whole=True)
-    return msgspec.structs.replace(found, spec=found.spec.graph)  # type: ignore[attr-defined]
+    return msgspec.structs.replace(found, spec=found.spec.graph)
 
 
 def _checked_file(path: Path, entry: _File) -> Path:

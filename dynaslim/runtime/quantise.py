@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaslim.errors import UsageError, check
+from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
 from dynaslim.runtime.activations import ActivationSampler
 from dynaslim.runtime.cache import open_cache, processor_flags
@@ -36,7 +37,6 @@ from dynaslim.runtime.forms import Form, Precision, segment_forms
 from dynaslim.runtime.libraries import installed, require
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import INPUT
-from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -84,7 +84,7 @@ class QuantisedForms:
         self._version = require("onnxruntime").__version__
         check(type(images) is int and images >= 1, f"images {images}: must be at least 1")
         self._forms = NetworkForms(net, "int8")
-        self.spec: NetSpec = net.spec
+        self.spec: AnySpec = net.spec
         self._images = calibration_images(self.spec, calibration, images)
         self._activations = ActivationSampler(self._forms, self._images)
         self.rounds_outputs = not (
@@ -235,7 +235,7 @@ def saturates() -> bool:
 
 
 def calibration_images(
-    spec: NetSpec, batches: Iterable[Tensor | np.ndarray], images: int
+    spec: AnySpec, batches: Iterable[Tensor | np.ndarray], images: int
 ) -> Tensor:
     """The first images of the batches as one tensor (N, C, H, W), float32, on the CPU.
 
@@ -263,7 +263,7 @@ def calibration_images(
     return torch.cat(found)
 
 
-def _batch(spec: NetSpec, batch: Any, what: str, wanted: str) -> Tensor:
+def _batch(spec: AnySpec, batch: Any, what: str, wanted: str) -> Tensor:
     if not isinstance(batch, Tensor | np.ndarray):
         raise UsageError(f"{what} of type {type(batch).__name__}: {wanted}")
     x = torch.from_numpy(np.ascontiguousarray(batch)) if isinstance(batch, np.ndarray) else batch

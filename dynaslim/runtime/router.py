@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from dynaslim.errors import DynaslimError
+from dynaslim.graph import AnySpec
 from dynaslim.runtime.arrays import Array, check_finite
 from dynaslim.runtime.backends import Backend, Program
 from dynaslim.runtime.escalation import averaged
@@ -26,7 +27,7 @@ from dynaslim.runtime.forms import Form, FormShape, form_madds, form_shape
 from dynaslim.runtime.padding import run_padded
 from dynaslim.runtime.schedule import MicroBatch, Timings, plan_step, rows_in_cache
 from dynaslim.runtime.workers import Workers, Workspace, Workspaces
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 Decide = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """(gate, its logits (B, K), which rows of the batch) -> options (B,) int64."""
@@ -76,7 +77,7 @@ class Router:
 
     def __init__(
         self,
-        spec: NetSpec,
+        spec: AnySpec,
         backend: Backend,
         *,
         rows_per_piece: int | None = None,

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 import numpy as np
 
 from dynaslim.cost import CostTable
+from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.runtime.forms import Form
 from dynaslim.runtime.latency import profile, time_form
 from dynaslim.runtime.router import Decide
 from dynaslim.serve.batcher import BatchEngine
 from dynaslim.serve.budgets import share_text
 from dynaslim.serve.options import ServeOptions
-from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:
     from dynaslim.serve.schemas import BudgetRange, Model, SampleLink
@@ -40,7 +40,7 @@ class ServedEngine(BatchEngine, Protocol):
     """What a server needs of an engine; `Engine` has it."""
 
     @property
-    def spec(self) -> NetSpec:
+    def spec(self) -> AnySpec:
         """The network's architecture."""
 
     @property
@@ -62,7 +62,7 @@ class ServedEngine(BatchEngine, Protocol):
 class RouteInfo:
     """A route of the gates."""
 
-    def __init__(self, spec: NetSpec, choices: tuple[int, ...], madds: float) -> None:
+    def __init__(self, spec: AnySpec, choices: tuple[int, ...], madds: float) -> None:
         route = spec.route_at(choices)
         self.name = str(route)
         self.widths = list(route.widths)
@@ -212,16 +212,7 @@ class ModelInfo:
             "num_classes": spec.num_classes,
             "image_size_px": self.side,
             "in_channels": spec.in_channels,
-            "stages": [
-                {
-                    "name": "stem" if number == 0 else f"stage {number}",
-                    "widths": list(stage.widths),
-                    "gated": stage.gate is not None,
-                    "blocks": stage.blocks,
-                    "largest": stage.widths[-1],
-                }
-                for number, stage in enumerate(spec.stages)
-            ],
+            "stages": _stages(spec),
             "routes": [
                 {
                     "route": route.name,
@@ -269,3 +260,29 @@ class ModelInfo:
 def _always(path: Sequence[int]) -> Decide:
     """Choose the same option behind each gate for every row."""
     return lambda gate, _, rows: np.full(len(rows), path[gate], np.int64)
+
+
+def _stages(spec: AnySpec) -> list[Any]:
+    """Stages as the page draws them; of a converted network its segments, widths in percent."""
+    if isinstance(spec, GraphSpec):
+        sizes = [sum(node.segment == number for node in spec.nodes) for number in spec.segments]
+        return [
+            {
+                "name": f"segment {number}" if number else "trunk",
+                "widths": list(spec.percents) if number else [100],
+                "gated": number > 0,
+                "blocks": size,
+                "largest": 100,
+            }
+            for number, size in enumerate(sizes)
+        ]
+    return [
+        {
+            "name": "stem" if number == 0 else f"stage {number}",
+            "widths": list(stage.widths),
+            "gated": stage.gate is not None,
+            "blocks": stage.blocks,
+            "largest": stage.widths[-1],
+        }
+        for number, stage in enumerate(spec.stages)
+    ]

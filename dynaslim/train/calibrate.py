@@ -10,10 +10,11 @@ from torch import Tensor
 
 from dynaslim.distributed import average_, gather, rank, world_size
 from dynaslim.errors import TrainingError
+from dynaslim.graph import AnySpec
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import ElasticNet
 from dynaslim.seeds import step_seed
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 
 @torch.no_grad()
@@ -78,7 +79,7 @@ def _average_by_updates(norms: Sequence[SlimBatchNorm2d]) -> None:
         norm.num_batches_tracked.copy_((weight[:, 0] * world_size()).round())
 
 
-def calibration_routes(spec: NetSpec, number: int) -> tuple[Route, ...]:
+def calibration_routes(spec: AnySpec, number: int) -> tuple[Route, ...]:
     """The uniform routes and the largest; where there are several gates, mixed routes too.
 
     A width behind one gate may be fed by any behind the gate before, which its BN statistics cannot

@@ -22,8 +22,9 @@ from torch.nn import functional as F
 
 from dynaslim.cost import CostTable
 from dynaslim.errors import TrainingError, check
+from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 Path = tuple[int, ...]
 
@@ -40,7 +41,7 @@ class RouteCache:
     Several augmented views of an image are several rows.
     """
 
-    spec: NetSpec
+    spec: AnySpec
     paths: tuple[Path, ...]
     """Rising; all combinations of options, or a sample of them."""
     losses_NP: Tensor
@@ -90,7 +91,7 @@ class RouteCache:
         return torch.tensor([table.route_cost(path) for path in self.paths], dtype=torch.float64)
 
 
-def choose_paths(spec: NetSpec, max_routes: int, seed: int) -> tuple[Path, ...]:
+def choose_paths(spec: AnySpec, max_routes: int, seed: int) -> tuple[Path, ...]:
     """All combinations of the gates' options if they are at most `max_routes`, else a sample.
 
     The sample has the uniform routes that the gates can take and, by option, first to last of every
@@ -202,7 +203,7 @@ def cache_routes(
     )
 
 
-def _route(spec: NetSpec, path: Path) -> Route:
+def _route(spec: AnySpec, path: Path) -> Route:
     return spec.route_at([g.choices[option] for g, option in zip(spec.gates, path, strict=True)])
 
 
@@ -210,7 +211,7 @@ def _prefixes(paths: Sequence[Path]) -> tuple[tuple[Path, ...], ...]:
     return tuple(tuple(sorted({p[:g] for p in paths})) for g in range(len(paths[0]) + 1))
 
 
-def _children(spec: NetSpec, prefixes: Sequence[Sequence[Path]]) -> tuple[Tensor, ...]:
+def _children(spec: AnySpec, prefixes: Sequence[Sequence[Path]]) -> tuple[Tensor, ...]:
     tables = []
     for gate, (level, below) in zip(spec.gates, itertools.pairwise(prefixes), strict=True):
         places = {prefix: place for place, prefix in enumerate(below)}

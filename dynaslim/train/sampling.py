@@ -8,8 +8,9 @@ from __future__ import annotations
 import random
 from typing import NamedTuple
 
+from dynaslim.graph import AnySpec
 from dynaslim.seeds import step_seed as step_seed
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 
 class Sandwich(NamedTuple):
@@ -20,7 +21,7 @@ class Sandwich(NamedTuple):
     smallest: Route
 
 
-def sandwich_routes(spec: NetSpec, rng: random.Random, randoms: int = 2) -> Sandwich:
+def sandwich_routes(spec: AnySpec, rng: random.Random, randoms: int = 2) -> Sandwich:
     """The largest, `randoms` random routes and the smallest.
 
     Random routes take every gate's width index uniformly (arXiv 2103.13258 samples from the second

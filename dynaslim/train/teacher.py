@@ -13,10 +13,11 @@ from torch.optim.swa_utils import AveragedModel
 from dynaslim.checkpoint import read_prepared
 from dynaslim.distributed import average_
 from dynaslim.errors import check
+from dynaslim.graph import AnySpec
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.spec import NetSpec, Route
+from dynaslim.spec import Route
 
 
 def make_teacher(net: ElasticNet, decay: float) -> AveragedModel:
@@ -63,7 +64,7 @@ class OutsideTeacher:
     """
 
     def __init__(
-        self, path: str, class_names: Sequence[str], preprocessing: Preprocessing, spec: NetSpec
+        self, path: str, class_names: Sequence[str], preprocessing: Preprocessing, spec: AnySpec
     ) -> None:
         self.path = path
         checkpoint, own = read_prepared(path)

@@ -1,0 +1,129 @@
+"""The verb that makes a dynamic slimmable network of a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from dynaslim._files import check_writable
+from dynaslim.cli.output import print_json, say
+from dynaslim.errors import UsageError, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dynaslim.preprocessing import Preprocessing
+
+BATCHES: Final = 8
+ROWS: Final = 32
+"""Images that channels are sorted by: a few batches are enough."""
+
+
+def convert(
+    model: str,
+    out: Path,
+    *,
+    weights: Path | None = None,
+    data: str | None = None,
+    split: str = "train",
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    widths: str = "0.25,0.5,0.75,1",
+    gate_at: str = "",
+    protect: str = "",
+    json: bool = False,
+) -> None:
+    """Make a dynamic slimmable network of a trained convolutional one.
+
+    The channels behind the gate are sorted by importance, so that narrow routes keep the best. At
+    full width the network answers as the model does; narrow routes are to be trained:
+    dynaslim train supernet --init OUT.
+
+    Args:
+        model: timm:NAME, torchvision:NAME or module:FILE.py:FUNCTION, a function that returns a
+            torch module. A file is run as it is.
+        out: The checkpoint to write (.safetensors).
+        weights: Weights of the model, .safetensors or .pth. Default: random ones.
+        data: A few of these images sort the channels: an image folder, parquet files or a name on
+            the hub. Default: the statistics of batch normalisation.
+        split: Split of the data.
+        image_size: Side of the image in pixels that the network is for. Default: the model's.
+        num_classes: Classes of the model, where its library takes them.
+        widths: Shares of the channels behind the gate, rising to 1.
+        gate_at: Modules behind which gates are put, separated by commas. Default: one gate, where
+            most multiply-adds can be saved.
+        protect: Modules whose channels stay whole, separated by commas.
+        json: Print one JSON object.
+    """
+    check_writable(out)
+    try:
+        shares = tuple(float(part) for part in widths.split(","))
+    except ValueError:
+        raise UsageError(f"--widths {widths}: expected numbers such as 0.25,0.5,1") from None
+
+    import torch
+
+    from dynaslim.checkpoint import Checkpoint, save
+    from dynaslim.convert import Conversion
+    from dynaslim.convert.source import load_source
+    from dynaslim.cost import madds, params
+
+    source = load_source(model, weights=weights, num_classes=num_classes, image_size=image_size)
+    pre = source.preprocessing
+    side = pre.image_size_px
+    example = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+    conversion = Conversion(
+        source.model, example, shares, _names(gate_at), _names(protect), source.name
+    )
+    net = conversion.net(None if data is None else _images(data, split, pre))
+    spec = net.spec
+    save(out, Checkpoint(net=net, preprocessing=pre))
+    costs = [madds(spec, route, side) for route in spec.routes]
+    shown = {
+        "out": str(out),
+        "model": spec.name,
+        "num_classes": spec.num_classes,
+        "image_size_px": side,
+        "params": params(spec),
+        "gates_behind": list(spec.cuts),
+        "groups": len(spec.groups),
+        "sorted_by": spec.sorted_by,
+        "routes": [
+            {"widths": list(route.widths), "madds": cost}
+            for route, cost in zip(spec.routes, costs, strict=True)
+        ],
+        "whole": conversion.whole(),
+        "relative_error": conversion.error,
+    }
+    if json:
+        print_json(shown)
+        return
+    say(f"{out}: {spec.name}, {params(spec) / 1e6:.2f} M parameters, {spec.num_classes} classes")
+    say(
+        f"gate behind {', '.join(spec.cuts)}; {len(spec.groups)} groups of channels, sorted by "
+        f"{spec.sorted_by}"
+    )
+    for route, cost in zip(spec.routes, costs, strict=True):
+        say(f"route {route}: {cost / 1e6:.1f} M multiply-adds, {cost / costs[-1]:.0%}")
+    for place, reason in conversion.whole().items():
+        say(f"whole: {place}: {reason}")
+    say(f"at full width it answers as the model does, to {conversion.error:.0e} of the largest")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _images(data: str, split: str, pre: Preprocessing) -> Iterator[Tensor]:
+    """Some batches of network inputs (B, C, H, W), drawn from all images."""
+    from dynaslim.data import open_source
+    from dynaslim.data.feed import ImageFeed
+    from dynaslim.data.images import ImageDataset
+    from dynaslim.data.transforms import normalise
+
+    opened = ImageDataset.of(open_source(data, split), pre)
+    check(len(opened) > 0, f"{data}: no images")
+    feed = ImageFeed(opened, min(ROWS, len(opened)), 0)
+    count = min(BATCHES, feed.steps_per_epoch)
+    return (normalise(pixels, pre) for pixels, _ in feed.batches(0, count))
