@@ -20,6 +20,7 @@ from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import Evaluation, RouteShare
+from dynaslim.graph import AnySpec
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetPoint
 from dynaslim.runtime.engine import Engine
