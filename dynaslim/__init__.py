@@ -18,6 +18,7 @@ from dynaslim.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dynaslim.checkpoint import Checkpoint, create_model, load, read, save
+    from dynaslim.conversion import convert
     from dynaslim.cost import CostTable, madds, params
     from dynaslim.data import load_images, open_source
     from dynaslim.evaluation import Evaluation, evaluate
@@ -50,6 +51,7 @@ _HOME = {
     "StageSpec": "dynaslim.spec",
     "SupernetRecipe": "dynaslim.recipes",
     "ZOO": "dynaslim.zoo",
+    "convert": "dynaslim.conversion",
     "create_model": "dynaslim.checkpoint",
     "evaluate": "dynaslim.evaluation",
     "extract": "dynaslim.runtime.extract",
@@ -85,6 +87,7 @@ __all__ = [
     "SlimNet",
     "StageSpec",
     "SupernetRecipe",
+    "convert",
     "create_model",
     "evaluate",
     "extract",

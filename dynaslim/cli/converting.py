@@ -65,8 +65,8 @@ def convert(
     import torch
 
     from dynaslim.checkpoint import Checkpoint, save
-    from dynaslim.convert import Conversion
-    from dynaslim.convert.source import load_source
+    from dynaslim.conversion import Conversion
+    from dynaslim.conversion.source import load_source
     from dynaslim.cost import madds, params
 
     source = load_source(model, weights=weights, num_classes=num_classes, image_size=image_size)

@@ -1,5 +1,5 @@
 """Conversion of a user's trained network into a dynamic slimmable one."""
 
-from dynaslim.convert.build import Conversion, convert
+from dynaslim.conversion.build import Conversion, convert
 
 __all__ = ["Conversion", "convert"]

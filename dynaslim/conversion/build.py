@@ -14,8 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dynaslim.convert.capture import BATCH, Captured, arguments, capture, operation, shape_of, where
-from dynaslim.convert.channels import FIXED, NORMALISING, POINTWISE, Analysis, Value
+from dynaslim.conversion.capture import (
+    BATCH,
+    Captured,
+    arguments,
+    capture,
+    operation,
+    shape_of,
+    where,
+)
+from dynaslim.conversion.channels import FIXED, NORMALISING, POINTWISE, Analysis, Value
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import (
     WHOLE,
@@ -91,6 +99,8 @@ class Conversion:
         self.analysis = Analysis(self.captured)
         for prefix in protect:
             self._protect(prefix)
+        self.elastic_share = self._elastic_share()
+        """Part of the multiply-adds whose layers have at least one side that could be cut."""
         self.position = {node: number for number, node in enumerate(self.captured.nodes)}
         self.cuts = self._cuts(gate_at)
         self._keep_trunk_whole()
@@ -165,6 +175,18 @@ class Conversion:
             return 0.5 * away + 0.05 * values - elastic[node] / total
 
         return [self._behind(min(near, key=badness), crossing)]
+
+    def _elastic_share(self) -> float:
+        labels, names = self.analysis.labels, self.captured.names
+        elastic = total = 0
+        for node in self.captured.nodes:
+            madds = self._madds(node)
+            total += madds
+            if madds and operation(node) not in ("matmul", "bmm"):
+                axes = self.analysis.axes[names[arguments(node)["weight"]]][:2]
+                sides = [(labels.roots(axis) != FIXED).mean() for axis in axes if axis is not None]
+                elastic += madds * (max(sides, default=0.0) > 0.5)
+        return elastic / max(1, total)
 
     def _elastic_behind(self, cuts: Sequence[fx.Node]) -> dict[fx.Node, float]:
         """Multiply-adds that could be cut if the gate were there: half of a layer's for each side.

@@ -11,7 +11,7 @@ from torch import nn
 
 import dynaslim
 from dynaslim.checkpoint import Checkpoint, read, save
-from dynaslim.convert import Conversion, convert
+from dynaslim.conversion import Conversion, convert
 from dynaslim.cost import CostTable, madds, params
 from dynaslim.data import ImageDataset
 from dynaslim.errors import UsageError

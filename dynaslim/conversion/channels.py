@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dynaslim.convert.capture import (
+from dynaslim.conversion.capture import (
     BATCH,
     Captured,
     arguments,

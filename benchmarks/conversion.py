@@ -1,0 +1,107 @@
+"""Which networks of timm and torchvision convert: `python benchmarks/conversion.py [NAME ...]`.
+
+For each: whether it converts and verifies, the part of the multiply-adds whose layers have a side
+that can be cut, what the narrowest route costs, and the seconds it takes; or why it is refused.
+Weights are random with fitting BN statistics. Writes results/conversion.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaslim._files import write_atomic
+from dynaslim.bench.timing import hardware
+from dynaslim.conversion import Conversion
+from dynaslim.errors import DynaslimError
+
+HERE = Path(__file__).parent
+MODELS = HERE / "conversion_models.json"
+"""Names by kind: cnn, hybrid, ref (attention and MLPs alone)."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", help="such as timm:resnet18; default: all of the list")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "conversion.json")
+    given = parser.parse_args(argv)
+    known: dict[str, str] = json.loads(MODELS.read_text())
+    warnings.filterwarnings("ignore")
+    _let_torchvision_load()
+    rows: dict[str, Any] = {}
+    if given.out.exists() and given.names:
+        rows = json.loads(given.out.read_text())["models"]
+    for name in given.names or known:
+        rows[name] = {"kind": known.get(name, "cnn"), **tried(name)}
+        sys.stdout.write(f"{name}: {rows[name]}\n")
+        sys.stdout.flush()
+        made = {"hardware": hardware(), "models": rows}
+        write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
+    return 0
+
+
+def _let_torchvision_load() -> None:
+    """Its compiled operations do not load beside every torch; no model here uses them."""
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        try:
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        except RuntimeError:  # they are there
+            return
+    globals()["_kept"] = library  # definitions go with the object
+
+
+def tried(name: str) -> dict[str, Any]:
+    """One network converted, or why not."""
+    torch.manual_seed(0)
+    kind, _, model_name = name.partition(":")
+    if kind == "timm":
+        import timm
+
+        model = timm.create_model(model_name)
+        size = model.default_cfg.get("input_size", (3, 224, 224))
+    else:
+        import torchvision
+
+        model = torchvision.models.get_model(model_name, weights=None)
+        size = (3, 299, 299) if model_name == "inception_v3" else (3, 224, 224)
+    x = torch.randn(2, *size)
+    _fit_statistics(model, x)
+    started = time.perf_counter()
+    try:
+        conversion = Conversion(model.eval(), x, name=model_name)
+        spec = conversion.net().spec
+    except DynaslimError as error:
+        return {"converts": False, "reason": str(error)}
+    seconds = time.perf_counter() - started
+    forms = spec.costs
+    trunk, widest = forms[0, 0, 0].madds, forms[1, 0, spec.num_widths - 1].madds
+    return {
+        "converts": True,
+        "elastic": round(conversion.elastic_share, 3),
+        "trunk": round(trunk / (trunk + widest), 3),
+        "narrowest": round((trunk + forms[1, 0, 0].madds) / (trunk + widest), 3),
+        "error": conversion.error,
+        "seconds": round(seconds, 1),
+    }
+
+
+def _fit_statistics(model: torch.nn.Module, x: torch.Tensor) -> None:
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
