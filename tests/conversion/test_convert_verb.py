@@ -1,0 +1,126 @@
+"""`dynaslim convert`, and what comes behind it: info, training, gates, budgets, a package."""
+
+import json
+
+import pytest
+import torch
+from helpers import bright_pngs, write_parquet
+
+import dynaslim
+from dynaslim import cli
+
+MODEL = """
+import torch
+from torch import nn
+
+
+def make():
+    torch.manual_seed(0)
+    block = lambda a, b, s=1: nn.Sequential(
+        nn.Conv2d(a, b, 3, s, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU()
+    )
+    return nn.Sequential(
+        block(3, 16), block(16, 32, 2), block(32, 48), block(48, 48),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 4),
+    )
+"""
+
+
+@pytest.fixture
+def model(tmp_path):
+    file = tmp_path / "model.py"
+    file.write_text(MODEL)
+    return f"module:{file}:make"
+
+
+def run(capsys, *argv):
+    code = cli.run([str(part) for part in argv])
+    return code, capsys.readouterr()
+
+
+def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
+    data = write_parquet(tmp_path / "data", bright_pngs(120), 4, split="train")
+    converted = tmp_path / "converted.safetensors"
+    code, shown = run(
+        capsys, "convert", model, converted, "--image-size", 16, "--data", data, "--json"
+    )
+    assert code == 0, shown.err
+    told = json.loads(shown.out)
+    assert told["sorted_by"] == "activation"
+    assert told["relative_error"] < 1e-5
+    assert [route["widths"] for route in told["routes"]] == [[100, p] for p in (25, 50, 75, 100)]
+
+    code, shown = run(capsys, "info", converted)
+    assert code == 0
+    assert "make, converted" in shown.out
+    assert "100-25" in shown.out
+
+    stage_one = ["train", "supernet", "--init", converted, "--data.path", data, "--epochs", 2]
+    stage_one += ["--data.image_size_px", 16, "--batch_size", 20, "--out", tmp_path / "run"]
+    code, shown = run(capsys, *stage_one, "--data.val_share", 0.2, "--calibration_batches", 2)
+    assert code == 0, shown.err
+    trained = dynaslim.read(tmp_path / "run" / "last.safetensors")
+    assert str(trained.net.spec.smallest) == "100-25"
+    assert len(trained.class_names) == 4
+
+    stage_two = ["train", "gate", "--supernet", tmp_path / "run" / "last.safetensors"]
+    stage_two += ["--data.path", data, "--data.val_share", 0.2, "--batch_size", 20]
+    code, shown = run(
+        capsys, *stage_two, "--epochs", 1, "--targets", 0.8, "--out", tmp_path / "gate"
+    )
+    assert code == 0, shown.err
+    gated = next((tmp_path / "gate").glob("gate_*.safetensors"))
+    code, shown = run(capsys, "evaluate", gated, "--data", data, "--split", "train", "--json")
+    assert code == 0, shown.err
+    code, shown = run(capsys, "export", gated, tmp_path / "package")
+    assert code == 0, shown.err
+    x = torch.randn(6, 3, 16, 16)
+    net = dynaslim.read(gated).net
+    engine = dynaslim.Engine.from_package(tmp_path / "package")
+    with torch.no_grad():
+        chosen = net.segment(0, x, 0).gate_logits.argmax(1).tolist()
+        rows = [net(x[i : i + 1], net.spec.routing_space[k])[0] for i, k in enumerate(chosen)]
+    assert torch.allclose(
+        torch.as_tensor(engine(x.numpy()).logits), torch.stack(rows), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["resnet18"], "resnet18: expected timm:NAME, torchvision:NAME, module:FILE.py:FUNCTION"),
+        (["module:nowhere.py:make"], "no such file nowhere.py"),
+        (["MODEL", "--widths", "0.5,1,2"], "expected shares that rise to 1"),
+        (["MODEL", "--widths", "half"], "--widths half: expected numbers"),
+        (["MODEL", "--weights", "nothing.pth"], "weights nothing.pth: no such file"),
+        (["MODEL", "--gate-at", "9"], "gate at '9': no single feature map leaves it"),
+        (["MODEL", "--protect", "head"], "protect 'head': the model has no such module"),
+    ],
+)
+def test_mistakes_are_one_line(model, tmp_path, capsys, argv, message):
+    named = [model if part == "MODEL" else part for part in argv]
+    code, shown = run(capsys, "convert", named[0], tmp_path / "out.safetensors", *named[1:])
+    assert code != 0
+    assert message in shown.err
+    assert len(shown.err.strip().splitlines()) == 1
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_weights_that_do_not_fit_are_named(model, tmp_path, capsys):
+    file = tmp_path / "weights.pth"
+    torch.save({"0.0.weight": torch.zeros(16, 3, 3, 3), "other": torch.zeros(3)}, file)
+    code, shown = run(capsys, "convert", model, tmp_path / "out.safetensors", "--weights", file)
+    assert code != 0
+    assert "missing 0.1.bias" in shown.err
+    assert "unexpected other" in shown.err
+
+
+def test_weights_fit_by_order_where_all_shapes_agree(tmp_path, model):
+    from dynaslim.conversion.source import load_source
+
+    own = load_source(model).model
+    state = {f"renamed.{n}": v + 1 for n, v in enumerate(own.state_dict().values()) if v.ndim}
+    torch.save({"state_dict": state}, tmp_path / "weights.pth")
+    loaded = load_source(model, weights=tmp_path / "weights.pth").model
+    for ours, theirs in zip(own.parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours + 1, theirs)
