@@ -103,6 +103,12 @@ def _trained_on(experiment: str, folder: str | None, seed: int, test: bool) -> d
     return _supernet_and_gates(experiment, plan.cifar10(folder, seed), seed, test)[1]
 
 
+def sgs(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+    """Gates alone by SGS, on the supernet that was taught by the ensemble."""
+    pair = pair_of(Cell("ensemble", "supernet", seed), plan.cifar10(folder, seed), test)
+    return {"gates": _gate_rows(pair, Cell("sgs", "gates", seed))}
+
+
 def imagenette(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     """DS-MBNet on photographs, with its gates."""
     (job, _) = plan.imagenette(folder, [seed])
@@ -265,6 +271,7 @@ JUDGED: Final[Mapping[str, Any]] = {
     "headline": headline,
     "labels": partial(_beside_statics, "labels"),
     "ensemble": partial(_beside_statics, "ensemble"),
+    "sgs": sgs,
     "longer": partial(_trained_on, "longer"),
     "longer_labels": partial(_trained_on, "longer_labels"),
     "imagenette": imagenette,

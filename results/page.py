@@ -375,6 +375,15 @@ def _losses(found: Summary) -> Iterator[str]:
 
 def _ablations(summaries: Summary) -> Iterator[str]:
     yield "## Ablations\n"
+    if found := summaries["sgs"]:
+        (row,) = found["gates"]
+        yield (
+            "### Gates by SGS, as in the paper\n\nCIFAR-10, the supernets taught by the ensemble, "
+            f"{len(found['seeds'])} seeds, on {_split(found)}: the gate alone, with the paper's "
+            f"weights, takes {row['share']['mean']:.2f} of the widest route's multiply-adds and is "
+            f"{points(row['over_uniform'])} points over the uniform routes at equal multiply-adds; "
+            f"the route that most images take has {row['most_taken']:.0%} of them.\n"
+        )
     found = summaries["targets"]
     if found:
         yield (

@@ -144,6 +144,19 @@ def distillation(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     return [job for job in jobs if job.kind == "supernet"]
 
 
+def sgs(folder: str | None, seeds: Sequence[int]) -> list[Job]:
+    """CIFAR-10: gates by SGS with the paper's weights, on the supernets of `ensemble`."""
+    return [
+        Job(
+            Cell("sgs", "gates", seed),
+            "gate",
+            gate(cifar10(folder, seed), objective="sgs", targets=(), epochs=2),
+            needs=Cell("ensemble", "supernet", seed),
+        )
+        for seed in seeds
+    ]
+
+
 def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """CIFAR-10: the recipe in full, which is `headline` trained three times as long."""
     return _taught("longer", RECIPE, folder, seeds, epochs=None)
@@ -345,6 +358,7 @@ EXPERIMENTS: Final = {
     "labels": labels,
     "ensemble": ensemble,
     "distillation": distillation,
+    "sgs": sgs,
     "longer": longer,
     "longer_labels": longer_labels,
     "targets": targets,

@@ -290,6 +290,15 @@ def gates() -> dict[str, Any]:
     return found
 
 
+def sgs() -> dict[str, Any]:
+    """Gates by SGS with the paper's weights, without budgets."""
+    split, cells = compared("sgs")
+    if not cells:
+        return {}
+    rows = _gates([cell["gates"] for cell in cells.values()])
+    return {"split": split, "seeds": sorted(cells), "gates": rows}
+
+
 def gates_ms() -> dict[str, Any]:
     """Gates trained on multiply-adds and on milliseconds."""
     split, cells = compared("gates_ms")

@@ -48,6 +48,7 @@ def made() -> dict[Path, bytes]:
         "cifar10_ensemble": summaries.supernets("ensemble"),
         "cifar10_longer": summaries.supernets("longer"),
         "cifar10_longer_labels": summaries.supernets("longer_labels"),
+        "sgs": summaries.sgs(),
         "imagenette": summaries.supernets("imagenette"),
         "targets": summaries.targets("targets"),
         "gates": summaries.gates(),
