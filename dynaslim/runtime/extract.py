@@ -23,8 +23,11 @@ from dynaslim.nn.blocks import (
     Residual,
 )
 from dynaslim.nn.gate import Gate
+from dynaslim.nn.graph_net import GraphNet
 from dynaslim.nn.layers import ConvBN
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet, SlimNet
+from dynaslim.runtime.forms import Form
+from dynaslim.runtime.graph_forms import plain_form
 from dynaslim.spec import LARGEST, Route
 
 Features = tuple[Tensor, Tensor]
@@ -89,7 +92,7 @@ class PlainHead(nn.Module):
         return out
 
 
-def extract(net: SlimNet, route: Route) -> nn.Sequential:
+def extract(net: ElasticNet, route: Route) -> nn.Module:
     """The sub-network along a route as a plain module: images (B, C, H, W) -> logits (B, classes).
 
     Equal to `net(x, route)` to float tolerance, on a copy of the weights, in evaluation mode.
@@ -99,6 +102,9 @@ def extract(net: SlimNet, route: Route) -> nn.Sequential:
         RuntimeError: if the network is in training mode: its BN statistics still move.
     """
     spec = net.spec
+    if isinstance(net, GraphNet):
+        return plain_form(net, Form.whole(spec.coerce_route(route)))
+    assert isinstance(net, SlimNet)
     indices = spec.segment_indices(spec.coerce_route(route))
     parts = [
         extract_segment(net, number, 0 if number == 0 else indices[number - 1], index, decide=False)

@@ -18,10 +18,11 @@ from dynaslim.errors import UsageError
 from dynaslim.nn.graph_net import GraphNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
-from dynaslim.runtime.export import export_package
-from dynaslim.runtime.forms import segment_forms
+from dynaslim.runtime.export import export_package, export_route, export_single_file
+from dynaslim.runtime.forms import Form, segment_forms
 from dynaslim.runtime.graph_forms import plain_form
 from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.quantise import QuantisedForms
 from dynaslim.train import train_supernet
 
 
@@ -121,6 +122,26 @@ def test_the_engine_routes_it(tmp_path):
     for engine in engines:
         got = torch.as_tensor(engine(x.numpy()).logits)
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_it_leaves_as_other_networks_do(tmp_path):
+    """One file, one route, 8 bits."""
+    _, net = converted("residual")
+    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    checkpoint, route = Checkpoint(net=net, preprocessing=pre), net.spec.routes[1]
+    assert export_single_file(checkpoint, tmp_path / "one.onnx") < 1e-4
+    assert export_route(checkpoint, tmp_path / "route.onnx", route) < 1e-4
+    x = images(3, seed=6)
+    with torch.no_grad():
+        expected = net(x, route)
+    assert torch.allclose(dynaslim.extract(net, route)(x), expected, rtol=1e-4, atol=1e-5)
+    session = onnxruntime.InferenceSession(tmp_path / "route.onnx")
+    (got,) = session.run(None, {"x": x.numpy()})
+    assert np.allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
+    rounded = QuantisedForms(net, [images(64)], images=64, cache_dir=None)
+    whole = onnxruntime.InferenceSession(rounded.onnx(Form.whole(route)))
+    (near,) = whole.run(None, {"x": x.numpy()})
+    assert np.abs(near - expected.numpy()).max() < 0.3 * np.abs(expected.numpy()).max()
 
 
 def test_it_is_trained_like_any_other():
