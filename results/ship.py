@@ -63,7 +63,6 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
     data = recipe.data if folder is None else replace(recipe.data, path=f"{folder}/{name}")
     has_gate = "gate" in trained.recipe
     gated = trained if has_gate else _with_gate(supernet, recipe, data, run)
-    before = {} if has_gate else _before(recipe)
     pre = gated.preprocessing
     assert pre is not None
     held = images_of(data.path, "held_out", pre, data.val_share)
@@ -74,16 +73,11 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
         gated,
         budget=curve.to_dict(),
         metrics=metrics,
-        recipe=_without_places({**gated.recipe, **before}, HUB.get(name, name)),
+        recipe=_without_places(gated.recipe, HUB.get(name, name)),
     )
     file = save(out / f"{name}.safetensors", made)
     write_atomic(out / f"{name}.md", card(name, made).encode())
     return file
-
-
-def _before(recipe: SupernetRecipe) -> dict[str, Any]:
-    """The recipe of the network that the training went on from, if it did."""
-    return {} if recipe.init is None else {"before": read(recipe.init).recipe["supernet"]}
 
 
 def _with_gate(supernet: Path, recipe: SupernetRecipe, data: DataRecipe, run: Path) -> Checkpoint:
@@ -139,8 +133,6 @@ def _without_places(value: Any, data: str) -> Any:
             found["path"] = data
         if "supernet" in found and isinstance(found["supernet"], str):
             found["supernet"] = ""
-        if isinstance(found.get("init"), str):
-            found["init"] = Path(found["init"]).name
         return found
     return value
 
@@ -171,9 +163,7 @@ def card(name: str, made: Checkpoint) -> str:
     table = "\n".join(rows)
     classes = ", ".join(made.class_names or ())
     held = made.metrics["val"]["images"]
-    before = made.recipe.get("before")
-    again = "" if before is None else f", then a warm restart of {supernet['epochs']} more"
-    epochs = (before or supernet)["epochs"]
+    taught = supernet["target"] + (" and the labels" if supernet.get("label_weight") else "")
     return f"""# {name}
 
 `{spec.name}`, {params(spec) / 1e6:.2f} M parameters, for images of {pre.image_size_px}x\
@@ -195,8 +185,8 @@ the training split.
 ## How it was made
 
 Trained on `{supernet["data"]["path"]}`, split `{supernet["data"]["split"]}`, but for {held:,} \
-images: {epochs} epochs{again},
-target {supernet["target"]}, seed {supernet["seed"]}. Gate: {gate["objective"]} loss, target \
+images: {supernet["epochs"]} epochs,
+taught by: {taught}; seed {supernet["seed"]}. Gate: {gate["objective"]} loss, target \
 {made.recipe["target"]:g}. The whole recipe is in the
 checkpoint: `dynaslim info {name} --json`. `python -m results.ship` makes it of a supernet.
 

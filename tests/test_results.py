@@ -325,7 +325,7 @@ def test_every_experiment_has_jobs_with_cells_of_their_own(experiment):
 def test_unknown_names_are_refused():
     with pytest.raises(UsageError, match="choose from headline"):
         plan.jobs_of("headlines", None, (0,))
-    with pytest.raises(UsageError, match="headline has supernet, gates, static0"):
+    with pytest.raises(UsageError, match="headline has supernet, gates, static3"):
         plan.jobs_of("headline", None, (0,), ["static9"])
 
 
@@ -396,7 +396,7 @@ def toy(tmp_path, monkeypatch):
     )
     model = write_spec(tmp_path / "toy.yaml", spec.replace(stages=stages))
 
-    def recipe(_, seed):
+    def recipe(_, seed, epochs=None):
         return SupernetRecipe(
             model=str(model),
             epochs=2,
