@@ -141,14 +141,10 @@ class GraphNorm(SlimBatchNorm2d):
         self, kept: Sequence[Slicer], channels: int, *, eps: float, momentum: float | None,
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
+        # the last slot is that of the whole network, so the widest of them has all channels
         counts = [_count(left, channels) for left in kept]
-        super().__init__(
-            [channels, *counts], eps=eps, momentum=momentum, device=device, dtype=dtype
-        )
-        self.slot_channels = tuple(counts)
+        super().__init__(counts, eps=eps, momentum=momentum, device=device, dtype=dtype)
         self.kept = tuple(kept)
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            setattr(self, name, getattr(self, name)[1:].clone())
 
     def forward(self, x: Tensor, width: AnyWidth) -> Tensor:
         """Normalise x (B, C, ...) with the statistics of a slot."""
@@ -372,7 +368,6 @@ class GraphNet(ElasticNet):
         self._check_gated(x)
         gate_logits: list[Tensor] = []
         gates: list[Tensor] = []
-        whole = self.spec.num_widths - 1
         options: list[tuple[int, Tensor | None, Tensor]] = [(0, None, x)]
         for number in range(self.spec.num_segments):
             choices = (0,) if number == 0 else self.spec.gates[number - 1].choices
@@ -391,19 +386,16 @@ class GraphNet(ElasticNet):
                 return GatedOutput(torch.stack(outs).sum(0), tuple(gate_logits), tuple(gates))
             gate = self.gates[number]
             assert isinstance(gate, Gate)
-            # a gate reads what its row has: the features of the option it took, at full width
-            seen = sum(
-                (z if w is None else z * _spread(w, z.ndim)).mean((2, 3))
-                if choice == whole or z.shape[1] == gate.reduce_weight.shape[1]
-                else F.pad(
-                    (z if w is None else z * _spread(w, z.ndim)).mean((2, 3)),
-                    (0, gate.reduce_weight.shape[1] - z.shape[1]),
+            # a gate reads what its row has: the features of the option that it took
+            hidden_BR = torch.relu(
+                F.linear(
+                    torch.stack([_pooled(z, w, gate) for _, w, z in made]).sum(0),
+                    gate.reduce_weight,
+                    gate.reduce_bias,
                 )
-                for choice, w, z in made
             )
-            hidden = torch.relu(F.linear(seen, gate.reduce_weight, gate.reduce_bias))  # type: ignore[arg-type]
             assert gate.slimming_weight is not None
-            logits_BK = F.linear(hidden, gate.slimming_weight)
+            logits_BK = F.linear(hidden_BR, gate.slimming_weight)
             gate_logits.append(logits_BK)
             gates.append(choose(logits_BK, number))
             options = made
@@ -411,6 +403,12 @@ class GraphNet(ElasticNet):
 
     def _out_dims(self, number: int) -> int:
         return 2 if number == len(self.gates) else 4
+
+
+def _pooled(x_BCHW: Tensor, weight_B: Tensor | None, gate: Gate) -> Tensor:
+    """Means of features (B, C), filled up to the gate's channels and times a row's weight."""
+    pooled_BC = F.pad(x_BCHW.mean((2, 3)), (0, gate.reduce_weight.shape[1] - x_BCHW.shape[1]))
+    return pooled_BC if weight_B is None else pooled_BC * weight_B[:, None]
 
 
 def _spread(weight_B: Tensor, dims: int) -> Tensor:
