@@ -443,7 +443,8 @@ class RunOptions:
     """Steps between lines of the metrics file."""
 
     def __post_init__(self) -> None:
-        check(self.device in ("auto", "cpu", "cuda", "mps"), f"device {self.device!r}: unknown")
+        known = self.device in ("auto", "cpu", "cuda", "mps")
+        check(known, f"--device {self.device}: choose auto, cpu, cuda or mps")
         check(self.workers >= 0, f"workers {self.workers}: must not be negative")
         check(self.save_every_s >= 0, f"save_every_s {self.save_every_s}: must not be negative")
         check(self.log_every >= 1, f"log_every {self.log_every}: must be at least 1")

@@ -42,7 +42,7 @@ def test_a_parquet_file_that_does_not_fit_is_named_and_gone(when, tmp_path, monk
     target = tmp_path / "out.parquet"
     target.write_bytes(b"of before")
     table = ParquetFile(target)
-    real = table._buffer.parquet.ParquetWriter
+    real = table._parquet.ParquetWriter
 
     class Writer(real):
         def __init__(self, where, schema):
@@ -59,7 +59,7 @@ def test_a_parquet_file_that_does_not_fit_is_named_and_gone(when, tmp_path, monk
             if when == "closed":
                 _full()
 
-    monkeypatch.setattr(table._buffer.parquet, "ParquetWriter", Writer)
+    monkeypatch.setattr(table._parquet, "ParquetWriter", Writer)
     with pytest.raises(OSError, match="No space left on device") as caught:
         _write(table, 1)
     assert caught.value.filename == str(target)

@@ -293,10 +293,10 @@ def test_unreadable_images_are_named(tmp_path, data):
 
     source = open_source(data, "test")
     rows = {"image": [], "label": []}
-    for number, (_, content, label) in enumerate(source):
-        broken = b"no image" if number == 3 else content
+    for number, entry in enumerate(source):
+        broken = b"no image" if number == 3 else entry.read()
         rows["image"].append({"bytes": broken, "path": None})
-        rows["label"].append(label)
+        rows["label"].append(entry.label)
     table = datasets.Dataset.from_dict(rows, features=source.dataset.features)
     (tmp_path / "broken").mkdir()
     table.to_parquet(tmp_path / "broken" / "test.parquet")

@@ -684,7 +684,7 @@ def test_mounted_in_another_application(engine, pictures):
 def test_models_that_cannot_be_served(tmp_path, plain_package):
     with pytest.raises(CheckpointError, match="no such file"):
         create_app(tmp_path / "none.safetensors")
-    with pytest.raises(UsageError, match="is a folder and no package"):
+    with pytest.raises(CheckpointError, match="is a folder without a checkpoint"):
         create_app(tmp_path)
     with pytest.raises(UsageError, match="no budget curve"):
         create_app(plain_package, ServeOptions(adaptive_budget="0.5"), backend="onnxruntime")
