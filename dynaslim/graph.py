@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from dynaslim._files import validated
 from dynaslim.errors import UsageError, check
-from dynaslim.spec import GateSpec, NetSpec, Route
+from dynaslim.spec import GateSpec, NetSpec, Route, Routed
 
 WHOLE: Final = -1
 """The group of positions that are never cut."""
@@ -121,7 +121,7 @@ class FormCost:
 
 
 @dataclass(frozen=True)
-class GraphSpec:
+class GraphSpec(Routed):
     """A converted network: what `NetSpec` is for one of the zoo.
 
     A route names, in percent, the width of each segment: `100-25` runs the trunk whole and a
@@ -168,11 +168,6 @@ class GraphSpec:
     # -- as NetSpec ---------------------------------------------------------------------------
 
     @property
-    def num_segments(self) -> int:
-        """Segments of the network: the trunk and one behind each gate."""
-        return len(self.gates) + 1
-
-    @property
     def num_widths(self) -> int:
         """Widths behind a gate; 1 for a network without gates."""
         return len(self.percents) if self.gates else 1
@@ -203,48 +198,13 @@ class GraphSpec:
         Raises:
             UsageError: for a wrong number of indices or one out of range.
         """
-        check(
-            len(indices) == len(self.gates),
-            f"indices {tuple(indices)}: {self.name} has {len(self.gates)} gates, give one width "
-            f"index for each",
-        )
-        check(
-            all(0 <= index < self.num_widths for index in indices),
-            f"indices {tuple(indices)}: width indices of {self.name} are 0 to "
-            f"{self.num_widths - 1}",
-        )
+        self.check_indices(indices)
         return Route((100, *(self.percents[index] for index in indices)))
-
-    @cached_property
-    def routes(self) -> tuple[Route, ...]:
-        """The uniform routes, cheapest first."""
-        return tuple(self.route_at((k,) * len(self.gates)) for k in range(self.num_widths))
-
-    @cached_property
-    def routing_space(self) -> tuple[Route, ...]:
-        """Every route that the gates can take."""
-        combos = itertools.product(*(gate.choices for gate in self.gates))
-        return tuple(self.route_at(combo) for combo in combos)
 
     @property
     def largest(self) -> Route:
         """The whole network."""
         return self.routes[-1]
-
-    @property
-    def smallest(self) -> Route:
-        """The cheapest route."""
-        return self.routes[0]
-
-    @cached_property
-    def cheapest_choice(self) -> Route:
-        """The cheapest route that the gates can take."""
-        return self.route_at([gate.choices[0] for gate in self.gates])
-
-    @cached_property
-    def widest_choice(self) -> Route:
-        """The widest route that the gates can take."""
-        return self.route_at([gate.choices[-1] for gate in self.gates])
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
         """Width index of each segment on a route; the trunk's is 0.
@@ -259,12 +219,6 @@ class GraphSpec:
                 f"of its {len(self.gates)} gates, such as {self.smallest}"
             )
         return (0, *(self.percents.index(percent) for percent in rest))
-
-    def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
-        """A checked `Route` from a route, its text or its widths."""
-        checked = route if isinstance(route, Route) else Route.parse(route)
-        self.segment_indices(checked)
-        return checked
 
     @property
     def usual_image_size(self) -> int:

@@ -16,7 +16,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, get_args
 
 from dynaslim._files import validated
 from dynaslim.errors import UsageError
@@ -98,8 +98,75 @@ class StageSpec:
     gate: GateSpec | None = None
 
 
+class Routed:
+    """The routes of a network, from its gates and widths.
+
+    A spec has `name`, `gates` and `num_widths`, and `route_at` and `segment_indices`.
+    """
+
+    if TYPE_CHECKING:
+        name: str
+
+        @property
+        def gates(self) -> tuple[GateSpec, ...]: ...
+        @property
+        def num_widths(self) -> int: ...
+        def route_at(self, indices: Sequence[int]) -> Route: ...
+        def segment_indices(self, route: Route) -> tuple[int, ...]: ...
+
+    @property
+    def num_segments(self) -> int:
+        """Segments of the network: the trunk and one behind each gate."""
+        return len(self.gates) + 1
+
+    def check_indices(self, indices: Sequence[int]) -> None:
+        """Raise `UsageError` unless there is one width index for each gate, each in range."""
+        if len(indices) != len(self.gates):
+            raise UsageError(
+                f"indices {tuple(indices)}: {self.name} has {len(self.gates)} gates, "
+                f"give one width index for each"
+            )
+        if not all(0 <= index < self.num_widths for index in indices):
+            raise UsageError(
+                f"indices {tuple(indices)}: width indices of {self.name} "
+                f"are 0 to {self.num_widths - 1}"
+            )
+
+    @cached_property
+    def routes(self) -> tuple[Route, ...]:
+        """The uniform routes, cheapest first: width index k behind every gate."""
+        return tuple(self.route_at((k,) * len(self.gates)) for k in range(self.num_widths))
+
+    @cached_property
+    def routing_space(self) -> tuple[Route, ...]:
+        """Every route that the gates can take: all combinations of their choices."""
+        combos = itertools.product(*(gate.choices for gate in self.gates))
+        return tuple(self.route_at(combo) for combo in combos)
+
+    @property
+    def smallest(self) -> Route:
+        """The cheapest route."""
+        return self.routes[0]
+
+    @cached_property
+    def cheapest_choice(self) -> Route:
+        """The cheapest route that the gates can take: the first choice of each."""
+        return self.route_at([gate.choices[0] for gate in self.gates])
+
+    @cached_property
+    def widest_choice(self) -> Route:
+        """The widest route that the gates can take: the last choice of each."""
+        return self.route_at([gate.choices[-1] for gate in self.gates])
+
+    def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
+        """A checked `Route` from a route, its text or its widths."""
+        checked = route if isinstance(route, Route) else Route.parse(route)
+        self.segment_indices(checked)
+        return checked
+
+
 @dataclass(frozen=True)
-class NetSpec:
+class NetSpec(Routed):
     """A whole network: stages in order (the stem is the first), pooling and a linear classifier.
 
     Stages before the first gate are the *trunk*; they keep their first width on every route.
@@ -215,11 +282,6 @@ class NetSpec:
         return tuple(stage.gate for stage in self.stages if stage.gate is not None)
 
     @property
-    def num_segments(self) -> int:
-        """Segments of the network: the trunk and one behind each gate."""
-        return len(self.gates) + 1
-
-    @property
     def num_widths(self) -> int:
         """Widths that a gate's stage has; 1 for a network without gates."""
         return len(self.stages[self.gated_stages[0]].widths) if self.gated_stages else 1
@@ -272,17 +334,7 @@ class NetSpec:
         Raises:
             UsageError: for a wrong number of indices or one out of range.
         """
-        if len(indices) != len(self.gates):
-            raise UsageError(
-                f"indices {tuple(indices)}: {self.name} has {len(self.gates)} gates, "
-                f"give one width index for each"
-            )
-        for index in indices:
-            if not 0 <= index < self.num_widths:
-                raise UsageError(
-                    f"indices {tuple(indices)}: width indices of {self.name} "
-                    f"are 0 to {self.num_widths - 1}"
-                )
+        self.check_indices(indices)
         widths = []
         for number in range(len(self.stages)):
             gate = self.gate_of(number)
@@ -290,35 +342,9 @@ class NetSpec:
         return Route(tuple(widths))
 
     @cached_property
-    def routes(self) -> tuple[Route, ...]:
-        """The uniform routes, cheapest first: width index k behind every gate."""
-        return tuple(self.route_at((k,) * len(self.gates)) for k in range(self.num_widths))
-
-    @cached_property
-    def routing_space(self) -> tuple[Route, ...]:
-        """Every route that the gates can take: all combinations of their choices."""
-        combos = itertools.product(*(gate.choices for gate in self.gates))
-        return tuple(self.route_at(combo) for combo in combos)
-
-    @cached_property
     def largest(self) -> Route:
         """The last width everywhere: the stage-I teacher, on a route or not."""
         return Route(tuple(stage.widths[-1] for stage in self.stages))
-
-    @property
-    def smallest(self) -> Route:
-        """The cheapest route."""
-        return self.routes[0]
-
-    @cached_property
-    def cheapest_choice(self) -> Route:
-        """The cheapest route that the gates can take: the first choice of each."""
-        return self.route_at([gate.choices[0] for gate in self.gates])
-
-    @cached_property
-    def widest_choice(self) -> Route:
-        """The widest route that the gates can take: the last choice of each."""
-        return self.route_at([gate.choices[-1] for gate in self.gates])
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
         """Width index that each segment takes on a route: the trunk's, then one behind each gate.
@@ -351,12 +377,6 @@ class NetSpec:
                 which = ", ".join(map(str, allowed))
                 raise UsageError(f"{label}: stage {number} allows {which}{why}, not {channels}")
         return tuple(indices)
-
-    def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
-        """A checked `Route` from a route, its text or its widths."""
-        checked = route if isinstance(route, Route) else Route.parse(route)
-        self.segment_indices(checked)
-        return checked
 
     # -- sizes and changes --------------------------------------------------------------------
 

@@ -335,7 +335,7 @@ def import_official(file: Path, out: Path, *, ema: bool = False, json: bool = Fa
     spec = checkpoint.net.spec
     choices = spec.gates[0].choices
     if json:
-        told = {"out": str(out), "model": spec.name, "num_classes": spec.num_classes}
-        print_json({**told, "choices": list(choices)})
+        result = {"out": str(out), "model": spec.name, "num_classes": spec.num_classes}
+        print_json({**result, "choices": list(choices)})
         return
     say(f"{out}: {spec.name}, {spec.num_classes} classes, gate choices {choices}")

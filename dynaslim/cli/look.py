@@ -83,19 +83,19 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
     usual = spec.usual_image_size if pre is None else pre.image_size_px
     size = usual if image_size is None else image_size
     if isinstance(spec, GraphSpec):
-        told = _describe_converted(spec, size)
+        summary = _describe_converted(spec, size)
     else:
-        told = _describe_spec(spec, size)
+        summary = _describe_spec(spec, size)
     if json:
-        print_json({**told, **contents})
+        print_json({**summary, **contents})
         return
     for kind, holds in contents.items():
         say("\n".join(_contents_lines(kind, holds)))
         say("" if holds["budget"] is None else _budget_table(holds["budget"]))
     if isinstance(spec, GraphSpec):
-        _say_converted(told)
+        _print_converted(summary)
     else:
-        _say_architecture(told)
+        _print_architecture(summary)
 
 
 def _open(model: str) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
@@ -167,11 +167,7 @@ def _describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
         UsageError: if the images are too small for the network.
     """
     return {
-        "model": spec.name,
-        "params": params(spec),
-        "image_size_px": image_size_px,
-        "in_channels": spec.in_channels,
-        "num_classes": spec.num_classes,
+        **_describe_size(spec, image_size_px),
         "activation": spec.activation,
         "attention": spec.attention,
         "attention_at": spec.attention_at,
@@ -184,15 +180,21 @@ def _describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
     }
 
 
-def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
-    """A converted network and its costs, as JSON values."""
-    routes = [_describe_route(spec, route, image_size_px) for route in spec.routes]
+def _describe_size(spec: AnySpec, image_size_px: int) -> dict[str, Any]:
     return {
         "model": spec.name,
         "params": params(spec),
         "image_size_px": image_size_px,
         "in_channels": spec.in_channels,
         "num_classes": spec.num_classes,
+    }
+
+
+def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
+    """A converted network and its costs, as JSON values."""
+    routes = [_describe_route(spec, route, image_size_px) for route in spec.routes]
+    return {
+        **_describe_size(spec, image_size_px),
         "operations": len(spec.nodes),
         "sorted_by": spec.sorted_by,
         "gates": [
@@ -210,19 +212,19 @@ def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
     }
 
 
-def _say_converted(told: Mapping[str, Any]) -> None:
-    size = told["image_size_px"]
+def _print_converted(summary: Mapping[str, Any]) -> None:
+    size = summary["image_size_px"]
     say(
-        f"{told['model']}, converted: {_millions(told['params'])} parameters, "
-        f"{told['num_classes']} classes; costs at {size}x{size} px"
+        f"{summary['model']}, converted: {_millions(summary['params'])} parameters, "
+        f"{summary['num_classes']} classes; costs at {size}x{size} px"
     )
-    for number, gate in enumerate(told["gates"]):
+    for number, gate in enumerate(summary["gates"]):
         say(f"gate {number}, behind {gate['behind']}: width indices {_few(gate['choices'], 12)}")
     say(
-        f"{len(told['groups'])} groups of channels, sorted by {told['sorted_by']}; the narrowest "
-        f"route saves {told['elastic_share']:.0%} of the multiply-adds"
+        f"{len(summary['groups'])} groups of channels, sorted by {summary['sorted_by']}; the "
+        f"narrowest route saves {summary['elastic_share']:.0%} of the multiply-adds"
     )
-    say(_routes_table(told))
+    say(_routes_table(summary))
 
 
 def _describe_route(spec: AnySpec, route: Route, image_size_px: int) -> dict[str, Any]:
@@ -303,8 +305,8 @@ def _contents_lines(kind: str, holds: Mapping[str, Any]) -> Iterator[str]:
     """What a checkpoint or a package holds beside its network, line by line."""
     from dynaslim.interop.card import measured
 
-    def line(label: str, told: str) -> str:
-        return f"{label:<11}{told}"
+    def line(label: str, summary: str) -> str:
+        return f"{label:<11}{summary}"
 
     size = f"{holds['bytes'] / 1e6:.2f} MB"
     if kind == "package":
@@ -362,23 +364,23 @@ def _budget_table(budget: Mapping[str, Any]) -> Any:
     return table
 
 
-def _say_architecture(told: Mapping[str, Any]) -> None:
-    size = told["image_size_px"]
+def _print_architecture(summary: Mapping[str, Any]) -> None:
+    size = summary["image_size_px"]
     say(
-        f"{told['model']}: {_millions(told['params'])} parameters, {told['num_classes']} classes, "
-        f"{told['in_channels']} input channels; costs at {size}x{size} px"
+        f"{summary['model']}: {_millions(summary['params'])} parameters, "
+        f"{summary['num_classes']} classes, {summary['in_channels']} input channels; costs at {size}x{size} px"
     )
-    say(_stages_table(told))
-    for number, gate in enumerate(told["gates"]):
+    say(_stages_table(summary))
+    for number, gate in enumerate(summary["gates"]):
         place = gate["at"] + ("" if gate["at"] == "entrance" else " convolution")
         say(
             f"gate {number}, stage {gate['stage']}, {place}: picks {_few(gate['widths'], 12)} "
             f"(width indices {_few(gate['choices'], 12)})"
         )
-    say(_segments_table(told))
-    say(_routes_table(told))
-    space = told["routing_space"]
-    if told["gates"]:
+    say(_segments_table(summary))
+    say(_routes_table(summary))
+    space = summary["routing_space"]
+    if summary["gates"]:
         say(
             f"the gates choose among {space['size']} routes, "
             f"{_millions(space['cheapest']['madds'])} to {_millions(space['widest']['madds'])} "
@@ -386,10 +388,10 @@ def _say_architecture(told: Mapping[str, Any]) -> None:
         )
 
 
-def _stages_table(told: Mapping[str, Any]) -> Any:
+def _stages_table(summary: Mapping[str, Any]) -> Any:
     table = new_table("stage", "block", "blocks", "kernel", "stride", "widths", "gate")
     table.columns[1].justify = table.columns[5].justify = table.columns[6].justify = "left"
-    for number, stage in enumerate(told["stages"]):
+    for number, stage in enumerate(summary["stages"]):
         widths = stage["widths"]
         shown = _few(widths) if len(widths) <= SHOWN else _span(widths)
         if stage["largest_width"] > widths[-1]:
@@ -411,17 +413,17 @@ def _stages_table(told: Mapping[str, Any]) -> Any:
     return table
 
 
-def _segments_table(told: Mapping[str, Any]) -> Any:
+def _segments_table(summary: Mapping[str, Any]) -> Any:
     """MAdds and parameters of every form, or of the cheapest and the widest of each segment."""
     table = new_table("segment", "form", "MAdds", "parameters")
     table.columns[1].justify = "left"
-    forms = list(_forms(told))
+    forms = list(_forms(summary))
     if len(forms) <= FEW:
         for number, before, own, cost, size in forms:
             form = "trunk" if own is None else f"{own}" if before is None else f"{before} → {own}"
             table.add_row(str(number), form, _millions(cost), _millions(size))
         return table
-    for number in range(len(told["segments"])):
+    for number in range(len(summary["segments"])):
         costs, sizes = zip(*(form[3:] for form in forms if form[0] == number), strict=True)
         table.add_row(
             str(number),
@@ -432,25 +434,29 @@ def _segments_table(told: Mapping[str, Any]) -> Any:
     return table
 
 
-def _forms(told: Mapping[str, Any]) -> Iterator[tuple[int, int | None, int | None, int, int]]:
+def _forms(
+    summary: Mapping[str, Any],
+) -> Iterator[tuple[int, int | None, int | None, int, int]]:
     """Segment, width behind the gate before, width, MAdds and parameters of every form."""
-    for number, segment in enumerate(told["segments"]):
-        own = told["gates"][number - 1]["widths"] if number > 0 else [None]
-        before = told["gates"][number - 2]["widths"] if number > 1 else [None]
+    for number, segment in enumerate(summary["segments"]):
+        own = summary["gates"][number - 1]["widths"] if number > 0 else [None]
+        before = summary["gates"][number - 2]["widths"] if number > 1 else [None]
         for a, costs, sizes in zip(before, segment["madds"], segment["params"], strict=True):
             yield from ((number, a, b, c, s) for b, c, s in zip(own, costs, sizes, strict=True))
 
 
-def _routes_table(told: Mapping[str, Any]) -> Any:
+def _routes_table(summary: Mapping[str, Any]) -> Any:
     table = new_table("route", "widths", "MAdds", "parameters", "of the widest", "gates pick")
-    widest = told["routes"][-1]["madds"]
-    listed = told["routing_space"]["routes"]
+    widest = summary["routes"][-1]["madds"]
+    listed = summary["routing_space"]["routes"]
     chosen = None if listed is None else [route["widths"] for route in listed]
-    rows = [(str(number), route) for number, route in enumerate(told["routes"])]
-    if told["largest"] != told["routes"][-1]:
-        rows.append(("largest", told["largest"]))
+    rows = [(str(number), route) for number, route in enumerate(summary["routes"])]
+    if summary["largest"] != summary["routes"][-1]:
+        rows.append(("largest", summary["largest"]))
     for name, route in rows:
-        can = "" if chosen is None or not told["gates"] or route["widths"] not in chosen else "yes"
+        can = (
+            "" if chosen is None or not summary["gates"] or route["widths"] not in chosen else "yes"
+        )
         table.add_row(
             name,
             "-".join(map(str, route["widths"])),

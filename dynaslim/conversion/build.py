@@ -34,6 +34,7 @@ from dynaslim.graph import (
     Node,
     TensorSpec,
     kept_count,
+    references,
 )
 from dynaslim.nn.graph_net import IMAGE, GraphNet, Step
 from dynaslim.spec import GateSpec
@@ -555,7 +556,7 @@ class Conversion:
 
     def spec(self, sorted_by: str) -> GraphSpec:
         """The network without its weights."""
-        captured, labels = self.captured, self.analysis.labels
+        captured = self.captured
         nodes = self._nodes()
         used = {name for node in nodes for name in _tensors((node.args, node.kwargs))}
         statistics = {
@@ -588,7 +589,6 @@ class Conversion:
             if value.axis == 1:
                 vector = value.labels.reshape(-1)
             cut_axes.append(self.axis(vector))
-        assert labels is not None
         spec = GraphSpec(
             name=self.name,
             num_classes=out[1],
@@ -667,7 +667,7 @@ def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
         for before in whole if segment > 1 else (0,):
             x = image if segment == 0 else inputs[segment - 1, before]
             for choice in whole if segment else (0,):
-                counted = _Counter(spec)
+                counted = _Counter()
                 with torch.no_grad():
                     out = net.run_segment(segment, x, before, choice, watch=counted)
                 inputs.setdefault((segment, choice), out)
@@ -683,8 +683,7 @@ def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
 class _Counter:
     """Adds up multiply-adds, parameters and the largest feature map of a segment."""
 
-    def __init__(self, spec: GraphSpec) -> None:
-        self.spec = spec
+    def __init__(self) -> None:
         self.madds = self.params = self.peak = 0
 
     def __call__(self, step: Step, args: Sequence[Any], result: Any) -> None:
@@ -697,7 +696,6 @@ class _Counter:
         if kind.startswith("conv"):
             across = args[1].shape[1:] if kind != "conv_transpose2d" else args[1].shape[2:]
             self.madds += result.numel() * math.prod(across)
-            self.params += 0
         elif kind == "linear":
             self.madds += result.numel() * args[1].shape[1]
         elif kind in ("matmul", "bmm"):
@@ -731,8 +729,6 @@ class _Encoder:
 
 
 def _tensors(value: Any) -> Iterable[str]:
-    from dynaslim.graph import references
-
     return (name for key, name in references(value) if key == "tensor")
 
 

@@ -163,15 +163,7 @@ class Analysis:
         self.values[captured.image] = Value(shape, plain, (1, *[0] * (len(shape) - 1)))
         for node in captured.nodes:
             self.values[node] = self._rule(node)
-        for name, axes in self.axes.items():
-            for labels in axes:
-                if labels is not None and name in captured.tensors:
-                    assert labels.ndim == 1
-        for node in self._output():
-            self.fix(node, "the model's output")
-
-    def _output(self) -> list[fx.Node]:
-        return [self.captured.output]
+        self.fix(captured.output, "the model's output")
 
     # -- access -------------------------------------------------------------------------------
 

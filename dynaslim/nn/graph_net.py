@@ -5,6 +5,7 @@ Suffixes: B rows, C channels, H W pixels, K choices of a gate, N classes.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ def program(spec: GraphSpec, segment: int, before: int, choice: int) -> list[Ste
             if key == "rows":
                 return Rows(inner)
             if key == "axis":
-                return kept_count(tuple(tuple(run) for run in inner), units)
+                return kept_count(inner, units)
             if key == "dtype":
                 return getattr(torch, inner)
             axes = spec.tensors[inner].axes
@@ -129,7 +130,7 @@ def norm_slot(spec: GraphSpec, node: Node, before: int, choice: int) -> int:
 def overload(op: str) -> Any:
     """The function of an operation."""
     if op == "getitem":
-        return lambda values, index: values[index]
+        return operator.getitem
     name, _, kind = op.partition(".")
     return getattr(getattr(torch.ops.aten, name), kind)
 
@@ -150,10 +151,7 @@ class GraphNorm(SlimBatchNorm2d):
         """Normalise x (B, C, ...) with the statistics of a slot."""
         assert not isinstance(width, SoftWidth)
         mean, var, weight, bias = self.affine(width)
-        momentum = 0.0
-        if self.training:
-            count = self.num_batches_tracked[width].add_(1)
-            momentum = self.momentum if self.momentum is not None else 1.0 / float(count)
+        momentum = self._count_batch(width)
         left = self.kept[width]
         if self.training and isinstance(left, tuple):  # of a copy; written back
             out = F.batch_norm(x, mean, var, weight, bias, True, momentum, self.eps)
@@ -180,11 +178,8 @@ def _count(left: Slicer, whole: int) -> int:
     return left if isinstance(left, int) else len(left)
 
 
-@dataclass(frozen=True)
-class _Compiled:
-    """A program with its functions, and after which step a result is no longer needed."""
-
-    steps: tuple[tuple[Step, Any, tuple[str, ...]], ...]
+_Compiled = tuple[tuple[Step, Any, tuple[str, ...]], ...]
+"""Steps of a program, each with its function and the results that nothing needs after it."""
 
 
 # beside the networks: what is made at run time is neither copied nor saved with them
@@ -251,18 +246,16 @@ class GraphNet(ElasticNet):
             steps = program(self.spec, segment, before, choice)
             last: dict[str, int] = {}
             for number, step in enumerate(steps):
-                for name in _reads(step):
+                for name in reads(step):
                     last[name] = number
             keep = {self.spec.output, *self.spec.cuts}
-            programs[key] = _Compiled(
-                tuple(
-                    (
-                        step,
-                        overload(step.op),
-                        tuple(n for n, at in last.items() if at == number and n not in keep),
-                    )
-                    for number, step in enumerate(steps)
+            programs[key] = tuple(
+                (
+                    step,
+                    overload(step.op),
+                    tuple(n for n, at in last.items() if at == number and n not in keep),
                 )
+                for number, step in enumerate(steps)
             )
         return programs[key]
 
@@ -297,7 +290,7 @@ class GraphNet(ElasticNet):
                 return [value(inner) for inner in argument]
             return argument
 
-        for step, function, freed in self._compiled(number, before, choice).steps:
+        for step, function, freed in self._compiled(number, before, choice):
             if step.norm is not None:
                 norm = self.get_submodule(step.norm[0])
                 args = [value(step.args[0])]
@@ -415,7 +408,9 @@ def _spread(weight_B: Tensor, dims: int) -> Tensor:
     return weight_B.reshape(-1, *[1] * (dims - 1))
 
 
-def _reads(step: Step) -> Iterator[str]:
+def reads(step: Step) -> Iterator[str]:
+    """Names of the operations whose results a step takes, as often as it takes them."""
+
     def inner(value: Any) -> Iterator[str]:
         if isinstance(value, Read):
             yield value.name

@@ -94,6 +94,13 @@ class SlimBatchNorm2d(nn.Module):
         self.running_var.fill_(1.0)
         self.num_batches_tracked.zero_()
 
+    def _count_batch(self, slot: int) -> float:
+        """In training, count a batch of a slot; the weight of its statistics."""
+        if not self.training:
+            return 0.0
+        count = self.num_batches_tracked[slot].add_(1)
+        return self.momentum if self.momentum is not None else 1.0 / float(count)
+
     def forward(self, x: Tensor, width: AnyWidth) -> Tensor:
         """Normalise x (B, C, H, W); widths chosen per row always use running statistics."""
         if isinstance(width, SoftWidth):
@@ -108,10 +115,7 @@ class SlimBatchNorm2d(nn.Module):
                 [self.slot_channels[slot] for slot in slots],
                 eps=self.eps,
             )
-        momentum = 0.0
-        if self.training:
-            count = self.num_batches_tracked[width].add_(1)
-            momentum = self.momentum if self.momentum is not None else 1.0 / float(count)
+        momentum = self._count_batch(width)
         # sliced by the slot, not by x: a tensor of another width is an error, not another network
         channels = self.slot_channels[width]
         return slim_batch_norm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import operator
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from dynaslim.nn.graph_net import (
     cut,
     overload,
     program,
+    reads,
 )
 from dynaslim.runtime.forms import Form
 from dynaslim.spec import Route
@@ -110,7 +110,7 @@ class _Builder:
         # the batch is what is left over: traced, a number of rows would become a constant
         sizes = step.op == "reshape.default"
         args = [self.value(argument, sizes=sizes) for argument in step.args]
-        return self.call(_named(step.op), *args, **self._kwargs(step.kwargs))
+        return self.call(overload(step.op), *args, **self._kwargs(step.kwargs))
 
     def _kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {name: self.value(value) for name, value in kwargs.items()}
@@ -161,7 +161,7 @@ class _Builder:
         bias = torch.zeros_like(scale) if bias_cut is None else self._cut(bias_cut).double()
         made = weight.double() * scale.view(-1, *[1] * (weight.ndim - 1))
         return self.call(
-            _named(step.op),
+            overload(step.op),
             self.value(step.args[0]),
             self.constant(made.to(weight.dtype)),
             self.constant((bias * scale + shift).to(weight.dtype)),
@@ -191,24 +191,12 @@ def _times(rows: int, times: int) -> int:
     return rows * times
 
 
-def _named(op: str) -> Any:
-    return operator.getitem if op == "getitem" else overload(op)
-
-
 def _folds(steps: Sequence[Step], last: str) -> dict[str, str]:
     """Convolutions that nothing but a batch normalisation reads: name of each, and of that."""
     readers: dict[str, list[Step]] = {}
-
-    def visit(value: Any, step: Step) -> None:
-        if isinstance(value, Read):
-            readers.setdefault(value.name, []).append(step)
-        elif isinstance(value, list | tuple):
-            for inner in value:
-                visit(inner, step)
-
     for step in steps:
-        visit(step.args, step)
-        visit(list(step.kwargs.values()), step)
+        for name in reads(step):
+            readers.setdefault(name, []).append(step)
     found = {}
     for step in steps:
         reading = readers.get(step.name, [])
