@@ -368,7 +368,8 @@ def _print_architecture(summary: Mapping[str, Any]) -> None:
     size = summary["image_size_px"]
     say(
         f"{summary['model']}: {_millions(summary['params'])} parameters, "
-        f"{summary['num_classes']} classes, {summary['in_channels']} input channels; costs at {size}x{size} px"
+        f"{summary['num_classes']} classes, {summary['in_channels']} input channels; "
+        f"costs at {size}x{size} px"
     )
     say(_stages_table(summary))
     for number, gate in enumerate(summary["gates"]):
