@@ -28,6 +28,17 @@ COPIES = ("checkpoint.safetensors", "CKPT", "gate_0.60.safetensors")
 TRAINED_BEFORE = ("runs/demo/checkpoint.safetensors", "runs/cifar10_gate/gate_0.60.safetensors")
 """Those that another page of the documents has trained."""
 
+MODEL = """
+from torch import nn
+
+
+def make_model():
+    return nn.Sequential(
+        *(nn.Conv2d(3, 16, 3, 2, 1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+"""
+
 
 @pytest.fixture(scope="module")
 def stand_ins(tmp_path_factory):
@@ -48,6 +59,7 @@ def stand_ins(tmp_path_factory):
             (_made(folder) / f"{n}.png").write_bytes(entry.read())
     for name in ("cat", "dog"):
         Image.open(root / "photos" / "0.png").convert("RGB").save(root / f"{name}.jpg")
+    (root / "model.py").write_text(MODEL)
     np.save(root / "images.npy", np.random.default_rng(0).normal(size=(4, 3, 32, 32)).astype("f4"))
     net = lively(get_spec("ds_mbnet_tiny"), image_size=32)
     agreed = _agree_with(net, source)
@@ -92,7 +104,7 @@ def reader(stand_ins, tmp_path, monkeypatch, one_thread):
         (tmp_path / name).symlink_to(stand_ins / there)
     for name in ("photos", "PHOTOS"):
         shutil.copytree(stand_ins / name, tmp_path / name)
-    for name in ("images.npy", "cat.jpg", "dog.jpg"):
+    for name in ("images.npy", "cat.jpg", "dog.jpg", "model.py"):
         shutil.copy(stand_ins / name, tmp_path)
     for name in (*COPIES, *TRAINED_BEFORE):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
