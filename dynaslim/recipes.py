@@ -188,8 +188,15 @@ class SupernetRecipe(_Recipe):
     the gates' choices are the checkpoint's."""
     epochs: int = 10
     """Passes over the training images."""
+    patience: int | None = None
+    """Evaluations in a row without a better mean that end the run; None trains all epochs."""
     batch_size: int = 128
     """Images per step, over all processes; a shorter last batch is left out."""
+    routes: Literal["sandwich", "largest"] = "sandwich"
+    """Routes of a step: by the sandwich rule, or the largest alone, as any network is trained."""
+    trunk_views: int = 0
+    """Augmented views of every image whose features behind the trunk are computed once, before
+    training, and kept in memory; the trunk stays as it is. 0 trains the trunk too."""
     target: Target = "ensemble"
     """What the sub-networks learn, the largest always the labels: `labels`; `distillation`, the
     live largest's prediction; `bootstrap`, the averaged (EMA) network's largest; `ensemble`, that
@@ -234,7 +241,17 @@ class SupernetRecipe(_Recipe):
         _check_below_1(self, "label_smoothing", "dropout", "ema_decay")
         _check_least(self, 0, "label_weight", "label_warmup", "random_routes")
         _check_most(self, 1, "label_warmup")
+        _check_least(self, 0, "trunk_views")
         _check_least(self, 1, "calibration_batches", "val_calibration_batches", "val_epochs")
+        _check_least(self, 1, "patience")
+        check(
+            not (self.trunk_views and (self.augment.mixup or self.augment.cutmix)),
+            "trunk_views: mixup and cutmix need the images themselves; leave them out",
+        )
+        check(
+            not (self.trunk_views and self.compile),
+            "trunk_views: compile is for whole networks; leave one of the two out",
+        )
         check(
             self.teacher is not None
             or self.target != "labels"
@@ -423,6 +440,79 @@ def recipe_from_dict(kind: type[Recipe], data: Mapping[str, Any]) -> Recipe:
         raise UsageError(" ".join(str(error).replace("recipe.", "").split())) from None
     built: Recipe = parser.instantiate(parsed).recipe
     return built
+
+
+@dataclass(frozen=True)
+class AdaptOptions:
+    """How a trained network is adapted to images."""
+
+    data: str
+    """A parquet file or a folder of them, a folder of images by class, or a hub name."""
+    split: str = "train"
+    """Split to train on."""
+    test_split: str = "test"
+    """Split that the report is on; without it, the report is on the images held out."""
+    val_share: float = 0.15
+    """Part of the training split held out, to choose by and to find budgets on."""
+    weights: Path | None = None
+    """Weights of the model, .safetensors or .pth; of a checkpoint its own."""
+    image_size: int | None = None
+    """Side of the image in pixels that the network sees. Default: the model's."""
+    widths: str = "0.25,0.5,0.75,1"
+    """Shares of the channels behind the gate, rising to 1."""
+    gate_at: str = ""
+    """Modules behind which gates are put, separated by commas. Default: one gate, where most
+    multiply-adds can be saved."""
+    protect: str = ""
+    """Modules whose channels stay whole, separated by commas."""
+    epochs: int | None = None
+    """Passes over the images, of the original and of the supernet each. Default: by the number of
+    images, about 12,000 of them in all."""
+    minutes: float | None = None
+    """Time to plan for, in place of epochs: a few steps are measured first."""
+    lr: float = 0.03
+    """Peak learning rate; the weights are trained already."""
+    batch_size: int = 64
+    """Images per step."""
+    views: int | None = None
+    """Augmented views of every image whose trunk features are kept in memory; 0 trains the trunk
+    too. Default: by the number of images, 2 to 8."""
+    label_weight: float = 0.5
+    """Weight of the labels' loss beside the loss against the original's predictions."""
+    no_mirror: bool = False
+    """A mirror image may be of another class, as of text: never mirror."""
+    budget: float = 0.5
+    """Mean cost that the gate is trained for, as a share of the widest route's."""
+    seed: int = 0
+    """Of everything random."""
+
+    def __post_init__(self) -> None:
+        _check_least(self, 1, "epochs", "image_size")
+        _check_least(self, 2, "batch_size")
+        _check_least(self, 0, "views", "label_weight")
+        _check_positive(self, "minutes", "lr", "budget", "val_share")
+        _check_most(self, 1, "budget")
+        _check_below_1(self, "val_share")
+        check(
+            self.epochs is None or self.minutes is None,
+            "epochs and minutes: both say how long to train; give one",
+        )
+        check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
+        self.shares  # noqa: B018  # raises for what is no list of shares
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """`widths` as numbers."""
+        return parse_shares(self.widths)
+
+
+def parse_shares(widths: str) -> tuple[float, ...]:
+    """Shares of the channels such as "0.25,0.5,1"; raises `UsageError` for anything else."""
+    try:
+        shares = tuple(float(part) for part in widths.split(","))
+    except ValueError:
+        raise UsageError(f"widths {widths}: expected numbers such as 0.25,0.5,1") from None
+    return shares
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, Final, NamedTuple, NoReturn
 
 from dynaslim.cli import (
+    adapting,
     converting,
     deploy,
     look,
@@ -46,6 +47,11 @@ VERBS: Final = {
     "models": Verb(look.models, "look", "dynaslim models"),
     "info": Verb(look.info, "look", "dynaslim info ds_mbnet --image-size 224"),
     "report": Verb(reporting.report, "look", "dynaslim report runs/demo -o report.html"),
+    "adapt": Verb(
+        adapting.adapt,
+        "start",
+        "dynaslim adapt timm:resnet50 --weights resnet50.pth --data PATH --out runs/adapted",
+    ),
     "convert": Verb(
         converting.convert,
         "train",

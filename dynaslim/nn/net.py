@@ -186,20 +186,23 @@ class ElasticNet(nn.Module):
         *,
         dropout_mask: Tensor | None = None,
         run_segment: RunSegment | None = None,
+        after_trunk: bool = False,
     ) -> list[Tensor]:
         """Static forward along several routes -> logits (B, classes) of each, in order.
 
         Segments that routes share from the images on (the trunk above all) run once, with equal
         results and gradients. In training mode BN's running statistics there take one update.
-        `run_segment` stands in for this network's own `segment`, compiled say.
+        `run_segment` stands in for this network's own `segment`, compiled say. With `after_trunk`,
+        x is what segment 0 gives for the images, (B, C, H, W), and segment 0 does not run.
 
         Raises:
             As `forward`.
         """
-        self.check_input(x)
+        if not after_trunk:
+            self.check_input(x)
         run = run_segment or self._run_segment
         paths = [self.spec.segment_indices(self.spec.coerce_route(route)) for route in routes]
-        done: dict[tuple[int, ...], Tensor] = {(): x}
+        done: dict[tuple[int, ...], Tensor] = {(0,) if after_trunk else (): x}
         for path in paths:
             for number, index in enumerate(path):
                 here = path[: number + 1]

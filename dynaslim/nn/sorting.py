@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from dynaslim.distributed import average_
+from dynaslim.graph import WHOLE, Axis
 from dynaslim.nn.blocks import Block, ConvBlock, DepthwiseSeparable, InvertedResidual, Residual
+from dynaslim.nn.gate import Gate
+from dynaslim.nn.graph_net import Cut, GraphNet, Step
 from dynaslim.nn.layers import ConvBN
-from dynaslim.nn.net import SlimNet
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.spec import GateSpec, NetSpec
 
 
@@ -68,12 +71,17 @@ def slimmable(wide: SlimNet, spec: NetSpec, batches: Iterable[Tensor]) -> SlimNe
     return net
 
 
-def sort_channels(net: SlimNet, batches: Iterable[Tensor]) -> None:
-    """Sort each group's channels, the most important first; changes `net` but not its answers.
+def sort_channels(net: ElasticNet, batches: Iterable[Tensor]) -> None:
+    """Sort each group's channels, the most important first; changes `net`, in evaluation mode, but
+    not its answers along the largest route.
 
     A channel's importance is the root mean square of its activations times the norm of the weights
     that read it, summed over the layers that do. `batches` as in `slimmable`.
     """
+    if isinstance(net, GraphNet):
+        _sort_graph(net, batches)
+        return
+    assert isinstance(net, SlimNet)
     groups = channel_groups(net)
     inputs = _InputPower([weight for group in groups for weight in group.consumers])
     with torch.no_grad(), inputs:
@@ -86,6 +94,66 @@ def sort_channels(net: SlimNet, batches: Iterable[Tensor]) -> None:
             norms_C = weight.detach().transpose(0, 1).flatten(1).norm(dim=1)
             parts.append(norms_C * inputs.sums[weight.data_ptr()].sqrt())
         group.reorder(torch.stack(parts).sum(0).argsort(descending=True, stable=True))
+
+
+@torch.no_grad()
+def _sort_graph(net: GraphNet, batches: Iterable[Tensor]) -> None:
+    spec, power = net.spec, dict[str, Tensor]()
+    widest = spec.segment_indices(spec.largest)
+
+    def watch(step: Step, args: Sequence[Any], _result: Any) -> None:
+        kind = step.op.partition(".")[0]
+        weight = step.args[1] if kind == "linear" or kind.startswith("conv") else None
+        grouped = kind != "linear" and len(args) > _GROUPS and args[_GROUPS] > 1
+        if isinstance(weight, Cut) and not grouped:
+            x, channels = args[0], args[0].ndim - 1 if kind == "linear" else 1
+            mean = x.square().mean([axis for axis in range(x.ndim) if axis != channels])
+            power[weight.name] = power.get(weight.name, 0.0) + mean
+            inputs[weight.name] = 0 if kind == "conv_transpose2d" else 1
+
+    inputs: dict[str, int] = {}
+    """Of every weight that reads channels, the axis that has them."""
+    for x in batches:
+        before = 0
+        for number, index in enumerate(widest):
+            x = net.run_segment(number, x, before, index, watch=watch)
+            before = index
+    average_(list(power.values()))
+    scores = [torch.zeros(group.units, device=net.device) for group in spec.groups]
+    for name, axis in inputs.items():
+        norm = net.tensor(name).transpose(0, axis).flatten(1).norm(dim=1)
+        for group, (places, units) in _places(spec.tensors[name].axes[axis]).items():
+            scores[group].index_add_(0, units, (norm * power[name].sqrt())[places])
+    orders = [score.argsort(descending=True, stable=True) for score in scores]
+    carriers = [(net.tensor(name), tensor.axes) for name, tensor in spec.tensors.items()]
+    for gate, read in zip(net.gates, spec.cut_axes, strict=True):
+        assert isinstance(gate, Gate)
+        carriers.append((gate.reduce_weight, (read,)))
+    for tensor, axes in carriers:
+        # of statistics the first axis is the slot, of a gate its hidden features
+        for number, along in enumerate(axes, start=tensor.ndim - len(axes)):
+            for group, (places, units) in _places(along).items():
+                by_unit = places[units.argsort(stable=True)].reshape(len(orders[group]), -1)
+                order = torch.arange(tensor.shape[number])
+                order[by_unit] = by_unit[orders[group].cpu()]
+                tensor.copy_(tensor.index_select(number, order.to(tensor.device)))
+
+
+_GROUPS: Final = 6
+"""Where convolutions take their number of groups."""
+
+
+def _places(axis: Axis) -> dict[int, tuple[Tensor, Tensor]]:
+    """Positions along an axis, and the unit of each, by group."""
+    found: dict[int, tuple[list[int], list[int]]] = {}
+    at = 0
+    for group, first, count, each in axis:
+        if group != WHOLE:
+            places, units = found.setdefault(group, ([], []))
+            places += range(at, at + count * each)
+            units += [unit for unit in range(first, first + count) for _ in range(each)]
+        at += count * each
+    return {g: (torch.tensor(places), torch.tensor(units)) for g, (places, units) in found.items()}
 
 
 def channel_groups(net: SlimNet) -> list[ChannelGroup]:

@@ -59,6 +59,8 @@ from dynaslim.spec import NetSpec, Route
 _MAX_TIMED: Final = 16
 """Static routes that are timed of a network that has more."""
 _BUDGETS: Final = 8
+AS_ACCURATE: Final = 0.005
+"""Top-1 that a mode may be below a baseline and count as about as accurate."""
 _NOISY: Final = 0.3
 
 Metrics = Evaluation | StoredMetrics
@@ -193,6 +195,21 @@ class Mode:
         return None if self.images is None else accuracy_interval(self.top1, self.images)
 
 
+class Comparison(NamedTuple):
+    """A baseline, and the fastest mode that is at least about as accurate and faster."""
+
+    baseline: Mode
+    mode: Mode | None
+    """None where there is no such mode."""
+
+    @property
+    def speed(self) -> float | None:
+        """How many times as fast as the baseline the mode is."""
+        if self.mode is None or self.mode.ms is None or self.baseline.ms is None:
+            return None
+        return self.baseline.ms / self.mode.ms
+
+
 @dataclass(frozen=True)
 class ReportData:
     """All values of a report; those that could not be had are None, and `notes` give the reason."""
@@ -266,8 +283,21 @@ class ReportData:
         for one in self.baselines:
             name = text.name_of(one.name, 0)
             label = text.shorten(name, 14)
-            modes.append(Mode("baseline", name, one.top1, one.madds, label=label, ms=one.ms))
+            modes.append(Mode("baseline", name, one.top1, one.madds, one.images, label, one.ms))
         return tuple(modes)
+
+    @cached_property
+    def comparisons(self) -> tuple[Comparison, ...]:
+        """Of every baseline with a time, the fastest mode that is as accurate as it."""
+        own = [mode for mode in self.modes if mode.kind != "baseline" and mode.ms is not None]
+        found = []
+        for baseline in self.modes:
+            if baseline.kind == "baseline" and baseline.ms is not None:
+                good = [mode for mode in own if mode.top1 >= baseline.top1 - AS_ACCURATE]
+                best = min(good, key=lambda mode: mode.ms or 0.0, default=None)
+                faster = best is not None and best.ms is not None and best.ms < baseline.ms
+                found.append(Comparison(baseline, best if faster else None))
+        return tuple(found)
 
     def _timed(self, mode: Mode, key: str) -> Mode:
         spread = self.times and self.times.spread(key)

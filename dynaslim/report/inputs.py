@@ -368,6 +368,8 @@ class Baseline:
     top1: Annotated[float, msgspec.Meta(ge=0, le=1)]
     madds: Annotated[float, msgspec.Meta(ge=0)] | None = None
     ms: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    images: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    """Number of images of the accuracy, for its interval."""
 
     def __post_init__(self) -> None:
         check(self.madds is not None or self.ms is not None, "give madds or ms, or both")

@@ -99,14 +99,18 @@ def make_report(
 
 def build_report(options: ReportOptions, *, title: str | None = None) -> Report:
     """As `make_report`, with the main numbers beside the page."""
-    data = gather(options)
+    return render(gather(options), title)
+
+
+def render(data: ReportData, title: str | None = None) -> Report:
+    """The page of what was gathered."""
     # a sentence is a paragraph of the template; the first is the most important
     paragraphs = _environment().get_template("headline.txt.j2").render(_context(data)).split("\n\n")
     headline = [sentence for one in paragraphs if (sentence := " ".join(one.split()))]
-    return Report(_render(data, headline, title), _summary(data, headline[0]))
+    return Report(_page(data, headline, title), _summary(data, headline[0]))
 
 
-def _render(data: ReportData, headline: list[str], title: str | None) -> str:
+def _page(data: ReportData, headline: list[str], title: str | None) -> str:
     columns, names = sections.route_columns(data), sections.class_names(data)
     has_costs = data.metrics is not None and bool(data.metrics.routes or data.metrics.dynamic)
     suffixes = {

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ from dynaslim.runs.folder import (
     write_json,
 )
 from dynaslim.runtime.cache import usable_cores
+from dynaslim.spec import Route
 
 
 class Stopped(BaseException):
@@ -198,7 +199,13 @@ class RunContext:
         return opened
 
     def evaluate(
-        self, net: ElasticNet, data: Training, label: str = "", *, dynamic: bool = True
+        self,
+        net: ElasticNet,
+        data: Training,
+        label: str = "",
+        *,
+        routes: Sequence[Route] | None = None,
+        dynamic: bool = True,
     ) -> Evaluation | None:
         """Evaluate on the held-out images, with a bar if there is a label; None without images."""
         if data.validation is None:
@@ -210,6 +217,7 @@ class RunContext:
                 net,
                 data.validation,
                 data.preprocessing,
+                routes=routes,
                 on_batch=self.stop.checked(on_batch),
                 dynamic=dynamic,
             )

@@ -130,9 +130,11 @@ class RunFolder:
         if self.state is not None:
             # what came after the snapshot is done, and told, again
             until = {"train": self.state["step"], "val": self.state.get("validated", 0)}
-            kept = [line for line in read_metrics(self.path) if line["step"] <= until[line["kind"]]]
-        lines = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomic(self.file(METRICS), lines.encode())
+            lines = read_metrics(self.path)
+            # the teacher's line is of the start
+            kept = [line for line in lines if line["step"] <= until.get(line["kind"], 0)]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+        write_atomic(self.file(METRICS), text.encode())
 
     def file(self, name: str) -> Path:
         """The path of a file in the folder."""

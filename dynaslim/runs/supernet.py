@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save, with_classes
-from dynaslim.distributed import rank
+from dynaslim.distributed import rank, world_size
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation
 from dynaslim.graph import AnySpec
@@ -23,6 +23,8 @@ from dynaslim.recipes import DataRecipe, RunOptions, SupernetRecipe
 from dynaslim.runs.context import Callbacks, RunContext, data_results, opened
 from dynaslim.spec import NetSpec
 from dynaslim.train import recalibrate
+from dynaslim.train.features import TrunkFeatures, trunk_features
+from dynaslim.train.fit import augmented_views
 from dynaslim.train.loop import SupernetTraining, calibration_batches, training_batches
 from dynaslim.train.teacher import OutsideTeacher
 from dynaslim.zoo import get_spec
@@ -125,15 +127,25 @@ class _SupernetRun:
         net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)
+        outside = self._teacher(net.spec)
+        features = self._features(net, outside) if recipe.trunk_views else None
         self.training = SupernetTraining(
-            net, self.data.feed, self.data.augment, recipe, outside=self._teacher(net.spec)
+            net,
+            self.data.feed,
+            self.data.augment,
+            recipe,
+            outside=None if features is not None else outside,
+            features=features,
         )
         self.best: dict[str, Any] | None = None
+        self.misses = 0
+        """Evaluations in a row that were not better than the best."""
         self.validated = 0
         state = context.folder.state
         if state is not None:
             self.training.load_state(state)
             self.best, self.validated = state["best"], state["validated"]
+            self.misses = state.get("misses", 0)
             self.data.feed.load_state(state)
 
     def _teacher(self, spec: NetSpec) -> OutsideTeacher | None:
@@ -150,6 +162,27 @@ class _SupernetRun:
         if self.folder.state is None:
             self.folder.log("teacher", 0, chosen)
         return teacher
+
+    def _features(self, net: ElasticNet, outside: OutsideTeacher | None) -> TrunkFeatures:
+        """The trunk's features of the recipe's views of every training image."""
+        recipe, feed = self.recipe, self.data.feed
+        check(world_size() == 1, "trunk_views: runs in one process; leave torchrun out")
+        check(bool(net.spec.gates), f"trunk_views: {net.spec.name} has no gate behind a trunk")
+        steps = feed.steps_per_epoch
+        with progress("running the trunk", recipe.trunk_views * steps) as bar:
+            views = augmented_views(
+                feed, self.data.augment, self.context.device, recipe.trunk_views, recipe.seed
+            )
+            made = trunk_features(
+                net,
+                views,
+                (recipe.trunk_views, steps),
+                recipe.seed,
+                outside=outside,
+                on_batch=self.stop.checked(bar.advance),
+            )
+        note(f"trunk features: {made.nbytes / 2**20:.0f} MiB for {recipe.trunk_views} views")
+        return made
 
     def _slimmable(self, wide: SlimNet, spec: NetSpec) -> SlimNet:
         """The recipe's model out of its widest widths alone: sorted, narrow routes calibrated."""
@@ -173,7 +206,7 @@ class _SupernetRun:
     def run(self) -> dict[str, Any]:
         """All that is left to do."""
         training, recipe = self.training, self.recipe
-        if training.step == training.total and (done := self.context.results()) is not None:
+        if self._has_ended() and (done := self.context.results()) is not None:
             return done
         every = recipe.val_epochs * training.feed.steps_per_epoch
         first = training.step
@@ -182,7 +215,7 @@ class _SupernetRun:
             if training.step and self._is_due(every):
                 self._validate()  # stopped after the step and before this
                 callbacks.restart_clock()
-            for losses in training:
+            for losses in () if self._has_ended() else training:
                 middle = " ".join(f"{loss:.2f}" for loss in losses.randoms)
                 callbacks.after_step(
                     training.step,
@@ -198,6 +231,8 @@ class _SupernetRun:
                 )
                 if self._is_due(every):
                     self._validate()
+                    if self._has_ended():
+                        break
                     callbacks.restart_clock()
         return self._finish(callbacks.seconds, training.step - first)
 
@@ -206,8 +241,16 @@ class _SupernetRun:
             **self.training.state(),
             "best": self.best,
             "validated": self.validated,
+            "misses": self.misses,
             **self.data.feed.state(),
         }
+
+    def _has_ended(self) -> bool:
+        """Whether all steps are done, or the recipe's patience."""
+        patience = self.recipe.patience
+        return self.training.step == self.training.total or (
+            patience is not None and self.misses >= patience
+        )
 
     def _is_due(self, every: int) -> bool:
         step = self.training.step
@@ -226,6 +269,7 @@ class _SupernetRun:
         top1 = [route.top1 for route in result.routes]
         mean = sum(top1) / len(top1)
         is_best = self.best is None or mean > self.best["mean_top1"]
+        self.misses = 0 if is_best else self.misses + 1
         self.folder.log(
             "val",
             self.training.step,
@@ -259,7 +303,7 @@ class _SupernetRun:
                 "model": training.net.spec.name,
                 **data_results(self.data),
                 "classifier": self.classifier,
-                "steps": training.total,
+                "steps": training.step,
                 "images_per_s": round(steps * self.recipe.batch_size / seconds, 1)
                 if steps
                 else None,
@@ -279,7 +323,8 @@ class _SupernetRun:
 
     def _evaluate(self, net: ElasticNet, label: str = "") -> Evaluation | None:
         # the gates are not trained yet
-        return self.context.evaluate(net, self.data, label, dynamic=False)
+        routes = (net.spec.largest,) if self.recipe.routes == "largest" else None
+        return self.context.evaluate(net, self.data, label, routes=routes, dynamic=False)
 
     def _save(self, name: str, net: ElasticNet, metrics: dict[str, Any]) -> str:
         path = self.folder.file(name)

@@ -23,6 +23,7 @@ def recalibrate(
     batches: Iterable[Tensor],
     routes: Sequence[Route] | None = None,
     *,
+    after_trunk: bool = False,
     on_batch: Callable[[], None] | None = None,
 ) -> None:
     """Replace the running statistics by cumulative averages over `batches` along `routes`.
@@ -30,7 +31,8 @@ def recalibrate(
     During training a width's statistics lag behind weights that other widths keep moving; the
     authors reset and average them anew before evaluation. `batches` are network inputs
     (B, C, H, W); `routes` default to `calibration_routes` of each batch. Widths that none of them
-    runs keep their statistics. The network is left in evaluation mode. Where several processes
+    runs keep their statistics; so does the trunk where `after_trunk` says that the batches are its
+    features. The network is left in evaluation mode. Where several processes
     run, each brings batches of its own and the averages go over all of them.
 
     Raises:
@@ -47,7 +49,8 @@ def recalibrate(
             norm.momentum = None  # cumulative average
         for x in batches:
             number = count * world_size() + rank()
-            net.forward_many(x, calibration_routes(net.spec, number) if routes is None else routes)
+            chosen = calibration_routes(net.spec, number) if routes is None else routes
+            net.forward_many(x, chosen, after_trunk=after_trunk)
             count += 1
             if on_batch is not None:
                 on_batch()

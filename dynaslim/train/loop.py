@@ -34,10 +34,10 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.train.calibrate import recalibrate
 from dynaslim.train.compiled import CompiledSegments
-from dynaslim.train.sampling import sandwich_routes, step_seed
+from dynaslim.train.features import Batch, Predict, TrunkFeatures
+from dynaslim.train.sampling import Sandwich, sandwich_routes, step_seed
 from dynaslim.train.step import (
     GateLosses,
-    Predict,
     SupernetLosses,
     gate_step,
     parameter_groups,
@@ -86,13 +86,18 @@ class _Training(ABC, Generic[Losses]):
     def __iter__(self) -> Iterator[Losses]:
         """Make the steps that are left, one at a time."""
         with self._only_trainable():
-            for pixels, labels in self.feed.batches(self.step, self.total):
-                seed = step_seed(self._seed, self.step, _of_rank("augment"))
-                x = self.augment(pixels.to(self.device, non_blocking=True), seed)
-                losses = self._make_step(x, labels.to(self.device, non_blocking=True))
+            for batch in self._batches():
+                losses = self._make_step(batch)
                 self.schedule.step()
                 self.step += 1
                 yield losses
+
+    def _batches(self) -> Iterator[Batch]:
+        """What the steps that are left learn from, on the network's device."""
+        for pixels, labels in self.feed.batches(self.step, self.total):
+            seed = step_seed(self._seed, self.step, _of_rank("augment"))
+            x = self.augment(pixels.to(self.device, non_blocking=True), seed)
+            yield Batch(x, labels.to(self.device, non_blocking=True), None)
 
     def state(self) -> dict[str, Any]:
         """Everything that training has changed, as nested dicts of tensors and plain values."""
@@ -140,7 +145,7 @@ class _Training(ABC, Generic[Losses]):
         return torch.Generator().manual_seed(step_seed(self._seed, self.step, purpose))
 
     @abstractmethod
-    def _make_step(self, x: Tensor, labels: Tensor) -> Losses: ...
+    def _make_step(self, batch: Batch) -> Losses: ...
 
     @abstractmethod
     def _trainable(self) -> list[nn.Parameter]: ...
@@ -162,7 +167,8 @@ class _Training(ABC, Generic[Losses]):
 class SupernetTraining(_Training[SupernetLosses]):
     """Stage I: trains `net` in place, with an averaged (EMA) network beside it.
 
-    `outside` predicts probabilities for every route to learn, as `recipe.teacher` says.
+    `outside` predicts probabilities for every route to learn, as `recipe.teacher` says. With
+    `features` the trunk is not trained: they stand in for the images and for `outside`.
 
     Raises:
         TrainingError: if there are fewer images than a batch, or (in a step) a loss is not finite.
@@ -177,6 +183,7 @@ class SupernetTraining(_Training[SupernetLosses]):
         recipe: SupernetRecipe,
         *,
         outside: Predict | None = None,
+        features: TrunkFeatures | None = None,
     ) -> None:
         if recipe.channels_last:
             net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -186,7 +193,7 @@ class SupernetTraining(_Training[SupernetLosses]):
             net, feed, augment, recipe, parameter_groups(self._weights, recipe.optim.weight_decay)
         )
         self.recipe = recipe
-        self.outside = outside
+        self.outside, self.features = outside, features
         self.teacher = make_teacher(net, recipe.ema_decay)
         self._run_segment = CompiledSegments(net) if recipe.compile else None
         net.train()
@@ -205,9 +212,27 @@ class SupernetTraining(_Training[SupernetLosses]):
         self, net: ElasticNet, batches: int, *, on_batch: Callable[[], None] | None = None
     ) -> ElasticNet:
         """Take a network's BN statistics anew from `batches` augmented training batches."""
-        fresh = calibration_batches(self.feed, self.augment, self.device, batches, self._seed)
-        recalibrate(net, fresh, on_batch=on_batch)
+        if self.features is None:
+            fresh = calibration_batches(self.feed, self.augment, self.device, batches, self._seed)
+            recalibrate(net, fresh, on_batch=on_batch)
+        else:
+            count = min(batches, self.feed.steps_per_epoch)
+            kept = self.features.batches(0, count, self.feed.batch_size, "calibrate")
+            on_device = (batch.x.to(self.device) for batch in kept)
+            recalibrate(net, on_device, after_trunk=True, on_batch=on_batch)
         return net
+
+    def _batches(self) -> Iterator[Batch]:
+        if self.features is None:
+            yield from super()._batches()
+            return
+        for batch in self.features.batches(self.step, self.total, self.feed.batch_size):
+            x, labels, outside = batch
+            yield Batch(
+                x.to(self.device),
+                labels.to(self.device),
+                None if outside is None else outside.to(self.device),
+            )
 
     def _trainable(self) -> list[nn.Parameter]:
         return self._weights
@@ -215,7 +240,8 @@ class SupernetTraining(_Training[SupernetLosses]):
     def _modules(self) -> dict[str, nn.Module]:
         return {"net": self.net, "averaged": self.teacher}
 
-    def _make_step(self, x: Tensor, labels: Tensor) -> SupernetLosses:
+    def _make_step(self, batch: Batch) -> SupernetLosses:
+        x, labels, outside_BN = batch
         recipe, spec = self.recipe, self.net.spec
         if recipe.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -229,19 +255,22 @@ class SupernetTraining(_Training[SupernetLosses]):
             labels_alone = max(0.0, 1 - self.step / (recipe.label_warmup * self.total))
         seed = step_seed(self._seed, self.step, _of_rank("mix"))
         x, targets = mix(x, labels, spec.num_classes, recipe.augment, seed)
+        if self.outside is not None and labels_alone < 1:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.bf16):
+                outside_BN = self.outside(x)
+        routes = Sandwich(spec.largest, (), None)
+        if recipe.routes == "sandwich":
+            rng = random.Random(step_seed(self._seed, self.step, "routes"))
+            routes = sandwich_routes(spec, rng, recipe.random_routes)
         return supernet_step(
             self.net,
             self.teacher,
             self.optimizer,
             x,
             targets,
-            sandwich_routes(
-                spec,
-                random.Random(step_seed(self._seed, self.step, "routes")),
-                recipe.random_routes,
-            ),
+            routes,
             target=recipe.target,
-            outside=self.outside,
+            outside_BN=outside_BN,
             soft_weight=1 - labels_alone,
             label_weight=labels_alone + (1 - labels_alone) * recipe.label_weight,
             label_smoothing=recipe.label_smoothing,
@@ -252,6 +281,7 @@ class SupernetTraining(_Training[SupernetLosses]):
             clip_norm=recipe.optim.clip_norm,
             bf16=recipe.bf16,
             run_segment=self._run_segment,
+            after_trunk=self.features is not None,
         )
 
 
@@ -290,12 +320,12 @@ class GateTraining(_Training[GateLosses]):
     def _trainable(self) -> list[nn.Parameter]:
         return self.net.slimming_parameters()
 
-    def _make_step(self, x: Tensor, labels: Tensor) -> GateLosses:
+    def _make_step(self, batch: Batch) -> GateLosses:
         return gate_step(
             self.net,
             self.optimizer,
-            x,
-            labels,
+            batch.x,
+            batch.labels,
             self.table,
             self.recipe.sgs,
             cost_scale=self.cost_scale,

@@ -18,7 +18,13 @@ class Sandwich(NamedTuple):
 
     largest: Route
     randoms: tuple[Route, ...]
-    smallest: Route
+    smallest: Route | None
+    """None where the largest is trained alone."""
+
+    @property
+    def narrow(self) -> tuple[Route, ...]:
+        """All but the largest."""
+        return self.randoms if self.smallest is None else (*self.randoms, self.smallest)
 
 
 def sandwich_routes(spec: AnySpec, rng: random.Random, randoms: int = 2) -> Sandwich:

@@ -6,7 +6,7 @@ Suffixes: B rows, C channels, H W pixels, N classes, K choices of a gate.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +21,7 @@ from dynaslim.errors import TrainingError
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
 from dynaslim.nn.net import ElasticNet, RunSegment
 from dynaslim.recipes import SgsRecipe, Target
+from dynaslim.spec import Route
 from dynaslim.train.losses import (
     asked_first,
     cost_loss,
@@ -30,9 +31,6 @@ from dynaslim.train.losses import (
 )
 from dynaslim.train.sampling import Sandwich
 
-Predict = Callable[[Tensor], Tensor]
-"""Images (B, C, H, W) -> probabilities (B, N)."""
-
 
 class SupernetLosses(NamedTuple):
     """Losses of the passes of one stage-I step."""
@@ -40,6 +38,7 @@ class SupernetLosses(NamedTuple):
     largest: float
     randoms: tuple[float, ...]
     smallest: float
+    """The largest's where that is trained alone."""
 
 
 class GateLosses(NamedTuple):
@@ -63,7 +62,7 @@ def supernet_step(
     routes: Sandwich,
     *,
     target: Target = "ensemble",
-    outside: Predict | None = None,
+    outside_BN: Tensor | None = None,
     soft_weight: float = 1.0,
     label_weight: float = 0.0,
     label_smoothing: float,
@@ -74,6 +73,7 @@ def supernet_step(
     clip_norm: float | None = None,
     bf16: bool = False,
     run_segment: RunSegment | None = None,
+    after_trunk: bool = False,
 ) -> SupernetLosses:
     """One step by the sandwich rule, with in-place ensemble bootstrapping unless told otherwise.
 
@@ -81,20 +81,21 @@ def supernet_step(
     others learn the probabilities that `target` names (see `SupernetRecipe`); with "ensemble"
     (arXiv 2103.13258, section 3.2) random routes learn the EMA network's largest, and the smallest
     the mean of the EMA network's probabilities along the largest and the random routes. Where
-    `outside` is given, all routes, the largest too, learn the probabilities that it predicts.
+    `outside_BN` is given, all routes, the largest too, learn these probabilities.
     `soft_weight` multiplies the cross-entropy against those probabilities, `label_weight` that
     against the labels beside it; routes that learn the labels alone learn them at weight 1.
 
     Gradients of all passes add up, over `accumulate` parts of the batch one after the other; they
     are averaged over the processes of the run once, with the BN statistics; then the optimizer
-    steps once and the EMA follows. `run_segment` stands in for `net.segment` (compiled, say).
+    steps once and the EMA follows. `run_segment` stands in for `net.segment` (compiled, say). With
+    `after_trunk`, x_BCHW are the trunk's features, and the trunk is not trained.
 
     Raises:
         TrainingError: if a loss is not finite on any process; the optimizer has not stepped.
     """
     averaged = teacher.module
     assert isinstance(averaged, ElasticNet)
-    narrow = (*routes.randoms, routes.smallest)
+    narrow = routes.narrow
     # drawn for the whole batch of all processes: they together drop what one alone would
     mask = dropout_mask(net, len(x_BCHW), dropout, generator, x_BCHW.device)
     autocast = torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bf16)
@@ -111,24 +112,38 @@ def supernet_step(
             label_smoothing=label_smoothing,
         )
         with torch.no_grad(), autocast:
-            targets = _teacher_targets(averaged, x, routes, target, outside, soft_weight)
+            targets = _teacher_targets(
+                partial(averaged.forward_many, x, after_trunk=after_trunk),
+                routes,
+                target,
+                None if outside_BN is None else outside_BN[part],
+                soft_weight,
+            )
         kept = None if mask is None else mask[part]
         if target == "distillation" and kept is not None:
             # the same features without dropout: what the others learn
             kept = torch.stack([kept, torch.ones_like(kept)])
         with autocast:
             (logits,) = net.forward_many(
-                x, (routes.largest,), dropout_mask=kept, run_segment=run_segment
+                x,
+                (routes.largest,),
+                dropout_mask=kept,
+                run_segment=run_segment,
+                after_trunk=after_trunk,
             )
         logits, whole = logits if logits.ndim == 3 else (logits, logits)
-        if target == "distillation" and outside is None:
+        if target == "distillation" and outside_BN is None:
             targets[1:] = [whole.detach().float().softmax(1)] * len(narrow)
         loss = learn(logits, targets[0]) * share
         totals[0] += loss.detach()
         torch.autograd.backward(loss)
+        if not narrow:
+            continue
         # the other routes share their trunk, so they run together and go backward as one sum
         with autocast:
-            all_logits = net.forward_many(x, narrow, run_segment=run_segment)
+            all_logits = net.forward_many(
+                x, narrow, run_segment=run_segment, after_trunk=after_trunk
+            )
         losses = [learn(z, soft) * share for z, soft in zip(all_logits, targets[1:], strict=True)]
         totals[1:] += torch.stack(losses).detach()
         torch.autograd.backward(losses)
@@ -145,28 +160,30 @@ def supernet_step(
         nn.utils.clip_grad_norm_(parameters, clip_norm)
     optimizer.step()
     teacher.update_parameters(net)
-    return SupernetLosses(largest, tuple(others[:-1]), others[-1])
+    return SupernetLosses(largest, tuple(others[:-1]), others[-1] if others else largest)
 
 
 def _teacher_targets(
-    averaged: ElasticNet,
-    x: Tensor,
+    answer: Callable[[Sequence[Route]], list[Tensor]],
     routes: Sandwich,
     target: Target,
-    outside: Predict | None,
+    outside_BN: Tensor | None,
     soft_weight: float,
 ) -> list[Tensor | None]:
-    """Probabilities that the largest, the random routes and the smallest learn; None for labels."""
-    randoms = len(routes.randoms)
+    """Probabilities that the largest and the others learn; None for labels.
+
+    `answer` gives the averaged network's logits along several routes.
+    """
+    learners = 1 + len(routes.narrow)
     if soft_weight == 0:
-        return [None] * (randoms + 2)
-    if outside is not None:
-        return [outside(x)] * (randoms + 2)
-    if target not in ("bootstrap", "ensemble"):
-        return [None] * (randoms + 2)
+        return [None] * learners
+    if outside_BN is not None:
+        return [outside_BN] * learners
+    if target not in ("bootstrap", "ensemble") or not routes.narrow:
+        return [None] * learners
     chosen = (routes.largest, *routes.randoms) if target == "ensemble" else (routes.largest,)
-    logits = [z.float() for z in averaged.forward_many(x, chosen)]
-    return [None, *[logits[0].softmax(1)] * randoms, ensemble_target(logits)]
+    logits = [z.float() for z in answer(chosen)]
+    return [None, *[logits[0].softmax(1)] * len(routes.randoms), ensemble_target(logits)]
 
 
 def dropout_mask(

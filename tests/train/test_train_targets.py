@@ -115,7 +115,7 @@ def test_all_routes_learn_an_outside_teacher():
     net, teacher, optimizer = _parts()
     reference = SlimNet(net.spec).train()
     reference.load_state_dict(net.state_dict())
-    losses, routes = _step(net, teacher, optimizer, x, labels, outside=lambda _: soft)
+    losses, routes = _step(net, teacher, optimizer, x, labels, outside_BN=soft)
     wanted = [
         float(_soft(reference(x, route), soft))
         for route in (routes.largest, *routes.randoms, routes.smallest)

@@ -1,0 +1,439 @@
+"""From a trained CNN and a folder of photographs to a network that spends less on each.
+
+`adapt` is a run of several parts, each in a folder of its own and each resumable:
+
+1. `original`: the network as it is learns the classes. It teaches what follows, and is what the
+   result is held against.
+2. `sorted.safetensors`: its channels, sorted by what these images activate.
+3. `supernet`: stage I from those weights, taught by the original and by the labels.
+4. `gate`: a gate, and budgets measured on the images held out; `gate.safetensors` is the result.
+5. `report.html`: what comes of it, beside the original.
+
+The trunk before the first gate keeps its weights: its features are computed once for a few views of
+every image, and training starts behind it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from dynaslim._files import write_atomic
+from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save
+from dynaslim.conversion import Conversion
+from dynaslim.conversion.source import KINDS, load_source
+from dynaslim.data.images import ImageDataset, holdout, open_images
+from dynaslim.data.layout import WHOLE
+from dynaslim.data.source import ImageSource, open_source
+from dynaslim.data.transforms import normalise, readable_batches
+from dynaslim.errors import CheckpointError, DataError, UsageError, check
+from dynaslim.evaluation import evaluate
+from dynaslim.nn.net import ElasticNet
+from dynaslim.nn.sorting import sort_channels
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.progress import note, progress
+from dynaslim.recipes import (
+    AdaptOptions,
+    AugmentRecipe,
+    DataRecipe,
+    GateRecipe,
+    OptimRecipe,
+    RunOptions,
+    SupernetRecipe,
+)
+from dynaslim.report import ReportOptions
+from dynaslim.report.data import ReportData, gather
+from dynaslim.report.inputs import Baseline
+from dynaslim.report.page import render
+from dynaslim.report.timing import route_mode
+from dynaslim.runs import run_gate, run_supernet
+from dynaslim.runs.folder import write_json
+from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
+from dynaslim.runtime.calibrate_budget import answer_paths
+
+RESULT: Final = "gate.safetensors"
+_STATE: Final = "adapt.json"
+_IMAGES: Final = 12_000
+"""Images that each network is trained on in all, where neither epochs nor minutes are given."""
+_FEW: Final = 10
+"""Training images of a class below which a line warns."""
+_SORTING_BATCHES: Final = 8
+_PLANNED: Final = 0.8
+"""Part of `minutes` that is planned for; the rest is reading, evaluating and the report."""
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What `adapt` made."""
+
+    checkpoint: Checkpoint
+    data: ReportData
+    """The values of the report: accuracy, multiply-adds and milliseconds of every mode."""
+    verdict: str
+    """Whether it pays on this machine, in a sentence."""
+    files: dict[str, Path]
+
+
+def adapt(
+    model: str | Path | nn.Module,
+    out: str | Path,
+    options: AdaptOptions,
+    run: RunOptions | None = None,
+    *,
+    preprocessing: Preprocessing | None = None,
+) -> Adapted:
+    """Adapt a trained network to images; see the module for the parts of the run.
+
+    `model` is a checkpoint, a name as `dynaslim convert` takes it, or a module in evaluation mode
+    with the `preprocessing` of its images.
+
+    Raises:
+        UsageError: if the folder holds another run, or the network cannot be converted.
+        DataError: if the images cannot be read, or there are fewer than two classes.
+        Stopped: if asked to stop; the run goes on with `resume`.
+    """
+    run = run or RunOptions()
+    out = Path(out)
+    named = model if isinstance(model, str | Path) else type(model).__name__
+    _claim(out, {"model": str(named), **_plain(asdict(options))}, run)
+    return _Adaptation(model, out, options, replace(run, resume=True), preprocessing).run()
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
+
+
+def _claim(out: Path, asked: dict[str, Any], run: RunOptions) -> None:
+    """Begin a run in a folder, or go on with the one that is there."""
+    file = out / _STATE
+    if file.exists():
+        before = json.loads(file.read_text())["asked"]
+        unlike = [f"{key} was {before.get(key)}, is {asked[key]}" for key in asked
+                  if before.get(key) != asked[key]]  # fmt: skip
+        if not run.resume:
+            raise UsageError(
+                f"{out}: holds a run already; go on with it by --resume, or name another folder"
+            )
+        if unlike and not run.force:
+            raise UsageError(
+                f"{out}: the run was started otherwise: {'; '.join(unlike)}; name another folder"
+            )
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(file, {"asked": asked})
+
+
+class _Adaptation:
+    """The parts of a run, in order."""
+
+    def __init__(
+        self,
+        model: str | Path | nn.Module,
+        out: Path,
+        options: AdaptOptions,
+        run: RunOptions,
+        preprocessing: Preprocessing | None,
+    ) -> None:
+        self.out, self.options, self.run_options = out, options, run
+        self.source = open_source(options.data, options.split)
+        self._check_images(self.source)
+        self.start = self._start(model, preprocessing)
+        assert self.start.preprocessing is not None
+        self.preprocessing = self.start.preprocessing
+        self.images = len(holdout(self.source.labels(), options.val_share)[0])
+        self.views = options.views
+        if self.views is None:
+            self.views = max(2, min(8, -(-8_000 // self.images)))
+        self.epochs = options.epochs or self._epochs()
+
+    # -- the start ------------------------------------------------------------------------------
+
+    def _check_images(self, source: ImageSource) -> None:
+        names, options = source.class_names, self.options
+        check_data(len(names) >= 2, f"{source.name}: has {len(names)} class, needs at least two")
+        counts = Counter(source.labels().tolist())
+        few = [f"{names[n]} ({counts[n]})" for n in range(len(names)) if counts[n] < _FEW]
+        if few:
+            note(f"warning: few images of {', '.join(few[:10])}: their accuracy is chance")
+        held = round(len(source) * options.val_share)
+        check_data(
+            held >= LEAST_IMAGES,
+            f"{source.name}: {held} of {len(source)} images held out, budgets need "
+            f"{LEAST_IMAGES}; raise val_share, or bring more images",
+        )
+
+    def _start(
+        self, model: str | Path | nn.Module, preprocessing: Preprocessing | None
+    ) -> Checkpoint:
+        """The network to adapt, with all its widths; kept in the folder."""
+        file, options = self.out / "converted.safetensors", self.options
+        if file.exists():
+            return read(file)
+        if isinstance(model, nn.Module):
+            check(preprocessing is not None, "preprocessing: say how images are prepared")
+            made = self._converted(model, type(model).__name__.lower(), preprocessing)  # type: ignore[arg-type]
+        elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
+            source = load_source(str(model), weights=options.weights, image_size=options.image_size)
+            made = self._converted(source.model, source.name, source.preprocessing)
+        else:
+            check(
+                options.weights is None,
+                f"weights {options.weights}: {model} has weights of its own",
+            )
+            made = read(model)
+            if made.preprocessing is None:
+                raise CheckpointError(f"{model}: does not say how images are prepared")
+            size = options.image_size
+            if size is not None:
+                made = replace(made, preprocessing=replace(made.preprocessing, image_size_px=size))
+            check(bool(made.net.spec.gates), f"{model}: has no gates")
+        save(file, made)
+        return made
+
+    def _converted(self, model: nn.Module, name: str, pre: Preprocessing) -> Checkpoint:
+        options = self.options
+        generator = torch.Generator().manual_seed(0)
+        shape = (2, pre.channels, pre.image_size_px, pre.image_size_px)
+        conversion = Conversion(
+            model,
+            torch.randn(shape, generator=generator),
+            options.shares,
+            _names(options.gate_at),
+            _names(options.protect),
+            name,
+        )
+        return Checkpoint(net=conversion.net(), preprocessing=pre)
+
+    # -- the plan -------------------------------------------------------------------------------
+
+    def _epochs(self) -> int:
+        """Epochs of each training: by the number of images, or as many as fit the minutes."""
+        state = json.loads((self.out / _STATE).read_text())
+        if "epochs" in state:
+            return int(state["epochs"])
+        if self.options.minutes is None:
+            epochs = max(2, min(30, round(_IMAGES / self.images)))
+        else:
+            once, each = self._seconds()
+            left = 60 * self.options.minutes * _PLANNED - once * self.images
+            epochs = max(1, int(left / (each * self.images)))
+            note(
+                f"plan: {epochs} epochs, about {(once + each * epochs) * self.images / 60:.0f} "
+                f"minutes of training for {self.options.minutes:g}"
+            )
+        write_json(self.out / _STATE, {**state, "epochs": epochs})
+        return epochs
+
+    def _seconds(self) -> tuple[float, float]:
+        """Seconds per image of what is done once, and of an epoch of both trainings."""
+        net, spec = self.start.net, self.start.net.spec
+        rows, side = min(16, self.options.batch_size), self.preprocessing.image_size_px
+        x = torch.randn(rows, spec.in_channels, side, side)
+        frozen = bool(self.views)
+        with torch.no_grad():
+            trunk = net.segment(0, x, 0, decide=False).features
+        routes = (spec.largest, spec.routes[len(spec.routes) // 2], spec.smallest)
+
+        def step(routes: tuple[Any, ...]) -> None:
+            answers = net.forward_many(trunk if frozen else x, routes, after_trunk=frozen)
+            torch.autograd.backward([logits.square().mean() for logits in answers])
+            net.zero_grad()
+
+        def look() -> None:
+            with torch.no_grad():
+                net.segment(0, x, 0, decide=False)
+
+        def timed(work: Callable[[], None]) -> float:
+            work()
+            start = time.perf_counter()
+            work()
+            return (time.perf_counter() - start) / rows
+
+        net.train()
+        try:
+            alone, sandwich = timed(lambda: step(routes[:1])), timed(lambda: step(routes))
+        finally:
+            net.eval()
+        trunk_s = timed(look)
+        # each training looks once at every view; the gate runs every route once
+        return 2 * (self.views or 0) * trunk_s + trunk_s + sandwich / 2, alone + sandwich
+
+    # -- the parts ------------------------------------------------------------------------------
+
+    def run(self) -> Adapted:
+        """All that is left to do."""
+        started = time.monotonic()
+        original = self._original()
+        supernet = self._supernet(original)
+        result = self._gate(supernet)
+        data, verdict = self._report(original)
+        files = {
+            "checkpoint": result,
+            "original": original,
+            "report": self.out / "report.html",
+        }
+        note(f"done in {(time.monotonic() - started) / 60:.0f} minutes")
+        return Adapted(read(result), data, verdict, files)
+
+    def _recipe(self, init: Path, **changes: Any) -> SupernetRecipe:
+        options, pre = self.options, self.preprocessing
+        few = self.images < 5_000
+        return SupernetRecipe(
+            init=str(init),
+            epochs=self.epochs,
+            patience=max(3, self.epochs // 3),
+            batch_size=options.batch_size,
+            trunk_views=self.views or 0,
+            random_routes=1,
+            calibration_batches=30,
+            seed=options.seed,
+            optim=OptimRecipe(lr=options.lr),
+            data=DataRecipe(
+                options.data,
+                split=options.split,
+                val_share=options.val_share,
+                image_size_px=pre.image_size_px,
+                crop_fraction=pre.crop_fraction,
+                mean=pre.mean,
+                std=pre.std,
+            ),
+            augment=AugmentRecipe(
+                crop="resized",
+                scale_min=0.35,
+                mirror=not options.no_mirror,
+                jitter=0.2 if few else 0.0,
+            ),
+            **changes,
+        )
+
+    def _original(self) -> Path:
+        """The network as it is, once it has learned the classes."""
+        start, names = self.out / "converted.safetensors", self.source.class_names
+        if self.start.class_names is not None and keeps_classifier(self.start, names):
+            note("original: has the classes of the images already, and is taken as it is")
+            return start
+        note(f"original: {self.images} images, {self.epochs} epochs")
+        recipe = self._recipe(start, routes="largest", target="labels")
+        return self._trained(recipe, "original")
+
+    def _trained(self, recipe: SupernetRecipe, name: str) -> Path:
+        """Train in a folder, or go on there; the checkpoint of the best evaluation."""
+        folder = self.out / name
+        if not (folder / "results.json").exists():
+            run_supernet(recipe, folder, self.run_options)
+        best = folder / "best.safetensors"
+        return best if best.exists() else folder / "last.safetensors"
+
+    def _supernet(self, original: Path) -> Path:
+        """All widths, from the original's weights."""
+        start = self.out / "sorted.safetensors"
+        if original == self.out / "converted.safetensors":
+            start = original  # slimmable already: its channels have an order
+        elif not start.exists():
+            checkpoint = read(original)
+            sort_channels(checkpoint.net, self._some_images(checkpoint))
+            save(start, checkpoint)
+        note(f"supernet: widths {self.options.widths}, taught by the original")
+        recipe = self._recipe(start, teacher=str(original), label_weight=self.options.label_weight)
+        return self._trained(recipe, "supernet")
+
+    def _some_images(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
+        """Some batches of training images, as the network takes them."""
+        assert checkpoint.preprocessing is not None
+        rows, _ = holdout(self.source.labels(), self.options.val_share)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
+        few = rows[order[: _SORTING_BATCHES * self.options.batch_size]].sort().values
+        images = ImageDataset.of(self.source, checkpoint.preprocessing, rows=few)
+        for pixels, _ in images.batches(self.options.batch_size):
+            yield normalise(pixels, checkpoint.preprocessing)
+
+    def _gate(self, supernet: Path) -> Path:
+        """A gate, and budgets on the images held out."""
+        result, options = self.out / RESULT, self.options
+        if result.exists():
+            return result
+        recipe = self._recipe(supernet)
+        gate = GateRecipe(
+            supernet=str(supernet),
+            targets=(options.budget,),
+            batch_size=options.batch_size,
+            seed=options.seed,
+            data=recipe.data,
+            augment=recipe.augment,
+        )
+        run_gate(gate, self.out / "gate", self.run_options)
+        (file,) = (self.out / "gate").glob("gate*.safetensors")
+        trained = read(file)
+        held = open_images(trained, options.data, options.split, share=options.val_share)
+        with progress("running every path", len(held)) as bar:
+            answers = answer_paths(
+                trained.net,
+                readable_batches(held, self.preprocessing, 256),
+                mirror=trained.mirror,
+                on_batch=bar.advance,
+            )
+        curve = fit_curve(answers)
+        return save(result, replace(trained, budget=curve.to_dict()))
+
+    # -- what comes of it -----------------------------------------------------------------------
+
+    def _report(self, original: Path) -> tuple[ReportData, str]:
+        options = self.options
+        split = self._test_split()
+        data = gather(
+            ReportOptions(
+                self.out, data=None if split is None else options.data, split=split, target=None
+            )
+        )
+        data = replace(data, baselines=(self._baseline(read(original), data),))
+        page = render(data, title=f"{data.spec.name} on {Path(options.data).name}")
+        write_atomic(self.out / "report.html", page.html.encode())
+        return data, str(page.summary["headline"])
+
+    def _test_split(self) -> str | None:
+        """The split to report on; None for the images held out."""
+        options = self.options
+        try:
+            found = open_source(options.data, options.test_split).split
+        except DataError:
+            found = self.source.split
+        if found in (self.source.split, WHOLE):
+            note("report: there is no test split; numbers are those of the images held out")
+            return None
+        return options.test_split
+
+    def _baseline(self, original: Checkpoint, data: ReportData) -> Baseline:
+        """The original on the same images; in time it is the widest route, operation by
+        operation.
+        """
+        net: ElasticNet = original.net
+        assert data.images is not None
+        assert original.preprocessing is not None
+        found = evaluate(
+            net,
+            data.images.images,
+            original.preprocessing,
+            routes=(net.spec.largest,),
+            dynamic=False,
+        ).routes[0]
+        ms = None if data.times is None else data.times.median(route_mode(net.spec.largest.widths))
+        images = len(data.images.images)
+        return Baseline("the original", found.top1, float(found.madds), ms, images)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def check_data(holds: bool, message: str) -> None:
+    """Raise `DataError` with a message unless a condition on the images holds."""
+    if not holds:
+        raise DataError(message)

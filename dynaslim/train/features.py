@@ -1,0 +1,114 @@
+"""Features behind the trunk, computed once for some augmented views of every training image.
+
+Where only what lies behind the first gate is trained, the trunk gives the same features for the
+same image every time. Stage I then needs neither the images nor the trunk, which is a third of the
+multiply-adds and more of the time.
+
+Suffixes: V views, N images, B rows, C channels, H W pixels, K classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dynaslim.errors import TrainingError
+from dynaslim.nn.net import ElasticNet
+from dynaslim.seeds import step_seed
+
+Predict = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) -> probabilities (B, K)."""
+
+
+class Batch(NamedTuple):
+    """What one step of stage I learns from."""
+
+    x: Tensor
+    """Images or trunk features (B, C, H, W)."""
+    labels: Tensor
+    """Classes (B,)."""
+    outside: Tensor | None
+    """Probabilities (B, K) of another network, if one teaches."""
+
+
+@dataclass(frozen=True)
+class TrunkFeatures:
+    """Features of every image, kept in float16, with labels and what a teacher predicted."""
+
+    features_VNCHW: Tensor
+    labels_VN: Tensor
+    outside_VNK: Tensor | None
+    seed: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the features in bytes."""
+        return self.features_VNCHW.nbytes
+
+    def batches(self, start: int, stop: int, size: int, purpose: str = "train") -> Iterator[Batch]:
+        """Global steps start to stop - 1 of `size` rows; an epoch goes over one view of all images.
+
+        The order is a function of (seed, epoch), and each purpose has its own.
+        """
+        views, images = self.labels_VN.shape
+        steps = images // size
+        for step in range(start, stop):
+            epoch, at = divmod(step, steps)
+            if step == start or at == 0:
+                seed = step_seed(self.seed, epoch, f"order features {purpose}")
+                order = torch.randperm(images, generator=torch.Generator().manual_seed(seed))
+            rows, view = order[at * size : (at + 1) * size], epoch % views
+            outside = None if self.outside_VNK is None else self.outside_VNK[view][rows]
+            features = self.features_VNCHW[view][rows].float()
+            yield Batch(features, self.labels_VN[view][rows], outside)
+
+
+@torch.no_grad()
+def trunk_features(
+    net: ElasticNet,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    shape: tuple[int, int],
+    seed: int,
+    *,
+    outside: Predict | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> TrunkFeatures:
+    """Run the trunk in evaluation mode on normalised images (B, C, H, W) and labels (B,).
+
+    `shape` is views and batches of each; `batches` are equally large, one view after the other.
+
+    Raises:
+        TrainingError: if a feature is not finite in float16.
+    """
+    was_training = net.training
+    net.eval()
+    kept: dict[str, Tensor] = {}
+
+    def keep(name: str, number: int, part: Tensor) -> None:
+        view, at = divmod(number, shape[1])
+        if name not in kept:
+            kept[name] = part.new_empty(
+                (shape[0], shape[1] * len(part), *part.shape[1:]), device="cpu"
+            )
+        kept[name][view, at * len(part) : (at + 1) * len(part)] = part
+
+    try:
+        for number, (x, labels_B) in enumerate(batches):
+            features = net.segment(0, x, 0, decide=False).features.half()
+            if not torch.isfinite(features).all():
+                raise TrainingError(
+                    "trunk_views: the trunk's features are not finite in float16; set it to 0"
+                )
+            keep("features", number, features)
+            keep("labels", number, labels_B)
+            if outside is not None:
+                keep("outside", number, outside(x))
+            if on_batch is not None:
+                on_batch()
+    finally:
+        net.train(was_training)
+    return TrunkFeatures(kept["features"], kept["labels"], kept.get("outside"), seed)
