@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dynaslim.version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from dynaslim.adaptation import adapt
     from dynaslim.checkpoint import Checkpoint, create_model, load, read, save
     from dynaslim.conversion import convert
     from dynaslim.cost import CostTable, madds, params
@@ -51,6 +52,7 @@ _HOME = {
     "StageSpec": "dynaslim.spec",
     "SupernetRecipe": "dynaslim.recipes",
     "ZOO": "dynaslim.zoo",
+    "adapt": "dynaslim.adaptation",
     "convert": "dynaslim.conversion",
     "create_model": "dynaslim.checkpoint",
     "evaluate": "dynaslim.evaluation",
@@ -87,6 +89,7 @@ __all__ = [
     "SlimNet",
     "StageSpec",
     "SupernetRecipe",
+    "adapt",
     "convert",
     "create_model",
     "evaluate",

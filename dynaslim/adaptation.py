@@ -30,6 +30,7 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save
 from dynaslim.conversion import Conversion
 from dynaslim.conversion.source import KINDS, load_source
+from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset, holdout, open_images
 from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
@@ -84,27 +85,33 @@ class Adapted:
 
 def adapt(
     model: str | Path | nn.Module,
+    data: str | Path,
     out: str | Path,
-    options: AdaptOptions,
-    run: RunOptions | None = None,
     *,
     preprocessing: Preprocessing | None = None,
+    run: RunOptions | None = None,
+    **options: Any,
 ) -> Adapted:
-    """Adapt a trained network to images; see the module for the parts of the run.
+    """Adapt a trained network to images; see `dynaslim.adaptation` for the parts of the run.
 
     `model` is a checkpoint, a name as `dynaslim convert` takes it, or a module in evaluation mode
-    with the `preprocessing` of its images.
+    with the `preprocessing` of its images. `data` names the images as everywhere, `out` is the
+    folder of the run, `options` are the fields of `AdaptOptions`.
 
     Raises:
-        UsageError: if the folder holds another run, or the network cannot be converted.
+        UsageError: for an unknown option, if the folder holds another run, or if the network cannot
+            be converted.
         DataError: if the images cannot be read, or there are fewer than two classes.
-        Stopped: if asked to stop; the run goes on with `resume`.
+        Stopped: if asked to stop; the run goes on with `RunOptions(resume=True)`.
     """
-    run = run or RunOptions()
-    out = Path(out)
+    try:
+        chosen = AdaptOptions(str(data), **options)
+    except TypeError as error:
+        raise UsageError(f"adapt: {error}") from None
+    run, out = run or RunOptions(), Path(out)
     named = model if isinstance(model, str | Path) else type(model).__name__
-    _claim(out, {"model": str(named), **_plain(asdict(options))}, run)
-    return _Adaptation(model, out, options, replace(run, resume=True), preprocessing).run()
+    _claim(out, {"model": str(named), **_plain(asdict(chosen))}, run)
+    return _Adaptation(model, out, chosen, replace(run, resume=True), preprocessing).run()
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
@@ -181,6 +188,8 @@ class _Adaptation:
             check(preprocessing is not None, "preprocessing: say how images are prepared")
             made = self._converted(model, type(model).__name__.lower(), preprocessing)  # type: ignore[arg-type]
         elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
+            if options.weights is None and not str(model).startswith("module:"):
+                note(f"warning: {model} has random weights; give trained ones with --weights")
             source = load_source(str(model), weights=options.weights, image_size=options.image_size)
             made = self._converted(source.model, source.name, source.preprocessing)
         else:
@@ -363,7 +372,7 @@ class _Adaptation:
         recipe = self._recipe(supernet)
         gate = GateRecipe(
             supernet=str(supernet),
-            targets=(options.budget,),
+            targets=(self._target(),),
             batch_size=options.batch_size,
             seed=options.seed,
             data=recipe.data,
@@ -383,6 +392,19 @@ class _Adaptation:
         curve = fit_curve(answers)
         return save(result, replace(trained, budget=curve.to_dict()))
 
+    def _target(self) -> float:
+        """The gate's mean cost: the budget, or where routes cost more, a quarter of the way up."""
+        table = CostTable.from_madds(self.start.net.spec, self.preprocessing.image_size_px)
+        lowest = table.route_cost([0] * len(self.start.net.spec.gates)) / table.widest_cost
+        least = lowest + (1 - lowest) / 4
+        if self.options.budget >= least:
+            return self.options.budget
+        note(
+            f"budget {self.options.budget:g}: the cheapest route costs {lowest:.2f} of the widest; "
+            f"the gate is trained for {least:.2f}"
+        )
+        return round(least, 2)
+
     # -- what comes of it -----------------------------------------------------------------------
 
     def _report(self, original: Path) -> tuple[ReportData, str]:
@@ -390,7 +412,10 @@ class _Adaptation:
         split = self._test_split()
         data = gather(
             ReportOptions(
-                self.out, data=None if split is None else options.data, split=split, target=None
+                self.out,
+                data=None if split is None else options.data,
+                split=split,
+                backend=options.backend,
             )
         )
         data = replace(data, baselines=(self._baseline(read(original), data),))

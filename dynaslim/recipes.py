@@ -483,6 +483,8 @@ class AdaptOptions:
     """A mirror image may be of another class, as of text: never mirror."""
     budget: float = 0.5
     """Mean cost that the gate is trained for, as a share of the widest route's."""
+    backend: str = "auto"
+    """Backend that is timed: auto, eager, inductor, onnxruntime, openvino or cudagraph."""
     seed: int = 0
     """Of everything random."""
 

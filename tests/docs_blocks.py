@@ -47,6 +47,7 @@ SHORTER = {
     "profile": "--batch-size 2 --rounds 2",
     "bench": "--image-size 32 --batch-size 4 --rounds 2",
     "report": "--rounds 2 --backend eager",
+    "adapt": "--image-size 32 --epochs 1 --views 1 --batch-size 16 --val-share 0.8 --backend eager",
     "convert": "--image-size 32",
     "export": "",  # an int8 one is made shorter below
     "examples/finetune_folder.py": "1",

@@ -18,7 +18,8 @@ ROOMS = [
     "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "conversion", "checkpoint", "data",
     "runtime", "predict",
     "predict_tables", "predict_ray", "evaluation",
-    "train", "bench", "interop", "runs", "report", "serve", "demo", "doctor", "cli", "__main__",
+    "train", "bench", "interop", "runs", "report", "serve", "demo", "adaptation",
+    "doctor", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -4,9 +4,13 @@ That of a package is in tests/runtime/test_package.py.
 """
 
 import ast
+import functools
 import re
+import sys
+import types
 
 import pytest
+from convertible import trained
 from docs_blocks import ROOT, run_script
 from helpers import bright_pngs, lively, micro_spec
 
@@ -43,6 +47,27 @@ def test_an_example_is_short_and_says_how_it_is_run(path):
 def test_an_example_without_arguments_says_what_it_takes(path):
     with pytest.raises(SystemExit, match=rf"usage: {path.name} "):
         run_script(f"examples/{path.name}", [])
+
+
+def test_adapt_photos(tmp_path, monkeypatch, capsys, one_thread):
+    """With a stand-in for timm, which gives a small network."""
+    for n, picture in enumerate(bright_pngs(268)):
+        place = tmp_path / "photos" / f"level {n % 4}"
+        place.mkdir(parents=True, exist_ok=True)
+        (place / f"{n:03}.png").write_bytes(picture)
+    prepared = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 1.0}
+    timm = types.SimpleNamespace(
+        create_model=lambda name, pretrained: trained(name),
+        data=types.SimpleNamespace(resolve_model_data_config=lambda _: prepared),
+    )
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.chdir(tmp_path)
+    short = functools.partial(dynaslim.adapt, val_share=0.4, batch_size=16, backend="eager")
+    monkeypatch.setattr(dynaslim, "adapt", short)
+    run_script("examples/adapt_photos.py", ["residual", "photos", "out", "0.05"])
+    printed = capsys.readouterr().out
+    assert "the original" in printed
+    assert read("out").class_names == tuple(f"level {n}" for n in range(4))
 
 
 def test_finetune_folder(folder, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +37,9 @@ def adapt(
     from dynaslim.adaptation import adapt as adapted
     from dynaslim.runs import Stopped
 
+    chosen = {field.name: getattr(options, field.name) for field in fields(options)}
     try:
-        done = adapted(model, out, options, run)
+        done = adapted(model, chosen.pop("data"), out, run=run, **chosen)
     except Stopped as stopped:
         return fail(f"{stopped}; go on with the same command and --resume", stopped.exit_code)
     if json:

@@ -1,0 +1,196 @@
+"""`dynaslim adapt`: from a trained network and images to a network that spends less."""
+
+import json
+
+import pytest
+import torch
+from convertible import NETWORKS, trained
+from helpers import bright_pngs, write_parquet
+
+from dynaslim import cli
+from dynaslim.adaptation import adapt
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.conversion import convert
+from dynaslim.errors import CheckpointError, DataError, UsageError
+from dynaslim.nn.sorting import sort_channels
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runs.context import Callbacks
+
+MODEL = """
+import torch
+from torch import nn
+
+
+def block(ins, outs, stride):
+    return nn.Sequential(
+        nn.Conv2d(ins, outs, 3, stride, 1, bias=False), nn.BatchNorm2d(outs), nn.ReLU()
+    )
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(block(3, 16, 2), block(16, 32, 1), block(32, 32, 2), block(32, 32, 1)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10)),
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """268 images of 4 classes by brightness, 108 of them held out, and 40 to test on."""
+    folder = tmp_path_factory.mktemp("data")
+    write_parquet(folder, bright_pngs(268), 4, "train")
+    write_parquet(folder, bright_pngs(40), 4, "test")
+    (folder / "model.py").write_text(MODEL)
+    return folder
+
+
+def _argv(data, out, *more):
+    return [
+        *(
+            "adapt",
+            f"module:{data / 'model.py'}:make_model",
+            "--data",
+            str(data),
+            "--out",
+            str(out),
+        ),
+        *("--image-size", "16", "--val-share", "0.4", "--batch-size", "16", "--epochs", "2"),
+        *("--views", "2", "--save-every-s", "0", "--backend", "eager", *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def adapted(data, tmp_path_factory):
+    out = tmp_path_factory.mktemp("straight") / "run"
+    assert cli.run(_argv(data, out)) == 0
+    return out
+
+
+def test_what_comes_of_it(adapted, data, capsys):
+    """The result answers with the images' classes, has a curve, and the report shows the rest."""
+    made, original = read(adapted), read(adapted / "original" / "best.safetensors")
+    assert made.class_names == original.class_names
+    assert made.budget is not None
+    assert made.budget["images"] == 107
+    trunk = dict(read(adapted / "converted.safetensors").net.named_parameters())
+    for checkpoint in (original, made):
+        for name, value in checkpoint.net.named_parameters():
+            if name.startswith("0."):  # before the gate
+                assert torch.equal(value, trunk[name]), name
+    page = (adapted / "report.html").read_text()
+    assert "the original" in page
+    assert "on this machine" in page
+    lines = [json.loads(line) for line in (adapted / "supernet" / "metrics.jsonl").open()]
+    assert lines[0]["kind"] == "teacher"
+    assert cli.run(_argv(data, adapted, "--resume", "--json")) == 0  # all parts are there
+    shown = json.loads(capsys.readouterr().out)
+    kinds = [mode["kind"] for mode in shown["modes"]]
+    assert (kinds.count("uniform"), kinds.count("baseline")) == (4, 1)
+    assert shown["verdict"].startswith("It ")
+    assert "on this machine" in shown["verdict"]
+
+
+@pytest.mark.parametrize("part", ["original", "supernet"])
+def test_a_run_that_is_killed_goes_on_where_it_was(adapted, data, tmp_path, monkeypatch, part):
+    """Killed in the middle of an epoch, with the last snapshot an epoch old."""
+    out, done = tmp_path / "run", Callbacks.after_step
+
+    def killed(self, step, *args, **options):
+        if step == 13 and self._context.folder.path.name == part:
+            raise KeyboardInterrupt
+        done(self, step, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Callbacks, "after_step", killed)
+        assert cli.run(_argv(data, out, "--save-every-s", "1000")) == 130
+    assert not (out / part / "results.json").exists()
+    assert cli.run(_argv(data, out)) == 2  # is not begun anew by mistake
+    assert cli.run(_argv(data, out, "--save-every-s", "1000", "--resume")) == 0
+    ours, theirs = read(out).net.state_dict(), read(adapted).net.state_dict()
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
+
+
+def test_a_network_that_has_the_classes_is_the_original(adapted, data, tmp_path):
+    out = tmp_path / "again"
+    argv = _argv(data, out, "--epochs", "1")
+    argv[1] = str(adapted)
+    assert cli.run(argv) == 0
+    assert not (out / "original").exists()
+    assert not (out / "sorted.safetensors").exists()
+
+
+def test_minutes_are_planned(data, tmp_path, capsys):
+    argv = _argv(data, tmp_path / "run", "--minutes", "0.05")
+    del argv[argv.index("--epochs") : argv.index("--epochs") + 2]
+    assert cli.run(argv) == 0
+    assert "plan: " in capsys.readouterr().err
+    planned = json.loads((tmp_path / "run" / "adapt.json").read_text())["epochs"]
+    results = json.loads((tmp_path / "run" / "original" / "results.json").read_text())
+    assert results["steps"] <= planned * 10
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sorting_a_converted_network_is_converting_it_with_images(name):
+    x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    model = trained(name)
+    net, expected = convert(model, x[:4]), convert(model, x[:4], images=[x])
+    with torch.no_grad():
+        before = net(x, net.spec.largest)
+        sort_channels(net, [x])
+        after = net(x, net.spec.largest)
+        narrow, wanted = net(x, net.spec.smallest), expected(x, net.spec.smallest)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(narrow, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--minutes", "3"], "epochs and minutes"),
+        (["--widths", "a,b"], "widths a,b"),
+        (["--val-share", "0.1"], "27 of 268 images held out, budgets need 100"),
+        (["--weights", "nowhere.pth"], "nowhere.pth"),
+        (["--data", "nowhere"], "nowhere: no such file or folder"),
+        (["--gate-at", "9"], "gate at '9'"),
+    ],
+)
+def test_bad_input_is_one_line(data, tmp_path, capsys, more, message):
+    assert cli.run(_argv(data, tmp_path / "run", *more)) in (1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert message in lines[-1]
+
+
+def test_bad_data(data, tmp_path):
+    write_parquet(tmp_path / "one", bright_pngs(300), 1, "train")
+    with pytest.raises(DataError, match="has 1 class, needs at least two"):
+        adapt(f"module:{data / 'model.py'}:make_model", tmp_path / "one", tmp_path / "run")
+
+
+def test_a_checkpoint_needs_gates_and_preprocessing(data, tmp_path):
+    model = trained("residual")
+    net = convert(model, torch.randn(2, 3, 16, 16))
+    save(tmp_path / "plain.safetensors", Checkpoint(net))
+    with pytest.raises(CheckpointError, match="how images are prepared"):
+        adapt(tmp_path / "plain.safetensors", data, tmp_path / "a", val_share=0.4)
+    good = save(tmp_path / "good.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
+    with pytest.raises(UsageError, match="has weights of its own"):
+        adapt(good, data, tmp_path / "b", val_share=0.4, weights=good)
+
+
+def test_a_run_is_gone_on_with_as_it_was_started(adapted, data, capsys):
+    assert cli.run(_argv(data, adapted, "--lr", "0.5", "--resume")) == 2
+    assert "lr was 0.03, is 0.5" in capsys.readouterr().err
+
+
+def test_in_python_a_module_brings_its_preprocessing(data, tmp_path):
+    model = trained("residual")
+    options = {"val_share": 0.4, "epochs": 1, "batch_size": 16, "views": 0, "backend": "eager"}
+    with pytest.raises(UsageError, match="preprocessing"):
+        adapt(model, data, tmp_path / "a", **options)
+    with pytest.raises(UsageError, match="epoch"):
+        adapt(model, data, tmp_path / "a", epoch=3)
+    done = adapt(model, data, tmp_path / "b", preprocessing=Preprocessing(16), **options)
+    assert done.checkpoint.budget is not None
+    assert done.files["report"].exists()
