@@ -1,0 +1,269 @@
+"""A trained network adapted to photographs, beside what one would build instead.
+
+    python benchmarks/adaptation.py MODEL --weights W --data PHOTOS --size 128 --seeds 0,1,2
+
+For each seed `dynaslim adapt` makes the original, the routes and the budgets; beside them are
+networks that Torch-Pruning cuts out of the same original behind the same trunk, by magnitude and by
+Taylor terms, fine-tuned for as many epochs on the same features with the same teacher. All are
+evaluated on the test split and timed in one interleaved run. Needs timm and torch-pruning; folders
+of runs are kept, so that the same line goes on. Writes results/adaptation.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from conversion import _let_torchvision_load as let_torchvision_load
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynaslim._files import write_atomic
+from dynaslim.adaptation import Adapted, adapt
+from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.conversion import Conversion
+from dynaslim.conversion.source import load_source
+from dynaslim.cost import madds
+from dynaslim.data.images import ImageDataset, open_images
+from dynaslim.data.transforms import normalise
+from dynaslim.evaluation import evaluate
+from dynaslim.nn.graph_net import GraphNet
+from dynaslim.recipes import RunOptions, SupernetRecipe, recipe_from_dict
+from dynaslim.runs import run_supernet
+from dynaslim.runtime.engine import Engine
+
+HERE: Final = Path(__file__).parent
+SHARES: Final = (0.5, 0.3)
+"""Multiply-adds of the pruned networks, as shares of the original's."""
+METHODS: Final = ("magnitude", "taylor")
+BATCHES: Final = (1, 32)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", help="such as timm:tf_efficientnet_lite0")
+    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--runs", type=Path, default=Path("runs/adaptation"))
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "adaptation.json")
+    given = parser.parse_args(argv)
+    warnings.filterwarnings("ignore")
+    let_torchvision_load()
+    rows: dict[str, dict[str, list[float]]] = {}
+    arms: dict[str, tuple[Checkpoint, str]] = {}
+    for seed in map(int, given.seeds.split(",")):
+        folder = given.runs / f"{Path(given.data).name}_{given.size}" / f"seed{seed}"
+        done = adapt(
+            given.model,
+            given.data,
+            folder,
+            run=RunOptions(resume=True),
+            weights=given.weights,
+            image_size=given.size,
+            epochs=given.epochs,
+            seed=seed,
+            backend=given.backend,
+        )
+        for mode in done.data.modes:
+            _add(rows, mode.name, mode.top1, mode.madds or 0.0)
+        images = done.data.images
+        assert images is not None
+        for method in METHODS:
+            for share in SHARES:
+                name = f"pruned by {method} to {share:g}"
+                rival = _rival(given, folder, method, share, done)
+                found = evaluate(
+                    rival.net,
+                    images.images,
+                    rival.preprocessing,  # type: ignore[arg-type]
+                    routes=(rival.net.spec.largest,),
+                    dynamic=False,
+                ).routes[0]
+                _add(rows, name, found.top1, float(found.madds))
+                arms.setdefault(name, (rival, str(rival.net.spec.largest)))
+        arms.setdefault("adapted", (done.checkpoint, ""))
+    made = {
+        "hardware": hardware(),
+        "command": sys.argv,
+        "rows": {name: _summary(values) for name, values in rows.items()},
+        "times": _times(arms, given, done),
+    }
+    write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
+    return 0
+
+
+def _add(rows: dict[str, dict[str, list[float]]], name: str, top1: float, cost: float) -> None:
+    row = rows.setdefault(name, {"top1": [], "madds": []})
+    row["top1"].append(top1)
+    row["madds"].append(cost)
+
+
+def _summary(values: dict[str, list[float]]) -> dict[str, Any]:
+    top1 = values["top1"]
+    spread = statistics.stdev(top1) if len(top1) > 1 else None
+    return {**values, "mean_top1": statistics.mean(top1), "deviation": spread}
+
+
+# -- what Torch-Pruning makes of the same original ------------------------------------------------
+
+
+def _rival(given: Any, folder: Path, method: str, share: float, done: Adapted) -> Checkpoint:
+    """The original, pruned behind the trunk and fine-tuned as the supernet was."""
+    own = folder / f"{method}_{share:g}"
+    if not (own / "results.json").exists():
+        original = read(done.files["original"])
+        model = _module(given, original)
+        images = open_images(original, given.data, "train")
+        pruned = _pruned(model, original, images, method, share)
+        conversion = Conversion(pruned, _example(original), (1.0,), name=f"{method}_{share:g}")
+        start = folder / f"{method}_{share:g}.safetensors"
+        save(start, replace(original, net=conversion.net(), metrics={}))
+        recipe = recipe_from_dict(SupernetRecipe, read(done.files["checkpoint"]).recipe["supernet"])
+        run_supernet(
+            replace(recipe, init=str(start), routes="largest"), own, RunOptions(resume=True)
+        )
+    best = own / "best.safetensors"
+    return read(best if best.exists() else own / "last.safetensors")
+
+
+def _example(checkpoint: Checkpoint) -> Tensor:
+    assert checkpoint.preprocessing is not None
+    side = checkpoint.preprocessing.image_size_px
+    return torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def _module(given: Any, original: Checkpoint) -> nn.Module:
+    """The original as the library's module, with its trained weights."""
+    classes = original.net.spec.num_classes
+    model = load_source(given.model, num_classes=classes, image_size=given.size).model
+    own, found = model.state_dict(), original.net.state_dict()
+    for name, value in own.items():
+        if name in found:
+            # statistics by width: the last are those of the whole network
+            value.copy_(found[name] if found[name].shape == value.shape else found[name][-1])
+        elif not name.endswith("num_batches_tracked"):
+            raise AssertionError(f"{name}: the original has no such weight")
+    x = _example(original)
+    with torch.no_grad():
+        expected, got = original.net(x, original.net.spec.largest), model(x)
+    torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+    return model
+
+
+def _pruned(
+    model: nn.Module, original: Checkpoint, images: ImageDataset, method: str, share: float
+) -> nn.Module:
+    """Cut to a share of the multiply-adds, all layers behind the trunk alike."""
+    whole = madds(original.net.spec, original.net.spec.largest, original.net.spec.usual_image_size)
+    low, high = 0.0, 0.9
+    for _ in range(7):  # how much is left does not depend on what is left
+        ratio = (low + high) / 2
+        cut = _cut(copy.deepcopy(model), original, images, "magnitude", ratio)
+        if _madds(cut, original) > share * whole:
+            low = ratio
+        else:
+            high = ratio
+    return _cut(copy.deepcopy(model), original, images, method, high)
+
+
+def _madds(model: nn.Module, original: Checkpoint) -> int:
+    spec = Conversion(model, _example(original), (1.0,)).spec("")
+    return int(madds(spec, spec.largest, spec.usual_image_size))
+
+
+def _cut(
+    model: nn.Module, original: Checkpoint, images: ImageDataset, method: str, ratio: float
+) -> nn.Module:
+    import torch_pruning as tp
+
+    net = original.net
+    assert isinstance(net, GraphNet)
+    trunk = {node.path for node in net.spec.nodes if node.segment == 0}
+    kept = [module for name, module in model.named_modules() if name in trunk]
+    kept.append(model.get_submodule(str(net.spec.classifier)))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    importance: Any = tp.importance.MagnitudeImportance(p=2)
+    if method == "taylor":
+        importance = tp.importance.TaylorImportance()
+    pruner = tp.pruner.MetaPruner(
+        model,
+        _example(original),
+        importance=importance,
+        pruning_ratio=ratio,
+        ignored_layers=kept,
+        round_to=8,
+    )
+    if method == "taylor":
+        model.eval()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        some = images.subset(order[:256].sort().values)
+        for pixels, labels in some.batches(32):
+            assert original.preprocessing is not None
+            x = normalise(pixels, original.preprocessing)
+            F.cross_entropy(model(x), labels).backward()
+    pruner.step()
+    return model.eval()
+
+
+# -- time -----------------------------------------------------------------------------------------
+
+
+def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -> dict[str, Any]:
+    """Milliseconds per image of every network, interleaved, on images of the test split."""
+    images = done.data.images
+    assert images is not None
+    pre = done.checkpoint.preprocessing
+    assert pre is not None
+    order = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0))
+    pixels = next(iter(images.images.batches(64, order[:64])))[0]
+    x = normalise(pixels, pre).numpy()
+    engine = Engine(done.checkpoint, backend=given.backend)
+    runs: dict[str, Callable[[np.ndarray], Any]] = {}
+    for route in done.checkpoint.net.spec.routes:
+        runs[f"route {route}"] = engine.static(route)
+    for mode, budget in zip(
+        [mode for mode in done.data.modes if mode.kind == "budget"], done.data.budgets, strict=True
+    ):
+        runs[mode.name] = lambda batch, point=budget.point: engine(batch, budget=point)
+    engines = [engine]
+    for name, (checkpoint, route) in arms.items():
+        if route:
+            engines.append(Engine(checkpoint, backend=engine.backend))
+            runs[name] = engines[-1].static(route)
+    found: dict[str, Any] = {"backend": engine.backend, "rounds": given.rounds}
+    for size in BATCHES:
+        batches = np.split(x, len(x) // size)[: max(2, 16 // size)]
+
+        def arm(run: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> Callable[[], Any]:
+            return lambda: [run(batch) for batch in batches]
+
+        times = interleave({name: arm(run, batches) for name, run in runs.items()}, given.rounds)
+        rows = sum(map(len, batches))
+        found[f"batch {size}"] = {
+            name: summary([value / rows for value in values]) for name, values in times.items()
+        }
+    for one in engines:
+        one.close()
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
