@@ -28,7 +28,7 @@ _TURNING: Final = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2
 
 
 def check_writable(path: str | Path) -> Path:
-    """The path, if a file can have that name; cheap, so that it can be asked before long work.
+    """The path, if a file can have that name; a cheap check before long work.
 
     Raises:
         UsageError: for a folder, or a name that is none.
@@ -142,8 +142,8 @@ def check_text(value: Any) -> None:
     if isinstance(value, str):
         for character in value if not value.isprintable() else ():
             if not is_shown(character):
-                told = ascii(character)
-                raise UsageError(f"text {value!a:.60}: has the control character {told}")
+                shown = ascii(character)
+                raise UsageError(f"text {value!a:.60}: has the control character {shown}")
     elif isinstance(value, Mapping):
         for key, held in value.items():
             check_text(key)
@@ -180,16 +180,16 @@ def validated(data: Any, kind: type[T], what: str, *, whole: bool = False) -> T:
 
 def _in_plain_words(message: str, data: Any) -> str:
     """The library's message, with the value that it does not tell."""
-    told, _, place = message.replace("`", "").partition(" - at $")
+    problem, _, place = message.replace("`", "").partition(" - at $")
     place = place.removeprefix(".")
-    told = re.sub(r"^Object missing required field (\w+)$", r"has no '\1'", told)
-    if told.startswith("Expected "):
-        told, value = told[0].lower() + told[1:], data
-        if "[...]" not in place:  # where a key of a mapping is not told
+    problem = re.sub(r"^Object missing required field (\w+)$", r"has no '\1'", problem)
+    if problem.startswith("Expected "):
+        problem, value = problem[0].lower() + problem[1:], data
+        if "[...]" not in place:  # without the keys of mappings
             for key, index in re.findall(r"(\w+)|\[(\d+)\]", place):
                 value = value[key or int(index)]
-            return f"{place} {reprlib.repr(value)}: {told}".lstrip()
-    return f"{place}: {told}" if place else told
+            return f"{place} {reprlib.repr(value)}: {problem}".lstrip()
+    return f"{place}: {problem}" if place else problem
 
 
 def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:

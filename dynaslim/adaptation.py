@@ -118,13 +118,13 @@ def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-def _claim(out: Path, asked: dict[str, Any], run: RunOptions) -> None:
+def _claim(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
     """Begin a run in a folder, or go on with the one that is there."""
     file = out / _STATE
     if file.exists():
-        before = json.loads(file.read_text())["asked"]
-        unlike = [f"{key} was {before.get(key)}, is {asked[key]}" for key in asked
-                  if before.get(key) != asked[key]]  # fmt: skip
+        before = json.loads(file.read_text())["started_as"]
+        unlike = [f"{key} was {before.get(key)}, is {started_as[key]}" for key in started_as
+                  if before.get(key) != started_as[key]]  # fmt: skip
         if not run.resume:
             raise UsageError(
                 f"{out}: holds a run already; go on with it by --resume, or name another folder"
@@ -135,7 +135,7 @@ def _claim(out: Path, asked: dict[str, Any], run: RunOptions) -> None:
             )
     else:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"asked": asked})
+        write_json(file, {"started_as": started_as})
 
 
 class _Adaptation:

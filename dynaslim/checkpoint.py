@@ -1,9 +1,9 @@
-"""Checkpoints: one safetensors file that says itself what it is.
+"""Checkpoints: one self-describing safetensors file.
 
 The tensors are the network's state dict; the file's metadata holds one JSON object under
 `dynaslim`: format and version, spec, class names, preprocessing, metrics, recipe, a budget curve
-if there is one, and a SHA-256 over all of it and the tensors. Reading rebuilds the network without
-being told its name, and runs no code from the file. Writing is atomic.
+if there is one, and a SHA-256 over all of it and the tensors. Reading rebuilds the network from it,
+and runs no code from the file. Writing is atomic.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ class Checkpoint:
     def mirror(self) -> bool:
         """Whether a mirror image is of the same class, as far as the recipe says.
 
-        `augment.mirror` of every stage that it tells of; False where it tells of none.
+        `augment.mirror` of every stage that it has; False where it has none.
         """
         stages = [self.recipe.get(stage) for stage in ("supernet", "gate")]
-        said = [
+        found = [
             stage["augment"]
             for stage in stages
             if isinstance(stage, Mapping) and isinstance(stage.get("augment"), Mapping)
         ]
-        return bool(said) and all(augment.get("mirror") is True for augment in said)
+        return bool(found) and all(augment.get("mirror") is True for augment in found)
 
     def __post_init__(self) -> None:
         spec = self.net.spec

@@ -41,7 +41,7 @@ Budget = float | str | None
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the network says about an image, and what it took to say it."""
+    """The answer for an image, and what it cost."""
 
     file: str
     """As it was named; bytes of a name that are no UTF-8 are written as \\xNN."""
@@ -318,7 +318,7 @@ def _answers(
     route_name: Callable[[Any], str],
     top_k: int,
 ) -> list[Prediction]:
-    """What the engine says about those of a batch that could be read."""
+    """The answers for those of a batch that could be read."""
     pictures = [one for one in batch if isinstance(one, _Picture)]
     if not pictures:
         return []

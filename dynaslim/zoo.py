@@ -176,7 +176,7 @@ _ENTRIES = (
 )
 
 ZOO: Final = MappingProxyType({spec.name: spec for spec in (entry() for entry in _ENTRIES)})
-"""Name -> spec of every architecture that `create_model` knows."""
+"""Name -> spec of every architecture that `create_model` takes."""
 
 
 def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:

@@ -92,7 +92,7 @@ def some_images(
         return rng.standard_normal((rows, engine.spec.in_channels, side, side), np.float32)
     pre = engine.preprocessing
     if pre is None or pre.image_size_px != side:
-        raise UsageError(f"--data: the model says nothing of how images of {side} px are prepared")
+        raise UsageError(f"--data: the model does not have how images of {side} px are prepared")
     source = open_source(data, split)
     check(len(source) >= rows, f"{data}: has {len(source)} images, a batch takes {rows}")
     images = load_images(source, pre)

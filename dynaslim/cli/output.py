@@ -68,18 +68,18 @@ def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) ->
         return f"{abs(points):.2f} points{of} {'more' if points > 0 else 'less'}"
 
     gate = result.dynamic
-    told = (
+    sentence = (
         f"Against the widest route the gate saves {saved(gate.mean_madds)} of the multiply-adds, "
         f"for {change(gate.top1, ' of top-1')}."
     )
     if budgeted is not None:
         share, outcome = budgeted
-        told += (
+        sentence += (
             f"\nA budget of {share:g} saves {saved(outcome.madds)}, "
             f"for {change(outcome.top1, '')}: "
             f"{outcome.escalated:.0%} of the images escalated."
         )
-    return told
+    return sentence
 
 
 def class_table(result: Evaluation) -> Any:

@@ -59,12 +59,12 @@ class Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=30, width=help_columns() - 1, **options)
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        told, default = action.help or "", action.default
+        text, default = action.help or "", action.default
         silent = action.required or action.nargs == 0 or not action.option_strings
         if silent or default is None or default in ("", (), argparse.SUPPRESS):
-            return told
+            return text
         shown = str(default).lower() if isinstance(default, bool) else str(default)
-        return f"{told} (default: {shown.replace('%', '%%')})"
+        return f"{text} (default: {shown.replace('%', '%%')})"
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith(EXAMPLE):
@@ -76,10 +76,10 @@ class Help(argparse.HelpFormatter):
         )
 
     def _metavar_formatter(self, action: argparse.Action, default_metavar: str) -> Any:
-        def told(size: int) -> tuple[str, ...]:
+        def metavar(size: int) -> tuple[str, ...]:
             return (metavar_of(action),) * size
 
-        return told
+        return metavar
 
 
 def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbParser:
@@ -110,8 +110,8 @@ def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbPa
     kind = hints.get("recipe")
     if kind is not None:
         jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        told = "File of the recipe's fields (YAML); flags that follow it change them."
-        parser.add_argument("--config", action="config", help=told)
+        text = "File of the recipe's fields (YAML); flags that follow it change them."
+        parser.add_argument("--config", action="config", help=text)
         parser.add_class_arguments(kind)
         _tidy(parser, kind)
         _spell_with_dashes(parser)
@@ -149,16 +149,16 @@ def _add_options(parser: VerbParser, kind: type[Any]) -> None:
         _add_flag(parser, field.name, hints[field.name], default, helps[field.name])
 
 
-def _add_flag(parser: VerbParser, name: str, hint: Any, default: Any, told: str) -> None:
+def _add_flag(parser: VerbParser, name: str, hint: Any, default: Any, text: str) -> None:
     # the long form last: it names the flag in messages and in help
     spelled = [*SHORT.get(name, ()), f"--{name.replace('_', '-')}"]
-    told = told.replace("`", "")
+    text = text.replace("`", "")
     if hint is bool:
-        parser.add_argument(*spelled, action="store_true", help=told)
+        parser.add_argument(*spelled, action="store_true", help=text)
     elif default is inspect.Parameter.empty:
-        parser.add_argument(*spelled, type=hint, required=True, help=told)
+        parser.add_argument(*spelled, type=hint, required=True, help=text)
     else:
-        parser.add_argument(*spelled, type=hint, default=default, help=told)
+        parser.add_argument(*spelled, type=hint, default=default, help=text)
 
 
 def arguments(
@@ -252,7 +252,7 @@ def _spell_with_dashes(parser: VerbParser) -> None:
 
 
 def _tidy(parser: VerbParser, recipe: type[Any]) -> None:
-    """What the library says of its own flags, shorter, or not at all."""
+    """Shorter help for the library's own flags, or none."""
     groups = {field.name for field in dataclasses.fields(recipe)}
     for action in parser._actions:
         if "--print_config" in action.option_strings:
@@ -314,7 +314,7 @@ def _asked(action: argparse.Action) -> str:
 
 
 def _wrong_value(parser: VerbParser, key: str, why: str) -> str:
-    """Why a value was not taken; jsonargparse tells it in terms of types, over several lines."""
+    """Why a value was not taken; in one line: jsonargparse has several, on types."""
     action = _action(parser, key)
     name = key if action is None else _named(parser, key)
     value = re.search(r"(?:Got value|Given value): (.*)$", why)

@@ -154,10 +154,10 @@ def _set_completion(action: Any) -> None:
         action.complete = shtab.FILE
 
 
-def _models_or_file(told: str) -> dict[str, Any] | None:
+def _models_or_file(help_text: str) -> dict[str, Any] | None:
     """How a model is completed: by the names that the argument's help speaks of, or as a file."""
     models = {"zoo": tuple(ZOO), "ships": names()}
-    kinds = [kind for kind in models if kind in told]
+    kinds = [kind for kind in models if kind in help_text]
     if not kinds:
         return None
     listed = " ".join(name for kind in kinds for name in models[kind])

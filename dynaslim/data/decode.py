@@ -30,7 +30,7 @@ _TURNED: Final = (5, 6, 7, 8)
 _MODES: Final = {1: "L", 3: "RGB"}
 _REDUCING_GAP: Final = 3
 """Pixels that are left for each of the square's when a JPEG is reduced while it is decoded: with
-three the result is hardly to be told from one of all pixels."""
+three the result hardly differs from one of all pixels."""
 _BAND_PIXELS: Final = 1 << 20
 Crop = Callable[[int, int], tuple[float, float, float, float]]
 """From a picture's width and height to the part of it to take: left, top, right, bottom."""

@@ -111,8 +111,8 @@ def _check_name(file: Path) -> None:
     try:
         str(file).encode()
     except UnicodeEncodeError:
-        told = os.fsencode(file).decode("utf-8", "backslashreplace")
-        raise DataError(f"{told}: its name is not UTF-8; rename it") from None
+        shown = os.fsencode(file).decode("utf-8", "backslashreplace")
+        raise DataError(f"{shown}: its name is not UTF-8; rename it") from None
 
 
 def _no_classes(source: Path, loose: list[Path]) -> str:

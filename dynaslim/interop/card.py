@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, for people: what was measured, and a model card. No torch."""
+"""The model card of a checkpoint: what it is, and what was measured. No torch."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ class Measured:
     routes: tuple[tuple[str, float, float], ...]
     """Route, MAdds and top-1 (0..1), as they were listed."""
     dynamic: tuple[float, float] | None
-    """Mean MAdds and top-1 with the gates; None where they were not asked."""
+    """Mean MAdds and top-1 with the gates; None where they were not run."""
 
     def line(self) -> str:
         """All of it in one line."""
-        told = []
+        parts = []
         if self.dynamic is not None:
-            told.append(f"dynamic {self.dynamic[1]:.2%} at {self.dynamic[0] / 1e6:.2f} M MAdds")
+            parts.append(f"dynamic {self.dynamic[1]:.2%} at {self.dynamic[0] / 1e6:.2f} M MAdds")
         if self.routes:
             tops = [top1 for _, _, top1 in self.routes]
-            told.append(f"routes {min(tops):.2%} to {max(tops):.2%}")
-        return f"top-1 on {self.images} {self.split} images: {'; '.join(told)}"
+            parts.append(f"routes {min(tops):.2%} to {max(tops):.2%}")
+        return f"top-1 on {self.images} {self.split} images: {'; '.join(parts)}"
 
 
 _SPLITS: Final = {"": "test", "val": "held-out"}
@@ -178,9 +178,9 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
         return
     import yaml
 
-    told = yaml.safe_dump(_without_folders(recipe), sort_keys=False, default_flow_style=None)
+    text = yaml.safe_dump(_without_folders(recipe), sort_keys=False, default_flow_style=None)
     yield "## Training"
-    yield f"```yaml\n{told.rstrip()}\n```"
+    yield f"```yaml\n{text.rstrip()}\n```"
 
 
 def _without_folders(value: Any) -> Any:

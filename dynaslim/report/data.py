@@ -414,10 +414,10 @@ def _engine(options: ReportOptions, model: Model, notes: list[str]) -> Engine | 
     """The engine to time, made before long work so that a missing backend is an error at once."""
     spec = model.checkpoint.net.spec
     if options.rounds == 0:
-        notes.append("Milliseconds are left out, as asked for (--rounds 0).")
+        notes.append("Milliseconds are left out, because of --rounds 0.")
         return None
     if not spec.gates or model.checkpoint.preprocessing is None:
-        why = "it has no gates" if not spec.gates else "nothing says how large its images are"
+        why = "it has no gates" if not spec.gates else "its image size is unknown"
         notes.append(f"Milliseconds are left out: the engine does not run {spec.name}, {why}.")
         return None
     return Engine(model.checkpoint, backend=options.backend, cache_dir=options.cache_dir)

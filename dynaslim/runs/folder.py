@@ -128,7 +128,7 @@ class RunFolder:
         write_json(self.file("environment.json"), [*seen, environment()])
         kept = []
         if self.state is not None:
-            # what came after the snapshot is done, and told, again
+            # what came after the snapshot is done and logged again
             until = {"train": self.state["step"], "val": self.state.get("validated", 0)}
             lines = read_metrics(self.path)
             # the teacher's line is of the start
@@ -157,7 +157,7 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if self._board is not None:
-            # what could not be written has been said already, by what could not be written first
+            # the first write that failed has been reported
             with contextlib.suppress(OSError):
                 self._board.close()
             threading.excepthook = self._thread_hook

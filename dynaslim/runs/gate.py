@@ -233,8 +233,8 @@ class _GateRun:
         if target is None:
             return "gate.safetensors"
         rounded = [f"{other:.2f}" for other in self.targets]
-        told = f"{target:.2f}" if len(set(rounded)) == len(rounded) else f"{target:g}"
-        return f"gate_{told}.safetensors"
+        shown = f"{target:.2f}" if len(set(rounded)) == len(rounded) else f"{target:g}"
+        return f"gate_{shown}.safetensors"
 
     def _cost_share(self, result: Evaluation) -> float:
         """Mean cost of the routes taken, by the table, as a share of the widest route's."""

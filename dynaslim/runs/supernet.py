@@ -88,7 +88,7 @@ def _shape(spec: NetSpec, *, widths: bool = True) -> dict[str, Any]:
 
 
 def _prepared_as(start: Checkpoint, data: DataRecipe) -> DataRecipe:
-    """The recipe's images, normalised as the weights know it unless the recipe says how."""
+    """The recipe's images, normalised as the weights expect unless the recipe has other values."""
     pre = start.preprocessing
     if pre is None or data.mean is not None:
         return data

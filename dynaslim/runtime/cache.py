@@ -28,10 +28,10 @@ ROOM: Final = 1 << 20
 def cache_folder(key: str, cache_dir: str | Path = "auto") -> Path:
     """The folder for programs of a source with this key; made when the first is written.
 
-    "auto" is what the environment variable `DYNASLIM_CACHE` says, else `~/.cache/dynaslim`.
+    "auto" is the value of the environment variable `DYNASLIM_CACHE`, else `~/.cache/dynaslim`.
 
     Raises:
-        RuntimeError: if neither says where, and the user has no home.
+        RuntimeError: if neither is set, and the user has no home.
     """
     if cache_dir == "auto":
         cache_dir = os.environ.get(VARIABLE) or _user_folder() / "dynaslim"
@@ -58,7 +58,7 @@ def open_cache(key: str, cache_dir: str | Path | None) -> Cache | None:
 
 
 class Cache:
-    """A folder of compiled programs; what is wrong with it is told once, and costs no answer.
+    """A folder of compiled programs; a problem with it is one warning, and no failure.
 
     Programs that are there are read, even where none can be written. At the first that cannot be
     written a `DynaslimWarning` says why, and no other is tried.
@@ -180,12 +180,12 @@ def usable_cores() -> int:
 
 
 def processor_name() -> str:
-    """The processor's name, as far as the system tells."""
+    """The processor's name, where the system has it."""
     return _from_proc("model name") or platform.processor() or platform.machine()
 
 
 def processor_flags() -> str:
-    """Instruction sets, as far as the system tells."""
+    """Instruction sets, where the system lists them."""
     return _from_proc("flags")
 
 

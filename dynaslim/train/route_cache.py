@@ -108,7 +108,7 @@ def choose_paths(spec: AnySpec, max_routes: int, seed: int) -> tuple[Path, ...]:
         if all(index in gate.choices for gate in spec.gates)
     }
     chosen |= {tuple(min(k, n - 1) for n in options) for k in range(max(options))}
-    # as many numbers as could be asked for: those that are chosen already may be among them
+    # as many numbers as are needed at most: those that are chosen already may be among them
     for number in random.Random(seed).sample(range(total), min(total, max_routes + len(chosen))):
         if len(chosen) >= max_routes:
             break

@@ -285,7 +285,7 @@ def test_images_that_do_not_fit(gate_run, tmp_path, data):
         make_report(bare, data=str(data))
     page = Page(make_report(bare))
     assert page.parts == ["making"]
-    assert "nothing says how large its images are" in page.text
+    assert "its image size is unknown" in page.text
 
 
 def test_unreadable_images_are_named(tmp_path, data):
