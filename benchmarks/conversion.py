@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -75,6 +76,7 @@ def tried(name: str) -> dict[str, Any]:
         model = torchvision.models.get_model(model_name, weights=None)
         size = (3, 299, 299) if model_name == "inception_v3" else (3, 224, 224)
     x = torch.randn(2, *size)
+    _leave_no_constants(model)
     _fit_statistics(model, x)
     started = time.perf_counter()
     try:
@@ -82,17 +84,30 @@ def tried(name: str) -> dict[str, Any]:
         spec = conversion.net().spec
     except DynaslimError as error:
         return {"converts": False, "reason": str(error)}
+    except Exception as error:  # a mistake of ours: one network must not end the benchmark
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+        return {"converts": False, "wrong": True, "reason": reason}
     seconds = time.perf_counter() - started
     forms = spec.costs
     trunk, widest = forms[0, 0, 0].madds, forms[1, 0, spec.num_widths - 1].madds
     return {
         "converts": True,
-        "elastic": round(conversion.elastic_share, 3),
+        "elastic": round(float(conversion.elastic_share), 3),
         "trunk": round(trunk / (trunk + widest), 3),
         "narrowest": round((trunk + forms[1, 0, 0].madds) / (trunk + widest), 3),
         "error": conversion.error,
         "seconds": round(seconds, 1),
     }
+
+
+def _leave_no_constants(model: torch.nn.Module) -> None:
+    """Branches that begin with a scale of zero would hide what is wrong in them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and parameter.min() == parameter.max():
+                spread = 0.1 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+                parameter.add_(spread * torch.randn_like(parameter))
 
 
 def _fit_statistics(model: torch.nn.Module, x: torch.Tensor) -> None:

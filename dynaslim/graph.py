@@ -68,12 +68,15 @@ class TensorSpec:
     axes: tuple[Axis, ...]
     kind: str
     """`weight`, which is trained; `constant`; or `statistics` of batch normalisation."""
+    dtype: str = ""
+    """Of what is not in floating point, such as `int64`."""
 
 
 @dataclass(frozen=True)
 class Node:
     """An operation. In `args` and `kwargs`, {"node": name} and {"tensor": name} are what it reads,
-    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch.
+    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch (k: a
+    number or an axis).
     """
 
     name: str

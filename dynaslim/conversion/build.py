@@ -456,7 +456,10 @@ class Conversion:
     def _sizes(self, value: Value) -> list[Any]:
         found: list[Any] = []
         for axis, (size, rows) in enumerate(zip(value.shape, value.rows, strict=True)):
-            if rows:
+            if rows and axis == value.axis:
+                vector = value.labels.reshape(-1)[: size // BATCH]
+                found.append({"rows": self.axis(vector)})
+            elif rows:
                 found.append({"rows": rows})
             elif axis == value.axis:
                 found.append({"axis": self.axis(value.labels.reshape(-1))})
@@ -532,6 +535,8 @@ class Conversion:
         elif kind == "layer_norm":
             dims = len(given["normalized_shape"])
             put("normalized_shape", self._sizes(analysis.value(given["input"]))[-dims:])
+        elif kind == "repeat" and analysis.value(node.args[0]).rows != analysis.value(node).rows:
+            put("repeats", [{"rows": 1}, *given["repeats"][1:]])
         elif kind == "slice":
             source = analysis.value(given["self"])
             dim = given["dim"] % len(source.shape)
@@ -576,7 +581,8 @@ class Conversion:
             kind = "statistics" if name in statistics else "constant"
             if name in captured.trained:
                 kind = "weight"
-            tensors[name] = TensorSpec(tuple(axes), kind)
+            dtype = "" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+            tensors[name] = TensorSpec(tuple(axes), kind, dtype)
         out = shape_of(captured.output)
         check(len(out) == 2, f"{self.name}: gives {out[1:]} for an image, expected class logits")
         channels = int(self.example.shape[1])
@@ -626,7 +632,7 @@ class Conversion:
         net = GraphNet(self.spec(how))
         load_weights(net, self._sorted(importance))
         net.eval()
-        x = torch.cat([self.example, self.example.flip(3), self.example.flip(2)])[: BATCH + 1]
+        x = torch.cat([self.example, self.example.flip(3), self.example.flip(2)])[:3]
         error = _difference(self.model, net, x)
         if error > TOLERANCE:  # the order of sums rounds otherwise: what is left in double is wrong
             twice = copy.deepcopy(self.model).double(), copy.deepcopy(net).double()

@@ -90,7 +90,7 @@ def program(spec: GraphSpec, segment: int, before: int, choice: int) -> list[Ste
             if key == "node":
                 return Read(inner)
             if key == "rows":
-                return Rows(inner)
+                return Rows(inner if isinstance(inner, int) else kept_count(inner, units))
             if key == "axis":
                 return kept_count(inner, units)
             if key == "dtype":
@@ -212,6 +212,8 @@ class GraphNet(ElasticNet):
                 continue
             shape = [kept_count(axis, {}) for axis in tensor.axes]
             made = torch.empty(shape, **place)
+            if tensor.dtype:
+                made = made.to(getattr(torch, tensor.dtype))
             if tensor.kind == "weight":
                 nn.init.normal_(made, std=0.01)
                 _put(self, name, nn.Parameter(made))

@@ -216,7 +216,8 @@ def to_onnx(plain: fx.GraphModule, example: Tensor, outputs: Sequence[str], name
     Raises:
         UsageError: if an operation has no ONNX form.
     """
-    check(all(w.dtype == torch.float32 for w in plain.parameters()), f"{name}: not float32")
+    floating = [w for w in plain.parameters() if w.is_floating_point()]
+    check(all(w.dtype == torch.float32 for w in floating), f"{name}: not float32")
     buffer = io.BytesIO()
     axes = {key: {0: "batch"} for key in ("x", *outputs)}
     try:
