@@ -1,8 +1,8 @@
 """Which networks of timm and torchvision convert: `python benchmarks/conversion.py [NAME ...]`.
 
 For each: whether it converts and verifies, the part of the multiply-adds whose layers have a side
-that can be cut, what the narrowest route costs, and the seconds it takes; or why it is refused.
-Weights are random with fitting BN statistics. Writes results/conversion.json.
+that can be cut, what the narrowest route costs, and the seconds that it takes on one core; or why
+it is refused. Weights are random with fitting BN statistics. Writes results/conversion.json.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     known: dict[str, str] = json.loads(MODELS.read_text())
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
     _let_torchvision_load()
     rows: dict[str, Any] = {}
     if given.out.exists() and given.names:
@@ -78,7 +79,7 @@ def tried(name: str) -> dict[str, Any]:
     x = torch.randn(2, *size)
     _leave_no_constants(model)
     _fit_statistics(model, x)
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         conversion = Conversion(model.eval(), x, name=model_name)
         spec = conversion.net().spec
@@ -88,7 +89,7 @@ def tried(name: str) -> dict[str, Any]:
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
         return {"converts": False, "wrong": True, "reason": reason}
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     forms = spec.costs
     trunk, widest = forms[0, 0, 0].madds, forms[1, 0, spec.num_widths - 1].madds
     return {
@@ -97,6 +98,7 @@ def tried(name: str) -> dict[str, Any]:
         "trunk": round(trunk / (trunk + widest), 3),
         "narrowest": round((trunk + forms[1, 0, 0].madds) / (trunk + widest), 3),
         "error": conversion.error,
+        "masked": conversion.masked,
         "seconds": round(seconds, 1),
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import operator
@@ -24,6 +23,7 @@ from dynaslim.conversion.capture import (
     where,
 )
 from dynaslim.conversion.channels import FIXED, NORMALISING, POINTWISE, Analysis, Value
+from dynaslim.conversion.verify import refuse_at, verify_whole, verify_widths
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import (
     WHOLE,
@@ -42,8 +42,6 @@ from dynaslim.spec import GateSpec
 Importance = Literal["activation", "statistics", "weight", "none"]
 TRUNK: Final = 1 / 3
 """Part of the multiply-adds that lies before the gate, unless told otherwise."""
-TOLERANCE: Final = 1e-5
-"""Of answers at full width, relative to the largest."""
 MULTIPLE: Final = 8
 """Channels that widths are rounded to."""
 _PASSED: Final = frozenset(
@@ -151,7 +149,7 @@ class Conversion:
                     n for n in crossing if where(n) == path or where(n).startswith(path + ".")
                 ]
                 if not inside:
-                    places = list(dict.fromkeys(where(n) for n in crossing))
+                    places = list(dict.fromkeys(where(n) for n in crossing if where(n)))
                     raise UsageError(
                         f"gate at {path!r}: no single feature map leaves it; a gate can be behind "
                         f"{', '.join(places[:40])}"
@@ -403,9 +401,15 @@ class Conversion:
 
     @torch.no_grad()
     def run(
-        self, x: Tensor, watch: Mapping[fx.Node, Callable[[fx.Node, Any], None]] | None = None
+        self,
+        x: Tensor,
+        watch: Mapping[fx.Node, Callable[[fx.Node, Any], None]] | None = None,
+        after: Callable[[fx.Node, Any], None] | None = None,
     ) -> Tensor:
-        """The captured model on images, its operations one after the other."""
+        """The captured model on images, its operations one after the other.
+
+        `watch` is called with what the operations in it are given, `after` with every result.
+        """
         results: dict[fx.Node, Any] = {self.captured.image: x}
         rows = len(x)
         for node, name in self.captured.names.items():
@@ -421,6 +425,8 @@ class Conversion:
                     [rows * r if r else n for n, r in zip(value.shape, value.rows, strict=True)],
                 )
             results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if after is not None:
+                after(node, results[node])
         found: Tensor = results[self.captured.output]
         return found
 
@@ -446,7 +452,8 @@ class Conversion:
                     at = at[np.argsort(unit[at], kind="stable")]
                     table = at.reshape(len(np.unique(unit[at])), -1)
                     present = np.unique(unit[at])
-                    assert len(present) == len(new_place[g]), "a group in part"
+                    if len(present) != len(new_place[g]):
+                        raise UsageError(f"{name}: reads a part of the channels that go together")
                     index[table] = table[new_place[g]]
                 made[name] = made[name].index_select(axis, torch.from_numpy(index))
         return made
@@ -560,7 +567,7 @@ class Conversion:
     # -- all together -------------------------------------------------------------------------
 
     def spec(self, sorted_by: str) -> GraphSpec:
-        """The network without its weights."""
+        """The network without its weights and costs."""
         captured = self.captured
         nodes = self._nodes()
         used = {name for node in nodes for name in _tensors((node.args, node.kwargs))}
@@ -595,7 +602,7 @@ class Conversion:
             if value.axis == 1:
                 vector = value.labels.reshape(-1)
             cut_axes.append(self.axis(vector))
-        spec = GraphSpec(
+        return GraphSpec(
             name=self.name,
             num_classes=out[1],
             in_channels=channels,
@@ -612,44 +619,31 @@ class Conversion:
             forms=(),
             sorted_by=sorted_by,
         )
-        return replace(spec, forms=tuple(form_costs(spec)))
 
     def whole(self) -> dict[str, str]:
         """Modules behind the first gate whose channels stay whole for a reason, and the reason."""
         found: dict[str, str] = {}
         for node, reason in self.analysis.fixed_because.items():
             if self.segment_of(node) and node is not self.captured.output:
-                found.setdefault(where(node), reason)
+                found.setdefault(where(node) or "the model itself", reason)
         return found
 
     def net(self, images: Iterable[Tensor] | None = None) -> GraphNet:
-        """The converted network, verified against the model at full width.
+        """The converted network, verified against the model and at every width.
 
         Raises:
-            UsageError: if their answers differ by more than 1e-5 of the largest.
+            UsageError: if it is not the same; the message names the operation.
         """
         importance, how = self.importance(images)
         net = GraphNet(self.spec(how))
         load_weights(net, self._sorted(importance))
         net.eval()
         x = torch.cat([self.example, self.example.flip(3), self.example.flip(2)])[:3]
-        error = _difference(self.model, net, x)
-        if error > TOLERANCE:  # the order of sums rounds otherwise: what is left in double is wrong
-            twice = copy.deepcopy(self.model).double(), copy.deepcopy(net).double()
-            error = _difference(*twice, x.double())
-        if not error <= TOLERANCE:
-            raise UsageError(
-                f"{self.name}: at full width the converted network differs from the model by "
-                f"{error:.1e} of the largest answer: it is not to be used"
-            )
-        self.error = error
+        self.error = verify_whole(self, net, x)
+        runs = list(form_costs(net, x[:1]))
+        net.spec = replace(net.spec, forms=tuple(cost for cost, _, _ in runs))
+        self.masked = verify_widths(self, net, x[:2], runs)
         return net
-
-
-@torch.no_grad()
-def _difference(model: nn.Module, net: GraphNet, x: Tensor) -> float:
-    expected, got = model(x), net(x, net.spec.largest)
-    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
 def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:
@@ -663,19 +657,30 @@ def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:
     net.load_state_dict(own)
 
 
-def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
-    """Costs of every segment at every width, from shapes alone."""
-    net = GraphNet(spec, device="meta").eval()
+def form_costs(net: GraphNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tensor]]:
+    """Every segment at every width: its cost, what it takes of one image (1, C, H, W), and gives.
+
+    Raises:
+        UsageError: if one does not run; the message names the operation.
+    """
+    spec = net.spec
     inputs: dict[tuple[int, int], Tensor] = {}
-    image = torch.empty(1, spec.in_channels, *spec.image_size, device="meta")
     whole = range(spec.num_widths)
     for segment in range(spec.num_segments):
         for before in whole if segment > 1 else (0,):
-            x = image if segment == 0 else inputs[segment - 1, before]
+            into = x if segment == 0 else inputs[segment - 1, before]
             for choice in whole if segment else (0,):
                 counted = _Counter()
-                with torch.no_grad():
-                    out = net.run_segment(segment, x, before, choice, watch=counted)
+                try:
+                    with torch.no_grad():
+                        out = net.run_segment(segment, into, before, choice, watch=counted)
+                except Exception as error:  # of any operation
+                    mine = (node for node in spec.nodes if node.segment == segment)
+                    raise refuse_at(
+                        next(node for node in mine if node.name not in counted.done),
+                        f"does not run at {spec.percents[choice]} % of the channels: "
+                        f"{str(error).splitlines()[0]}",
+                    ) from None
                 inputs.setdefault((segment, choice), out)
                 madds = counted.madds
                 if segment < len(spec.gates):
@@ -683,7 +688,7 @@ def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
                 last = segment == len(spec.gates)
                 size = (spec.num_classes, 1, 1) if last else (*out.shape[1:4],)
                 paid = (madds, counted.params)
-                yield FormCost(segment, before, choice, *paid, size, counted.peak)
+                yield FormCost(segment, before, choice, *paid, size, counted.peak), into, out
 
 
 class _Counter:
@@ -691,8 +696,10 @@ class _Counter:
 
     def __init__(self) -> None:
         self.madds = self.params = self.peak = 0
+        self.done: set[str] = set()
 
     def __call__(self, step: Step, args: Sequence[Any], result: Any) -> None:
+        self.done.add(step.name)
         for tensor in (a for a in args[1:] if isinstance(a, Tensor)):
             self.params += tensor.numel()
         if not isinstance(result, Tensor):

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from dynaslim.errors import UsageError
+from dynaslim.errors import ConversionError, UsageError
 
 CALL: Final = "call_function"
 BATCH: Final = 7
@@ -43,12 +43,12 @@ def where(node: fx.Node) -> str:
     """The path of the module that an operation belongs to."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
-    return (paths[-1] if paths else "") or "the model itself"
+    return paths[-1] if paths else ""
 
 
-def refuse(node: fx.Node, reason: str) -> UsageError:
+def refuse(node: fx.Node, reason: str) -> ConversionError:
     """An error that names an operation and its place in the model."""
-    return UsageError(f"{where(node)}: {operation(node)}: {reason}")
+    return ConversionError(where(node), operation(node), reason)
 
 
 def operation(node: fx.Node) -> str:
@@ -70,10 +70,10 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     """
     for name, module in model.named_modules():
         if module.training:
-            raise UsageError(f"{name or 'model'}: in training mode; call model.eval() first")
+            raise ConversionError(name, "", "in training mode; call model.eval() first")
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UsageError(f"{name}: has values that are not finite")
+            raise ConversionError(name, "", "has values that are not finite")
     if example.ndim != 4 or not len(example):
         raise UsageError(f"example of shape {tuple(example.shape)}: expected (rows, C, H, W)")
     try:

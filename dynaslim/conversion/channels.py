@@ -215,7 +215,11 @@ class Analysis:
         kind = operation(node)
         for names, rule in self._rules():
             if kind in names:
-                return rule(node)
+                try:
+                    return rule(node)
+                except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:
+                    reason = str(error).partition("\n")[0]
+                    raise refuse(node, f"its channels cannot be followed: {reason}") from None
         raise refuse(node, "not an operation that can be converted")
 
     def _rules(self) -> Sequence[tuple[frozenset[str], Callable[[fx.Node], Value | list[Value]]]]:

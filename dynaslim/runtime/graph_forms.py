@@ -99,7 +99,8 @@ class _Builder:
                 self.results[step.name] = self.results[step.args[0].name]  # within its convolution
                 continue
             norm = next((s for s in steps if s.name == folded.get(step.name)), None)
-            self.results[step.name] = self.step(step, norm)
+            made = self.results[step.name] = self.step(step, norm)
+            made.meta["step"] = step.name if norm is None else norm.name
         return self.results[last]
 
     def step(self, step: Step, norm: Step | None) -> fx.Node:
