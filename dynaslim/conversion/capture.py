@@ -7,7 +7,7 @@ parameter; operations in place become ordinary ones.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -80,19 +80,32 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         with torch.no_grad():
             model(example[:1])
     except Exception as error:  # whatever the user's code raises
-        raise UsageError(
-            f"the model does not run on an example of shape {tuple(example.shape)}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+        reason = f"does not run on an example of shape {tuple(example.shape)}"
+        raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
     x = example[:1].expand(BATCH, -1, -1, -1).contiguous()
     try:
         with torch.no_grad():
             program = torch.export.export(model, (x,), strict=False)
     except Exception as error:  # torch.export raises many kinds
-        raise UsageError(
-            f"the model cannot be captured by torch.export: {str(error).splitlines()[0]}"
-        ) from None
+        reason = "cannot be captured by torch.export"
+        if "DataDependent" in type(error).__name__:
+            reason = "which operations run depends on values of the image; it " + reason
+        raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
     return _flat(program)
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _module(model: nn.Module, error: Exception) -> str:
+    """The path of the innermost module whose code raised an error."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = paths.get(id(frame.tb_frame.f_locals.get("self")), found)
+        frame = frame.tb_next
+    return found
 
 
 def _flat(program: torch.export.ExportedProgram) -> Captured:
@@ -176,11 +189,14 @@ def _without_contexts(module: fx.GraphModule) -> None:
 CONTEXTS: Final = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
-def _needed(result: fx.Node) -> Iterator[fx.Node]:
+def _needed(result: fx.Node, last: Sequence[str] = ()) -> Iterator[fx.Node]:
+    """An operation and all that it needs, up to operations of `last`."""
     seen, left = {result}, [result]
     while left:
         node = left.pop()
         yield node
+        if node.op == CALL and operation(node) in last:
+            continue
         for other in node.all_input_nodes:
             if other not in seen:
                 seen.add(other)
@@ -218,7 +234,7 @@ def _keep(
     """Make a parameter or constant of what was computed."""
     if not isinstance(made, Tensor):
         raise refuse(node, "computes several values of parameters alone")
-    sources = [names[n] for n in _needed(node) if n in names]
+    sources = [names[n] for n in _needed(node, FILLED) if n in names]
     name = f"{next(iter(sources), 'constant')}_{node.name}"
     tensors[name] = made.detach().clone()
     names[node] = name

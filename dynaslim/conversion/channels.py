@@ -23,6 +23,7 @@ from dynaslim.conversion.capture import (
     operation,
     refuse,
     shape_of,
+    where,
 )
 
 FIXED: Final = 0
@@ -156,6 +157,8 @@ class Analysis:
             name: [None] * tensor.ndim for name, tensor in captured.tensors.items()
         }
         self.fixed_because: dict[fx.Node, str] = {}
+        self.readers: dict[Any, fx.Node] = {}
+        """The layer of each weight."""
         self.made: list[tuple[fx.Node, np.ndarray]] = []
         """Operations whose outputs are channels of their own, and the labels of these."""
         shape = shape_of(captured.image)
@@ -249,6 +252,11 @@ class Analysis:
         return labels
 
     def _parameter(self, node: fx.Node, argument: Any, what: str) -> fx.Node:
+        first = self.readers.setdefault(argument, node)
+        if first is not node:
+            raise refuse(
+                node, f"shares its {what} with {where(first) or 'the model'}: tied weights"
+            )
         if argument not in self.captured.names:
             raise refuse(node, f"its {what} is computed from the image (as in CondConv)")
         assert isinstance(argument, fx.Node)
@@ -469,7 +477,13 @@ class Analysis:
                 spread = [-1 if a == axis else 1 for a in range(row.ndim)]
                 if len(along) != size or (row != along.reshape(spread)).any():
                     raise refuse(node, "puts the rows of the batch in another order")
-        return self._tied(Value(tuple(full.shape), _shrunk(labels), tuple(rows)))
+        value = Value(tuple(full.shape), _shrunk(labels), tuple(rows))
+        several = len(np.unique(self.labels.roots(value.labels))) > 1
+        value = self._tied(value)
+        if several and value.axis is None:
+            reason = f"{operation(node)} mixes channels with other positions"
+            self.fixed_because.setdefault(node, reason)
+        return value
 
     def _tied(self, value: Value) -> Value:
         """Where labels differ along two axes, tie them along the smaller."""

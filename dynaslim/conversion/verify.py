@@ -163,12 +163,12 @@ class Masked:
         are some for which there is none.
         """
         nodes = {node.name: node for node in conversion.captured.nodes}
-        made = []
+        made: list[Node] = []
         for node in net.spec.nodes:
-            other = _unmixed(conversion, nodes[node.name], node) if node.segment else node
-            if other is None:
+            others = _unmixed(conversion, nodes[node.name], node) if node.segment else [node]
+            if not others:
                 return None
-            made.append(other)
+            made += others
         return cls(conversion, net, replace(net.spec, nodes=tuple(made)))
 
     def verify(self, form: FormCost, source: Tensor, out: Tensor) -> None:
@@ -207,7 +207,7 @@ class Masked:
             )
 
     def _kept(self, name: str, result: Tensor, units: dict[int, int]) -> Tensor:
-        value = self.conversion.analysis.values[self.nodes[name]]
+        value = self.conversion.analysis.values.get(self.nodes.get(name))  # type: ignore[arg-type]
         if not isinstance(value, Value) or value.axis is None:
             return result
         axis = self.conversion.axis(value.labels.reshape(-1)[: result.shape[value.axis]])
@@ -215,38 +215,40 @@ class Masked:
         return result.index_select(value.axis, kept)
 
 
-def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> Node | None:
-    """An operation for one that computes with all channels, with the same labels behind it."""
+def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node]:
+    """Operations for one that computes with all channels, with the same labels behind them; none
+    if there are none. Their results are bounded: nothing is divided by zero.
+    """
     kind, given = operation(captured), arguments(captured)
     bounded = replace(node, op="tanh.default", args=node.args[:1], kwargs={})
     if kind == "layer_norm" or (kind == "group_norm" and given["num_groups"] == 1):
-        return bounded
+        return [bounded]
     if kind not in REDUCING:
-        return node
+        return [node]
     value = conversion.analysis.value(captured.all_input_nodes[0])
+    size = len(value.shape)
     dims = given["dim"] if isinstance(given["dim"], list) else [given["dim"]]
-    if value.axis is None or value.axis not in {
-        d % len(value.shape) for d in dims if d is not None
-    }:
-        return node
-    axis = conversion.axis(value.labels.reshape(-1))
+    every = None in dims or not dims
+    if value.axis is None or not (every or value.axis in {d % size for d in dims}):
+        return [node]
     if "softmax" in kind:
-        return bounded
-    if (
-        len(dims) > 1
-        or None in dims
-        or kept_positions(axis, dict.fromkeys(range(len(conversion.groups)), 1))[:1] != [0]
-    ):
-        return None
+        return [bounded]
+    axis = conversion.axis(value.labels.reshape(-1))
+    least = kept_positions(axis, dict.fromkeys(range(len(conversion.groups)), 1))
+    if every or len(dims) > 1 or least[:1] != [0]:  # the first position is in all widths
+        return []
+    taken: tuple[Any, ...] = (node.args[0], value.axis, 0)
+    op = "select.int"
     if given.get("keepdim"):
-        return replace(node, op="slice.Tensor", args=(node.args[0], value.axis, 0, 1), kwargs={})
-    return replace(node, op="select.int", args=(node.args[0], value.axis, 0), kwargs={})
+        taken, op = (*taken, 1), "slice.Tensor"
+    first = replace(node, name=f"{node.name}_first", op=op, args=taken, kwargs={})
+    return [first, replace(node, op="sigmoid.default", args=({"node": first.name},), kwargs={})]
 
 
 def _record(results: Results) -> Callable[[fx.Node, Any], None]:
     def keep(node: fx.Node, value: Any) -> None:
         if isinstance(value, Tensor):
-            results[node.name] = value
+            results[node.name] = value.clone()  # operations in place come after it
 
     return keep
 

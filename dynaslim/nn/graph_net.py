@@ -208,7 +208,8 @@ class GraphNet(ElasticNet):
         for name, node in norms.items():
             _put(self, name, self._norm(node, place))
         for name, tensor in spec.tensors.items():
-            if tensor.kind == "statistics" or name.rpartition(".")[0] in norms:
+            path, _, leaf = name.rpartition(".")
+            if tensor.kind == "statistics" or (path in norms and leaf in ("weight", "bias")):
                 continue
             shape = [kept_count(axis, {}) for axis in tensor.axes]
             made = torch.empty(shape, **place)

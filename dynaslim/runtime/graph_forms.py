@@ -111,6 +111,8 @@ class _Builder:
         # the batch is what is left over: traced, a number of rows would become a constant
         sizes = step.op == "reshape.default"
         args = [self.value(argument, sizes=sizes) for argument in step.args]
+        if step.op in ("expand.default", "repeat.default"):
+            return self.graph.call_method(step.op.partition(".")[0], tuple(args))
         return self.call(overload(step.op), *args, **self._kwargs(step.kwargs))
 
     def _kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
