@@ -134,6 +134,20 @@ class Heads(nn.Module):
         return x + self.out((v @ a.transpose(1, 2)).reshape(rows, channels, height, width))
 
 
+class Sized(nn.Module):
+    """Padding and interpolation by the size of the picture, as in TensorFlow's "same"."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.out = nn.Conv2d(width, width, 3, 2), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        sides = x.shape[2:]
+        pads = [max(0, (-(-side // 2) - 1) * 2 + 3 - side) for side in sides]
+        y = self.down(F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0], 0)))
+        return x + self.out(F.interpolate(y, size=sides, mode="bilinear"))
+
+
 class Mixer(nn.Module):
     """A linear layer over pixels, the same for every channel."""
 
@@ -204,6 +218,7 @@ class Token(nn.Module):
 
 
 NETWORKS = {
+    "sized": lambda: Plain(_conv(16, 48, stride=2), Sized(48), _conv(48, 48)),
     "mixer": lambda: Plain(_conv(16, 48, stride=2), Mixer(48, 64), _conv(48, 48)),
     "folded": lambda: Plain(_conv(16, 48, stride=2), Folded(48), _conv(48, 48)),
     "cascade": lambda: Plain(_conv(16, 48, stride=2), Cascade(48), _conv(48, 48)),

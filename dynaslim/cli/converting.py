@@ -32,6 +32,7 @@ def convert(
     widths: str = "0.25,0.5,0.75,1",
     gate_at: str = "",
     protect: str = "",
+    other_sizes: str = "",
     json: bool = False,
 ) -> None:
     """Make a dynamic slimmable network of a trained convolutional one.
@@ -54,13 +55,15 @@ def convert(
         gate_at: Modules behind which gates are put, separated by commas. Default: one gate, where
             most multiply-adds can be saved.
         protect: Modules whose channels stay whole, separated by commas.
+        other_sizes: Further sides in pixels of images that the network is for, such as 128,160.
         json: Print one JSON object.
     """
     with errors_as_data(json):
         check_writable(out)
         shown = _converted(
-            model, out, weights, data, split, image_size, num_classes, widths, gate_at, protect
-        )
+            model, out, weights, data, split, image_size, num_classes, widths, gate_at, protect,
+            other_sizes,
+        )  # fmt: skip
     if json:
         print_json(shown)
         return
@@ -93,12 +96,15 @@ def _converted(
     widths: str,
     gate_at: str,
     protect: str,
+    other_sizes: str,
 ) -> dict[str, Any]:
     """Convert and write a model; returns what was made of it."""
     try:
         shares = tuple(float(part) for part in widths.split(","))
     except ValueError:
         raise UsageError(f"--widths {widths}: expected numbers such as 0.25,0.5,1") from None
+    sides = [int(part) if part.isdigit() else 0 for part in _names(other_sizes)]
+    check(all(sides), f"--other-sizes {other_sizes}: expected sides in pixels such as 128,160")
 
     import torch
 
@@ -114,7 +120,8 @@ def _converted(
     conversion = Conversion(
         source.model, example, shares, _names(gate_at), _names(protect), source.name
     )
-    net = conversion.net(None if data is None else _images(data, split, pre))
+    images = None if data is None else _images(data, split, pre)
+    net = conversion.net(images, [(other, other) for other in sides])
     spec = net.spec
     save(out, Checkpoint(net=net, preprocessing=pre))
     return {
@@ -122,6 +129,7 @@ def _converted(
         "model": spec.name,
         "num_classes": spec.num_classes,
         "image_size_px": side,
+        "other_sizes_px": sides,
         "params": params(spec),
         "gates_behind": list(spec.cuts),
         "groups": len(spec.groups),

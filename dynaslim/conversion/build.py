@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 import operator
@@ -32,6 +33,7 @@ from dynaslim.graph import (
     GraphSpec,
     Group,
     Node,
+    OtherSize,
     TensorSpec,
     kept_count,
     references,
@@ -61,6 +63,7 @@ def convert(
     gate_at: Sequence[str] = (),
     protect: Sequence[str] = (),
     name: str | None = None,
+    other_sizes: Sequence[tuple[int, int]] = (),
 ) -> GraphNet:
     """A dynamic slimmable network that answers as `model` does at full width.
 
@@ -69,12 +72,14 @@ def convert(
     importance over `images`, batches of network inputs; without them, by what batch
     normalisation says of the activations. `gate_at` names modules behind which gates are put: by
     default one, where about a third of the multiply-adds lie before it. The channels of modules
-    that begin with a name of `protect` stay whole.
+    that begin with a name of `protect` stay whole. `other_sizes` are further (height, width) in
+    pixels of images that `net.at_size` is to give the network for.
 
     Raises:
         UsageError: if the model cannot be converted; the message names the place and the reason.
     """
-    return Conversion(model, example, widths, gate_at, protect, name).net(images)
+    conversion = Conversion(model, example, widths, gate_at, protect, name)
+    return conversion.net(images, other_sizes)
 
 
 class Conversion:
@@ -88,11 +93,14 @@ class Conversion:
         gate_at: Sequence[str] = (),
         protect: Sequence[str] = (),
         name: str | None = None,
+        *,
+        cuts: Sequence[str] = (),
     ) -> None:
         rising = all(a < b for a, b in itertools.pairwise(widths))
         if not (widths and rising and widths[0] > 0 and widths[-1] == 1):
             raise UsageError(f"widths {tuple(widths)}: expected shares that rise to 1")
         self.model, self.example, self.widths = model, example, tuple(widths)
+        self.protect = tuple(protect)
         self.name = name or type(model).__name__.lower()
         self.captured = capture(model, example)
         self.analysis = Analysis(self.captured)
@@ -101,7 +109,9 @@ class Conversion:
         self.elastic_share = self._elastic_share()
         """Part of the multiply-adds whose layers have at least one side that could be cut."""
         self.position = {node: number for number, node in enumerate(self.captured.nodes)}
-        self.cuts = self._cuts(gate_at)
+        self.cuts = [node for node in self.captured.nodes if node.name in cuts]
+        if not cuts:
+            self.cuts = self._cuts(gate_at)
         self._keep_trunk_whole()
         self._find_groups()
 
@@ -628,8 +638,12 @@ class Conversion:
                 found.setdefault(where(node) or "the model itself", reason)
         return found
 
-    def net(self, images: Iterable[Tensor] | None = None) -> GraphNet:
-        """The converted network, verified against the model and at every width.
+    def net(
+        self,
+        images: Iterable[Tensor] | None = None,
+        other_sizes: Sequence[tuple[int, int]] = (),
+    ) -> GraphNet:
+        """The converted network, verified against the model and at every width and size.
 
         Raises:
             UsageError: if it is not the same; the message names the operation.
@@ -638,12 +652,53 @@ class Conversion:
         net = GraphNet(self.spec(how))
         load_weights(net, self._sorted(importance))
         net.eval()
+        self._verify(net)
+        twins = [self._at_size(size, net) for size in other_sizes]
+        changed = {
+            node.name
+            for twin in twins
+            for node, other in zip(net.spec.nodes, twin.nodes, strict=True)
+            if node != other
+        }
+        others = tuple(
+            OtherSize(
+                twin.image_size, tuple(n for n in twin.nodes if n.name in changed), twin.forms
+            )
+            for twin in twins
+        )
+        net.spec = replace(net.spec, other_sizes=others)
+        return net
+
+    def _verify(self, net: GraphNet) -> None:
         x = torch.cat([self.example, self.example.flip(3), self.example.flip(2)])[:3]
         self.error = verify_whole(self, net, x)
         runs = list(form_costs(net, x[:1]))
         net.spec = replace(net.spec, forms=tuple(cost for cost, _, _ in runs))
         self.masked = verify_widths(self, net, x[:2], runs)
-        return net
+
+    def _at_size(self, size: tuple[int, int], net: GraphNet) -> GraphSpec:
+        """The network for images of another size, verified like this one."""
+        height, width = size
+        example = nn.functional.interpolate(self.example, size, mode="bilinear")
+        other = Conversion(
+            self.model, example, self.widths, (), self.protect, self.name, cuts=net.spec.cuts
+        )
+        spec = other.spec(net.spec.sorted_by)
+        reason = f"{self.name}: at {height}x{width} px it is another network"
+        pairs = itertools.zip_longest(spec.nodes, net.spec.nodes)
+        for its, own in pairs:
+            if its is None or own is None or (its.name, its.op) != (own.name, own.op):
+                raise refuse_at(its or own, f"{reason}: its operations differ")
+        for name, tensor in net.spec.tensors.items():
+            found = other.captured.tensors.get(name)
+            same = found is not None and torch.equal(found, self.captured.tensors[name])
+            check(same and spec.tensors.get(name) == tensor, f"{reason}: {name} differs")
+        same = spec.groups == net.spec.groups and spec.tensors == net.spec.tensors
+        check(same, f"{reason}: its groups of channels differ")
+        twin = copy.copy(net)
+        twin.spec = spec
+        other._verify(twin)
+        return twin.spec
 
 
 def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:

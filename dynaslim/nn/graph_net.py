@@ -5,6 +5,7 @@ Suffixes: B rows, C channels, H W pixels, K choices of a gate, N classes.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -317,6 +318,19 @@ class GraphNet(ElasticNet):
         path, _, leaf = name.rpartition(".")
         found: Tensor = getattr(self.get_submodule(path), leaf)
         return found
+
+    def at_size(self, height: int, width: int) -> GraphNet:
+        """The network for images of another size that it was converted for: with the same
+        parameters, and statistics of batch normalisation of its own, which are to be recalibrated.
+
+        Raises:
+            UsageError: for a size that it was not converted for.
+        """
+        spec = self.spec.at_size(height, width)
+        shared = {id(parameter): parameter for parameter in self.parameters()}
+        made = copy.deepcopy(self, shared)
+        made.spec = spec
+        return made
 
     def before(self, number: int, x: Tensor) -> int:
         """The width index of the segment before, from the channels that come from it."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from convertible import NETWORKS, Plain, _conv, trained
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynaslim
 from dynaslim.checkpoint import Checkpoint, read, save
@@ -95,8 +96,6 @@ def test_narrow_routes_cost_less(name):
 
 
 def test_multiply_adds_are_those_of_torch():
-    from torch.utils.flop_counter import FlopCounterMode
-
     for name in ("residual", "dense", "grouped", "scaled", "flattened"):
         _, net = converted(name)
         for route in net.spec.routes:
@@ -365,6 +364,33 @@ def test_a_conversion_that_is_wrong_is_an_error(monkeypatch, what, message):
     broken(monkeypatch, what)
     with pytest.raises(UsageError, match=message):
         convert(trained("residual"), images())
+
+
+def test_a_network_for_images_of_several_sizes(tmp_path):
+    model, sides = trained("sized"), (16, 22, 32)
+    made = convert(model, images(), other_sizes=[(22, 22), (32, 32)])
+    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    net = read(save(tmp_path / "net.safetensors", Checkpoint(net=made, preprocessing=pre))).net
+    assert net.spec == made.spec
+    for side in sides:
+        other, x = net.at_size(side, side), images(3, seed=8, side=side)
+        with torch.no_grad():
+            assert torch.allclose(other(x, other.spec.largest), model(x), rtol=1e-4, atol=1e-5)
+        for route in net.spec.routes:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                other(x[:1], route)
+            counted = counter.get_total_flops() // 2
+            assert madds(net.spec, route, side) == madds(other.spec, route, side) == counted
+        for back in sides:
+            assert other.spec.at_size(back, back).forms == net.spec.at_size(back, back).forms
+    assert other.head.weight is net.head.weight
+    dynaslim.train.recalibrate(other, [images(16, side=32)])
+    names = [n for n, buffer in net.named_buffers() if n.startswith("body.0.1.running_mean")]
+    assert not any(torch.equal(net.get_buffer(n), other.get_buffer(n)) for n in names)
+    with pytest.raises(UsageError, match="at_size gives it for 22x22, 32x32 px"):
+        net(images(side=22), net.spec.largest)
+    with pytest.raises(UsageError, match="does not run on an example of shape"):
+        convert(trained("mixer"), images(), other_sizes=[(32, 32)])
 
 
 def test_images_of_another_size_are_refused():
