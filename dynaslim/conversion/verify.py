@@ -79,17 +79,18 @@ def verify_widths(
         UsageError: if they differ; the message names the operation.
     """
     masked = Masked.of(conversion, net)
+    compared = masked is not None
     for form, source, out in runs:
         _verify_extracted(net, form, source, out)
         if masked is not None and form.segment and form.choice < net.spec.num_widths - 1:
-            masked.verify(form, source, out)
+            compared &= masked.verify(form, source, out)
     error = apart(net(x, net.spec.smallest)[:1], net(x[:1], net.spec.smallest))
     if not error <= NEAR:
         raise UsageError(
             f"{net.spec.name}: an image has other answers in a batch than alone, by {error:.1e} of "
             f"the largest: it cannot be routed"
         )
-    return masked is not None
+    return compared
 
 
 def apart(got: Tensor, expected: Tensor) -> float:
@@ -171,8 +172,8 @@ class Masked:
             made += others
         return cls(conversion, net, replace(net.spec, nodes=tuple(made)))
 
-    def verify(self, form: FormCost, source: Tensor, out: Tensor) -> None:
-        """Compare a segment at a width, which gives `out` for `source`.
+    def verify(self, form: FormCost, source: Tensor, out: Tensor) -> bool:
+        """Compare a segment at a width, which gives `out` for `source`; False if it overflows.
 
         Raises:
             UsageError: if the two differ; the message names the operation.
@@ -192,6 +193,8 @@ class Masked:
         sliced = (number, source, form.before, form.choice)
         if self.mixed:
             out = self.net.run_segment(*sliced)
+            if not torch.isfinite(out).all():
+                return False
         end = spec.output if number == len(spec.gates) else spec.cuts[number]
         error = apart(out, self._kept(end, self.masked.run_segment(*whole), units))
         if not error <= NEAR:
@@ -205,6 +208,7 @@ class Masked:
                 f"{_width(spec, form)} the network differs from the whole one without the others, "
                 f"by {error:.1e} of the largest value: it is not to be used",
             )
+        return True
 
     def _kept(self, name: str, result: Tensor, units: dict[int, int]) -> Tensor:
         value = self.conversion.analysis.values.get(self.nodes.get(name))  # type: ignore[arg-type]
@@ -229,8 +233,12 @@ def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node
     size = len(value.shape)
     dims = given["dim"] if isinstance(given["dim"], list) else [given["dim"]]
     every = None in dims or not dims
-    if value.axis is None or not (every or value.axis in {d % size for d in dims}):
+    cut = set(conversion.analysis.labels.roots(value.labels).ravel().tolist()) & set(
+        conversion.unit
+    )
+    if not cut or not (every or value.axis in {d % size for d in dims}):
         return [node]
+    assert value.axis is not None
     if "softmax" in kind:
         return [bounded]
     axis = conversion.axis(value.labels.reshape(-1))
