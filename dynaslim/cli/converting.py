@@ -33,6 +33,7 @@ def convert(
     gate_at: str = "",
     protect: str = "",
     other_sizes: str = "",
+    importance: str | None = None,
     json: bool = False,
 ) -> None:
     """Make a dynamic slimmable network of a trained convolutional one.
@@ -56,13 +57,15 @@ def convert(
             most multiply-adds can be saved.
         protect: Modules whose channels stay whole, separated by commas.
         other_sizes: Further sides in pixels of images that the network is for, such as 128,160.
+        importance: What sorts the channels: activation (of the data), bn or weight. Default:
+            activation with data, else bn.
         json: Print one JSON object.
     """
     with errors_as_data(json):
         check_writable(out)
         shown = _converted(
             model, out, weights, data, split, image_size, num_classes, widths, gate_at, protect,
-            other_sizes,
+            other_sizes, importance,
         )  # fmt: skip
     if json:
         print_json(shown)
@@ -97,6 +100,7 @@ def _converted(
     gate_at: str,
     protect: str,
     other_sizes: str,
+    importance: Any,
 ) -> dict[str, Any]:
     """Convert and write a model; returns what was made of it."""
     try:
@@ -121,7 +125,7 @@ def _converted(
         source.model, example, shares, _names(gate_at), _names(protect), source.name
     )
     images = None if data is None else _images(data, split, pre)
-    net = conversion.net(images, [(other, other) for other in sides])
+    net = conversion.net(images, [(other, other) for other in sides], importance)
     spec = net.spec
     save(out, Checkpoint(net=net, preprocessing=pre))
     return {

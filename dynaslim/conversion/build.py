@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ from dynaslim.graph import (
 from dynaslim.nn.graph_net import IMAGE, GraphNet, Step
 from dynaslim.spec import GateSpec
 
-Importance = Literal["activation", "statistics", "weight", "none"]
+Importance = Literal["activation", "bn", "weight"]
 TRUNK: Final = 1 / 3
 """Part of the multiply-adds that lies before the gate, unless told otherwise."""
 MULTIPLE: Final = 8
@@ -64,13 +64,15 @@ def convert(
     protect: Sequence[str] = (),
     name: str | None = None,
     other_sizes: Sequence[tuple[int, int]] = (),
+    importance: Importance | None = None,
 ) -> GraphNet:
     """A dynamic slimmable network that answers as `model` does at full width.
 
     `example` are images (B, C, H, W) such as the model takes, of the size that it will run on.
     `widths` are the shares of channels behind the gate, rising to 1. Channels are sorted by
-    importance over `images`, batches of network inputs; without them, by what batch
-    normalisation says of the activations. `gate_at` names modules behind which gates are put: by
+    importance over `images`, batches of network inputs; without them, by the scale and shift of
+    batch normalisation. `importance` names the rule: `activation`, `bn`, or `weight`, the norm of
+    the weights alone. `gate_at` names modules behind which gates are put: by
     default one, where about a third of the multiply-adds lie before it. The channels of modules
     that begin with a name of `protect` stay whole. `other_sizes` are further (height, width) in
     pixels of images that `net.at_size` is to give the network for.
@@ -79,7 +81,7 @@ def convert(
         UsageError: if the model cannot be converted; the message names the place and the reason.
     """
     conversion = Conversion(model, example, widths, gate_at, protect, name)
-    return conversion.net(images, other_sizes)
+    return conversion.net(images, other_sizes, importance)
 
 
 class Conversion:
@@ -348,8 +350,15 @@ class Conversion:
 
     # -- order --------------------------------------------------------------------------------
 
-    def importance(self, images: Iterable[Tensor] | None) -> tuple[np.ndarray, str]:
+    def importance(
+        self, images: Iterable[Tensor] | None, rule: Importance | None = None
+    ) -> tuple[np.ndarray, str]:
         """Of every root: root mean square of its activation times the norm of what reads it."""
+        rules = (None, *get_args(Importance))
+        check(rule in rules, f"importance {rule!r}: expected one of {', '.join(rules[1:])}")
+        check(rule != "activation" or images is not None, "importance activation: needs images")
+        if rule is not None and rule != "activation":
+            images = None
         labels, tensors, names = self.analysis.labels, self.captured.tensors, self.captured.names
         readers = []
         for node in self.captured.nodes:
@@ -377,8 +386,8 @@ class Conversion:
             check(count > 0, "images: there are none to sort channels by")
             power = {node: (total / count).sqrt() for node, total in power.items()}
         else:
-            how = "statistics"
-            spread = self._from_statistics()
+            how = "weight" if rule == "weight" else "statistics"
+            spread = np.ones(len(labels)) if rule == "weight" else self._from_statistics()
         found = np.zeros(len(labels))
         for node, weight, axis, roots in readers:
             tensor = tensors[weight].detach().float().transpose(0, axis).flatten(1)
@@ -642,15 +651,16 @@ class Conversion:
         self,
         images: Iterable[Tensor] | None = None,
         other_sizes: Sequence[tuple[int, int]] = (),
+        importance: Importance | None = None,
     ) -> GraphNet:
         """The converted network, verified against the model and at every width and size.
 
         Raises:
             UsageError: if it is not the same; the message names the operation.
         """
-        importance, how = self.importance(images)
+        order, how = self.importance(images, importance)
         net = GraphNet(self.spec(how))
-        load_weights(net, self._sorted(importance))
+        load_weights(net, self._sorted(order))
         net.eval()
         self._verify(net)
         twins = [self._at_size(size, net) for size in other_sizes]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -185,6 +186,7 @@ _Compiled = tuple[tuple[Step, Any, tuple[str, ...]], ...]
 
 # beside the networks: what is made at run time is neither copied nor saved with them
 _PROGRAMS: WeakKeyDictionary[GraphNet, dict[tuple[int, int, int], _Compiled]] = WeakKeyDictionary()
+_MODULES: WeakKeyDictionary[GraphNet, dict[str, weakref.ref[nn.Module]]] = WeakKeyDictionary()
 
 
 class GraphNet(ElasticNet):
@@ -296,7 +298,7 @@ class GraphNet(ElasticNet):
 
         for step, function, freed in self._compiled(number, before, choice):
             if step.norm is not None:
-                norm = self.get_submodule(step.norm[0])
+                norm = self._module(step.norm[0])
                 args = [value(step.args[0])]
                 results[step.name] = norm(args[0], step.norm[1])
             else:
@@ -316,7 +318,15 @@ class GraphNet(ElasticNet):
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its name."""
         path, _, leaf = name.rpartition(".")
-        found: Tensor = getattr(self.get_submodule(path), leaf)
+        found: Tensor = getattr(self._module(path), leaf)
+        return found
+
+    def _module(self, path: str) -> nn.Module:
+        modules = _MODULES.setdefault(self, {})
+        if path not in modules:
+            modules[path] = weakref.ref(self.get_submodule(path))
+        found = modules[path]()
+        assert found is not None
         return found
 
     def at_size(self, height: int, width: int) -> GraphNet:

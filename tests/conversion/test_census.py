@@ -25,7 +25,7 @@ from dynaslim.train import train_supernet
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT))
 
-from benchmarks.conversion import let_torchvision_load, model_of  # noqa: E402
+from benchmarks.conversion import PAGE, let_torchvision_load, model_of, with_coverage  # noqa: E402
 
 SMALL_S = 3.0
 """What a conversion of the sample may take on one core."""
@@ -38,6 +38,12 @@ def names():
         return chosen.split(",")
     small = [n for n, row in RESULTS.items() if row["converts"] and row["seconds"] < SMALL_S]
     return [small[(2 * int(chosen) + k) % len(small)] for k in range(2)]
+
+
+def test_the_table_in_the_docs_is_what_was_measured():
+    page = PAGE.read_text()
+    assert "| timm:resnet18 | cnn | yes |" in page
+    assert page == with_coverage(page, RESULTS)
 
 
 @pytest.mark.parametrize("name", names())

@@ -190,8 +190,9 @@ def test_channels_are_sorted_by_importance():
     one = model.body[2].one
     with torch.no_grad():
         one[1].weight[dead], one[1].bias[dead] = 0.0, 0.0
-    for batches in (None, [images(8)]):
-        net = convert(model, images(), images=batches)
+    for batches, rule in ((None, None), ([images(8)], None), ([images(8)], "bn")):
+        net = convert(model, images(), images=batches, importance=rule)
+        assert net.spec.sorted_by == ("activation" if batches and rule is None else "statistics")
         scales = net.tensor("body.2.one.1.weight")
         assert (scales[-3:] == 0).all()
         assert (scales[:-3] != 0).all()
