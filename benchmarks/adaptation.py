@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from conversion import _let_torchvision_load as let_torchvision_load
+from conversion import let_torchvision_load
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -1,16 +1,19 @@
 """Which networks of timm and torchvision convert: `python benchmarks/conversion.py [NAME ...]`.
 
 For each: whether it converts and verifies, the part of the multiply-adds whose layers have a side
-that can be cut, what the narrowest route costs, and the seconds it takes; or why it is refused.
-Weights are random with fitting BN statistics. Writes results/conversion.json.
+that can be cut, what the narrowest route costs, and the seconds that it takes on one core; or why
+it is refused. Weights are random with fitting BN statistics. Writes results/conversion.json and
+from that the table in docs/convert.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,17 +29,24 @@ from dynaslim.errors import DynaslimError
 HERE = Path(__file__).parent
 MODELS = HERE / "conversion_models.json"
 """Names by kind: cnn, hybrid, ref (attention and MLPs alone)."""
+RESULTS = HERE / "results" / "conversion.json"
+PAGE = HERE.parent / "docs" / "convert.md"
+BEGIN, END = "<!-- coverage: written by benchmarks/conversion.py -->", "<!-- end of coverage -->"
+KINDS = {"cnn": "CNNs", "hybrid": "CNNs with attention", "ref": "transformers and MLPs"}
+MOST = 0.8
+"""The part of the multiply-adds that is to be elastic."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="such as timm:resnet18; default: all of the list")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "conversion.json")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     given = parser.parse_args(argv)
     known: dict[str, str] = json.loads(MODELS.read_text())
     warnings.filterwarnings("ignore")
-    _let_torchvision_load()
+    torch.set_num_threads(1)
+    let_torchvision_load()
     rows: dict[str, Any] = {}
     if given.out.exists() and given.names:
         rows = json.loads(given.out.read_text())["models"]
@@ -46,10 +56,47 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         made = {"hardware": hardware(), "models": rows}
         write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
+    if given.out == RESULTS:
+        write_atomic(PAGE, with_coverage(PAGE.read_text(), rows).encode())
     return 0
 
 
-def _let_torchvision_load() -> None:
+def with_coverage(page: str, rows: dict[str, Any]) -> str:
+    """The page with what was found put between its two marks."""
+    head, _, rest = page.partition(BEGIN)
+    return f"{head}{BEGIN}\n{coverage(rows)}\n{END}{rest.partition(END)[2]}"
+
+
+def coverage(rows: dict[str, Any]) -> str:
+    """What converts and what does not, in Markdown."""
+    lines = []
+    for kind, name in KINDS.items():
+        of_kind = [row for row in rows.values() if row["kind"] == kind]
+        made = [row for row in of_kind if row["converts"]]
+        most = sum(row["elastic"] >= MOST for row in made)
+        lines.append(
+            f"- {name}: {len(made)} of {len(of_kind)} convert, {most} with at least {MOST:.0%} of "
+            f"the multiply-adds in layers that can be cut"
+        )
+    seconds = [row["seconds"] for row in rows.values() if row["converts"]]
+    cnns = [row["seconds"] for row in rows.values() if row["converts"] and row["kind"] == "cnn"]
+    lines += [
+        f"- median time of a conversion on one core: {statistics.median(cnns):.1f} s for a CNN, "
+        f"{statistics.median(seconds):.1f} s for all",
+        "",
+        "| network | kind | converts | elastic | narrowest route |",
+        "|---|---|---|---|---|",
+    ]
+    for name, row in sorted(rows.items()):
+        if row["converts"]:
+            found = f"yes | {row['elastic']:.0%} | {row['narrowest']:.0%}"
+        else:
+            found = f"no: {row['reason'].replace('|', '/')} | | "
+        lines.append(f"| {name} | {row['kind']} | {found} |")
+    return "\n".join(lines)
+
+
+def let_torchvision_load() -> None:
     """Its compiled operations do not load beside every torch; no model here uses them."""
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
@@ -60,8 +107,11 @@ def _let_torchvision_load() -> None:
     globals()["_kept"] = library  # definitions go with the object
 
 
-def tried(name: str) -> dict[str, Any]:
-    """One network converted, or why not."""
+def model_of(name: str, side: int | None = None) -> tuple[torch.nn.Module, torch.Tensor]:
+    """A network in evaluation mode with random weights and fitting BN statistics, and two images.
+
+    Their side is `side` pixels if the network takes that, else the network's own.
+    """
     torch.manual_seed(0)
     kind, _, model_name = name.partition(":")
     if kind == "timm":
@@ -75,29 +125,61 @@ def tried(name: str) -> dict[str, Any]:
         model = torchvision.models.get_model(model_name, weights=None)
         size = (3, 299, 299) if model_name == "inception_v3" else (3, 224, 224)
     x = torch.randn(2, *size)
+    if side is not None and _runs(model, small := torch.randn(2, 3, side, side)):
+        x = small
+    _leave_no_constants(model)
     _fit_statistics(model, x)
-    started = time.perf_counter()
+    return model.eval(), x
+
+
+def _runs(model: torch.nn.Module, x: torch.Tensor) -> bool:
     try:
-        conversion = Conversion(model.eval(), x, name=model_name)
+        with torch.no_grad():
+            model.eval()(x)
+    except (AssertionError, IndexError, RuntimeError):
+        return False
+    return True
+
+
+def tried(name: str) -> dict[str, Any]:
+    """One network converted, or why not."""
+    model, x = model_of(name)
+    started = time.process_time()
+    try:
+        conversion = Conversion(model, x, name=name.partition(":")[2])
         spec = conversion.net().spec
     except DynaslimError as error:
         return {"converts": False, "reason": str(error)}
-    seconds = time.perf_counter() - started
+    except Exception as error:  # a mistake of ours: one network must not end the benchmark
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        reason = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
+        return {"converts": False, "wrong": True, "reason": reason}
+    seconds = time.process_time() - started
     forms = spec.costs
     trunk, widest = forms[0, 0, 0].madds, forms[1, 0, spec.num_widths - 1].madds
     return {
         "converts": True,
-        "elastic": round(conversion.elastic_share, 3),
+        "elastic": round(float(conversion.elastic_share), 3),
         "trunk": round(trunk / (trunk + widest), 3),
         "narrowest": round((trunk + forms[1, 0, 0].madds) / (trunk + widest), 3),
         "error": conversion.error,
+        "masked": conversion.masked,
         "seconds": round(seconds, 1),
     }
 
 
+def _leave_no_constants(model: torch.nn.Module) -> None:
+    """Branches that begin with a scale of zero would hide what is wrong in them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.numel() > 1 and parameter.min() == parameter.max():
+                noise = 0.1 * torch.randn_like(parameter)
+                parameter.copy_(parameter * (1 + noise) if parameter.max() else noise)
+
+
 def _fit_statistics(model: torch.nn.Module, x: torch.Tensor) -> None:
     for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
     with torch.no_grad():
         model.train()(x)

@@ -187,7 +187,7 @@ def _graph_totals(
     spec: GraphSpec, route: Route, image_size: ImageSize, slimming_heads: bool
 ) -> tuple[int, ...]:
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    spec.check_image_size(*size)
+    spec = spec.at_size(*size)
     indices = spec.segment_indices(route)
     totals = []
     for segment in spec.segments:
@@ -207,7 +207,7 @@ def segment_shapes(
         UsageError: if the route is none of the network's or the image is too small for it.
     """
     if isinstance(spec, GraphSpec):
-        spec.check_image_size(*image_size)
+        spec = spec.at_size(*image_size)
         indices = spec.segment_indices(route)
         forms = [spec.form(segment, indices) for segment in spec.segments]
         return tuple(SegmentShape(form.out, form.peak) for form in forms)

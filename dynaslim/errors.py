@@ -1,5 +1,7 @@
 """The errors a user can cause: one line each, naming the value and what would be right."""
 
+from typing import Any
+
 
 class DynaslimError(ValueError):
     """Something given to dynaslim is wrong; the message says what and what would be right.
@@ -9,11 +11,25 @@ class DynaslimError(ValueError):
 
     exit_code = 1
 
+    def __init__(self, message: str = "", **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
+        """What the message says, as data."""
+
 
 class UsageError(DynaslimError):
     """The request itself is wrong: an unknown name, a route that the network does not have."""
 
     exit_code = 2
+
+
+class ConversionError(UsageError):
+    """A model cannot be converted, because of one operation in it or one of its weights."""
+
+    def __init__(self, module: str, operation: str, reason: str) -> None:
+        parts = (module or "the model itself", operation, reason)
+        message = ": ".join(part for part in parts if part)
+        super().__init__(message, module=module, operation=operation, reason=reason)
 
 
 class CheckpointError(DynaslimError):

@@ -69,12 +69,15 @@ class TensorSpec:
     axes: tuple[Axis, ...]
     kind: str
     """`weight`, which is trained; `constant`; or `statistics` of batch normalisation."""
+    dtype: str = ""
+    """Of what is not in floating point, such as `int64`."""
 
 
 @dataclass(frozen=True)
 class Node:
     """An operation. In `args` and `kwargs`, {"node": name} and {"tensor": name} are what it reads,
-    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch.
+    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch (k: a
+    number or an axis).
     """
 
     name: str
@@ -122,6 +125,16 @@ class FormCost:
 
 
 @dataclass(frozen=True)
+class OtherSize:
+    """What is different for images of another size."""
+
+    image_size: tuple[int, int]
+    nodes: tuple[Node, ...]
+    """Operations that differ between any of the sizes."""
+    forms: tuple[FormCost, ...]
+
+
+@dataclass(frozen=True)
 class GraphSpec(Routed):
     """A converted network: what `NetSpec` is for one of the zoo.
 
@@ -150,6 +163,8 @@ class GraphSpec(Routed):
     forms: tuple[FormCost, ...]
     sorted_by: str = ""
     """What the channels were sorted by."""
+    other_sizes: tuple[OtherSize, ...] = ()
+    """Other images that it was converted for; `at_size` gives the network for them."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.num_classes, self.image_size, self.percents, self.gates))
@@ -229,10 +244,37 @@ class GraphSpec(Routed):
     def check_image_size(self, height: int, width: int) -> None:
         """Raise `UsageError` for images of another size than it was converted for."""
         if (height, width) != tuple(self.image_size):
+            others = ", ".join("{}x{}".format(*other.image_size) for other in self.other_sizes)
             raise UsageError(
                 f"image size {height}x{width} px: {self.name} was converted for "
                 f"{self.image_size[0]}x{self.image_size[1]} px"
+                f"{f'; at_size gives it for {others} px' if others else ''}"
             )
+
+    def at_size(self, height: int, width: int) -> GraphSpec:
+        """The network for images of another size that it was converted for.
+
+        Raises:
+            UsageError: for a size that it was not converted for.
+        """
+        if (height, width) == tuple(self.image_size):
+            return self
+        found = [o for o in self.other_sizes if tuple(o.image_size) == (height, width)]
+        if not found:
+            self.check_image_size(height, width)
+        own, changed = found[0], {node.name: node for node in found[0].nodes}
+        mine = OtherSize(
+            self.image_size,
+            tuple(node for node in self.nodes if node.name in changed),
+            self.forms,
+        )
+        return dataclasses.replace(
+            self,
+            image_size=own.image_size,
+            nodes=tuple(changed.get(node.name, node) for node in self.nodes),
+            forms=own.forms,
+            other_sizes=(mine, *(other for other in self.other_sizes if other is not own)),
+        )
 
     def replace(self, **changes: Any) -> GraphSpec:
         """A copy with fields replaced; `num_classes` replaces the classifier's outputs.
@@ -253,6 +295,12 @@ class GraphSpec(Routed):
                     tensors[key] = dataclasses.replace(old, axes=(rows, *old.axes[1:]))
             changes["tensors"] = tensors
             changes["forms"] = tuple(self._with_classes(form, classes) for form in self.forms)
+            changes["other_sizes"] = tuple(
+                dataclasses.replace(
+                    other, forms=tuple(self._with_classes(form, classes) for form in other.forms)
+                )
+                for other in self.other_sizes
+            )
         return dataclasses.replace(self, **changes)
 
     def _with_classes(self, form: FormCost, classes: int) -> FormCost:

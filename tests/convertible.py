@@ -134,7 +134,96 @@ class Heads(nn.Module):
         return x + self.out((v @ a.transpose(1, 2)).reshape(rows, channels, height, width))
 
 
+class Sized(nn.Module):
+    """Padding and interpolation by the size of the picture, as in TensorFlow's "same"."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.down, self.out = nn.Conv2d(width, width, 3, 2), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        sides = x.shape[2:]
+        pads = [max(0, (-(-side // 2) - 1) * 2 + 3 - side) for side in sides]
+        y = self.down(F.pad(x, (pads[1] // 2, pads[1] - pads[1] // 2, pads[0], 0)))
+        return x + self.out(F.interpolate(y, size=sides, mode="bilinear"))
+
+
+class Mixer(nn.Module):
+    """A linear layer over pixels, the same for every channel."""
+
+    def __init__(self, width, pixels):
+        super().__init__()
+        self.tokens, self.out = nn.Linear(pixels, pixels), nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.out(self.tokens(x.flatten(2)).reshape(x.shape))
+
+
+class Folded(nn.Module):
+    """Channels and rows of the batch on one axis, pixels in patches, as in MobileViT."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        rows, channels, height, width = x.shape
+        y = x.reshape(rows * channels * height // 2, 2, width // 2, 2).transpose(1, 2)
+        y = torch.tanh(y.reshape(rows, channels, height * width // 4, 4)) * 2
+        y = y.reshape(rows * channels * height // 2, width // 2, 2, 2).transpose(1, 2)
+        return x + self.out(y.reshape(rows, channels, height, width))
+
+
+class Cascade(nn.Module):
+    """Halves of the channels, the second with the attention of the first added to it."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.one, self.two = Heads(width // 2), _conv(width // 2, width // 2)
+
+    def forward(self, x):
+        one, two = x.chunk(2, 1)
+        one = self.one(one) - one
+        return torch.cat([one, self.two(two + one)], 1)
+
+
+class Windows(nn.Module):
+    """A shifted picture with a mask that is filled in place, and a permutation of its lines."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.out = nn.Conv2d(width, width, 1)
+        self.register_buffer("order", torch.tensor([3, 1, 0, 2, 7, 6, 5, 4]))
+
+    def forward(self, x):
+        mask = x.new_zeros((8, 8))
+        for part in (slice(0, 4), slice(4, None)):
+            mask[part, 2:] = 1.5
+        with torch.autocast(x.device.type, enabled=False):
+            x = torch.roll(x, (1, 1), (2, 3))[:, :, self.order]
+            return x + self.out(x * mask)
+
+
+class Token(nn.Module):
+    """A class token among the pixels."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.token, self.out = nn.Parameter(torch.randn(1, 1, width)), nn.Linear(width, width)
+
+    def forward(self, x):
+        y = torch.cat([self.token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1)
+        y = self.out(y + y.mean(1, keepdim=True))
+        return y[:, 1:].transpose(1, 2).reshape(x.shape)
+
+
 NETWORKS = {
+    "sized": lambda: Plain(_conv(16, 48, stride=2), Sized(48), _conv(48, 48)),
+    "mixer": lambda: Plain(_conv(16, 48, stride=2), Mixer(48, 64), _conv(48, 48)),
+    "folded": lambda: Plain(_conv(16, 48, stride=2), Folded(48), _conv(48, 48)),
+    "cascade": lambda: Plain(_conv(16, 48, stride=2), Cascade(48), _conv(48, 48)),
+    "windows": lambda: Plain(_conv(16, 48, stride=2), Windows(48), _conv(48, 48)),
+    "token": lambda: Plain(_conv(16, 48, stride=2), Token(48), _conv(48, 48)),
     "residual": lambda: Plain(_conv(16, 48, stride=2), Shortcut(48), Shortcut(48)),
     "attention": lambda: Plain(_conv(16, 48, stride=2), Attention(48), Shortcut(48)),
     "dense": lambda: Plain(_conv(16, 24, stride=2), Dense(24, 12)),

@@ -15,8 +15,8 @@ PACKAGE = Path(dynaslim.__file__).parent
 ROOMS = [
     "version", "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec",
     "cascade_spec", "graph", "shipped",
-    "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "conversion", "checkpoint", "data",
-    "runtime", "predict",
+    "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint", "data",
+    "runtime", "conversion", "predict",
     "predict_tables", "predict_ray", "evaluation",
     "train", "bench", "interop", "runs", "report", "serve", "demo", "adaptation",
     "doctor", "cli", "__main__",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim._files import check_writable
-from dynaslim.cli.output import print_json, say
+from dynaslim.cli.output import errors_as_data, print_json, say
 from dynaslim.errors import UsageError, check
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def convert(
     widths: str = "0.25,0.5,0.75,1",
     gate_at: str = "",
     protect: str = "",
+    other_sizes: str = "",
+    importance: str | None = None,
     json: bool = False,
 ) -> None:
     """Make a dynamic slimmable network of a trained convolutional one.
@@ -54,13 +56,59 @@ def convert(
         gate_at: Modules behind which gates are put, separated by commas. Default: one gate, where
             most multiply-adds can be saved.
         protect: Modules whose channels stay whole, separated by commas.
+        other_sizes: Further sides in pixels of images that the network is for, such as 128,160.
+        importance: What sorts the channels: activation (of the data), bn or weight. Default:
+            activation with data, else bn.
         json: Print one JSON object.
     """
-    check_writable(out)
+    with errors_as_data(json):
+        check_writable(out)
+        shown = _converted(
+            model, out, weights, data, split, image_size, num_classes, widths, gate_at, protect,
+            other_sizes, importance,
+        )  # fmt: skip
+    if json:
+        print_json(shown)
+        return
+    say(
+        f"{out}: {shown['model']}, {shown['params'] / 1e6:.2f} M parameters, "
+        f"{shown['num_classes']} classes"
+    )
+    say(
+        f"gate behind {', '.join(shown['gates_behind'])}; {shown['groups']} groups of channels, "
+        f"sorted by {shown['sorted_by']}"
+    )
+    most = shown["routes"][-1]["madds"]
+    for route in shown["routes"]:
+        name, madds = "-".join(map(str, route["widths"])), route["madds"]
+        say(f"route {name}: {madds / 1e6:.1f} M multiply-adds, {madds / most:.0%}")
+    for place, reason in shown["whole"].items():
+        say(f"whole: {place}: {reason}")
+    error = shown["relative_error"]
+    say(f"at full width it answers as the model does, to {error:.0e} of the largest")
+
+
+def _converted(
+    model: str,
+    out: Path,
+    weights: Path | None,
+    data: str | None,
+    split: str,
+    image_size: int | None,
+    num_classes: int | None,
+    widths: str,
+    gate_at: str,
+    protect: str,
+    other_sizes: str,
+    importance: Any,
+) -> dict[str, Any]:
+    """Convert and write a model; returns what was made of it."""
     try:
         shares = tuple(float(part) for part in widths.split(","))
     except ValueError:
         raise UsageError(f"--widths {widths}: expected numbers such as 0.25,0.5,1") from None
+    sides = [int(part) if part.isdigit() else 0 for part in _names(other_sizes)]
+    check(all(sides), f"--other-sizes {other_sizes}: expected sides in pixels such as 128,160")
 
     import torch
 
@@ -76,39 +124,28 @@ def convert(
     conversion = Conversion(
         source.model, example, shares, _names(gate_at), _names(protect), source.name
     )
-    net = conversion.net(None if data is None else _images(data, split, pre))
+    images = None if data is None else _images(data, split, pre)
+    net = conversion.net(images, [(other, other) for other in sides], importance)
     spec = net.spec
     save(out, Checkpoint(net=net, preprocessing=pre))
-    costs = [madds(spec, route, side) for route in spec.routes]
-    shown = {
+    return {
         "out": str(out),
         "model": spec.name,
         "num_classes": spec.num_classes,
         "image_size_px": side,
+        "other_sizes_px": sides,
         "params": params(spec),
         "gates_behind": list(spec.cuts),
         "groups": len(spec.groups),
         "sorted_by": spec.sorted_by,
         "routes": [
-            {"widths": list(route.widths), "madds": cost}
-            for route, cost in zip(spec.routes, costs, strict=True)
+            {"widths": list(route.widths), "madds": madds(spec, route, side)}
+            for route in spec.routes
         ],
+        "elastic_share": round(float(conversion.elastic_share), 3),
         "whole": conversion.whole(),
         "relative_error": conversion.error,
     }
-    if json:
-        print_json(shown)
-        return
-    say(f"{out}: {spec.name}, {params(spec) / 1e6:.2f} M parameters, {spec.num_classes} classes")
-    say(
-        f"gate behind {', '.join(spec.cuts)}; {len(spec.groups)} groups of channels, sorted by "
-        f"{spec.sorted_by}"
-    )
-    for route, cost in zip(spec.routes, costs, strict=True):
-        say(f"route {route}: {cost / 1e6:.1f} M multiply-adds, {cost / costs[-1]:.0%}")
-    for place, reason in conversion.whole().items():
-        say(f"whole: {place}: {reason}")
-    say(f"at full width it answers as the model does, to {conversion.error:.0e} of the largest")
 
 
 def _names(text: str) -> list[str]:

@@ -6,11 +6,13 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dynaslim._files import is_shown
 from dynaslim.data.skipped import report_lines
+from dynaslim.errors import DynaslimError
 
 if TYPE_CHECKING:
     from dynaslim.evaluation import Evaluation
@@ -191,6 +193,17 @@ def printable(text: str) -> str:
 def print_json(value: object) -> None:
     """Print one JSON value to standard output."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+@contextmanager
+def errors_as_data(json: bool) -> Iterator[None]:
+    """With --json, what is wrong is one JSON object too; it is raised all the same."""
+    try:
+        yield
+    except DynaslimError as error:
+        if json:
+            print_json({"error": str(error), **error.details})
+        raise
 
 
 def fail(message: str, code: int) -> int:

@@ -8,7 +8,7 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from dynaslim.conversion.capture import (
     where,
 )
 from dynaslim.conversion.channels import FIXED, NORMALISING, POINTWISE, Analysis, Value
+from dynaslim.conversion.verify import refuse_at, verify_whole, verify_widths
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import (
     WHOLE,
@@ -32,6 +33,7 @@ from dynaslim.graph import (
     GraphSpec,
     Group,
     Node,
+    OtherSize,
     TensorSpec,
     kept_count,
     references,
@@ -39,11 +41,9 @@ from dynaslim.graph import (
 from dynaslim.nn.graph_net import IMAGE, GraphNet, Step
 from dynaslim.spec import GateSpec
 
-Importance = Literal["activation", "statistics", "weight", "none"]
+Importance = Literal["activation", "bn", "weight"]
 TRUNK: Final = 1 / 3
 """Part of the multiply-adds that lies before the gate, unless told otherwise."""
-TOLERANCE: Final = 1e-5
-"""Of answers at full width, relative to the largest."""
 MULTIPLE: Final = 8
 """Channels that widths are rounded to."""
 _PASSED: Final = frozenset(
@@ -63,20 +63,25 @@ def convert(
     gate_at: Sequence[str] = (),
     protect: Sequence[str] = (),
     name: str | None = None,
+    other_sizes: Sequence[tuple[int, int]] = (),
+    importance: Importance | None = None,
 ) -> GraphNet:
     """A dynamic slimmable network that answers as `model` does at full width.
 
     `example` are images (B, C, H, W) such as the model takes, of the size that it will run on.
     `widths` are the shares of channels behind the gate, rising to 1. Channels are sorted by
-    importance over `images`, batches of network inputs; without them, by what batch
-    normalisation says of the activations. `gate_at` names modules behind which gates are put: by
+    importance over `images`, batches of network inputs; without them, by the scale and shift of
+    batch normalisation. `importance` names the rule: `activation`, `bn`, or `weight`, the norm of
+    the weights alone. `gate_at` names modules behind which gates are put: by
     default one, where about a third of the multiply-adds lie before it. The channels of modules
-    that begin with a name of `protect` stay whole.
+    that begin with a name of `protect` stay whole. `other_sizes` are further (height, width) in
+    pixels of images that `net.at_size` is to give the network for.
 
     Raises:
         UsageError: if the model cannot be converted; the message names the place and the reason.
     """
-    return Conversion(model, example, widths, gate_at, protect, name).net(images)
+    conversion = Conversion(model, example, widths, gate_at, protect, name)
+    return conversion.net(images, other_sizes, importance)
 
 
 class Conversion:
@@ -90,11 +95,14 @@ class Conversion:
         gate_at: Sequence[str] = (),
         protect: Sequence[str] = (),
         name: str | None = None,
+        *,
+        cuts: Sequence[str] = (),
     ) -> None:
         rising = all(a < b for a, b in itertools.pairwise(widths))
         if not (widths and rising and widths[0] > 0 and widths[-1] == 1):
             raise UsageError(f"widths {tuple(widths)}: expected shares that rise to 1")
         self.model, self.example, self.widths = model, example, tuple(widths)
+        self.protect = tuple(protect)
         self.name = name or type(model).__name__.lower()
         self.captured = capture(model, example)
         self.analysis = Analysis(self.captured)
@@ -103,7 +111,9 @@ class Conversion:
         self.elastic_share = self._elastic_share()
         """Part of the multiply-adds whose layers have at least one side that could be cut."""
         self.position = {node: number for number, node in enumerate(self.captured.nodes)}
-        self.cuts = self._cuts(gate_at)
+        self.cuts = [node for node in self.captured.nodes if node.name in cuts]
+        if not cuts:
+            self.cuts = self._cuts(gate_at)
         self._keep_trunk_whole()
         self._find_groups()
 
@@ -151,7 +161,7 @@ class Conversion:
                     n for n in crossing if where(n) == path or where(n).startswith(path + ".")
                 ]
                 if not inside:
-                    places = list(dict.fromkeys(where(n) for n in crossing))
+                    places = list(dict.fromkeys(where(n) for n in crossing if where(n)))
                     raise UsageError(
                         f"gate at {path!r}: no single feature map leaves it; a gate can be behind "
                         f"{', '.join(places[:40])}"
@@ -340,8 +350,15 @@ class Conversion:
 
     # -- order --------------------------------------------------------------------------------
 
-    def importance(self, images: Iterable[Tensor] | None) -> tuple[np.ndarray, str]:
+    def importance(
+        self, images: Iterable[Tensor] | None, rule: Importance | None = None
+    ) -> tuple[np.ndarray, str]:
         """Of every root: root mean square of its activation times the norm of what reads it."""
+        rules = (None, *get_args(Importance))
+        check(rule in rules, f"importance {rule!r}: expected one of {', '.join(rules[1:])}")
+        check(rule != "activation" or images is not None, "importance activation: needs images")
+        if rule is not None and rule != "activation":
+            images = None
         labels, tensors, names = self.analysis.labels, self.captured.tensors, self.captured.names
         readers = []
         for node in self.captured.nodes:
@@ -369,8 +386,8 @@ class Conversion:
             check(count > 0, "images: there are none to sort channels by")
             power = {node: (total / count).sqrt() for node, total in power.items()}
         else:
-            how = "statistics"
-            spread = self._from_statistics()
+            how = "weight" if rule == "weight" else "statistics"
+            spread = np.ones(len(labels)) if rule == "weight" else self._from_statistics()
         found = np.zeros(len(labels))
         for node, weight, axis, roots in readers:
             tensor = tensors[weight].detach().float().transpose(0, axis).flatten(1)
@@ -403,9 +420,15 @@ class Conversion:
 
     @torch.no_grad()
     def run(
-        self, x: Tensor, watch: Mapping[fx.Node, Callable[[fx.Node, Any], None]] | None = None
+        self,
+        x: Tensor,
+        watch: Mapping[fx.Node, Callable[[fx.Node, Any], None]] | None = None,
+        after: Callable[[fx.Node, Any], None] | None = None,
     ) -> Tensor:
-        """The captured model on images, its operations one after the other."""
+        """The captured model on images, its operations one after the other.
+
+        `watch` is called with what the operations in it are given, `after` with every result.
+        """
         results: dict[fx.Node, Any] = {self.captured.image: x}
         rows = len(x)
         for node, name in self.captured.names.items():
@@ -421,6 +444,8 @@ class Conversion:
                     [rows * r if r else n for n, r in zip(value.shape, value.rows, strict=True)],
                 )
             results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if after is not None:
+                after(node, results[node])
         found: Tensor = results[self.captured.output]
         return found
 
@@ -446,7 +471,8 @@ class Conversion:
                     at = at[np.argsort(unit[at], kind="stable")]
                     table = at.reshape(len(np.unique(unit[at])), -1)
                     present = np.unique(unit[at])
-                    assert len(present) == len(new_place[g]), "a group in part"
+                    if len(present) != len(new_place[g]):
+                        raise UsageError(f"{name}: reads a part of the channels that go together")
                     index[table] = table[new_place[g]]
                 made[name] = made[name].index_select(axis, torch.from_numpy(index))
         return made
@@ -456,7 +482,10 @@ class Conversion:
     def _sizes(self, value: Value) -> list[Any]:
         found: list[Any] = []
         for axis, (size, rows) in enumerate(zip(value.shape, value.rows, strict=True)):
-            if rows:
+            if rows and axis == value.axis:
+                vector = value.labels.reshape(-1)[: size // BATCH]
+                found.append({"rows": self.axis(vector)})
+            elif rows:
                 found.append({"rows": rows})
             elif axis == value.axis:
                 found.append({"axis": self.axis(value.labels.reshape(-1))})
@@ -532,6 +561,8 @@ class Conversion:
         elif kind == "layer_norm":
             dims = len(given["normalized_shape"])
             put("normalized_shape", self._sizes(analysis.value(given["input"]))[-dims:])
+        elif kind == "repeat" and analysis.value(node.args[0]).rows != analysis.value(node).rows:
+            put("repeats", [{"rows": 1}, *given["repeats"][1:]])
         elif kind == "slice":
             source = analysis.value(given["self"])
             dim = given["dim"] % len(source.shape)
@@ -555,7 +586,7 @@ class Conversion:
     # -- all together -------------------------------------------------------------------------
 
     def spec(self, sorted_by: str) -> GraphSpec:
-        """The network without its weights."""
+        """The network without its weights and costs."""
         captured = self.captured
         nodes = self._nodes()
         used = {name for node in nodes for name in _tensors((node.args, node.kwargs))}
@@ -576,7 +607,8 @@ class Conversion:
             kind = "statistics" if name in statistics else "constant"
             if name in captured.trained:
                 kind = "weight"
-            tensors[name] = TensorSpec(tuple(axes), kind)
+            dtype = "" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+            tensors[name] = TensorSpec(tuple(axes), kind, dtype)
         out = shape_of(captured.output)
         check(len(out) == 2, f"{self.name}: gives {out[1:]} for an image, expected class logits")
         channels = int(self.example.shape[1])
@@ -589,7 +621,7 @@ class Conversion:
             if value.axis == 1:
                 vector = value.labels.reshape(-1)
             cut_axes.append(self.axis(vector))
-        spec = GraphSpec(
+        return GraphSpec(
             name=self.name,
             num_classes=out[1],
             in_channels=channels,
@@ -606,44 +638,77 @@ class Conversion:
             forms=(),
             sorted_by=sorted_by,
         )
-        return replace(spec, forms=tuple(form_costs(spec)))
 
     def whole(self) -> dict[str, str]:
         """Modules behind the first gate whose channels stay whole for a reason, and the reason."""
         found: dict[str, str] = {}
         for node, reason in self.analysis.fixed_because.items():
             if self.segment_of(node) and node is not self.captured.output:
-                found.setdefault(where(node), reason)
+                found.setdefault(where(node) or "the model itself", reason)
         return found
 
-    def net(self, images: Iterable[Tensor] | None = None) -> GraphNet:
-        """The converted network, verified against the model at full width.
+    def net(
+        self,
+        images: Iterable[Tensor] | None = None,
+        other_sizes: Sequence[tuple[int, int]] = (),
+        importance: Importance | None = None,
+    ) -> GraphNet:
+        """The converted network, verified against the model and at every width and size.
 
         Raises:
-            UsageError: if their answers differ by more than 1e-5 of the largest.
+            UsageError: if it is not the same; the message names the operation.
         """
-        importance, how = self.importance(images)
+        order, how = self.importance(images, importance)
         net = GraphNet(self.spec(how))
-        load_weights(net, self._sorted(importance))
+        load_weights(net, self._sorted(order))
         net.eval()
-        x = torch.cat([self.example, self.example.flip(3), self.example.flip(2)])[: BATCH + 1]
-        error = _difference(self.model, net, x)
-        if error > TOLERANCE:  # the order of sums rounds otherwise: what is left in double is wrong
-            twice = copy.deepcopy(self.model).double(), copy.deepcopy(net).double()
-            error = _difference(*twice, x.double())
-        if not error <= TOLERANCE:
-            raise UsageError(
-                f"{self.name}: at full width the converted network differs from the model by "
-                f"{error:.1e} of the largest answer: it is not to be used"
+        self._verify(net)
+        twins = [self._at_size(size, net) for size in other_sizes]
+        changed = {
+            node.name
+            for twin in twins
+            for node, other in zip(net.spec.nodes, twin.nodes, strict=True)
+            if node != other
+        }
+        others = tuple(
+            OtherSize(
+                twin.image_size, tuple(n for n in twin.nodes if n.name in changed), twin.forms
             )
-        self.error = error
+            for twin in twins
+        )
+        net.spec = replace(net.spec, other_sizes=others)
         return net
 
+    def _verify(self, net: GraphNet) -> None:
+        x = torch.cat([self.example, self.example.flip(3), self.example.flip(2)])[:3]
+        self.error = verify_whole(self, net, x)
+        runs = list(form_costs(net, x[:1]))
+        net.spec = replace(net.spec, forms=tuple(cost for cost, _, _ in runs))
+        self.masked = verify_widths(self, net, x[:2], runs)
 
-@torch.no_grad()
-def _difference(model: nn.Module, net: GraphNet, x: Tensor) -> float:
-    expected, got = model(x), net(x, net.spec.largest)
-    return float((expected - got).abs().max() / expected.abs().max().clamp_min(1e-12))
+    def _at_size(self, size: tuple[int, int], net: GraphNet) -> GraphSpec:
+        """The network for images of another size, verified like this one."""
+        height, width = size
+        example = nn.functional.interpolate(self.example, size, mode="bilinear")
+        other = Conversion(
+            self.model, example, self.widths, (), self.protect, self.name, cuts=net.spec.cuts
+        )
+        spec = other.spec(net.spec.sorted_by)
+        reason = f"{self.name}: at {height}x{width} px it is another network"
+        pairs = itertools.zip_longest(spec.nodes, net.spec.nodes)
+        for its, own in pairs:
+            if its is None or own is None or (its.name, its.op) != (own.name, own.op):
+                raise refuse_at(its or own, f"{reason}: its operations differ")
+        for name, tensor in net.spec.tensors.items():
+            found = other.captured.tensors.get(name)
+            same = found is not None and torch.equal(found, self.captured.tensors[name])
+            check(same and spec.tensors.get(name) == tensor, f"{reason}: {name} differs")
+        same = spec.groups == net.spec.groups and spec.tensors == net.spec.tensors
+        check(same, f"{reason}: its groups of channels differ")
+        twin = copy.copy(net)
+        twin.spec = spec
+        other._verify(twin)
+        return twin.spec
 
 
 def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:
@@ -657,19 +722,30 @@ def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:
     net.load_state_dict(own)
 
 
-def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
-    """Costs of every segment at every width, from shapes alone."""
-    net = GraphNet(spec, device="meta").eval()
+def form_costs(net: GraphNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tensor]]:
+    """Every segment at every width: its cost, what it takes of one image (1, C, H, W), and gives.
+
+    Raises:
+        UsageError: if one does not run; the message names the operation.
+    """
+    spec = net.spec
     inputs: dict[tuple[int, int], Tensor] = {}
-    image = torch.empty(1, spec.in_channels, *spec.image_size, device="meta")
     whole = range(spec.num_widths)
     for segment in range(spec.num_segments):
         for before in whole if segment > 1 else (0,):
-            x = image if segment == 0 else inputs[segment - 1, before]
+            into = x if segment == 0 else inputs[segment - 1, before]
             for choice in whole if segment else (0,):
                 counted = _Counter()
-                with torch.no_grad():
-                    out = net.run_segment(segment, x, before, choice, watch=counted)
+                try:
+                    with torch.no_grad():
+                        out = net.run_segment(segment, into, before, choice, watch=counted)
+                except Exception as error:  # of any operation
+                    mine = (node for node in spec.nodes if node.segment == segment)
+                    raise refuse_at(
+                        next(node for node in mine if node.name not in counted.done),
+                        f"does not run at {spec.percents[choice]} % of the channels: "
+                        f"{str(error).splitlines()[0]}",
+                    ) from None
                 inputs.setdefault((segment, choice), out)
                 madds = counted.madds
                 if segment < len(spec.gates):
@@ -677,7 +753,7 @@ def form_costs(spec: GraphSpec) -> Iterable[FormCost]:
                 last = segment == len(spec.gates)
                 size = (spec.num_classes, 1, 1) if last else (*out.shape[1:4],)
                 paid = (madds, counted.params)
-                yield FormCost(segment, before, choice, *paid, size, counted.peak)
+                yield FormCost(segment, before, choice, *paid, size, counted.peak), into, out
 
 
 class _Counter:
@@ -685,8 +761,10 @@ class _Counter:
 
     def __init__(self) -> None:
         self.madds = self.params = self.peak = 0
+        self.done: set[str] = set()
 
     def __call__(self, step: Step, args: Sequence[Any], result: Any) -> None:
+        self.done.add(step.name)
         for tensor in (a for a in args[1:] if isinstance(a, Tensor)):
             self.params += tensor.numel()
         if not isinstance(result, Tensor):

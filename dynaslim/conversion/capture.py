@@ -7,17 +7,18 @@ parameter; operations in place become ordinary ones.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
 
-from dynaslim.errors import UsageError
+from dynaslim.errors import ConversionError, UsageError
 
-BATCH: Final = 2
-"""Rows of the example that a model is captured with: axes that hold them are found by it."""
+CALL: Final = "call_function"
+BATCH: Final = 7
+"""Rows that a model is captured with: a size that is seldom that of another axis."""
 
 
 @dataclass
@@ -42,12 +43,12 @@ def where(node: fx.Node) -> str:
     """The path of the module that an operation belongs to."""
     stack = node.meta.get("nn_module_stack") or {}
     paths = [str(path) for path, _ in stack.values()]
-    return (paths[-1] if paths else "") or "the model itself"
+    return paths[-1] if paths else ""
 
 
-def refuse(node: fx.Node, reason: str) -> UsageError:
+def refuse(node: fx.Node, reason: str) -> ConversionError:
     """An error that names an operation and its place in the model."""
-    return UsageError(f"{where(node)}: {operation(node)}: {reason}")
+    return ConversionError(where(node), operation(node), reason)
 
 
 def operation(node: fx.Node) -> str:
@@ -69,29 +70,42 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
     """
     for name, module in model.named_modules():
         if module.training:
-            raise UsageError(f"{name or 'model'}: in training mode; call model.eval() first")
+            raise ConversionError(name, "", "in training mode; call model.eval() first")
     for name, value in (*model.named_parameters(), *model.named_buffers()):
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise UsageError(f"{name}: has values that are not finite")
+            raise ConversionError(name, "", "has values that are not finite")
     if example.ndim != 4 or not len(example):
         raise UsageError(f"example of shape {tuple(example.shape)}: expected (rows, C, H, W)")
-    x = example[:1].expand(BATCH, -1, -1, -1).contiguous()
     try:
         with torch.no_grad():
-            model(x)
+            model(example[:1])
     except Exception as error:  # whatever the user's code raises
-        raise UsageError(
-            f"the model does not run on an example of shape {tuple(example.shape)}: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
+        reason = f"does not run on an example of shape {tuple(example.shape)}"
+        raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
+    x = example[:1].expand(BATCH, -1, -1, -1).contiguous()
     try:
         with torch.no_grad():
             program = torch.export.export(model, (x,), strict=False)
     except Exception as error:  # torch.export raises many kinds
-        raise UsageError(
-            f"the model cannot be captured by torch.export: {str(error).splitlines()[0]}"
-        ) from None
+        reason = "cannot be captured by torch.export"
+        if "DataDependent" in type(error).__name__:
+            reason = "which operations run depends on values of the image; it " + reason
+        raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
     return _flat(program)
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _module(model: nn.Module, error: Exception) -> str:
+    """The path of the innermost module whose code raised an error."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    found, frame = "", error.__traceback__
+    while frame is not None:
+        found = paths.get(id(frame.tb_frame.f_locals.get("self")), found)
+        frame = frame.tb_next
+    return found
 
 
 def _flat(program: torch.export.ExportedProgram) -> Captured:
@@ -113,68 +127,126 @@ def _flat(program: torch.export.ExportedProgram) -> Captured:
     image: fx.Node | None = None
     nodes: list[fx.Node] = []
     graph = program.graph
-    _out_of_place(graph)
+    _without_contexts(program.graph_module)
+    values: dict[fx.Node, Any] = {}
     for node in list(graph.nodes):
         if node.op == "placeholder":
             if node.name in lifted:
                 names[node] = lifted[node.name]
+                values[node] = tensors[names[node]]
             else:
                 image = node
-        elif node.op == "call_function":
+        elif node.op == CALL:
             if str(node.target).startswith("aten._assert") or operation(node) in SKIPPED:
                 continue
-            if all(n in names for n in node.all_input_nodes):
-                _fold(node, tensors, names, trained)
+            constant = all(n in values for n in node.all_input_nodes)
+            if operation(node) in FILLED or (constant and not _spread(node)):
+                values[node] = _computed(node, values)
             else:
                 nodes.append(node)
+    _out_of_place(graph, values)
     assert image is not None
     (output,) = (node for node in graph.nodes if node.op == "output")
     (result,) = output.args[0]
     live = set(_needed(result))
     nodes = [node for node in nodes if node in live]
+    for node in {n for other in nodes for n in other.all_input_nodes if n in values}:
+        if node not in names:
+            _keep(node, values[node], tensors, names, trained)
     return Captured(nodes, image, result, tensors, trained, names)
 
 
 SKIPPED: Final = ("_assert_tensor_metadata", "sym_constrain_range_for_size", "_assert_scalar")
+FILLED: Final = (
+    "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
+)  # fmt: skip
+"""Operations that take a tensor's shape and type, not its values."""
 
 
-def _needed(result: fx.Node) -> Iterator[fx.Node]:
+def _without_contexts(module: fx.GraphModule) -> None:
+    """Put operations that run under a context (autocast, no_grad) where the context stood."""
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op != CALL or str(node.target) not in CONTEXTS:
+            continue
+        at = next(n for n, a in enumerate(node.args) if getattr(a, "op", "") == "get_attr")
+        if "autocast" in str(node.target) and node.args[2]:
+            raise refuse(node, "runs in reduced precision (autocast)")
+        inner = getattr(module, node.args[at].target)
+        _without_contexts(inner)
+        given = iter(node.args[at + 1 :])
+        places = {n: next(given) for n in inner.graph.nodes if n.op == "placeholder"}
+        with graph.inserting_before(node):
+            results: Any = graph.graph_copy(inner.graph, places)
+        for user in list(node.users):
+            assert operation(user) == "getitem"
+            number: Any = user.args[1]
+            user.replace_all_uses_with(results[number])
+            graph.erase_node(user)
+        graph.erase_node(node)
+
+
+CONTEXTS: Final = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
+
+
+def _needed(result: fx.Node, last: Sequence[str] = ()) -> Iterator[fx.Node]:
+    """An operation and all that it needs, up to operations of `last`."""
     seen, left = {result}, [result]
     while left:
         node = left.pop()
         yield node
+        if node.op == CALL and operation(node) in last:
+            continue
         for other in node.all_input_nodes:
             if other not in seen:
                 seen.add(other)
                 left.append(other)
 
 
-def _fold(
-    node: fx.Node, tensors: dict[str, Tensor], names: dict[fx.Node, str], trained: set[str]
-) -> None:
-    """Compute what depends on parameters alone."""
+def _spread(node: fx.Node) -> bool:
+    """Whether a parameter is repeated for every row of the batch (a class token)."""
+    if operation(node) not in ("expand", "repeat"):
+        return False
+    before = shape_of(node.all_input_nodes[0])
+    return shape_of(node)[0] == BATCH and (len(before) < len(shape_of(node)) or before[0] == 1)
 
-    def value(argument: fx.Node) -> Tensor:
-        return tensors[names[argument]]
 
+def _computed(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    """What depends on parameters and sizes alone; in place on the tensors, as the model does it."""
+
+    def value(argument: fx.Node) -> Any:
+        if argument in values:
+            return values[argument]
+        return torch.empty(shape_of(argument), dtype=argument.meta["val"].dtype)
+
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable and _base(node.all_input_nodes[0]).op != CALL:
+        raise refuse(node, "changes a parameter")
     args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), value)
     with torch.no_grad():
-        made = node.target(*args, **kwargs)  # type: ignore[operator]
-    base = next((names[n] for n in node.all_input_nodes), "constant")
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _keep(
+    node: fx.Node, made: Any, tensors: dict[str, Tensor], names: dict[fx.Node, str],
+    trained: set[str],
+) -> None:  # fmt: skip
+    """Make a parameter or constant of what was computed."""
     if not isinstance(made, Tensor):
         raise refuse(node, "computes several values of parameters alone")
-    name = f"{base}_{node.name}"
-    tensors[name] = made
+    sources = [names[n] for n in _needed(node, FILLED) if n in names]
+    name = f"{next(iter(sources), 'constant')}_{node.name}"
+    tensors[name] = made.detach().clone()
     names[node] = name
-    if any(names[n] in trained for n in node.all_input_nodes):
+    if made.is_floating_point() and any(source in trained for source in sources):
         trained.add(name)
 
 
-def _out_of_place(graph: fx.Graph) -> None:
+def _out_of_place(graph: fx.Graph, constant: Mapping[fx.Node, Any]) -> None:
     """Let everything behind an operation in place read its result, not what it overwrote."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        if node.op != "call_function":
+        if node.op != CALL or node in constant:
             continue
         schema = getattr(node.target, "_schema", None)
         if schema is None or not schema.is_mutable:
@@ -198,7 +270,7 @@ VIEWS: Final = (
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.op == "call_function" and operation(node) in VIEWS
+    return node.op == CALL and operation(node) in VIEWS
 
 
 def _base(node: fx.Node) -> fx.Node:

@@ -8,7 +8,6 @@ refused.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -24,6 +23,7 @@ from dynaslim.conversion.capture import (
     operation,
     refuse,
     shape_of,
+    where,
 )
 
 FIXED: Final = 0
@@ -50,12 +50,13 @@ MOVING: Final = frozenset(
     view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice
     select narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack
     expand expand_as repeat roll flip pixel_shuffle pixel_unshuffle channel_shuffle unfold
-    movedim swapaxes view_as reshape_as
+    movedim swapaxes view_as reshape_as index
     """.split()  # noqa: SIM905
 )
 SPATIAL: Final = frozenset(
     """
-    max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d
+    max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool2d avg_pool2d
+    adaptive_avg_pool2d adaptive_max_pool2d max_pool3d avg_pool3d upsample_nearest2d
     upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d reflection_pad2d
     replication_pad2d pad constant_pad_nd lp_pool2d
     """.split()  # noqa: SIM905
@@ -67,7 +68,7 @@ REDUCING: Final = frozenset(
 )
 CONVOLVING: Final = frozenset(
     """
-    conv1d conv2d conv_transpose2d
+    conv1d conv2d conv3d conv_transpose2d
     """.split()  # noqa: SIM905
 )
 NORMALISING: Final = frozenset(
@@ -156,6 +157,8 @@ class Analysis:
             name: [None] * tensor.ndim for name, tensor in captured.tensors.items()
         }
         self.fixed_because: dict[fx.Node, str] = {}
+        self.readers: dict[Any, fx.Node] = {}
+        """The layer of each weight."""
         self.made: list[tuple[fx.Node, np.ndarray]] = []
         """Operations whose outputs are channels of their own, and the labels of these."""
         shape = shape_of(captured.image)
@@ -215,7 +218,11 @@ class Analysis:
         kind = operation(node)
         for names, rule in self._rules():
             if kind in names:
-                return rule(node)
+                try:
+                    return rule(node)
+                except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:
+                    reason = str(error).partition("\n")[0]
+                    raise refuse(node, f"its channels cannot be followed: {reason}") from None
         raise refuse(node, "not an operation that can be converted")
 
     def _rules(self) -> Sequence[tuple[frozenset[str], Callable[[fx.Node], Value | list[Value]]]]:
@@ -245,6 +252,11 @@ class Analysis:
         return labels
 
     def _parameter(self, node: fx.Node, argument: Any, what: str) -> fx.Node:
+        first = self.readers.setdefault(argument, node)
+        if first is not node:
+            raise refuse(
+                node, f"shares its {what} with {where(first) or 'the model'}: tied weights"
+            )
         if argument not in self.captured.names:
             raise refuse(node, f"its {what} is computed from the image (as in CondConv)")
         assert isinstance(argument, fx.Node)
@@ -289,16 +301,18 @@ class Analysis:
     def _linear(self, node: fx.Node) -> Value:
         given = arguments(node)
         x, weight = given["input"], self._parameter(node, given["weight"], "weight")
-        self.use(weight, 1, self.along(x, -1, "a linear layer on an axis beside the channels"))
-        shape = shape_of(node)
-        out = self._fresh(node, shape[-1])
+        before, shape = self.value(x), shape_of(node)
+        beside = before.axis not in (None, len(shape) - 1)
+        # beside the channels: it mixes positions, the same way for each of them
+        out = self._fresh(node, shape[-1], least=shape[-1] + 1 if beside else LEAST)
+        self.use(
+            weight, 1, np.zeros(before.shape[-1], np.int64) if beside else self.along(x, -1, "")
+        )
         self.use(weight, 0, out)
         if given["bias"] is not None:
             self.use(self._parameter(node, given["bias"], "bias"), 0, out)
-        before = self.value(x)
-        if before.axis not in (None, len(shape) - 1):
-            # mixes positions and leaves the channels alone: they were fixed
-            return self._made(node, len(shape) - 1, np.zeros(shape[-1], np.int64), before.rows)
+        if beside:
+            return Value(shape, before.labels, before.rows)
         return self._made(node, len(shape) - 1, out, before.rows)
 
     def _normalisation(self, node: fx.Node) -> Value:
@@ -348,15 +362,12 @@ class Analysis:
 
     def _united(self, a: Value, b: Value, shape: tuple[int, ...]) -> Value:
         rows = tuple(max(x, y) for x, y in zip(a.rows, b.rows, strict=True))
-        for one, other in ((a, b), (b, a)):
-            axis = one.axis
-            # labels along an axis that the other has too, but without labels: they stay whole
-            if axis is not None and other.shape[axis] > 1 and other.axis is None:
-                roots = self.labels.roots(other.labels)
-                if (roots == FIXED).all():
-                    self.labels.fix(one.labels)
         left, right = np.broadcast_arrays(a.labels, b.labels)
         both = (left != FIXED) & (right != FIXED)
+        for one, other in ((a, b), (b, a)):
+            # positions that stay whole keep those whole that they are combined with
+            if one.axis is not None and other.shape[one.axis] > 1:
+                both[:] = True
         if both.any():
             self.labels.unite(left[both], right[both])
         made = Value(shape, np.where(left != FIXED, left, right), rows)
@@ -366,12 +377,15 @@ class Analysis:
         self, node: fx.Node, parameter: fx.Node, value: Value, shape: tuple[int, ...]
     ) -> None:
         """A parameter that is added or multiplied element by element."""
-        tensor = self.captured.tensors[self.captured.names[parameter]]
+        name = self.captured.names[parameter]
+        tensor = self.captured.tensors[name]
         lead = len(shape) - tensor.ndim
+        if lead == 0 and value.rows[0] and len(tensor) > 1:  # made for each row of the example
+            if len(parameter.users) > 1 or bool((tensor != tensor[:1]).any()):
+                raise refuse(node, "a constant with a value for every row of the batch")
+            tensor = self.captured.tensors[name] = tensor[:1].clone()
         for axis, size in enumerate(tensor.shape):
             at = lead + axis
-            if value.rows[at] and size > 1:
-                raise refuse(node, "a constant with a value for every row of the batch")
             if size > 1 and value.axis == at:
                 self.use(parameter, axis, value.labels.reshape(-1))
 
@@ -398,7 +412,8 @@ class Analysis:
                 )
                 return self._made(node, axis, labels, value.rows)  # type: ignore[arg-type]
             return Value(shape, value.labels, value.rows)
-        if value.axis is not None and value.axis >= len(shape) - 2:
+        spatial = 1 if "1d" in operation(node) else 3 if "3d" in operation(node) else 2
+        if value.axis is not None and value.axis >= len(shape) - spatial:
             self.fix(x, f"{operation(node)} along an axis that holds channels")
             return Value(shape, np.zeros((1,) * len(shape), np.int64), value.rows)
         return Value(shape, value.labels, value.rows)
@@ -409,6 +424,9 @@ class Analysis:
             assert isinstance(source, list)
             return source[node.args[1]]  # type: ignore[index]
 
+        if operation(node) in ("expand", "repeat") and node.args[0] in self.captured.names:
+            shape = shape_of(node)
+            return Value(shape, np.zeros((1,) * len(shape), np.int64), (1, *[0] * (len(shape) - 1)))
         self._fix_if_picked(node)
 
         def full(argument: fx.Node) -> Tensor:
@@ -420,8 +438,8 @@ class Analysis:
         args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), full)
         moved = node.target(*args, **kwargs)  # type: ignore[operator]
         if isinstance(moved, Tensor):
-            return self._collapsed(moved)
-        return [self._collapsed(part) for part in moved]
+            return self._collapsed(node, moved)
+        return [self._collapsed(node, part) for part in moved]
 
     def _fix_if_picked(self, node: fx.Node) -> None:
         """Operations that pick or repeat single positions leave no axis to cut."""
@@ -437,19 +455,35 @@ class Analysis:
             picked = given.get("dim", given.get("dimension", 0)) % dims == value.axis
         elif kind == "slice":
             picked = given["dim"] % dims == value.axis and given["step"] != 1
+        elif kind in ("roll", "flip"):
+            picked = not given["dims"] or value.axis in {d % dims for d in given["dims"]}
+        elif kind == "index":
+            indexed = [axis for axis, i in enumerate(given["indices"]) if i is not None]
+            picked = value.axis in indexed
         else:
-            picked = kind in ("repeat", "roll", "flip")
+            picked = kind == "repeat" and given["repeats"][value.axis - dims] != 1
         if picked:
             self.fix(x, f"{kind} along the channels")
 
-    def _collapsed(self, full: Tensor) -> Value:
+    def _collapsed(self, node: fx.Node, full: Tensor) -> Value:
         row, labels = (full // _ROW).numpy(), (full % _ROW).numpy()
         rows = []
         for axis, size in enumerate(row.shape):
             lead = np.take(row, [0], axis)
             varies = (row != lead).any()
             rows.append(size // BATCH if varies else 0)
-        return self._tied(Value(tuple(full.shape), _shrunk(labels), tuple(rows)))
+            if varies:
+                along = np.repeat(np.arange(BATCH), size // BATCH)
+                spread = [-1 if a == axis else 1 for a in range(row.ndim)]
+                if len(along) != size or (row != along.reshape(spread)).any():
+                    raise refuse(node, "puts the rows of the batch in another order")
+        value = Value(tuple(full.shape), _shrunk(labels), tuple(rows))
+        several = len(np.unique(self.labels.roots(value.labels))) > 1
+        value = self._tied(value)
+        if several and value.axis is None:
+            reason = f"{operation(node)} mixes channels with other positions"
+            self.fixed_because.setdefault(node, reason)
+        return value
 
     def _tied(self, value: Value) -> Value:
         """Where labels differ along two axes, tie them along the smaller."""
@@ -526,8 +560,3 @@ def _shrunk(labels: np.ndarray) -> np.ndarray:
         if labels.shape[axis] > 1 and (labels == first).all():
             labels = first
     return labels
-
-
-def elements(shape: Sequence[int]) -> int:
-    """Elements of one row."""
-    return math.prod(shape) // BATCH

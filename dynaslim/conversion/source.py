@@ -142,14 +142,13 @@ def load_weights(model: nn.Module, file: Path) -> None:
             found = own
     missing, unexpected = sorted(set(own) - set(found)), sorted(set(found) - set(own))
     other = sorted(k for k in set(own) & set(found) if own[k].shape != found[k].shape)
+    wrong = {"missing": missing, "unexpected": unexpected, "other_shape": other}
     problems = [
-        f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("other shape", other),
-        )
+        f"{what.replace('_', ' ')} {', '.join(names[:5])}"
+        f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in wrong.items()
         if names
     ]
-    check(not problems, f"weights {file} do not fit the model: {'; '.join(problems)}")
+    if problems:
+        raise UsageError(f"weights {file} do not fit the model: {'; '.join(problems)}", **wrong)
     model.load_state_dict(found)

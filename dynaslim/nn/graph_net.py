@@ -5,7 +5,9 @@ Suffixes: B rows, C channels, H W pixels, K choices of a gate, N classes.
 
 from __future__ import annotations
 
+import copy
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +92,7 @@ def program(spec: GraphSpec, segment: int, before: int, choice: int) -> list[Ste
             if key == "node":
                 return Read(inner)
             if key == "rows":
-                return Rows(inner)
+                return Rows(inner if isinstance(inner, int) else kept_count(inner, units))
             if key == "axis":
                 return kept_count(inner, units)
             if key == "dtype":
@@ -184,6 +186,7 @@ _Compiled = tuple[tuple[Step, Any, tuple[str, ...]], ...]
 
 # beside the networks: what is made at run time is neither copied nor saved with them
 _PROGRAMS: WeakKeyDictionary[GraphNet, dict[tuple[int, int, int], _Compiled]] = WeakKeyDictionary()
+_MODULES: WeakKeyDictionary[GraphNet, dict[str, weakref.ref[nn.Module]]] = WeakKeyDictionary()
 
 
 class GraphNet(ElasticNet):
@@ -208,10 +211,13 @@ class GraphNet(ElasticNet):
         for name, node in norms.items():
             _put(self, name, self._norm(node, place))
         for name, tensor in spec.tensors.items():
-            if tensor.kind == "statistics" or name.rpartition(".")[0] in norms:
+            path, _, leaf = name.rpartition(".")
+            if tensor.kind == "statistics" or (path in norms and leaf in ("weight", "bias")):
                 continue
             shape = [kept_count(axis, {}) for axis in tensor.axes]
             made = torch.empty(shape, **place)
+            if tensor.dtype:
+                made = made.to(getattr(torch, tensor.dtype))
             if tensor.kind == "weight":
                 nn.init.normal_(made, std=0.01)
                 _put(self, name, nn.Parameter(made))
@@ -292,7 +298,7 @@ class GraphNet(ElasticNet):
 
         for step, function, freed in self._compiled(number, before, choice):
             if step.norm is not None:
-                norm = self.get_submodule(step.norm[0])
+                norm = self._module(step.norm[0])
                 args = [value(step.args[0])]
                 results[step.name] = norm(args[0], step.norm[1])
             else:
@@ -312,8 +318,29 @@ class GraphNet(ElasticNet):
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its name."""
         path, _, leaf = name.rpartition(".")
-        found: Tensor = getattr(self.get_submodule(path), leaf)
+        found: Tensor = getattr(self._module(path), leaf)
         return found
+
+    def _module(self, path: str) -> nn.Module:
+        modules = _MODULES.setdefault(self, {})
+        if path not in modules:
+            modules[path] = weakref.ref(self.get_submodule(path))
+        found = modules[path]()
+        assert found is not None
+        return found
+
+    def at_size(self, height: int, width: int) -> GraphNet:
+        """The network for images of another size that it was converted for: with the same
+        parameters, and statistics of batch normalisation of its own, which are to be recalibrated.
+
+        Raises:
+            UsageError: for a size that it was not converted for.
+        """
+        spec = self.spec.at_size(height, width)
+        shared = {id(parameter): parameter for parameter in self.parameters()}
+        made = copy.deepcopy(self, shared)
+        made.spec = spec
+        return made
 
     def before(self, number: int, x: Tensor) -> int:
         """The width index of the segment before, from the channels that come from it."""

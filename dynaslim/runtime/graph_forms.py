@@ -99,7 +99,8 @@ class _Builder:
                 self.results[step.name] = self.results[step.args[0].name]  # within its convolution
                 continue
             norm = next((s for s in steps if s.name == folded.get(step.name)), None)
-            self.results[step.name] = self.step(step, norm)
+            made = self.results[step.name] = self.step(step, norm)
+            made.meta["step"] = step.name if norm is None else norm.name
         return self.results[last]
 
     def step(self, step: Step, norm: Step | None) -> fx.Node:
@@ -110,6 +111,8 @@ class _Builder:
         # the batch is what is left over: traced, a number of rows would become a constant
         sizes = step.op == "reshape.default"
         args = [self.value(argument, sizes=sizes) for argument in step.args]
+        if step.op in ("expand.default", "repeat.default"):
+            return self.graph.call_method(step.op.partition(".")[0], tuple(args))
         return self.call(overload(step.op), *args, **self._kwargs(step.kwargs))
 
     def _kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -216,7 +219,8 @@ def to_onnx(plain: nn.Module, example: Tensor, outputs: Sequence[str], name: str
     Raises:
         UsageError: if an operation has no ONNX form.
     """
-    check(all(w.dtype == torch.float32 for w in plain.parameters()), f"{name}: not float32")
+    floating = [w for w in plain.parameters() if w.is_floating_point()]
+    check(all(w.dtype == torch.float32 for w in floating), f"{name}: not float32")
     buffer = io.BytesIO()
     axes = {key: {0: "batch"} for key in ("x", *outputs)}
     try:

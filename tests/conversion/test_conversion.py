@@ -1,5 +1,6 @@
 """Conversion: answers at full width, the same network by every way of running it, refusals."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from convertible import NETWORKS, Plain, _conv, trained
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import dynaslim
 from dynaslim.checkpoint import Checkpoint, read, save
@@ -94,8 +96,6 @@ def test_narrow_routes_cost_less(name):
 
 
 def test_multiply_adds_are_those_of_torch():
-    from torch.utils.flop_counter import FlopCounterMode
-
     for name in ("residual", "dense", "grouped", "scaled", "flattened"):
         _, net = converted(name)
         for route in net.spec.routes:
@@ -190,8 +190,9 @@ def test_channels_are_sorted_by_importance():
     one = model.body[2].one
     with torch.no_grad():
         one[1].weight[dead], one[1].bias[dead] = 0.0, 0.0
-    for batches in (None, [images(8)]):
-        net = convert(model, images(), images=batches)
+    for batches, rule in ((None, None), ([images(8)], None), ([images(8)], "bn")):
+        net = convert(model, images(), images=batches, importance=rule)
+        assert net.spec.sorted_by == ("activation" if batches and rule is None else "statistics")
         scales = net.tensor("body.2.one.1.weight")
         assert (scales[-3:] == 0).all()
         assert (scales[:-3] != 0).all()
@@ -245,25 +246,52 @@ class Branching(nn.Module):
         return x.repeat(1, 3, 1, 1) if float(x.mean()) > 0 else x
 
 
+class Twice(nn.Module):
+    """Two layers with one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = (nn.Conv2d(16, 16, 3, padding=1) for _ in range(2))
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        return self.two(torch.relu(self.one(x)))
+
+
+class Reordered(nn.Module):
+    def forward(self, x):
+        y = x.transpose(0, 1).reshape(-1, *x.shape[1:]) + 1
+        return y.reshape(x.shape[1], -1, *x.shape[2:]).transpose(0, 1)
+
+
 @pytest.mark.parametrize(
-    ("body", "message"),
+    ("body", "operation", "reason"),
     [
-        (Unknown(), r"body.0: cummax: not an operation that can be converted"),
-        (Conditional(), r"body.0: conv2d: its weight is computed from the image"),
-        (Branching(), r"cannot be captured by torch.export"),
+        (Unknown(), "cummax", "not an operation that can be converted"),
+        (Conditional(), "conv2d", "its weight is computed from the image"),
+        (Branching(), "", "which operations run depends on values of the image; it cannot be"),
+        (Twice(), "conv2d", "shares its weight with body.0.one: tied weights"),
+        (Reordered(), "reshape", "puts the rows of the batch in another order"),
     ],
 )
-def test_what_cannot_be_converted_is_refused_by_name(body, message):
-    with pytest.raises(UsageError, match=message):
-        convert(Plain(body, features=16 if isinstance(body, Unknown) else 48).eval(), images())
+def test_what_cannot_be_converted_is_refused_by_name(body, operation, reason):
+    features = 48 if isinstance(body, Conditional | Branching) else 16
+    with pytest.raises(UsageError) as refused:
+        convert(Plain(body, features=features).eval(), images())
+    where = "body.0.two" if isinstance(body, Twice) else "body.0"
+    found = refused.value.details
+    assert (found["module"], found["operation"]) == (where, operation)
+    assert found["reason"].startswith(reason)
+    assert len(str(refused.value).splitlines()) == 1
 
 
 def test_models_that_are_not_ready_are_refused():
     model = trained("residual")
-    with pytest.raises(UsageError, match=r"training mode; call model.eval\(\) first"):
-        convert(model.train(), images())
+    model.body[1].train()
+    with pytest.raises(UsageError, match=r"body.1: in training mode; call model.eval\(\) first"):
+        convert(model, images())
     model.eval()
-    with pytest.raises(UsageError, match="does not run on an example of shape"):
+    with pytest.raises(UsageError, match=r"stem.0: does not run on an example of shape"):
         convert(model, torch.randn(1, 4, 16, 16))
     with pytest.raises(UsageError, match="expected"):
         convert(model, torch.randn(3, 16, 16))
@@ -275,19 +303,98 @@ def test_models_that_are_not_ready_are_refused():
         convert(model, images())
 
 
+class Mixed(nn.Module):
+    """Channels and pixels in one axis, and back."""
+
+    def forward(self, x):
+        return x.flatten(1).reshape(len(x), 24, -1).roll(1, 1).reshape(x.shape)
+
+
+def test_a_view_that_mixes_channels_and_pixels_keeps_them_whole():
+    made = Conversion(Plain(_conv(16, 36, stride=2), Mixed(), _conv(36, 48)).eval(), images())
+    assert made.net().spec.elastic_share() > 0
+    assert made.whole()["body.1"] == "reshape mixes channels with other positions"
+
+
+def broken(monkeypatch, what):
+    """A mistake in one of the programs that are compared."""
+    if what == "order":
+        sorted_ = Conversion._sorted
+
+        def other(self, importance):
+            made = sorted_(self, importance)
+            made["body.2.two.0.weight"] = made["body.2.two.0.weight"].roll(1, 1)
+            return made
+
+        monkeypatch.setattr(Conversion, "_sorted", other)
+    elif what == "slices":
+        spec_ = Conversion.spec
+
+        def other(self, sorted_by):
+            spec = spec_(self, sorted_by)
+            tensors, name = dict(spec.tensors), "body.2.two.0.weight"
+            rows, (run,), *rest = tensors[name].axes
+            first = (run[0], 1, run[2] - 1, 1), (run[0], 0, 1, 1)
+            tensors[name] = replace(tensors[name], axes=(rows, first, *rest))
+            return replace(spec, tensors=tensors)
+
+        monkeypatch.setattr(Conversion, "spec", other)
+    else:
+        from dynaslim.runtime.graph_forms import _Builder
+
+        affine = _Builder._affine
+        monkeypatch.setattr(
+            _Builder,
+            "_affine",
+            lambda self, step: (affine(self, step)[0] * 1.1, affine(self, step)[1]),
+        )
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("order", r"body.2.two.0: conv2d: .* differs from the model at full width"),
+        (
+            "slices",
+            r"body.2.two.0: conv2d: at \d+ % of the channels the network differs from the wh",
+        ),
+        ("extraction", r"stem.1: batch_norm: before the gate the extracted network differs"),
+    ],
+)
+def test_a_conversion_that_is_wrong_is_an_error(monkeypatch, what, message):
+    broken(monkeypatch, what)
+    with pytest.raises(UsageError, match=message):
+        convert(trained("residual"), images())
+
+
+def test_a_network_for_images_of_several_sizes(tmp_path):
+    model, sides = trained("sized"), (16, 22, 32)
+    made = convert(model, images(), other_sizes=[(22, 22), (32, 32)])
+    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    net = read(save(tmp_path / "net.safetensors", Checkpoint(net=made, preprocessing=pre))).net
+    assert net.spec == made.spec
+    for side in sides:
+        other, x = net.at_size(side, side), images(3, seed=8, side=side)
+        with torch.no_grad():
+            assert torch.allclose(other(x, other.spec.largest), model(x), rtol=1e-4, atol=1e-5)
+        for route in net.spec.routes:
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                other(x[:1], route)
+            counted = counter.get_total_flops() // 2
+            assert madds(net.spec, route, side) == madds(other.spec, route, side) == counted
+        for back in sides:
+            assert other.spec.at_size(back, back).forms == net.spec.at_size(back, back).forms
+    assert other.head.weight is net.head.weight
+    dynaslim.train.recalibrate(other, [images(16, side=32)])
+    names = [n for n, buffer in net.named_buffers() if n.startswith("body.0.1.running_mean")]
+    assert not any(torch.equal(net.get_buffer(n), other.get_buffer(n)) for n in names)
+    with pytest.raises(UsageError, match="at_size gives it for 22x22, 32x32 px"):
+        net(images(side=22), net.spec.largest)
+    with pytest.raises(UsageError, match="does not run on an example of shape"):
+        convert(trained("mixer"), images(), other_sizes=[(32, 32)])
+
+
 def test_images_of_another_size_are_refused():
     _, net = converted("residual")
     with pytest.raises(UsageError, match="converted for 16x16 px"):
         net(images(side=32), net.spec.largest)
-
-
-def test_a_shared_layer_is_refused_or_right():
-    layer = _conv(48, 48)
-    model = Plain(_conv(16, 48, stride=2), layer, layer).eval()
-    x = images()
-    try:
-        net = convert(model, x)
-    except UsageError:
-        return
-    with torch.no_grad():
-        assert torch.allclose(net(x, net.spec.largest), model(x), rtol=1e-4, atol=1e-5)

@@ -95,6 +95,12 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
         (["MODEL", "--weights", "nothing.pth"], "weights nothing.pth: no such file"),
         (["MODEL", "--gate-at", "9"], "gate at '9': no single feature map leaves it"),
         (["MODEL", "--protect", "head"], "protect 'head': the model has no such module"),
+        (["MODEL", "--other-sizes", "16,big"], "--other-sizes 16,big: expected sides in pixels"),
+        (
+            ["MODEL", "--importance", "age"],
+            "importance 'age': expected one of activation, bn, weight",
+        ),
+        (["MODEL", "--importance", "activation"], "importance activation: needs images"),
     ],
 )
 def test_mistakes_are_one_line(model, tmp_path, capsys, argv, message):
@@ -107,12 +113,45 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, argv, message):
 
 
 def test_weights_that_do_not_fit_are_named(model, tmp_path, capsys):
-    file = tmp_path / "weights.pth"
-    torch.save({"0.0.weight": torch.zeros(16, 3, 3, 3), "other": torch.zeros(3)}, file)
-    code, shown = run(capsys, "convert", model, tmp_path / "out.safetensors", "--weights", file)
-    assert code != 0
+    file, out = tmp_path / "weights.pth", tmp_path / "out.safetensors"
+    torch.save({"0.0.weight": torch.zeros(16, 3, 3, 1), "other": torch.zeros(3)}, file)
+    code, shown = run(capsys, "convert", model, out, "--weights", file, "--json")
+    assert code == 2
     assert "missing 0.1.bias" in shown.err
     assert "unexpected other" in shown.err
+    told = json.loads(shown.out)
+    assert told["error"] in shown.err
+    assert (told["unexpected"], told["other_shape"]) == (["other"], ["0.0.weight"])
+    assert len(told["missing"]) == 25
+
+
+def test_a_refusal_is_data(tmp_path, capsys):
+    file = tmp_path / "model.py"
+    file.write_text(MODEL + "\n\ndef sorts():\n    return nn.Sequential(make()[0], Sorts())\n")
+    with file.open("a") as more:
+        more.write("\n\nclass Sorts(nn.Module):\n    def forward(self, x):\n")
+        more.write("        return x.mean((2, 3)).sort(1).values\n")
+    out = tmp_path / "out.safetensors"
+    argv = ["convert", f"module:{file}:sorts", out, "--image-size", 16, "--json"]
+    code, shown = run(capsys, *argv)
+    assert code == 2
+    assert json.loads(shown.out) == {
+        "error": "1: sort: not an operation that can be converted",
+        "module": "1",
+        "operation": "sort",
+        "reason": "not an operation that can be converted",
+    }
+
+
+def test_a_network_of_several_sizes(model, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    argv = ["convert", model, out, "--image-size", 16, "--other-sizes", "24,32", "--json"]
+    code, shown = run(capsys, *argv, "--importance", "weight")
+    assert code == 0, shown.err
+    told = json.loads(shown.out)
+    assert told["other_sizes_px"] == [24, 32]
+    assert told["sorted_by"] == "weight"
+    assert dynaslim.read(out).net.at_size(24, 24).spec.usual_image_size == 24
 
 
 def test_weights_fit_by_order_where_all_shapes_agree(tmp_path, model):

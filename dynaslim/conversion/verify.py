@@ -1,0 +1,286 @@
+"""What a conversion is held against: the model, zeros in place of channels, extracted segments."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from dynaslim.conversion.capture import arguments, operation
+from dynaslim.conversion.channels import REDUCING, Value
+from dynaslim.errors import ConversionError, UsageError
+from dynaslim.graph import FormCost, GraphSpec, Node, kept_count, kept_positions
+from dynaslim.nn.graph_net import GraphNet
+from dynaslim.runtime.forms import Form
+from dynaslim.runtime.graph_forms import plain_form
+
+if TYPE_CHECKING:
+    from dynaslim.conversion.build import Conversion
+
+EXACT: Final = 1e-5
+"""Of answers at full width, relative to the largest."""
+NEAR: Final = 1e-4
+"""Of segments in single precision; what is beyond is computed again in double."""
+
+Results = dict[str, Tensor]
+"""Of operations, by name."""
+
+
+@torch.no_grad()
+def verify_whole(conversion: Conversion, net: GraphNet, x: Tensor) -> float:
+    """How far the network at full width is from the model, relative to the largest answer.
+
+    Raises:
+        UsageError: if that is more than 1e-5; the message names the first operation that differs.
+    """
+    model, route = conversion.model, net.spec.largest
+    error = apart(net(x, route), model(x))
+    if error > EXACT:  # the order of sums rounds otherwise: what is left in double is wrong
+        model, twice, x2 = copy.deepcopy(model).double(), copy.deepcopy(net).double(), x.double()
+        error = apart(twice(x2, route), model(x2))
+    if not error <= EXACT:
+        theirs: Results = {}
+        own: Results = {}
+        conversion.run(x, after=_record(theirs))
+        features, before = x, 0
+        for segment, choice in enumerate(net.spec.segment_indices(route)):
+            watch = _watch(own)
+            features = net.run_segment(segment, features, before, choice, watch=watch)
+            before = choice
+        # channels are in another order
+        theirs, own = ({k: v.flatten().sort()[0] for k, v in r.items()} for r in (theirs, own))
+        raise refuse_at(
+            _first_apart(net.spec, own, theirs),
+            f"the converted network differs from the model at full width, in the end by "
+            f"{error:.1e} of the largest answer: it is not to be used",
+        )
+    return error
+
+
+@torch.no_grad()
+def verify_widths(
+    conversion: Conversion,
+    net: GraphNet,
+    x: Tensor,
+    runs: Sequence[tuple[FormCost, Tensor, Tensor]],
+) -> bool:
+    """Compare every segment at every width with its extracted module, and with the segment at full
+    width where the weights that read the other channels are zero.
+
+    `runs` have what each takes and gives for the first row of `x`. False if the zeros mean nothing,
+    because an operation computes with all channels at once.
+
+    Raises:
+        UsageError: if they differ; the message names the operation.
+    """
+    masked = Masked.of(conversion, net)
+    compared = masked is not None
+    for form, source, out in runs:
+        _verify_extracted(net, form, source, out)
+        if masked is not None and form.segment and form.choice < net.spec.num_widths - 1:
+            compared &= masked.verify(form, source, out)
+    error = apart(net(x, net.spec.smallest)[:1], net(x[:1], net.spec.smallest))
+    if not error <= NEAR:
+        raise UsageError(
+            f"{net.spec.name}: an image has other answers in a batch than alone, by {error:.1e} of "
+            f"the largest: it cannot be routed"
+        )
+    return compared
+
+
+def apart(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    if got.shape != expected.shape:
+        return float("inf")
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _verify_extracted(net: GraphNet, form: FormCost, source: Tensor, out: Tensor) -> None:
+    at = (form.segment, form.before, form.choice)
+    plain = plain_form(net, Form(*at))
+    error = apart(_features(plain(source)), out)
+    if error > NEAR:
+        net, source = copy.deepcopy(net).double(), source.double()
+        plain, out = plain_form(net, Form(*at)), net.run_segment(at[0], source, *at[1:])
+        error = apart(_features(plain(source)), out)
+    if not error <= NEAR:
+        own: Results = {}
+        net.run_segment(at[0], source, *at[1:], watch=_watch(own))
+        other = _Recorder(plain)
+        other.run(source)
+        raise refuse_at(
+            _first_apart(net.spec, other.results, own),
+            f"{_width(net.spec, form)} the extracted network differs from the converted one by "
+            f"{error:.1e} of the largest value: it is not to be used",
+        )
+
+
+def _features(out: Any) -> Tensor:
+    found: Tensor = out[0] if isinstance(out, tuple) else out
+    return found
+
+
+class _Recorder(fx.Interpreter):
+    """Runs an extracted network and keeps the results of its operations."""
+
+    def __init__(self, plain: fx.GraphModule) -> None:
+        super().__init__(plain)
+        self.results: Results = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        out = super().run_node(n)
+        if "step" in n.meta and isinstance(out, Tensor):
+            self.results[n.meta["step"]] = out
+        return out
+
+
+class Masked:
+    """Two copies of a network, of which one has zeros in place of weights that read channels
+    beyond a width. What it computes at full width the other computes at that width.
+    """
+
+    def __init__(self, conversion: Conversion, net: GraphNet, spec: GraphSpec) -> None:
+        self.conversion, self.spec = conversion, spec
+        self.net = copy.copy(net)
+        self.net.spec = spec
+        self.masked = copy.deepcopy(self.net)
+        self.mixed = spec.nodes != net.spec.nodes
+        self.nodes = {node.name: node for node in conversion.captured.nodes}
+        self.readers: dict[int, list[tuple[str, int]]] = {}
+        for node in spec.nodes:
+            if node.op.startswith(("conv", "linear.")):
+                axis = 0 if node.op.startswith("conv_transpose") else 1
+                reader = (str(node.args[1]["tensor"]), axis)
+                self.readers.setdefault(node.segment, []).append(reader)
+
+    @classmethod
+    def of(cls, conversion: Conversion, net: GraphNet) -> Masked | None:
+        """With other operations for those that compute with all channels at once; None if there
+        are some for which there is none.
+        """
+        nodes = {node.name: node for node in conversion.captured.nodes}
+        made: list[Node] = []
+        for node in net.spec.nodes:
+            others = _unmixed(conversion, nodes[node.name], node) if node.segment else [node]
+            if not others:
+                return None
+            made += others
+        return cls(conversion, net, replace(net.spec, nodes=tuple(made)))
+
+    def verify(self, form: FormCost, source: Tensor, out: Tensor) -> bool:
+        """Compare a segment at a width, which gives `out` for `source`; False if it overflows.
+
+        Raises:
+            UsageError: if the two differ; the message names the operation.
+        """
+        spec, number, last = self.spec, form.segment, self.spec.num_widths - 1
+        units = spec.units(number, form.before, form.choice)
+        for name, axis in self.readers.get(number, []):
+            tensor = self.masked.tensor(name)
+            tensor.copy_(self.net.tensor(name))
+            along = spec.tensors[name].axes[axis]
+            gone = np.setdiff1d(np.arange(tensor.shape[axis]), kept_positions(along, units))
+            tensor.index_fill_(axis, torch.from_numpy(gone), 0)
+        entry = spec.cut_axes[number - 1]
+        padded = source.new_zeros(1, kept_count(entry, {}), *source.shape[2:])
+        padded[:, kept_positions(entry, spec.units(number - 1, form.before, form.before))] = source
+        whole = (number, padded, last if number > 1 else 0, last)
+        sliced = (number, source, form.before, form.choice)
+        if self.mixed:
+            out = self.net.run_segment(*sliced)
+            if not torch.isfinite(out).all():
+                return False
+        end = spec.output if number == len(spec.gates) else spec.cuts[number]
+        error = apart(out, self._kept(end, self.masked.run_segment(*whole), units))
+        if not error <= NEAR:
+            own: Results = {}
+            masked: Results = {}
+            self.net.run_segment(*sliced, watch=_watch(own))
+            self.masked.run_segment(*whole, watch=_watch(masked))
+            kept = {name: self._kept(name, value, units) for name, value in masked.items()}
+            raise refuse_at(
+                _first_apart(spec, own, kept),
+                f"{_width(spec, form)} the network differs from the whole one without the others, "
+                f"by {error:.1e} of the largest value: it is not to be used",
+            )
+        return True
+
+    def _kept(self, name: str, result: Tensor, units: dict[int, int]) -> Tensor:
+        value = self.conversion.analysis.values.get(self.nodes.get(name))  # type: ignore[arg-type]
+        if not isinstance(value, Value) or value.axis is None:
+            return result
+        axis = self.conversion.axis(value.labels.reshape(-1)[: result.shape[value.axis]])
+        kept = torch.tensor(kept_positions(axis, units), dtype=torch.int64)
+        return result.index_select(value.axis, kept)
+
+
+def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node]:
+    """Operations for one that computes with all channels, with the same labels behind them; none
+    if there are none. Their results are bounded: nothing is divided by zero.
+    """
+    kind, given = operation(captured), arguments(captured)
+    bounded = replace(node, op="tanh.default", args=node.args[:1], kwargs={})
+    if kind == "layer_norm" or (kind == "group_norm" and given["num_groups"] == 1):
+        return [bounded]
+    if kind not in REDUCING:
+        return [node]
+    value = conversion.analysis.value(captured.all_input_nodes[0])
+    size = len(value.shape)
+    dims = given["dim"] if isinstance(given["dim"], list) else [given["dim"]]
+    every = None in dims or not dims
+    cut = set(conversion.analysis.labels.roots(value.labels).ravel().tolist()) & set(
+        conversion.unit
+    )
+    if not cut or not (every or value.axis in {d % size for d in dims}):
+        return [node]
+    assert value.axis is not None
+    if "softmax" in kind:
+        return [bounded]
+    axis = conversion.axis(value.labels.reshape(-1))
+    least = kept_positions(axis, dict.fromkeys(range(len(conversion.groups)), 1))
+    if every or len(dims) > 1 or least[:1] != [0]:  # the first position is in all widths
+        return []
+    taken: tuple[Any, ...] = (node.args[0], value.axis, 0)
+    op = "select.int"
+    if given.get("keepdim"):
+        taken, op = (*taken, 1), "slice.Tensor"
+    first = replace(node, name=f"{node.name}_first", op=op, args=taken, kwargs={})
+    return [first, replace(node, op="sigmoid.default", args=({"node": first.name},), kwargs={})]
+
+
+def _record(results: Results) -> Callable[[fx.Node, Any], None]:
+    def keep(node: fx.Node, value: Any) -> None:
+        if isinstance(value, Tensor):
+            results[node.name] = value.clone()  # operations in place come after it
+
+    return keep
+
+
+def _watch(results: Results) -> Callable[[Any, Sequence[Any], Any], None]:
+    return lambda step, _, value: _record(results)(step, value)
+
+
+def _first_apart(spec: GraphSpec, got: Results, expected: Results) -> Node:
+    """The first operation whose result is another."""
+    for node in spec.nodes:
+        if node.name in got and node.name in expected:
+            found = apart(got[node.name].double(), expected[node.name].double())
+            if not found <= NEAR:
+                return node
+    return spec.nodes[-1]
+
+
+def refuse_at(node: Node, reason: str) -> ConversionError:
+    """An error that names an operation and its place in the model."""
+    return ConversionError(node.path, node.op.partition(".")[0], reason)
+
+
+def _width(spec: GraphSpec, form: FormCost) -> str:
+    if not form.segment:
+        return "before the gate"
+    return f"at {spec.percents[form.choice]} % of the channels"
