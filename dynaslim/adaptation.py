@@ -7,6 +7,8 @@
 2. `sorted.safetensors`: its channels, sorted by what these images activate.
 3. `supernet`: stage I from those weights, taught by the original and by the labels.
 4. `gate`: a gate, and budgets measured on the images held out; `gate.safetensors` is the result.
+   With several image sizes there are a supernet for each smaller one in its place, and `package`, a
+   cascade of the routes of all sizes that are worth their cost, with its budgets.
 5. `report.html`: what comes of it, beside the original.
 
 The trunk before the first gate keeps its weights: its features are computed once for a few views of
@@ -37,6 +39,8 @@ from dynaslim.data.source import ImageSource, open_source
 from dynaslim.data.transforms import normalise, readable_batches
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import evaluate
+from dynaslim.model_names import is_package
+from dynaslim.nn.graph_net import GraphNet
 from dynaslim.nn.net import ElasticNet
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
@@ -57,10 +61,15 @@ from dynaslim.report.page import render
 from dynaslim.report.timing import route_mode
 from dynaslim.runs import run_gate, run_supernet
 from dynaslim.runs.folder import write_json
+from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
 from dynaslim.runtime.calibrate_budget import answer_paths
+from dynaslim.runtime.cascade import cascade
+from dynaslim.runtime.export import export_package
+from dynaslim.spec import Route
 
 RESULT: Final = "gate.safetensors"
+PACKAGE: Final = "package"
 _STATE: Final = "adapt.json"
 _IMAGES: Final = 12_000
 """Images that each network is trained on in all, where neither epochs nor minutes are given."""
@@ -190,7 +199,7 @@ class _Adaptation:
         elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
             if options.weights is None and not str(model).startswith("module:"):
                 note(f"warning: {model} has random weights; give trained ones with --weights")
-            source = load_source(str(model), weights=options.weights, image_size=options.image_size)
+            source = load_source(str(model), weights=options.weights, image_size=self._side())
             made = self._converted(source.model, source.name, source.preprocessing)
         else:
             check(
@@ -200,7 +209,7 @@ class _Adaptation:
             made = read(model)
             if made.preprocessing is None:
                 raise CheckpointError(f"{model}: does not say how images are prepared")
-            size = options.image_size
+            size = self._side()
             if size is not None:
                 made = replace(made, preprocessing=replace(made.preprocessing, image_size_px=size))
             check(bool(made.net.spec.gates), f"{model}: has no gates")
@@ -219,7 +228,13 @@ class _Adaptation:
             _names(options.protect),
             name,
         )
-        return Checkpoint(net=conversion.net(), preprocessing=pre)
+        others = [(side, side) for side in options.sides[:-1]]
+        return Checkpoint(net=conversion.net(other_sizes=others), preprocessing=pre)
+
+    def _side(self) -> int | None:
+        """The image size that was given, of several the largest."""
+        sides = self.options.sides
+        return sides[-1] if sides else self.options.image_size
 
     # -- the plan -------------------------------------------------------------------------------
 
@@ -282,17 +297,18 @@ class _Adaptation:
         started = time.monotonic()
         original = self._original()
         supernet = self._supernet(original)
-        result = self._gate(supernet)
-        data, verdict = self._report(original)
+        smaller = [self._at_size(side, original, supernet) for side in self.options.sides[:-1]]
+        result = self._cascade([*smaller, supernet]) if smaller else self._gate(supernet)
+        data, verdict = self._report(original, result)
         files = {
-            "checkpoint": result,
+            "package" if smaller else "checkpoint": result,
             "original": original,
             "report": self.out / "report.html",
         }
         note(f"done in {(time.monotonic() - started) / 60:.0f} minutes")
-        return Adapted(read(result), data, verdict, files)
+        return Adapted(data.run.model.checkpoint, data, verdict, files)
 
-    def _recipe(self, init: Path, **changes: Any) -> SupernetRecipe:
+    def _recipe(self, init: Path, side: int | None = None, **changes: Any) -> SupernetRecipe:
         options, pre = self.options, self.preprocessing
         few = self.images < 5_000
         return SupernetRecipe(
@@ -309,7 +325,7 @@ class _Adaptation:
                 options.data,
                 split=options.split,
                 val_share=options.val_share,
-                image_size_px=pre.image_size_px,
+                image_size_px=side or pre.image_size_px,
                 crop_fraction=pre.crop_fraction,
                 mean=pre.mean,
                 std=pre.std,
@@ -364,6 +380,59 @@ class _Adaptation:
         for pixels, _ in images.batches(self.options.batch_size):
             yield normalise(pixels, checkpoint.preprocessing)
 
+    def _at_size(self, side: int, original: Path, supernet: Path) -> Path:
+        """All widths for smaller images, from the weights of the larger."""
+        teacher, start = (self.out / f"{name}_{side}.safetensors" for name in ("original", "start"))
+        for made, source in ((teacher, original), (start, supernet)):
+            if not made.exists():
+                checkpoint = read(source)
+                pre = replace(self.preprocessing, image_size_px=side)
+                net = checkpoint.net
+                at_size = net.at_size(side, side) if isinstance(net, GraphNet) else net
+                save(made, replace(checkpoint, net=at_size, preprocessing=pre, metrics={}))
+        note(f"supernet: images of {side} px")
+        recipe = self._recipe(
+            start, side, teacher=str(teacher), label_weight=self.options.label_weight
+        )
+        return self._trained(recipe, f"supernet_{side}")
+
+    def _cascade(self, supernets: list[Path]) -> Path:
+        """A package of the routes that are worth their cost, with budgets from held-out images."""
+        result = self.out / PACKAGE
+        if is_package(result):
+            return result
+        candidates = []
+        for path in supernets:
+            checkpoint = read(path)
+            for route in checkpoint.metrics["val"]["routes"]:
+                taken = Route(tuple(route["widths"]))
+                candidates.append((route["madds"], route["top1"], checkpoint, taken))
+        candidates.sort(key=lambda one: one[0])
+        rungs, best = [], -1.0
+        for cost, top1, checkpoint, route in candidates:
+            if top1 > best or cost == candidates[-1][0]:  # the last is the original's twin
+                rungs.append((checkpoint, route))
+                best = max(best, top1)
+        check(len(rungs) > 1, "sizes: no route for smaller images costs less; leave them out")
+        made = cascade(rungs, name=self.start.net.spec.name)
+        curve = self._curve(made)
+        export_package(replace(made, budget=curve.to_dict()), result)
+        return result
+
+    def _curve(self, checkpoint: Checkpoint) -> BudgetCurve:
+        """The budgets of a network, on the images held out."""
+        options = self.options
+        assert checkpoint.preprocessing is not None
+        held = open_images(checkpoint, options.data, options.split, share=options.val_share)
+        with progress("running every path", len(held)) as bar:
+            answers = answer_paths(
+                checkpoint.net,
+                readable_batches(held, checkpoint.preprocessing, 256),
+                mirror=checkpoint.mirror,
+                on_batch=bar.advance,
+            )
+        return fit_curve(answers)
+
     def _gate(self, supernet: Path) -> Path:
         """A gate, and budgets on the images held out."""
         result, options = self.out / RESULT, self.options
@@ -381,16 +450,7 @@ class _Adaptation:
         run_gate(gate, self.out / "gate", self.run_options)
         (file,) = (self.out / "gate").glob("gate*.safetensors")
         trained = read(file)
-        held = open_images(trained, options.data, options.split, share=options.val_share)
-        with progress("running every path", len(held)) as bar:
-            answers = answer_paths(
-                trained.net,
-                readable_batches(held, self.preprocessing, 256),
-                mirror=trained.mirror,
-                on_batch=bar.advance,
-            )
-        curve = fit_curve(answers)
-        return save(result, replace(trained, budget=curve.to_dict()))
+        return save(result, replace(trained, budget=self._curve(trained).to_dict()))
 
     def _target(self) -> float:
         """The gate's mean cost: the budget, or where routes cost more, a quarter of the way up."""
@@ -407,12 +467,16 @@ class _Adaptation:
 
     # -- what comes of it -----------------------------------------------------------------------
 
-    def _report(self, original: Path) -> tuple[ReportData, str]:
+    def _report(self, original: Path, result: Path) -> tuple[ReportData, str]:
         options = self.options
         split = self._test_split()
+        check_data(
+            split is not None or result.is_file(),
+            f"{options.data}: a cascade of sizes is reported on a test split, and there is none",
+        )
         data = gather(
             ReportOptions(
-                self.out,
+                self.out if result.is_file() else result,
                 data=None if split is None else options.data,
                 split=split,
                 backend=options.backend,
@@ -449,7 +513,8 @@ class _Adaptation:
             routes=(net.spec.largest,),
             dynamic=False,
         ).routes[0]
-        ms = None if data.times is None else data.times.median(route_mode(net.spec.largest.widths))
+        widest = data.spec.routes[-1].widths
+        ms = None if data.times is None else data.times.median(route_mode(widest))
         images = len(data.images.images)
         return Baseline("the original", found.top1, float(found.madds), ms, images)
 

@@ -458,6 +458,9 @@ class AdaptOptions:
     """Weights of the model, .safetensors or .pth; of a checkpoint its own."""
     image_size: int | None = None
     """Side of the image in pixels that the network sees. Default: the model's."""
+    sizes: str = ""
+    """Several image sizes in place of one, such as 128,224: an image is looked at in the smallest
+    first, and in a larger one where that leaves it unsure."""
     widths: str = "0.25,0.5,0.75,1"
     """Shares of the channels behind the gate, rising to 1."""
     gate_at: str = ""
@@ -501,11 +504,24 @@ class AdaptOptions:
         )
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
         self.shares  # noqa: B018  # raises for what is no list of shares
+        sides = self.sides
+        check(
+            not sides or (len(sides) > 1 and sides[0] > 0 and self.image_size is None),
+            f"sizes {self.sizes}: give two or more, in place of an image_size",
+        )
 
     @property
     def shares(self) -> tuple[float, ...]:
         """`widths` as numbers."""
         return parse_shares(self.widths)
+
+    @property
+    def sides(self) -> tuple[int, ...]:
+        """`sizes` as numbers, the smallest first."""
+        try:
+            return tuple(sorted({int(part) for part in self.sizes.split(",") if part.strip()}))
+        except ValueError:
+            raise UsageError(f"sizes {self.sizes}: expected numbers such as 128,224") from None
 
 
 def parse_shares(widths: str) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runs.context import Callbacks
+from dynaslim.runtime.package import open_package
 
 MODEL = """
 import torch
@@ -121,6 +122,26 @@ def test_a_network_that_has_the_classes_is_the_original(adapted, data, tmp_path)
     assert not (out / "sorted.safetensors").exists()
 
 
+def test_several_sizes_become_a_cascade(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = _argv(data, out, "--sizes", "16,32", "--epochs", "1", "--backend", "onnxruntime")
+    del argv[argv.index("--image-size") : argv.index("--image-size") + 2]
+    assert cli.run([*argv, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    made = open_package(out / "package")
+    assert {rung.image_size_px for rung in made.forms.spec.rungs} == {16, 32}
+    assert made.preprocessing.image_size_px == 32
+    assert made.budget is not None
+    small, large = (read(out / name / "best.safetensors") for name in ("supernet_16", "supernet"))
+    assert small.preprocessing.image_size_px == 16
+    assert not torch.equal(small.net.tensor("2.0.weight"), large.net.tensor("2.0.weight"))
+    assert torch.equal(small.net.tensor("0.0.weight"), large.net.tensor("0.0.weight"))
+    assert [mode["kind"] for mode in shown["modes"]].count("baseline") == 1
+    picture = tmp_path / "one.png"
+    picture.write_bytes(bright_pngs(1)[0])
+    assert cli.run(["predict", str(out / "package"), str(picture), "--json"]) == 0
+
+
 def test_minutes_are_planned(data, tmp_path, capsys):
     argv = _argv(data, tmp_path / "run", "--minutes", "0.05")
     del argv[argv.index("--epochs") : argv.index("--epochs") + 2]
@@ -150,6 +171,8 @@ def test_sorting_a_converted_network_is_converting_it_with_images(name):
     [
         (["--minutes", "3"], "epochs and minutes"),
         (["--widths", "a,b"], "widths a,b"),
+        (["--sizes", "16,32"], "sizes 16,32: give two or more, in place of an image_size"),
+        (["--sizes", "16,x"], "sizes 16,x: expected numbers"),
         (["--val-share", "0.1"], "27 of 268 images held out, budgets need 100"),
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim._files import check_writable
 from dynaslim.cli.output import errors_as_data, print_json, say
-from dynaslim.errors import UsageError, check
+from dynaslim.errors import check
+from dynaslim.recipes import parse_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,10 +104,7 @@ def _converted(
     importance: Any,
 ) -> dict[str, Any]:
     """Convert and write a model; returns what was made of it."""
-    try:
-        shares = tuple(float(part) for part in widths.split(","))
-    except ValueError:
-        raise UsageError(f"--widths {widths}: expected numbers such as 0.25,0.5,1") from None
+    shares = parse_shares(widths)
     sides = [int(part) if part.isdigit() else 0 for part in _names(other_sizes)]
     check(all(sides), f"--other-sizes {other_sizes}: expected sides in pixels such as 128,160")
 
