@@ -84,7 +84,9 @@ def verify_widths(
         _verify_extracted(net, form, source, out)
         if masked is not None and form.segment and form.choice < net.spec.num_widths - 1:
             compared &= masked.verify(form, source, out)
-    error = apart(net(x, net.spec.smallest)[:1], net(x[:1], net.spec.smallest))
+    last = net.spec.num_segments - 1
+    alone = next(out for form, _, out in runs if (form.segment, form.choice) == (last, 0))
+    error = apart(net(x, net.spec.smallest)[:1], alone)
     if not error <= NEAR:
         raise UsageError(
             f"{net.spec.name}: an image has other answers in a batch than alone, by {error:.1e} of "
