@@ -217,6 +217,8 @@ def export(
     report_images: int = 2000,
     single_file: bool = False,
     static_route: str | None = None,
+    ovms: bool = False,
+    name: str | None = None,
     no_cache: bool = False,
     json: bool = False,
 ) -> None:
@@ -224,7 +226,7 @@ def export(
 
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
-        out: The package's folder, or the ONNX file.
+        out: The package's folder, the ONNX file, or the model server's folder of models.
         precision: fp32, or int8 by post-training quantisation (packages only).
         calibration: Images for int8: as for evaluate.
         calibration_split: Split of them to calibrate on.
@@ -233,14 +235,22 @@ def export(
         report_images: At most so many of them.
         single_file: Write one ONNX file that routes one image at a time.
         static_route: Write the sub-network along a route, such as 12-24-48-80-160, as plain ONNX.
+        ovms: Write a model for OpenVINO Model Server, and its config.json.
+        name: The model's name in a model server. Default: the network's.
         no_cache: Keep no calibrated programs (int8) on disk, and read none.
         json: Print one JSON object.
     """
     from dynaslim.data.layout import check_path
 
-    if single_file and static_route is not None:
-        raise UsageError("--single-file and --static-route: choose one")
-    whole = not single_file and static_route is None
+    forms = {
+        "--single-file": single_file,
+        "--static-route": static_route is not None,
+        "--ovms": ovms,
+    }
+    chosen = [flag for flag, given in forms.items() if given]
+    check(len(chosen) < 2, f"{' and '.join(chosen)}: choose one")
+    whole = not chosen
+    check(name is None or ovms, "--name is for --ovms")
     check(precision in ("fp32", "int8"), f"--precision {precision}: choose fp32 or int8")
     check(whole or precision == "fp32", "--precision int8 is for packages")
     check(
@@ -263,6 +273,11 @@ def export(
     elif single_file:
         result = {"parity": export_single_file(loaded, out)}
         line = f"{out}: one ONNX file that routes one image at a time"
+    elif ovms:
+        from dynaslim.runtime.model_servers import export_ovms
+
+        result = {"parity": export_ovms(loaded, out, name)}
+        line = f"{out}: for OpenVINO Model Server, one image at a time"
     else:
         source, notes = None, dict[str, Any]()
         if calibration is not None:
