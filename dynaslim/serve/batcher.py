@@ -244,8 +244,8 @@ class Batcher:
         not been run after `deadline_s` seconds, or with the error of the engine.
 
         Raises:
-            UsageError: for pixels of another shape, no images, or a budget that the network does
-                not have.
+            UsageError: for pixels of another shape or not finite, no images, or a budget that the
+                network does not have.
             QueueFullError: if there is no room, or the wait would be longer than the deadline.
             StoppingError: if the batcher accepts no more images.
         """
@@ -256,6 +256,7 @@ class Batcher:
                 f"pixels {one.dtype} {one.shape}: give uint8 ({channels}, {side}, {side}), or "
                 f"float32 if they are normalised",
             )
+            check(one.dtype == np.uint8 or bool(np.isfinite(one).all()), "pixels: must be finite")
         check(bool(pixels), "no images: give at least one")
         future: Future[WorkItem] = Future()
 

@@ -315,6 +315,8 @@ def test_what_it_cannot_be_asked(steps, engine):
     for bad in (np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 4), np.float64)):
         with pytest.raises(UsageError, match=r"give uint8 \(3, 4, 4\)"):
             batcher.submit([bad])
+    with pytest.raises(UsageError, match="must be finite"):
+        batcher.submit([np.full((3, 4, 4), np.nan, np.float32)])
     with pytest.raises(UsageError, match="no images"):
         batcher.submit([])
     with pytest.raises(UsageError, match="no budget curve"):
