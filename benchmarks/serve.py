@@ -140,18 +140,43 @@ def form(images: list[bytes]) -> bytes:
     return b"".join(edge + b"\r\n" + head + one + b"\r\n" for one in images) + edge + b"--\r\n"
 
 
-def plan(case: Case, port: int, **options: Any) -> str:
+def tensor(name: str, datatype: str, shape: list[int], content: bytes) -> tuple[bytes, int]:
+    """A body of the Open Inference Protocol with one binary tensor, and the length of its JSON."""
+    sized = {"binary_data_size": len(content)}
+    sent = {"name": name, "datatype": datatype, "shape": shape, "parameters": sized}
+    head = json.dumps({"inputs": [sent], "parameters": {"binary_data_output": True}}).encode()
+    return head + content, len(head)
+
+
+def bodies(case: Case, kind: str) -> dict[str, Any]:
+    """Requests of a kind, of 32 pictures in turn: a form, encoded files or normalised tensors."""
+    if kind == "form":
+        files = pictures(case.side, 32)
+        made = [form([files[(n + k) % 32] for k in range(case.images)]) for n in range(32)]
+        return {"content_type": f"multipart/form-data; boundary={BOUNDARY}", "requests": made}
+    if kind == "bytes":
+        # all of one length, as one length of JSON is told; what follows a JPEG is not read
+        longest = max(map(len, pictures(case.side, 32)))
+        files = [one.ljust(longest, b"\0") for one in pictures(case.side, 32)]
+        prefix = longest.to_bytes(4, "little")
+        pairs = [tensor("image", "BYTES", [1], prefix + one) for one in files]
+    else:
+        shape = [1, 3, case.side, case.side]
+        x = np.random.default_rng(0).standard_normal((32, *shape), np.float32)
+        pairs = [tensor("x", "FP32", shape, row.tobytes()) for row in x]
+    return {
+        "content_type": "application/octet-stream",
+        "path": f"/v2/models/{case.model}/infer",
+        "requests": [body for body, _ in pairs],
+        "json_length": pairs[0][1],
+    }
+
+
+def plan(case: Case, port: int, kind: str = "form", **options: Any) -> str:
     """What the clients are told."""
-    files = pictures(case.side, 32)
-    bodies = [form([files[(n + k) % 32] for k in range(case.images)]) for n in range(32)]
-    return json.dumps(
-        {
-            "port": port,
-            "requests": [body.decode("latin-1") for body in bodies],
-            "content_type": f"multipart/form-data; boundary={BOUNDARY}",
-            **options,
-        }
-    )
+    made = bodies(case, kind)
+    made["requests"] = [body.decode("latin-1") for body in made["requests"]]
+    return json.dumps({"port": port, **made, **options})
 
 
 def start_clients(text: str) -> subprocess.Popen[str]:
@@ -227,6 +252,34 @@ def throughput(
     return {"clients": clients, "rounds": rounds, "arms": arms, "batched_over": ratios}
 
 
+def protocol(server: Server, case: Case, rounds: int, seconds: float) -> dict[str, Any]:
+    """The Open Inference Protocol beside /v1/predict, by one client and by 32, in turn."""
+    kinds = ("form", "bytes", "fp32")
+    found: dict[str, Any] = {"rounds": rounds}
+    for clients in (1, 32):
+        periods: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        for turn in range(rounds + 1):
+            for kind in kinds if turn % 2 else reversed(kinds):
+                one = load(server, case, seconds, kind=kind, clients=clients)
+                if turn:  # the first is a warm-up
+                    periods[kind].append(one)
+        found[f"{clients} clients"] = {
+            kind: {
+                "answered_per_s": summary([one["answered_per_s"] for one in ran]),
+                "p50_ms": statistics.median(one["p50_ms"] for one in ran),
+                "over_form": summary(
+                    [
+                        one["answered_per_s"] / form_["answered_per_s"]
+                        for one, form_ in zip(ran, periods["form"], strict=True)
+                    ]
+                ),
+                "codes": dict(sum((Counter(one["codes"]) for one in ran), Counter())),
+            }
+            for kind, ran in periods.items()
+        }
+    return found
+
+
 def latency(server: Server, case: Case, capacity: float, seconds: float) -> dict[str, Any]:
     """Open loop at half and four fifths of the capacity (requests per second)."""
     return {
@@ -251,7 +304,7 @@ def overload(server: Server, case: Case, capacity: float, seconds: float) -> dic
     }
 
 
-def malformed(server: Server, count: int) -> dict[str, Any]:
+def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, Any]:
     """Requests that are wrong in all ways: made up from the OpenAPI document, and by hand."""
     import httpx
     import schemathesis
@@ -260,7 +313,9 @@ def malformed(server: Server, count: int) -> dict[str, Any]:
 
     url = f"http://127.0.0.1:{server.port}"
     statuses: Counter[int] = Counter()
-    operation = schemathesis.openapi.from_url(f"{url}/openapi.json")["/v1/predict"]["POST"]
+    before = half = server.rss_mb()
+    operation = schemathesis.openapi.from_url(f"{url}/openapi.json")[path]["POST"]
+    path = path.format(name=case.model)
     made_up = count * 2 // 5
 
     @settings(
@@ -279,7 +334,19 @@ def malformed(server: Server, count: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     kinds = [encoded(kind) for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM")]
     with httpx.Client(timeout=30) as client:
-        headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+
+        def post(content: bytes, kept: float = 1.0) -> int:
+            """The status for a picture, or for a part of the body that has it."""
+            if path.startswith("/v2/"):
+                packed = len(content).to_bytes(4, "little") + content
+                body, length = tensor("image", "BYTES", [1], packed)
+                headers = {"inference-header-content-length": str(length)}
+            else:
+                body = form([content])
+                headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+            sent = body[: round(kept * len(body))]
+            return client.post(f"{url}{path}", content=sent, headers=headers).status_code
+
         # a damaged picture may still be one: those that are answered do not count
         while sum(statuses.values()) - statuses[200] < count:
             turn = sum(statuses.values())
@@ -295,14 +362,11 @@ def malformed(server: Server, count: int) -> dict[str, Any]:
                     content[at : at + 4] = b"\xff\xff\xff\x7f"
                 case 3:  # something else
                     content = bytearray(rng.bytes(int(rng.integers(0, 2000))))
-            body = form([bytes(content)])
-            if turn % 10 == 9:  # the form itself
-                body = body[: rng.integers(0, len(body))]
-            answer = client.post(f"{url}/v1/predict", content=body, headers=headers)
-            statuses[answer.status_code] += 1
-        good = client.post(
-            f"{url}/v1/predict", content=form([encoded("PNG")]), headers=headers
-        ).status_code
+            # now and then the body itself is cut off
+            statuses[post(bytes(content), rng.random() if turn % 10 == 9 else 1.0)] += 1
+            if turn == count // 2:
+                half = server.rss_mb()
+        good = post(encoded("PNG"))
     return {
         "requests": sum(statuses.values()),
         "refused": sum(statuses.values()) - statuses[200],
@@ -310,6 +374,7 @@ def malformed(server: Server, count: int) -> dict[str, Any]:
         "codes": {str(code): n for code, n in sorted(statuses.items())},
         # 504 is what a request gets that asks for an answer within a millisecond
         "server_errors": sum(n for code, n in statuses.items() if code >= 500 and code != 504),
+        "rss_mb": [before, half, server.rss_mb()],
         "alive": server.alive() and good == 200,
     }
 
@@ -359,6 +424,11 @@ def measure(case: Case, model: Path, quick: bool, result: dict[str, Any]) -> Non
             )
         if not case.full:
             return
+        if case == CASES[0]:
+            result["protocol"] = protocol(servers["batched"], case, rounds, seconds)
+            for clients, kinds in result["protocol"].items():
+                if clients != "rounds":
+                    print(f"  {clients}:", {k: one["answered_per_s"] for k, one in kinds.items()})
         capacity = speed / case.images
         result["latency"] = latency(servers["batched"], case, capacity, longer)
         for share, one in result["latency"].items():
@@ -398,10 +468,14 @@ def main() -> None:
         tiny = models[CASES[0].model]
         server = Server(tiny, [])
         try:
-            result["malformed"] = malformed(server, 200 if options.quick else 2000)
+            result["malformed"] = {
+                path: malformed(server, CASES[0], 200 if options.quick else 2000, path)
+                for path in ("/v1/predict", "/v2/models/{name}/infer")
+            }
         finally:
             server.stop()
-        print("malformed:", result["malformed"], flush=True)
+        for path, found in result["malformed"].items():
+            print(f"malformed, {path}:", found, flush=True)
         result["drain"] = drain(tiny, CASES[0])
         print("drain:", result["drain"], flush=True)
     result["took_s"] = time.perf_counter() - start

@@ -30,6 +30,8 @@ class Plan:
     rate: float = 0.0
     """Open loop: requests per second, at random (Poisson), whether others are answered or not."""
     path: str = "/v1/predict"
+    json_length: int | None = None
+    """Of each body with binary tensors: bytes of JSON before them."""
     settle_s: float = 0.5
     """Answers of the first so many seconds do not count."""
     connections: int = 512
@@ -73,7 +75,7 @@ class Connection(asyncio.Protocol):
         if not found:
             return
         lower = head.lower()
-        at = lower.index(b"content-length:") + 15
+        at = lower.index(b"\r\ncontent-length:") + 17
         length = int(lower[at : lower.find(b"\r\n", at) if b"\r\n" in lower[at:] else None])
         if len(body) < length:
             return
@@ -105,8 +107,11 @@ class Clients:
     def _request(self, body: bytes) -> bytes:
         head = (
             f"POST {self.plan.path} HTTP/1.1\r\nHost: bench\r\n"
-            f"Content-Type: {self.plan.content_type}\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Content-Type: {self.plan.content_type}\r\nContent-Length: {len(body)}\r\n"
         )
+        if self.plan.json_length is not None:
+            head += f"Inference-Header-Content-Length: {self.plan.json_length}\r\n"
+        head += "\r\n"
         return head.encode() + body
 
     async def connect(self) -> Connection:
@@ -124,8 +129,9 @@ class Clients:
             if status == 200:
                 self.latencies.append(now - began)
                 self.sent.append(now - asked)
-                at = body.rindex(b'"batch_size":') + 13
-                self.engine_batches.append(int(body[at : body.index(b"}", at)]))
+                _, found, rest = body.rpartition(b'"batch_size":')
+                if found:  # not in the Open Inference Protocol
+                    self.engine_batches.append(int(rest[: rest.index(b",")]))
         return status
 
     async def closed(self) -> None:

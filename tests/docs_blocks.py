@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,9 @@ SHORTER = {
 FINE = {"doctor": (0, 1)}
 """Exit codes that are as good as 0: 1 where something on this machine does not work."""
 SHORTER_INT8 = "--calibration-images 8 --report-images 8"
+
+OPTIONAL = ("tritonclient", "litserve")
+"""Modules of which a block may be left out where they are not installed."""
 
 RECIPES = {
     "train supernet": "recipes/cifar10_supernet.yaml",
@@ -147,11 +151,15 @@ class Servers:
             process.kill()
             raise AssertionError(f"{told}{process.communicate()[1]}")
 
+    def here(self, text: str) -> str:
+        """A text of a page with the server's port for the usual one."""
+        return text.replace("8000", str(self._port)) if self._process is not None else text
+
     def ask(self, line: str) -> None:
         """Run a line with curl in it; an answer that is an error fails."""
         if shutil.which("curl") is None:
             pytest.skip("curl is not installed")
-        line = re.sub(r"\bcurl ", "curl --fail-with-body ", line.replace("8000", str(self._port)))
+        line = re.sub(r"\bcurl ", "curl --fail-with-body ", self.here(line))
         done = subprocess.run(["bash", "-o", "pipefail", "-c", line], capture_output=True)
         assert done.returncode == 0, f"{line}: {done.stdout} {done.stderr}"
 
@@ -246,13 +254,18 @@ def check_flags(line: str, monkeypatch) -> None:
     assert code == 0, f"{line}: {said.getvalue()}"
 
 
-def run_python(block: Block, namespace: dict[str, object]) -> str:
+def run_python(block: Block, namespace: dict[str, object], servers: Servers) -> str:
     """Run a block in a page's namespace; returns what it prints."""
     printed = io.StringIO()
     # lines of a traceback are then those of the page
-    code = compile("\n" * (block.line - 1) + block.text, block.page, "exec")
+    code = compile("\n" * (block.line - 1) + servers.here(block.text), block.page, "exec")
     with contextlib.redirect_stdout(printed):
-        exec(code, namespace)
+        try:
+            exec(code, namespace)
+        except ModuleNotFoundError as error:
+            if error.name not in OPTIONAL:
+                raise
+            warnings.warn(f"{block.where}: not run, {error.name} is not installed", stacklevel=1)
     return printed.getvalue()
 
 

@@ -163,7 +163,7 @@ def test_a_page_does_what_it_says(path, given, servers, monkeypatch):
             elif block.language == "python" and block.text.startswith("--8<--"):
                 assert (ROOT / block.text.split('"')[1]).read_text()
             elif block.language == "python":
-                printed = run_python(block, given)
+                printed = run_python(block, given, servers)
                 follows = blocks[number + 1 : number + 2]
                 if printed and follows and _is_output(path, block, follows[0]):
                     assert printed.strip() == follows[0].text.strip()

@@ -4,15 +4,24 @@ That of a package is in tests/runtime/test_package.py.
 """
 
 import ast
+import base64
 import functools
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
+import httpx
 import pytest
 from convertible import trained
 from docs_blocks import ROOT, run_script
-from helpers import bright_pngs, lively, micro_spec
+from helpers import bright_pngs, free_port, lively, micro_spec
 
 import dynaslim
 from dynaslim.checkpoint import Checkpoint, read, save
@@ -21,6 +30,16 @@ from dynaslim.runtime.engine import Engine
 from dynaslim.zoo import get_spec
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+NEEDS = {"ray_serve": "ray.serve", "litserve_api": "litserve"}
+"""Libraries without which an example is not run."""
+
+
+def need(name):
+    if name in NEEDS:
+        reason = f"{NEEDS[name]} is not installed, or a part of it is missing"
+        pytest.importorskip(NEEDS[name], reason=reason, exc_type=ImportError)
 
 
 @pytest.fixture
@@ -37,7 +56,7 @@ def folder(tmp_path, monkeypatch, one_thread):
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_is_short_and_says_how_it_is_run(path):
     text = path.read_text()
-    assert len(text.splitlines()) <= 82
+    assert len(text.splitlines()) <= (50 if path.stem in NEEDS else 82)
     described = ast.get_docstring(ast.parse(text))
     assert re.search(rf"^    python examples/{path.name} \S", described, re.MULTILINE)
     assert f"## {path.stem}\n" in (ROOT / "docs" / "examples.md").read_text()
@@ -45,6 +64,7 @@ def test_an_example_is_short_and_says_how_it_is_run(path):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_without_arguments_says_what_it_takes(path):
+    need(path.stem)
     with pytest.raises(SystemExit, match=rf"usage: {path.name} "):
         run_script(f"examples/{path.name}", [])
 
@@ -152,3 +172,107 @@ def test_embed_engine_when_it_is_busy_and_when_it_fails(folder, classifier):
         asked.ask(picture, "two")
     with pytest.raises(ValueError, match="three: not an image"):
         asked.ask(b"no picture", "three")
+
+
+# -- inside other servers -------------------------------------------------------------------------
+
+RAY = """
+import os, runpy, sys
+import ray
+from ray import serve
+
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100 * 2**20,
+         log_to_driver=False, logging_level="ERROR")
+script, port, model, *images = sys.argv[1:]
+for argv in ([script, model, *images], [script, model]):
+    serve.start(http_options={"port": int(port)})
+    sys.argv = argv
+    runpy.run_path(script, run_name="__main__")
+"""
+
+
+@contextmanager
+def process(*command, **env):
+    """A process with a group of its own, which ends with the test."""
+    made = subprocess.Popen(
+        [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **env},
+    )  # fmt: skip
+    try:
+        yield made
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(made.pid, signal.SIGINT)
+        try:
+            made.communicate(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(made.pid, signal.SIGKILL)
+            made.communicate()
+
+
+def first_answer(made, url, **request):
+    """The answer to a request as soon as the server takes it."""
+    end = time.monotonic() + 90
+    while time.monotonic() < end:
+        assert made.poll() is None, made.stderr.read()
+        with suppress(httpx.TransportError):
+            answer = httpx.post(url, timeout=30, **request)
+            if answer.status_code != 404:  # the application is not there yet
+                return answer
+        time.sleep(0.2)
+    pytest.fail("the server did not start")
+
+
+@pytest.fixture
+def told(folder):
+    """A model, pictures, and what `predict` answers."""
+    names = tuple(f"class {n}" for n in range(5))
+    save(folder / "m.safetensors", Checkpoint(lively(micro_spec()), names, Preprocessing(16)))
+    files = sorted(map(str, folder.glob("photos/*/*.png")))[::6]
+    engine = Engine.from_checkpoint(folder / "m.safetensors", backend="eager")
+    rows = list(dynaslim.predict.predict(engine, files))
+    return str(folder / "m.safetensors"), files, [(r.label, r.route, r.madds) for r in rows]
+
+
+def short(answer):
+    return answer["top"][0][0], answer["route"], answer["madds"]
+
+
+def test_ray_serve(told):
+    need("ray_serve")
+    model, files, expected = told
+    script, port = str(ROOT / "examples" / "ray_serve.py"), free_port()
+    with process("-c", RAY, script, str(port), model, *files, RAY_USAGE_STATS_ENABLED="0") as made:
+        printed = [ast.literal_eval(made.stdout.readline()) for _ in files]
+        url = f"http://127.0.0.1:{port}/"
+        first = first_answer(made, url, content=Path(files[0]).read_bytes())
+        with ThreadPoolExecutor(8) as pool:
+            asked = [pool.submit(httpx.post, url, content=Path(f).read_bytes()) for f in files]
+            answers = [one.result().json() for one in asked]
+        wrong = httpx.post(url, content=b"no picture")
+        budget = httpx.post(f"{url}?budget=0.5", content=Path(files[0]).read_bytes())
+    for found in (printed, answers):
+        assert [short(answer) for answer in found] == expected
+    assert short(first.json()) == expected[0]
+    assert (wrong.status_code, budget.status_code) == (400, 400)
+    assert "not an image" in wrong.json()["error"]
+    assert "no budget curve" in budget.json()["error"]
+
+
+def test_litserve(told):
+    need("litserve_api")
+    model, files, expected = told
+    script, port = str(ROOT / "examples" / "litserve_api.py"), free_port()
+    url = f"http://127.0.0.1:{port}/predict"
+    sent = [{"image": base64.b64encode(Path(f).read_bytes()).decode()} for f in files]
+    with process(script, model, str(port)) as made:
+        first = first_answer(made, url, json=sent[0])
+        with ThreadPoolExecutor(8) as pool:
+            answers = [one.json() for one in pool.map(lambda s: httpx.post(url, json=s), sent)]
+        wrong = [
+            httpx.post(url, json=one).status_code
+            for one in ({}, {"image": "AAAA"}, {"image": 3}, {**sent[0], "budget": 0.5})
+        ]
+    assert [short(answer) for answer in answers] == expected
+    assert short(first.json()) == expected[0]
+    assert wrong == [400] * 4

@@ -217,6 +217,9 @@ def export(
     report_images: int = 2000,
     single_file: bool = False,
     static_route: str | None = None,
+    triton: bool = False,
+    ovms: bool = False,
+    name: str | None = None,
     no_cache: bool = False,
     json: bool = False,
 ) -> None:
@@ -224,7 +227,7 @@ def export(
 
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
-        out: The package's folder, or the ONNX file.
+        out: The package's folder, the ONNX file, or the model server's folder of models.
         precision: fp32, or int8 by post-training quantisation (packages only).
         calibration: Images for int8: as for evaluate.
         calibration_split: Split of them to calibrate on.
@@ -233,14 +236,24 @@ def export(
         report_images: At most so many of them.
         single_file: Write one ONNX file that routes one image at a time.
         static_route: Write the sub-network along a route, such as 12-24-48-80-160, as plain ONNX.
+        triton: Write models for Triton: one that routes batches, and one ONNX file.
+        ovms: Write a model for OpenVINO Model Server, and its config.json.
+        name: The model's name in a model server. Default: the network's.
         no_cache: Keep no calibrated programs (int8) on disk, and read none.
         json: Print one JSON object.
     """
     from dynaslim.data.layout import check_path
 
-    if single_file and static_route is not None:
-        raise UsageError("--single-file and --static-route: choose one")
-    whole = not single_file and static_route is None
+    forms = {
+        "--single-file": single_file,
+        "--static-route": static_route is not None,
+        "--triton": triton,
+        "--ovms": ovms,
+    }
+    chosen = [flag for flag, given in forms.items() if given]
+    check(len(chosen) < 2, f"{' and '.join(chosen)}: choose one")
+    whole = triton or not chosen
+    check(name is None or triton or ovms, "--name is for --triton and --ovms")
     check(precision in ("fp32", "int8"), f"--precision {precision}: choose fp32 or int8")
     check(whole or precision == "fp32", "--precision int8 is for packages")
     check(
@@ -254,8 +267,18 @@ def export(
 
     from dynaslim.checkpoint import read
     from dynaslim.runtime.export import export_package, export_route, export_single_file
+    from dynaslim.runtime.model_servers import export_ovms, export_triton
 
     loaded = read(file)
+    source, notes = None, dict[str, Any]()
+    if calibration is not None:
+        source, notes = _quantised(
+            loaded,
+            calibration,
+            (calibration_split, calibration_images),
+            (report_split, report_images),
+            cache=not no_cache,
+        )
     if asked is not None:
         route = loaded.net.spec.coerce_route(asked)
         result: dict[str, Any] = {"parity": export_route(loaded, out, route)}
@@ -263,16 +286,13 @@ def export(
     elif single_file:
         result = {"parity": export_single_file(loaded, out)}
         line = f"{out}: one ONNX file that routes one image at a time"
+    elif ovms:
+        result = {"parity": export_ovms(loaded, out, name)}
+        line = f"{out}: for OpenVINO Model Server, one image at a time"
+    elif triton:
+        result = {"parity": export_triton(loaded, out, name, source=source, notes=notes), **notes}
+        line = f"{out}: for Triton, a model that routes batches and one of one file"
     else:
-        source, notes = None, dict[str, Any]()
-        if calibration is not None:
-            source, notes = _quantised(
-                loaded,
-                calibration,
-                (calibration_split, calibration_images),
-                (report_split, report_images),
-                cache=not no_cache,
-            )
         manifest, errors = export_package(loaded, out, source=source, notes=notes)
         size = sum(entry["bytes"] for entry in manifest["files"].values())
         result = {

@@ -75,7 +75,7 @@ def export_package(
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
     check_text([spec.name, checkpoint.class_names, dict(checkpoint.metrics), dict(notes or {})])
     forms = source_of(net) if source is None else source
-    side = image_size or (pre.image_size_px if pre else spec.usual_image_size)
+    side = image_side(checkpoint, image_size)
     spec.check_image_size(side, side)
     for library in ("onnx", "onnxruntime"):
         require(library)
@@ -133,9 +133,9 @@ def export_route(
     forms, spec = source_of(checkpoint.net), checkpoint.net.spec
     content = forms.onnx(Form.whole(spec.coerce_route(route)))
     assert isinstance(content, bytes)
-    x = _images(checkpoint, image_size)
+    x = images_like(checkpoint, image_size)
     exact = _exact(checkpoint, route, x)
-    error = _difference(_run(content, {"x": x})[0], exact.logits)
+    error = _difference(run_onnx(content, {"x": x})[0], exact.logits)
     _check_parity(f"route {route}", error, exact.tolerance)
     write_atomic(target, content)
     return error
@@ -149,10 +149,17 @@ def export_single_file(
     Returns the parity error on several images; raises as `export_package`.
     """
     target = check_writable(out)
+    content, worst = checked_single_file(checkpoint, image_size)
+    write_atomic(target, content)
+    return worst
+
+
+def checked_single_file(checkpoint: Checkpoint, image_size: int | None) -> tuple[bytes, float]:
+    """The content of `export_single_file`, and its parity error."""
     spec = checkpoint.net.spec
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
-    content = single_file(source_of(checkpoint.net)).SerializeToString()
-    x, session, worst = _images(checkpoint, image_size, rows=2), _session(content), 0.0
+    content: bytes = single_file(source_of(checkpoint.net)).SerializeToString()
+    x, session, worst = images_like(checkpoint, image_size, rows=2), _session(content), 0.0
     allowed = 0.0
     # by decisions that are forced: one that hangs on the last digit may fall either way
     for option in range(max(len(gate.choices) for gate in spec.gates)):
@@ -169,8 +176,7 @@ def export_single_file(
                 raise DynaslimError(f"single file: took choices {choices[0].tolist()}, not {path}")
             worst = max(worst, _difference(logits, exact.logits[row : row + 1]))
     _check_parity("single file", worst, allowed)
-    write_atomic(target, content)
-    return worst
+    return content, worst
 
 
 # -- files ----------------------------------------------------------------------------------------
@@ -238,6 +244,13 @@ def _put_in_place(folder: Path, target: Path) -> None:
         shutil.rmtree(aside.parent, ignore_errors=True)
 
 
+def image_side(checkpoint: Checkpoint, image_size: int | None = None) -> int:
+    """Side of the images in pixels: as asked for, else the checkpoint's, else the usual one."""
+    pre = checkpoint.preprocessing
+    usual: int = checkpoint.net.spec.usual_image_size
+    return image_size or (pre.image_size_px if pre else usual)
+
+
 # -- parity ---------------------------------------------------------------------------------------
 
 
@@ -252,7 +265,7 @@ def _parity(
         x = torch.randn(2, *shape.row_in, generator=generator)
         if isinstance(forms, QuantisedForms):  # good for what arrives there, and no more
             x = torch.from_numpy(forms.sample(form)[:2])
-        ours = _run(folder / names[form.name], {"x": x.numpy()})
+        ours = run_onnx(folder / names[form.name], {"x": x.numpy()})
         with torch.inference_mode():
             double = _outputs(exact.program(form, torch.float64)(x.double()))
             single = _outputs(exact.program(form)(x))
@@ -288,7 +301,7 @@ def _exact(checkpoint: Checkpoint, route: Route, x: np.ndarray) -> _Exact:
 
 def _whole_parity(checkpoint: Checkpoint, folder: Path, precision: str, side: int) -> None:
     """The package, opened as its users will, computes what the network does."""
-    x, spec = _images(checkpoint, side), checkpoint.net.spec
+    x, spec = images_like(checkpoint, side), checkpoint.net.spec
     engine = Engine.from_package(folder, backend="onnxruntime", workers=1, cache_dir=None)
     if not np.isfinite(engine(x).logits).all():
         raise DynaslimError("package: its logits are not finite")
@@ -299,17 +312,17 @@ def _whole_parity(checkpoint: Checkpoint, folder: Path, precision: str, side: in
             _check_parity(f"package, route {route}", error, exact.tolerance)
 
 
-def _images(checkpoint: Checkpoint, image_size: int | None, *, rows: int = 8) -> np.ndarray:
+def images_like(checkpoint: Checkpoint, image_size: int | None, *, rows: int = 8) -> np.ndarray:
     """Rows of noise that differ in level and roughness, so that gates may differ too."""
-    spec, pre = checkpoint.net.spec, checkpoint.preprocessing
-    side = image_size or (pre.image_size_px if pre else spec.usual_image_size)
+    spec, side = checkpoint.net.spec, image_side(checkpoint, image_size)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, spec.in_channels, side, side), np.float32)
     level = rng.standard_normal((rows, spec.in_channels, 1, 1), np.float32)
     return x * rng.random((rows, 1, 1, 1), np.float32) * 2 + level
 
 
-def _run(model: bytes | Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+def run_onnx(model: bytes | Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    """All outputs of a model, a file or its content, by ONNX Runtime."""
     results: list[np.ndarray] = _session(model).run(None, dict(inputs))
     return results
 

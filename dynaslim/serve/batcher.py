@@ -80,6 +80,8 @@ class Answer(NamedTuple):
     madds: float
     escalated: bool
     mirrored: bool
+    logits: np.ndarray
+    """(N,) float64."""
 
 
 @dataclass(slots=True, eq=False)
@@ -160,17 +162,26 @@ def answers_of(output: Any, top_k: int) -> list[Answer]:
     shifted_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
     best_BK = np.take_along_axis(shifted_BN, order_BK, 1) / shifted_BN.sum(1, keepdims=True)
     return [
-        Answer(list(zip(order, best, strict=True)), tuple(choices), madds, escalated, mirrored)
-        for order, best, choices, madds, escalated, mirrored in zip(
+        Answer(list(zip(order, best, strict=True)), tuple(choices), *rest)
+        for order, best, choices, *rest in zip(
             order_BK.tolist(),
             best_BK.tolist(),
             np.asarray(output.routes).tolist(),
             np.asarray(output.madds).tolist(),
             np.asarray(output.escalated).tolist(),
             np.asarray(output.mirrored).tolist(),
+            logits_BN,
             strict=True,
         )
     ]
+
+
+def inputs_of(rows: Sequence[np.ndarray], preprocessing: Preprocessing) -> np.ndarray:
+    """Normalised images (B, C, S, S) of rows (C, S, S): uint8 pixels, or float32 as they are."""
+    if all(row.dtype == np.uint8 for row in rows):
+        return normalise_pixels(np.stack(rows), preprocessing)
+    one = [row if row.dtype == np.float32 else normalise_pixels(row, preprocessing) for row in rows]
+    return np.stack(one)
 
 
 class Batcher:
@@ -227,23 +238,25 @@ class Batcher:
         top_k: int = 5,
         deadline_s: float | None = None,
     ) -> Future[WorkItem]:
-        """Queue images, each uint8 (C, S, S) as `decode_image` returns them.
+        """Queue images, each uint8 (C, S, S) as `decode_image` returns them, or float32 normalised.
 
         The future's result has their `answers` in order. It fails with `DeadlineError` if they have
         not been run after `deadline_s` seconds, or with the error of the engine.
 
         Raises:
-            UsageError: for pixels of another shape, no images, or a budget that the network does
-                not have.
+            UsageError: for pixels of another shape or not finite, no images, or a budget that the
+                network does not have.
             QueueFullError: if there is no room, or the wait would be longer than the deadline.
             StoppingError: if the batcher accepts no more images.
         """
         side, channels = self._preprocessing.image_size_px, self._preprocessing.channels
         for one in pixels:
             check(
-                one.dtype == np.uint8 and one.shape == (channels, side, side),
-                f"pixels {one.dtype} {one.shape}: give uint8 ({channels}, {side}, {side})",
+                one.dtype in (np.uint8, np.float32) and one.shape == (channels, side, side),
+                f"pixels {one.dtype} {one.shape}: give uint8 ({channels}, {side}, {side}), or "
+                f"float32 if they are normalised",
             )
+            check(one.dtype == np.uint8 or bool(np.isfinite(one).all()), "pixels: must be finite")
         check(bool(pixels), "no images: give at least one")
         future: Future[WorkItem] = Future()
 
@@ -552,7 +565,7 @@ class Batcher:
         self, setting: Setting, members: list[tuple[WorkItem, int]], pixels: list[np.ndarray]
     ) -> None:
         start = self._clock()
-        x_BCSS = normalise_pixels(np.stack(pixels), self._preprocessing)
+        x_BCSS = inputs_of(pixels, self._preprocessing)
         if setting.hold:
             output = self._engine(x_BCSS, budget=setting.used, escalate=setting.escalate, hold=True)
         else:

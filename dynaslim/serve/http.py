@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from dynaslim.errors import DynaslimError
-from dynaslim.serve.schemas import FIELD, ErrorBody, JSONBody, Upload
+from dynaslim.serve.schemas import FIELD, ErrorBody, JSONBody, ProtocolError, Upload
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
@@ -37,11 +37,11 @@ _HOW: Final = (
     f"send multipart/form-data with files in the field {FIELD}, or application/json "
     '{"images": [{"data": BASE64}]}'
 )
-_JSON_HEADERS: Final = (
-    (b"content-type", b"application/json"),
+ANSWER_HEADERS: Final = (
     (b"cache-control", b"no-store"),
     (b"x-content-type-options", b"nosniff"),
 )
+JSON_HEADERS: Final = ((b"content-type", b"application/json"), *ANSWER_HEADERS)
 
 _encode: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
@@ -72,6 +72,25 @@ class HTTPError(Exception):
             self.headers.append((b"retry-after", seconds.encode()))
 
 
+def error_body(error: HTTPError, path: str) -> ErrorBody | ProtocolError:
+    """The body of an error for a path; the Open Inference Protocol has the message alone."""
+    if not is_protocol(path):
+        return error.body
+    image = error.body["error"].get("image")
+    return {"error": str(error) if image is None else f"image {image}: {error}"}
+
+
+def is_protocol(path: str) -> bool:
+    """Whether a path is of the Open Inference Protocol."""
+    return path == "/v2" or path.startswith("/v2/")
+
+
+def path_of(scope: Mapping[str, Any]) -> str:
+    """The path of a request within the application, which may be mounted below another path."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
 def internal_error(error: BaseException) -> HTTPError:
     """The answer to an error of the server; only messages of our own errors are shown."""
     known = isinstance(error, DynaslimError)
@@ -87,12 +106,9 @@ async def send_bytes(
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
-async def send_json(
-    send: Send, status: int, value: Any, headers: Headers = (), *, more: bool = False
-) -> None:
-    """Send a JSON body; `more` as for `send_bytes`."""
-    body = _encode(value).encode()
-    await send_bytes(send, status, body, [*_JSON_HEADERS, *headers], more=more)
+def encode_json(value: Any) -> bytes:
+    """A JSON body."""
+    return _encode(value).encode()
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -101,18 +117,26 @@ async def send_json(
 class BodyReader:
     """Reads one body; `release` returns its bytes to the buffers."""
 
-    def __init__(self, headers: Headers, limit: int, buffers: Buffers) -> None:
+    def __init__(self, scope: dict[str, Any], limit: int, buffers: Buffers) -> None:
+        self._path = path_of(scope)
         self._limit = limit
         self._buffers = buffers
         self._held = 0
         self.complete = False
         """Whether the whole body has been received."""
         self.type = b""
+        self.encoding = b""
+        self.json_length: bytes | None = None
+        """Inference-Header-Content-Length: bytes of JSON before binary tensors."""
         self._length: int | None = None
         self._expects_continue = False
-        for name, value in headers:
+        for name, value in scope["headers"]:
             if name == b"content-type":
                 self.type = value
+            elif name == b"content-encoding":
+                self.encoding = value
+            elif name == b"inference-header-content-length":
+                self.json_length = value
             elif name == b"content-length" and value.isdigit():
                 self._length = int(value)
             elif name == b"expect":
@@ -171,10 +195,11 @@ class BodyReader:
         self.release()
         if error.status != 408 and (self._length is None or self._length <= 2 * self._limit):
             await self._discard(receive, self._limit, _DISCARD_S)
-        headers = [*error.headers]
+        headers = [*JSON_HEADERS, *error.headers]
         if close or not self.complete:
             headers.append((b"connection", b"close"))
-        await send_json(send, error.status, error.body, headers, more=not self.complete)
+        body = encode_json(error_body(error, self._path))
+        await send_bytes(send, error.status, body, headers, more=not self.complete)
         if not self.complete:
             with suppress(ClientDisconnect):
                 await self._discard(receive, _LINGER_BODIES * self._limit, _LINGER_S)

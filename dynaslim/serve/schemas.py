@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from typing import Annotated, Any, Final, Literal, NotRequired
+from typing import Annotated, Any, Final, Literal, NotRequired, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -40,9 +40,9 @@ _NUMBER: Final = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 def _text(pattern: str, expected: str) -> WrapValidator:
     """Accept only text of a pattern, and give every error the same message."""
 
-    def validate(value: str, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+    def validate(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
-            if re.fullmatch(pattern, value):
+            if re.fullmatch(pattern, str(value)):  # a number in JSON, else text
                 return handler(value)
         except ValidationError:
             pass
@@ -82,15 +82,18 @@ class PredictParameters(BaseModel):
     """Milliseconds from the request's head after which an answer is of no use."""
 
 
-def predict_parameters(max_deadline_ms: float) -> type[PredictParameters]:
-    """`PredictParameters` of a server, whose own deadline is the default and the maximum."""
+P = TypeVar("P", bound=PredictParameters)
+
+
+def limited_parameters(parameters: type[P], max_deadline_ms: float) -> type[P]:
+    """Parameters of a server, whose own deadline is the default and the maximum."""
 
     def check(value: float) -> float:
         if value > max_deadline_ms:
             raise ValueError(f"deadline_ms {value:g}: at most {max_deadline_ms:g} here")
         return value
 
-    class Limited(PredictParameters):
+    class Limited(parameters):  # type: ignore[misc, valid-type]
         deadline_ms: Annotated[_Milliseconds, AfterValidator(check)] = Field(
             max_deadline_ms,
             json_schema_extra={"maximum": max_deadline_ms},
@@ -152,6 +155,94 @@ def limited_bodies(max_images: int) -> tuple[type[BaseModel], type[BaseModel]]:
         images: Annotated[list[bytes], count]
 
     return Images, Form
+
+
+# -- the Open Inference Protocol (KServe v2), with Triton's extensions ----------------------------
+
+InputName = Literal["image", "pixels", "x"]
+Datatype = Literal["BYTES", "UINT8", "FP32"]
+OutputName = Literal["logits", "label", "confidence", "route", "choices", "madds", "escalated"]
+_STRICT: Final = ConfigDict(extra="forbid", use_attribute_docstrings=True, strict=True)
+
+
+class InferParameters(PredictParameters):
+    """The parameters of a request: those of a prediction, as JSON, and two of Triton's."""
+
+    model_config = _STRICT
+
+    budget: (
+        Annotated[
+            str,
+            BeforeValidator(lambda value: str(value) if type(value) in (int, float) else value),
+            WithJsonSchema({"type": ["string", "number"]}),
+        ]
+        | SkipJsonSchema[None]
+    ) = Field(None, description=PredictParameters.model_fields["budget"].description)
+    timeout: Annotated[int, Field(ge=0)] = 0
+    """Triton's name for the deadline, in microseconds; 0 for the server's."""
+    binary_data_output: bool = False
+    """Whether outputs are binary unless they say otherwise."""
+
+
+class InputParameters(BaseModel):
+    model_config = _STRICT
+
+    binary_data_size: Annotated[int, Field(ge=0)] | SkipJsonSchema[None] = None
+    """Bytes of the tensor behind the JSON, in the order of the inputs."""
+    content_type: Literal["base64"] = "base64"
+    """How images are written in JSON."""
+
+
+class InferInput(BaseModel):
+    """An input: `image` BYTES [n], encoded files; `pixels` UINT8 [n, c, s, s], as they are after
+    cropping and resizing; or `x` FP32 [n, c, s, s], normalised.
+    """
+
+    model_config = _STRICT
+
+    name: InputName
+    datatype: Datatype
+    shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=4)]
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | SkipJsonSchema[None] = None
+    """Numbers in the order of their memory, nested or flat; images in base64."""
+
+
+class OutputParameters(BaseModel):
+    model_config = _STRICT
+
+    binary_data: bool | SkipJsonSchema[None] = None
+    """Whether the tensor follows the JSON in binary form."""
+    classification: Annotated[int, Field(ge=1)] | SkipJsonSchema[None] = None
+    """Of `logits`: this many of the largest, as text LOGIT:INDEX:CLASS."""
+
+
+class InferOutput(BaseModel):
+    model_config = _STRICT
+
+    name: OutputName
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(BaseModel):
+    """A request; without `outputs`, all are returned."""
+
+    model_config = _STRICT
+
+    id: str | SkipJsonSchema[None] = None
+    parameters: InferParameters = Field(default_factory=dict, validate_default=True)
+    inputs: Annotated[list[InferInput], Field(min_length=1, max_length=1)]
+    outputs: Annotated[list[InferOutput], Field(max_length=16)] = []
+
+
+def infer_request(max_deadline_ms: float) -> type[InferRequest]:
+    """`InferRequest` of a server, whose own deadline is the default and the maximum."""
+    limited = limited_parameters(InferParameters, max_deadline_ms)
+
+    class Limited(InferRequest):
+        parameters: limited = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
+
+    return Limited
 
 
 # -- answers --------------------------------------------------------------------------------------
@@ -283,6 +374,58 @@ class Status(_Answer):
     status: str
 
 
+class TensorMetadata(_Answer):
+    name: str
+    datatype: str
+    shape: list[int]
+
+
+class ServerMetadata(_Answer):
+    name: str
+    version: str
+    extensions: list[str]
+
+
+class ModelMetadata(_Answer):
+    """A model; a request has one of the inputs."""
+
+    name: str
+    versions: list[str]
+    platform: str
+    inputs: list[TensorMetadata]
+    outputs: list[TensorMetadata]
+
+
+class Live(_Answer):
+    live: bool
+
+
+class Ready(_Answer):
+    ready: bool
+
+
+class ModelReady(_Answer):
+    name: str
+    ready: bool
+
+
+class OutputTensor(TensorMetadata):
+    """An output; binary ones have `binary_data_size` among their parameters instead of data."""
+
+    parameters: NotRequired[dict[str, int]]
+    data: NotRequired[list[Any]]
+
+
+class InferResponse(_Answer):
+    """The answer; `parameters` has the budget asked for and the one used, if any."""
+
+    model_name: str
+    model_version: str
+    id: NotRequired[str]
+    parameters: NotRequired[dict[str, str | None]]
+    outputs: list[OutputTensor]
+
+
 # -- errors ---------------------------------------------------------------------------------------
 
 
@@ -300,9 +443,16 @@ class ErrorBody(_Answer):
     error: ErrorDetail
 
 
+class ProtocolError(_Answer):
+    """The body of every error of the Open Inference Protocol."""
+
+    error: str
+
+
 _ERRORS: Final = {
     400: "The body, or an image in it, cannot be read.",
     401: "The token is missing or wrong.",
+    404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body, an image, or the number of images is too large.",
     415: "The body, or an image in it, is of a type that is not accepted.",
@@ -312,6 +462,7 @@ _ERRORS: Final = {
     503: "The server is starting or stopping; Retry-After is the time to wait.",
     504: "No answer within the deadline.",
 }
+PREDICT_ERRORS: Final = (400, 408, 413, 415, 422, 429, 500, 503, 504)
 RETRY_AFTER: Final[dict[str, Any]] = {
     "Retry-After": {
         "required": True,
@@ -321,11 +472,11 @@ RETRY_AFTER: Final[dict[str, Any]] = {
 }
 
 
-def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+def error_responses(*statuses: int, body: type = ErrorBody) -> dict[int | str, dict[str, Any]]:
     """Errors of a route, for its `responses`."""
     return {
         status: {
-            "model": ErrorBody,
+            "model": body,
             "description": _ERRORS[status],
             **({"headers": RETRY_AFTER} if status in (429, 503) else {}),
         }

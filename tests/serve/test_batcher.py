@@ -312,9 +312,11 @@ def test_requests_of_one_setting_run_together(steps):
 def test_what_it_cannot_be_asked(steps, engine):
     _, make = steps
     batcher = make()
-    for bad in (np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 4), np.float32)):
+    for bad in (np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 4), np.float64)):
         with pytest.raises(UsageError, match=r"give uint8 \(3, 4, 4\)"):
             batcher.submit([bad])
+    with pytest.raises(UsageError, match="must be finite"):
+        batcher.submit([np.full((3, 4, 4), np.nan, np.float32)])
     with pytest.raises(UsageError, match="no images"):
         batcher.submit([])
     with pytest.raises(UsageError, match="no budget curve"):

@@ -1,6 +1,7 @@
 """Pictures of all kinds, and such as are made to do harm: answered as `predict` does, or 4xx."""
 
 import io
+import json
 import struct
 import zlib
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from starlette.testclient import TestClient
 from dynaslim.predict import Unreadable, predict
 from dynaslim.serve import ServeOptions, create_app
 
+INFER = "/v2/models/micro/infer"
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 30, 3), dtype=np.uint8)
 
@@ -143,6 +145,38 @@ def test_taken_as_predict_takes_them(client, engine, name, tmp_path):
     assert result["route"] == row.route
 
 
+def as_tensor(*contents):
+    """Files as one binary tensor of the Open Inference Protocol: a request's body and headers."""
+    tensor = b"".join(struct.pack("<I", len(one)) + one for one in contents)
+    sent = {"name": "image", "datatype": "BYTES", "shape": [len(contents)]}
+    sent["parameters"] = {"binary_data_size": len(tensor)}
+    head = json.dumps({"inputs": [sent]}).encode()
+    return {
+        "content": head + tensor,
+        "headers": {"inference-header-content-length": str(len(head))},
+    }
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_taken_as_tensors_too(client, name):
+    content = TAKEN[name]()
+    (expected,) = client.post("/v1/predict", files=[("images", content)]).json()["results"]
+    response = client.post(INFER, **as_tensor(content))
+    assert response.status_code == 200, response.text
+    outputs = {one["name"]: one["data"] for one in response.json()["outputs"]}
+    assert outputs["label"] == [entry["index"] for entry in expected["top"]]
+    assert outputs["route"] == [expected["route"]]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_as_tensors_too(client, name):
+    status, _, make = REFUSED[name]
+    good = TAKEN["png"]()
+    response = client.post(INFER, **as_tensor(good, make(), good))
+    assert response.status_code == status, response.text
+    assert response.json()["error"].startswith("image 1: ")
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(client, name):
     status, code, make = REFUSED[name]
@@ -176,5 +210,7 @@ def test_damaged_at_random(client):
             content[at] = rng.integers(0, 256)
         response = client.post("/v1/predict", files=[("images", ("x", bytes(content)))])
         statuses.add(response.status_code)
+        tensor = client.post(INFER, **as_tensor(bytes(content)))
+        assert tensor.status_code == response.status_code
     assert statuses <= {200, 400, 413, 415}
     assert {200, 400} <= statuses

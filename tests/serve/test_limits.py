@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from dynaslim.serve import ServeOptions, create_app
-from dynaslim.serve.predict import Lag
+from dynaslim.serve.endpoint import Lag
 
 
 @pytest.fixture

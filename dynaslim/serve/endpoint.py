@@ -1,0 +1,342 @@
+"""What the endpoints that predict have in common, as ASGI applications.
+
+FastAPI documents them (`app`), but does not parse their requests: a body is read only if the queue
+has room, within limits and before the deadline, and the rest of a refused body after the answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+from starlette.requests import ClientDisconnect
+
+from dynaslim.errors import UsageError
+from dynaslim.serve.batcher import DeadlineError, QueueFullError, StoppingError, WorkItem
+from dynaslim.serve.budgets import Setting
+from dynaslim.serve.decoding import ImageError
+from dynaslim.serve.http import (
+    BodyReader,
+    Headers,
+    HTTPError,
+    Receive,
+    Send,
+    internal_error,
+    send_bytes,
+)
+from dynaslim.serve.schemas import PredictParameters
+from dynaslim.serve.service import Service
+
+WATCH_AFTER_S: Final = 0.05
+"""Time after which a waiting client is watched for disconnecting; most have their answer before."""
+TICK_S: Final = 0.02
+RETRY_STARTING_S: Final = 2.0
+RETRY_STOPPING_S: Final = 5.0
+_CLIENT_GONE: Final = 499
+_IMAGE_ERRORS: Final = {"image_unreadable": 400, "too_many_pixels": 413, "image_type": 415}
+_log = logging.getLogger("dynaslim.serve")
+
+
+# -- the event loop -------------------------------------------------------------------------------
+
+
+class Lag:
+    """The delay of the event loop, measured by a timer that runs while there are requests.
+
+    A turn of the loop handles all events that are there, so a new one waits for about one turn.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._due: float | None = None
+        self._requested = False
+        self.seconds = 0.0
+
+    def request(self) -> float:
+        """The recent delay in seconds; called for every request."""
+        self._requested = True
+        if self._due is None:
+            self._schedule()
+        return self.seconds
+
+    def _schedule(self) -> None:
+        self._due = self._loop.time() + TICK_S
+        self._loop.call_at(self._due, self._tick)
+
+    def _tick(self) -> None:
+        assert self._due is not None
+        self.seconds = max(0.0, self._loop.time() - self._due)
+        if self._requested:
+            self._requested = False
+            self._schedule()
+        else:
+            self._due, self.seconds = None, 0.0
+
+
+def _loop_time(when: float) -> float:
+    """A time of `time.monotonic` by the clock of the running loop."""
+    return asyncio.get_running_loop().time() + when - time.monotonic()
+
+
+# -- the endpoint ---------------------------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """A successful answer."""
+
+    images: int
+    """Number of images, for the access log."""
+    body: bytes
+    headers: Headers
+
+
+class Endpoint(ABC):
+    """An endpoint of one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request, and count it."""
+        service = self._service
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._lag = loop, Lag(loop)
+        service.lag_s = self._lag.request()
+        began = time.monotonic() - service.lag_s
+        reader = BodyReader(scope, service.options.body_bytes, service.buffers)
+        status, images = _CLIENT_GONE, 0
+        accepted = service.accepting  # a refused request does not delay the server's stop
+        service.in_flight += accepted
+        try:
+            self._check_accepting()
+            images, body, headers = await self._respond(scope, receive, reader, began)
+            status = 200
+            await send_bytes(send, 200, body, headers)
+        except HTTPError as error:
+            status = await self._refuse(error, reader, receive, send)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            _log.exception("a prediction failed")
+            status = await self._refuse(internal_error(error), reader, receive, send)
+        finally:
+            reader.release()
+            service.in_flight -= accepted
+            service.metrics.request(status, time.monotonic() - began)
+            if service.options.access_log:
+                _log_access("POST", scope["path"], status, began, images)
+
+    @abstractmethod
+    async def _respond(
+        self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
+    ) -> Reply:
+        """The answer to a request that began at a time of `time.monotonic`.
+
+        Raises:
+            HTTPError: for a request that is refused.
+        """
+
+    async def _refuse(
+        self, error: HTTPError, reader: BodyReader, receive: Receive, send: Send
+    ) -> int:
+        self._service.metrics.error(error.status, error.code)
+        try:
+            await reader.refuse(error, receive, send, close=self._service.stopping)
+        except ClientDisconnect:
+            return _CLIENT_GONE
+        return error.status
+
+    def _check_accepting(self) -> None:
+        service = self._service
+        if service.accepting:
+            return
+        service.start()
+        if service.stopping:
+            raise _stopping()
+        if service.state == "failed":
+            raise HTTPError(500, "failed", f"the model does not start: {service.error}")
+        raise HTTPError(
+            503, "starting", "the server is starting; try again", retry_after_s=RETRY_STARTING_S
+        )
+
+    def _setting(self, parameters: PredictParameters) -> Setting:
+        escalate = None if parameters.escalate == "never" else parameters.escalate
+        try:
+            return self._service.batcher.budgets.setting(parameters.budget, escalate)
+        except UsageError as error:
+            raise HTTPError(422, "bad_parameter", str(error)) from None
+
+    async def _read(
+        self, reader: BodyReader, receive: Receive, began: float, deadline_ms: float
+    ) -> bytes:
+        """The body, if the queue has room."""
+        deadline = _deadline(began, deadline_ms)
+        try:
+            self._service.batcher.check_room(deadline)
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                return await reader.read(receive)
+        except TimeoutError:
+            raise HTTPError(408, "body_late", "the body did not arrive in time") from None
+        except (QueueFullError, StoppingError) as error:
+            raise _unavailable(error) from None
+
+    async def _run(
+        self,
+        rows: int,
+        parameters: PredictParameters,
+        setting: Setting,
+        began: float,
+        receive: Receive,
+        start: Callable[[WorkItem], object],
+    ) -> WorkItem:
+        """Queue rows, `start` handing them in, and wait for their answers."""
+        batcher, deadline = self._service.batcher, _deadline(began, parameters.deadline_ms)
+        item: WorkItem | None = None
+        try:
+            loop = asyncio.get_running_loop()
+            future: asyncio.Future[WorkItem] = loop.create_future()
+            item = batcher.admit(
+                rows,
+                setting,
+                top_k=min(parameters.top_k, self._service.engine.spec.num_classes),
+                deadline=deadline,
+                on_done=functools.partial(_deliver, loop, future),
+            )
+            start(item)
+            return await _wait(future, receive, deadline)
+        except BaseException as error:
+            if item is not None:
+                batcher.cancel(item)
+            if isinstance(error, QueueFullError | StoppingError):
+                raise _unavailable(error) from None
+            if isinstance(error, DeadlineError | TimeoutError):
+                raise _late(parameters.deadline_ms) from None
+            raise
+
+    # -- in a decoder's thread ----------------------------------------------------------------
+
+    def _decode(self, item: WorkItem, content: bytes, row: int) -> None:
+        """Decode an image, here or in a process, and hand in its pixels."""
+        service = self._service
+        try:
+            if item.done:
+                return
+            cost = service.decoder.cost(content)
+            if not cost.large:
+                service.batcher.put(item, row, service.decoder(content))
+                return
+            service.batcher.postpone(item)
+            service.large.put(
+                cost, content, lambda: not item.done, functools.partial(self._hand_in, item, row)
+            )
+        except Exception as error:
+            self._hand_in(item, row, error)
+
+    def _hand_in(self, item: WorkItem, row: int, result: np.ndarray | Exception) -> None:
+        """Hand in a large image's pixels, or an image's error."""
+        if isinstance(result, np.ndarray):
+            self._service.batcher.put(item, row, result, postponed=True)
+            return
+        if isinstance(result, ImageError):
+            status = _IMAGE_ERRORS[result.code]
+            result = HTTPError(status, result.code, str(result), image=row)
+        self._service.batcher.fail(item, result)
+
+
+def bad_parameter(message: str) -> HTTPError:
+    """The error of a parameter that is unknown, repeated or wrong."""
+    return HTTPError(422, "bad_parameter", message)
+
+
+def _deadline(began: float, deadline_ms: float) -> float:
+    """The deadline by `time.monotonic`, unless it passed while the request waited for the loop."""
+    deadline = began + deadline_ms / 1000
+    if time.monotonic() > deadline:
+        raise _late(deadline_ms)
+    return deadline
+
+
+def _late(deadline_ms: float) -> HTTPError:
+    return HTTPError(504, "deadline", f"no answer within {deadline_ms:g} ms")
+
+
+def _unavailable(error: QueueFullError | StoppingError) -> HTTPError:
+    if isinstance(error, StoppingError):
+        return _stopping()
+    return HTTPError(429, "busy", str(error), retry_after_s=error.retry_after_s)
+
+
+def _stopping() -> HTTPError:
+    return HTTPError(503, "stopping", "the server is stopping", retry_after_s=RETRY_STOPPING_S)
+
+
+def _deliver(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[WorkItem], item: WorkItem
+) -> None:
+    """Resolve a future with a finished item, from any thread."""
+
+    def resolve() -> None:
+        if future.done():
+            return
+        if item.error is None:
+            future.set_result(item)
+        else:
+            future.set_exception(item.error)
+
+    with suppress(RuntimeError):  # the loop is closed, and nobody waits
+        loop.call_soon_threadsafe(resolve)
+
+
+async def _wait(future: asyncio.Future[WorkItem], receive: Receive, deadline: float) -> WorkItem:
+    """The item when it is done.
+
+    Raises:
+        TimeoutError: at the deadline.
+        ClientDisconnect: when the client disconnects.
+        Exception: the error of the item.
+    """
+    loop = asyncio.get_running_loop()
+    watch: list[asyncio.Task[None]] = []
+
+    def give_up(error: Exception) -> None:
+        if not future.done():
+            future.set_exception(error)
+
+    async def watch_client() -> None:
+        # after the body, the only message is that the client disconnected
+        if (await receive())["type"] == "http.disconnect":
+            give_up(ClientDisconnect())
+
+    late = loop.call_at(_loop_time(deadline), give_up, TimeoutError())
+    slow = loop.call_later(WATCH_AFTER_S, lambda: watch.append(loop.create_task(watch_client())))
+    try:
+        return await future
+    finally:
+        late.cancel()
+        slow.cancel()
+        for task in watch:
+            task.cancel()
+
+
+def _log_access(method: str, path: str, status: int, began: float, images: int) -> None:
+    """Write a line of JSON to standard error."""
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "method": method,
+        "path": path,
+        "status": status,
+        "images": images,
+        "ms": round((time.monotonic() - began) * 1e3, 2),
+    }
+    sys.stderr.write(json.dumps(line) + "\n")
