@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from dynaslim.preprocessing import Preprocessing
     from dynaslim.recipes import GateRecipe, SupernetRecipe, load_recipe
     from dynaslim.runs import run_gate, run_supernet
+    from dynaslim.runtime.cascade import Rung, cascade
     from dynaslim.runtime.engine import Engine
     from dynaslim.runtime.extract import extract, extract_segment
     from dynaslim.runtime.options import EngineOptions, RoutedOutput
@@ -48,11 +49,13 @@ _HOME = {
     "Preprocessing": "dynaslim.preprocessing",
     "Route": "dynaslim.spec",
     "RoutedOutput": "dynaslim.runtime.options",
+    "Rung": "dynaslim.runtime.cascade",
     "SlimNet": "dynaslim.nn",
     "StageSpec": "dynaslim.spec",
     "SupernetRecipe": "dynaslim.recipes",
     "ZOO": "dynaslim.zoo",
     "adapt": "dynaslim.adaptation",
+    "cascade": "dynaslim.runtime.cascade",
     "convert": "dynaslim.conversion",
     "create_model": "dynaslim.checkpoint",
     "evaluate": "dynaslim.evaluation",
@@ -86,10 +89,12 @@ __all__ = [
     "Preprocessing",
     "Route",
     "RoutedOutput",
+    "Rung",
     "SlimNet",
     "StageSpec",
     "SupernetRecipe",
     "adapt",
+    "cascade",
     "convert",
     "create_model",
     "evaluate",

@@ -102,6 +102,11 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
         CheckpointError: if a weight, a BN statistic, a metric or a cost is not finite, or not JSON.
         OSError: if the file cannot be written; an older one of that name is left as it was.
     """
+    if not checkpoint.net.has_weights:
+        raise CheckpointError(
+            f"{path}: not saved, {checkpoint.net.spec.name} is a cascade or a package, which is "
+            f"written as a package (dynaslim.runtime.export.export_package)"
+        )
     tensors = {k: v.detach().cpu().contiguous() for k, v in checkpoint.net.state_dict().items()}
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

@@ -18,6 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynaslim._files import validated
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import check
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.spec import GATE_AT_ENTRANCE, NetSpec, Route, StageSpec, Width
@@ -172,6 +173,9 @@ def _segment_totals(
 ) -> tuple[int, ...]:
     if isinstance(spec, GraphSpec):
         return _graph_totals(spec, route, image_size, slimming_heads)
+    if isinstance(spec, CascadeSpec):
+        spec.check_image_size(*((image_size,) * 2 if isinstance(image_size, int) else image_size))
+        return 0, spec.rung(route).madds
     totals = [0] * spec.num_segments
     for layer in layer_costs(spec, route, image_size):
         if slimming_heads or not layer.slimming_head:
@@ -207,6 +211,13 @@ def segment_shapes(
         indices = spec.segment_indices(route)
         forms = [spec.form(segment, indices) for segment in spec.segments]
         return tuple(SegmentShape(form.out, form.peak) for form in forms)
+    if isinstance(spec, CascadeSpec):
+        spec.check_image_size(*image_size)
+        image = (spec.in_channels, *image_size)
+        rung = spec.rung(route)
+        return SegmentShape(image, math.prod(image)), SegmentShape(
+            (spec.num_classes, 1, 1), rung.peak
+        )
     walk = _Walk(spec, image_size)
     outs: list[tuple[int, int, int]] = []
     peaks = [0] * spec.num_segments
@@ -244,6 +255,9 @@ def params(spec: AnySpec, route: Route | str | Sequence[int] | None = None) -> i
     if isinstance(spec, GraphSpec):
         indices = spec.segment_indices(spec.largest if route is None else spec.coerce_route(route))
         return sum(spec.form(segment, indices).params for segment in spec.segments)
+    if isinstance(spec, CascadeSpec):
+        rungs = spec.rungs if route is None else (spec.rung(spec.coerce_route(route)),)
+        return sum(rung.params for rung in rungs)
     if route is None:
         largest = layer_costs(spec, spec.largest, spec.total_stride)
         return sum(layer.params for layer in largest)

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaslim._files import write_atomic
+from dynaslim.cascade_spec import CascadeSpec
+from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
@@ -136,7 +138,7 @@ class Evaluation:
 
 @torch.inference_mode()
 def evaluate(
-    net: ElasticNet,
+    net: ElasticNet | Checkpoint,
     images: ImageDataset,
     preprocessing: Preprocessing,
     *,
@@ -149,6 +151,8 @@ def evaluate(
 ) -> Evaluation:
     """Measure a network in evaluation mode on labelled images; no noise, so repeatable.
 
+    The dynamic mode is the gates' own decision. Of a cascade's checkpoint it is what its budget
+    curve has for at most 0.5 points less than the last rung; without a curve all stay on the first.
     `routes` default to the uniform routes. `on_batch` is called with the images done by each batch
     of this process. Without `dynamic` the gates are left alone, as if there were none. Pixels go to
     the network's device; `bf16` runs it under autocast, with losses in float32. With several
@@ -164,7 +168,8 @@ def evaluate(
         UsageError: if the network is in training mode, `views` is not 1 to 10, or
             `batch_size` is below 1.
     """
-    spec = net.spec
+    checkpoint = net if isinstance(net, Checkpoint) else Checkpoint(net)
+    net, spec = checkpoint.net, checkpoint.net.spec
     check(1 <= views <= MAX_VIEWS, f"views {views}: must be from 1 to {MAX_VIEWS}")
     check(batch_size >= 1, f"batch_size {batch_size}: must be at least 1")
     check(not net.training, "evaluate uses running statistics: call net.eval() first")
@@ -174,7 +179,7 @@ def evaluate(
     cheapest = spec.cheapest_choice
     gated = dynamic and bool(spec.gates)
     run = (*chosen, cheapest) if not chosen or (gated and cheapest not in chosen) else chosen
-    modes = _Modes(net, run, preprocessing, gated=gated, views=views, bf16=bf16)
+    modes = _Modes(checkpoint, run, preprocessing, gated=gated, views=views, bf16=bf16)
     answers = _answer_all(modes, images, batch_size, on_batch)
     return _summary(modes, chosen, images, answers)
 
@@ -365,7 +370,7 @@ class _Modes:
 
     def __init__(
         self,
-        net: ElasticNet,
+        checkpoint: Checkpoint,
         routes: Sequence[Route],
         preprocessing: Preprocessing,
         *,
@@ -373,17 +378,17 @@ class _Modes:
         views: int,
         bf16: bool,
     ) -> None:
-        self.net = net
+        self.net = net = checkpoint.net
         self.routes = routes
         self.preprocessing = preprocessing
         self.views = views
         self.bf16 = bf16
-        self.device = next(net.parameters()).device
+        self.device = net.device
         # serial, by torch as it is: every process then computes a batch in just the same way
         self.engine = (
             Engine(
-                net,
-                backend="eager",
+                checkpoint if isinstance(net.spec, CascadeSpec) else net,
+                backend=net.plain_backend,
                 precision="bf16" if bf16 else "fp32",
                 workers=1,
                 max_batch=1 << 30,

@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Final
 
 from dynaslim._files import validated
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import UsageError, check
 from dynaslim.spec import GateSpec, NetSpec, Route, Routed
 
@@ -330,13 +331,15 @@ class GraphSpec(Routed):
         return range(self.num_segments)
 
 
-AnySpec = NetSpec | GraphSpec
+AnySpec = NetSpec | GraphSpec | CascadeSpec
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> AnySpec:
-    """Rebuild the spec of a network of the zoo or of a converted one.
+    """Rebuild the spec of a network of the zoo, of a converted one or of a cascade.
 
     Raises:
         UsageError: for unknown or missing fields, or values of another type.
     """
+    if "cascade" in data:
+        return CascadeSpec.from_dict(data)
     return GraphSpec.from_dict(data) if "graph" in data else NetSpec.from_dict(data)

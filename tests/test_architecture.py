@@ -14,7 +14,7 @@ PACKAGE = Path(dynaslim.__file__).parent
 # each may import only itself and what stands before it
 ROOMS = [
     "version", "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec",
-    "graph", "shipped",
+    "cascade_spec", "graph", "shipped",
     "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "conversion", "checkpoint", "data",
     "runtime", "predict",
     "predict_tables", "predict_ray", "evaluation",

@@ -19,6 +19,7 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 from dynaslim.cli import (
     adapting,
+    cascading,
     converting,
     deploy,
     look,
@@ -56,6 +57,11 @@ VERBS: Final = {
         converting.convert,
         "train",
         "dynaslim convert timm:resnet50 resnet50.safetensors --weights resnet50.pth --data PATH",
+    ),
+    "cascade": Verb(
+        cascading.cascade,
+        "train",
+        "dynaslim cascade small.safetensors large.safetensors OUT --data PATH",
     ),
     "train supernet": Verb(
         training.train_supernet,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cli.output import new_table, print_json, printable, say
 from dynaslim.cost import layer_costs, madds, params
 from dynaslim.graph import AnySpec, GraphSpec
@@ -84,6 +86,8 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
     size = usual if image_size is None else image_size
     if isinstance(spec, GraphSpec):
         summary = _describe_converted(spec, size)
+    elif isinstance(spec, CascadeSpec):
+        summary = _describe_cascade(spec)
     else:
         summary = _describe_spec(spec, size)
     if json:
@@ -94,6 +98,8 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
         say("" if holds["budget"] is None else _budget_table(holds["budget"]))
     if isinstance(spec, GraphSpec):
         _print_converted(summary)
+    elif isinstance(spec, CascadeSpec):
+        _print_cascade(summary)
     else:
         _print_architecture(summary)
 
@@ -225,6 +231,30 @@ def _print_converted(summary: Mapping[str, Any]) -> None:
         f"narrowest route saves {summary['elastic_share']:.0%} of the multiply-adds"
     )
     say(_routes_table(summary))
+
+
+def _describe_cascade(spec: CascadeSpec) -> dict[str, Any]:
+    """A cascade of whole networks and their costs, as JSON values."""
+    return {**_describe_size(spec, spec.image_size_px), "rungs": list(map(asdict, spec.rungs))}
+
+
+def _print_cascade(summary: Mapping[str, Any]) -> None:
+    size = summary["image_size_px"]
+    say(
+        f"{summary['model']}: a cascade of {len(summary['rungs'])} networks, "
+        f"{summary['num_classes']} classes, images of {size}x{size} px"
+    )
+    table = new_table("rung", "network", "px", "MAdds", "parameters", "of the last")
+    for number, rung in enumerate(summary["rungs"], start=1):
+        table.add_row(
+            str(number),
+            printable(rung["name"]),
+            str(rung["image_size_px"]),
+            _millions(rung["madds"]),
+            _millions(rung["params"]),
+            f"{rung['madds'] / summary['rungs'][-1]['madds']:.3f}",
+        )
+    say(table)
 
 
 def _describe_route(spec: AnySpec, route: Route, image_size_px: int) -> dict[str, Any]:

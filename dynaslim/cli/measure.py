@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -18,12 +18,15 @@ from dynaslim.cli.output import (
     say_skipped,
 )
 from dynaslim.errors import DataError, UsageError, check
-from dynaslim.model_names import checkpoint_file, is_hub_address
-from dynaslim.spec import NetSpec, Route
+from dynaslim.graph import AnySpec
+from dynaslim.model_names import MANIFEST, checkpoint_file, find_model, is_hub_address
+from dynaslim.spec import Route
 
 if TYPE_CHECKING:
     import torch
 
+    from dynaslim.checkpoint import Checkpoint
+    from dynaslim.cost import CostTable
     from dynaslim.data.images import ImageDataset
     from dynaslim.data.source import ImageSource
     from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
@@ -97,7 +100,8 @@ def evaluate(
     """Measure every route and the dynamic mode on labelled images.
 
     Args:
-        checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
+        checkpoint: A checkpoint file, the folder of a run or of an exported package, or the name of
+            a model that ships.
         images: The images, and how the network is run on them.
         split: Split of the data; "test" also takes one called validation. Default: test; of a set
             that is not divided, the images that the network was not trained on.
@@ -114,14 +118,15 @@ def evaluate(
     if table is not None:
         check_writable(table)
     asked = None if route is None else Route.parse(route)
-    file = checkpoint_file(checkpoint)
+    find_model(checkpoint, ("checkpoint", "package"))
 
     from dynaslim import evaluation
-    from dynaslim.checkpoint import read_prepared
     from dynaslim.data.images import open_images
     from dynaslim.progress import progress
+    from dynaslim.runtime.form_net import read_prepared
 
-    loaded, preprocessing = read_prepared(file)
+    loaded, preprocessing, file = read_prepared(checkpoint)
+    loaded.net.to(to_device(images.device))
     routes = None if asked is None else (loaded.net.spec.coerce_route(asked),)
     opened = open_images(loaded, images.data, split or "test", corrupt_limit=images.corrupt_limit)
     opened, told = _unseen(opened, file, split)
@@ -129,7 +134,7 @@ def evaluate(
     assert source is not None
     with progress("evaluating", len(opened)) as bar:
         result = evaluation.evaluate(
-            loaded.net.to(to_device(images.device)),
+            loaded,
             opened,
             preprocessing,
             batch_size=images.batch_size,
@@ -258,11 +263,12 @@ def calibrate_budget(
     """Measure what a trained gate gives at every budget, and keep it in the checkpoint.
 
     Args:
-        checkpoint: A checkpoint file with a trained gate, or the folder of a run.
+        checkpoint: A checkpoint file with a trained gate, or the folder of a run or of a package.
         images: The images, and how the network is run on them.
         split: Split of the data. By default the images that training held back, as the
             checkpoint's recipe says.
-        out: The checkpoint to write (.safetensors); by default the same.
+        out: The checkpoint to write (.safetensors); by default the same. A package gets the curve
+            in its manifest.
         table: A cost table in ms for this network, for budgets such as 4.5ms.
         budget: Show what this budget gives too: 0.6 (of the widest route's cost), 250M, 4.5ms or
             drop=0.3 (points of top-1).
@@ -276,18 +282,21 @@ def calibrate_budget(
         raise UsageError(f"--budget {budget}: give a cost table in ms with --table")
     if out is None and is_hub_address(checkpoint):
         raise UsageError(f"{checkpoint}: is on the hub; name the checkpoint to write with --out")
-    file = checkpoint_file(checkpoint)
-    out = check_writable(file if out is None else out)
+    found = find_model(checkpoint, ("checkpoint", "package"))
+    if found.kind == "package":
+        check(out is None, f"--out {out}: a package gets the curve itself; copy its folder first")
+        check_writable(found.path / MANIFEST)
+    else:
+        out = check_writable(found.path if out is None else out)
 
-    from dynaslim.checkpoint import read_prepared, save
+    from dynaslim.checkpoint import save
     from dynaslim.cost_file import read_cost_table
     from dynaslim.data.images import open_images
-    from dynaslim.data.transforms import readable_batches
-    from dynaslim.progress import progress
-    from dynaslim.runtime.budget_search import FEW_IMAGES, fit_curve, split_rows
-    from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, uniform_outcomes
+    from dynaslim.runtime.calibrate_budget import count_paths
+    from dynaslim.runtime.form_net import read_prepared
+    from dynaslim.runtime.package import write_budget
 
-    loaded, preprocessing = read_prepared(file)
+    loaded, preprocessing, file = read_prepared(checkpoint)
     spec = loaded.net.spec
     count_paths(spec)
     latency = None
@@ -304,22 +313,13 @@ def calibrate_budget(
     opened, told = _unseen(opened, file, asked_split)
     source = opened.source
     assert source is not None
-    opened.check_fits(preprocessing, spec.num_classes)
-    _check_enough(source, len(opened))
     net = loaded.net.to(to_device(images.device))
-    with progress("running every path", len(opened)) as bar:
-        answers = answer_paths(
-            net,
-            readable_batches(opened, preprocessing, images.batch_size),
-            mirror=loaded.mirror,
-            on_batch=bar.advance,
-        )
-    _check_enough(source, len(answers))
-    curve = fit_curve(answers, latency=latency)
-    curve.check_fits(spec, mirror=loaded.mirror)
+    curve, uniform = measure_curve(loaded, opened, images.batch_size, latency)
     asked = None if budget is None else curve.at(budget)
-    uniform = uniform_outcomes(answers, latency=latency, rows=split_rows(len(answers))[1])
-    save(out, replace(loaded, net=net.cpu(), budget=curve.to_dict()))
+    if out is None:
+        write_budget(file, curve.to_dict())
+    else:
+        save(out, replace(loaded, net=net.cpu(), budget=curve.to_dict()))
     if json:
         print_json(
             {
@@ -339,9 +339,64 @@ def calibrate_budget(
         )
         return
     held = "" if held_share is None else ", those that training held back"
-    skipped = opened.skipped
+    say_measured(f"{checkpoint}", opened, curve, held)
+    if told:
+        say(told)
+    elif split == "train" and held_share is None:
+        say("the gate was trained on this split: expect less than these numbers elsewhere")
+    if not loaded.mirror:
+        say("no second look: the recipe does not say that mirror images keep their class")
+    say(curve_table(curve, spec, uniform))
+    if asked is not None:
+        say(points_table(f"budget {budget}", {"": asked}, spec, timed=latency is not None))
+    say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
+    say(f"{file if out is None else out}: {len(curve.points)} points of cost and accuracy")
+
+
+def measure_curve(
+    loaded: Checkpoint,
+    opened: ImageDataset,
+    batch_size: int,
+    latency: CostTable | None = None,
+    on_answers: Callable[..., None] | None = None,
+) -> tuple[BudgetCurve, list[tuple[Route, Outcome]]]:
+    """The budget curve of a network on images, and the uniform routes beside it.
+
+    Raises:
+        DataError: if the images do not fit the network, or are too few to tell settings apart.
+    """
+    from dynaslim.data.transforms import readable_batches
+    from dynaslim.progress import progress
+    from dynaslim.runtime.budget_search import fit_curve, split_rows
+    from dynaslim.runtime.calibrate_budget import answer_paths, uniform_outcomes
+
+    preprocessing, spec = loaded.preprocessing, loaded.net.spec
+    assert preprocessing is not None
+    assert opened.source is not None
+    opened.check_fits(preprocessing, spec.num_classes)
+    _check_enough(opened.source, len(opened))
+    with progress("running every path", len(opened)) as bar:
+        answers = answer_paths(
+            loaded.net,
+            readable_batches(opened, preprocessing, batch_size),
+            mirror=loaded.mirror,
+            on_batch=bar.advance,
+            on_answers=on_answers,
+        )
+    _check_enough(opened.source, len(answers))
+    curve = fit_curve(answers, latency=latency)
+    curve.check_fits(spec, mirror=loaded.mirror)
+    return curve, uniform_outcomes(answers, latency=latency, rows=split_rows(len(answers))[1])
+
+
+def say_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str = "") -> None:
+    """Say which images a curve was measured on."""
+    from dynaslim.runtime.budget_search import FEW_IMAGES
+
+    source, skipped = opened.source, opened.skipped
+    assert source is not None
     say(
-        f"{checkpoint} on {source.name} [{source.split}]: {curve.images} images{held}, "
+        f"{what} on {source.name} [{source.split}]: {curve.images} images{held}, "
         f"{skipped.count} skipped"
     )
     say_skipped(skipped.lines)
@@ -350,17 +405,6 @@ def calibrate_budget(
             f"few images: of less than {FEW_IMAGES:,} the points are hard to tell apart; "
             f"top-1 has its 95% interval"
         )
-    if told:
-        say(told)
-    elif split == "train" and held_share is None:
-        say("the gate was trained on this split: expect less than these numbers elsewhere")
-    if not loaded.mirror:
-        say("no second look: the recipe does not say that mirror images keep their class")
-    say(_curve_table(curve, spec, uniform))
-    if asked is not None:
-        say(_points_table(f"budget {budget}", {"": asked}, spec, timed=latency is not None))
-    say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
-    say(f"{out}: {len(curve.points)} points of cost and accuracy")
 
 
 def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
@@ -389,7 +433,7 @@ def _check_enough(source: ImageSource, images: int) -> None:
         )
 
 
-def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, Outcome]]) -> Any:
+def curve_table(curve: BudgetCurve, spec: AnySpec, uniform: list[tuple[Route, Outcome]]) -> Any:
     """About `SHOWN` budgets, evenly spaced, and the uniform routes."""
     lowest = curve.cheapest_madds / curve.widest_madds
     shares = [lowest + (1 - lowest) * n / (SHOWN - 1) for n in range(SHOWN)]
@@ -397,7 +441,7 @@ def _curve_table(curve: BudgetCurve, spec: NetSpec, uniform: list[tuple[Route, O
     if curve.points[-1].share > 1:  # where a second look is worth it
         dearest = f"{math.ceil(100 * curve.points[-1].share) / 100:.2f}"
         shown[dearest] = curve.at(dearest)
-    table = _points_table("budget", shown, spec, timed=curve.widest_ms is not None)
+    table = points_table("budget", shown, spec, timed=curve.widest_ms is not None)
     table.add_section()
     for route, outcome in uniform:
         ms = [] if outcome.ms is None else [f"{outcome.ms:.3f}"]
@@ -414,9 +458,10 @@ def _accuracy(point: BudgetPoint) -> str:
     return f"{point.top1:.2%} ±{50 * (high - low):.1f}"
 
 
-def _points_table(
-    title: str, points: Mapping[str, BudgetPoint], spec: NetSpec, *, timed: bool
+def points_table(
+    title: str, points: Mapping[str, BudgetPoint], spec: AnySpec, *, timed: bool
 ) -> Any:
+    """Settings as a table for a person."""
     ms_column = ["ms"] if timed else []
     table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
     for name, point in points.items():

@@ -109,6 +109,13 @@ class ElasticNet(nn.Module):
     from_pretrained: ClassVar[Callable[..., ElasticNet]]
 
     spec: Any
+    has_weights: ClassVar[bool] = True
+    """Whether there are weights to train and to write to a checkpoint."""
+
+    @property
+    def plain_backend(self) -> str:
+        """The engine's backend that runs it without compiling anything."""
+        return "eager"
 
     def segment(
         self,

@@ -434,7 +434,7 @@ def _evaluate(
         routes = tuple(dict.fromkeys((*routes, net.spec.widest_choice)))
     with progress("evaluating", len(images.images)) as bar:
         evaluation = evaluate(
-            net,
+            model.checkpoint,
             images.images,
             pre,
             batch_size=options.batch_size,
@@ -492,7 +492,7 @@ def measure_details(
     on_batch: Callable[[int], None] | None = None,
 ) -> Details:
     """Run the evaluated images again, along the routes that they took and along the widest."""
-    spec, device = net.spec, next(net.parameters()).device
+    spec, device = net.spec, net.device
     widest = spec.widest_choice if evaluation.dynamic is not None else evaluation.taken[0]
     margin: list[Tensor] = []
     gates: list[Tensor] = []

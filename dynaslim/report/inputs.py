@@ -18,6 +18,7 @@ import torch
 
 import dynaslim.data
 from dynaslim._files import parse_json, validated
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import Checkpoint, read
 from dynaslim.data.images import HeldOut, ImageDataset, held_out
 from dynaslim.data.images import open_images as open_for
@@ -25,11 +26,12 @@ from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics
-from dynaslim.model_names import run_checkpoints
+from dynaslim.model_names import MANIFEST, is_package, run_checkpoints
 from dynaslim.runs.folder import METRICS
+from dynaslim.runtime.form_net import read_model
 from dynaslim.spec import NetSpec
 
-Kind = Literal["supernet run", "gate run", "demo", "checkpoint"]
+Kind = Literal["supernet run", "gate run", "demo", "checkpoint", "package"]
 
 BASELINES: Final = "baselines.json"
 """File of baselines that is read from a run's folder without being named."""
@@ -107,6 +109,10 @@ def read_run(path: Path, target: float | None = None) -> RunInfo:
     """
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; {_EXPECTED}")
+    if is_package(path):
+        model = Model(path / MANIFEST, read_model(path)[0])
+        told = tuple(_rungs_of(model.checkpoint))
+        return RunInfo(path, "package", _select(path, [model], target), (model,), notes=told)
     if path.is_file():
         model = _select(path, [_read_model(path)], target)
         return RunInfo(path, "checkpoint", model, (model,) if model.has_trained_gates else ())
@@ -127,6 +133,17 @@ def read_run(path: Path, target: float | None = None) -> RunInfo:
         results=results,
         notes=tuple(notes),
     )
+
+
+def _rungs_of(checkpoint: Checkpoint) -> Iterator[str]:
+    """Of a cascade what each route is, and how well signals rank its errors."""
+    spec, ranked = checkpoint.net.spec, getattr(checkpoint, "notes", {}).get("risk_coverage")
+    for number, rung in enumerate(spec.rungs if isinstance(spec, CascadeSpec) else (), start=1):
+        told = ""
+        if isinstance(ranked, list) and len(ranked) == len(spec.rungs):
+            areas = ", ".join(f"{k} {v:.4f}" for k, v in ranked[number - 1].items())
+            told = f" Risk-coverage areas on the images of its budget curve: {areas}."
+        yield f"Route {number} is {rung.name}, for {rung.image_size_px} px.{told}"
 
 
 def _checkpoints_of(folder: Path) -> tuple[Kind, list[Path]]:

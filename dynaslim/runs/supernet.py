@@ -123,7 +123,7 @@ class _SupernetRun:
             classes = f"{len(names)} classes: {', '.join(names[:6])}{', ...' * (len(names) > 6)}"
             note(f"classifier of {recipe.init}: {self.classifier} for {classes}")
         else:
-            net = make_net(spec.replace(num_classes=len(names)))
+            net = make_net(named.replace(num_classes=len(names)))
         net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)

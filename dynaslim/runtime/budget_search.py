@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.errors import check
 from dynaslim.runtime.budget import MOST_SHARE, BudgetCurve, BudgetPoint, option_costs
@@ -120,8 +121,15 @@ def accuracy_interval(top1: float, images: int) -> Interval:
 def shift_grid(answers: PathAnswers) -> Floats:
     """Shifts worth trying, rising: 0, quantiles of where decisions change, and two far ones.
 
-    With the far ones every image takes the last option of every gate, or the first.
+    With the far ones every image takes the last option of every gate, or the first. A cascade's
+    gate is the same for all images, and there is one shift for each rung.
     """
+    if isinstance(answers.spec, CascadeSpec):
+        (costs_K,) = option_costs(answers.table)
+        changes_K = _changes(answers.gate_logits[0][0, :1].astype(np.float64), costs_K)[0]
+        far = math.ceil(4 * np.abs(changes_K).max()) + 1.0
+        between = (changes_K[1:] + changes_K[:-1]) / 2
+        return np.unique(np.concatenate([between, [0.0, -far, far]]))
     shares = (np.arange(SHIFTS) + 0.5) / SHIFTS
     quantiles, farthest = [], 0.0
     for logits_QNK, costs_K in zip(answers.gate_logits, option_costs(answers.table), strict=True):
@@ -433,6 +441,8 @@ class _Tried:
         Of the many shifts one always seems to suit these images. A setting in which gates divide
         them must beat those in which all begin alike, at its cost, by a standard error.
         """
+        if isinstance(self.answers.spec, CascadeSpec):  # whose gate divides nobody
+            return settings
         right_S, shift_S = self.all.right_HS[0], self.all.shift_S
         alike = np.isin(shift_S[settings], (shift_S[self.widest], shift_S[self.cheapest]))
         front = self._front(settings[alike], cost_S)

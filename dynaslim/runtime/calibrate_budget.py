@@ -139,11 +139,13 @@ def answer_paths(
     *,
     mirror: bool = False,
     on_batch: Callable[[int], None] | None = None,
+    on_answers: Callable[[int, npt.NDArray[np.float32], Ints], None] | None = None,
 ) -> PathAnswers:
     """Run every path on batches of (network input (B, C, S, S), labels (B,)).
 
     Paths run depth first and share what they have in common, the trunk above all. With `mirror`
-    the widest runs on the mirror images too. `on_batch` hears how many images are done.
+    the widest runs on the mirror images too. `on_batch` hears how many images are done,
+    `on_answers` of a path's number, its logits (B, N) and the labels (B,) of a batch.
 
     Raises:
         UsageError: for a network in training mode, one without gates or with too many paths, or
@@ -154,7 +156,7 @@ def answer_paths(
     spec = net.spec
     count = count_paths(spec)
     check(not net.training, "paths are compared with running statistics: call net.eval() first")
-    device = next(net.parameters()).device
+    device = net.device
     options = [len(gate.choices) for gate in spec.gates]
     gate_logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in spec.gates]
     correct: list[Bools] = []
@@ -169,6 +171,8 @@ def answer_paths(
             logits_BN = _finite(f"route {at}", out.features)
             correct_PB[at] = logits_BN.argmax(1) == labels
             margins_PB[at] = margins(logits_BN)
+            if on_answers is not None:
+                on_answers(at, logits_BN, labels)
             if mirror and at == count - 1:
                 mirror_BN = _finite("mirror images", net(image.flip(3), spec.widest_choice))
                 second_look.append(averaged(logits_BN, mirror_BN).argmax(1) == labels)

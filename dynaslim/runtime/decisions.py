@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import numpy as np
 
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
@@ -30,6 +31,9 @@ from dynaslim.runtime.spending import HeldCall
 from dynaslim.spec import LARGEST, Route
 
 Budget = float | str | BudgetPoint
+CASCADE_BUDGET: Final = "drop=0.5"
+"""Of a cascade with a curve, where none is given: its gate alone would send all images to the first
+rung."""
 
 
 class _Target(NamedTuple):
@@ -177,6 +181,8 @@ def make_decisions(
     """
     check(budget is None or shift is None, "give a budget or a shift, not both")
     spec, point = costs.spec, None
+    if isinstance(spec, CascadeSpec) and curve is not None and escalate == "auto":
+        budget = CASCADE_BUDGET if budget is None and shift is None else budget
     if isinstance(budget, BudgetPoint):
         budget.check_fits(spec, mirror=mirror)
         point = budget
@@ -199,7 +205,9 @@ def make_decisions(
             f"escalate {escalate!r}: give 'auto', None, or a margin from 0 to 1",
         )
         widest = tuple(len(gate.choices) - 1 for gate in spec.gates)
-        steps = (Escalation(float(escalate), widest),)
+        # of a cascade every rung in turn
+        targets = [(n + 1,) for n in range(*widest)] if isinstance(spec, CascadeSpec) else [widest]
+        steps = tuple(Escalation(float(escalate), target) for target in targets)
     if limits is not None:
         steps = tuple(step._replace(target=tuple(map(min, step.target, limits))) for step in steps)
     shift = 0.0 if shift is None else shift

@@ -6,7 +6,7 @@ Suffixes: B rows, G gates, K options of a gate, N classes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -78,11 +78,11 @@ class Engine:
             RuntimeError: if the network is in training mode.
         """
         from dynaslim.checkpoint import Checkpoint
-        from dynaslim.runtime.network_forms import NetworkForms
+        from dynaslim.runtime.form_net import source_of
 
         made_options = EngineOptions.named(options)
         checkpoint = net if isinstance(net, Checkpoint) else Checkpoint(net)
-        made: FormSource = NetworkForms(checkpoint.net, check_precision(precision))
+        made: FormSource = source_of(checkpoint.net, check_precision(precision))
         if precision == "int8":
             from dynaslim.runtime.quantise import QuantisedForms
 
@@ -117,6 +117,25 @@ class Engine:
         if device is None:
             device = default_device(options.get("backend", "auto"))
         return cls(read(path, device=device), **options)
+
+    @classmethod
+    def cascade(cls, rungs: Sequence[Any], **options: Any) -> Engine:
+        """An engine of a cascade of whole networks: all images run on the first, unsure ones go on.
+
+            engine = dynaslim.Engine.cascade(["small.safetensors", "large.safetensors"])
+            logits, rungs, madds = engine(x, escalate=0.3)      # a margin
+            engine.calibrate(batches)                           # of held-out images and labels
+            logits, rungs, madds = engine(x)                    # at most 0.5 points are lost
+
+        `rungs` are as for `dynaslim.cascade`, which gives what `export_package` and `evaluate`
+        take; options as those of `Engine`.
+
+        Raises:
+            As `dynaslim.cascade` and `Engine`.
+        """
+        from dynaslim.runtime.cascade import cascade
+
+        return cls(cascade(rungs), **options)
 
     @classmethod
     def from_source(
@@ -268,6 +287,28 @@ class Engine:
         router = self._running((side, side))[1]
         for form in segment_forms(self.spec):
             router.warm_up(form, (side, side))
+
+    def calibrate(self, batches: Iterable[tuple[Any, Any]]) -> BudgetCurve:
+        """Measure the budget curve on held-out images, and use it from now on.
+
+        `batches` are tensors of normalised images (B, C, S, S) and labels (B,), together 100 images
+        or more. For a cascade this finds the thresholds of all rungs together.
+
+        Raises:
+            UsageError: if there are fewer images, or they are not square or not of one size.
+        """
+        from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
+        from dynaslim.runtime.calibrate_budget import answer_paths
+        from dynaslim.runtime.form_net import FormNet
+
+        answers = answer_paths(FormNet(self.source), batches, mirror=self.mirror)
+        check(
+            len(answers) >= LEAST_IMAGES,
+            f"{len(answers)} images are too few to tell settings apart; give {LEAST_IMAGES}",
+        )
+        self.curve = fit_curve(answers)
+        self._decided.clear()
+        return self.curve
 
     def route_of(self, indices: Any) -> Route:
         """The route for one row of `RoutedOutput.routes`."""

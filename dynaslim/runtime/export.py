@@ -22,9 +22,9 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.model_names import MANIFEST, is_package
 from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.form_net import FormNet, forms_of, source_of
 from dynaslim.runtime.forms import Form, FormSource, form_shape, segment_forms
 from dynaslim.runtime.libraries import require
-from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import OPSET
 from dynaslim.runtime.package import (
     FORMAT,
@@ -69,12 +69,12 @@ def export_package(
         DynaslimError: if what was written does not compute what the network does.
         OSError: if it cannot be written.
     """
-    target = _free_folder(out)
+    target = free_folder(out)
     net, pre = checkpoint.net, checkpoint.preprocessing
     spec = net.spec
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
     check_text([spec.name, checkpoint.class_names, dict(checkpoint.metrics), dict(notes or {})])
-    forms = NetworkForms(net) if source is None else source
+    forms = source_of(net) if source is None else source
     side = image_size or (pre.image_size_px if pre else spec.usual_image_size)
     spec.check_image_size(side, side)
     for library in ("onnx", "onnxruntime"):
@@ -103,7 +103,7 @@ def export_package(
                 "forms": names,
                 "notes": dict(notes or {}),
             }
-            errors = _parity(forms, NetworkForms(net), folder, names, side)
+            errors = _parity(forms, forms_of(net), folder, names, side)
             manifest["files"] = {
                 path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
                 for path in sorted(folder.iterdir())
@@ -130,8 +130,9 @@ def export_route(
         As `export_package`, and UsageError for a route that is not the network's.
     """
     target = check_writable(out)
-    forms, spec = NetworkForms(checkpoint.net), checkpoint.net.spec
+    forms, spec = source_of(checkpoint.net), checkpoint.net.spec
     content = forms.onnx(Form.whole(spec.coerce_route(route)))
+    assert isinstance(content, bytes)
     x = _images(checkpoint, image_size)
     exact = _exact(checkpoint, route, x)
     error = _difference(_run(content, {"x": x})[0], exact.logits)
@@ -150,7 +151,7 @@ def export_single_file(
     target = check_writable(out)
     spec = checkpoint.net.spec
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
-    content = single_file(NetworkForms(checkpoint.net)).SerializeToString()
+    content = single_file(source_of(checkpoint.net)).SerializeToString()
     x, session, worst = _images(checkpoint, image_size, rows=2), _session(content), 0.0
     allowed = 0.0
     # by decisions that are forced: one that hangs on the last digit may fall either way
@@ -175,7 +176,8 @@ def export_single_file(
 # -- files ----------------------------------------------------------------------------------------
 
 
-def _free_folder(out: str | Path) -> Path:
+def free_folder(out: str | Path) -> Path:
+    """A folder that a package may be written to; raises `UsageError` as `export_package`."""
     target = Path(out)
     check(bool(target.name), f"{str(out)!r}: name a folder to write")
     if (
@@ -240,7 +242,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
 
 
 def _parity(
-    forms: FormSource, exact: NetworkForms, folder: Path, names: Mapping[str, str], side: int
+    forms: FormSource, exact: FormNet, folder: Path, names: Mapping[str, str], side: int
 ) -> dict[str, float]:
     """Largest difference of every written form to the exact result, of that one's largest value."""
     generator = torch.Generator().manual_seed(0)
@@ -252,8 +254,8 @@ def _parity(
             x = torch.from_numpy(forms.sample(form)[:2])
         ours = _run(folder / names[form.name], {"x": x.numpy()})
         with torch.inference_mode():
-            double = _outputs(exact.module(form, torch.float64)(x.double()))
-            single = _outputs(exact.module(form)(x))
+            double = _outputs(exact.program(form, torch.float64)(x.double()))
+            single = _outputs(exact.program(form)(x))
         errors[form.name] = max(map(_difference, ours, double))
         if forms.precision == "fp32":
             # a gate that decides by small differences of large features is as inexact in torch
@@ -277,10 +279,10 @@ class _Exact(NamedTuple):
 
 
 def _exact(checkpoint: Checkpoint, route: Route, x: np.ndarray) -> _Exact:
-    forms, form, images = NetworkForms(checkpoint.net), Form.whole(route), torch.from_numpy(x)
+    forms, form, images = forms_of(checkpoint.net), Form.whole(route), torch.from_numpy(x)
     with torch.inference_mode():
-        double = _outputs(forms.module(form, torch.float64)(images.double()))[0]
-        single = _outputs(forms.module(form)(images))[0]
+        double = _outputs(forms.program(form, torch.float64)(images.double()))[0]
+        single = _outputs(forms.program(form)(images))[0]
     return _Exact(double, SLACK * _difference(single, double))
 
 

@@ -210,7 +210,7 @@ def _folds(steps: Sequence[Step], last: str) -> dict[str, str]:
     return found
 
 
-def to_onnx(plain: fx.GraphModule, example: Tensor, outputs: Sequence[str], name: str) -> bytes:
+def to_onnx(plain: nn.Module, example: Tensor, outputs: Sequence[str], name: str) -> bytes:
     """A plain form as an ONNX model; the batch stays dynamic.
 
     Raises:

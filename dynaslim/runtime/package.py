@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import msgspec
 
-from dynaslim._files import parse_json, validated
+from dynaslim._files import parse_json, validated, write_atomic
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST
@@ -108,6 +109,14 @@ class _Converted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class _ConvertedManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
     spec: _Converted  # type: ignore[assignment]
+
+
+class _Cascade(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    cascade: CascadeSpec
+
+
+class _CascadeManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
+    spec: _Cascade  # type: ignore[assignment]
 
 
 class PackageError(DynaslimError):
@@ -202,6 +211,19 @@ def open_package(path: str | Path) -> Package:
     )
 
 
+def write_budget(folder: str | Path, budget: Mapping[str, Any]) -> None:
+    """Put another budget curve into a package's manifest, whole or not at all.
+
+    Raises:
+        PackageError: as `open_package`.
+        OSError: if it cannot be written.
+    """
+    manifest = {**open_package(folder).manifest, "budget": dict(budget)}
+    if manifest["version"] > 1:
+        manifest["sha256"] = manifest_digest(manifest)
+    write_atomic(Path(folder) / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+
+
 def manifest_digest(manifest: Mapping[str, Any]) -> str:
     """SHA-256 of a manifest's content without `sha256`, as JSON with sorted keys and no spaces."""
     content = {key: value for key, value in manifest.items() if key != "sha256"}
@@ -238,10 +260,14 @@ def _checked_manifest(manifest: Any) -> _Manifest:
         held.setdefault("mirror", False)
     elif held.pop("sha256", None) != manifest_digest(manifest):
         raise UsageError("does not match its SHA-256: altered or damaged")
-    if not (isinstance(held.get("spec"), dict) and "graph" in held["spec"]):
-        return validated(held, _NetManifest, "not valid", whole=True)
-    found = validated(held, _ConvertedManifest, "not valid", whole=True)
-    return msgspec.structs.replace(found, spec=found.spec.graph)
+    spec = held.get("spec")
+    if isinstance(spec, dict) and "cascade" in spec:
+        cascade = validated(held, _CascadeManifest, "not valid", whole=True)
+        return msgspec.structs.replace(cascade, spec=cascade.spec.cascade)
+    if isinstance(spec, dict) and "graph" in spec:
+        found = validated(held, _ConvertedManifest, "not valid", whole=True)
+        return msgspec.structs.replace(found, spec=found.spec.graph)
+    return validated(held, _NetManifest, "not valid", whole=True)
 
 
 def _checked_file(path: Path, entry: _File) -> Path:

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynaslim.errors import check
-from dynaslim.runtime.forms import Form
+from dynaslim.runtime.forms import Form, FormSource
 from dynaslim.runtime.libraries import require
-from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import IR_VERSION, OPSET
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 class _Parts:
     """Forms' graphs with names of their own and their weights in common."""
 
-    def __init__(self, forms: NetworkForms) -> None:
+    def __init__(self, forms: FormSource) -> None:
         self._onnx = require("onnx")
         self._forms = forms
         self._shared: dict[bytes, str] = {}
@@ -55,7 +54,7 @@ class _Parts:
         return self._shared[digest]
 
 
-def single_file(forms: NetworkForms) -> onnx.ModelProto:
+def single_file(forms: FormSource) -> onnx.ModelProto:
     """The network as one ONNX model.
 
     Inputs: `x` (1, channels, height, width), and `bias_g` (options,) for each gate g, which is

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import numpy as np
 
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.runtime.forms import Form
@@ -263,7 +264,20 @@ def _always(path: Sequence[int]) -> Decide:
 
 
 def _stages(spec: AnySpec) -> list[Any]:
-    """Stages as the page draws them; of a converted network its segments, widths in percent."""
+    """Stages as the page draws them; of a converted network its segments, widths in percent; of a
+    cascade one, whose widths are the numbers of its rungs.
+    """
+    if isinstance(spec, CascadeSpec):
+        numbers = list(range(1, len(spec.rungs) + 1))
+        return [
+            {
+                "name": "network",
+                "widths": numbers,
+                "gated": True,
+                "blocks": 1,
+                "largest": numbers[-1],
+            }
+        ]
     if isinstance(spec, GraphSpec):
         sizes = [sum(node.segment == number for node in spec.nodes) for number in spec.segments]
         return [

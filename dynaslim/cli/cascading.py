@@ -1,0 +1,146 @@
+"""The verb that makes one model of several networks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from dynaslim.cli.measure import (
+    ImageOptions,
+    curve_table,
+    measure_curve,
+    points_table,
+    say_measured,
+)
+from dynaslim.cli.output import new_table, print_json, printable, say
+from dynaslim.errors import DataError, check
+from dynaslim.model_names import find_model
+
+if TYPE_CHECKING:
+    from dynaslim.cascade_spec import CascadeSpec
+    from dynaslim.data.images import ImageDataset
+
+BUDGET: Final = "drop=0.5"
+
+
+def cascade(
+    models: list[str],
+    out: Path,
+    *,
+    images: ImageOptions,
+    split: str = "test",
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+    force: bool = False,
+    json: bool = False,
+) -> None:
+    """Make one model of several networks: unsure images go on from small ones to large ones.
+
+    All images run on the first network. Thresholds of the margin, for any budget, are measured on
+    held-out images; nothing is trained. OUT is a package, which predict, serve, evaluate and report
+    take.
+
+    Args:
+        models: Two networks or more, the cheapest first: checkpoints (FILE@ROUTE for another route
+            than the widest), packages, or ONNX files (FILE.onnx@SIZE where the image size is not
+            fixed).
+        out: The package's folder.
+        images: Held-out images, and how the networks are run on them.
+        split: Split of the data; "test" also takes one called validation.
+        mean: Per channel, of values in 0..1, for ONNX files. Default: ImageNet's.
+        std: Per channel, as mean.
+        force: Take images that a network was trained on too.
+        json: Print one JSON object.
+    """
+    check(len(models) >= 2, f"{models[0]}: a cascade needs at least two networks, and OUT")
+
+    from dynaslim.runtime.cascade import cascade as make
+    from dynaslim.runtime.cascade import onnx_rung, split_name
+    from dynaslim.runtime.export import export_package, free_folder
+    from dynaslim.runtime.signals import SignalTable
+
+    free_folder(out)
+    names = [split_name(model)[0] for model in models]
+    files = [
+        find_model(name, ("checkpoint", "package")).path
+        for name in names
+        if Path(name).suffix != ".onnx"
+    ]
+    rungs: list[Any] = [
+        onnx_rung(model, mean, std) if Path(name).suffix == ".onnx" else model
+        for model, name in zip(models, names, strict=True)
+    ]
+    loaded = make(rungs, name=out.name)
+    spec: CascadeSpec = loaded.net.spec
+
+    from dynaslim.data.images import open_images
+
+    opened = open_images(loaded, images.data, split, corrupt_limit=images.corrupt_limit)
+    source = opened.source
+    assert source is not None
+    if loaded.class_names is None:
+        loaded = replace(loaded, class_names=source.class_names)
+    seen = _trained_on(opened, files)
+    if seen:
+        told = f"{seen} of these {len(opened)} images are ones that a network was trained on"
+        if not force:
+            raise DataError(f"{source.name} [{source.split}]: {told}; name others, or --force")
+    signals = SignalTable(len(spec.rungs))
+    curve, uniform = measure_curve(loaded, opened, images.batch_size, on_answers=signals.add)
+    ranked = signals.rows()
+    measured = {"data": source.name, "split": source.split, "images": curve.images}
+    export_package(
+        replace(loaded, budget=curve.to_dict()),
+        out,
+        notes={"calibrated_on": {"images": curve.images}, "risk_coverage": ranked},
+    )
+    point = curve.at(BUDGET)
+    if json:
+        print_json(
+            {
+                "out": str(out),
+                **measured,
+                "trained_on": seen,
+                "rungs": [
+                    {**asdict(rung), "top1": outcome.top1}
+                    for rung, (_, outcome) in zip(spec.rungs, uniform, strict=True)
+                ],
+                "risk_coverage": ranked,
+                "default": {"budget": BUDGET, **asdict(point)},
+                "curve": curve.to_dict(),
+            }
+        )
+        return
+    say_measured(str(out), opened, curve)
+    if seen:
+        say(f"{told}: expect less than these numbers elsewhere")
+    say(_rungs_table(spec, ranked))
+    say("signals: area under the risk-coverage curve, lower is better; the margin is used")
+    say(curve_table(curve, spec, uniform))
+    say(points_table(f"by default {BUDGET}", {"": point}, spec, timed=False))
+    say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
+    say(f"{out}: a package of {len(spec.rungs)} networks for {spec.image_size_px} px images")
+
+
+def _trained_on(opened: ImageDataset, files: list[Path]) -> int:
+    """How many of the images a network was trained on, as far as its run says."""
+    from dynaslim.runs.folder import trained_on
+
+    known = frozenset[str]().union(*map(trained_on, files))
+    return sum(digest in known for digest in opened.digests()) if known else 0
+
+
+def _rungs_table(spec: CascadeSpec, ranked: list[dict[str, float]]) -> Any:
+    names = [name for name in ranked[-1] if name != "errors"]
+    table = new_table("rung", "network", "px", "MAdds", "errors", *names)
+    for number, (rung, row) in enumerate(zip(spec.rungs, ranked, strict=True), start=1):
+        table.add_row(
+            str(number),
+            printable(rung.name),
+            str(rung.image_size_px),
+            f"{rung.madds / 1e6:.2f} M",
+            f"{row['errors']:.2%}",
+            *(f"{row[name]:.4f}" if name in row else "" for name in names),
+        )
+    return table

@@ -1,0 +1,517 @@
+"""Cascades of whole networks: made of networks that are there, run by the engine, no training."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynaslim.cascade_spec import CascadeSpec, RungSpec
+from dynaslim.checkpoint import Checkpoint, read
+from dynaslim.cost import madds, params, segment_shapes
+from dynaslim.errors import DynaslimWarning, UsageError, check
+from dynaslim.model_names import find_model, is_hub_address
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.cascade_forms import CascadeForms, RungProgram, resize_madds
+from dynaslim.runtime.form_net import FormCheckpoint, FormNet
+from dynaslim.runtime.forms import Form
+from dynaslim.runtime.graph_forms import to_onnx
+from dynaslim.runtime.libraries import require
+from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.onnx_graph import INPUT, LOGITS
+from dynaslim.runtime.package import Package, open_package
+
+_WITH_ROUTE: Final = re.compile(r"(?P<name>.+)@(?P<route>\d+(?:-\d+)*)")
+_ROWS: Final = 2
+"""Of the example that a network is tried with: enough to see whether it takes batches."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A classifier for a cascade that does not say itself how its images are prepared."""
+
+    model: nn.Module | str | Path
+    """A torch module in evaluation mode, or an ONNX file: images (B, C, S, S) to scores (B, N)."""
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    """None takes its classes in the order of the other rungs'."""
+    name: str = ""
+    """For messages and tables; by default the module's type or the file."""
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A rung that is ready to run."""
+
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    num_classes: int
+    madds: int
+    params: int
+    peak: int
+    module: nn.Module | None
+    model: Callable[[], Any]
+    digest: str
+    probabilities: bool = False
+    mirror: bool = False
+
+
+def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
+    """A cascade of whole networks in the place of a checkpoint: for `Engine`, `evaluate`, export.
+
+    A rung is a `Checkpoint` (its widest route), the name of a checkpoint or of an exported package
+    (`FILE@ROUTE` for another route than the widest), an ONNX file of fixed image size
+    (`FILE.onnx@SIZE` where the size is not fixed; normalised as ImageNet's), or a `Rung`. Classes
+    have the same names in any order. Rungs that do not come in the order of their multiply-adds
+    are put in that order, with a warning.
+
+    Its images are prepared for the rung with the largest image size, of several the dearest.
+
+    Raises:
+        UsageError: for a single rung, classes or channels that differ, rungs of the same cost, or
+            a network that cannot be run on images of its size.
+        CheckpointError, PackageError: if a file cannot be read.
+    """
+    check(
+        isinstance(rungs, Sequence) and not isinstance(rungs, str) and len(rungs) >= 2,
+        "a cascade needs at least two networks: give [small, large]",
+    )
+    opened = [open_rung(rung) for rung in rungs]
+    costs = _costs(opened)
+    order = sorted(range(len(opened)), key=lambda number: costs[number])
+    if order != list(range(len(opened))):
+        listed = ", ".join(f"{opened[n].name} ({costs[n] / 1e6:.1f} M)" for n in order)
+        warnings.warn(
+            f"rungs are not in the order of their multiply-adds; they run as {listed}",
+            DynaslimWarning,
+            stacklevel=2,
+        )
+    opened, costs = [opened[n] for n in order], [costs[n] for n in order]
+    first = opened[0]
+    for one, cost, before in zip(opened[1:], costs[1:], costs[:-1], strict=True):
+        check(
+            one.preprocessing.channels == first.preprocessing.channels,
+            f"{one.name}: takes {one.preprocessing.channels} channels, {first.name} "
+            f"{first.preprocessing.channels}",
+        )
+        check(
+            cost > before,
+            f"{one.name}: costs as much as the rung before it ({cost / 1e6:.1f} M multiply-adds); "
+            f"leave one of them out",
+        )
+    names = next((one.class_names for one in opened if one.class_names is not None), None)
+    given = _largest(opened)
+    spec = CascadeSpec(
+        name,
+        first.num_classes,
+        given.channels,
+        given.image_size_px,
+        tuple(
+            RungSpec(one.name, one.preprocessing.image_size_px, cost, one.params, one.peak)
+            for one, cost in zip(opened, costs, strict=True)
+        ),
+    )
+    programs = [
+        RungProgram(
+            one.preprocessing,
+            one.module,
+            one.model,
+            _order(one, names, first),
+            one.probabilities,
+            one.digest,
+        )
+        for one in opened
+    ]
+    return FormCheckpoint(
+        FormNet(CascadeForms(spec, given, programs)),
+        class_names=names,
+        preprocessing=given,
+        may_mirror=all(one.mirror for one in opened),
+    )
+
+
+def _largest(opened: Sequence[_Opened]) -> Preprocessing:
+    return max(reversed(opened), key=lambda one: one.preprocessing.image_size_px).preprocessing
+
+
+def _costs(opened: Sequence[_Opened]) -> list[int]:
+    """Multiply-adds of each, with those of resizing the largest rung's images."""
+    side = max(one.preprocessing.image_size_px for one in opened)
+    return [
+        one.madds + resize_madds(one.preprocessing.channels, side, one.preprocessing.image_size_px)
+        for one in opened
+    ]
+
+
+def _order(one: _Opened, names: tuple[str, ...] | None, first: _Opened) -> tuple[int, ...] | None:
+    """The rung's class for each class of the cascade; None if they are in the same order."""
+    check(
+        one.num_classes == first.num_classes,
+        f"{one.name}: has {one.num_classes} classes, {first.name} {first.num_classes}",
+    )
+    own = one.class_names
+    if own is None or names is None or own == names:
+        return None
+    for missing in (name for name in names if name not in own):
+        raise UsageError(f"{one.name}: has no class {missing!r}, which another rung has")
+    check(len(set(own)) == len(own), f"{one.name}: two of its classes have the same name")
+    return tuple(own.index(name) for name in names)
+
+
+# -- rungs ----------------------------------------------------------------------------------------
+
+
+def open_rung(given: Any) -> _Opened:
+    """A rung as `cascade` takes it, tried on two images; raises as that."""
+    if isinstance(given, Checkpoint):
+        return _of_checkpoint(given, None, given.net.spec.name)
+    if isinstance(given, Rung):
+        if isinstance(given.model, nn.Module):
+            return _of_module(given, given.model)
+        return _of_onnx(given, Path(given.model))
+    check(
+        isinstance(given, str | Path),
+        f"rung of type {type(given).__name__}: give a checkpoint, the name of a file, or "
+        f"dynaslim.Rung(model, preprocessing)",
+    )
+    text, route = split_name(str(given))
+    if Path(text).suffix == ".onnx":
+        return open_rung(onnx_rung(str(given)))
+    model = find_model(text, ("checkpoint", "package"))
+    if model.kind == "package":
+        return _of_package(open_package(model.path), route, _short(text))
+    return _of_checkpoint(read(model.path), route, _short(text))
+
+
+def split_name(text: str) -> tuple[str, str | None]:
+    """A rung's name as it is given, and the route or the image size behind an @."""
+    found = _WITH_ROUTE.fullmatch(text)
+    if found is None or Path(text).exists() or is_hub_address(text):
+        return text, None
+    return found["name"], found["route"]
+
+
+def _short(text: str) -> str:
+    return text if is_hub_address(text) else Path(text).name
+
+
+def _prepared(preprocessing: Preprocessing | None, name: str) -> Preprocessing:
+    if preprocessing is None:
+        raise UsageError(f"{name}: does not say how images are prepared (preprocessing)")
+    return preprocessing
+
+
+def _of_checkpoint(checkpoint: Checkpoint, route: str | None, name: str) -> _Opened:
+    net, spec = checkpoint.net, checkpoint.net.spec
+    pre = _prepared(checkpoint.preprocessing, name)
+    side = pre.image_size_px
+    check(net.has_weights, f"{name}: is a cascade or a package; name its folder")
+    taken = spec.widest_choice if route is None else spec.coerce_route(route)
+    forms = NetworkForms(net)
+    form = Form.whole(taken)
+    return _Opened(
+        name if route is None else f"{name}@{taken}",
+        pre,
+        checkpoint.class_names,
+        spec.num_classes,
+        madds(spec, taken, side),
+        params(spec, taken),
+        max(shape.peak for shape in segment_shapes(spec, taken, (side, side))),
+        forms.module(form),
+        lambda: require("onnx").load_from_string(forms.onnx(form)),
+        f"{forms.key} {taken}",
+        mirror=checkpoint.mirror,
+    )
+
+
+def _of_module(rung: Rung, module: nn.Module) -> _Opened:
+    name = rung.name or type(module).__name__
+    check(not module.training, f"{name}: in training mode; call model.eval() first")
+    own, pre = copy.deepcopy(module).requires_grad_(False), rung.preprocessing
+    weights = list(own.parameters())
+    device = weights[0].device if weights else torch.device("cpu")
+    x = _example(pre)
+    counted, peak = FlopCounterMode(display=False), _Peak()  # type: ignore[no-untyped-call]
+    try:
+        with torch.no_grad(), counted, peak:
+            made = own(x.to(device))
+    except Exception as error:  # whatever the module raises
+        raise _cannot_run(name, pre, error) from None
+    check(isinstance(made, Tensor), f"{name}: returns {type(made).__name__}, not class scores")
+    scores = made.float().cpu()
+    _check_scores(name, scores, rung)
+    digest = hashlib.sha256(repr(own).encode())
+    for key, tensor in sorted(own.state_dict().items()):
+        digest.update(f"{key} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
+    # the code of a module is in nothing that could be read: what it answers stands for it
+    digest.update(scores.numpy().round(3).tobytes())
+
+    def model() -> Any:
+        content = to_onnx(own.cpu(), x, (LOGITS,), name)
+        return require("onnx").load_from_string(content)
+
+    return _Opened(
+        name,
+        pre,
+        rung.class_names,
+        scores.shape[1],
+        max(1, counted.get_total_flops() // (2 * _ROWS)),
+        sum(weight.numel() for weight in weights),
+        max(1, peak.values // _ROWS),
+        own,
+        model,
+        digest.hexdigest(),
+        probabilities=_are_probabilities(scores),
+    )
+
+
+def _example(pre: Preprocessing) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_ROWS, pre.channels, *(pre.image_size_px,) * 2, generator=generator)
+
+
+def _cannot_run(name: str, pre: Preprocessing, error: Exception) -> UsageError:
+    side = pre.image_size_px
+    why = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UsageError(f"{name}: does not run on {_ROWS} images of {side}x{side} px: {why:.200}")
+
+
+def _check_scores(name: str, scores: Tensor, rung: Rung) -> None:
+    shape = tuple(scores.shape)
+    check(
+        len(shape) == 2 and shape[0] == _ROWS,
+        f"{name}: returns values of shape {shape} for {_ROWS} images, not scores (rows, classes)",
+    )
+    check(bool(scores.isfinite().all()), f"{name}: returns scores that are not finite")
+    names = rung.class_names
+    check(
+        names is None or len(names) == shape[1],
+        f"{name}: {len(names or ())} class names do not fit {shape[1]} classes",
+    )
+
+
+def _are_probabilities(scores: Tensor) -> bool:
+    """Whether rows add up to 1, as softmax gives them."""
+    ones = torch.ones(len(scores))
+    return bool((scores >= 0).all()) and torch.allclose(scores.sum(1), ones, atol=1e-3)
+
+
+class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Finds the largest result of what runs within it."""
+
+    values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, Tensor):
+            self.values = max(self.values, made.numel())
+        return made
+
+
+# -- ONNX -----------------------------------------------------------------------------------------
+
+
+def onnx_rung(
+    text: str, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
+) -> Rung:
+    """The rung of an ONNX file, named as for `cascade`; by default normalised as ImageNet's.
+
+    Raises:
+        UsageError: if it is no classifier of images of one size; the message says why.
+    """
+    name, size = split_name(text)
+    file = Path(name)
+    _, _, channels, *sides = _input_of(file, _load(file))
+    if size is not None:
+        check(size.isdigit(), f"{text}: give the image size in pixels, as in {file}@224")
+        side = int(size)
+    else:
+        check(
+            None not in sides and sides[0] == sides[1],
+            f"{file}: its image size is not fixed; name the one that it runs at, as in {file}@224",
+        )
+        side = sides[0]
+    grey = channels == 1
+    usual = Preprocessing(side, (0.5,), (0.5,)) if grey else Preprocessing(side)
+    return Rung(file, Preprocessing(side, mean or usual.mean, std or usual.std))
+
+
+def _load(file: Path) -> Any:
+    onnx = require("onnx")
+    check(file.is_file(), f"{file}: no such file")
+    try:
+        return onnx.load(file)
+    except Exception as error:  # of protocol buffers, or of a file beside it
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UsageError(f"{file}: not readable as ONNX: {why:.200}") from None
+
+
+def _input_of(file: Path, model: Any) -> tuple[str, Any, Any, Any, Any]:
+    """Name and four sizes of a model's input; a size that is not fixed is None.
+
+    Raises:
+        UsageError: if it has several inputs or outputs, or its input is not a batch of images.
+    """
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    for what, values in (("inputs", inputs), ("outputs", list(model.graph.output))):
+        listed = ", ".join(value.name for value in values)
+        check(len(values) == 1, f"{file}: has {len(values)} {what} ({listed}), a rung has one")
+    kind = inputs[0].type.tensor_type
+    sizes = [dim.dim_value if dim.HasField("dim_value") else None for dim in kind.shape.dim]
+    is_float = kind.elem_type == require("onnx").TensorProto.FLOAT
+    check(
+        len(sizes) == 4 and is_float,
+        f"{file}: its input {inputs[0].name} is no float32 batch of images (rows, channels, "
+        f"height, width)",
+    )
+    check(
+        sizes[0] is None,
+        f"{file}: takes batches of {sizes[0]} alone; export it with a dynamic batch dimension",
+    )
+    check(sizes[1] in (None, 1, 3), f"{file}: takes {sizes[1]} channels; images have 1 or 3")
+    return inputs[0].name, *sizes
+
+
+def _of_onnx(rung: Rung, file: Path) -> _Opened:
+    name, pre = rung.name or file.name, rung.preprocessing
+    model = _load(file)
+    _, _, channels, *sides = _input_of(file, model)
+    for fixed, own in ((channels, pre.channels), *((side, pre.image_size_px) for side in sides)):
+        check(
+            fixed in (None, own),
+            f"{file}: takes images of {channels}x{sides[0]}x{sides[1]}, not "
+            f"{pre.channels}x{pre.image_size_px}x{pre.image_size_px}",
+        )
+    return _of_model(name, model, rung)
+
+
+def _of_model(name: str, model: Any, rung: Rung) -> _Opened:
+    pre, content = rung.preprocessing, model.SerializeToString()
+    scores, shapes = _run_inside(name, model, pre)
+    _check_scores(name, scores, rung)
+    largest = max(math.prod(shapes[out]) for node in model.graph.node for out in node.output if out)
+    weights = [tensor for tensor in model.graph.initializer if tensor.data_type == 1]
+    return _Opened(
+        name,
+        pre,
+        rung.class_names,
+        scores.shape[1],
+        max(1, _onnx_madds(model, shapes) // _ROWS),
+        sum(math.prod(tensor.dims) for tensor in weights),
+        max(1, largest // _ROWS),
+        None,
+        partial(require("onnx").load_from_string, content),
+        hashlib.sha256(content).hexdigest(),
+        probabilities=_are_probabilities(scores),
+    )
+
+
+def _run_inside(
+    name: str, model: Any, pre: Preprocessing
+) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
+    """What a model answers for the example, and the shapes of all that it computes on the way."""
+    onnx, seen = require("onnx"), copy.deepcopy(model)
+    outputs = {value.name for value in model.graph.output}
+    inner = [out for node in model.graph.node for out in node.output if out]
+    seen.graph.output.extend(onnx.ValueInfoProto(name=out) for out in inner if out not in outputs)
+    ort, x = require("onnxruntime"), _example(pre).numpy()
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = ort.InferenceSession(
+            seen.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+        (image,) = session.get_inputs()
+        made = session.run(None, {image.name: x})
+    except Exception as error:  # of no common kind
+        raise _cannot_run(name, pre, error) from None
+    values = dict(zip((out.name for out in session.get_outputs()), made, strict=True))
+    shapes = {out: np.shape(value) for out, value in values.items()}
+    shapes |= {tensor.name: tuple(tensor.dims) for tensor in model.graph.initializer}
+    shapes[image.name] = x.shape
+    return torch.from_numpy(values[model.graph.output[0].name]).float(), shapes
+
+
+def _onnx_madds(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
+    """Multiply-adds of convolutions and products of matrices, for the rows that were run."""
+    total = 0
+    for node in model.graph.node:
+        made = math.prod(shapes[node.output[0]]) if node.output and node.output[0] else 0
+        if node.op_type == "Conv":
+            total += made * math.prod(shapes[node.input[1]][1:])
+        elif node.op_type == "ConvTranspose":
+            total += math.prod(shapes[node.input[0]]) * math.prod(shapes[node.input[1]][1:])
+        elif node.op_type == "Gemm":
+            turned = any(a.name == "transA" and a.i for a in node.attribute)
+            total += made * shapes[node.input[0]][0 if turned else 1]
+        elif node.op_type == "MatMul":
+            total += made * shapes[node.input[0]][-1]
+    return total
+
+
+# -- packages -------------------------------------------------------------------------------------
+
+
+def _of_package(package: Package, route: str | None, name: str) -> _Opened:
+    spec = package.spec
+    pre = _prepared(package.preprocessing, name)
+    check(package.forms.precision == "fp32", f"{name}: is {package.forms.precision}; give fp32")
+    taken = spec.widest_choice if route is None else spec.coerce_route(route)
+    indices = spec.segment_indices(taken)
+    for gate, index in zip(spec.gates, indices[1:], strict=True):
+        check(index in gate.choices, f"{name}: route {taken} is not in the package")
+    forms = [
+        Form(number, indices[number - 1] if number > 1 else 0, index)
+        for number, index in enumerate(indices)
+    ]
+    model = _chained([_package_model(package, form) for form in forms])
+    side = pre.image_size_px
+    shown = name if route is None else f"{name}@{taken}"
+    opened = _of_model(shown, model, Rung("", pre, package.class_names))
+    return replace(
+        opened,
+        madds=madds(spec, taken, side),
+        params=params(spec, taken),
+        mirror=package.mirror,
+    )
+
+
+def _package_model(package: Package, form: Form) -> Any:
+    onnx, model = require("onnx"), package.forms.onnx(form)
+    return onnx.load(model) if isinstance(model, Path) else onnx.load_from_string(model)
+
+
+def _chained(models: Iterable[Any]) -> Any:
+    """Segments one after the other as one model; the gates' logits are left out."""
+    onnx, merged = require("onnx"), None
+    compose = require("onnx.compose")
+    for number, model in enumerate(models):
+        own = compose.add_prefix(model, f"s{number}_", inplace=True)
+        del own.graph.output[1:]
+        if merged is None:
+            merged = own
+            continue
+        last = merged.graph.output[0].name
+        io_map = [(last, f"s{number}_{INPUT}")]
+        merged = compose.merge_models(merged, own, io_map=io_map)
+    assert merged is not None
+    onnx.checker.check_model(merged)
+    return merged

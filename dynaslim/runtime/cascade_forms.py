@@ -1,0 +1,350 @@
+"""Forms of a cascade: an empty trunk, and a whole network for every rung.
+
+A rung's form takes the cascade's images. It resizes them to the rung's size, normalises them as the
+rung expects, runs the network, and puts its classes in the cascade's order. All of that is within
+its torch module and its ONNX graph, so that every backend runs the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dynaslim.cascade_spec import CascadeSpec
+from dynaslim.cost import CostTable
+from dynaslim.errors import UsageError
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.budget import option_costs
+from dynaslim.runtime.forms import Form, Precision
+from dynaslim.runtime.libraries import require
+from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, INPUT, IR_VERSION, LOGITS, OPSET
+
+BANDS: Final = 8
+"""Parts that a side is resized in. A row of the resizing matrix has few values that are not zero:
+eight small products take a quarter of the time of a whole one."""
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Resizing of a side by a matrix, which is zero outside of its bands."""
+
+    bands: tuple[tuple[int, int, Tensor], ...]
+    """First and last + 1 input position, and weights (outputs, inputs) of each part."""
+
+    @classmethod
+    def of(cls, before: int, after: int) -> Resize:
+        """Antialiased bilinear, as `torch.nn.functional.interpolate` and Pillow do it."""
+        eye = torch.eye(before)[None, None]
+        whole = F.interpolate(eye, (after, before), mode="bilinear", antialias=True)[0, 0]
+        bands = []
+        count = min(BANDS, after)
+        edges = [after * n // count for n in range(count + 1)]
+        for start, stop in itertools.pairwise(edges):
+            used = whole[start:stop].abs().sum(0).nonzero()
+            low, high = int(used[0]), int(used[-1]) + 1
+            bands.append((low, high, whole[start:stop, low:high].contiguous()))
+        return cls(tuple(bands))
+
+    def madds(self, channels: int, before: int, after: int) -> int:
+        """Multiply-adds of both sides of an image."""
+        return sum(weight.numel() for *_, weight in self.bands) * channels * (before + after)
+
+
+def resize_madds(channels: int, before: int, after: int) -> int:
+    """Multiply-adds of resizing an image from one side in pixels to another."""
+    if before == after:
+        return 0
+    return Resize.of(before, after).madds(channels, before, after)
+
+
+@dataclass(frozen=True)
+class RungProgram:
+    """The network of a rung: as a module, as an ONNX model, or both.
+
+    A module maps normalised images (B, C, S, S) to class logits (B, N). A model has one input and
+    one output of these shapes.
+    """
+
+    preprocessing: Preprocessing
+    module: nn.Module | None
+    """None for what is there as ONNX only."""
+    model: Any
+    """Without arguments -> its `onnx.ModelProto`."""
+    order: tuple[int, ...] | None
+    """The rung's class for each class of the cascade; None if they are the same."""
+    probabilities: bool
+    """Whether it gives probabilities, whose logarithms are logits."""
+    digest: str
+    """Of all that its answers depend on."""
+
+
+class _Trunk(nn.Module):
+    """Hands the images on, with the same gate logits for every row."""
+
+    logits: Tensor
+
+    def __init__(self, logits_K: np.ndarray) -> None:
+        super().__init__()
+        self.register_buffer("logits", torch.from_numpy(logits_K))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x.clone(), self.logits.expand(x.shape[0], -1)
+
+
+class _RungModule(nn.Module):
+    """A rung's network behind the preparation of its images."""
+
+    scale: Tensor
+    shift: Tensor
+    order: Tensor
+
+    def __init__(self, rung: RungProgram, given: Preprocessing) -> None:
+        super().__init__()
+        assert rung.module is not None
+        self.network = rung.module
+        self.probabilities = rung.probabilities
+        resize, affine = _preparation(rung, given)
+        self.bands = [] if resize is None else [(low, high) for low, high, _ in resize.bands]
+        for number, (*_, weight) in enumerate(() if resize is None else resize.bands):
+            self.register_buffer(f"band{number}", weight)
+        self.normalises, self.sorts = affine is not None, rung.order is not None
+        if affine is not None:  # a buffer of None is not exported
+            self.register_buffer("scale", affine[0])
+            self.register_buffer("shift", affine[1])
+        if rung.order is not None:
+            self.register_buffer("order", torch.tensor(rung.order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bands:
+            weights = [getattr(self, f"band{number}") for number in range(len(self.bands))]
+            bands = [(a, b, w) for (a, b), w in zip(self.bands, weights, strict=True)]
+            x = torch.cat([w @ x[:, :, a:b] for a, b, w in bands], 2)
+            x = torch.cat([x[..., a:b] @ w.T for a, b, w in bands], 3)
+        if self.normalises:
+            x = x * self.scale + self.shift
+        logits: Tensor = self.network(x)
+        if self.probabilities:
+            logits = logits.clamp_min(_LEAST).log()
+        return logits.index_select(1, self.order) if self.sorts else logits
+
+
+_LEAST: Final = 1e-30
+"""Of a probability."""
+
+
+def _preparation(
+    rung: RungProgram, given: Preprocessing
+) -> tuple[Resize | None, tuple[Tensor, Tensor] | None]:
+    """Resizing, and scale and shift (1, C, 1, 1), from the cascade's images to the rung's."""
+    own = rung.preprocessing
+    before, after = given.image_size_px, own.image_size_px
+    resize = None if before == after else Resize.of(before, after)
+    if (own.mean, own.std) == (given.mean, given.std):
+        return resize, None
+    mean, std, own_mean, own_std = (
+        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+        for values in (given.mean, given.std, own.mean, own.std)
+    )
+    return resize, ((std / own_std).float(), ((mean - own_mean) / own_std).float())
+
+
+class CascadeForms:
+    """The forms of a cascade; a `FormSource`."""
+
+    def __init__(
+        self,
+        spec: CascadeSpec,
+        preprocessing: Preprocessing,
+        rungs: Sequence[RungProgram],
+        precision: Precision = "fp32",
+    ) -> None:
+        """`rungs` in the order of the spec; `preprocessing` is that of the cascade's images."""
+        self.spec = spec
+        self.precision: Precision = precision
+        self._preprocessing = preprocessing
+        self._rungs = tuple(rungs)
+        self._modules: dict[int, _RungModule] = {}
+
+    @property
+    def has_modules(self) -> bool:
+        """Whether all rungs are torch modules."""
+        return all(rung.module is not None for rung in self._rungs)
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        modules = (rung.module for rung in self._rungs if rung.module is not None)
+        weights = (weight for module in modules for weight in module.parameters())
+        return next((weight.device for weight in weights), torch.device("cpu"))
+
+    def in_precision(self, precision: Precision) -> CascadeForms:
+        """The same cascade in fp32 or bf16.
+
+        Raises:
+            UsageError: for int8.
+        """
+        if precision == "int8":
+            raise UsageError("precision int8: a cascade has fp32 and bf16 only")
+        return CascadeForms(self.spec, self._preprocessing, self._rungs, precision)
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of the networks, their order and preparation, and the precision."""
+        digest = hashlib.sha256(f"{self.spec} {self.precision} {self._preprocessing}".encode())
+        for rung in self._rungs:
+            parts = (rung.preprocessing, rung.order, rung.probabilities, rung.digest)
+            digest.update(str(parts).encode())
+        return digest.hexdigest()
+
+    @cached_property
+    def _gate_logits(self) -> np.ndarray:
+        """(K,) float32: the first rung is the gate's choice, and every other one that of a shift.
+
+        Rung k is chosen by shifts from -k - 1 to -k (`budget.choose`).
+        """
+        size = self.spec.image_size_px
+        (costs_K,) = option_costs(CostTable.from_madds(self.spec, size))
+        steps = np.arange(1, len(costs_K)) * np.diff(costs_K)
+        return np.concatenate([[0.0], -np.cumsum(steps)]).astype(np.float32)
+
+    def module(self, form: Form, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """As `FormSource.module`."""
+        number = _rung_of(self.spec, form)
+        if number is None:
+            return _Trunk(self._gate_logits).eval().to(self.device)
+        if self._rungs[number].module is None:
+            raise UsageError(
+                f"{self.spec.rungs[number].name}: is an ONNX model, which runs on onnxruntime and "
+                f"openvino"
+            )
+        if number not in self._modules:
+            made = _RungModule(self._rungs[number], self._preprocessing).eval()
+            self._modules[number] = made.to(self.device)
+        module = self._modules[number]
+        return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
+
+    def onnx(self, form: Form) -> bytes:
+        """As `FormSource.onnx`."""
+        number = _rung_of(self.spec, form)
+        model = self._trunk_model() if number is None else self._rung_model(number)
+        require("onnx").checker.check_model(model)
+        content: bytes = model.SerializeToString()
+        return content
+
+    def _trunk_model(self) -> Any:
+        onnx, logits_K = require("onnx"), self._gate_logits
+        helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+        side = self.spec.image_size_px
+        image = ["batch", self.spec.in_channels, side, side]
+        constants = {
+            "logits": logits_K[None],
+            "options": np.array([len(logits_K)], np.int64),
+        }
+        nodes = [
+            helper.make_node("Identity", [INPUT], [FEATURES], name="images"),
+            helper.make_node("Shape", [INPUT], ["rows"], name="rows", start=0, end=1),
+            helper.make_node("Concat", ["rows", "options"], ["shape"], name="shape", axis=0),
+            helper.make_node("Expand", ["logits", "shape"], [GATE_LOGITS], name="gate"),
+        ]
+        graph = helper.make_graph(
+            nodes,
+            "trunk",
+            [helper.make_tensor_value_info(INPUT, floats, image)],
+            [
+                helper.make_tensor_value_info(FEATURES, floats, image),
+                helper.make_tensor_value_info(GATE_LOGITS, floats, ["batch", len(logits_K)]),
+            ],
+            initializer=[onnx.numpy_helper.from_array(v, k) for k, v in constants.items()],
+        )
+        model = helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="dynaslim"
+        )
+        model.ir_version = IR_VERSION
+        return model
+
+    def _rung_model(self, number: int) -> Any:
+        """The rung's model with the preparation of its images before it, and its classes' order.
+
+        Of the operations added there is one form for all versions that models are written in.
+        """
+        onnx, rung = require("onnx"), self._rungs[number]
+        helper, floats = onnx.helper, onnx.TensorProto.FLOAT
+        model = require("onnx.compose").add_prefix(rung.model(), "net_", inplace=False)
+        graph = model.graph
+        front: list[Any] = []
+        back: list[Any] = []
+
+        def constant(value: Any, name: str) -> str:
+            array = value.numpy() if isinstance(value, Tensor) else value
+            tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+            graph.initializer.append(tensor)
+            return name
+
+        def node(where: list[Any], kind: str, inputs: list[str], out: str, **given: Any) -> str:
+            where.append(helper.make_node(kind, inputs, [out], name=f"{out}_node", **given))
+            return out
+
+        resize, affine = _preparation(rung, self._preprocessing)
+        x = INPUT
+        for axis in (2, 3) if resize is not None else ():
+            assert resize is not None
+            parts = []
+            for n, (low, high, weight) in enumerate(resize.bands):
+                at = f"resize{axis}_{n}"
+                ends = [np.array([value], np.int64) for value in (low, high, axis)]
+                names = [constant(v, f"{at}_{k}") for k, v in zip("abc", ends, strict=True)]
+                band = node(front, "Slice", [x, *names], f"{at}_in")
+                matrix = constant(weight if axis == 2 else weight.T, f"{at}_weight")
+                inputs = [matrix, band] if axis == 2 else [band, matrix]
+                parts.append(node(front, "MatMul", inputs, f"{at}_out"))
+            x = node(front, "Concat", parts, f"resize{axis}", axis=axis)
+        if affine is not None:
+            scale, shift = affine
+            x = node(front, "Mul", [x, constant(scale, "scale")], "scaled")
+            x = node(front, "Add", [x, constant(shift, "shift")], "prepared")
+        own_input, own_output = _the_input(model).name, graph.output[0].name
+        node(front, "Identity", [x], own_input)
+        y = own_output
+        if rung.probabilities:
+            least = constant(np.array(_LEAST, np.float32), "least")
+            y = node(back, "Log", [node(back, "Max", [y, least], "positive")], "log")
+        if rung.order is not None:
+            order = constant(np.array(rung.order, np.int64), "order")
+            y = node(back, "Gather", [y, order], "in_order", axis=1)
+        node(back, "Identity", [y], LOGITS)
+        nodes = [*front, *graph.node, *back]
+        del graph.node[:], graph.output[:]
+        graph.node.extend(nodes)
+        inputs = [i for i in graph.input if i.name != own_input]
+        del graph.input[:]
+        side = self._preprocessing.image_size_px
+        image = ["batch", self.spec.in_channels, side, side]
+        graph.input.extend([helper.make_tensor_value_info(INPUT, floats, image), *inputs])
+        row = ["batch", self.spec.num_classes]
+        graph.output.append(helper.make_tensor_value_info(LOGITS, floats, row))
+        graph.name = self.spec.rungs[number].name
+        return model
+
+
+def _the_input(model: Any) -> Any:
+    """The one input that is no weight."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    (found,) = [value for value in model.graph.input if value.name not in weights]
+    return found
+
+
+def _rung_of(spec: CascadeSpec, form: Form) -> int | None:
+    """The index of the rung that a form is; None for the trunk."""
+    if form.route is not None:
+        return spec.segment_indices(form.route)[1]
+    return form.choice if form.segment else None

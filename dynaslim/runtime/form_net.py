@@ -1,0 +1,177 @@
+"""A network that is known by its programs alone: an exported package, or a cascade of networks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from dynaslim.checkpoint import Checkpoint, read
+from dynaslim.errors import CheckpointError, UsageError, check
+from dynaslim.model_names import find_model
+from dynaslim.nn.net import ElasticNet, SegmentOutput
+from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.backends.eager import device_of
+from dynaslim.runtime.cascade_forms import CascadeForms
+from dynaslim.runtime.forms import Form, FormSource, Precision
+from dynaslim.runtime.libraries import require
+from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.package import open_package
+
+_CHOICE: Final = "_dynaslim_choice"
+
+
+class FormNet(ElasticNet):
+    """The programs of a `FormSource` as the segments of a network.
+
+    It is evaluated, calibrated and reported on as any other network. It has no weights to train or
+    to write to a checkpoint.
+    """
+
+    has_weights = False
+
+    def __init__(self, source: FormSource) -> None:
+        super().__init__()
+        self.spec = source.spec
+        self.source = source
+        self._programs: dict[tuple[Form, torch.dtype], nn.Module] = {}
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its programs run."""
+        return device_of(self.source)
+
+    @property
+    def plain_backend(self) -> str:
+        """As `ElasticNet.plain_backend`."""
+        plain = self.source.has_modules and self.source.precision != "int8"
+        return "eager" if plain else "onnxruntime"
+
+    def program(self, form: Form, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A form as a module; one that is there as ONNX only runs in ONNX Runtime, in float32."""
+        if (form, dtype) not in self._programs:
+            try:
+                made = self.source.module(form, dtype)
+            except UsageError:
+                made = OnnxModule(self.source.onnx(form))
+            self._programs[form, dtype] = made
+        return self._programs[form, dtype]
+
+    def segment(
+        self,
+        number: int,
+        x: Tensor,
+        choice: int | Tensor,
+        *,
+        decide: bool = True,
+        dropout_mask: Tensor | None = None,
+    ) -> SegmentOutput:
+        """Run segment `number` on what the one before it returned, as `SlimNet.segment`."""
+        assert isinstance(choice, int)
+        # programs differ by the choice before them, which nothing else says
+        before = getattr(x, _CHOICE, 0) if number > 1 else 0
+        made = self.program(Form(number, before, choice))(x.float())
+        if number == len(self.spec.gates):
+            return SegmentOutput(made, None)
+        features, gate_logits = made
+        setattr(features, _CHOICE, choice)
+        return SegmentOutput(features, gate_logits if decide else None)
+
+
+class OnnxModule(nn.Module):
+    """An ONNX model with one input, run by ONNX Runtime on the CPU."""
+
+    def __init__(self, model: Path | bytes) -> None:
+        super().__init__()
+        self._model = model
+
+    @cached_property
+    def _session(self) -> Any:
+        ort = require("onnxruntime")
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = torch.get_num_threads()
+        model = self._model if isinstance(self._model, bytes) else str(self._model)
+        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+    def forward(self, x: Tensor) -> Any:
+        """Images or features (B, C, H, W) -> the outputs of the model."""
+        name = self._session.get_inputs()[0].name
+        made = self._session.run(None, {name: x.detach().float().cpu().contiguous().numpy()})
+        outs = tuple(map(torch.from_numpy, made))
+        return outs[0] if len(outs) == 1 else outs
+
+
+@dataclass(frozen=True)
+class FormCheckpoint(Checkpoint):
+    """A `FormNet` in the place of a checkpoint; it has no recipe."""
+
+    may_mirror: bool = False
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """Of a package's manifest."""
+
+    @property
+    def mirror(self) -> bool:
+        """Whether a mirror image is of the same class, as its parts or its manifest say."""
+        return self.may_mirror
+
+
+def read_model(name: str | Path) -> tuple[Checkpoint, Path]:
+    """A checkpoint or a package by any name (`model_names`), and its file or folder.
+
+    Raises:
+        CheckpointError, HubError, PackageError: if it cannot be read.
+    """
+    found = find_model(name, ("checkpoint", "package"))
+    if found.kind == "checkpoint":
+        return read(found.path), found.path
+    package = open_package(found.path)
+    made = FormCheckpoint(
+        FormNet(package.forms),
+        class_names=package.class_names,
+        preprocessing=package.preprocessing,
+        metrics=package.manifest["metrics"],
+        budget=package.budget,
+        may_mirror=package.mirror,
+        notes=package.manifest["notes"],
+    )
+    return made, found.path
+
+
+def read_prepared(name: str | Path) -> tuple[Checkpoint, Preprocessing, Path]:
+    """As `read_model`, of what can be given pictures, and how they are prepared for it.
+
+    Raises:
+        CheckpointError: as `read_model`, and if it does not say how.
+    """
+    checkpoint, path = read_model(name)
+    if checkpoint.preprocessing is None:
+        raise CheckpointError(f"{path}: does not say how images are prepared (preprocessing)")
+    return checkpoint, checkpoint.preprocessing, path
+
+
+def forms_of(net: ElasticNet) -> FormNet:
+    """A network by its forms alone."""
+    return net if isinstance(net, FormNet) else FormNet(NetworkForms(net))
+
+
+def source_of(net: ElasticNet, precision: Precision = "fp32") -> FormSource:
+    """The forms of a network in a precision.
+
+    Raises:
+        UsageError: for a precision that a package was not exported in.
+        RuntimeError: if the network is in training mode.
+    """
+    if not isinstance(net, FormNet):
+        return NetworkForms(net, precision)
+    if isinstance(net.source, CascadeForms):
+        return net.source.in_precision(precision)
+    own = net.source.precision
+    check(precision in ("fp32", own), f"precision {precision}: the package is {own}")
+    return net.source

@@ -1,0 +1,81 @@
+"""How well signals of being unsure rank a network's errors: risk-coverage curves.
+
+Suffixes: B rows of a batch, N images (of logits: classes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dynaslim.runtime.escalation import Bools, Ints, margins
+
+Sureness = npt.NDArray[np.float64]
+
+
+def aurc(sure_N: npt.NDArray[Any], right_N: Bools) -> float:
+    """Area under the risk-coverage curve, 0..1: the lower, the better a signal ranks errors.
+
+    The mean, over the numbers of images answered, of the error rate of the surest so many
+    (Geifman et al., arXiv 1805.08206). Images that are as sure as each other share their errors.
+    """
+    _, place_N, count = np.unique(-sure_N, return_inverse=True, return_counts=True)
+    wrong = np.bincount(place_N, ~right_N) / count
+    wrong_N = np.repeat(wrong, count)
+    answered_N = np.arange(1, len(wrong_N) + 1)
+    return float((wrong_N.cumsum() / answered_N).mean())
+
+
+def _probabilities(logits_BN: npt.NDArray[np.float32]) -> Sureness:
+    powers = np.exp(logits_BN.astype(np.float64) - logits_BN.max(1, keepdims=True))
+    found: Sureness = powers / powers.sum(1, keepdims=True)
+    return found
+
+
+def _entropy(logits_BN: npt.NDArray[np.float32]) -> Sureness:
+    p_BN = _probabilities(logits_BN)
+    found: Sureness = (p_BN * np.log(np.maximum(p_BN, 1e-300))).sum(1)
+    return found
+
+
+SIGNALS: Final[Mapping[str, Callable[[npt.NDArray[np.float32]], Sureness]]] = {
+    "margin": lambda logits_BN: margins(logits_BN).astype(np.float64),
+    "probability": lambda logits_BN: _probabilities(logits_BN).max(1),
+    "entropy": _entropy,
+}
+"""By name: logits (B, N) -> how sure each row is (B,)."""
+AGREEMENT: Final = "agreement"
+"""The margin, behind that of all rows whose class the rung before agreed on."""
+
+
+class SignalTable:
+    """Collects what rungs answer, for the table of how each signal ranks their errors."""
+
+    def __init__(self, rungs: int) -> None:
+        self._sure: list[list[dict[str, Sureness]]] = [[] for _ in range(rungs)]
+        self._picked: list[list[Ints]] = [[] for _ in range(rungs)]
+        self._right: list[list[Bools]] = [[] for _ in range(rungs)]
+
+    def add(self, rung: int, logits_BN: npt.NDArray[np.float32], labels_B: Ints) -> None:
+        """The answers of one rung for a batch."""
+        picked_B = logits_BN.argmax(1)
+        self._sure[rung].append({name: of(logits_BN) for name, of in SIGNALS.items()})
+        self._picked[rung].append(picked_B)
+        self._right[rung].append(picked_B == labels_B)
+
+    def rows(self) -> list[dict[str, float]]:
+        """For every rung its error rate and the `aurc` of each signal."""
+        found, before_N = [], None
+        for sure, picked, right in zip(self._sure, self._picked, self._right, strict=True):
+            right_N, picked_N = np.concatenate(right), np.concatenate(picked)
+            row = {"errors": float(1 - right_N.mean())}
+            sure_N = {name: np.concatenate([one[name] for one in sure]) for name in SIGNALS}
+            if before_N is not None:
+                sure_N[AGREEMENT] = sure_N["margin"] + (picked_N == before_N)
+            row |= {name: aurc(values_N, right_N) for name, values_N in sure_N.items()}
+            found.append(row)
+            before_N = picked_N
+        return found

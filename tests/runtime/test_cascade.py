@@ -1,0 +1,507 @@
+"""Cascades of whole networks: answers, costs, thresholds, packages, and what is refused."""
+
+import base64
+import copy
+import json
+import re
+import urllib.request
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from helpers import assert_rows_close, for_backends, lively_net, running, write_parquet
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynaslim import Checkpoint, Engine, Preprocessing, Rung, cascade, cli, evaluate, madds, params
+from dynaslim.cascade_spec import CascadeSpec
+from dynaslim.checkpoint import save
+from dynaslim.data.images import ImageDataset
+from dynaslim.errors import CheckpointError, DynaslimWarning, UsageError
+from dynaslim.runtime.calibrate_budget import answer_paths
+from dynaslim.runtime.cascade_forms import resize_madds
+from dynaslim.runtime.escalation import margins
+from dynaslim.runtime.export import export_package
+from dynaslim.runtime.form_net import FormNet, read_model
+from dynaslim.runtime.package import open_package, write_budget
+from dynaslim.runtime.signals import SignalTable, aurc
+
+NAMES = ("a", "b", "c", "d", "e")
+GIVEN = Preprocessing(40, (0.3, 0.4, 0.5), (0.2, 0.3, 0.2), crop_fraction=0.9)
+
+
+class Small(nn.Module):
+    def __init__(self, width=4, classes=5):
+        super().__init__()
+        self.one = nn.Conv2d(3, width, 3, stride=2, padding=1)
+        self.two = nn.Conv2d(width, width, 3, padding=1)
+        self.head = nn.Linear(width, classes)
+        nn.init.normal_(self.head.weight, std=3.0)
+
+    def forward(self, x):
+        return self.head(F.relu(self.two(F.relu(self.one(x)))).mean((2, 3)))
+
+
+def _module(width, seed=0, **changes):
+    torch.manual_seed(seed)
+    return Small(width, **changes).eval()
+
+
+def _rungs():
+    """A module, a network of the zoo and a larger module: sizes, normalisation, orders differ."""
+    half = (0.5, 0.5, 0.5)
+    net = copy.deepcopy(lively_net("micro"))
+    with torch.no_grad():
+        net.classifier.weight.mul_(200)
+    zoo = Checkpoint(net, class_names=NAMES, preprocessing=Preprocessing(24))
+    return [
+        Rung(_module(4), Preprocessing(16, half, half), NAMES[::-1], "small"),
+        zoo,
+        Rung(_module(24, 1), GIVEN, ("c", "a", "b", "e", "d"), "large"),
+    ]
+
+
+def _by_hand(rungs, x, names):
+    """Every rung's logits for the cascade's images, in the order of the cascade's classes."""
+    answers = []
+    for rung in rungs:
+        pre, given = rung.preprocessing, GIVEN
+        raw = x * torch.tensor(given.std).view(3, 1, 1) + torch.tensor(given.mean).view(3, 1, 1)
+        side = (pre.image_size_px,) * 2
+        raw = F.interpolate(raw, side, mode="bilinear", antialias=True)
+        own = (raw - torch.tensor(pre.mean).view(3, 1, 1)) / torch.tensor(pre.std).view(3, 1, 1)
+        with torch.no_grad():
+            if isinstance(rung, Checkpoint):
+                logits = rung.net(own, rung.net.spec.widest_choice)
+            else:
+                logits = rung.model(own)
+        answers.append(logits[:, [rung.class_names.index(name) for name in names]])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def made():
+    return cascade(_rungs())
+
+
+@for_backends("eager", "onnxruntime", "openvino")
+def test_answers_are_those_of_the_rungs_that_rows_went_through(backend, made):
+    x = torch.randn(33, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    spec, rungs = made.net.spec, _by_hand(_rungs(), x, made.class_names)
+    engine = Engine(made, backend=backend, workers=2, cache_dir=None)
+    for number, logits in enumerate(rungs, start=1):
+        assert_rows_close(engine.static(str(number))(x), logits)
+    tau = float(np.median(margins(rungs[0].numpy())))
+    out = engine(x, escalate=tau)
+    expected, route = rungs[0].clone(), torch.zeros(33, dtype=torch.int64)
+    cost, still = torch.full((33,), float(spec.rungs[0].madds)), torch.ones(33, dtype=torch.bool)
+    for number in (1, 2):
+        still &= torch.from_numpy(margins(expected.numpy()) < tau)
+        expected[still], route[still] = rungs[number][still], number
+        cost[still] += spec.rungs[number].madds
+    assert set(route.tolist()) == {0, 1, 2}  # some stop at each
+    assert_rows_close(out.logits, expected)
+    assert out.routes.flatten().tolist() == route.tolist()
+    assert out.madds.tolist() == cost.tolist()
+    assert torch.equal(out.escalated, route > 0)
+    assert [str(engine.route_of(row)) for row in out.routes] == [str(n + 1) for n in route.tolist()]
+    alone = torch.cat([engine(x[n : n + 1], escalate=tau).logits for n in range(5)])
+    assert_rows_close(alone, expected[:5])
+    assert not engine(x).escalated.any()  # without a curve or a margin all stay
+    assert_rows_close(engine(x, escalate=1.0, max_route="2").logits[still], rungs[1][still])
+
+
+def test_costs_are_those_of_the_networks_and_of_resizing(made):
+    spec, (small, zoo, large) = made.net.spec, _rungs()
+    for rung, given, side in ((spec.rungs[0], small, 16), (spec.rungs[2], large, 40)):
+        with FlopCounterMode(display=False) as counter:
+            given.model(torch.zeros(1, 3, side, side))
+        own = rung.madds - resize_madds(3, 40, side)
+        assert own == counter.get_total_flops() / 2
+        assert rung.params == sum(p.numel() for p in given.model.parameters())
+    assert spec.rungs[2].peak == 24 * 20 * 20
+    assert spec.rungs[1].madds - resize_madds(3, 40, 24) == madds(
+        zoo.net.spec, zoo.net.spec.widest_choice, 24
+    )
+    with FlopCounterMode(display=False) as counter:
+        made.net(torch.zeros(1, 3, 40, 40), "1")
+    assert counter.get_total_flops() / 2 == spec.rungs[0].madds == madds(spec, "1", 40)
+    assert params(spec) == sum(rung.params for rung in spec.rungs)
+    assert CascadeSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+class Brightness(nn.Module):
+    """Its class is the mean brightness of some pixels; fewer of them, more mistakes."""
+
+    def __init__(self, pixels, channels):
+        super().__init__()
+        self.pixels = pixels
+        self.conv = nn.Conv2d(3, channels, 1)
+        nn.init.constant_(self.conv.weight, 1 / 3)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, x):
+        bright = self.conv(x[:, :, : self.pixels, : self.pixels]).mean((1, 2, 3))
+        return -40 * (bright[:, None] - torch.arange(5) / 5 - 0.1).square()
+
+
+def _bright(count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 5
+    x = (labels / 5 + 0.1)[:, None, None, None]
+    return x + 0.5 * torch.randn(count, 3, 16, 16, generator=generator), labels
+
+
+PLAIN = Preprocessing(16, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def _bright_cascade():
+    sizes = ((3, 1), (5, 6), (16, 2))
+    return cascade(
+        [Rung(Brightness(*size).eval(), PLAIN, NAMES, f"of {size[0]} px") for size in sizes]
+    )
+
+
+def test_thresholds_of_all_rungs_are_found_together():
+    held_out, others = _bright(2000, 0), _bright(2000, 1)
+    engine = Engine(_bright_cascade(), backend="eager", workers=1)
+    curve = engine.calibrate([held_out])
+    first, second, last = (
+        (engine.static(r)(others[0]).argmax(1) == others[1]).float().mean() for r in ("1", "2", "3")
+    )
+    assert first + 0.05 < second < last - 0.02
+    assert any(len(point.escalations) == 2 for point in curve.points)  # via the second rung
+    point = curve.at("drop=0.5")
+    out = engine(others[0])  # a cascade's default
+    again = engine(others[0], budget="drop=0.5")
+    assert torch.equal(out.logits, again.logits)
+    assert out.escalated.any()
+    assert set(out.routes.flatten().tolist()) == {1, 2}  # this budget begins at the second rung
+    right = (out.logits.argmax(1) == others[1]).float().mean()
+    assert right > last - 0.02
+    assert out.madds.mean() < 0.8 * curve.widest_madds
+    assert out.madds.mean() == pytest.approx(point.madds, rel=0.1)
+    assert engine(others[0], escalate=None).routes.max() == 0
+    tight = engine(others[0], budget=0.3, hold=True)
+    assert tight.madds.mean() <= 0.3 * curve.widest_madds
+    costs = {point.madds for point in curve.gate_points}
+    assert costs == {float(rung.madds) for rung in engine.spec.rungs}
+
+
+def test_a_cascade_is_evaluated_by_its_budget():
+    checkpoint = _bright_cascade()
+    engine = Engine(checkpoint, backend="eager", workers=1)
+    curve = engine.calibrate([_bright(500, 0)])
+    x, labels = _bright(300, 1)
+    pixels = (x.clamp(0, 1) * 255).round().to(torch.uint8)
+    images = ImageDataset(pixels, labels, NAMES, "bright")
+    found = evaluate(replace(checkpoint, budget=curve.to_dict()), images, PLAIN)
+    out = engine(pixels.float() / 255)
+    assert found.predictions.tolist() == out.logits.argmax(1).tolist()
+    assert found.dynamic.mean_madds == pytest.approx(float(out.madds.mean()))
+    assert [route.widths for route in found.routes] == [(1,), (2,), (3,)]
+    assert evaluate(checkpoint, images, PLAIN).choices.max() == 0
+
+
+def test_two_sizes_of_one_network_in_the_order_of_their_cost():
+    net = lively_net("micro")
+    small, large = (Checkpoint(net, preprocessing=Preprocessing(side)) for side in (16, 32))
+    with pytest.warns(DynaslimWarning, match="not in the order of their multiply-adds"):
+        made = cascade([large, small])
+    assert [rung.image_size_px for rung in made.net.spec.rungs] == [16, 32]
+    assert made.preprocessing == large.preprocessing
+    assert made.class_names is None
+    assert not made.mirror
+    told = {"gate": {"augment": {"mirror": True}}}
+    assert cascade([replace(one, recipe=told) for one in (small, large)]).mirror
+
+
+# -- packages and ONNX ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def package(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cascades") / "three"
+    _, errors = export_package(made, folder)
+    assert max(errors.values()) < 1e-5
+    return folder
+
+
+def _onnx(module, path, *, side=40, batch="rows", free=False, rows=2):
+    axes = {0: batch, 2: "h", 3: "w"} if free else {0: batch}
+    torch.onnx.export(
+        module, (torch.zeros(rows, 3, side, side),), path, input_names=["pixels"],
+        output_names=["scores"], dynamic_axes={"pixels": axes} if batch else None,
+        opset_version=13, dynamo=False,
+    )  # fmt: skip
+    return path
+
+
+@for_backends("onnxruntime", "openvino")
+def test_a_package_answers_as_the_cascade(backend, made, package):
+    x = torch.randn(17, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    ours = Engine(made, backend="eager", workers=1)(x, escalate=0.3)
+    engine = Engine.from_package(package, backend=backend, workers=1, cache_dir=None)
+    assert engine.spec == made.net.spec
+    theirs = engine(x, escalate=0.3)
+    assert_rows_close(theirs.logits, ours.logits)
+    assert torch.equal(theirs.routes, ours.routes)
+    assert_rows_close(engine.static("2")(x), made.net(x, "2"))
+
+
+@for_backends("onnxruntime", "openvino")
+def test_rungs_of_packages_and_onnx_files(backend, made, package, tmp_path):
+    """One route of a package, another in a changed order of classes, and probabilities in ONNX."""
+    large = nn.Sequential(_module(24, 1), nn.Softmax(1)).eval()
+    file = _onnx(large, tmp_path / "large.onnx", free=True)
+    pre = replace(GIVEN, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    first, second = f"{package}@1", f"{package}@2"
+    mixed = cascade([first, second, Rung(file, pre, ("c", "a", "b", "e", "d"))])
+    assert not mixed.net.source.has_modules
+    assert [rung.madds for rung in mixed.net.spec.rungs] == [
+        rung.madds for rung in made.net.spec.rungs
+    ]
+    assert mixed.preprocessing == pre
+    x = torch.randn(9, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    engine = Engine(mixed, backend=backend, workers=1, cache_dir=None)
+    scale, shift = (torch.tensor(v).view(3, 1, 1) for v in (pre.std, pre.mean))
+    own = (x * scale + shift - torch.tensor(GIVEN.mean).view(3, 1, 1)) / torch.tensor(
+        GIVEN.std
+    ).view(3, 1, 1)
+    for route in ("1", "2"):
+        assert_rows_close(engine.static(route)(x), made.net(own, route), 1e-4)
+    order = [("c", "a", "b", "e", "d").index(name) for name in made.class_names]
+    expected = large(x)[:, order]
+    made_up = torch.as_tensor(engine.static("3")(x)).softmax(1)
+    torch.testing.assert_close(made_up, expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UsageError, match="choose from auto, onnxruntime, openvino"):
+        Engine(mixed, backend="eager")
+    unnamed = cascade([f"{package}@1", f"{file}@40"])
+    assert unnamed.class_names == made.class_names
+    assert len(list(export_package(mixed, tmp_path / "mixed")[1])) == 4
+
+
+def test_a_package_is_calibrated_in_place(made, package, tmp_path):
+    export_package(made, tmp_path / "copy")
+    engine = Engine(made, backend="eager", workers=1)
+    x = torch.randn(120, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    curve = engine.calibrate([(x, torch.arange(120) % 5)])
+    write_budget(tmp_path / "copy", curve.to_dict())
+    assert open_package(tmp_path / "copy").budget == curve.to_dict()
+    again = Engine.from_package(tmp_path / "copy", backend="onnxruntime", workers=1)
+    assert again.curve == curve
+
+
+def test_any_package_answers_along_every_path_as_its_network(tmp_path):
+    """What evaluation and calibration need; programs depend on the choice before, too."""
+    net = lively_net("micro")
+    checkpoint = Checkpoint(net, preprocessing=Preprocessing(32))
+    export_package(checkpoint, tmp_path / "micro")
+    opened, _ = read_model(tmp_path / "micro")
+    assert isinstance(opened.net, FormNet)
+    x, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 5
+    ours, theirs = (answer_paths(one, [(x, labels)], mirror=True) for one in (net, opened.net))
+    np.testing.assert_allclose(theirs.margins_NP, ours.margins_NP, atol=1e-5)
+    for one, other in zip(ours.gate_logits, theirs.gate_logits, strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-4)
+    assert (ours.second_look_N == theirs.second_look_N).all()
+
+
+def test_a_cascade_is_no_checkpoint_file(made, tmp_path):
+    with pytest.raises(CheckpointError, match="not saved, cascade is a cascade or a package"):
+        save(tmp_path / "x.safetensors", made)
+    with pytest.raises(UsageError, match="int8: a cascade has fp32 and bf16 only"):
+        Engine(made, backend="onnxruntime", precision="int8", calibration=[torch.zeros(1)])
+
+
+# -- signals --------------------------------------------------------------------------------------
+
+
+def test_area_under_the_risk_coverage_curve():
+    right = np.array([True, True, False, True])
+    assert aurc(np.array([4, 3, 1, 2]), right) == pytest.approx((0 + 0 + 0 + 1 / 4) / 4)
+    assert aurc(np.array([1, 2, 4, 3]), right) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert aurc(np.zeros(4), right) == pytest.approx(1 / 4)  # knows nothing: the error rate
+    table = SignalTable(2)
+    logits = np.array([[2, 0, 0], [0, 1, 0.5], [0.2, 0, 0.1]], np.float32)
+    for rung in (0, 1):
+        table.add(rung, logits, np.array([0, 1, 1]))
+    first, second = table.rows()
+    assert first["errors"] == pytest.approx(1 / 3)
+    assert first["margin"] == first["entropy"] == first["probability"] == pytest.approx(1 / 9)
+    assert second["agreement"] == first["margin"]
+
+
+# -- what is refused ------------------------------------------------------------------------------
+
+
+def _refused(*rungs):
+    with pytest.raises(UsageError) as found:
+        cascade(list(rungs))
+    message = str(found.value)
+    assert message.isprintable()
+    return message
+
+
+def test_networks_that_make_no_cascade(tmp_path):
+    small, _, large = _rungs()
+    assert "at least two networks" in _refused(small)
+    other = Rung(_module(24), GIVEN, ("x", "b", "c", "d", "e"), "other")
+    assert "other: has no class 'a', which another rung has" in _refused(small, other)
+    assert "7 classes, small 5" in _refused(small, Rung(_module(24, classes=7), GIVEN))
+    assert "costs as much as the rung before it" in _refused(large, large)
+    assert "training mode; call model.eval() first" in _refused(small, Rung(Small(8), GIVEN))
+    assert "rung of type Small" in _refused(small, _module(24))
+    assert "4 class names do not fit 5" in _refused(small, Rung(_module(8), GIVEN, NAMES[:4]))
+    grey = Preprocessing(40, (0.5,), (0.5,))
+    assert "does not run on 2 images of 40x40" in _refused(small, Rung(_module(8), grey))
+    tiny = Rung(nn.Sequential(nn.Conv2d(3, 8, 9), nn.Flatten(), nn.LazyLinear(5)).eval(), GIVEN)
+    tiny.model(torch.zeros(1, 3, 40, 40))
+    assert "does not run on 2 images of 8x8 px" in _refused(
+        large, replace(tiny, preprocessing=Preprocessing(8))
+    )
+    assert "not scores (rows, classes)" in _refused(small, Rung(nn.Conv2d(3, 8, 3).eval(), GIVEN))
+    assert "does not say how images are prepared" in _refused(
+        small, Checkpoint(lively_net("micro"))
+    )
+    engine = Engine(cascade([small, large]), backend="eager", workers=1)
+    with pytest.raises(UsageError, match="image size 16x16 px: cascade takes 40x40 px"):
+        engine(torch.zeros(1, 3, 16, 16))
+    with pytest.raises(UsageError, match="route 3: cascade takes the number of a rung, 1 to 2"):
+        engine.static("3")
+    with pytest.raises(UsageError, match="99 images are too few"):
+        engine.calibrate([(torch.zeros(99, 3, 40, 40), torch.zeros(99, dtype=torch.int64))])
+
+
+def test_onnx_files_that_make_no_rung(tmp_path):
+    small = _rungs()[0]
+    file = _onnx(_module(24), tmp_path / "fixed.onnx", batch=None)
+    assert "takes batches of 2 alone; export it with a dynamic batch" in _refused(small, file)
+    free = _onnx(_module(24), tmp_path / "free.onnx", free=True)
+    assert f"name the one that it runs at, as in {free}@224" in _refused(small, free)
+    assert "no such file" in _refused(small, tmp_path / "none.onnx")
+    (tmp_path / "text.onnx").write_text("no model")
+    assert "not readable as ONNX" in _refused(small, tmp_path / "text.onnx")
+    good = _onnx(_module(24), tmp_path / "good.onnx")
+    assert "takes images of 3x40x40, not 3x32x32" in _refused(
+        small, Rung(good, replace(GIVEN, image_size_px=32))
+    )
+    model = onnx.load(good)
+    model.graph.input.append(onnx.helper.make_tensor_value_info("mask", 1, ["rows"]))
+    onnx.save(model, tmp_path / "two.onnx")
+    assert "has 2 inputs (pixels, mask), a rung has one" in _refused(small, tmp_path / "two.onnx")
+
+
+# -- the command line -----------------------------------------------------------------------------
+
+
+def _png(x):
+    from io import BytesIO
+
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.fromarray((x.permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two ONNX classifiers of brightness, a checkpoint of five classes, and pictures for them."""
+    folder = tmp_path_factory.mktemp("ladder")
+    for name, size in (("small", (2, 1)), ("large", (16, 2))):
+        _onnx(Brightness(*size).eval(), folder / f"{name}.onnx", side=16)
+    net = lively_net("micro")
+    names = tuple(f"class {n}" for n in range(5))
+    save(folder / "run" / "net.safetensors", Checkpoint(net, names, PLAIN))
+    pictures = [_png(x) for x in _bright(200, 0)[0]]
+    return folder, write_parquet(folder / "data", pictures, 5), pictures
+
+
+def _run(capsys, *argv, code=0):
+    assert cli.run([str(a) for a in argv]) == code
+    out, err = capsys.readouterr()
+    if code:
+        assert len(err.strip().splitlines()) == 1
+        assert out == ""
+        return err
+    return out
+
+
+def test_from_the_command_line_to_the_server(capsys, files, tmp_path):
+    folder, data, pictures = files
+    out, plain = tmp_path / "ladder", ("--mean", "[0,0,0]", "--std", "[1,1,1]")
+    rungs = (folder / "small.onnx", folder / "large.onnx")
+    told = json.loads(_run(capsys, "cascade", *rungs, out, "--data", data, *plain, "--json"))
+    assert [rung["name"] for rung in told["rungs"]] == ["small.onnx", "large.onnx"]
+    assert told["rungs"][0]["top1"] < told["rungs"][1]["top1"] - 0.1
+    assert told["images"] == 200
+    assert set(told["risk_coverage"][1]) == {
+        "errors", "margin", "probability", "entropy", "agreement",
+    }  # fmt: skip
+    assert told["default"]["budget"] == "drop=0.5"
+    assert open_package(out).manifest["notes"]["risk_coverage"] == told["risk_coverage"]
+    shown = _run(capsys, "cascade", *rungs, out, "--data", data, *plain)
+    assert re.search(r"1 +small.onnx +16 +", shown)
+    assert "by default drop=0.5" in shown
+    assert "a cascade of 2 networks, 5 classes" in _run(capsys, "info", out)
+    assert json.loads(_run(capsys, "info", out, "--json"))["rungs"][0]["image_size_px"] == 16
+
+    (tmp_path / "x.png").write_bytes(pictures[3])
+    row = json.loads(_run(capsys, "predict", out, tmp_path / "x.png", "--json"))["images"][0]
+    assert row["route"] in ("1", "2")
+    assert row["class_name"] == "class 3" or row["route"] == "1"
+    found = json.loads(_run(capsys, "evaluate", out, "--data", data, "--json"))
+    assert found["dynamic"]["mean_madds"] == pytest.approx(told["default"]["madds"])
+    args = ("calibrate-budget", out, "--data", data, "--split", "test", "--json")
+    again = json.loads(_run(capsys, *args))
+    assert again["curve"] == told["curve"]
+    err = _run(capsys, *args, "--out", tmp_path / "x", code=2)
+    assert "a package gets the curve itself" in err
+    page = tmp_path / "r.html"
+    _run(capsys, "report", out, "-o", page, "--data", data, "--rounds", "2", "--no-cache")
+    text = page.read_text()
+    assert "Route 1 is small.onnx, for 16 px." in text
+    assert "Risk-coverage areas on the images of its budget curve: errors" in text
+
+    with running(out) as (_, url):
+        body = json.dumps({"images": [{"data": base64.b64encode(pictures[3]).decode()}]}).encode()
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{url}/v1/predict", body, headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            served = json.loads(answer.read())
+        (answer,) = served["results"]
+        assert (answer["route"], answer["top"][0]["class"]) == (row["route"], row["class_name"])
+        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
+            models = json.loads(answer.read())
+    assert [route["route"] for route in models["models"][0]["routes"]] == ["1", "2"]
+
+
+def test_mistakes_on_the_command_line(capsys, files, tmp_path):
+    folder, data, _ = files
+    net, large = folder / "run" / "net.safetensors", folder / "large.onnx"
+    asked = ("--data", data)
+    err = _run(capsys, "cascade", net, tmp_path / "x", *asked, code=2)
+    assert "a cascade needs at least two networks" in err
+    err = _run(capsys, "cascade", net, large, folder, *asked, code=2)
+    assert "is there and no package" in err
+    err = _run(capsys, "cascade", f"{net}@1-2-3", large, tmp_path / "x", *asked, code=2)
+    assert "stage 0 allows" in err
+    # held-out images must not be ones that a network learned from
+    opened = ImageDataset.of(*_source(data))
+    seen = list(opened.digests())[:7]
+    (net.parent / "trained_on.txt").write_text("\n".join(seen))
+    err = _run(capsys, "cascade", large, net, tmp_path / "x", *asked, code=1)
+    assert "7 of these 200 images are ones that a network was trained on" in err
+    args = ("cascade", large, net, tmp_path / "x", *asked, "--force", "--json")
+    assert json.loads(_run(capsys, *args))["trained_on"] == 7
+    (net.parent / "trained_on.txt").unlink()
+
+
+def _source(data):
+    from dynaslim.data import open_source
+
+    return open_source(str(data), "test"), PLAIN
