@@ -53,6 +53,7 @@ def cascade(
         force: Take images that a network was trained on too.
         json: Print one JSON object.
     """
+    check(images.device == "cpu", f"--device {images.device}: a cascade is measured on the CPU")
     check(len(models) >= 2, f"{models[0]}: a cascade needs at least two networks, and OUT")
 
     from dynaslim.runtime.cascade import cascade as make

@@ -33,6 +33,7 @@ from dynaslim.runtime.libraries import require
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import INPUT, LOGITS
 from dynaslim.runtime.package import Package, open_package
+from dynaslim.spec import Route
 
 _WITH_ROUTE: Final = re.compile(r"(?P<name>.+)@(?P<route>\d+(?:-\d+)*)")
 _ROWS: Final = 2
@@ -73,11 +74,11 @@ class _Opened:
 def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
     """A cascade of whole networks in the place of a checkpoint: for `Engine`, `evaluate`, export.
 
-    A rung is a `Checkpoint` (its widest route), the name of a checkpoint or of an exported package
-    (`FILE@ROUTE` for another route than the widest), an ONNX file of fixed image size
-    (`FILE.onnx@SIZE` where the size is not fixed; normalised as ImageNet's), or a `Rung`. Classes
-    have the same names in any order. Rungs that do not come in the order of their multiply-adds
-    are put in that order, with a warning.
+    A rung is a `Checkpoint` (its widest route) or a pair of one and a route, the name of a
+    checkpoint or of an exported package (`FILE@ROUTE` for another route than the widest), an ONNX
+    file of fixed image size (`FILE.onnx@SIZE` where the size is not fixed; normalised as
+    ImageNet's), or a `Rung`. Classes have the same names in any order. Rungs that do not come in
+    the order of their multiply-adds are put in that order, with a warning.
 
     Its images are prepared for the rung with the largest image size, of several the dearest.
 
@@ -179,6 +180,8 @@ def open_rung(given: Any) -> _Opened:
     """A rung as `cascade` takes it, tried on two images; raises as that."""
     if isinstance(given, Checkpoint):
         return _of_checkpoint(given, None, given.net.spec.name)
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Checkpoint):
+        return _of_checkpoint(*given, given[0].net.spec.name)
     if isinstance(given, Rung):
         if isinstance(given.model, nn.Module):
             return _of_module(given, given.model)
@@ -215,7 +218,7 @@ def _prepared(preprocessing: Preprocessing | None, name: str) -> Preprocessing:
     return preprocessing
 
 
-def _of_checkpoint(checkpoint: Checkpoint, route: str | None, name: str) -> _Opened:
+def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str) -> _Opened:
     net, spec = checkpoint.net, checkpoint.net.spec
     pre = _prepared(checkpoint.preprocessing, name)
     side = pre.image_size_px
@@ -263,7 +266,7 @@ def _of_module(rung: Rung, module: nn.Module) -> _Opened:
     digest.update(scores.numpy().round(3).tobytes())
 
     def model() -> Any:
-        content = to_onnx(own.cpu(), x, (LOGITS,), name)
+        content = to_onnx(copy.deepcopy(own).cpu(), x, (LOGITS,), name)
         return require("onnx").load_from_string(content)
 
     return _Opened(

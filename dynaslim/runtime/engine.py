@@ -331,7 +331,9 @@ class Engine:
         `shift` moves the gates' decisions by hand: positive is cheaper. `escalate` "auto" lets rows
         escalate, to a wider route or to their mirror image, as the curve says for the budget; a
         number lets rows whose margin (likeliest minus next probability) is below it, on top of the
-        budget; None never. `max_route` caps the width of every row.
+        budget; None never. `max_route` caps the width of every row. A cascade with a curve takes
+        "drop=0.5" where neither a budget nor a shift is given, and a number lets its rows go on
+        from rung to rung.
 
         A budget is what images like those of the curve cost on average. With `hold` it is a bound:
         the mean cost of all rows of the engine's calls with this budget and `hold` never exceeds

@@ -26,6 +26,7 @@ from dynaslim.runtime.cascade_forms import resize_madds
 from dynaslim.runtime.escalation import margins
 from dynaslim.runtime.export import export_package
 from dynaslim.runtime.form_net import FormNet, read_model
+from dynaslim.runtime.forms import Form
 from dynaslim.runtime.package import open_package, write_budget
 from dynaslim.runtime.signals import SignalTable, aurc
 
@@ -215,6 +216,10 @@ def test_two_sizes_of_one_network_in_the_order_of_their_cost():
     assert made.preprocessing == large.preprocessing
     assert made.class_names is None
     assert not made.mirror
+    narrow = cascade([(small, net.spec.smallest), small, (large, str(net.spec.widest_choice))])
+    x = torch.randn(3, 3, 16, 16)
+    one = narrow.net.source.module(Form.whole(narrow.net.spec.route_at([0]))).network(x)
+    assert_rows_close(one, net(x, net.spec.smallest))
     told = {"gate": {"augment": {"mirror": True}}}
     assert cascade([replace(one, recipe=told) for one in (small, large)]).mirror
 
@@ -486,6 +491,8 @@ def test_mistakes_on_the_command_line(capsys, files, tmp_path):
     asked = ("--data", data)
     err = _run(capsys, "cascade", net, tmp_path / "x", *asked, code=2)
     assert "a cascade needs at least two networks" in err
+    err = _run(capsys, "cascade", net, large, tmp_path, *asked, "--device", "cuda", code=2)
+    assert "a cascade is measured on the CPU" in err
     err = _run(capsys, "cascade", net, large, folder, *asked, code=2)
     assert "is there and no package" in err
     err = _run(capsys, "cascade", f"{net}@1-2-3", large, tmp_path / "x", *asked, code=2)
