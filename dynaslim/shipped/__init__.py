@@ -16,6 +16,8 @@ PICTURES: Final = FOLDER / "pictures"
 """Drawings of the kinds of things that the model that ships tells apart, to try it on."""
 DEFAULT: Final = "cifar10"
 """What is used where no model is named."""
+IMAGENET: Final = "imagenet"
+"""The cascade of `dynaslim.imagenet`: its curve ships, its weights are an extra's."""
 _SUFFIX: Final = ".safetensors"
 
 
