@@ -184,7 +184,7 @@ def _pruned(
 
 
 def _madds(model: nn.Module, original: Checkpoint) -> int:
-    spec = Conversion(model, _example(original), (1.0,)).spec("")
+    spec = Conversion(model, _example(original), (1.0,)).net().spec
     return int(madds(spec, spec.largest, spec.usual_image_size))
 
 

@@ -5,6 +5,7 @@
     hf://user/model@v1          a repository on the hub: its checkpoint, downloaded
     cifar10                     a network that ships with dynaslim (`dynaslim.shipped`)
     package                     the folder of an exported package
+    imagenet                    a package that is made at its first use (`MADE`)
     ds_mbnet, net.yaml          an architecture of the zoo, or the file of one
 
 A file or a package of that name comes before a network that ships; another folder, of images say,
@@ -14,7 +15,7 @@ does not. No torch here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -32,6 +33,8 @@ MANIFEST: Final = "manifest.json"
 """The file that makes a folder an exported package."""
 _OF_RUNS: Final = ("last", "best", "last_live", "checkpoint")
 """Checkpoints of a run of stage I, the one that stands for it first, and the demo's."""
+MADE: Final[dict[str, Callable[[], Path]]] = {}
+"""What makes a package of this name at its first use, and returns its folder; see `dynaslim.cli`."""
 _ADDRESS: Final = re.compile(r"hf:/+(?P<name>[^@]+)(?:@(?P<revision>.+))?")
 
 
@@ -58,6 +61,8 @@ def find_model(name: str | Path, kinds: tuple[Kind, ...] = KINDS) -> Model:
         return Model("architecture", path)
     if "package" in kinds and is_package(path):
         return Model("package", path)
+    if "package" in kinds and text in MADE and not path.exists():
+        return Model("package", MADE[text]())
     if text in shipped.names() and not path.is_file():
         return Model("checkpoint", shipped.path(text))
     if (address := _ADDRESS.fullmatch(text)) is not None:

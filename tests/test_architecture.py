@@ -18,7 +18,7 @@ ROOMS = [
     "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint", "data",
     "runtime", "conversion", "predict",
     "predict_tables", "predict_ray", "evaluation",
-    "train", "bench", "interop", "runs", "report", "serve", "demo", "adaptation",
+    "train", "bench", "interop", "runs", "report", "serve", "imagenet", "demo", "adaptation",
     "doctor", "cli", "__main__",
 ]  # fmt: skip
 

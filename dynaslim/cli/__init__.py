@@ -15,6 +15,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
 from dynaslim.cli import (
@@ -32,6 +33,8 @@ from dynaslim.cli import (
 )
 from dynaslim.cli.output import fail, help_columns, say, shell_lines
 from dynaslim.errors import DynaslimError, DynaslimWarning
+from dynaslim.model_names import MADE
+from dynaslim.shipped import IMAGENET
 from dynaslim.version import __version__
 
 
@@ -119,6 +122,15 @@ VERBS: Final = {
     "doctor": Verb(setup.doctor, "set up", "dynaslim doctor"),
     "completion": Verb(setup.completion, "set up", "dynaslim completion bash"),
 }
+
+
+def _imagenet() -> Path:
+    from dynaslim.imagenet import package
+
+    return package()
+
+
+MADE[IMAGENET] = _imagenet
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -13,7 +13,7 @@ from dynaslim.cli.output import new_table, print_json, printable, say
 from dynaslim.cost import layer_costs, madds, params
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST, find_model
-from dynaslim.shipped import PICTURES, names
+from dynaslim.shipped import IMAGENET, PICTURES, PRETRAINED, names
 from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
 from dynaslim.zoo import ZOO, get_spec
 
@@ -49,8 +49,9 @@ def models(*, json: bool = False) -> None:
                 "gated_routes": len(spec.routing_space),
             }
         )
+    extra = [IMAGENET, *PRETRAINED]
     if json:
-        print_json({"models": rows, "shipped": list(names())})
+        print_json({"models": rows, "shipped": list(names()), "extra_imagenet": extra})
         return
     table = new_table(
         "model", "parameters", "input px", "cheapest", "widest", "widths", "gates", "gated routes"
@@ -69,6 +70,7 @@ def models(*, json: bool = False) -> None:
     say(table)
     say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
     say(f"trained and at hand: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
+    say(f"with pip install 'dynaslim[imagenet]': {', '.join(extra)}")
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dynaslim.conversion import efficientnet_lite
+from dynaslim.conversion.efficientnet_lite import CLASSES, VARIANTS, EfficientNetLite, pretrained
 from dynaslim.errors import UsageError, check
 from dynaslim.preprocessing import Preprocessing
 
-KINDS = ("timm:NAME", "torchvision:NAME", "module:FILE.py:FUNCTION")
+KINDS = (*VARIANTS, "timm:NAME", "torchvision:NAME", "module:FILE.py:FUNCTION")
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def load_source(
     image_size: int | None = None,
 ) -> Source:
     """The model that `text` names, with `weights` (.safetensors, or .pth by torch's restricted
-    loader) if they are given, else with random ones.
+    loader) if they are given, else with random ones; an EfficientNet-Lite has the extra's.
 
     Raises:
         UsageError: for another kind of name, a library that is not installed, a model that it does
@@ -43,7 +45,18 @@ def load_source(
     kind, _, name = text.partition(":")
     classes = {} if num_classes is None else {"num_classes": num_classes}
     config: Mapping[str, Any] = {}
-    if kind == "timm" and name:
+    model: nn.Module
+    if text in VARIANTS:
+        check(num_classes in (None, CLASSES), f"{text}: has {CLASSES} classes")
+        model = pretrained(text) if weights is None else EfficientNetLite(text)
+        usual, name = efficientnet_lite.preprocessing(text), text
+        config = {
+            "input_size": (3, usual.image_size_px, usual.image_size_px),
+            "mean": usual.mean,
+            "std": usual.std,
+            "crop_pct": usual.crop_fraction,
+        }
+    elif kind == "timm" and name:
         timm = _library("timm", text)
         if not timm.is_model(name):
             raise UsageError(f"{text}: timm has no such model")

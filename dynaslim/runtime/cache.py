@@ -33,14 +33,16 @@ def cache_folder(key: str, cache_dir: str | Path = "auto") -> Path:
     Raises:
         RuntimeError: if neither is set, and the user has no home.
     """
-    if cache_dir == "auto":
-        cache_dir = os.environ.get(VARIABLE) or _user_folder() / "dynaslim"
-    return Path(cache_dir) / f"{key[:24]}-{machine_digest()}"
+    folder = cache_root() if cache_dir == "auto" else Path(cache_dir)
+    return folder / f"{key[:24]}-{machine_digest()}"
 
 
-def _user_folder() -> Path:
+def cache_root() -> Path:
+    """The folder of everything that is kept; see `cache_folder`."""
+    if asked := os.environ.get(VARIABLE):
+        return Path(asked)
     base = os.environ.get("XDG_CACHE_HOME")
-    return Path(base) if base else Path.home() / ".cache"
+    return (Path(base) if base else Path.home() / ".cache") / "dynaslim"
 
 
 def open_cache(key: str, cache_dir: str | Path | None) -> Cache | None:

