@@ -34,7 +34,7 @@ MANIFEST: Final = "manifest.json"
 _OF_RUNS: Final = ("last", "best", "last_live", "checkpoint")
 """Checkpoints of a run of stage I, the one that stands for it first, and the demo's."""
 MADE: Final[dict[str, Callable[[], Path]]] = {}
-"""What makes a package of this name at its first use, and returns its folder; see `dynaslim.cli`."""
+"""Makers of packages by name, called at the first use; `dynaslim.cli` adds them."""
 _ADDRESS: Final = re.compile(r"hf:/+(?P<name>[^@]+)(?:@(?P<revision>.+))?")
 
 
