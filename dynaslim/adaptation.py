@@ -119,16 +119,18 @@ def adapt(
         raise UsageError(f"adapt: {error}") from None
     run, out = run or RunOptions(), Path(out)
     named = model if isinstance(model, str | Path) else type(model).__name__
-    _claim(out, {"model": str(named), **_plain(asdict(chosen))}, run)
-    return _Adaptation(model, out, chosen, replace(run, resume=True), preprocessing).run()
+    started_as = {"model": str(named), **_plain(asdict(chosen))}
+    _check_resumed(out, started_as, run)
+    parts = _Adaptation(model, out, chosen, replace(run, resume=True), preprocessing)
+    return parts.run(started_as)
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
-def _claim(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
-    """Begin a run in a folder, or go on with the one that is there."""
+def _check_resumed(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
+    """Raise `UsageError` if a folder holds a run that this is not."""
     file = out / _STATE
     if file.exists():
         before = json.loads(file.read_text())["started_as"]
@@ -142,9 +144,6 @@ def _claim(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
             raise UsageError(
                 f"{out}: the run was started otherwise: {'; '.join(unlike)}; name another folder"
             )
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, {"started_as": started_as})
 
 
 class _Adaptation:
@@ -159,16 +158,16 @@ class _Adaptation:
         preprocessing: Preprocessing | None,
     ) -> None:
         self.out, self.options, self.run_options = out, options, run
+        self.start = self._start(model, preprocessing)
         self.source = open_source(options.data, options.split)
         self._check_images(self.source)
-        self.start = self._start(model, preprocessing)
         assert self.start.preprocessing is not None
         self.preprocessing = self.start.preprocessing
         self.images = len(holdout(self.source.labels(), options.val_share)[0])
         self.views = options.views
         if self.views is None:
             self.views = max(2, min(8, -(-8_000 // self.images)))
-        self.epochs = options.epochs or self._epochs()
+        self.epochs = options.epochs or 0
 
     # -- the start ------------------------------------------------------------------------------
 
@@ -189,7 +188,7 @@ class _Adaptation:
     def _start(
         self, model: str | Path | nn.Module, preprocessing: Preprocessing | None
     ) -> Checkpoint:
-        """The network to adapt, with all its widths; kept in the folder."""
+        """The network to adapt, with all its widths."""
         file, options = self.out / "converted.safetensors", self.options
         if file.exists():
             return read(file)
@@ -213,7 +212,6 @@ class _Adaptation:
             if size is not None:
                 made = replace(made, preprocessing=replace(made.preprocessing, image_size_px=size))
             check(bool(made.net.spec.gates), f"{model}: has no gates")
-        save(file, made)
         return made
 
     def _converted(self, model: nn.Module, name: str, pre: Preprocessing) -> Checkpoint:
@@ -238,7 +236,7 @@ class _Adaptation:
 
     # -- the plan -------------------------------------------------------------------------------
 
-    def _epochs(self) -> int:
+    def _planned_epochs(self) -> int:
         """Epochs of each training: by the number of images, or as many as fit the minutes."""
         state = json.loads((self.out / _STATE).read_text())
         if "epochs" in state:
@@ -292,9 +290,14 @@ class _Adaptation:
 
     # -- the parts ------------------------------------------------------------------------------
 
-    def run(self) -> Adapted:
+    def run(self, started_as: dict[str, Any]) -> Adapted:
         """All that is left to do."""
         started = time.monotonic()
+        if not (self.out / _STATE).exists():
+            self.out.mkdir(parents=True, exist_ok=True)
+            save(self.out / "converted.safetensors", self.start)
+            write_json(self.out / _STATE, {"started_as": started_as})
+        self.epochs = self.epochs or self._planned_epochs()
         original = self._original()
         supernet = self._supernet(original)
         smaller = [self._at_size(side, original, supernet) for side in self.options.sides[:-1]]

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaslim.cli.output import fail, new_table, print_json, say
+from dynaslim.model_names import checkpoint_file
 from dynaslim.recipes import AdaptOptions, RunOptions
+from dynaslim.shipped import PRETRAINED
 
 if TYPE_CHECKING:
     from dynaslim.report.data import ReportData
@@ -32,7 +34,10 @@ def adapt(
     """
     from dynaslim.data.layout import check_path
 
-    check_path(options.data)
+    if ":" in model:
+        check_path(options.data)
+    elif model not in PRETRAINED:
+        checkpoint_file(model)
 
     from dynaslim.adaptation import adapt as adapted
     from dynaslim.runs import Stopped
