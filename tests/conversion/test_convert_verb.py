@@ -91,7 +91,7 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
         (["resnet18"], "resnet18: expected timm:NAME, torchvision:NAME, module:FILE.py:FUNCTION"),
         (["module:nowhere.py:make"], "no such file nowhere.py"),
         (["MODEL", "--widths", "0.5,1,2"], "expected shares that rise to 1"),
-        (["MODEL", "--widths", "half"], "--widths half: expected numbers"),
+        (["MODEL", "--widths", "half"], "widths half: expected numbers"),
         (["MODEL", "--weights", "nothing.pth"], "weights nothing.pth: no such file"),
         (["MODEL", "--gate-at", "9"], "gate at '9': no single feature map leaves it"),
         (["MODEL", "--protect", "head"], "protect 'head': the model has no such module"),
