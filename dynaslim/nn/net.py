@@ -295,7 +295,7 @@ class SlimNet(ElasticNet):
                 make = partial(self._norm, norms[owner], place)
             elif f"{owner}.reduce_weight" in tensors:
                 make = partial(self._gate, owner, place)
-            elif owner == self.spec.classifier:
+            elif owner == self._spec.classifier:
                 make = partial(self._linear, owner, place)
             else:
                 if tensor.kind != "statistics":
