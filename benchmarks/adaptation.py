@@ -38,7 +38,6 @@ from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset, open_images
 from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import evaluate
-from dynaslim.nn.graph_net import GraphNet
 from dynaslim.recipes import RunOptions, SupernetRecipe, recipe_from_dict
 from dynaslim.runs import run_supernet
 from dynaslim.runtime.engine import Engine
@@ -194,7 +193,6 @@ def _cut(
     import torch_pruning as tp
 
     net = original.net
-    assert isinstance(net, GraphNet)
     trunk = {node.path for node in net.spec.nodes if node.segment == 0}
     kept = [module for name, module in model.named_modules() if name in trunk]
     kept.append(model.get_submodule(str(net.spec.classifier)))

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dynaslim.bench.models import random_network
 from dynaslim.bench.routed import mixed
 from dynaslim.bench.timing import hardware, interleave, summary
-from dynaslim.cost import gate_hidden
+from dynaslim.blocks import gate_hidden
 from dynaslim.runtime.engine import Engine
 from dynaslim.spec import NetSpec
 

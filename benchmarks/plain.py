@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from dynaslim.cost import gate_hidden
+from dynaslim.blocks import gate_hidden
 from dynaslim.spec import NetSpec, Route
 
 

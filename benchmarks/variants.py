@@ -24,7 +24,8 @@ import onnx
 import openvino
 import torch
 from onnx import helper
-from torch import nn
+from torch import fx
+from torch.nn import functional as F
 
 from dynaslim import extract
 from dynaslim.bench.models import random_network
@@ -203,20 +204,22 @@ def _time(run: Callable[[], object]) -> float:
 
 def floor_ms(net: SlimNet, route: Any, side: int, speed: dict[str, float]) -> float:
     """Milliseconds of one image along a route at the processor's limits."""
-    plain, total = extract(net, route), 0.0
+    total = 0.0
 
-    def count(layer: nn.Module, inputs: Any, out: torch.Tensor) -> None:
-        nonlocal total
-        weight = layer.weight.numel()
-        macs = out.numel() * weight / layer.weight.shape[0]
-        moved = 4 * (inputs[0].numel() + out.numel())  # weights stay in the cache from row to row
-        total += max(2 * macs / speed["gflops"] / 1e9, moved / speed["gbytes_per_s"] / 1e9) * 1e3
+    class Counter(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            nonlocal total
+            out = super().call_function(target, args, kwargs)
+            if target in (torch.conv2d, F.linear):
+                x, weight = args[:2]
+                macs = out.numel() * weight[0].numel()
+                moved = 4 * (x.numel() + out.numel())  # weights stay in the cache from row to row
+                arithmetic = 2 * macs / speed["gflops"] / 1e9
+                total += max(arithmetic, moved / speed["gbytes_per_s"] / 1e9) * 1e3
+            return out
 
-    for layer in plain.modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear):
-            layer.register_forward_hook(count)
     with torch.inference_mode():
-        plain(torch.zeros(1, 3, side, side))
+        Counter(extract(net, route)).run(torch.zeros(1, 3, side, side))
     return total
 
 

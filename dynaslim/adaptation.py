@@ -39,9 +39,9 @@ from dynaslim.data.source import ImageSource, open_source
 from dynaslim.data.transforms import normalise, readable_batches
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import evaluate
+from dynaslim.graph import GraphSpec
 from dynaslim.model_names import is_package
-from dynaslim.nn.graph_net import GraphNet
-from dynaslim.nn.net import ElasticNet
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import note, progress
@@ -391,8 +391,9 @@ class _Adaptation:
                 checkpoint = read(source)
                 pre = replace(self.preprocessing, image_size_px=side)
                 net = checkpoint.net
-                at_size = net.at_size(side, side) if isinstance(net, GraphNet) else net
-                save(made, replace(checkpoint, net=at_size, preprocessing=pre, metrics={}))
+                if isinstance(net, SlimNet) and isinstance(net.spec, GraphSpec):
+                    net = net.at_size(side, side)
+                save(made, replace(checkpoint, net=net, preprocessing=pre, metrics={}))
         note(f"supernet: images of {side} px")
         recipe = self._recipe(
             start, side, teacher=str(teacher), label_weight=self.options.label_weight

@@ -25,7 +25,6 @@ from dynaslim._files import write_atomic
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.graph import spec_from_dict
 from dynaslim.model_names import checkpoint_file
-from dynaslim.nn.graph_net import make_net
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.zoo import get_spec
@@ -152,7 +151,7 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         if not isinstance(budget, dict | None):
             raise UsageError(f"budget {budget!r:.60}: expected an object")
         with _Unfilled():
-            net = make_net(spec, device="meta")
+            net = SlimNet(spec, device="meta")
         _check_tensors(path, net, tensors)
         # copied: in the file they start at any multiple of 8 bytes, and convolutions round the last
         # bit by how their weights are aligned
@@ -226,7 +225,7 @@ def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> ElasticN
     spec = checkpoint.net.spec.replace(num_classes=len(class_names))
     same = keeps_classifier(checkpoint, class_names)
     state = checkpoint.net.state_dict()
-    net = make_net(spec, device=next(iter(state.values())).device)
+    net = SlimNet(spec, device=next(iter(state.values())).device)
     if not same:
         head = f"{spec.classifier}."
         state = {k: v for k, v in state.items() if not k.startswith(head)}

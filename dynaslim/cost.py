@@ -1,8 +1,9 @@
 """What a route costs: multiply-adds and parameters as pure functions of the spec.
 
-Nothing is run, hooked or cached on a module. `layer_costs` walks the same stages and blocks that
-`dynaslim.nn` builds, and the tests hold the sum against torch's own FLOP counter. A table of costs,
-counted or measured, can be kept in a JSON file.
+Nothing is run, hooked or cached on a module. `segment_cost` walks the operations that `dynaslim.nn`
+runs, and the tests hold the sum against torch's own FLOP counter; for a converted network,
+conversion did so by `operation_madds`. A table of costs, counted or measured, can be kept in a
+JSON file.
 A multiply-add (MAdd) is counted for convolutions and linear layers; biases and normalisation are
 free, as in the papers. The released DS-Net code also adds one per input element of every average
 pool; so do we, unless `pooling=False`.
@@ -12,16 +13,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from dynaslim._files import validated
+from dynaslim.blocks import graph_of
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import check
-from dynaslim.graph import AnySpec, GraphSpec
-from dynaslim.spec import GATE_AT_ENTRANCE, NetSpec, Route, StageSpec, Width
+from dynaslim.graph import IMAGE, AnySpec, GraphSpec, kept_count, references
+from dynaslim.spec import NetSpec, Route
 
 if TYPE_CHECKING:
     import torch
@@ -32,202 +34,120 @@ ImageSize = int | tuple[int, int]
 Unit = Literal["madds", "ms"]
 
 
-class LayerCost(NamedTuple):
-    """The cost of one layer along one route."""
+class SegmentCost(NamedTuple):
+    """What a segment costs at one width behind another, for one image."""
 
-    segment: int
-    name: str
     madds: int
+    """Of convolutions, linear layers and attention heads."""
     pool_adds: int
+    """One for each value that is averaged."""
+    head_madds: int
+    """What the decision behind it costs."""
     params: int
-    slimming_head: bool = False
-
-
-class SegmentShape(NamedTuple):
-    """The sizes of a segment along one route, per image."""
-
+    head_params: int
     out: tuple[int, int, int]
     """Channels, height and width of the features that leave it; (classes, 1, 1) at the end."""
     peak: int
     """Values of its largest feature map."""
 
 
-class _Walk:
-    """Walks the layers in forward order, keeping track of channels and feature-map size."""
-
-    def __init__(self, spec: NetSpec, image_size: ImageSize) -> None:
-        size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        spec.check_image_size(*size)
-        self.spec = spec
-        self.size = size
-        self.segment = 0
-        self.channels = spec.in_channels
-
-    def shrink(self, stride: int) -> None:
-        # "same" padding by kernel // 2 with an odd kernel: the output is ceil(input / stride)
-        self.size = (-(-self.size[0] // stride), -(-self.size[1] // stride))
-
-    def conv(
-        self, name: str, out: int, kernel: int, stride: int = 1, depthwise: bool = False
-    ) -> LayerCost:
-        """A convolution with BN behind it."""
-        self.shrink(stride)
-        weights = out * kernel**2 * (1 if depthwise else self.channels)
-        self.channels = out
-        pixels = self.size[0] * self.size[1]
-        return LayerCost(self.segment, name, weights * pixels, 0, weights + 2 * out)
-
-    def gate(self, name: str, stage: StageSpec, block: int, max_in: int) -> Iterator[LayerCost]:
-        """Attention head of a block, and the slimming head where it has a gate."""
-        gated = block == 0 and stage.gate is not None
-        if self.spec.attention_at == "gated" and not gated:
-            return
-        hidden = gate_hidden(self.spec, max_in)
-        pooled = self.channels * self.size[0] * self.size[1]
-        weights = 2 * hidden * self.channels
-        params = weights + hidden + self.channels
-        yield LayerCost(self.segment, f"{name}.attention", weights, pooled, params)
-        if gated and stage.gate is not None:
-            head = hidden * len(stage.gate.choices)
-            yield LayerCost(self.segment, f"{name}.slimming", head, 0, head, slimming_head=True)
-            self.segment += 1
+def operation_madds(kind: str, inputs: Sequence[Sequence[int]], out: Sequence[int]) -> int:
+    """Multiply-adds of an operation, such as `conv2d`, from the shapes of its tensors."""
+    if kind == "conv_transpose2d":
+        return math.prod(inputs[0]) * math.prod(inputs[1][1:])
+    if kind.startswith("conv"):
+        return math.prod(out) * math.prod(inputs[1][1:])
+    if kind == "linear":
+        return math.prod(out) * inputs[1][1]
+    if kind in ("matmul", "bmm"):
+        return math.prod(out) * inputs[0][-1]
+    if kind == "scaled_dot_product_attention":
+        return 2 * math.prod(inputs[0]) * inputs[1][-2]
+    return 0
 
 
-def gate_hidden(spec: NetSpec, max_in: int) -> int:
-    """Hidden width of a gate in a block whose largest input width is `max_in`."""
-    return max(1, round(spec.reduction * max_in))
+@lru_cache(maxsize=8192)
+def segment_cost(
+    spec: AnySpec, segment: int, before: int, choice: int, size: tuple[int, int]
+) -> SegmentCost:
+    """The cost of a segment at width index `choice` behind one at `before`.
 
-
-def layer_costs(spec: NetSpec, route: Route, image_size: ImageSize) -> Iterator[LayerCost]:
-    """Every layer's cost along a route, in forward order.
+    `size` is the height and width of the images in pixels.
 
     Raises:
-        UsageError: if the route is none of the network's or the image is too small for it.
+        UsageError: if the image is too small for the network.
     """
-    return _layers(_Walk(spec, image_size), spec.segment_indices(route))
-
-
-def _layers(walk: _Walk, indices: Sequence[int]) -> Iterator[LayerCost]:
-    """The layers of a walk; between two of them the walk stands behind the former."""
-    spec = walk.spec
-    max_in = spec.in_channels
-    for number, stage in enumerate(spec.stages):
-        gate = spec.gate_of(number)
-        width = spec.width(number, indices[0 if gate is None else gate + 1])
-        for block in range(stage.blocks):
-            yield from _block(walk, stage, number, block, width, max_in)
-            max_in = stage.widths[-1]
-    pooled = walk.channels * walk.size[0] * walk.size[1]
-    weights = walk.channels * spec.num_classes
-    yield LayerCost(walk.segment, "classifier", weights, pooled, weights + spec.num_classes)
-
-
-def _block(
-    walk: _Walk, stage: StageSpec, number: int, block: int, width: Width, max_in: int
-) -> Iterator[LayerCost]:
-    name = f"stages.{number}.{block}"
-    stride = stage.stride if block == 0 else 1
-    out = width.channels
-    if GATE_AT_ENTRANCE.get(stage.block, False):
-        yield from walk.gate(name, stage, block, max_in)
-    match stage.block:
-        case "conv":
-            yield walk.conv(f"{name}.conv", out, stage.kernel, stride)
-            if stage.max_pool:
-                walk.shrink(2)
-        case "depthwise_separable":
-            yield walk.conv(f"{name}.dw", walk.channels, stage.kernel, stride, depthwise=True)
-            yield from walk.gate(name, stage, block, max_in)
-            yield walk.conv(f"{name}.pw", out, 1)
-        case "inverted_residual":
-            if stage.expansion != 1:
-                yield walk.conv(f"{name}.expand", walk.channels * stage.expansion, 1)
-            yield walk.conv(f"{name}.dw", walk.channels, stage.kernel, stride, depthwise=True)
-            yield from walk.gate(name, stage, block, max_in)
-            yield walk.conv(f"{name}.project", out, 1)
-        case "basic":
-            yield from _shortcut(walk, name, out, stride, project=block == 0)
-            yield walk.conv(f"{name}.conv1", out, stage.kernel, stride)
-            yield walk.conv(f"{name}.conv2", out, stage.kernel)
-        case "bottleneck":
-            yield from _shortcut(walk, name, out, stride, project=block == 0)
-            inner = out // stage.expansion
-            yield walk.conv(f"{name}.conv1", inner, 1)
-            yield walk.conv(f"{name}.conv2", inner, stage.kernel, stride)
-            yield walk.conv(f"{name}.conv3", out, 1)
-
-
-def _shortcut(
-    walk: _Walk, name: str, out: int, stride: int, *, project: bool
-) -> Iterator[LayerCost]:
-    if not project:
-        return
-    channels, size = walk.channels, walk.size
-    yield walk.conv(f"{name}.shortcut", out, 1, stride)
-    walk.channels, walk.size = channels, size
-
-
-@lru_cache(maxsize=4096)
-def _segment_totals(
-    spec: AnySpec, route: Route, image_size: ImageSize, pooling: bool, slimming_heads: bool
-) -> tuple[int, ...]:
     if isinstance(spec, GraphSpec):
-        return _graph_totals(spec, route, image_size, slimming_heads)
+        spec = spec.at_size(*size)
+        form = spec.costs[segment, before, choice]
+        gate = spec.gate_madds(segment, form.out[0]) if segment < len(spec.gates) else 0
+        return SegmentCost(form.madds - gate, 0, gate, form.params, 0, form.out, form.peak)
+    spec.check_image_size(*size)
     if isinstance(spec, CascadeSpec):
-        spec.check_image_size(*((image_size,) * 2 if isinstance(image_size, int) else image_size))
-        return 0, spec.rung(route).madds
-    totals = [0] * spec.num_segments
-    for layer in layer_costs(spec, route, image_size):
-        if slimming_heads or not layer.slimming_head:
-            totals[layer.segment] += layer.madds + (layer.pool_adds if pooling else 0)
-    return tuple(totals)
+        image = (spec.in_channels, *size)
+        if segment == 0:
+            return SegmentCost(0, 0, 0, 0, 0, image, math.prod(image))
+        rung = spec.rungs[choice]
+        out = (spec.num_classes, 1, 1)
+        return SegmentCost(rung.madds, 0, 0, rung.params, 0, out, rung.peak)
+    graph = graph_of(spec)
+    units = graph.units(segment, before, choice)
+    source, shape = IMAGE, (spec.in_channels, *size)
+    if segment:
+        source = graph.cuts[segment - 1]
+        channels = kept_count(graph.cut_axes[segment - 1], units)
+        shape = (channels, *segment_cost(spec, segment - 1, 0, 0, size).out[1:])
+    shapes = {source: shape}
+    madds = pool_adds = head = params = peak = 0
+
+    def shape_of(name: str) -> tuple[int, ...]:
+        return tuple(kept_count(axis, units) for axis in graph.tensors[name].axes)
+
+    def linear(weight: tuple[int, ...]) -> int:
+        return operation_madds("linear", [weight[1:], weight], weight[:1])
+
+    def attention(path: str) -> None:
+        nonlocal madds, params, pool_adds
+        pool_adds += math.prod(shape)
+        for part in ("reduce", "expand"):
+            weight, bias = shape_of(f"{path}.{part}_weight"), shape_of(f"{path}.{part}_bias")
+            madds += linear(weight)
+            params += math.prod(weight) + math.prod(bias)
+
+    for node in (node for node in graph.nodes if node.segment == segment):
+        shape = shapes[next(node.inputs())]
+        read = [value for key, value in references(node.args) if key == "tensor"]
+        weights = [shape_of(name) for name in read if graph.tensors[name].kind == "weight"]
+        kind = node.op.partition(".")[0]
+        if kind == "gate":
+            attention(node.name)
+        elif kind == "mean":
+            pool_adds += math.prod(shape)
+            shape = (shape[0], 1, 1)
+        elif kind in ("conv2d", "max_pool2d"):
+            # "same" padding by kernel // 2 with an odd kernel: the output is ceil(input / stride)
+            stride = node.args[3 if kind == "conv2d" else 2][0]
+            shape = (shape[0], -(-shape[1] // stride), -(-shape[2] // stride))
+        if kind in ("conv2d", "linear"):
+            shape = (weights[0][0], *shape[1:])
+        madds += operation_madds(kind, [(), *weights], shape)
+        params += sum(map(math.prod, weights))
+        if kind != "linear":
+            peak = max(peak, math.prod(shape))
+        shapes[node.name] = shape
+    if segment < len(spec.gates):
+        shape = shapes[graph.cuts[segment]]
+        attention(graph.gates[segment])
+        head = linear(shape_of(f"{graph.gates[segment]}.slimming_weight"))
+    return SegmentCost(madds, pool_adds, head, params, head, shape, peak)
 
 
-def _graph_totals(
-    spec: GraphSpec, route: Route, image_size: ImageSize, slimming_heads: bool
-) -> tuple[int, ...]:
+def route_costs(spec: AnySpec, route: Route, image_size: ImageSize) -> list[SegmentCost]:
+    """The costs of the segments on a route."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
-    spec = spec.at_size(*size)
     indices = spec.segment_indices(route)
-    totals = []
-    for segment in spec.segments:
-        form = spec.form(segment, indices)
-        gate = segment < len(spec.gates) and not slimming_heads
-        totals.append(form.madds - (spec.gate_madds(segment, form.out[0]) if gate else 0))
-    return tuple(totals)
-
-
-@lru_cache(maxsize=4096)
-def segment_shapes(
-    spec: AnySpec, route: Route, image_size: tuple[int, int]
-) -> tuple[SegmentShape, ...]:
-    """The sizes of every segment along a route, for images of (height, width) in pixels.
-
-    Raises:
-        UsageError: if the route is none of the network's or the image is too small for it.
-    """
-    if isinstance(spec, GraphSpec):
-        spec = spec.at_size(*image_size)
-        indices = spec.segment_indices(route)
-        forms = [spec.form(segment, indices) for segment in spec.segments]
-        return tuple(SegmentShape(form.out, form.peak) for form in forms)
-    if isinstance(spec, CascadeSpec):
-        spec.check_image_size(*image_size)
-        image = (spec.in_channels, *image_size)
-        rung = spec.rung(route)
-        return SegmentShape(image, math.prod(image)), SegmentShape(
-            (spec.num_classes, 1, 1), rung.peak
-        )
-    walk = _Walk(spec, image_size)
-    outs: list[tuple[int, int, int]] = []
-    peaks = [0] * spec.num_segments
-    for layer in _layers(walk, spec.segment_indices(route)):
-        height, width = walk.size
-        peaks[layer.segment] = max(peaks[layer.segment], walk.channels * height * width)
-        if layer.slimming_head:
-            outs.append((walk.channels, height, width))
-    outs.append((spec.num_classes, 1, 1))
-    return tuple(SegmentShape(out, peak) for out, peak in zip(outs, peaks, strict=True))
+    path = itertools.pairwise((indices[0], *indices))
+    return [segment_cost(spec, number, a, b, size) for number, (a, b) in enumerate(path)]
 
 
 def madds(
@@ -246,26 +166,21 @@ def madds(
     Raises:
         UsageError: if the route is none of the network's or the image is too small for it.
     """
-    checked = spec.coerce_route(route)
-    return sum(_segment_totals(spec, checked, image_size, pooling, slimming_heads))
+    return sum(
+        cost.madds + pooling * cost.pool_adds + slimming_heads * cost.head_madds
+        for cost in route_costs(spec, spec.coerce_route(route), image_size)
+    )
 
 
 def params(spec: AnySpec, route: Route | str | Sequence[int] | None = None) -> int:
     """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
-    if isinstance(spec, GraphSpec):
-        indices = spec.segment_indices(spec.largest if route is None else spec.coerce_route(route))
-        return sum(spec.form(segment, indices).params for segment in spec.segments)
-    if isinstance(spec, CascadeSpec):
-        rungs = spec.rungs if route is None else (spec.rung(spec.coerce_route(route)),)
-        return sum(rung.params for rung in rungs)
-    if route is None:
-        largest = layer_costs(spec, spec.largest, spec.total_stride)
-        return sum(layer.params for layer in largest)
-    return sum(
-        layer.params
-        for layer in layer_costs(spec, spec.coerce_route(route), spec.total_stride)
-        if not layer.slimming_head
-    )
+    if isinstance(spec, CascadeSpec) and route is None:
+        return sum(rung.params for rung in spec.rungs)
+    size: ImageSize = spec.usual_image_size
+    if not isinstance(spec, CascadeSpec):
+        size = spec.total_stride if isinstance(spec, NetSpec) else spec.image_size
+    costs = route_costs(spec, spec.largest if route is None else spec.coerce_route(route), size)
+    return sum(cost.params + (route is None) * cost.head_params for cost in costs)
 
 
 @dataclass(frozen=True)
@@ -284,19 +199,16 @@ class CostTable:
     @lru_cache(maxsize=256)
     def from_madds(cls, spec: AnySpec, image_size: ImageSize) -> CostTable:
         """The table of MAdds for an image size in pixels."""
-        choices = [(0,), *(gate.choices for gate in spec.gates)]
+        size = (image_size, image_size) if isinstance(image_size, int) else image_size
+        choices = [(0,), (0,), *(gate.choices for gate in spec.gates)]
         segments = []
-        for j in range(spec.num_segments):
-            rows = []
-            for before in choices[max(j - 1, 0)]:
-                row = []
-                for after in choices[j] if j else (0,):
-                    # any route whose gates around segment j are (before, after) has its form
-                    indices = [before] * max(j - 1, 0) + [after] * (len(spec.gates) - max(j - 1, 0))
-                    route = spec.route_at(indices)
-                    row.append(float(_segment_totals(spec, route, image_size, True, True)[j]))
-                rows.append(tuple(row))
-            segments.append(tuple(rows))
+        for number, (before, after) in enumerate(itertools.pairwise(choices)):
+            costs = [[segment_cost(spec, number, a, b, size) for b in after] for a in before]
+            segments.append(
+                tuple(
+                    tuple(float(c.madds + c.pool_adds + c.head_madds) for c in row) for row in costs
+                )
+            )
         return cls("madds", tuple(segments))
 
     @classmethod

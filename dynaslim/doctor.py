@@ -153,7 +153,7 @@ def _run_backend(name: str) -> Values:
     spec = NetSpec("doctor", (trunk, StageSpec((8,), gate=GateSpec((0,)))), num_classes=3)
     torch.manual_seed(0)
     net = SlimNet(spec, device="cuda" if name == "cudagraph" else None).eval()
-    x = torch.randn(4, 3, 16, 16).to(net.classifier.weight.device)
+    x = torch.randn(4, 3, 16, 16).to(net.device)
     start = time.perf_counter()
     with closing(Engine(net, backend=name, cache_dir=None)) as engine:
         logits = engine(x).logits

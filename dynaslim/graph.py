@@ -22,6 +22,8 @@ from dynaslim.spec import GateSpec, NetSpec, Route, Routed
 
 WHOLE: Final = -1
 """The group of positions that are never cut."""
+IMAGE: Final = "image"
+"""The name of the network's input."""
 
 Run = tuple[int, int, int, int]
 """Group, first unit, number of units, positions of each unit, one after the other."""
@@ -107,6 +109,36 @@ def references(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list | tuple):
         for inner in value:
             yield from references(inner)
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operations of a network and its groups of channels."""
+
+    groups: tuple[Group, ...]
+    tensors: Mapping[str, TensorSpec]
+    """Parameters and buffers by name, in the order in which they are made; gates at last."""
+    nodes: tuple[Node, ...]
+    cuts: tuple[str, ...]
+    """Operations whose results go into the gates that choose, in order."""
+    cut_axes: tuple[Axis, ...]
+    """Channels of what goes into each of them, (B, C, H, W)."""
+    output: str
+    gates: tuple[str, ...]
+    """Modules of the gates that choose, in order."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
+        return self
+
+    def units(self, segment: int, before: int, choice: int) -> dict[int, int]:
+        """Units kept of every group within a segment at `choice` behind one at `before`."""
+        found = {}
+        for number, group in enumerate(self.groups):
+            if group.segment == segment:
+                found[number] = group.widths[choice]
+            elif group.segment == segment - 1:
+                found[number] = group.widths[before]
+        return found
 
 
 @dataclass(frozen=True)
@@ -307,7 +339,7 @@ class GraphSpec(Routed):
         if form.segment != self.num_segments - 1:
             return form
         axis = self.tensors[f"{self.classifier}.weight"].axes[1]
-        inside = kept_count(axis, self.units(form.segment, form.before, form.choice))
+        inside = kept_count(axis, self.graph.units(form.segment, form.before, form.choice))
         more = (classes - self.num_classes) * inside
         has_bias = f"{self.classifier}.bias" in self.tensors
         return dataclasses.replace(
@@ -341,17 +373,20 @@ class GraphSpec(Routed):
         made = validated(data["graph"], cls, "not a converted network")
         return made
 
-    # -- what slicing needs -------------------------------------------------------------------
+    @cached_property
+    def graph(self) -> Graph:
+        """The operations, with gates that choose and scale nothing."""
+        tensors = dict(self.tensors)
+        hidden: Axis = ((WHOLE, 0, self.hidden, 1),)
+        for number, (axis, gate) in enumerate(zip(self.cut_axes, self.gates, strict=True)):
+            choices: Axis = ((WHOLE, 0, len(gate.choices), 1),)
+            tensors[f"gates.{number}.reduce_weight"] = TensorSpec((hidden, axis), "weight")
+            tensors[f"gates.{number}.reduce_bias"] = TensorSpec((hidden,), "weight")
+            tensors[f"gates.{number}.slimming_weight"] = TensorSpec((choices, hidden), "weight")
+        gates = tuple(f"gates.{number}" for number in range(len(self.gates)))
+        return Graph(self.groups, tensors, self.nodes, self.cuts, self.cut_axes, self.output, gates)
 
-    def units(self, segment: int, before: int, choice: int) -> dict[int, int]:
-        """Units kept of every group within a segment at `choice` behind one at `before`."""
-        found = {}
-        for number, group in enumerate(self.groups):
-            if group.segment == segment:
-                found[number] = group.widths[choice]
-            elif group.segment == segment - 1 and segment > 1:
-                found[number] = group.widths[before]
-        return found
+    # -- costs --------------------------------------------------------------------------------
 
     @cached_property
     def costs(self) -> dict[tuple[int, int, int], FormCost]:

@@ -14,7 +14,7 @@ PACKAGE = Path(dynaslim.__file__).parent
 # each may import only itself and what stands before it
 ROOMS = [
     "version", "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec",
-    "cascade_spec", "graph", "shipped",
+    "cascade_spec", "graph", "blocks", "shipped",
     "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint", "data",
     "runtime", "conversion", "predict",
     "predict_tables", "predict_ray", "evaluation",

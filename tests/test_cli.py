@@ -18,7 +18,7 @@ from helpers import bright_pngs, lively, micro_spec, png, start_dynaslim, write_
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cli.parser import arguments, make_parser
-from dynaslim.cost import layer_costs, madds, params
+from dynaslim.cost import madds, params, route_costs
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.zoo import ZOO, write_spec
@@ -146,9 +146,9 @@ def test_segments_add_up_to_routes(name, capsys):
         route = spec.cheapest_choice if option == 0 else spec.widest_choice
         costs = [s["madds"][a][b] for s, (a, b) in zip(data["segments"], forms, strict=True)]
         assert sum(costs) == madds(spec, route, size, slimming_heads=True)
-        heads = [one for one in layer_costs(spec, route, size) if one.slimming_head]
+        heads = sum(cost.head_params for cost in route_costs(spec, route, size))
         sizes = [s["params"][a][b] for s, (a, b) in zip(data["segments"], forms, strict=True)]
-        assert sum(sizes) == params(spec, route) + sum(head.params for head in heads)
+        assert sum(sizes) == params(spec, route) + heads
 
 
 @pytest.mark.parametrize("name", sorted(ZOO))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cli.output import new_table, print_json, printable, say
-from dynaslim.cost import layer_costs, madds, params
+from dynaslim.cost import madds, params, segment_cost
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST, find_model
 from dynaslim.shipped import IMAGENET, PICTURES, PRETRAINED, names
@@ -298,21 +298,15 @@ def _gate(spec: NetSpec, number: int) -> dict[str, Any]:
 
 def _segment(spec: NetSpec, number: int, image_size_px: int) -> dict[str, Any]:
     """The forms of a segment: rows are choices of the gate before it, columns of its own."""
-    from dynaslim.runtime.forms import Form, form_madds, route_through
-
-    def form_params(form: Form) -> int:
-        layers = layer_costs(spec, route_through(spec, form), image_size_px)
-        return sum(layer.params for layer in layers if layer.segment == number)
-
     before = spec.gates[number - 2].choices if number > 1 else (0,)
     own = spec.gates[number - 1].choices if number > 0 else (0,)
-    forms = [[Form(number, a, b) for b in own] for a in before]
     size = (image_size_px, image_size_px)
+    costs = [[segment_cost(spec, number, a, b, size) for b in own] for a in before]
     return {
         "in_choices": list(before),
         "out_choices": list(own),
-        "madds": [[round(form_madds(spec, form, size)) for form in row] for row in forms],
-        "params": [[form_params(form) for form in row] for row in forms],
+        "madds": [[cost.madds + cost.pool_adds + cost.head_madds for cost in row] for row in costs],
+        "params": [[cost.params + cost.head_params for cost in row] for row in costs],
     }
 
 

@@ -25,8 +25,10 @@ from dynaslim.conversion.capture import (
 )
 from dynaslim.conversion.channels import FIXED, NORMALISING, POINTWISE, Analysis, Value
 from dynaslim.conversion.verify import refuse_at, verify_whole, verify_widths
+from dynaslim.cost import operation_madds
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import (
+    IMAGE,
     WHOLE,
     Axis,
     FormCost,
@@ -38,7 +40,8 @@ from dynaslim.graph import (
     kept_count,
     references,
 )
-from dynaslim.nn.graph_net import IMAGE, GraphNet, Step
+from dynaslim.nn.net import SlimNet
+from dynaslim.nn.program import Step
 from dynaslim.spec import GateSpec
 
 Importance = Literal["activation", "bn", "weight"]
@@ -65,7 +68,7 @@ def convert(
     name: str | None = None,
     other_sizes: Sequence[tuple[int, int]] = (),
     importance: Importance | None = None,
-) -> GraphNet:
+) -> SlimNet:
     """A dynamic slimmable network that answers as `model` does at full width.
 
     `example` are images (B, C, H, W) such as the model takes, of the size that it will run on.
@@ -120,16 +123,16 @@ class Conversion:
     # -- gates ----------------------------------------------------------------------------------
 
     def _madds(self, node: fx.Node) -> int:
-        shape = shape_of(node) if isinstance(node.meta.get("val"), Tensor) else ()
-        kind = operation(node)
-        outs = math.prod(shape) // BATCH
-        if kind.startswith("conv") or kind == "linear":
-            weight = self.captured.tensors[self.captured.names[arguments(node)["weight"]]]
-            across = weight.shape[1:] if kind != "conv_transpose2d" else weight.shape[2:]
-            return outs * math.prod(across)
-        if kind in ("matmul", "bmm"):
-            return outs * shape_of(node.all_input_nodes[0])[-1]
-        return 0
+        if not isinstance(node.meta.get("val"), Tensor):
+            return 0
+        values = [
+            self.captured.tensors[self.captured.names[x]]
+            if x in self.captured.names
+            else x.meta["val"]
+            for x in node.all_input_nodes
+        ]
+        shapes = [value.shape for value in values if isinstance(value, Tensor)]
+        return operation_madds(operation(node), shapes, shape_of(node)) // BATCH
 
     def _crossing(self) -> list[fx.Node]:
         """Operations after which their result, a feature map, is all that is still needed."""
@@ -652,14 +655,14 @@ class Conversion:
         images: Iterable[Tensor] | None = None,
         other_sizes: Sequence[tuple[int, int]] = (),
         importance: Importance | None = None,
-    ) -> GraphNet:
+    ) -> SlimNet:
         """The converted network, verified against the model and at every width and size.
 
         Raises:
             UsageError: if it is not the same; the message names the operation.
         """
         order, how = self.importance(images, importance)
-        net = GraphNet(self.spec(how))
+        net = SlimNet(self.spec(how))
         load_weights(net, self._sorted(order))
         net.eval()
         self._verify(net)
@@ -679,14 +682,14 @@ class Conversion:
         net.spec = replace(net.spec, other_sizes=others)
         return net
 
-    def _verify(self, net: GraphNet) -> None:
+    def _verify(self, net: SlimNet) -> None:
         x = torch.cat([self.example[:1], self.example[-1:].flip(3)])
         self.error = verify_whole(self, net, x)
         runs = list(form_costs(net, x[:1]))
         net.spec = replace(net.spec, forms=tuple(cost for cost, _, _ in runs))
         self.masked = verify_widths(self, net, x, runs)
 
-    def _at_size(self, size: tuple[int, int], net: GraphNet) -> GraphSpec:
+    def _at_size(self, size: tuple[int, int], net: SlimNet) -> GraphSpec:
         """The network for images of another size, verified like this one."""
         height, width = size
         example = nn.functional.interpolate(self.example, size, mode="bilinear")
@@ -711,7 +714,7 @@ class Conversion:
         return twin.spec
 
 
-def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:
+def load_weights(net: SlimNet, tensors: Mapping[str, Tensor]) -> None:
     """Put weights under their names; statistics go into every slot."""
     own = net.state_dict()
     for name, value in own.items():
@@ -722,7 +725,7 @@ def load_weights(net: GraphNet, tensors: Mapping[str, Tensor]) -> None:
     net.load_state_dict(own)
 
 
-def form_costs(net: GraphNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tensor]]:
+def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tensor]]:
     """Every segment at every width: its cost, what it takes of one image (1, C, H, W), and gives.
 
     Raises:
@@ -770,16 +773,8 @@ class _Counter:
         if not isinstance(result, Tensor):
             return
         self.peak = max(self.peak, result.numel())
-        kind = step.op.partition(".")[0]
-        if kind.startswith("conv"):
-            across = args[1].shape[1:] if kind != "conv_transpose2d" else args[1].shape[2:]
-            self.madds += result.numel() * math.prod(across)
-        elif kind == "linear":
-            self.madds += result.numel() * args[1].shape[1]
-        elif kind in ("matmul", "bmm"):
-            self.madds += result.numel() * args[0].shape[-1]
-        elif kind == "scaled_dot_product_attention":
-            self.madds += 2 * args[0].numel() * args[1].shape[-2]
+        shapes = [argument.shape for argument in args if isinstance(argument, Tensor)]
+        self.madds += operation_madds(step.op.partition(".")[0], shapes, result.shape)
 
 
 class _Encoder:

@@ -15,9 +15,8 @@ from dynaslim.conversion.capture import arguments, operation
 from dynaslim.conversion.channels import REDUCING, Value
 from dynaslim.errors import ConversionError, UsageError
 from dynaslim.graph import FormCost, GraphSpec, Node, kept_count, kept_positions
-from dynaslim.nn.graph_net import GraphNet
-from dynaslim.runtime.forms import Form
-from dynaslim.runtime.graph_forms import plain_form
+from dynaslim.nn.net import SlimNet
+from dynaslim.runtime.extract import extract_segment
 
 if TYPE_CHECKING:
     from dynaslim.conversion.build import Conversion
@@ -32,7 +31,7 @@ Results = dict[str, Tensor]
 
 
 @torch.no_grad()
-def verify_whole(conversion: Conversion, net: GraphNet, x: Tensor) -> float:
+def verify_whole(conversion: Conversion, net: SlimNet, x: Tensor) -> float:
     """How far the network at full width is from the model, relative to the largest answer.
 
     Raises:
@@ -65,7 +64,7 @@ def verify_whole(conversion: Conversion, net: GraphNet, x: Tensor) -> float:
 @torch.no_grad()
 def verify_widths(
     conversion: Conversion,
-    net: GraphNet,
+    net: SlimNet,
     x: Tensor,
     runs: Sequence[tuple[FormCost, Tensor, Tensor]],
 ) -> bool:
@@ -102,13 +101,13 @@ def apart(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
-def _verify_extracted(net: GraphNet, form: FormCost, source: Tensor, out: Tensor) -> None:
+def _verify_extracted(net: SlimNet, form: FormCost, source: Tensor, out: Tensor) -> None:
     at = (form.segment, form.before, form.choice)
-    plain = plain_form(net, Form(*at))
+    plain = extract_segment(net, *at)
     error = apart(_features(plain(source)), out)
     if error > NEAR:
         net, source = copy.deepcopy(net).double(), source.double()
-        plain, out = plain_form(net, Form(*at)), net.run_segment(at[0], source, *at[1:])
+        plain, out = extract_segment(net, *at), net.run_segment(at[0], source, *at[1:])
         error = apart(_features(plain(source)), out)
     if not error <= NEAR:
         own: Results = {}
@@ -146,7 +145,7 @@ class Masked:
     beyond a width. What it computes at full width the other computes at that width.
     """
 
-    def __init__(self, conversion: Conversion, net: GraphNet, spec: GraphSpec) -> None:
+    def __init__(self, conversion: Conversion, net: SlimNet, spec: GraphSpec) -> None:
         self.conversion, self.spec = conversion, spec
         self.net = copy.copy(net)
         self.net.spec = spec
@@ -161,7 +160,7 @@ class Masked:
                 self.readers.setdefault(node.segment, []).append(reader)
 
     @classmethod
-    def of(cls, conversion: Conversion, net: GraphNet) -> Masked | None:
+    def of(cls, conversion: Conversion, net: SlimNet) -> Masked | None:
         """With other operations for those that compute with all channels at once; None if there
         are some for which there is none.
         """
@@ -181,7 +180,7 @@ class Masked:
             UsageError: if the two differ; the message names the operation.
         """
         spec, number, last = self.spec, form.segment, self.spec.num_widths - 1
-        units = spec.units(number, form.before, form.choice)
+        units = spec.graph.units(number, form.before, form.choice)
         for name, axis in self.readers.get(number, []):
             tensor = self.masked.tensor(name)
             tensor.copy_(self.net.tensor(name))
@@ -190,7 +189,8 @@ class Masked:
             tensor.index_fill_(axis, torch.from_numpy(gone), 0)
         entry = spec.cut_axes[number - 1]
         padded = source.new_zeros(1, kept_count(entry, {}), *source.shape[2:])
-        padded[:, kept_positions(entry, spec.units(number - 1, form.before, form.before))] = source
+        arriving = spec.graph.units(number - 1, form.before, form.before)
+        padded[:, kept_positions(entry, arriving)] = source
         whole = (number, padded, last if number > 1 else 0, last)
         sliced = (number, source, form.before, form.choice)
         if self.mixed:

@@ -23,7 +23,7 @@ from torch import Tensor
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import CheckpointError
 from dynaslim.nn.gate import Gate
-from dynaslim.nn.layers import SlimBatchNorm2d, SlimConv2d
+from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.zoo import get_spec
@@ -172,16 +172,16 @@ def net_from_official(state: Mapping[str, Tensor], source: str | Path) -> SlimNe
     with torch.no_grad():
         for name, module in net.named_modules():
             released = _released_name(name)
-            if isinstance(module, SlimConv2d):
-                take(f"{released}.weight", module.weight)
+            if name.endswith(".conv"):
+                take(f"{released}.weight", net.tensor(f"{name}.weight"))
             elif isinstance(module, SlimBatchNorm2d):
                 _take_batch_norm(take, f"{released}.aux_bn", module)
             elif isinstance(module, Gate):
                 for ours, theirs in _GATE.items():
                     if (parameter := getattr(module, ours)) is not None:
                         take(f"{released}.{theirs}", parameter)
-        take("classifier.weight", net.classifier.weight)
-        take("classifier.bias", net.classifier.bias)
+        take("classifier.weight", net.tensor("classifier.weight"))
+        take("classifier.bias", net.tensor("classifier.bias"))
     if unread:
         raise CheckpointError(f"{source}: not a released DS-MBNet: unknown tensor {min(unread)}")
     return net

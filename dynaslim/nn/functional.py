@@ -28,45 +28,6 @@ AnyWidth = int | SoftWidth
 """The width that a layer is to use, as its BN slot: one for the whole batch, or one per row."""
 
 
-def slim_conv2d(
-    x_BCHW: Tensor,
-    weight_MCkk: Tensor,
-    out_channels: int,
-    *,
-    stride: int = 1,
-    groups: int = 1,
-) -> Tensor:
-    """Convolution by the first `out_channels` filters over the first `x.shape[1]` channels each.
-
-    x (B, C, H, W) -> (B, out_channels, ceil(H / stride), ceil(W / stride)), padded by half the
-    kernel. `groups` is that of the whole layer: 1, or the number of its channels (depthwise),
-    where `out_channels` must be C.
-
-    Raises:
-        ValueError: if the layer has fewer channels than asked, or groups are neither kind.
-    """
-    width_in, layer_out = x_BCHW.shape[1], weight_MCkk.shape[0]
-    if groups == 1:
-        if width_in > weight_MCkk.shape[1] or out_channels > layer_out:
-            raise ValueError(
-                f"slim_conv2d: {width_in} -> {out_channels} channels asked of a layer "
-                f"of {weight_MCkk.shape[1]} -> {layer_out}"
-            )
-        weight = weight_MCkk[:out_channels, :width_in]
-    elif groups == layer_out:
-        if out_channels != width_in or out_channels > layer_out:
-            raise ValueError(
-                f"slim_conv2d: a depthwise layer of {layer_out} channels got {width_in} "
-                f"and was asked for {out_channels}"
-            )
-        weight, groups = weight_MCkk[:out_channels], out_channels
-    else:
-        raise ValueError(f"slim_conv2d: groups {groups} is neither 1 nor {layer_out} (depthwise)")
-    return F.conv2d(
-        x_BCHW, weight, stride=stride, padding=weight_MCkk.shape[-1] // 2, groups=groups
-    )
-
-
 def slim_linear(
     x_BC: Tensor, weight_MC: Tensor, out_features: int, bias_M: Tensor | None = None
 ) -> Tensor:
@@ -76,34 +37,6 @@ def slim_linear(
     """
     bias = None if bias_M is None else bias_M[:out_features]
     return F.linear(x_BC, weight_MC[:out_features, : x_BC.shape[-1]], bias)
-
-
-def slim_batch_norm(
-    x_BCHW: Tensor,
-    mean_C: Tensor,
-    var_C: Tensor,
-    weight_M: Tensor,
-    bias_M: Tensor,
-    *,
-    training: bool,
-    momentum: float,
-    eps: float,
-) -> Tensor:
-    """Batch normalisation with one width's own statistics and the shared scale and shift, sliced.
-
-    In training the batch's statistics are used and the running ones updated in place.
-    """
-    channels = mean_C.shape[0]
-    return F.batch_norm(
-        x_BCHW,
-        mean_C,
-        var_C,
-        weight_M[:channels],
-        bias_M[:channels],
-        training=training,
-        momentum=momentum,
-        eps=eps,
-    )
 
 
 def gated_batch_norm(

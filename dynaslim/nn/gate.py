@@ -78,6 +78,8 @@ class Gate(nn.Module):
 
     def forward(self, x_BCHW: Tensor, *, decide: bool = False) -> tuple[Tensor, Tensor | None]:
         """The scaled features and, if asked to `decide`, the slimming logits (B, K)."""
+        if self.expand_weight is None and not decide:
+            return x_BCHW, None
         hidden_BR = self.hidden(x_BCHW)
         logits_BK = None
         if decide:

@@ -5,9 +5,12 @@ Suffixes: B rows, C channels in use, H W pixels, K choices of a gate, N classes.
 
 from __future__ import annotations
 
+import copy
+import itertools
+import math
 import sys
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
 from typing import Any, ClassVar, NamedTuple, TypeVar, cast
@@ -15,12 +18,27 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dynaslim.cost import gate_hidden
-from dynaslim.nn.blocks import Block, LayerFactory, make_block
-from dynaslim.nn.functional import AnyWidth, SoftWidth, slim_linear
+from dynaslim.blocks import graph_of
+from dynaslim.graph import IMAGE, WHOLE, AnySpec, Graph, GraphSpec, Node, TensorSpec, kept_count
+from dynaslim.nn.functional import SoftWidth
 from dynaslim.nn.gate import Gate
-from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
+from dynaslim.nn.layers import SlimBatchNorm2d
+from dynaslim.nn.program import (
+    Cut,
+    Read,
+    Rows,
+    Slicer,
+    Step,
+    cut,
+    norm_of,
+    overload,
+    program,
+    reads,
+    slicer,
+)
+from dynaslim.spec import LARGEST, NetSpec, Route
 
 Choose = Callable[[Tensor, int], Tensor]
 """Makes a gate of slimming logits: (logits_BK, gate number) -> one-hot (or soft) gate_BK."""
@@ -44,10 +62,10 @@ class SegmentOutput(NamedTuple):
 RunSegment = Callable[[int, Tensor, int, Tensor | None], Tensor]
 """(segment number, x, width index, dropout mask) -> features, as `SlimNet.segment` computes."""
 
-F = TypeVar("F", bound=Callable[..., Any])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _left_to_python(function: F) -> F:
+def _left_to_python(function: Function) -> Function:
     """What `torch.compiler.disable(recursive=False)` does, without importing the compiler for it.
 
     That import takes as long as all the rest of torch, and most processes compile nothing.
@@ -61,7 +79,7 @@ def _left_to_python(function: F) -> F:
             function.__code__, eval_frame._FrameExecStrategy(skip, then)
         )
     except (ImportError, AttributeError):  # another version of torch
-        return cast(F, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
+        return cast(Function, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     return function
 
@@ -71,17 +89,8 @@ _disabled = cache(torch.compiler.disable)
 
 Program = Callable[["ElasticNet", Tensor, Tensor | None], Tensor]
 
-
 # beside the networks, not on them: functions made at run time cannot be pickled or copied
 _PROGRAMS: WeakKeyDictionary[ElasticNet, dict[tuple[int, ...], Program]] = WeakKeyDictionary()
-
-
-def _program(net: ElasticNet, indices: tuple[int, ...]) -> Program:
-    """A network's program for given width indices, made at first use."""
-    programs = _PROGRAMS.setdefault(net, {})
-    if indices not in programs:
-        programs[indices] = _make_program(indices)
-    return programs[indices]
 
 
 def _make_program(indices: tuple[int, ...]) -> Program:
@@ -95,6 +104,25 @@ def _make_program(indices: tuple[int, ...]) -> Program:
     name = "route_" + "_".join(map(str, indices)).replace("-", "minus")
     code = run.__code__.replace(co_name=name)
     return FunctionType(code, run.__globals__, name, None, run.__closure__)
+
+
+class _Weight(NamedTuple):
+    """A parameter or buffer, and what is left of its axes."""
+
+    owner: nn.Module
+    leaf: str
+    slicers: tuple[Slicer, ...]
+
+
+class _Bound(NamedTuple):
+    """A step of a program and all that it needs."""
+
+    step: Step
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    freed: tuple[str, ...]
+    """Results that nothing needs any more."""
 
 
 class ElasticNet(nn.Module):
@@ -137,9 +165,10 @@ class ElasticNet(nn.Module):
         """Every row along the widths that its gates choose, differentiable through them."""
         raise NotImplementedError
 
-    def _run_segment(
-        self, number: int, x: Tensor, index: int, dropout_mask: Tensor | None
-    ) -> Tensor:
+    def prepare(self, number: int, choice: int) -> None:
+        """Make what a segment needs to run, so that a compiler need not trace how."""
+
+    def _features(self, number: int, x: Tensor, index: int, dropout_mask: Tensor | None) -> Tensor:
         return self.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
 
     @property
@@ -164,7 +193,13 @@ class ElasticNet(nn.Module):
     def _resolve(self, x: Tensor, route: Route | str | Sequence[int]) -> Program:
         self.check_input(x)
         checked = route if isinstance(route, Route) else Route.parse(route)
-        return _program(self, self.spec.segment_indices(checked))
+        indices = self.spec.segment_indices(checked)
+        programs = _PROGRAMS.setdefault(self, {})
+        if indices not in programs:
+            for number, index in enumerate(indices):
+                self.prepare(number, index)
+            programs[indices] = _make_program(indices)
+        return programs[indices]
 
     # Each route's program has a code object of its own and this dispatcher is left to Python:
     # torch.compile gives up on a code object after 8 shapes or constants, silently.
@@ -207,7 +242,7 @@ class ElasticNet(nn.Module):
         """
         if not after_trunk:
             self.check_input(x)
-        run = run_segment or self._run_segment
+        run = run_segment or self._features
         paths = [self.spec.segment_indices(self.spec.coerce_route(route)) for route in routes]
         done: dict[tuple[int, ...], Tensor] = {(0,) if after_trunk else (): x}
         for path in paths:
@@ -224,10 +259,10 @@ class ElasticNet(nn.Module):
 
 
 class SlimNet(ElasticNet):
-    """A dynamic slimmable network built from a spec.
+    """A dynamic slimmable network built from a spec, of the zoo or of a converted network.
 
-    `net(x, route)` runs one sub-network; `net.forward_gated(x, choose)` masks every row by its
-    gates and is differentiable through them; `net.segment(j, x, index)` is one piece of either,
+    `net(x, route)` runs one sub-network; `net.forward_gated(x, choose)` lets gates choose for every
+    row and is differentiable through them; `net.segment(j, x, index)` is one piece of either,
     which `dynaslim.Engine` runs on buckets of rows. All three agree to float tolerance.
     The route is an argument: nothing is stored on the module between calls.
 
@@ -236,68 +271,212 @@ class SlimNet(ElasticNet):
     inside another module that is compiled, leave `fullgraph` off.
     """
 
+    graph: Graph
+    """The operations of its spec."""
+
     def __init__(
         self,
-        spec: NetSpec,
+        spec: AnySpec,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
-        make = LayerFactory(spec.activation, device, dtype)
-        stages = []
-        ins: Sequence[int] = (spec.in_channels,)
-        max_in = spec.in_channels
-        for number, stage in enumerate(spec.stages):
-            outs = spec.slot_widths(number)
-            blocks = []
-            for index in range(stage.blocks):
-                block = make_block(make, stage, index, ins, outs)
-                gated = stage.gate is not None and index == 0
-                has_heads = stage.block in GATE_AT_ENTRANCE
-                if has_heads and (gated or spec.attention_at == "all"):
-                    inner = stage.expansion if stage.block == "inverted_residual" else 1
-                    block.gate = Gate(
-                        max_in * inner,
-                        gate_hidden(spec, max_in),
-                        len(stage.gate.choices) if gated and stage.gate is not None else 0,
-                        spec.attention,
-                        device=device,
-                        dtype=dtype,
-                    )
-                blocks.append(block)
-                ins, max_in = outs, stage.widths[-1]
-            stages.append(nn.ModuleList(blocks))
-        self.stages = nn.ModuleList(stages)
-        self.classifier = nn.Linear(max_in, spec.num_classes, device=device, dtype=dtype)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        tensors = self.graph.tensors
+        convs = {n.args[1].get("tensor"): n for n in self.graph.nodes if n.op.startswith("conv")}
+        norms = {norm_of(n): n for n in self.graph.nodes if n.op == "batch_norm.default"}
+        made: set[str] = set()
+        make: Callable[[], nn.Module]
+        for name, tensor in tensors.items():
+            owner, _, leaf = name.rpartition(".")
+            if owner in norms and (tensor.kind == "statistics" or leaf in ("weight", "bias")):
+                make = partial(self._norm, norms[owner], place)
+            elif f"{owner}.reduce_weight" in tensors:
+                make = partial(self._gate, owner, place)
+            elif owner == self._spec.classifier:
+                make = partial(self._linear, owner, place)
+            else:
+                if tensor.kind != "statistics":
+                    _put(self, name, _initial(tensor, convs.get(name), place))
+                continue
+            if owner not in made:
+                _put(self, owner, make())
+                made.add(owner)
 
-        # the spec as plain tables, so that a compiler traces only list look-ups
-        self._choices = ((0,), *(gate.choices for gate in spec.gates))
-        self._starts = (0, *spec.gated_stages, len(spec.stages))
-        self._slots = [
-            # the teacher last: `LARGEST` is -1
-            [spec.width(number, index).slot for index in (*range(spec.num_widths), LARGEST)]
-            for number in range(len(spec.stages))
-        ]
+    @property
+    def spec(self) -> Any:
+        """What the network is, a `NetSpec` or a `GraphSpec`."""
+        return self._spec
+
+    @spec.setter
+    def spec(self, spec: AnySpec) -> None:
+        assert isinstance(spec, NetSpec | GraphSpec)
+        self._spec, self.graph = spec, graph_of(spec)
+        self._behind = [self._indices_by_channels(n) for n in range(len(self.graph.cuts))]
+        self._segments: dict[tuple[int, int, int], tuple[_Bound, ...]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has parameters of its own
+        return {**self.__dict__, "_segments": {}}
+
+    def at_size(self, height: int, width: int) -> SlimNet:
+        """The network for images of another size that it was converted for: with the same
+        parameters, and statistics of batch normalisation of its own, which are to be recalibrated.
+
+        Raises:
+            UsageError: for a size that it was not converted for.
+        """
+        made = copy.deepcopy(self, {id(parameter): parameter for parameter in self.parameters()})
+        made.spec = self.spec.at_size(height, width)
+        return made
+
+    def _norm(self, node: Node, place: Mapping[str, Any]) -> SlimBatchNorm2d:
+        groups = self.graph.groups
+        axis = self.graph.tensors[node.args[3]["tensor"]].axes[0]
+        own = {run[0]: groups[run[0]].widths for run in axis if run[0] != WHOLE}
+        slots = max(map(len, own.values()), default=self.spec.num_widths if node.segment else 1)
+        kept = [slicer(axis, {g: widths[k] for g, widths in own.items()}) for k in range(slots)]
+        momentum, eps = float(node.args[6]), float(node.args[7])
+        return SlimBatchNorm2d(kept, kept_count(axis, {}), eps=eps, momentum=momentum, **place)
+
+    def _shape(self, name: str) -> list[int]:
+        """Of a parameter; empty if there is none of that name."""
+        tensor = self.graph.tensors.get(name)
+        return [] if tensor is None else [kept_count(axis, {}) for axis in tensor.axes]
+
+    def _gate(self, name: str, place: Mapping[str, Any]) -> nn.Module:
+        hidden, channels = self._shape(f"{name}.reduce_weight")
+        choices, *_ = self._shape(f"{name}.slimming_weight") or [0]
+        return Gate(channels, hidden, choices, getattr(self.spec, "attention", None), **place)
+
+    def _linear(self, name: str, place: Mapping[str, Any]) -> nn.Module:
+        outs, ins = self._shape(f"{name}.weight")
+        linear = nn.Linear(ins, outs, bool(self._shape(f"{name}.bias")), **place)
+        nn.init.normal_(linear.weight, std=0.01)
+        if linear.bias is not None:
+            nn.init.zeros_(linear.bias)
+        return linear
+
+    def _indices_by_channels(self, segment: int) -> dict[int, int]:
+        """Width index of a segment by the channels that leave it."""
+        axis, found = self.graph.cut_axes[segment], dict[int, int]()
+        for index in (0, LARGEST) if segment == 0 else range(self.spec.num_widths):
+            units = self.graph.units(segment, index if segment > 1 else 0, index)
+            found.setdefault(kept_count(axis, units), index)
+        return found
 
     # -- one piece ----------------------------------------------------------------------------
 
-    def _block(self, stage: int, index: int) -> Block:
-        blocks = self.stages[stage]
-        assert isinstance(blocks, nn.ModuleList)
-        block = blocks[index]
-        assert isinstance(block, Block)
-        return block
+    def bound(self, segment: int, before: int, choice: int) -> tuple[_Bound, ...]:
+        """A segment's program with its parameters, made at first use."""
+        key = (segment, before, choice)
+        if key not in self._segments:
+            steps = program(self.graph, *key)
+            last = {name: number for number, step in enumerate(steps) for name in reads(step)}
+            for kept in (self.graph.output, *self.graph.cuts):
+                last.pop(kept, None)
+            freed: dict[int, list[str]] = {}
+            for name, number in last.items():
+                freed.setdefault(number, []).append(name)
+            self._segments[key] = tuple(
+                _Bound(
+                    step,
+                    self._function(step),
+                    tuple(map(self._bind, step.args)),
+                    {name: self._bind(value) for name, value in step.kwargs.items()},
+                    tuple(freed.get(number, ())),
+                )
+                for number, step in enumerate(steps)
+            )
+        return self._segments[key]
 
-    def _width(self, segment: int, stage: int, choice: int | Tensor) -> AnyWidth:
-        """The width that a stage's layers run at: a BN slot, or one for every row."""
-        if isinstance(choice, int):
-            return self._slots[stage][choice]
-        slots = tuple(self._slots[stage][index] for index in self._choices[segment])
-        return slots[0] if len(set(slots)) == 1 else SoftWidth(choice, slots)
+    def _function(self, step: Step) -> Callable[..., Any]:
+        if step.norm is not None:
+            return self.get_submodule(step.norm[0])
+        return self.get_submodule(step.name) if step.op == "gate" else overload(step.op)
+
+    def _bind(self, argument: Any) -> Any:
+        if isinstance(argument, Cut):
+            path, _, leaf = argument.name.rpartition(".")
+            return _Weight(self.get_submodule(path), leaf, argument.slicers)
+        if isinstance(argument, list):
+            inner = [self._bind(value) for value in argument]
+            # without anything to fill in it is a constant
+            return (
+                inner if any(isinstance(v, Read | _Weight | Rows) for v in inner) else tuple(inner)
+            )
+        return argument
+
+    def prepare(self, number: int, choice: int) -> None:
+        """Make the programs of a segment, so that a compiler need not trace how."""
+        for before in (0,) if number == 0 else self._behind[number - 1].values():
+            self.bound(number, before, choice)
+
+    def run_segment(
+        self,
+        number: int,
+        x: Tensor,
+        before: int,
+        choice: int,
+        dropout_mask: Tensor | None = None,
+        *,
+        soft: SoftWidth | None = None,
+        watch: Callable[[Step, Sequence[Any], Any], None] | None = None,
+    ) -> Tensor:
+        """A segment's operations on what the one before gives (segment 0: on images).
+
+        `soft` are widths that gates chose for every row, `choice` the widest of them. `watch` is
+        called with each operation, its arguments and its result.
+        """
+        graph = self.graph
+        results: dict[str, Any] = {graph.cuts[number - 1] if number else IMAGE: x}
+        rows = x.shape[0]
+        classifier = graph.nodes[-1].name if self.spec.features else None
+
+        def value(argument: Any) -> Any:
+            if isinstance(argument, Read):
+                return results[argument.name]
+            if isinstance(argument, _Weight):
+                return cut(getattr(argument.owner, argument.leaf), argument.slicers)
+            if isinstance(argument, Rows):
+                return rows * argument.times
+            if isinstance(argument, list):
+                return [value(inner) for inner in argument]
+            return argument
+
+        for step, function, arguments, named, freed in self.bound(number, before, choice):
+            if step.norm is not None:
+                args = [value(arguments[0])]
+                made = function(args[0], step.norm[1] if soft is None else soft)
+            elif step.op == "gate":
+                args = [value(arguments[0])]
+                made = function(args[0])[0]
+            else:
+                args = [value(argument) for argument in arguments]
+                if step.name == classifier and dropout_mask is not None:
+                    args[0] = args[0] * dropout_mask
+                made = function(*args, **{name: value(inner) for name, inner in named.items()})
+            results[step.name] = made
+            if watch is not None:
+                watch(step, args, made)
+            for name in freed:
+                results.pop(name, None)
+        out: Tensor = results[graph.cuts[number] if number < len(graph.cuts) else graph.output]
+        return out
+
+    def tensor(self, name: str) -> Tensor:
+        """A parameter or buffer by its name."""
+        path, _, leaf = name.rpartition(".")
+        found: Tensor = getattr(self.get_submodule(path), leaf)
+        return found
+
+    def gate(self, number: int) -> Gate:
+        """The gate behind a segment."""
+        gate = self.get_submodule(self.graph.gates[number])
+        assert isinstance(gate, Gate)
+        return gate
 
     def segment(
         self,
@@ -311,18 +490,14 @@ class SlimNet(ElasticNet):
         """Run segment `number` on what the one before it returned (segment 0: on images).
 
         `choice` is the width index of the segment (0 for the trunk, `LARGEST` for the teacher's),
-        or a one-hot gate (B, K). `decide` asks for the next gate's logits; `dropout_mask`
-        multiplies the pooled features of the last segment, (B, C) or broadcastable.
+        or, in a network of the zoo, a one-hot gate (B, K). `decide` asks for the next gate's
+        logits; `dropout_mask` multiplies the pooled features of the last segment, (B, C) or
+        broadcastable.
         """
-        x, gate = self._before_gate(number, x, choice)
-        if gate is not None:
-            scaled, gate_logits = gate(x, decide=decide)
-            return SegmentOutput(scaled, gate_logits)
-        pooled_BC = x.mean((2, 3))
-        if dropout_mask is not None:
-            pooled_BC = pooled_BC * dropout_mask
-        weight, bias = self.classifier.weight, self.classifier.bias
-        return SegmentOutput(slim_linear(pooled_BC, weight, len(bias), bias), None)
+        x = self._before_gate(number, x, choice, dropout_mask)
+        if number == len(self.graph.gates):
+            return SegmentOutput(x, None)
+        return SegmentOutput(*self.gate(number)(x, decide=decide))
 
     def segment_hidden(self, number: int, x: Tensor, choice: int | Tensor) -> tuple[Tensor, Tensor]:
         """As `segment`, with the next gate's hidden features (B, R) in place of its logits.
@@ -330,43 +505,41 @@ class SlimNet(ElasticNet):
         The logits of any slimming head (K, R) are a linear function of them. The last segment has
         no gate behind it.
         """
-        x, gate = self._before_gate(number, x, choice)
-        assert gate is not None, "no gate behind the last segment"
+        x, gate = self._before_gate(number, x, choice), self.gate(number)
         hidden_BR = gate.hidden(x)
         return gate.attend(x, hidden_BR), hidden_BR
 
     def _before_gate(
-        self, number: int, x: Tensor, choice: int | Tensor
-    ) -> tuple[Tensor, Gate | None]:
-        """A segment's layers up to the next gate, and that gate; None behind the last segment."""
-        start, stop = self._starts[number], self._starts[number + 1]
-        width_before: AnyWidth = 0  # of the input images, which no BN normalises
-        for stage in range(start, stop):
-            width = self._width(number, stage, choice)
-            for index in range(self.spec.stages[stage].blocks):
-                block = self._block(stage, index)
-                if number > 0 and stage == start and index == 0:
-                    x = block.back(x, width)  # its front and gate ended the segment before
-                else:
-                    x = block(x, width_before, width)
-                width_before = width
-        if stop == len(self.stages):
-            return x, None
-        gated = self._block(stop, 0)
-        assert gated.gate is not None
-        return gated.front(x, width_before), gated.gate
+        self, number: int, x: Tensor, choice: int | Tensor, dropout_mask: Tensor | None = None
+    ) -> Tensor:
+        """A segment's operations up to the next gate."""
+        soft, widest = None, choice
+        if not isinstance(widest, int):
+            choices = self.spec.gates[number - 1].choices
+            soft = SoftWidth(widest, choices) if len(choices) > 1 else None
+            widest = int(choices[-1])
+        before, channels = 0, x.shape[1]
+        if number:
+            if channels not in self._behind[number - 1]:
+                raise ValueError(f"segment {number}: {channels} channels are of none of its widths")
+            before = self._behind[number - 1][channels]
+        return self.run_segment(number, x, before, widest, dropout_mask, soft=soft)
 
     def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:
-        """Gated forward: every row masked to the widths its gates choose, differentiable.
+        """Gated forward: every row at the widths that its gates choose, differentiable.
 
         images (B, in_channels, H, W) -> logits (B, classes), gate logits and gates (B, K) each.
-        Costs what the widest choices cost; for speed use `Engine`.
+        In a network of the zoo, rows are masked by batch normalisation, which costs what the widest
+        choices cost. A converted one, whose operations need not keep a mask, is the sum over all
+        options, each times its gate. For speed use `Engine`.
 
         Raises:
             RuntimeError: in training mode. Rows of one batch differ in width, so there are no
                 batch statistics to use; where gates are trained the supernet is frozen.
         """
         self._check_gated(x)
+        if isinstance(self.spec, GraphSpec):
+            return self._sum_over_options(x, choose)
         gate_logits: list[Tensor] = []
         gates: list[Tensor] = []
         choice: int | Tensor = 0
@@ -377,3 +550,81 @@ class SlimNet(ElasticNet):
                 gate_logits.append(logits_BK)
                 gates.append(choice)
         return GatedOutput(x, tuple(gate_logits), tuple(gates))
+
+    def _sum_over_options(self, x: Tensor, choose: Choose) -> GatedOutput:
+        gate_logits: list[Tensor] = []
+        gates: list[Tensor] = []
+        options: list[tuple[int, Tensor | None, Tensor]] = [(0, None, x)]
+        for number in range(self.spec.num_segments):
+            choices = (0,) if number == 0 else self.spec.gates[number - 1].choices
+            gate_BK = gates[-1] if gates else None
+            made = []
+            for at, choice in enumerate(choices):
+                parts = []
+                for before, weight_B, features in options:
+                    out = self.run_segment(number, features, before, choice)
+                    parts.append(_weighted(out, weight_B))
+                share_B = None if gate_BK is None else gate_BK[:, at]
+                made.append((choice, share_B, torch.stack(parts).sum(0)))
+            if number == len(self.graph.gates):
+                outs = torch.stack([_weighted(out, share_B) for _, share_B, out in made])
+                return GatedOutput(outs.sum(0), tuple(gate_logits), tuple(gates))
+            gate = self.gate(number)
+            # a gate reads what its row has: the features of the option that it took
+            hidden_BR = torch.relu(
+                F.linear(
+                    torch.stack([_pooled(z, w, gate) for _, w, z in made]).sum(0),
+                    gate.reduce_weight,
+                    gate.reduce_bias,
+                )
+            )
+            assert gate.slimming_weight is not None
+            logits_BK = F.linear(hidden_BR, gate.slimming_weight)
+            gate_logits.append(logits_BK)
+            gates.append(choose(logits_BK, number))
+            options = made
+        raise AssertionError("no last segment")
+
+
+def _pooled(x_BCHW: Tensor, weight_B: Tensor | None, gate: Gate) -> Tensor:
+    """Means of features (B, C), filled up to the gate's channels and times a row's weight."""
+    pooled_BC = F.pad(x_BCHW.mean((2, 3)), (0, gate.reduce_weight.shape[1] - x_BCHW.shape[1]))
+    return _weighted(pooled_BC, weight_B)
+
+
+def _weighted(x: Tensor, weight_B: Tensor | None) -> Tensor:
+    return x if weight_B is None else x * weight_B.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def _initial(tensor: TensorSpec, conv: Node | None, place: Mapping[str, Any]) -> Tensor:
+    """A new parameter with random values, or a buffer of zeros."""
+    shape = [kept_count(axis, {}) for axis in tensor.axes]
+    made = torch.zeros(shape, **place)
+    if tensor.dtype:
+        made = made.to(getattr(torch, tensor.dtype))
+    if tensor.kind != "weight":
+        return made
+    if conv is not None:
+        # He initialisation by fan-out (of one group), as MobileNets are trained from
+        groups = conv.args[6]
+        groups = kept_count(groups["axis"], {}) if isinstance(groups, Mapping) else groups
+        nn.init.normal_(made, std=math.sqrt(2.0 * groups / (math.prod(shape[2:]) * shape[0])))
+    elif len(shape) > 1:
+        nn.init.normal_(made, std=0.01)
+    return nn.Parameter(made)
+
+
+def _put(root: nn.Module, name: str, value: nn.Module | Tensor) -> None:
+    """Register a module, parameter or buffer under a dotted name."""
+    *path, leaf = name.split(".")
+    at = root
+    for part, following in itertools.pairwise((*path, leaf)):
+        if part not in at._modules:
+            at.add_module(part, nn.ModuleList() if following.isdigit() else nn.Module())
+        at = at.get_submodule(part)
+    if isinstance(value, nn.Module):
+        at.add_module(leaf, value)
+    elif isinstance(value, nn.Parameter):
+        at.register_parameter(leaf, value)
+    else:
+        at.register_buffer(leaf, value)

@@ -17,8 +17,7 @@ from dynaslim.data.transforms import normalise
 from dynaslim.distributed import rank
 from dynaslim.errors import DataError, check
 from dynaslim.evaluation import Evaluation
-from dynaslim.nn.graph_net import make_net
-from dynaslim.nn.net import ElasticNet
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, RunOptions
 from dynaslim.runs.context import Callbacks, RunContext, data_results, opened
@@ -62,7 +61,7 @@ def with_choices(net: ElasticNet, recipe: GateRecipe) -> ElasticNet:
         return net
     assert isinstance(choices, tuple)
     torch.manual_seed(recipe.seed)  # the heads' initial weights
-    other = make_net(net.spec.with_choices(*choices))
+    other = SlimNet(net.spec.with_choices(*choices))
     kept = {k: v for k, v in net.state_dict().items() if not k.endswith(".slimming_weight")}
     other.load_state_dict(kept, strict=False)
     return other.eval()

@@ -14,8 +14,7 @@ from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save, with_c
 from dynaslim.distributed import rank, world_size
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation
-from dynaslim.graph import AnySpec
-from dynaslim.nn.graph_net import GraphNet, make_net
+from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.nn.sorting import slimmable, widest_alone
 from dynaslim.progress import note, progress
@@ -56,7 +55,7 @@ def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
     """The checkpoint to start from, checked to hold the recipe's model or its widest alone."""
     assert recipe.init is not None
     start = read(recipe.init)
-    if isinstance(start.net, GraphNet):
+    if isinstance(start.net.spec, GraphSpec):
         return start  # a converted network is its own model
     found = start.net.spec
     check(
@@ -107,7 +106,7 @@ class _SupernetRun:
         named = get_spec(recipe.model)
         start = None if recipe.init is None else _start(recipe, named)
         spec: AnySpec = named
-        if start is not None and isinstance(start.net, GraphNet):
+        if start is not None and isinstance(start.net.spec, GraphSpec):
             spec = start.net.spec
         data = recipe.data if start is None else _prepared_as(start, recipe.data)
         self.data = context.open_images(data, recipe, spec.in_channels)
@@ -115,7 +114,8 @@ class _SupernetRun:
         torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
         self.classifier = "started anew"
         if start is not None:
-            if isinstance(start.net, SlimNet) and _shape(start.net.spec) != _shape(named):
+            if spec is named and _shape(start.net.spec) != _shape(named):
+                assert isinstance(start.net, SlimNet)
                 start = replace(start, net=self._slimmable(start.net, named))
             net = with_classes(start, names)
             if keeps_classifier(start, names):
@@ -123,7 +123,7 @@ class _SupernetRun:
             classes = f"{len(names)} classes: {', '.join(names[:6])}{', ...' * (len(names) > 6)}"
             note(f"classifier of {recipe.init}: {self.classifier} for {classes}")
         else:
-            net = make_net(named.replace(num_classes=len(names)))
+            net = SlimNet(named.replace(num_classes=len(names)))
         net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)

@@ -21,17 +21,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynaslim.cascade_spec import CascadeSpec, RungSpec
 from dynaslim.checkpoint import Checkpoint, read
-from dynaslim.cost import madds, params, segment_shapes
+from dynaslim.cost import madds, params, route_costs
 from dynaslim.errors import DynaslimWarning, UsageError, check
 from dynaslim.model_names import find_model, is_hub_address
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.cascade_forms import CascadeForms, RungProgram, resize_madds
 from dynaslim.runtime.form_net import FormCheckpoint, FormNet
 from dynaslim.runtime.forms import Form
-from dynaslim.runtime.graph_forms import to_onnx
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.network_forms import NetworkForms
-from dynaslim.runtime.onnx_graph import INPUT, LOGITS
+from dynaslim.runtime.onnx_graph import INPUT, LOGITS, to_onnx
 from dynaslim.runtime.package import Package, open_package
 from dynaslim.spec import Route
 
@@ -233,7 +232,7 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
         spec.num_classes,
         madds(spec, taken, side),
         params(spec, taken),
-        max(shape.peak for shape in segment_shapes(spec, taken, (side, side))),
+        max(cost.peak for cost in route_costs(spec, taken, (side, side))),
         forms.module(form),
         lambda: require("onnx").load_from_string(forms.onnx(form)),
         f"{forms.key} {taken}",
@@ -266,7 +265,7 @@ def _of_module(rung: Rung, module: nn.Module) -> _Opened:
     digest.update(scores.numpy().round(3).tobytes())
 
     def model() -> Any:
-        content = to_onnx(copy.deepcopy(own).cpu(), x, (LOGITS,), name)
+        content = to_onnx(copy.deepcopy(own).cpu(), x, (LOGITS,), name, any_size=False)
         return require("onnx").load_from_string(content)
 
     return _Opened(

@@ -1,98 +1,34 @@
-"""Sub-networks cut out of a supernet: plain torch layers with weights of exactly their width.
+"""Sub-networks cut out of a supernet: plain operations with weights of exactly their width.
 
 A slice of a wide weight is not contiguous, so backends repack it at every call; and batch
 normalisation with fixed statistics is an affine map that the convolution before it can carry. What
-comes out here has neither slices nor BN, and knows nothing of the supernet: it can be compiled or
-exported like any other module.
+comes out here has neither slices nor such BN, and is independent of the supernet: it can be
+compiled or exported like any other module.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
 from dynaslim.errors import UsageError, check
-from dynaslim.nn.blocks import (
-    Block,
-    ConvBlock,
-    DepthwiseSeparable,
-    InvertedResidual,
-    Residual,
-)
+from dynaslim.graph import IMAGE, Axis, kept_count
 from dynaslim.nn.gate import Gate
-from dynaslim.nn.graph_net import GraphNet
-from dynaslim.nn.layers import ConvBN
-from dynaslim.nn.net import ElasticNet, SlimNet
-from dynaslim.runtime.forms import Form
-from dynaslim.runtime.graph_forms import plain_form
+from dynaslim.nn.layers import SlimBatchNorm2d
+from dynaslim.nn.net import SlimNet
+from dynaslim.nn.program import Cut, Read, Rows, Step, cut, overload, program, reads
 from dynaslim.spec import LARGEST, Route
 
-Features = tuple[Tensor, Tensor]
+Shared = dict[Any, nn.Parameter]
+"""Weights of plain modules, by what they were made of."""
 
 
-class PlainGate(nn.Module):
-    """A gate at one width: scaled features and, where it decides, the choices' logits (B, K)."""
-
-    def __init__(self, gate: Gate, channels: int, *, decides: bool) -> None:
-        super().__init__()
-        self.reduce = _linear(gate.reduce_weight[:, :channels], gate.reduce_bias)
-        assert gate.expand_weight is not None
-        assert gate.expand_bias is not None
-        self.expand = _linear(gate.expand_weight[:channels], gate.expand_bias[:channels])
-        self.slimming: nn.Linear | None = None
-        if decides:
-            assert gate.slimming_weight is not None
-            self.slimming = _linear(gate.slimming_weight, None)
-        self.sigmoid = gate.attention == "sigmoid"
-
-    def forward(self, x: Tensor) -> Tensor | Features:
-        hidden = torch.relu(self.reduce(x.mean((2, 3))))
-        scale = self.expand(hidden)
-        scale = torch.sigmoid(scale) if self.sigmoid else 1.0 + torch.tanh(scale)
-        scaled = x * scale[:, :, None, None]
-        return scaled if self.slimming is None else (scaled, self.slimming(hidden))
-
-
-class PlainResidual(nn.Module):
-    """Body and shortcut, added and activated."""
-
-    def __init__(self, body: nn.Module, shortcut: nn.Module, act: nn.Module) -> None:
-        super().__init__()
-        self.body, self.shortcut, self.act = body, shortcut, act
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.act(self.shortcut(x) + self.body(x))
-        return out
-
-
-class PlainShortcut(nn.Module):
-    """x + body(x)."""
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = x + self.body(x)
-        return out
-
-
-class PlainHead(nn.Module):
-    """Global average pool and the classifier."""
-
-    def __init__(self, classifier: nn.Linear, channels: int) -> None:
-        super().__init__()
-        self.classifier = _linear(classifier.weight[:, :channels], classifier.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.classifier(x.mean((2, 3)))
-        return out
-
-
-def extract(net: ElasticNet, route: Route) -> nn.Module:
+def extract(net: SlimNet, route: Route, *, shared: Shared | None = None) -> fx.GraphModule:
     """The sub-network along a route as a plain module: images (B, C, H, W) -> logits (B, classes).
 
     Equal to `net(x, route)` to float tolerance, on a copy of the weights, in evaluation mode.
@@ -101,16 +37,14 @@ def extract(net: ElasticNet, route: Route) -> nn.Module:
         UsageError: if the route is not one of the network's.
         RuntimeError: if the network is in training mode: its BN statistics still move.
     """
-    spec = net.spec
-    if isinstance(net, GraphNet):
-        return plain_form(net, Form.whole(spec.coerce_route(route)))
-    assert isinstance(net, SlimNet)
-    indices = spec.segment_indices(spec.coerce_route(route))
-    parts = [
-        extract_segment(net, number, 0 if number == 0 else indices[number - 1], index, decide=False)
-        for number, index in enumerate(indices)
-    ]
-    return nn.Sequential(*(layer for part in parts for layer in part)).eval()
+    builder, graph, before = _Builder(net, shared), net.graph, 0
+    for number, index in enumerate(net.spec.segment_indices(net.spec.coerce_route(route))):
+        out = builder.segment(number, before, index)
+        if number < net.spec.num_segments - 1:
+            out, _ = builder.gate(graph.gates[number], out, graph.cut_axes[number])
+            builder.results[graph.cuts[number]] = out
+        before = index
+    return builder.finish(out)
 
 
 def extract_segment(
@@ -120,8 +54,8 @@ def extract_segment(
     choice: int,
     *,
     decide: bool = True,
-    shared: dict[Any, list[nn.Module]] | None = None,
-) -> nn.Sequential:
+    shared: Shared | None = None,
+) -> fx.GraphModule:
     """Segment `number` at width index `choice`, behind one at `before`, as a plain module.
 
     Takes what the segment before gives; segment 0 takes images, and ignores `before`. Gives
@@ -129,7 +63,7 @@ def extract_segment(
     segment gives class logits. Equal to `net.segment` to float tolerance.
 
     The forms of a segment that differ in `before` alone differ in their first layers alone: those
-    that are made with one dict `shared` have all others, and their memory, in common.
+    that are made with one dict `shared` have the memory of all others in common.
 
     Raises:
         UsageError: if there is no such segment.
@@ -137,147 +71,203 @@ def extract_segment(
     """
     spec = net.spec
     check(0 <= number < spec.num_segments, f"segment {number}: {spec.name} has {spec.num_segments}")
-    if net.training:
-        raise RuntimeError("extraction fixes running statistics: call net.eval() first")
     for index in (before, choice):
         if index != LARGEST and not 0 <= index < spec.num_widths:
             raise UsageError(f"width index {index}: {spec.name} has 0 to {spec.num_widths - 1}")
-    if number == 0:
-        entry, channels, slot, done = [], spec.in_channels, -1, 0
-    else:  # the front of its first block was the segment before's
-        start = spec.gated_stages[number - 1]
-        first, arriving = _blocks(net, start)[0], spec.width(start - 1, before)
-        width = spec.width(start, choice)
-        inner = _inner_channels(first, arriving.slot, arriving.channels)
-        entry, done = _back(first, inner, arriving.channels, width.slot), 1
-        channels, slot = width.channels, width.slot
-    key = (number, choice, decide)
-    rest = None if shared is None else shared.get(key)
-    if rest is None:
-        rest = _rest(net, number, choice, channels, slot, done, decide=decide)
-        if shared is not None:
-            shared[key] = rest
-    return nn.Sequential(*entry, *rest).eval().requires_grad_(False)
+    builder = _Builder(net, shared)
+    out = builder.segment(number, before, choice)
+    if number == spec.num_segments - 1:
+        return builder.finish(out)
+    graph = net.graph
+    out, logits = builder.gate(graph.gates[number], out, graph.cut_axes[number], decide)
+    return builder.finish((out, logits) if decide else out)
 
 
-def _rest(
-    net: SlimNet, number: int, choice: int, channels: int, slot: int, done: int, *, decide: bool
-) -> list[nn.Module]:
-    """A segment from behind the `done` blocks of its first stage to its end."""
-    spec = net.spec
-    starts = (0, *spec.gated_stages, len(spec.stages))
-    start, stop = starts[number], starts[number + 1]
-    layers: list[nn.Module] = []
-    for stage in range(start, stop):
-        width = spec.width(stage, choice)
-        for block in _blocks(net, stage)[done if stage == start else 0 :]:
-            layers += _whole(block, channels, slot, width.slot)
-            slot, channels = width.slot, width.channels
-    if stop == len(spec.stages):
-        layers.append(PlainHead(net.classifier, channels))
-    else:
-        block = _blocks(net, stop)[0]
-        layers += _front(block, channels, slot)
-        assert block.gate is not None
-        inner = _inner_channels(block, slot, channels)
-        layers.append(PlainGate(block.gate, inner, decides=decide))
-    return layers
+class _Builder:
+    """Writes operations of a network into a graph of their own."""
+
+    def __init__(self, net: SlimNet, shared: Shared | None) -> None:
+        if net.training:
+            raise RuntimeError("extraction fixes running statistics: call net.eval() first")
+        self.net = net
+        self.shared: Shared = {} if shared is None else shared
+        self.graph = fx.Graph()
+        self.root = nn.Module()
+        x = self.graph.placeholder("x")
+        self.results: dict[str, fx.Node] = {IMAGE: x}
+        self.x = x
+
+    def finish(self, out: Any) -> fx.GraphModule:
+        self.graph.output(out)
+        return fx.GraphModule(self.root, self.graph).eval().requires_grad_(False)
+
+    def constant(self, made_of: tuple[Any, ...], make: Callable[[], Tensor]) -> fx.Node:
+        """A weight; `made_of` begins with a name, and is where one that is shared is found."""
+        if made_of not in self.shared:
+            value = make().detach().clone(memory_format=torch.contiguous_format)
+            self.shared[made_of] = nn.Parameter(value, requires_grad=False)
+        name = f"w{len(self.root._parameters)}"
+        self.root.register_parameter(name, self.shared[made_of])
+        return self.graph.get_attr(name)
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.graph.call_function(function, args, kwargs)
+
+    def segment(self, number: int, before: int, choice: int) -> fx.Node:
+        """A segment's operations, behind what is there of the segment before, or the input."""
+        graph = self.net.graph
+        self.units = graph.units(number, before, choice)
+        if number:
+            self.results.setdefault(graph.cuts[number - 1], self.x)
+        steps = program(graph, number, before, choice)
+        last = graph.cuts[number] if number < len(graph.cuts) else graph.output
+        folded = _folds(steps, last)
+        norms = {step.name: step for step in steps if step.name in folded.values()}
+        for step in steps:
+            if step.name in norms:  # within its convolution
+                made = self.results[step.args[0].name]
+            elif step.norm is not None:
+                made = self.normalised(step)
+            elif step.name in folded:
+                made = self.folded(step, norms[folded[step.name]])
+            elif step.op == "gate":
+                channels = graph.tensors[f"{step.name}.expand_bias"].axes[0]
+                made, _ = self.gate(step.name, self.value(step.args[0]), channels)
+            else:
+                # the batch is what is left over: traced, a number of rows would become a constant
+                sizes = step.op == "reshape.default"
+                args = [self.value(argument, sizes=sizes) for argument in step.args]
+                if step.op in ("expand.default", "repeat.default"):  # of traced sizes
+                    made = self.graph.call_method(step.op.partition(".")[0], tuple(args))
+                else:
+                    made = self.call(overload(step.op), *args, **self._kwargs(step.kwargs))
+            made.meta["step"] = step.name
+            self.results[step.name] = made
+        return self.results[last]
+
+    def _kwargs(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self.value(value) for name, value in kwargs.items()}
+
+    def value(self, argument: Any, *, sizes: bool = False) -> Any:
+        if isinstance(argument, Read):
+            return self.results[argument.name]
+        if isinstance(argument, Cut):
+            return self.constant((argument,), lambda: self._cut(argument))
+        if isinstance(argument, Rows):
+            rows = self.graph.call_method("size", (self.x, 0))
+            return rows if argument.times == 1 else self.call(_times, rows, argument.times)
+        if isinstance(argument, list):
+            if sum(isinstance(inner, Rows) for inner in argument) == 1 and sizes:
+                argument = [-1 if isinstance(inner, Rows) else inner for inner in argument]
+            return [self.value(inner) for inner in argument]
+        return argument
+
+    def _cut(self, argument: Cut) -> Tensor:
+        return cut(self.net.tensor(argument.name), argument.slicers)
+
+    def normalised(self, step: Step) -> fx.Node:
+        """Batch normalisation that no convolution before it can carry."""
+        assert step.norm is not None
+        norm = self._norm(step)
+        mean, var, weight, bias = (
+            self.constant((step.norm, number), partial(torch.clone, part))
+            for number, part in enumerate(norm.affine(step.norm[1]))
+        )
+        return self.call(
+            torch.batch_norm,
+            *(self.value(step.args[0]), weight, bias, mean, var, False, 0.0, norm.eps, False),
+        )
+
+    def _norm(self, step: Step) -> SlimBatchNorm2d:
+        assert step.norm is not None
+        norm = self.net.get_submodule(step.norm[0])
+        assert isinstance(norm, SlimBatchNorm2d)
+        return norm
+
+    def _affine(self, step: Step) -> tuple[Tensor, Tensor]:
+        """Scale and shift of batch normalisation, in double: what is folded is rounded once."""
+        assert step.norm is not None
+        norm = self._norm(step)
+        mean, var, weight, bias = (t.detach().double() for t in norm.affine(step.norm[1]))
+        scale = weight * torch.rsqrt(var + norm.eps)
+        return scale, bias - mean * scale
+
+    def folded(self, step: Step, norm: Step) -> fx.Node:
+        """A convolution with the batch normalisation behind it."""
+        weight_cut, bias_cut = step.args[1], step.args[2]
+
+        def weight() -> Tensor:
+            whole = self._cut(weight_cut)
+            scale = self._affine(norm)[0].view(-1, *[1] * (whole.ndim - 1))
+            return (whole.double() * scale).to(whole.dtype)
+
+        def bias() -> Tensor:
+            scale, shift = self._affine(norm)
+            if bias_cut is not None:
+                shift = self._cut(bias_cut).double() * scale + shift
+            return shift.to(self.net.tensor(weight_cut.name).dtype)
+
+        return self.call(
+            overload(step.op),
+            self.value(step.args[0]),
+            self.constant((weight_cut, norm.norm), weight),
+            self.constant((weight_cut, norm.norm, "bias"), bias),
+            *map(self.value, step.args[3:]),
+            **self._kwargs(step.kwargs),
+        )
+
+    def gate(
+        self, path: str, x: fx.Node, axis: Axis, decide: bool = False
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """What a gate makes of features (B, C, H, W) with these channels, and its logits (B, K)."""
+        gate = self.net.get_submodule(path)
+        assert isinstance(gate, Gate)
+        channels = kept_count(axis, self.units)
+        if gate.expand_weight is None and not decide:
+            return x, None
+
+        def linear(x: fx.Node, head: str, *index: slice) -> fx.Node:
+            def constant(kind: str, *index: slice) -> fx.Node | None:
+                tensor = getattr(gate, f"{head}_{kind}", None)
+                if tensor is None:
+                    return None
+                return self.constant((path, head, kind, channels), lambda: tensor[index])
+
+            return self.call(F.linear, x, constant("weight", *index), constant("bias", *index[:1]))
+
+        every, kept = slice(None), slice(channels)
+        pooled = self.call(torch.mean, x, (2, 3))
+        hidden = self.call(torch.relu, linear(pooled, "reduce", every, kept))
+        logits = linear(hidden, "slimming", every) if decide else None
+        if gate.expand_weight is None:
+            return x, logits
+        scale = linear(hidden, "expand", kept)
+        if gate.attention == "sigmoid":
+            scale = self.call(torch.sigmoid, scale)
+        else:
+            scale = self.call(torch.add, self.call(torch.tanh, scale), 1.0)
+        scale = self.call(torch.reshape, scale, [-1, channels, 1, 1])
+        return self.call(torch.mul, x, scale), logits
 
 
-def _blocks(net: SlimNet, stage: int) -> list[Block]:
-    blocks = net.stages[stage]
-    assert isinstance(blocks, nn.ModuleList)
-    found = []
-    for block in blocks:
-        assert isinstance(block, Block)
-        found.append(block)
+def _times(rows: int, times: int) -> int:
+    return rows * times
+
+
+def _folds(steps: Sequence[Step], last: str) -> dict[str, str]:
+    """Convolutions that nothing but a batch normalisation reads: name of each, and of that."""
+    readers: dict[str, list[Step]] = {}
+    for step in steps:
+        for name in reads(step):
+            readers.setdefault(name, []).append(step)
+    found = {}
+    for step in steps:
+        reading = readers.get(step.name, [])
+        if (
+            step.op.startswith(("conv1d.", "conv2d."))
+            and len(reading) == 1
+            and reading[0].norm is not None
+            and step.name != last
+        ):
+            found[step.name] = reading[0].name
     return found
-
-
-def _whole(block: Block, channels: int, slot_in: int, slot: int) -> list[nn.Module]:
-    """A block whose gate, if it has one, decides nothing."""
-    inner = _inner_channels(block, slot_in, channels)
-    layers = _front(block, channels, slot_in)
-    if block.gate is not None:
-        layers.append(PlainGate(block.gate, inner, decides=False))
-    layers += _back(block, inner, channels, slot)
-    if isinstance(block, InvertedResidual) and block.shortcut:
-        return [PlainShortcut(nn.Sequential(*layers))]
-    return layers
-
-
-def _inner_channels(block: Block, slot_in: int, channels: int) -> int:
-    """Channels at the block's gate."""
-    if isinstance(block, DepthwiseSeparable | InvertedResidual):
-        return block.depthwise.bn.slot_channels[slot_in]
-    return channels
-
-
-def _front(block: Block, channels: int, slot_in: int) -> list[nn.Module]:
-    match block:
-        case DepthwiseSeparable():
-            return _conv(block.depthwise, channels, slot_in)
-        case InvertedResidual():
-            expand = [] if block.expand is None else _conv(block.expand, channels, slot_in)
-            inner = block.depthwise.bn.slot_channels[slot_in]
-            return [*expand, *_conv(block.depthwise, inner, slot_in)]
-    return []
-
-
-def _back(block: Block, inner: int, channels: int, slot: int) -> list[nn.Module]:
-    match block:
-        case ConvBlock():
-            pool = [] if isinstance(block.pool, nn.Identity) else [copy.deepcopy(block.pool)]
-            return [*_conv(block.body, channels, slot), *pool]
-        case DepthwiseSeparable():
-            return _conv(block.pointwise, inner, slot)
-        case InvertedResidual():
-            return _conv(block.project, inner, slot)
-        case Residual():
-            body: list[nn.Module] = []
-            at = channels
-            for layer in block.body:
-                assert isinstance(layer, ConvBN)
-                body += _conv(layer, at, slot)
-                at = layer.bn.slot_channels[slot]
-            shortcut = [] if block.shortcut is None else _conv(block.shortcut, channels, slot)
-            skip = nn.Sequential(*shortcut) if shortcut else nn.Identity()
-            return [PlainResidual(nn.Sequential(*body), skip, copy.deepcopy(block.act))]
-    raise AssertionError(f"no plain form of {type(block).__name__}")
-
-
-@torch.no_grad()
-def _conv(layer: ConvBN, channels: int, slot: int) -> list[nn.Module]:
-    """Convolution with BN folded in, and the activation."""
-    conv, bn = layer.conv, layer.bn
-    out = bn.slot_channels[slot]
-    depthwise = conv.groups > 1
-    weight = conv.weight[:out] if depthwise else conv.weight[:out, :channels]
-    # in double: the folded weights are rounded once
-    scale = bn.weight[:out].double() * torch.rsqrt(bn.running_var[slot, :out].double() + bn.eps)
-    bias = bn.bias[:out].double() - bn.running_mean[slot, :out].double() * scale
-    kernel = weight.shape[-1]
-    plain = nn.Conv2d(
-        out if depthwise else channels,
-        out,
-        kernel,
-        conv.stride,
-        kernel // 2,
-        groups=out if depthwise else 1,
-        device=weight.device,
-        dtype=weight.dtype,
-    )
-    plain.weight.copy_(weight.double() * scale[:, None, None, None])
-    assert plain.bias is not None
-    plain.bias.copy_(bias)
-    return [plain] if isinstance(layer.act, nn.Identity) else [plain, copy.deepcopy(layer.act)]
-
-
-@torch.no_grad()
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    out, inside = weight.shape
-    plain = nn.Linear(inside, out, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-    plain.weight.copy_(weight)
-    if bias is not None:
-        plain.bias.copy_(bias)
-    return plain

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
 
-from dynaslim.cost import CostTable, madds, segment_shapes
+from dynaslim.cost import SegmentCost, madds, route_costs, segment_cost
 from dynaslim.errors import check
 from dynaslim.graph import AnySpec
 from dynaslim.spec import Route
@@ -79,37 +79,31 @@ def form_shape(spec: AnySpec, form: Form, image_size: tuple[int, int]) -> FormSh
     Raises:
         UsageError: if the images are too small for the network.
     """
-    image = (spec.in_channels, *image_size)
-    if form.route is not None:
-        shapes = segment_shapes(spec, form.route, image_size)
-        return FormShape(image, ((spec.num_classes,),), max(s.peak for s in shapes), True)
-    shapes = segment_shapes(spec, route_through(spec, form), image_size)
-    here = shapes[form.segment]
-    row_in = image if form.segment == 0 else shapes[form.segment - 1].out
-    if form.segment == spec.num_segments - 1:
-        return FormShape(row_in, ((spec.num_classes,),), here.peak, form.segment == 0)
+    row_in, images = (spec.in_channels, *image_size), form.route is not None or form.segment == 0
+    costs = _costs(spec, form, image_size)
+    peak = max(cost.peak for cost in costs)
+    if not images:
+        behind = form.before if form.segment > 2 else 0
+        row_in = segment_cost(spec, form.segment - 1, behind, form.before, image_size).out
+    if form.route is not None or form.segment == spec.num_segments - 1:
+        return FormShape(row_in, ((spec.num_classes,),), peak, images)
     options = (len(spec.gates[form.segment].choices),)
-    return FormShape(row_in, (here.out, options), here.peak, form.segment == 0)
+    return FormShape(row_in, (costs[-1].out, options), peak, images)
 
 
 def form_madds(spec: AnySpec, form: Form, size: tuple[int, int]) -> float:
     """Multiply-adds of a form per row, for images of (height, width)."""
     if form.route is not None:
         return float(madds(spec, form.route, size))
-    table = CostTable.from_madds(spec, size)
-    if form.segment == 0:
-        return table.segments[0][0][0]
-    before = spec.gates[form.segment - 2].choices.index(form.before) if form.segment > 1 else 0
-    after = spec.gates[form.segment - 1].choices.index(form.choice)
-    return table.segments[form.segment][before][after]
+    (cost,) = _costs(spec, form, size)
+    return float(cost.madds + cost.pool_adds + cost.head_madds)
 
 
-def route_through(spec: AnySpec, form: Form) -> Route:
-    """A route on which a segment has this form."""
-    at = form.segment - 1  # the gate before it
-    return spec.route_at(
-        [form.before] * max(0, at) + [form.choice] * (len(spec.gates) - max(0, at))
-    )
+def _costs(spec: AnySpec, form: Form, size: tuple[int, int]) -> list[SegmentCost]:
+    """Of the form's segments."""
+    if form.route is not None:
+        return route_costs(spec, form.route, size)
+    return [segment_cost(spec, *form[:3], size)]
 
 
 class FormSource(Protocol):

@@ -32,6 +32,8 @@ class CompiledSegments:
 
 
 def _segment(net: ElasticNet, number: int, index: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+    net.prepare(number, index)
+
     def run(x: Tensor, dropout_mask: Tensor | None) -> Tensor:
         return net.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
 

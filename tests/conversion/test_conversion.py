@@ -17,12 +17,12 @@ from dynaslim.conversion import Conversion, convert
 from dynaslim.cost import CostTable, madds, params
 from dynaslim.data import ImageDataset
 from dynaslim.errors import UsageError
-from dynaslim.nn.graph_net import GraphNet
+from dynaslim.graph import GraphSpec
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.export import export_package, export_route, export_single_file
+from dynaslim.runtime.extract import extract_segment
 from dynaslim.runtime.forms import Form, segment_forms
-from dynaslim.runtime.graph_forms import plain_form
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.quantise import QuantisedForms
 from dynaslim.train import train_supernet
@@ -68,7 +68,7 @@ def test_every_width_is_the_same_network_by_every_way(name):
     features = net.segment(0, x, 0).features.detach()
     for form in segment_forms(net.spec):
         into = x if form.segment == 0 else features
-        plain = plain_form(net, form)(into)
+        plain = extract_segment(net, *form[:3])(into)
         session = onnxruntime.InferenceSession(source.onnx(form))
         (first, *_) = session.run(None, {"x": into.numpy()})
         expected = net.segment(form.segment, into, form.choice).features.detach()
@@ -157,7 +157,7 @@ def test_it_is_trained_like_any_other():
     )
     losses = []
     made = train_supernet(net, data, pre, recipe, on_step=losses.append)
-    assert isinstance(made, GraphNet)
+    assert isinstance(made.spec, GraphSpec)
     assert losses[-1].largest < losses[0].largest
     assert not torch.equal(before["head.weight"], made.state_dict()["head.weight"])
     recipe = GateRecipe(epochs=1, batch_size=16, objective="sgs", targets=())
@@ -340,7 +340,7 @@ def broken(monkeypatch, what):
 
         monkeypatch.setattr(Conversion, "spec", other)
     else:
-        from dynaslim.runtime.graph_forms import _Builder
+        from dynaslim.runtime.extract import _Builder
 
         affine = _Builder._affine
         monkeypatch.setattr(

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynaslim.conversion import Conversion
 from dynaslim.cost import madds
+from dynaslim.runtime.extract import extract_segment
 from dynaslim.runtime.forms import segment_forms
-from dynaslim.runtime.graph_forms import plain_form
 from dynaslim.runtime.network_forms import NetworkForms
 
 
@@ -106,7 +106,7 @@ def test_a_random_network_is_one_network(seed):
         for form in segment_forms(net.spec):
             into = features if form.segment else rows
             expected = net.segment(form.segment, into, form.choice).features
-            made = plain_form(net, form)(into)
+            made = extract_segment(net, *form[:3])(into)
             made = made if form.segment else made[0]
             session = onnxruntime.InferenceSession(source.onnx(form))
             by_onnx = session.run(None, {"x": into.numpy()})[0]

@@ -1,4 +1,3 @@
-import pytest
 import torch
 from torch.nn import functional as F
 
@@ -6,37 +5,8 @@ from dynaslim.nn.functional import (
     argmax_one_hot,
     gated_batch_norm,
     gumbel_one_hot,
-    slim_batch_norm,
-    slim_conv2d,
     slim_linear,
 )
-
-
-def test_slim_conv2d_is_the_leading_block():
-    x, weight = torch.randn(2, 5, 9, 9), torch.randn(8, 7, 3, 3)
-    out = slim_conv2d(x, weight, 4, stride=2)
-    assert torch.equal(out, F.conv2d(x, weight[:4, :5].contiguous(), stride=2, padding=1))
-
-
-def test_slim_conv2d_depthwise():
-    x, weight = torch.randn(2, 5, 9, 9), torch.randn(8, 1, 3, 3)
-    out = slim_conv2d(x, weight, 5, groups=8)
-    assert torch.equal(out, F.conv2d(x, weight[:5].contiguous(), padding=1, groups=5))
-
-
-@pytest.mark.parametrize(
-    ("channels", "out", "groups", "message"),
-    [
-        (9, 4, 1, "9 -> 4 channels asked of a layer of 8 -> 8"),
-        (8, 9, 1, "8 -> 9 channels asked"),
-        (5, 4, 8, "got 5 and was asked for 4"),
-        (8, 8, 2, "groups 2 is neither 1 nor 8"),
-    ],
-)
-def test_slim_conv2d_refuses(channels, out, groups, message):
-    weight = torch.randn(8, 1 if groups == 8 else 8, 3, 3)
-    with pytest.raises(ValueError, match=message):
-        slim_conv2d(torch.randn(1, channels, 4, 4), weight, out, groups=groups)
 
 
 def test_slim_linear_is_the_leading_block():
@@ -53,15 +23,12 @@ def test_gated_batch_norm_is_each_rows_own_and_ignores_junk_beyond():
     gate = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
     out = gated_batch_norm(x, mean, var, weight, bias, gate, [2, 4], eps=1e-5)
     for row, (slot, channels) in enumerate([(0, 2), (1, 4), (0, 2)]):
-        alone = slim_batch_norm(
+        alone = F.batch_norm(
             x[row : row + 1, :channels],
             mean[slot, :channels],
             var[slot, :channels],
-            weight,
-            bias,
-            training=False,
-            momentum=0.0,
-            eps=1e-5,
+            weight[:channels],
+            bias[:channels],
         )
         torch.testing.assert_close(out[row : row + 1, :channels], alone)
         assert torch.equal(out[row, channels:], torch.zeros_like(out[row, channels:]))

@@ -7,9 +7,9 @@ import torch
 from helpers import ZOO_NAMES, assert_rows_close, lively, micro_spec, noise
 
 from dynaslim.nn import SlimNet
-from dynaslim.nn.layers import SlimBatchNorm2d, SlimConv2d
+from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.sorting import channel_groups, slimmable, sort_channels, widest_alone
-from dynaslim.spec import StageSpec
+from dynaslim.spec import LARGEST, StageSpec
 from dynaslim.zoo import ZOO
 
 
@@ -37,8 +37,9 @@ def test_at_full_width_it_answers_as_the_wide_network(pair):
     assert net.spec == spec
     assert not net.training
     assert_rows_close(_answers(net, x, spec.largest), _answers(wide, x, spec.largest), 1e-5)
-    for ours, theirs in zip(net.modules(), wide.modules(), strict=True):
-        if isinstance(ours, SlimConv2d):
+    for name, ours in net.named_modules():
+        theirs = wide.get_submodule(name)
+        if name.endswith(".conv"):
             assert not torch.equal(ours.weight, theirs.weight), "not sorted"
         if isinstance(ours, SlimBatchNorm2d):  # every slot has the wide network's statistics
             assert (ours.num_batches_tracked == 9).all()
@@ -58,15 +59,14 @@ def test_groups_are_all_there_is_and_do_not_overlap(pair):
         group.reorder(torch.randperm(channels, generator=generator))
     assert_rows_close(_answers(net, x, spec.largest), _answers(wide, x, spec.largest), 1e-5)
     axes = [(id(t), axis) for group in groups for t, axis in group.carriers]
-    axes += [(id(t), 1) for group in groups for t in group.consumers]
+    axes += [(id(t), axis) for group in groups for t, axis in group.consumers]
     assert len(axes) == len(set(axes)), "an axis in two groups"
     # not in any: the images' channels, classes, hidden features of gates and the slots of BN
     expected = -2  # the stem's columns, the classifier's bias
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if not name.endswith(("num_batches_tracked", "slimming_weight", "reduce_bias")):
             expected += 1
-        dense = isinstance(net.get_submodule(name.rpartition(".")[0]), SlimConv2d)
-        expected += dense and tensor.shape[1] > 1
+        expected += name.endswith(".conv.weight") and tensor.shape[1] > 1
     assert len(axes) == expected
 
 
@@ -89,7 +89,8 @@ def _with_dead_channels(spec, wide):
                     tensor[dead] = 0
                 elif axis == 0:
                     tensor[dead] *= 3
-            for weight in group.consumers:
+            for weight, axis in group.consumers:
+                assert axis == 1
                 weight[:, dead] *= 3
     return net
 
@@ -114,32 +115,32 @@ def test_dead_channels_come_last(pair):
 
 
 def test_importance_is_summed_over_the_layers_that_read_a_channel():
-    """By hooks, on a residual block behind another."""
+    """By what its operations read, on a residual block behind another."""
     stages = (StageSpec((6,), block="conv"), StageSpec((8,), "basic", 2))
     spec = micro_spec(stages=stages, attention_at="gated", activation="relu")
     net, batches = lively(spec), [noise(spec, 4, seed=seed) for seed in (1, 2)]
     sort_channels(net, batches)
-    first, second = net.stages[1]
     powers = {}
 
-    def record(layer, inputs, outputs):
-        x = outputs.mean((2, 3), keepdim=True) if layer is second else inputs[0]
-        powers[layer] = powers.get(layer, 0) + x.square().mean((0, 2, 3))
+    def record(step, args, _):
+        if step.name.endswith(("conv", "classifier")):
+            power = args[0].square().mean([a for a in range(args[0].ndim) if a != 1])
+            powers[step.name] = powers.get(step.name, 0) + power
 
-    for layer in (second, *(m for m in net.modules() if isinstance(m, SlimConv2d))):
-        layer.register_forward_hook(record)
     for x in batches:
-        _answers(net, x, spec.largest)
+        with torch.inference_mode():
+            net.run_segment(0, x, 0, LARGEST, watch=record)
 
     def importance(layer):
-        return (powers[layer] * layer.weight.detach().square().sum((0, 2, 3))).sqrt()
+        weight = net.tensor(f"{layer}.weight").detach()
+        return (powers[layer] * weight.square().transpose(0, 1).flatten(1).sum(1)).sqrt()
 
-    classifier = powers[second].sqrt() * net.classifier.weight.detach().norm(dim=0)
+    first, second = "stages.1.0", "stages.1.1"
     for values in (
-        importance(first.body[0].conv) + importance(first.shortcut.conv),
-        importance(first.body[1].conv),
-        importance(second.body[0].conv) + classifier,
-        importance(second.body[1].conv),
+        importance(f"{first}.body.0.conv") + importance(f"{first}.shortcut.conv"),
+        importance(f"{first}.body.1.conv"),
+        importance(f"{second}.body.0.conv") + importance("classifier"),
+        importance(f"{second}.body.1.conv"),
     ):
         assert (values.diff() <= 1e-4 * values[:-1]).all(), values
         assert values[0] > 1.05 * values[-1]
