@@ -55,7 +55,7 @@ from dynaslim.recipes import (
     SupernetRecipe,
 )
 from dynaslim.report import ReportOptions
-from dynaslim.report.data import ReportData, gather
+from dynaslim.report.data import ReportData, at_cost, gather
 from dynaslim.report.inputs import Baseline
 from dynaslim.report.page import render
 from dynaslim.report.timing import route_mode
@@ -67,6 +67,7 @@ from dynaslim.runtime.calibrate_budget import answer_paths
 from dynaslim.runtime.cascade import cascade
 from dynaslim.runtime.export import export_package
 from dynaslim.spec import Route
+from dynaslim.train.expected import apply_heads
 
 RESULT: Final = "gate.safetensors"
 PACKAGE: Final = "package"
@@ -453,7 +454,7 @@ class _Adaptation:
         )
         run_gate(gate, self.out / "gate", self.run_options)
         (file,) = (self.out / "gate").glob("gate*.safetensors")
-        trained = read(file)
+        trained = _gains_or_widest(read(file))
         return save(result, replace(trained, budget=self._curve(trained).to_dict()))
 
     def _target(self) -> float:
@@ -521,6 +522,32 @@ class _Adaptation:
         ms = None if data.times is None else data.times.median(route_mode(widest))
         images = len(data.images.images)
         return Baseline("the original", found.top1, float(found.madds), ms, images)
+
+
+def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
+    """The network as it is if its gate gains something on the images held out, else with one that
+    sends every image along the widest route.
+
+    A few thousand training images are all right along every route once it is trained, so that a
+    gate fitted to them may have learned nothing; budgets do not need it.
+    """
+    found = trained.metrics["val"]
+    points = [(route["madds"], route["top1"]) for route in found["routes"]]
+    dynamic = found["dynamic"]
+    line = at_cost(points, dynamic["mean_madds"])
+    if line is None or dynamic["top1"] >= line:
+        return trained
+    note(
+        f"gate: {dynamic['top1']:.1%} of the images held out, one route for all has about "
+        f"{line:.1%} at that cost; without a budget, images take the widest route"
+    )
+    heads = []
+    for head in trained.net.slimming_parameters():
+        options = torch.arange(1.0 - len(head), 1.0)[:, None]
+        heads.append(options.expand_as(head).contiguous())  # hidden features are not negative
+    apply_heads(trained.net, heads)
+    recipe = {**trained.recipe, "target": None}
+    return replace(trained, recipe=recipe, metrics={"val": {**found, "dynamic": None}})
 
 
 def _names(text: str) -> list[str]:

@@ -1,6 +1,8 @@
 """`dynaslim adapt`: from a trained network and images to a network that spends less."""
 
+import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +10,14 @@ from convertible import NETWORKS, trained
 from helpers import bright_pngs, write_parquet
 
 from dynaslim import cli
-from dynaslim.adaptation import adapt
+from dynaslim.adaptation import _gains_or_widest, adapt
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.conversion import convert
 from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runs.context import Callbacks
+from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.package import open_package
 
 MODEL = """
@@ -120,6 +123,21 @@ def test_a_network_that_has_the_classes_is_the_original(adapted, data, tmp_path)
     assert cli.run(argv) == 0
     assert not (out / "original").exists()
     assert not (out / "sorted.safetensors").exists()
+
+
+def test_a_gate_that_gains_nothing_gives_way(adapted):
+    """Below the line of the uniform routes it is replaced; on it or above, it stays."""
+    checkpoint = read(adapted / "gate" / "gate_0.70.safetensors")
+    routes = [{"madds": 100.0 * (n + 1), "top1": 0.5 + 0.1 * n} for n in range(4)]
+    for top1, gains in ((0.65, True), (0.64, False)):
+        dynamic = {"mean_madds": 250.0, "top1": top1}
+        metrics = {"val": {"routes": routes, "dynamic": dynamic}}
+        made = _gains_or_widest(replace(copy.deepcopy(checkpoint), metrics=metrics))
+        assert (made.recipe["target"] == 0.7) is gains
+        engine = Engine(made, backend="eager")
+        taken = engine(torch.randn(16, 3, 16, 16)).routes
+        engine.close()
+        assert gains or bool((taken == 3).all())
 
 
 def test_several_sizes_become_a_cascade(data, tmp_path, capsys):
