@@ -168,8 +168,7 @@ def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) 
     names = (*_ARRAYS, *(("mirrored_NC",) if checkpoint.mirror else ()))
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for x, labels in readable_batches(images, pre, batch_size):
-        before, gate = net._before_gate(0, x, 0)
-        assert gate is not None
+        before, gate = net.run_segment(0, x, 0, 0), net.gate(0)
         scaled, gate_logits = gate(before, decide=True)
         assert gate_logits is not None
         tails = [net.segment(1, scaled, k).features for k in spec.gates[0].choices]

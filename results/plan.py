@@ -27,6 +27,8 @@ from dynaslim.recipes import (
 )
 from results.cells import HERE, Cell, all_cells
 
+_LATER: Final = {"patience": None, "routes": "sandwich", "trunk_views": 0}
+"""Fields that recipes did not have when the first cells were made, and what stands for that."""
 Kind = Literal["supernet", "static", "gate"]
 TARGETS: Final = (0.35, 0.5, 0.7)
 """Mean costs that gates are trained for, as shares of the widest route's."""
@@ -55,11 +57,15 @@ class Job:
     def asked(self) -> dict[str, Any]:
         """All that decides its numbers, as plain values."""
         needs = None if self.needs is None else str(self.needs)
+        recipe = self.recipe.to_dict()
+        for name, default in _LATER.items():
+            if recipe.get(name, ()) == default:
+                del recipe[name]
         return {
             "kind": self.kind,
             "width": self.width,
             "needs": needs,
-            "recipe": self.recipe.to_dict(),
+            "recipe": recipe,
         }
 
 

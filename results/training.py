@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
 
 from dynaslim.checkpoint import Checkpoint, save
 from dynaslim.cost import madds
 from dynaslim.data.feed import Training, open_training
-from dynaslim.errors import TrainingError, UsageError
+from dynaslim.errors import UsageError
 from dynaslim.evaluation import evaluate
 from dynaslim.nn.net import SlimNet
 from dynaslim.progress import progress
@@ -23,7 +21,6 @@ from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.runs import RunOptions, run_gate, run_supernet
 from dynaslim.runs.folder import read_snapshot, save_snapshot, write_json
 from dynaslim.train.loop import SupernetTraining
-from dynaslim.train.step import SupernetLosses, dropout_mask
 from dynaslim.zoo import get_spec
 from results.plan import Job
 from results.statics import static_spec
@@ -105,34 +102,13 @@ def _costs(job: Job) -> list[int]:
 # -- static networks -------------------------------------------------------------------------------
 
 
-class StaticTraining(SupernetTraining):
-    """Plain training of a network with one route: labels, one pass; all else as stage I."""
-
-    def _make_step(self, x: Tensor, labels: Tensor) -> SupernetLosses:
-        recipe = self.recipe
-        if recipe.channels_last:
-            x = x.contiguous(memory_format=torch.channels_last)
-        mask = dropout_mask(self.net, len(x), recipe.dropout, self._generator("dropout"), x.device)
-        self.optimizer.zero_grad()
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.bf16):
-            logits = self.net(x, self.net.spec.smallest, dropout_mask=mask)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=recipe.label_smoothing)
-        value = float(loss.detach())
-        if not value < float("inf"):
-            raise TrainingError(f"step {self.step}: the loss is {value}")
-        torch.autograd.backward(loss)
-        self.optimizer.step()
-        self.teacher.update_parameters(self.net)
-        return SupernetLosses(value, (), value)
-
-
 def _static(job: Job) -> dict[str, Any]:
     """One width alone. Dropout is for the widest, as it is in the supernet."""
     assert isinstance(job.recipe, SupernetRecipe)
     assert job.width is not None
     whole = get_spec(job.recipe.model)
     widest = job.width == len(whole.routes) - 1
-    recipe = job.recipe if widest else replace(job.recipe, dropout=0.0)
+    recipe = replace(job.recipe, routes="largest", dropout=job.recipe.dropout if widest else 0.0)
     spec = static_spec(whole, job.width)
     data = open_training(
         recipe.data,
@@ -145,7 +121,7 @@ def _static(job: Job) -> dict[str, Any]:
     torch.manual_seed(recipe.seed)
     net = SlimNet(spec.replace(num_classes=len(data.class_names)))
     net.to("cuda" if torch.cuda.is_available() else "cpu")  # as `run_supernet` does
-    training = StaticTraining(net, data.feed, data.augment, recipe)
+    training = SupernetTraining(net, data.feed, data.augment, recipe)
     snapshot = job.cell.run / "snapshot.safetensors"
     if snapshot.exists():
         training.load_state(read_snapshot(snapshot))

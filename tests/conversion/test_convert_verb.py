@@ -88,7 +88,10 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["resnet18"], "resnet18: expected timm:NAME, torchvision:NAME, module:FILE.py:FUNCTION"),
+        (
+            ["resnet18"],
+            "resnet18: expected efficientnet_lite0, ",
+        ),
         (["module:nowhere.py:make"], "no such file nowhere.py"),
         (["MODEL", "--widths", "0.5,1,2"], "expected shares that rise to 1"),
         (["MODEL", "--widths", "half"], "widths half: expected numbers"),

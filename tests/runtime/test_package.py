@@ -29,6 +29,7 @@ from dynaslim.runtime import export
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.escalation import margins
 from dynaslim.runtime.forms import segment_forms
+from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError, manifest_digest, open_package
 
 ROOT = Path(__file__).parents[2]
@@ -264,12 +265,12 @@ def _fail(*arguments):
 
 def test_a_graph_that_computes_something_else_is_not_handed_over(tmp_path, monkeypatch):
     checkpoint = _checkpoint("micro")
-    real = export.NetworkForms.onnx
+    real = NetworkForms.onnx
     other = Checkpoint(lively_net("micro").__class__(checkpoint.net.spec).eval())
 
-    class Wrong(export.NetworkForms):
+    class Wrong(NetworkForms):
         def onnx(self, form):
-            return real(export.NetworkForms(other.net), form)
+            return real(NetworkForms(other.net), form)
 
     with pytest.raises(DynaslimError, match="segment0_0_0: not written, differs"):
         export.export_package(checkpoint, tmp_path / "out", source=Wrong(checkpoint.net))
