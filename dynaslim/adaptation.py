@@ -167,7 +167,9 @@ class _Adaptation:
         self.images = len(holdout(self.source.labels(), options.val_share)[0])
         self.views = options.views
         if self.views is None:
-            self.views = max(2, min(8, -(-8_000 // self.images)))
+            # a largest network with a trunk of its own has to be trained as a whole
+            apart = self.start.net.spec.teacher_apart
+            self.views = 0 if apart else max(2, min(8, -(-8_000 // self.images)))
         self.epochs = options.epochs or 0
 
     # -- the start ------------------------------------------------------------------------------

@@ -168,6 +168,10 @@ class _SupernetRun:
         recipe, feed = self.recipe, self.data.feed
         check(world_size() == 1, "trunk_views: runs in one process; leave torchrun out")
         check(bool(net.spec.gates), f"trunk_views: {net.spec.name} has no gate behind a trunk")
+        check(
+            not net.spec.teacher_apart,
+            f"trunk_views: the largest network of {net.spec.name} has a wider trunk; set it to 0",
+        )
         steps = feed.steps_per_epoch
         with progress("running the trunk", recipe.trunk_views * steps) as bar:
             views = augmented_views(
