@@ -66,8 +66,9 @@ from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
 from dynaslim.runtime.calibrate_budget import answer_paths
 from dynaslim.runtime.cascade import cascade
 from dynaslim.runtime.export import export_package
-from dynaslim.spec import Route
+from dynaslim.spec import NetSpec, Route
 from dynaslim.train.expected import apply_heads
+from dynaslim.zoo import write_spec
 
 RESULT: Final = "gate.safetensors"
 PACKAGE: Final = "package"
@@ -299,6 +300,8 @@ class _Adaptation:
         if not (self.out / _STATE).exists():
             self.out.mkdir(parents=True, exist_ok=True)
             save(self.out / "converted.safetensors", self.start)
+            if isinstance(self.start.net.spec, NetSpec):
+                write_spec(self.out / "model.yaml", self.start.net.spec)
             write_json(self.out / _STATE, {"started_as": started_as})
         self.epochs = self.epochs or self._planned_epochs()
         original = self._original()
@@ -317,7 +320,9 @@ class _Adaptation:
     def _recipe(self, init: Path, side: int | None = None, **changes: Any) -> SupernetRecipe:
         options, pre = self.options, self.preprocessing
         few = self.images < 5_000
+        described = self.out / "model.yaml"
         return SupernetRecipe(
+            model=str(described) if described.exists() else SupernetRecipe.model,
             init=str(init),
             epochs=self.epochs,
             patience=max(3, self.epochs // 3),

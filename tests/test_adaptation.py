@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from convertible import NETWORKS, trained
-from helpers import bright_pngs, write_parquet
+from helpers import bright_pngs, lively, write_parquet
 
 from dynaslim import cli
 from dynaslim.adaptation import _gains_or_widest, adapt
@@ -19,6 +19,7 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.runs.context import Callbacks
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.package import open_package
+from dynaslim.zoo import get_spec
 
 MODEL = """
 import torch
@@ -123,6 +124,18 @@ def test_a_network_that_has_the_classes_is_the_original(adapted, data, tmp_path)
     assert cli.run(argv) == 0
     assert not (out / "original").exists()
     assert not (out / "sorted.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["ds_mbnet_tiny", "ds_resnet8_cifar"])
+def test_a_network_of_the_zoo_learns_other_classes(data, tmp_path, name):
+    """With a trunk of its own for the largest, and without."""
+    net = lively(get_spec(name), image_size=16)
+    file = save(tmp_path / "zoo.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
+    done = adapt(
+        file, data, tmp_path / "run", val_share=0.4, batch_size=16, epochs=1, backend="eager"
+    )
+    assert done.checkpoint.net.spec.num_classes == 4
+    assert done.checkpoint.budget is not None
 
 
 def test_a_gate_that_gains_nothing_gives_way(adapted):
