@@ -188,6 +188,7 @@ for argv in ([script, model, *images], [script, model]):
     serve.start(http_options={"port": int(port)})
     sys.argv = argv
     runpy.run_path(script, run_name="__main__")
+    print("has shut down", flush=True)
 """
 
 
@@ -244,6 +245,8 @@ def test_ray_serve(told):
     script, port = str(ROOT / "examples" / "ray_serve.py"), free_port()
     with process("-c", RAY, script, str(port), model, *files, RAY_USAGE_STATS_ENABLED="0") as made:
         printed = [ast.literal_eval(made.stdout.readline()) for _ in files]
+        # until then the first server may take a request on the port of the second
+        assert "has shut down\n" in made.stdout  # behind lines of Ray's own
         url = f"http://127.0.0.1:{port}/"
         first = first_answer(made, url, content=Path(files[0]).read_bytes())
         with ThreadPoolExecutor(8) as pool:
