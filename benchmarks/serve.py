@@ -155,7 +155,7 @@ def bodies(case: Case, kind: str) -> dict[str, Any]:
         made = [form([files[(n + k) % 32] for k in range(case.images)]) for n in range(32)]
         return {"content_type": f"multipart/form-data; boundary={BOUNDARY}", "requests": made}
     if kind == "bytes":
-        # all of one length, as one length of JSON is told; what follows a JPEG is not read
+        # padded to one length, for a body has one length of JSON; bytes behind a JPEG are ignored
         longest = max(map(len, pictures(case.side, 32)))
         files = [one.ljust(longest, b"\0") for one in pictures(case.side, 32)]
         prefix = longest.to_bytes(4, "little")

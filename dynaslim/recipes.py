@@ -533,6 +533,11 @@ def parse_shares(widths: str) -> tuple[float, ...]:
     return shares
 
 
+def parse_names(text: str) -> list[str]:
+    """Names separated by commas; none of an empty text."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """How a run uses the machine; nothing here changes the numbers of a single process."""

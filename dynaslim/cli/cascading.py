@@ -84,9 +84,9 @@ def cascade(
         loaded = replace(loaded, class_names=source.class_names)
     seen = _trained_on(opened, files)
     if seen:
-        told = f"{seen} of these {len(opened)} images are ones that a network was trained on"
+        overlap = f"{seen} of these {len(opened)} images are ones that a network was trained on"
         if not force:
-            raise DataError(f"{source.name} [{source.split}]: {told}; name others, or --force")
+            raise DataError(f"{source.name} [{source.split}]: {overlap}; name others, or --force")
     signals = SignalTable(len(spec.rungs))
     curve, uniform = measure_curve(loaded, opened, images.batch_size, on_answers=signals.add)
     ranked = signals.rows()
@@ -115,7 +115,7 @@ def cascade(
         return
     say_measured(str(out), opened, curve)
     if seen:
-        say(f"{told}: expect less than these numbers elsewhere")
+        say(f"{overlap}: expect less than these numbers elsewhere")
     say(_rungs_table(spec, ranked))
     say("signals: area under the risk-coverage curve, lower is better; the margin is used")
     say(curve_table(curve, spec, uniform))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from dynaslim._files import check_writable
 from dynaslim.cli.output import errors_as_data, print_json, say
 from dynaslim.errors import check
-from dynaslim.recipes import parse_shares
+from dynaslim.recipes import parse_names, parse_shares
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -105,23 +105,17 @@ def _converted(
 ) -> dict[str, Any]:
     """Convert and write a model; returns what was made of it."""
     shares = parse_shares(widths)
-    sides = [int(part) if part.isdigit() else 0 for part in _names(other_sizes)]
+    sides = [int(part) if part.isdigit() else 0 for part in parse_names(other_sizes)]
     check(all(sides), f"--other-sizes {other_sizes}: expected sides in pixels such as 128,160")
 
-    import torch
-
     from dynaslim.checkpoint import Checkpoint, save
-    from dynaslim.conversion import Conversion
     from dynaslim.conversion.source import load_source
     from dynaslim.cost import madds, params
 
     source = load_source(model, weights=weights, num_classes=num_classes, image_size=image_size)
     pre = source.preprocessing
     side = pre.image_size_px
-    example = torch.randn(2, 3, side, side, generator=torch.Generator().manual_seed(0))
-    conversion = Conversion(
-        source.model, example, shares, _names(gate_at), _names(protect), source.name
-    )
+    conversion = source.conversion(shares, parse_names(gate_at), parse_names(protect))
     images = None if data is None else _images(data, split, pre)
     net = conversion.net(images, [(other, other) for other in sides], importance)
     spec = net.spec
@@ -144,10 +138,6 @@ def _converted(
         "whole": conversion.whole(),
         "relative_error": conversion.error,
     }
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _images(data: str, split: str, pre: Preprocessing) -> Iterator[Tensor]:

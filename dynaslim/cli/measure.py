@@ -117,7 +117,7 @@ def evaluate(
     check(1 <= views <= MAX_VIEWS, f"--views {views}: must be from 1 to {MAX_VIEWS}")
     if table is not None:
         check_writable(table)
-    asked = None if route is None else Route.parse(route)
+    parsed = None if route is None else Route.parse(route)
     find_model(checkpoint, ("checkpoint", "package"))
 
     from dynaslim import evaluation
@@ -127,7 +127,7 @@ def evaluate(
 
     loaded, preprocessing, file = read_prepared(checkpoint)
     loaded.net.to(to_device(images.device))
-    routes = None if asked is None else (loaded.net.spec.coerce_route(asked),)
+    routes = None if parsed is None else (loaded.net.spec.coerce_route(parsed),)
     opened = open_images(loaded, images.data, split or "test", corrupt_limit=images.corrupt_limit)
     opened, told = _unseen(opened, file, split)
     source = opened.source
@@ -365,24 +365,15 @@ def measure_curve(
     Raises:
         DataError: if the images do not fit the network, or are too few to tell settings apart.
     """
-    from dynaslim.data.transforms import readable_batches
-    from dynaslim.progress import progress
     from dynaslim.runtime.budget_search import fit_curve, split_rows
-    from dynaslim.runtime.calibrate_budget import answer_paths, uniform_outcomes
+    from dynaslim.runtime.calibrate_budget import answer_images, uniform_outcomes
 
     preprocessing, spec = loaded.preprocessing, loaded.net.spec
     assert preprocessing is not None
     assert opened.source is not None
     opened.check_fits(preprocessing, spec.num_classes)
     _check_enough(opened.source, len(opened))
-    with progress("running every path", len(opened)) as bar:
-        answers = answer_paths(
-            loaded.net,
-            readable_batches(opened, preprocessing, batch_size),
-            mirror=loaded.mirror,
-            on_batch=bar.advance,
-            on_answers=on_answers,
-        )
+    answers = answer_images(loaded, opened, batch_size, on_answers=on_answers)
     _check_enough(opened.source, len(answers))
     curve = fit_curve(answers, latency=latency)
     curve.check_fits(spec, mirror=loaded.mirror)

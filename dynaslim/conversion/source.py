@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dynaslim.conversion import efficientnet_lite
+from dynaslim.conversion.build import Conversion
 from dynaslim.conversion.efficientnet_lite import CLASSES, VARIANTS, EfficientNetLite, pretrained
 from dynaslim.errors import UsageError, check
 from dynaslim.preprocessing import Preprocessing
@@ -26,6 +27,15 @@ class Source:
     model: nn.Module
     preprocessing: Preprocessing
     name: str
+
+    def conversion(
+        self, widths: Sequence[float], gate_at: Sequence[str], protect: Sequence[str]
+    ) -> Conversion:
+        """Its conversion for images of the size that it is prepared for, as `convert` has it."""
+        pre = self.preprocessing
+        shape = (2, pre.channels, pre.image_size_px, pre.image_size_px)
+        example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        return Conversion(self.model, example, widths, gate_at, protect, self.name)
 
 
 def load_source(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset
-from dynaslim.data.transforms import normalise, readable_batches
+from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
 from dynaslim.model_names import run_or_checkpoint
@@ -51,7 +51,7 @@ from dynaslim.report.timing import (
 )
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.budget_search import Interval, Z, accuracy_interval
-from dynaslim.runtime.calibrate_budget import answer_paths, count_paths, simulate
+from dynaslim.runtime.calibrate_budget import answer_images, count_paths, simulate
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.escalation import margins
 from dynaslim.spec import NetSpec, Route
@@ -543,15 +543,7 @@ def _budgets(
     if images is None:
         count = curve.reporting_images
         return tuple(Budget(point, point.madds, point.top1, count) for point in points)
-    pre = model.checkpoint.preprocessing
-    assert pre is not None
-    with progress("running every path", len(images.images)) as bar:
-        answers = answer_paths(
-            model.checkpoint.net,
-            readable_batches(images.images, pre, options.batch_size),
-            mirror=model.checkpoint.mirror,
-            on_batch=bar.advance,
-        )
+    answers = answer_images(model.checkpoint, images.images, options.batch_size)
     outcomes = [simulate(answers, point.shift, point.escalations) for point in points]
     return tuple(
         Budget(point, outcome.madds, outcome.top1, len(answers))

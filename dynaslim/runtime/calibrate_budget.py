@@ -23,10 +23,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
+from dynaslim.data.images import ImageDataset
+from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import DataError, DynaslimError, UsageError, check
 from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
+from dynaslim.progress import progress
 from dynaslim.runtime.budget import choose, option_costs
 from dynaslim.runtime.escalation import (
     Bools,
@@ -130,6 +134,25 @@ def count_paths(spec: AnySpec) -> int:
         f"most; give its gates fewer choices",
     )
     return count
+
+
+def answer_images(
+    checkpoint: Checkpoint,
+    images: ImageDataset,
+    batch_size: int,
+    *,
+    on_answers: Callable[[int, npt.NDArray[np.float32], Ints], None] | None = None,
+) -> PathAnswers:
+    """`answer_paths` of a checkpoint on images that can be read, with a progress bar."""
+    assert checkpoint.preprocessing is not None
+    with progress("running every path", len(images)) as bar:
+        return answer_paths(
+            checkpoint.net,
+            readable_batches(images, checkpoint.preprocessing, batch_size),
+            mirror=checkpoint.mirror,
+            on_batch=bar.advance,
+            on_answers=on_answers,
+        )
 
 
 @torch.inference_mode()
