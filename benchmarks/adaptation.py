@@ -5,8 +5,9 @@
 For each seed `dynaslim adapt` makes the original, the routes and the budgets; beside them are
 networks that Torch-Pruning cuts out of the same original behind the same trunk, by magnitude and by
 Taylor terms, fine-tuned for as many epochs on the same features with the same teacher. All are
-evaluated on the test split and timed in one interleaved run. Needs timm and torch-pruning; folders
-of runs are kept, so that the same line goes on. Writes results/adaptation.json.
+evaluated on the test split and timed in one interleaved run; so are training steps, of all routes
+at once and of a plain network of each. Needs timm and torch-pruning; folders of runs are kept, so
+that the same line goes on. Writes results/adaptation.json.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset, open_images
 from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import evaluate
+from dynaslim.nn.program import Cut, cut, program
 from dynaslim.recipes import RunOptions, SupernetRecipe, recipe_from_dict
 from dynaslim.runs import run_supernet
 from dynaslim.runtime.engine import Engine
+from dynaslim.spec import Route
 
 HERE: Final = Path(__file__).parent
 SHARES: Final = (0.5, 0.3)
@@ -103,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": sys.argv,
         "rows": {name: _summary(values) for name, values in rows.items()},
         "times": _times(arms, given, done),
+        "training_step": _training_step(given, done),
     }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
     return 0
@@ -261,6 +265,49 @@ def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -
     for one in engines:
         one.close()
     return found
+
+
+def _training_step(given: Any, done: Adapted) -> dict[str, Any]:
+    """Forward and backward of all routes of one batch, over the sum of their plain networks."""
+    original = read(done.files["original"])
+    net = copy.deepcopy(original.net).train()
+    plain = [
+        _plain(_module(given, original), original.net, route).train() for route in net.spec.routes
+    ]
+    assert original.preprocessing is not None
+    side = original.preprocessing.image_size_px
+    x = torch.randn(32, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+    def ours() -> None:
+        answers = net.forward_many(x, net.spec.routes)
+        torch.autograd.backward([logits.square().mean() for logits in answers])
+
+    def theirs() -> None:
+        for one in plain:
+            one(x).square().mean().backward()
+
+    times = interleave({"ours": ours, "plain": theirs}, min(given.rounds, 11))
+    ratios = [a / b for a, b in zip(times["ours"], times["plain"], strict=True)]
+    return {"batch": len(x), "routes": len(net.spec.routes), "ratio_to_plain": summary(ratios)}
+
+
+def _plain(model: nn.Module, net: Any, route: Route) -> nn.Module:
+    """The model's own layers with weights of exactly a route's width."""
+    cuts: dict[str, Cut] = {}
+    before = 0
+    for number, choice in enumerate(net.spec.segment_indices(route)):
+        for step in program(net.graph, number, before, choice):
+            cuts |= {arg.name: arg for arg in step.args if isinstance(arg, Cut)}
+        before = choice
+    for path, module in model.named_modules():
+        for name, tensor in [*module._parameters.items(), *module._buffers.items()]:
+            found = cuts.get(f"{path}.{name}")
+            if found is not None and tensor is not None:
+                with torch.no_grad():
+                    tensor.set_(cut(tensor, found.slicers).clone())
+        if isinstance(module, nn.Conv2d) and module.groups > 1:  # depthwise
+            module.groups = len(module.weight)
+    return model
 
 
 if __name__ == "__main__":
