@@ -103,7 +103,7 @@ class RunFolder:
             raise UsageError(
                 f"{self.path}: holds a run of stage {found['stage']}, this is {self.stage}"
             )
-        changed = _differences(found["recipe"], self.recipe)
+        changed = _differences(found["recipe"], self.recipe, self.path.parent)
         fixed = [line for line in changed if line.split(" ", 1)[0] in _FIXED]
         if fixed:
             raise UsageError(
@@ -235,15 +235,27 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], around: Path, prefix: str = ""
+) -> list[str]:
+    """What differs between two recipes; files beside the run may have moved along with it."""
     found = []
     for key in dict.fromkeys((*before, *now)):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
+            found += _differences(old, new, around, f"{prefix}{key}.")
+        elif old != new and not _moved(old, new, around):
             found.append(f"{prefix}{key} was {old!r}, is {new!r}")
     return found
+
+
+def _moved(old: Any, new: Any, around: Path) -> bool:
+    """Whether `new` is a file in the folder `around`, and `old` the same one in another place."""
+    if not (isinstance(old, str) and isinstance(new, str) and Path(new).is_relative_to(around)):
+        return False
+    inside = Path(new).relative_to(around).parts
+    elsewhere = Path(old).parts[-len(inside) :] == inside
+    return bool(inside) and elsewhere and Path(new).exists() and not Path(old).exists()
 
 
 # -- snapshots ------------------------------------------------------------------------------------
