@@ -143,6 +143,34 @@ class Routed:
         combos = itertools.product(*(gate.choices for gate in self.gates))
         return tuple(self.route_at(combo) for combo in combos)
 
+    def route_along(self, path: Sequence[int]) -> Route:
+        """The route of a path: one option for each gate, its position in `GateSpec.choices`."""
+        gates = zip(self.gates, path, strict=True)
+        return self.route_at([gate.choices[option] for gate, option in gates])
+
+    def path_at(self, indices: Sequence[int]) -> tuple[int, ...]:
+        """The path that takes width index `indices[g]` behind gate g.
+
+        Raises:
+            UsageError: for a width index that a gate does not choose.
+        """
+        pairs = list(zip(self.gates, indices, strict=True))
+        for number, (gate, index) in enumerate(pairs):
+            if index not in gate.choices:
+                raise UsageError(
+                    f"gate {number} of {self.name}: chooses among width indices "
+                    f"{', '.join(map(str, gate.choices))}, not {index}"
+                )
+        return tuple(gate.choices.index(index) for gate, index in pairs)
+
+    def path_of(self, route: Route) -> tuple[int, ...]:
+        """The path that leads along a route.
+
+        Raises:
+            UsageError: if the route is none of this network's, or its gates cannot take it.
+        """
+        return self.path_at(self.segment_indices(route)[1:])
+
     @property
     def smallest(self) -> Route:
         """The cheapest route."""

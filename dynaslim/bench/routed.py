@@ -20,7 +20,6 @@ from dynaslim.errors import check
 from dynaslim.graph import AnySpec
 from dynaslim.runtime.arrays import Array
 from dynaslim.runtime.engine import Engine
-from dynaslim.runtime.forms import Form
 from dynaslim.runtime.router import Router
 from dynaslim.spec import Route
 
@@ -75,13 +74,10 @@ def observed(spec: AnySpec, routes_BG: np.ndarray, rows: int) -> Traffic:
         len(found) <= MOST_ROUTES,
         f"the images took {len(found)} routes, too many to time each (at most {MOST_ROUTES})",
     )
-    paths = [
-        tuple(gate.choices.index(index) for gate, index in zip(spec.gates, path, strict=True))
-        for path in found.tolist()
-    ]
+    paths = tuple(map(spec.path_at, found.tolist()))
     numbers = numbers.reshape(-1)
     shares = np.bincount(numbers, minlength=len(paths)) / len(numbers)
-    return Traffic(tuple(paths), tuple(numbers[:rows].tolist()), tuple(shares.tolist()))
+    return Traffic(paths, tuple(numbers[:rows].tolist()), tuple(shares.tolist()))
 
 
 def bench_routed(
@@ -100,10 +96,7 @@ def bench_routed(
     spec, router = engine.spec, engine.router
     images = router.backend.arrays.images(x)
     size = (x.shape[2], x.shape[3])
-    routes = [
-        spec.route_at([g.choices[o] for g, o in zip(spec.gates, path, strict=True)])
-        for path in traffic.paths
-    ]
+    routes = list(map(spec.route_along, traffic.paths))
     best = {route: _best_static(router, images, route) for route in routes}
     arms: dict[str, Arm] = {}
     for route in routes:
@@ -202,7 +195,7 @@ def _best_static(router: Router, images: Array, route: Route) -> _Static:
 def _pieces(router: Router, images: Array, route: Route, rows: int, *, wide: bool) -> Arm:
     """A static network on a batch, in pieces of so many rows; with no other work at all."""
     size = (int(images.shape[2]), int(images.shape[3]))
-    program = router.program(Form.whole(route), size, wide=wide)
+    program = router.program(router.whole(route, size), wide=wide)
     total = len(images)
     logits = router.backend.arrays.empty(total, (router.spec.num_classes,), floats=True)
     parts = [slice(start, min(total, start + rows)) for start in range(0, total, rows)]
@@ -217,7 +210,7 @@ def _pieces(router: Router, images: Array, route: Route, rows: int, *, wide: boo
             task()
         router.backend.arrays.host(logits[-1:])  # a device may still be busy
 
-    return one_by_one if wide else lambda: router.side_by_side(tasks)
+    return one_by_one if wide else lambda: router.workers.run(tasks)
 
 
 def _static(router: Router, images: Array, route: Route) -> Arm:

@@ -457,11 +457,7 @@ def points_table(
     table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
     for name, point in points.items():
         targets = [
-            "mirror"
-            if mirror
-            else str(
-                spec.route_at([gate.choices[n] for gate, n in zip(spec.gates, path, strict=True)])
-            )
+            "mirror" if mirror else str(spec.route_along(path))
             for _, path, mirror in point.escalations
         ]
         table.add_row(

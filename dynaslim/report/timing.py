@@ -178,10 +178,7 @@ def _rounds_for(arms: Mapping[str, Arm]) -> int:
 def _overruled(engine: Engine, shares: Sequence[RouteShare], batches: Sequence[np.ndarray]) -> Arm:
     """The dynamic mode with the gates' decisions replaced by fixed ones in these shares."""
     spec, router = engine.spec, engine.router
-    paths = [
-        [gate.choices.index(index) for gate, index in zip(spec.gates, indices, strict=True)]
-        for indices in (spec.segment_indices(Route(one.widths))[1:] for one in shares)
-    ]
+    paths = [spec.path_of(Route(one.widths)) for one in shares]
     rows = sum(map(len, batches))
     counts = _apportion(np.array([one.share for one in shares]), rows)
     options_NG = np.repeat(np.array(paths, np.int64), counts, axis=0)

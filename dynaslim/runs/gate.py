@@ -241,8 +241,7 @@ class _GateRun:
         spec = self.net.spec
         rows, counts = torch.unique(result.choices, dim=0, return_counts=True)
         for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
-            options = [g.choices.index(c) for g, c in zip(spec.gates, row, strict=True)]
-            total += self.table.route_cost(options) * count
+            total += self.table.route_cost(spec.path_at(row)) * count
         return total / len(result.choices) / self.table.widest_cost
 
     def _finish(self) -> dict[str, Any]:

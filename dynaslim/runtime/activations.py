@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dynaslim.runtime.forms import Form
+from dynaslim.runtime.forms import AnyForm, Form, RouteForm
 from dynaslim.runtime.network_forms import NetworkForms
 
 ROWS: Final = 16
@@ -49,10 +49,10 @@ class ActivationSampler:
         self._kept: OrderedDict[tuple[int, ...], list[Part]] = OrderedDict()
         self._bytes = 0
 
-    def at(self, form: Form) -> Iterator[np.ndarray]:
+    def at(self, form: AnyForm) -> Iterator[np.ndarray]:
         """What a form takes, in batches (B, C, H, W): one row for every image."""
         for start in range(0, len(self._images), ROWS):
-            if form.route is not None or form.segment == 0:
+            if isinstance(form, RouteForm) or form.takes_images:
                 yield self._images[start : start + ROWS].numpy()
             else:
                 part = self._leaving(form.segment - 1, form.before, start)[0]

@@ -83,11 +83,6 @@ class PathAnswers:
         steps = range(1, max(options))
         return tuple(dict.fromkeys(tuple(min(k, n - 1) for n in options) for k in steps))
 
-    def route(self, path: Path) -> Route:
-        """The route of a path."""
-        gates = zip(self.spec.gates, path, strict=True)
-        return self.spec.route_at([gate.choices[option] for gate, option in gates])
-
     def costs(self, table: CostTable) -> Floats:
         """What one image costs along every path (P,), in the table's unit."""
         return np.array([table.route_cost(path) for path in self.paths])
@@ -330,7 +325,7 @@ def uniform_outcomes(
         right_N = answers.correct_NP[some, answers.paths.index(path)]
         ms = None if latency is None else latency.route_cost(path)
         outcome = Outcome(answers.table.route_cost(path), ms, float(right_N.mean()), 0.0)
-        result.append((answers.route(path), outcome))
+        result.append((answers.spec.route_along(path), outcome))
     return result
 
 

@@ -27,7 +27,7 @@ from dynaslim.model_names import find_model, is_hub_address
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.cascade_forms import CascadeForms, RungProgram, resize_madds
 from dynaslim.runtime.form_net import FormCheckpoint, FormNet
-from dynaslim.runtime.forms import Form
+from dynaslim.runtime.forms import Form, RouteForm, form_table
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import INPUT, LOGITS, to_onnx
@@ -224,7 +224,7 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
     check(net.has_weights, f"{name}: is a cascade or a package; name its folder")
     taken = spec.widest_choice if route is None else spec.coerce_route(route)
     forms = NetworkForms(net)
-    form = Form.whole(taken)
+    form = RouteForm(taken)
     return _Opened(
         name if route is None else f"{name}@{taken}",
         pre,
@@ -477,14 +477,13 @@ def _of_package(package: Package, route: str | None, name: str) -> _Opened:
     pre = _prepared(package.preprocessing, name)
     check(package.forms.precision == "fp32", f"{name}: is {package.forms.precision}; give fp32")
     taken = spec.widest_choice if route is None else spec.coerce_route(route)
-    indices = spec.segment_indices(taken)
-    for gate, index in zip(spec.gates, indices[1:], strict=True):
-        check(index in gate.choices, f"{name}: route {taken} is not in the package")
-    forms = [
-        Form(number, indices[number - 1] if number > 1 else 0, index)
-        for number, index in enumerate(indices)
-    ]
-    model = _chained([_package_model(package, form) for form in forms])
+    try:
+        path = (0, *spec.path_of(taken))
+    except UsageError:
+        raise UsageError(f"{name}: route {taken} is not in the package") from None
+    table = form_table(spec)
+    steps = zip(table, (0, *path[:-1]), path, strict=True)
+    model = _chained([_package_model(package, segment[a][b]) for segment, a, b in steps])
     side = pre.image_size_px
     shown = name if route is None else f"{name}@{taken}"
     opened = _of_model(shown, model, Rung("", pre, package.class_names))

@@ -25,7 +25,7 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import option_costs
-from dynaslim.runtime.forms import Form, Precision
+from dynaslim.runtime.forms import AnyForm, Precision, RouteForm
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, INPUT, IR_VERSION, LOGITS, OPSET
 
@@ -217,7 +217,7 @@ class CascadeForms:
         steps = np.arange(1, len(costs_K)) * np.diff(costs_K)
         return np.concatenate([[0.0], -np.cumsum(steps)]).astype(np.float32)
 
-    def module(self, form: Form, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def module(self, form: AnyForm, dtype: torch.dtype = torch.float32) -> nn.Module:
         """As `FormSource.module`."""
         number = _rung_of(self.spec, form)
         if number is None:
@@ -233,7 +233,7 @@ class CascadeForms:
         module = self._modules[number]
         return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
-    def onnx(self, form: Form) -> bytes:
+    def onnx(self, form: AnyForm) -> bytes:
         """As `FormSource.onnx`."""
         number = _rung_of(self.spec, form)
         model = self._trunk_model() if number is None else self._rung_model(number)
@@ -343,8 +343,8 @@ def _the_input(model: Any) -> Any:
     return found
 
 
-def _rung_of(spec: CascadeSpec, form: Form) -> int | None:
+def _rung_of(spec: CascadeSpec, form: AnyForm) -> int | None:
     """The index of the rung that a form is; None for the trunk."""
-    if form.route is not None:
+    if isinstance(form, RouteForm):
         return spec.segment_indices(form.route)[1]
     return form.choice if form.segment else None

@@ -51,6 +51,7 @@ class RouteCosts:
         self.spec = spec
         self.table = CostTable.from_madds(spec, size)
         self.options = budgets.option_costs(self.table)
+        self.widths = [np.array(gate.choices) for gate in spec.gates]
         trunk, *segments = self.table.segments
         # up to the end of the segment behind the first gate, by its option
         self._first_K = trunk[0][0] + np.array(segments[0][0])
@@ -146,8 +147,8 @@ class Decisions:
         return HeldCall(self, rows, allowance * widest, self.held * widest)
 
     def results(self, routed: Routed) -> tuple[np.ndarray, ...]:
-        """Logits (B, N), options (B, G) of the routes that gave them, multiply-adds (B,) float64,
-        which rows escalated (B,) bool, and which of these looked at their mirror image (B,) bool.
+        """Logits (B, N), width indices (B, G) of the routes that gave them, multiply-adds (B,)
+        float64, which rows escalated and which of these looked at their mirror image (B,) bool.
         """
         logits_BN, options_BG, passes = routed
         madds_B = self.route_costs.of_paths(options_BG)
@@ -158,7 +159,10 @@ class Decisions:
             target = self.route_costs.target(rows.path)
             madds_B[rows.members] += target.cost if rows.mirror else target.more
             options_BG[rows.members] = rows.path
-        return logits_BN, options_BG, madds_B, escalated_B, mirrored_B
+        widths_BG = np.empty_like(options_BG)
+        for gate, widths_K in enumerate(self.route_costs.widths):
+            widths_BG[:, gate] = widths_K.take(options_BG[:, gate])
+        return logits_BN, widths_BG, madds_B, escalated_B, mirrored_B
 
 
 def make_decisions(

@@ -6,8 +6,8 @@ Suffixes: B rows, G gates, K options of a gate, N classes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property, partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,7 +15,6 @@ import numpy as np
 
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
-from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.arrays import Array
 from dynaslim.runtime.auto import fastest
 from dynaslim.runtime.backends import (
@@ -28,8 +27,9 @@ from dynaslim.runtime.backends import (
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.cache import open_cache, usable_cores
 from dynaslim.runtime.decisions import Budget, Decisions, RouteCosts, make_decisions
-from dynaslim.runtime.forms import FormSource, check_precision, segment_forms
+from dynaslim.runtime.forms import FormSource, Precision, check_precision, form_table
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
+from dynaslim.runtime.package import Package, open_package
 from dynaslim.runtime.router import Router
 from dynaslim.runtime.spending import HeldCall, Ledger
 from dynaslim.spec import Route
@@ -58,49 +58,74 @@ class Engine:
 
     def __init__(
         self,
-        net: ElasticNet | Checkpoint,
+        net: ElasticNet | Checkpoint | Package,
         *,
+        source: FormSource | None = None,
         backend: str = "auto",
         precision: str = "fp32",
         calibration: Any = None,
         **options: Any,
     ) -> None:
-        """Make an engine of a network or of a checkpoint, which brings its budget curve.
+        """Make an engine of a network, or of a checkpoint or a package, which bring a budget curve.
 
         `backend` is one of `dynaslim.runtime.backends.BACKENDS` or "auto", which measures those
         that are installed for a few seconds and takes the fastest. `precision` is fp32, bf16 or
-        int8; int8 needs `calibration`, an iterable of normalised batches (B, C, H, W). Other
-        options are the fields of `EngineOptions`.
+        int8; int8 needs `calibration`, an iterable of normalised batches (B, C, H, W). `source` are
+        forms of the network that were made already, in their own precision. Other options are the
+        fields of `EngineOptions`.
 
         Raises:
             UsageError: for an unknown backend or one that is not installed, a precision that it
                 does not have, an option that makes no sense, or a network without gates.
             RuntimeError: if the network is in training mode.
         """
-        from dynaslim.checkpoint import Checkpoint
-        from dynaslim.runtime.form_net import source_of
-
-        made_options = EngineOptions.named(options)
-        checkpoint = net if isinstance(net, Checkpoint) else Checkpoint(net)
-        made: FormSource = source_of(checkpoint.net, check_precision(precision))
-        if precision == "int8":
-            from dynaslim.runtime.quantise import QuantisedForms
-
-            check(calibration is not None, "precision int8 needs calibration: batches of images")
-            made = QuantisedForms(
-                checkpoint.net, calibration, backend=backend, cache_dir=made_options.cache_dir
-            )
+        self._options = EngineOptions.named(options)
+        if isinstance(net, Package):
+            source = net.forms
         else:
+            from dynaslim.checkpoint import Checkpoint
+
+            net = net if isinstance(net, Checkpoint) else Checkpoint(net)
+            if source is None:
+                source = self._source_of(net.net, backend, check_precision(precision), calibration)
+        self.spec: AnySpec = source.spec
+        if not self.spec.gates:
+            raise UsageError(f"{self.spec.name} has no gates: call net(x, route) instead")
+        self.source: FormSource = source
+        self.class_names = net.class_names
+        self.preprocessing = net.preprocessing
+        self.mirror = net.mirror
+        """Whether unsure images may be shown as their mirror images too."""
+        self.curve: BudgetCurve | None = None
+        if net.budget is not None:
+            self.curve = BudgetCurve.from_dict(net.budget)
+            self.curve.check_fits(self.spec, mirror=self.mirror)
+        self.latency = self._options.table(self.spec)
+        self.measured: dict[str, float] = {}
+        """What "auto" measured: milliseconds of a batch by backend."""
+        cache = open_cache(source.key, self._options.cache_dir)
+        self._resources = Resources(self._options.workers or usable_cores(), cache)
+        self._costs: dict[tuple[int, int], RouteCosts] = {}
+        self._decided: dict[tuple[Any, ...], Decisions] = {}
+        self._ledgers: dict[float, Ledger] = {}
+        self._router: Router | None = None
+        self._starting = threading.Lock()
+        if backend != "auto":
+            self._start(make_backend(backend, source, self._resources))
+
+    def _source_of(
+        self, net: ElasticNet, backend: str, precision: Precision, calibration: Any
+    ) -> FormSource:
+        """The forms of a network in a precision."""
+        if precision != "int8":
+            from dynaslim.runtime.form_net import source_of
+
             check(calibration is None, f"calibration is for precision int8, not {precision}")
-        self._set_up(
-            made,
-            backend,
-            class_names=checkpoint.class_names,
-            preprocessing=checkpoint.preprocessing,
-            budget=checkpoint.budget,
-            mirror=checkpoint.mirror,
-            options=made_options,
-        )
+            return source_of(net, precision)
+        from dynaslim.runtime.quantise import QuantisedForms
+
+        check(calibration is not None, "precision int8 needs calibration: batches of images")
+        return QuantisedForms(net, calibration, backend=backend, cache_dir=self._options.cache_dir)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: Any = None, **options: Any) -> Engine:
@@ -146,17 +171,7 @@ class Engine:
         Raises:
             UsageError: as `Engine`.
         """
-        engine = cls.__new__(cls)
-        engine._set_up(
-            source,
-            backend,
-            class_names=checkpoint.class_names,
-            preprocessing=checkpoint.preprocessing,
-            budget=checkpoint.budget,
-            mirror=checkpoint.mirror,
-            options=EngineOptions.named(options),
-        )
-        return engine
+        return cls(checkpoint, source=source, backend=backend, **options)
 
     @classmethod
     def from_package(cls, path: str | Path, *, backend: str = "auto", **options: Any) -> Engine:
@@ -170,83 +185,29 @@ class Engine:
             UsageError: if the backend does not run packages, or is not installed, or for a
                 precision or calibration.
         """
-        from dynaslim.runtime.package import open_package
-
         for name in ("precision", "calibration"):
             check(
                 name not in options,
                 f"{name}: a package runs in the precision that it was exported in; "
                 f"leave it out, or export anew",
             )
-        package = open_package(path)
-        engine = cls.__new__(cls)
-        engine._set_up(
-            package.forms,
-            backend,
-            class_names=package.class_names,
-            preprocessing=package.preprocessing,
-            budget=package.budget,
-            mirror=package.mirror,
-            options=EngineOptions.named(options),
+        return cls(open_package(path), backend=backend, **options)
+
+    def _start(self, backend: Backend) -> Router:
+        merge = None
+        if self._options.merge and self.latency is not None:
+            merge = partial(self.latency.merge, form_table(self.spec))
+        self._router = Router(
+            self.spec, backend, rows_per_piece=self._options.rows_per_piece, merge=merge
         )
-        return engine
+        return self._router
 
-    def _set_up(
-        self,
-        source: FormSource,
-        backend: str,
-        *,
-        class_names: tuple[str, ...] | None,
-        preprocessing: Preprocessing | None,
-        budget: Mapping[str, Any] | None,
-        mirror: bool,
-        options: EngineOptions,
-    ) -> None:
-        self.spec: AnySpec = source.spec
-        if not self.spec.gates:
-            raise UsageError(f"{self.spec.name} has no gates: call net(x, route) instead")
-        self.source = source
-        self.class_names = class_names
-        self.preprocessing = preprocessing
-        self.mirror = mirror
-        """Whether unsure images may be shown as their mirror images too."""
-        self.curve: BudgetCurve | None = None
-        if budget is not None:
-            self.curve = BudgetCurve.from_dict(budget)
-            self.curve.check_fits(self.spec, mirror=mirror)
-        self.latency = options.table(self.spec)
-        self.measured: dict[str, float] = {}
-        """What "auto" measured: milliseconds of a batch by backend."""
-        self._options = options
-        self._max_batch = options.max_batch
-        cache = open_cache(source.key, options.cache_dir)
-        self._resources = Resources(options.workers or usable_cores(), cache)
-        self._costs: dict[tuple[int, int], RouteCosts] = {}
-        self._decided: dict[tuple[Any, ...], Decisions] = {}
-        self._ledgers: dict[float, Ledger] = {}
-        self._started: tuple[Backend, Router] | None = None
-        self._starting = threading.Lock()
-        if backend != "auto":
-            self._start(make_backend(backend, source, self._resources))
-
-    def _start(self, backend: Backend) -> tuple[Backend, Router]:
-        router = Router(
-            self.spec,
-            backend,
-            rows_per_piece=self._options.rows_per_piece,
-            merge=partial(self.latency.merge, self.spec)
-            if self._options.merge and self.latency is not None
-            else None,
-        )
-        self._started = (backend, router)
-        return self._started
-
-    def _running(self, size: tuple[int, int] | None = None) -> tuple[Backend, Router]:
-        """Backend and router; "auto" chooses here, for the first batch's size if none was given."""
-        if self._started is not None:
-            return self._started
+    def _running(self, size: tuple[int, int] | None = None) -> Router:
+        """The router; "auto" chooses here, for the first batch's size if none was given."""
+        if self._router is not None:
+            return self._router
         with self._starting:
-            if self._started is None:
+            if self._router is None:
                 asked = self._options.image_size
                 side = self._side() if asked is None else asked
                 backend, self.measured = fastest(
@@ -256,8 +217,8 @@ class Engine:
                     self._options.batch_size,
                 )
                 self._start(backend)
-            assert self._started is not None
-            return self._started
+            assert self._router is not None
+            return self._router
 
     def _side(self) -> int:
         """The side of images that the network is for, as far as one can tell."""
@@ -268,25 +229,23 @@ class Engine:
     @property
     def backend(self) -> str:
         """The name of the backend; "auto" has chosen when this returns."""
-        return self._running()[0].name
+        return self.router.backend.name
 
     @property
     def router(self) -> Router:
         """What divides and runs the batches."""
-        return self._running()[1]
+        return self._running()
 
     @property
     def counts(self) -> Counts:
         """Which programs were compiled in this process, and which were read from disk."""
-        return self._running()[0].counts
+        return self.router.backend.counts
 
     def warm_up(self, image_size: int | None = None) -> None:
         """Compile all that routing needs for images of `image_size` pixels, before it is needed."""
         side = self._side() if image_size is None else image_size
         self.spec.check_image_size(side, side)
-        router = self._running((side, side))[1]
-        for form in segment_forms(self.spec):
-            router.warm_up(form, (side, side))
+        self._running((side, side)).warm_up((side, side))
 
     def calibrate(self, batches: Iterable[tuple[Any, Any]]) -> BudgetCurve:
         """Measure the budget curve on held-out images, and use it from now on.
@@ -348,7 +307,7 @@ class Engine:
             ValueError: if an image has values that are not finite.
         """
         size = check_images(x, self.spec)
-        backend, router = self._running(size)
+        router = self._running(size)
         decisions = self._decisions(
             size,
             budget=budget,
@@ -358,13 +317,13 @@ class Engine:
             hold=hold is not False,
         )
         ledger = self._ledger(decisions, hold)
-        images = backend.arrays.images(x)
-        parts = [
-            self._routed(router, images[start : start + self._max_batch], decisions, start, ledger)
-            for start in range(0, len(images), self._max_batch)
-        ] or [self._nothing()]
-        joined = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
-        return RoutedOutput(*(like(x, result) for result in joined))
+        return RoutedOutput(
+            *self._in_parts(
+                x,
+                router,
+                lambda images, first: self._routed(router, images, decisions, first, ledger),
+            )
+        )
 
     def static(self, route: Route | str | Sequence[int]) -> Callable[[Any], Any]:
         """One route for all images and no gate: images (B, in_channels, H, W) -> logits (B, N).
@@ -376,58 +335,51 @@ class Engine:
             UsageError: if the route is not one of the network's, or not in the package.
         """
         checked = self.spec.coerce_route(route)
+        path: tuple[int, ...] | None = None
         if not self.source.has_modules:
-            return self._static_by_segments(checked)
+            try:
+                path = self.spec.path_of(checked)
+            except UsageError:
+                raise UsageError(
+                    f"route {checked}: is not in the package, whose gates choose among "
+                    f"{', '.join(map(str, self.spec.routing_space[:4]))}"
+                    f"{', ...' if len(self.spec.routing_space) > 4 else ''}"
+                ) from None
 
         def run(x: Any) -> Any:
-            size = check_images(x, self.spec)
-            backend, router = self._running(size)
-            images = backend.arrays.images(x)
-            parts = [
-                backend.arrays.host(
-                    router.static(images[start : start + self._max_batch], checked, first=start)
-                )
-                for start in range(0, len(images), self._max_batch)
-            ] or [self._nothing()[0]]
-            return like(x, parts[0] if len(parts) == 1 else np.concatenate(parts))
+            router = self._running(check_images(x, self.spec))
 
-        return run
+            def logits(images: Array, first: int) -> tuple[np.ndarray]:
+                if path is not None:
+                    return (router.along(images, path, first=first),)
+                return (router.backend.arrays.host(router.static(images, checked, first=first)),)
 
-    def _static_by_segments(self, route: Route) -> Callable[[Any], Any]:
-        indices = self.spec.segment_indices(route)[1:]
-        space = list(zip(self.spec.gates, indices, strict=True))
-        if any(index not in gate.choices for gate, index in space):
-            raise UsageError(
-                f"route {route}: is not in the package, whose gates choose among "
-                f"{', '.join(map(str, self.spec.routing_space[:4]))}"
-                f"{', ...' if len(self.spec.routing_space) > 4 else ''}"
-            )
-        path = [gate.choices.index(index) for gate, index in space]
-
-        def run(x: Any) -> Any:
-            size = check_images(x, self.spec)
-            backend, router = self._running(size)
-            images = backend.arrays.images(x)
-            parts = [
-                router.routed(
-                    images[start : start + self._max_batch],
-                    lambda gate, _, rows: np.full(len(rows), path[gate], np.int64),
-                    None,
-                    limits=path,
-                    first=start,
-                )[0]
-                for start in range(0, len(images), self._max_batch)
-            ] or [self._nothing()[0]]
-            return like(x, parts[0] if len(parts) == 1 else np.concatenate(parts))
+            return self._in_parts(x, router, logits)[0]
 
         return run
 
     def close(self) -> None:
         """Let the threads go; the next call starts new ones."""
-        if self._started is not None:
-            self._started[1].close()
+        if self._router is not None:
+            self._router.close()
 
     # -- one call -----------------------------------------------------------------------------
+
+    def _in_parts(
+        self,
+        x: Any,
+        router: Router,
+        run: Callable[[Array, int], tuple[np.ndarray, ...]],
+    ) -> list[Any]:
+        """What `run` gives for at most `max_batch` images, and the row of the first, at a time.
+
+        Its results are joined, and given as the caller gave the images.
+        """
+        images, most = router.backend.arrays.images(x), self._options.max_batch
+        parts = [run(images[n : n + most], n) for n in range(0, len(images), most)]
+        parts = parts or [self._nothing()]
+        joined = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
+        return [like(x, result) for result in joined]
 
     def _decisions(self, size: tuple[int, int], **asked: Any) -> Decisions:
         """What the arguments of a call ask for, by their names; that of the last calls is kept."""
@@ -436,19 +388,18 @@ class Engine:
         try:
             known = self._decided.get(key)
         except TypeError:  # a list cannot be looked up
-            return self._make_decisions(size, asked)
+            return make_decisions(self._costs_at(size), self.curve, mirror=self.mirror, **asked)
         if known is None:
-            known = self._make_decisions(size, asked)
+            known = make_decisions(self._costs_at(size), self.curve, mirror=self.mirror, **asked)
             if len(self._decided) >= _KEPT_DECISIONS:  # a budget that moves all the time
                 self._decided.clear()
             self._decided[key] = known
         return known
 
-    def _make_decisions(self, size: tuple[int, int], asked: Mapping[str, Any]) -> Decisions:
-        costs = self._costs.get(size)
-        if costs is None:
-            costs = self._costs[size] = RouteCosts(self.spec, size)
-        return make_decisions(costs, self.curve, mirror=self.mirror, **asked)
+    def _costs_at(self, size: tuple[int, int]) -> RouteCosts:
+        if size not in self._costs:
+            self._costs[size] = RouteCosts(self.spec, size)
+        return self._costs[size]
 
     def _ledger(self, decisions: Decisions, hold: bool | Ledger) -> Ledger | None:
         """Where a call counts what it costs; None if its budget need not hold."""
@@ -461,49 +412,32 @@ class Engine:
             self._ledgers.clear()
         return self._ledgers.setdefault(decisions.held, Ledger())
 
+    @staticmethod
     def _routed(
-        self,
-        router: Router,
-        images: Array,
-        decisions: Decisions,
-        start: int,
-        ledger: Ledger | None,
+        router: Router, images: Array, decisions: Decisions, first: int, ledger: Ledger | None
     ) -> tuple[np.ndarray, ...]:
+        """One part of a batch; a budget that holds is taken from the ledger."""
+
+        def answers(chosen: Decisions | HeldCall) -> tuple[np.ndarray, ...]:
+            return decisions.results(
+                router.routed(
+                    images, chosen.decide, chosen.escalate, limits=decisions.limits, first=first
+                )
+            )
+
         if ledger is None:
-            return self._answers(router, images, decisions, decisions, start)
+            return answers(decisions)
         assert decisions.held is not None
         unspent = ledger.reserve(len(images), decisions.held)
-        held = decisions.within(len(images), unspent)
         try:
-            answers = self._answers(router, images, decisions, held, start)
-            unspent -= float(answers[2].sum()) / decisions.route_costs.table.widest_cost
+            made = answers(decisions.within(len(images), unspent))
+            unspent -= float(made[2].sum()) / decisions.route_costs.table.widest_cost
         except BaseException:
             unspent -= len(images) * decisions.held  # as if it had not been asked for
             raise
         finally:
             ledger.give_back(unspent)
-        return answers
-
-    def _answers(
-        self,
-        router: Router,
-        images: Array,
-        decisions: Decisions,
-        chosen: Decisions | HeldCall,
-        start: int,
-    ) -> tuple[np.ndarray, ...]:
-        routed = router.routed(
-            images, chosen.decide, chosen.escalate, limits=decisions.limits, first=start
-        )
-        logits, options, *rest = decisions.results(routed)
-        choices = np.empty_like(options)
-        for gate, widths in enumerate(self._choices):
-            choices[:, gate] = widths.take(options[:, gate])
-        return logits, choices, *rest
-
-    @cached_property
-    def _choices(self) -> list[np.ndarray]:
-        return [np.array(gate.choices) for gate in self.spec.gates]
+        return made
 
     def _nothing(self) -> tuple[np.ndarray, ...]:
         return (

@@ -23,7 +23,7 @@ from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.model_names import MANIFEST, is_package
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.form_net import FormNet, forms_of, source_of
-from dynaslim.runtime.forms import Form, FormSource, form_shape, segment_forms
+from dynaslim.runtime.forms import FormSource, RouteForm, segment_forms
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import OPSET
 from dynaslim.runtime.package import (
@@ -131,7 +131,7 @@ def export_route(
     """
     target = check_writable(out)
     forms, spec = source_of(checkpoint.net), checkpoint.net.spec
-    content = forms.onnx(Form.whole(spec.coerce_route(route)))
+    content = forms.onnx(RouteForm(spec.coerce_route(route)))
     assert isinstance(content, bytes)
     x = images_like(checkpoint, image_size)
     exact = _exact(checkpoint, route, x)
@@ -261,7 +261,7 @@ def _parity(
     generator = torch.Generator().manual_seed(0)
     errors = {}
     for form in segment_forms(forms.spec):
-        shape = form_shape(forms.spec, form, (side, side))
+        shape = form.shape(forms.spec, (side, side))
         x = torch.randn(2, *shape.row_in, generator=generator)
         if isinstance(forms, QuantisedForms):  # good for what arrives there, and no more
             x = torch.from_numpy(forms.sample(form)[:2])
@@ -292,7 +292,7 @@ class _Exact(NamedTuple):
 
 
 def _exact(checkpoint: Checkpoint, route: Route, x: np.ndarray) -> _Exact:
-    forms, form, images = forms_of(checkpoint.net), Form.whole(route), torch.from_numpy(x)
+    forms, form, images = forms_of(checkpoint.net), RouteForm(route), torch.from_numpy(x)
     with torch.inference_mode():
         double = _outputs(forms.program(form, torch.float64)(images.double()))[0]
         single = _outputs(forms.program(form)(images))[0]

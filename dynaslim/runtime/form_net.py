@@ -18,7 +18,7 @@ from dynaslim.nn.net import ElasticNet, SegmentOutput
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.backends.eager import device_of
 from dynaslim.runtime.cascade_forms import CascadeForms
-from dynaslim.runtime.forms import Form, FormSource, Precision
+from dynaslim.runtime.forms import AnyForm, Form, FormSource, Precision
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.package import open_package
@@ -39,7 +39,7 @@ class FormNet(ElasticNet):
         super().__init__()
         self.spec = source.spec
         self.source = source
-        self._programs: dict[tuple[Form, torch.dtype], nn.Module] = {}
+        self._programs: dict[tuple[AnyForm, torch.dtype], nn.Module] = {}
         self.eval()
 
     @property
@@ -53,7 +53,7 @@ class FormNet(ElasticNet):
         plain = self.source.has_modules and self.source.precision != "int8"
         return "eager" if plain else "onnxruntime"
 
-    def program(self, form: Form, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def program(self, form: AnyForm, dtype: torch.dtype = torch.float32) -> nn.Module:
         """A form as a module; one that is there as ONNX only runs in ONNX Runtime, in float32."""
         if (form, dtype) not in self._programs:
             try:

@@ -6,12 +6,13 @@ exported package (`package`).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
 
-from dynaslim.cost import SegmentCost, madds, route_costs, segment_cost
+from dynaslim.cost import madds, route_costs, segment_cost
 from dynaslim.errors import check
 from dynaslim.graph import AnySpec
 from dynaslim.spec import Route
@@ -24,30 +25,6 @@ Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 
 
-class Form(NamedTuple):  # a tuple: it is looked up some forty times a call
-    """A segment at width index `choice` behind one at `before`; or, with a route, all of it.
-
-    The trunk is segment 0 with both 0.
-    """
-
-    segment: int
-    before: int = 0
-    choice: int = 0
-    route: Route | None = None
-
-    @classmethod
-    def whole(cls, route: Route) -> Form:
-        """The sub-network along a route, with no gate to ask."""
-        return cls(0, route=route)
-
-    @property
-    def name(self) -> str:
-        """What its files are called."""
-        if self.route is not None:
-            return f"route_{self.route}"
-        return f"segment{self.segment}_{self.before}_{self.choice}"
-
-
 @dataclass(frozen=True)
 class FormShape:
     """Sizes of a form for one size of image, per row."""
@@ -58,52 +35,94 @@ class FormShape:
     """Of features and gate logits, or of class logits."""
     peak: int
     """Values of the largest feature map."""
-    images: bool
-    """Whether it takes images, not the features of the segment before."""
+    madds: int
+    """Multiply-adds, those of the gate behind it included."""
+
+
+class Form(NamedTuple):
+    """A segment at width index `choice` behind one at `before`; the trunk is segment 0, both 0."""
+
+    segment: int
+    before: int = 0
+    choice: int = 0
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"segment{self.segment}_{self.before}_{self.choice}"
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether its input is images, not the features of the segment before."""
+        return self.segment == 0
+
+    def shape(self, spec: AnySpec, size: tuple[int, int]) -> FormShape:
+        """Sizes for images of (height, width) in pixels.
+
+        Raises:
+            UsageError: if the images are too small for the network.
+        """
+        cost = segment_cost(spec, *self, size)
+        row_in = (spec.in_channels, *size)
+        if self.segment > 0:
+            behind = self.before if self.segment > 2 else 0
+            row_in = segment_cost(spec, self.segment - 1, behind, self.before, size).out
+        rows_out: tuple[tuple[int, ...], ...] = ((spec.num_classes,),)
+        if self.segment < len(spec.gates):
+            rows_out = (cost.out, (len(spec.gates[self.segment].choices),))
+        madds = cost.madds + cost.pool_adds + cost.head_madds
+        return FormShape(row_in, rows_out, cost.peak, madds)
+
+
+class RouteForm(NamedTuple):
+    """All segments along a route as one program, without the gates' decisions."""
+
+    route: Route
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"route_{self.route}"
+
+    @property
+    def takes_images(self) -> bool:
+        """Always True."""
+        return True
+
+    def shape(self, spec: AnySpec, size: tuple[int, int]) -> FormShape:
+        """As `Form.shape`."""
+        peak = max(cost.peak for cost in route_costs(spec, self.route, size))
+        whole = madds(spec, self.route, size)
+        return FormShape((spec.in_channels, *size), ((spec.num_classes,),), peak, whole)
+
+
+AnyForm = Form | RouteForm
+FormTable = tuple[tuple[tuple[Form, ...], ...], ...]
+"""Forms of every segment, by the options before and behind it."""
+
+
+def form_table(spec: AnySpec) -> FormTable:
+    """All forms, laid out as `CostTable.segments`.
+
+    Here alone the options of gates become width indices of segments.
+    """
+    return tuple(
+        tuple(tuple(Form(number, a, b) for b in behind) for a in before)
+        for number, (before, behind) in enumerate(_choices(spec))
+    )
 
 
 def segment_forms(spec: AnySpec) -> Iterator[Form]:
-    """Every form of every segment that the gates can ask for."""
-    yield Form(0)
-    before: tuple[int, ...] = (0,)
-    for number, gate in enumerate(spec.gates, start=1):
+    """Every form of every segment, one by one."""
+    for number, (before, behind) in enumerate(_choices(spec)):
         for a in before:
-            for b in gate.choices:
+            for b in behind:
                 yield Form(number, a, b)
-        before = gate.choices
 
 
-def form_shape(spec: AnySpec, form: Form, image_size: tuple[int, int]) -> FormShape:
-    """What a form takes and gives for images of (height, width) in pixels.
-
-    Raises:
-        UsageError: if the images are too small for the network.
-    """
-    row_in, images = (spec.in_channels, *image_size), form.route is not None or form.segment == 0
-    costs = _costs(spec, form, image_size)
-    peak = max(cost.peak for cost in costs)
-    if not images:
-        behind = form.before if form.segment > 2 else 0
-        row_in = segment_cost(spec, form.segment - 1, behind, form.before, image_size).out
-    if form.route is not None or form.segment == spec.num_segments - 1:
-        return FormShape(row_in, ((spec.num_classes,),), peak, images)
-    options = (len(spec.gates[form.segment].choices),)
-    return FormShape(row_in, (costs[-1].out, options), peak, images)
-
-
-def form_madds(spec: AnySpec, form: Form, size: tuple[int, int]) -> float:
-    """Multiply-adds of a form per row, for images of (height, width)."""
-    if form.route is not None:
-        return float(madds(spec, form.route, size))
-    (cost,) = _costs(spec, form, size)
-    return float(cost.madds + cost.pool_adds + cost.head_madds)
-
-
-def _costs(spec: AnySpec, form: Form, size: tuple[int, int]) -> list[SegmentCost]:
-    """Of the form's segments."""
-    if form.route is not None:
-        return route_costs(spec, form.route, size)
-    return [segment_cost(spec, *form[:3], size)]
+def _choices(spec: AnySpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The width indices before and behind every segment."""
+    return itertools.pairwise([(0,), (0,), *(gate.choices for gate in spec.gates)])
 
 
 class FormSource(Protocol):
@@ -125,14 +144,14 @@ class FormSource(Protocol):
     def has_modules(self) -> bool:
         """Whether it has torch modules, and programs of whole routes; a package has neither."""
 
-    def module(self, form: Form, dtype: torch.dtype) -> nn.Module:
+    def module(self, form: AnyForm, dtype: torch.dtype) -> nn.Module:
         """The form as a plain torch module; forms share layers, so only their layout may change.
 
         Raises:
             UsageError: if this source has none.
         """
 
-    def onnx(self, form: Form) -> Path | bytes:
+    def onnx(self, form: AnyForm) -> Path | bytes:
         """The form as an ONNX file or its content.
 
         Raises:

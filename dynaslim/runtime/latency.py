@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,8 +23,8 @@ from dynaslim.cost import CostTable
 from dynaslim.cost_file import read_cost_table, write_cost_table
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
-from dynaslim.runtime.forms import Form, segment_forms
-from dynaslim.runtime.router import Job, Router
+from dynaslim.runtime.forms import Form, FormTable, form_table, segment_forms
+from dynaslim.runtime.router import Job, Prepared, Router
 
 ROUNDS: Final = 9
 
@@ -102,22 +103,23 @@ class LatencyTable:
             return times[-1] * rows / self.rows[-1]
         return float(np.interp(rows, self.rows, times))
 
-    def merge(self, spec: AnySpec, gate: int, before: int, counts: np.ndarray) -> np.ndarray:
+    def merge(self, forms: FormTable, gate: int, before: int, counts: np.ndarray) -> np.ndarray:
         """Where the rows of each option (K,) go: their own, or a wider one if that saves time.
 
-        `counts` may be those of the first options alone, where others are not allowed.
+        `forms` are the network's, `before` is the option of the gate before. `counts` may be those
+        of the first options alone, where others are not allowed.
         From the cheapest on, a bucket joins the wider one with which the two take least time.
         """
         goes, left = np.arange(len(counts)), counts.astype(int)
-        forms = [Form(gate + 1, before, choice) for choice in spec.gates[gate].choices]
+        buckets = forms[gate + 1][before]
         for option in range(len(counts) - 1):
             if not left[option]:
                 continue
-            own = self.step_ms(forms[option], left[option])
+            own = self.step_ms(buckets[option], left[option])
             gains = {
                 wider: own
-                + self.step_ms(forms[wider], left[wider])
-                - self.step_ms(forms[wider], left[wider] + left[option])
+                + self.step_ms(buckets[wider], left[wider])
+                - self.step_ms(buckets[wider], left[wider] + left[option])
                 for wider in range(option + 1, len(counts))
             }
             best = max(gains, key=lambda wider: gains[wider])
@@ -151,22 +153,23 @@ def profile(
     rng = np.random.default_rng(0)
     ms: dict[str, tuple[float, ...]] = {}
     spread: dict[str, tuple[float, ...]] = {}
-    for form in segment_forms(spec):
-        times = time_form(router, form, size, rows, rounds, rng)
-        ms[form.name] = tuple(statistics.median(values) for values in times)
-        spread[form.name] = tuple(_quartiles(values) for values in times)
+    for form in chain.from_iterable(chain.from_iterable(router.table(size))):
+        times = time_form(router, form, rows, rounds, rng)
+        ms[form.form.name] = tuple(statistics.median(values) for values in times)
+        spread[form.form.name] = tuple(_quartiles(values) for values in times)
         if on_form is not None:
             on_form()
     per_image = {name: values[-1] / rows[-1] for name, values in ms.items()}
-    return LatencyTable(
-        _cost_table(spec, per_image), image_size_px, rows, ms, spread, dict(note or {})
+    costs = tuple(
+        tuple(tuple(per_image[form.name] for form in row) for row in segment)
+        for segment in form_table(spec)
     )
+    return LatencyTable(CostTable("ms", costs), image_size_px, rows, ms, spread, dict(note or {}))
 
 
 def time_form(
     router: Router,
-    form: Form,
-    size: tuple[int, int],
+    form: Prepared,
     rows: Sequence[int],
     rounds: int,
     rng: np.random.Generator,
@@ -175,24 +178,23 @@ def time_form(
 
     The numbers of rows take turns.
     """
-    arrays, shape = router.backend.arrays, router.shape(form, size)
+    arrays, shape = router.backend.arrays, form.shape
     values = rng.standard_normal((rows[-1], *shape.row_in), np.float32)
     source = arrays.images(values)
-    if not shape.images:
+    if not form.form.takes_images:
         source = arrays.empty(rows[-1], arrays.row(shape.row_in))
         moved = values if arrays.row(shape.row_in) == shape.row_in else values.transpose(0, 2, 3, 1)
         source[:] = arrays.images(np.ascontiguousarray(moved))
     last = len(shape.rows_out) == 1
     outs = [
-        arrays.empty(rows[-1], arrays.row(row), floats=last or n == 1)
-        for n, row in enumerate(shape.rows_out)
+        arrays.empty(rows[-1], row, floats=last or n == 1) for n, row in enumerate(form.rows_out)
     ]
     times: list[list[float]] = [[] for _ in rows]
     for turn in range(rounds + 1):
         for at, n in enumerate(rows):
             job = Job(form, source[:n], None, tuple(out[:n] for out in outs), n)
             start = time.perf_counter()
-            router.run([job], size)
+            router.run([job])
             arrays.host(outs[-1][:1])  # a device may still be busy
             if turn:  # the first compiles, and meets cold memory
                 times[at].append((time.perf_counter() - start) * 1e3)
@@ -204,14 +206,3 @@ def _quartiles(values: Sequence[float]) -> float:
         return 0.0
     low, _, high = statistics.quantiles(values, n=4)
     return high - low
-
-
-def _cost_table(spec: AnySpec, per_image: dict[str, float]) -> CostTable:
-    segments = [((per_image[Form(0).name],),)]
-    before: tuple[int, ...] = (0,)
-    for number, gate in enumerate(spec.gates, start=1):
-        segments.append(
-            tuple(tuple(per_image[Form(number, a, b).name] for b in gate.choices) for a in before)  # type: ignore[arg-type]
-        )
-        before = gate.choices
-    return CostTable("ms", tuple(segments))

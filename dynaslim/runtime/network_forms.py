@@ -12,7 +12,7 @@ from torch import nn
 
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.runtime.extract import Shared, extract, extract_segment
-from dynaslim.runtime.forms import Form, Precision, form_shape
+from dynaslim.runtime.forms import AnyForm, Precision, RouteForm
 from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, LOGITS, to_onnx
 from dynaslim.spec import NetSpec
 
@@ -58,20 +58,20 @@ class NetworkForms:
             digest.update(values.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def module(self, form: Form, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def module(self, form: AnyForm, dtype: torch.dtype = torch.float32) -> nn.Module:
         """As `FormSource.module`."""
         with self._lock:  # forms share weights, those of one type
             shared = self._shared.setdefault(dtype, {})
-            if form.route is not None:
+            if isinstance(form, RouteForm):
                 return extract(self._net, form.route, shared=shared).to(dtype)
-            return extract_segment(self._net, *form[:3], shared=shared).to(dtype)
+            return extract_segment(self._net, *form, shared=shared).to(dtype)
 
-    def onnx(self, form: Form) -> bytes:
+    def onnx(self, form: AnyForm) -> bytes:
         """As `FormSource.onnx`."""
         spec = self.spec
         any_size = isinstance(spec, NetSpec)
         size = (spec.total_stride,) * 2 if any_size else spec.image_size
-        example = torch.zeros(2, *form_shape(spec, form, size).row_in, device=self.device)
-        last = form.route is not None or form.segment == len(spec.gates)
-        outputs = (LOGITS,) if last else (FEATURES, GATE_LOGITS)
+        shape = form.shape(spec, size)
+        example = torch.zeros(2, *shape.row_in, device=self.device)
+        outputs = (LOGITS,) if len(shape.rows_out) == 1 else (FEATURES, GATE_LOGITS)
         return to_onnx(self.module(form), example, outputs, form.name, any_size=any_size)

@@ -24,7 +24,7 @@ from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
-from dynaslim.runtime.forms import Form, Precision, segment_forms
+from dynaslim.runtime.forms import AnyForm, Precision, segment_forms
 from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:
@@ -138,11 +138,11 @@ class PackageForms:
         self._folder = folder
         self._files = files
 
-    def module(self, form: Form, dtype: torch.dtype) -> nn.Module:
+    def module(self, form: AnyForm, dtype: torch.dtype) -> nn.Module:
         """As `FormSource.module`: there is none."""
         raise UsageError(f"{self._folder}: a package has no torch modules")
 
-    def onnx(self, form: Form) -> Path | bytes:
+    def onnx(self, form: AnyForm) -> Path | bytes:
         """As `FormSource.onnx`; with its weights inside where they lie in another folder.
 
         Raises:

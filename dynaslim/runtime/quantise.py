@@ -33,7 +33,7 @@ from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
 from dynaslim.runtime.activations import ActivationSampler
 from dynaslim.runtime.cache import open_cache, processor_flags
-from dynaslim.runtime.forms import Form, Precision, segment_forms
+from dynaslim.runtime.forms import AnyForm, Precision, segment_forms
 from dynaslim.runtime.libraries import installed, require
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import INPUT
@@ -94,7 +94,7 @@ class QuantisedForms:
         self.reduced_range = saturates()
         """Whether weights have 7 bits, see `saturates`."""
         self._cache = open_cache(self.key, cache_dir)
-        self._kept: dict[Form, bytes] = {}
+        self._kept: dict[AnyForm, bytes] = {}
         self._missing = set(segment_forms(self.spec))
         self._lock = threading.Lock()
 
@@ -114,13 +114,13 @@ class QuantisedForms:
         digest.update(self._images.numpy().data)
         return digest.hexdigest()
 
-    def module(self, form: Form, dtype: torch.dtype) -> nn.Module:
+    def module(self, form: AnyForm, dtype: torch.dtype) -> nn.Module:
         """As `FormSource.module`: raises `UsageError`."""
         raise UsageError(
             f"{form.name}: precision int8 has no torch modules; it runs on onnxruntime and openvino"
         )
 
-    def onnx(self, form: Form) -> bytes:
+    def onnx(self, form: AnyForm) -> bytes:
         """As `FormSource.onnx`: calibrates the form, unless it was made before."""
         with self._lock:
             if form in self._kept:
@@ -138,20 +138,18 @@ class QuantisedForms:
                 self._activations.forget()
             return made
 
-    def sample(self, form: Form) -> np.ndarray:
+    def sample(self, form: AnyForm) -> np.ndarray:
         """A few calibration rows as they arrive at a form, (B, C, H, W) float32: what to compare
         programs on, for features of any other kind lie outside the ranges that were calibrated.
         """
         with self._lock:
             return next(self._activations.at(form))
 
-    def _make(self, form: Form) -> bytes:
+    def _make(self, form: AnyForm) -> bytes:
         onnx = require("onnx")
         plain = self._forms.onnx(form)
         model = onnx.load_from_string(plain)
-        nodes = rounded_convolutions(
-            model, takes_images=form.route is not None or form.segment == 0
-        )
+        nodes = rounded_convolutions(model, takes_images=form.takes_images)
         if not nodes:  # a trunk of the first and a depthwise convolution
             return plain
         return quantise(

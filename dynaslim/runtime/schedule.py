@@ -15,8 +15,6 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Final, NamedTuple
 
-from dynaslim.runtime.forms import Form
-
 CACHE_VALUES: Final = 3_000_000
 """Values of the largest feature map of a piece: measured, 8 rows of ds_mbnet's trunk at 224 px."""
 LEAST_ROWS: Final = 4
@@ -66,10 +64,10 @@ def plan_step(
     piece reads all weights of its form, so the widest buckets, whose rows cost most, are handed out
     first and whole where they fit; those of cheap rows are cut to fill what is left.
     """
-    if workers == 1:
-        return _together(rows, caps)
     if len(rows) == 1:
         return _plan_one(rows[0], caps[0], workers)
+    if workers == 1:
+        return _together(rows, caps)
     mean = sum(n * s for n, s in zip(rows, seconds, strict=True)) / workers
     loads = [0.0] * workers
     pieces: list[MicroBatch] = []
@@ -95,7 +93,7 @@ def plan_step(
 @lru_cache(maxsize=4096)
 def _plan_one(rows: int, cap: int, workers: int) -> Plan:
     """One bucket, in equal shares; the same at every call of as many rows."""
-    if -(-rows // workers) > TOGETHER * rows / workers:
+    if workers == 1 or -(-rows // workers) > TOGETHER * rows / workers:
         return _together([rows], [cap])
     bounds = [rows * n // workers for n in range(workers + 1)]
     pieces = [
@@ -122,23 +120,21 @@ def _even(rows: int, cap: int) -> list[tuple[int, int]]:
     return [(rows * n // count, rows * (n + 1) // count) for n in range(count)]
 
 
-class Timings:
-    """Seconds per row of each form on one core, learnt from the pieces that are run.
+class RowTime:
+    """Seconds per row of a form on one core, learnt from the pieces that are run.
 
     Written by several threads without a lock: a lost update costs nothing but itself.
     """
 
-    def __init__(self) -> None:
-        self._seconds: dict[Form, float] = {}
+    def __init__(self, madds: float) -> None:
+        """Guessed by the multiply-adds of a row until a piece was timed."""
+        self.seconds = madds / START_RATE
+        self._measured = False
 
-    def get(self, form: Form, madds: float) -> float:
-        """What one row takes, guessed by its multiply-adds until known."""
-        return self._seconds.get(form, madds / START_RATE)
-
-    def add(self, form: Form, rows: int, seconds: float) -> None:
+    def add(self, rows: int, seconds: float) -> None:
         """A piece of so many rows took so long."""
         now = seconds / rows
-        before = self._seconds.get(form)
         # a piece that was held up by another program says little: follow downwards faster
-        weight = 0.3 if before is None or now < before else 0.1
-        self._seconds[form] = now if before is None else before + weight * (now - before)
+        weight = 0.3 if now < self.seconds else 0.1
+        self.seconds = self.seconds + weight * (now - self.seconds) if self._measured else now
+        self._measured = True

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dynaslim.errors import check
-from dynaslim.runtime.forms import Form, FormSource
+from dynaslim.runtime.forms import Form, FormSource, form_table
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import IR_VERSION, OPSET
 
@@ -83,8 +84,8 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
         options = len(spec.gates[number].choices)
         return [info(names[0], [1, None, None, None]), info(names[1], [1, options])]
 
-    def branches(number: int, cases: Sequence[Form], x: str, case: str, at: str) -> Any:
-        """A graph that runs the form whose number is in `case`: a chain of `If`."""
+    def branches(number: int, cases: Sequence[Form], first: int, x: str, case: str, at: str) -> Any:
+        """A graph that runs the form whose number, from `first`, is in `case`: a tree of `If`."""
         last = number == len(spec.gates)
         results = [f"{at}_logits"] if last else [f"{at}_features", f"{at}_gate"]
         if len(cases) == 1:
@@ -96,7 +97,7 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
             return helper.make_graph([*nodes, *same], at, [], outputs(results, number))
         # halves, so that a form is reached in few steps
         middle = len(cases) // 2
-        bound = constant(np.array([case_number[cases[middle]]], np.int64), f"{at}_bound")
+        bound = constant(np.array([first + middle], np.int64), f"{at}_bound")
         less = helper.make_node("Less", [case, bound], [f"{at}_less"], name=f"{at}_less")
         # a condition is a scalar
         flat = helper.make_node(
@@ -107,15 +108,15 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
             [f"{at}_condition"],
             results,
             name=f"{at}_if",
-            then_branch=branches(number, cases[:middle], x, case, f"{at}a"),
-            else_branch=branches(number, cases[middle:], x, case, f"{at}b"),
+            then_branch=branches(number, cases[:middle], first, x, case, f"{at}a"),
+            else_branch=branches(number, cases[middle:], first + middle, x, case, f"{at}b"),
         )
         return helper.make_graph([less, flat, choose], at, [], outputs(results, number))
 
-    nodes, (x, logits) = parts.nodes(Form(0), "x", "trunk_")
+    table = form_table(spec)
+    nodes, (x, logits) = parts.nodes(table[0][0][0], "x", "trunk_")
     inputs = [info("x", [1, spec.in_channels, "height", "width"])]
     chosen, before_option = [], ""
-    before: tuple[int, ...] = (0,)
     for number, gate in enumerate(spec.gates, start=1):
         options = len(gate.choices)
         at = f"s{number}"
@@ -139,9 +140,7 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
                 helper.make_node("Add", [f"{at}_row", case], [f"{at}_case"], name=f"{at}_case")
             )
             case = f"{at}_case"
-        cases = [Form(number, a, b) for a in before for b in gate.choices]
-        case_number = {form: n for n, form in enumerate(cases)}
-        tree = branches(number, cases, x, case, at)
+        tree = branches(number, list(chain.from_iterable(table[number])), 0, x, case, at)
         nodes += list(tree.node)
         widths = constant(np.array(gate.choices, np.int64), f"{at}_choices")
         nodes.append(
@@ -151,7 +150,7 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
         )
         chosen.append(f"{at}_choice")
         x, logits = (tree.output[0].name, tree.output[-1].name)
-        before_option, before = f"{at}_option", gate.choices
+        before_option = f"{at}_option"
     axes = constant(np.array([1], np.int64), "choice_axis")
     for name in chosen:
         nodes.append(helper.make_node("Unsqueeze", [name, axes], [f"{name}_2d"], name=f"{name}_2d"))

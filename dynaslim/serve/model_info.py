@@ -15,7 +15,6 @@ import numpy as np
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.graph import AnySpec, GraphSpec
-from dynaslim.runtime.forms import Form
 from dynaslim.runtime.latency import profile, time_form
 from dynaslim.runtime.router import Decide
 from dynaslim.serve.batcher import BatchEngine
@@ -96,9 +95,10 @@ class ModelInfo:
         """The route with these width indices."""
         known = self._routes.get(choices)
         if known is None:
-            known = RouteInfo(self.spec, choices, self._table.route_cost(self._options(choices)))
+            path = self.spec.path_at(choices)
+            known = RouteInfo(self.spec, choices, self._table.route_cost(path))
             if self._ms_table is not None:
-                known.ms = self._ms_table.route_cost(self._options(choices))
+                known.ms = self._ms_table.route_cost(path)
             self._routes[choices] = known
         return known
 
@@ -127,10 +127,6 @@ class ModelInfo:
         return route.ms + sum(
             max(0.0, first.ms - self._trunk_ms) for first in before if first.ms is not None
         )
-
-    def _options(self, choices: Sequence[int]) -> list[int]:
-        gates = self.spec.gates
-        return [gate.choices.index(c) for gate, c in zip(gates, choices, strict=True)]
 
     @property
     def _many_routes(self) -> bool:
@@ -165,9 +161,9 @@ class ModelInfo:
         """Time each segment; returns whether the sums are steady."""
         by_form = profile(self._engine.router, self.side, 1, rounds=_PROFILE_ROUNDS)
         self._ms_table = by_form.table
-        self._trunk_ms = by_form.ms[Form(0).name][0]
+        self._trunk_ms = self._ms_table.segments[0][0][0]
         for choices, route in self._routes.items():
-            route.ms = self._ms_table.route_cost(self._options(choices))
+            route.ms = self._ms_table.route_cost(self.spec.path_at(choices))
         return self._rise()
 
     def _measure_routes(self) -> bool:
@@ -175,7 +171,8 @@ class ModelInfo:
         router, routes = self._engine.router, self.listed
         shape = (1, self.spec.in_channels, self.side, self.side)
         rng = np.random.default_rng(0)
-        (trunk,) = time_form(router, Form(0), shape[2:], (1,), MEASURE_ROUNDS, rng)
+        trunk_form = router.table((self.side, self.side))[0][0][0]
+        (trunk,) = time_form(router, trunk_form, (1,), MEASURE_ROUNDS, rng)
         self._trunk_ms = statistics.median(trunk)
         x = rng.standard_normal(shape, np.float32)
         images = router.backend.arrays.images(x)
@@ -183,7 +180,7 @@ class ModelInfo:
         end = time.perf_counter() + MEASURE_S
         for turn in range(MEASURE_ROUNDS + 1):
             for route in routes:
-                decide = _always(self._options(route.choices))
+                decide = _always(self.spec.path_at(route.choices))
                 start = time.perf_counter()
                 router.routed(images, decide, None)
                 if turn:  # the first round runs with cold caches

@@ -73,7 +73,7 @@ class RouteCache:
 
     def route(self, path: Path) -> Route:
         """The route of a path."""
-        return _route(self.spec, path)
+        return self.spec.route_along(path)
 
     def chunks(self) -> list[slice]:
         """Rows in parts of a size to work on, all but the last of the same."""
@@ -193,7 +193,7 @@ def cache_routes(
         bad = int((~values_N.isfinite()).sum())
         if bad:
             raise TrainingError(
-                f"route {_route(spec, path)}: the loss of {bad} images is not finite"
+                f"route {spec.route_along(path)}: the loss of {bad} images is not finite"
             )
     for number, values in enumerate(features):
         if not bool(values.isfinite().all()):
@@ -201,10 +201,6 @@ def cache_routes(
     return RouteCache(
         spec, paths, losses_NP, torch.cat(correct), tuple(features), torch.cat(labels)
     )
-
-
-def _route(spec: AnySpec, path: Path) -> Route:
-    return spec.route_at([g.choices[option] for g, option in zip(spec.gates, path, strict=True)])
 
 
 def _prefixes(paths: Sequence[Path]) -> tuple[tuple[Path, ...], ...]:

@@ -22,7 +22,7 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.export import export_package, export_route, export_single_file
 from dynaslim.runtime.extract import extract_segment
-from dynaslim.runtime.forms import Form, segment_forms
+from dynaslim.runtime.forms import RouteForm, segment_forms
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.quantise import QuantisedForms
 from dynaslim.train import train_supernet
@@ -139,7 +139,7 @@ def test_it_leaves_as_other_networks_do(tmp_path):
     (got,) = session.run(None, {"x": x.numpy()})
     assert np.allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
     rounded = QuantisedForms(net, [images(64)], images=64, cache_dir=None)
-    whole = onnxruntime.InferenceSession(rounded.onnx(Form.whole(route)))
+    whole = onnxruntime.InferenceSession(rounded.onnx(RouteForm(route)))
     (near,) = whole.run(None, {"x": x.numpy()})
     assert np.abs(near - expected.numpy()).max() < 0.3 * np.abs(expected.numpy()).max()
 

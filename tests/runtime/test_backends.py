@@ -33,7 +33,7 @@ from dynaslim.runtime import auto
 from dynaslim.runtime.backends import BACKENDS, SUPPORTED, Resources, available, make_backend
 from dynaslim.runtime.backends.eager import EagerBackend
 from dynaslim.runtime.cache import Cache, cache_folder
-from dynaslim.runtime.forms import Form, form_shape, segment_forms
+from dynaslim.runtime.forms import Form, segment_forms
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.zoo import ZOO
@@ -383,7 +383,7 @@ def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):
         for path in _files(tmp_path) if content is not None else []:
             path.write_bytes(content)
         backend = make_backend("inductor", NetworkForms(net), Resources(1, Cache(tmp_path)))
-        backend.program(Form(0), form_shape(SMALL, Form(0), (32, 32)), wide=True)
+        backend.program(Form(0), Form(0).shape(SMALL, (32, 32)), wide=True)
     assert made == [(2, 3, 32, 32)] * 3
     assert backend.counts.compiled == ["segment0_0_0"]
     assert len(_files(tmp_path)) == 1
@@ -562,8 +562,8 @@ def test_forms_of_one_width_share_their_memory(name):
     backend = make_backend("eager", source, Resources(1, None))
     modules = {}
     for form in segment_forms(net.spec):
-        backend.program(form, form_shape(net.spec, form, (32, 32)), wide=True)
-        modules[form] = backend._modules[form]
+        program = backend.program(form, form.shape(net.spec, (32, 32)), wide=True)
+        modules[form] = program._module
     first, last = (net.spec.gates[0].choices[n] for n in (0, -1))
     choice = net.spec.gates[1].choices[1]
     one, other = (_storages(modules[Form(2, before, choice)]) for before in (first, last))

@@ -16,7 +16,7 @@ from dynaslim.runtime import cache, quantise
 from dynaslim.runtime.backends import Resources, inductor, make_backend
 from dynaslim.runtime.cache import Cache
 from dynaslim.runtime.export import export_package
-from dynaslim.runtime.forms import Form, form_shape
+from dynaslim.runtime.forms import Form
 from dynaslim.runtime.network_forms import NetworkForms
 
 BACKENDS = ["onnxruntime", "openvino", "auto"]
@@ -125,7 +125,7 @@ def test_a_compiler_whose_folder_fails_compiles_elsewhere(no_folder, monkeypatch
     monkeypatch.setattr(inductor, "why_not_writable", lambda folder: why)
     backend = make_backend("inductor", NetworkForms(net), Resources(1, Cache(no_folder / "x")))
     with pytest.warns(DynaslimWarning, match="not kept there: the disk is full"):
-        backend.program(Form(0), form_shape(spec, Form(0), (32, 32)), wide=True)
+        backend.program(Form(0), Form(0).shape(spec, (32, 32)), wide=True)
     assert len(made) == 1
     assert no_folder not in made[0].parents
 
@@ -135,7 +135,7 @@ def test_a_compiler_whose_folder_fails_compiles_elsewhere(no_folder, monkeypatch
     monkeypatch.setattr(inductor, "_compile", fail)
     monkeypatch.setattr(inductor, "why_not_writable", lambda folder: None)
     with pytest.raises(DynaslimError, match="does not compile"):  # which is no fault of a folder
-        backend.program(Form(1), form_shape(spec, Form(1), (32, 32)), wide=True)
+        backend.program(Form(1), Form(1).shape(spec, (32, 32)), wide=True)
 
 
 def test_calibrated_programs_without_a_folder(no_folder):

@@ -671,7 +671,7 @@ def test_every_path_is_answered(real):
     assert len(answers.paths) == 6
     with torch.inference_mode():
         for number, path in enumerate(answers.paths):
-            logits = net(x, answers.route(path))
+            logits = net(x, answers.spec.route_along(path))
             right = (logits.argmax(1) == labels).numpy()
             assert (answers.correct_NP[:, number] == right).all()
             top = logits.softmax(1).topk(2).values

@@ -26,7 +26,7 @@ from dynaslim.runtime.cascade_forms import resize_madds
 from dynaslim.runtime.escalation import margins
 from dynaslim.runtime.export import export_package
 from dynaslim.runtime.form_net import FormNet, read_model
-from dynaslim.runtime.forms import Form
+from dynaslim.runtime.forms import RouteForm
 from dynaslim.runtime.package import open_package, write_budget
 from dynaslim.runtime.signals import SignalTable, aurc
 
@@ -218,7 +218,7 @@ def test_two_sizes_of_one_network_in_the_order_of_their_cost():
     assert not made.mirror
     narrow = cascade([(small, net.spec.smallest), small, (large, str(net.spec.widest_choice))])
     x = torch.randn(3, 3, 16, 16)
-    one = narrow.net.source.module(Form.whole(narrow.net.spec.route_at([0]))).network(x)
+    one = narrow.net.source.module(RouteForm(narrow.net.spec.route_at([0]))).network(x)
     assert_rows_close(one, net(x, net.spec.smallest))
     told = {"gate": {"augment": {"mirror": True}}}
     assert cascade([replace(one, recipe=told) for one in (small, large)]).mirror

@@ -5,7 +5,7 @@ import torch
 from helpers import ZOO_NAMES, assert_rows_close, lively, lively_net, micro_spec
 
 from dynaslim.errors import UsageError
-from dynaslim.runtime.forms import Form, form_shape, segment_forms
+from dynaslim.runtime.forms import Form, RouteForm, segment_forms
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.onnx_graph import OPSET, to_onnx
 from dynaslim.zoo import ZOO
@@ -53,7 +53,7 @@ def test_every_form_as_its_module(name):
         module, session = forms.module(form), _session(forms.onnx(form))
         # other rows, and images that no stride divides, through the same graph
         for rows, size in ((1, (side, side)), (3, (side + 13, side + 1))):
-            shape = form_shape(spec, form, size)
+            shape = form.shape(spec, size)
             x = torch.randn(rows, *shape.row_in)
             _check(net, form, module, session, x)
             made = session.run(None, {"x": x.numpy()})
@@ -66,7 +66,7 @@ def test_whole_routes_as_the_network(name):
     spec, forms = net.spec, NetworkForms(net)
     x = torch.randn(2, spec.in_channels, 37, 45)
     for route in (spec.cheapest_choice, spec.largest):
-        session = _session(forms.onnx(Form.whole(route)))
+        session = _session(forms.onnx(RouteForm(route)))
         (made,) = session.run(None, {"x": x.numpy()})
         with torch.inference_mode():
             assert_rows_close(made, net(x, route), 5e-5)
@@ -78,7 +78,7 @@ def test_what_a_graph_says_of_itself():
         Form(0): ["features", "gate_logits"],
         Form(1, 0, 2): ["features", "gate_logits"],
         Form(2, 2, 1): ["logits"],
-        Form.whole(forms.spec.largest): ["logits"],
+        RouteForm(forms.spec.largest): ["logits"],
     }
     for form, outputs in names.items():
         model = onnx.load_from_string(forms.onnx(form))
@@ -89,7 +89,7 @@ def test_what_a_graph_says_of_itself():
         assert [value.name for value in model.graph.output] == outputs
         dims = model.graph.input[0].type.tensor_type.shape.dim
         assert [dim.dim_param for dim in dims] == ["batch", "", "height", "width"]
-        assert dims[1].dim_value == form_shape(forms.spec, form, (32, 32)).row_in[0]
+        assert dims[1].dim_value == form.shape(forms.spec, (32, 32)).row_in[0]
 
 
 def test_what_no_graph_is_made_of():
@@ -114,5 +114,5 @@ def test_all_activations_and_attentions_of_the_zoo_take_part():
         net.stages[0][0].body.bn.bias += 8
     forms = NetworkForms(net)
     x = torch.randn(3, 3, 32, 32) * 10
-    for form in (Form(0), Form.whole(net.spec.largest)):
+    for form in (Form(0), RouteForm(net.spec.largest)):
         _check(net, form, forms.module(form), _session(forms.onnx(form)), x)

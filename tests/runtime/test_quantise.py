@@ -15,7 +15,7 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime import quantise
 from dynaslim.runtime.accuracy import accuracy_report
 from dynaslim.runtime.activations import ActivationSampler
-from dynaslim.runtime.forms import Form, segment_forms
+from dynaslim.runtime.forms import Form, RouteForm, segment_forms
 from dynaslim.runtime.network_forms import NetworkForms
 from dynaslim.runtime.quantise import QuantisedForms
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
@@ -108,7 +108,7 @@ def test_every_form_is_near_its_module(net, forms):
 def test_backends_agree_on_the_same_graph(forms):
     """They round the same numbers, but may add them up, and round halves, in different ways."""
     core, x = openvino.Core(), noise(TINY, 16, seed=9).numpy()
-    form = Form.whole(TINY.widest_choice)
+    form = RouteForm(TINY.widest_choice)
     answers = []
     for kind in ROUNDED:
         content = forms[kind].onnx(form)
@@ -127,7 +127,7 @@ def _producers(model):
 
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_what_is_rounded(net, forms, kind):
-    for form in (Form(1, 0, 2), Form.whole(TINY.widest_choice)):
+    for form in (Form(1, 0, 2), RouteForm(TINY.widest_choice)):
         content = forms[kind].onnx(form)
         model = onnx.load_from_string(content)
         onnx.checker.check_model(model)
@@ -170,7 +170,7 @@ def test_what_is_rounded(net, forms, kind):
 def test_openvino_runs_them_in_integers(forms):
     core = openvino.Core()
     for kind in ROUNDED:
-        model = core.read_model(forms[kind].onnx(Form.whole(TINY.widest_choice)))
+        model = core.read_model(forms[kind].onnx(RouteForm(TINY.widest_choice)))
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         kinds = [
             op.get_rt_info()["runtimePrecision"].astype(str)
@@ -184,7 +184,7 @@ def test_onnxruntime_runs_them_in_integers(forms, tmp_path):
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    content = forms["rounded outputs"].onnx(Form.whole(TINY.widest_choice))
+    content = forms["rounded outputs"].onnx(RouteForm(TINY.widest_choice))
     ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     integers = sum(
@@ -203,7 +203,7 @@ def test_relu_networks(name):
     spec = ZOO[name].replace(num_classes=10)
     net, x = lively(spec), noise(spec, 16)
     forms = QuantisedForms(net, [x], cache_dir=None)
-    content = forms.onnx(Form.whole(spec.cheapest_choice))
+    content = forms.onnx(RouteForm(spec.cheapest_choice))
     with torch.inference_mode():
         expected = net(x, spec.cheapest_choice).numpy()
     assert _relative(_run(content, x.numpy()), expected) < 0.2
@@ -304,7 +304,7 @@ def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_byt
 def test_threads(calibration):
     spec = micro_spec()
     forms = QuantisedForms(lively(spec), [noise(spec, 16)], cache_dir=None)
-    wanted = [*segment_forms(spec), Form.whole(spec.smallest)] * 2
+    wanted = [*segment_forms(spec), RouteForm(spec.smallest)] * 2
     found, errors = {}, []
 
     def ask(form):

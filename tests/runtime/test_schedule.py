@@ -6,14 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dynaslim.runtime.forms import Form
 from dynaslim.runtime.schedule import (
     CACHE_VALUES,
     LEAST_ROWS,
     MOST_ROWS,
     START_RATE,
     TOGETHER,
-    Timings,
+    RowTime,
     plan_step,
     rows_in_cache,
 )
@@ -114,19 +113,18 @@ def test_rows_that_stay_in_the_cache(one, other):
         assert 2 * more * min(one, other) > 1.2 * CACHE_VALUES
 
 
-def test_timings_follow_what_is_measured():
-    timings, form = Timings(), Form(1, 0, 1)
-    assert timings.get(form, 5e10) == pytest.approx(5e10 / START_RATE)
-    timings.add(form, 4, 8.0)
-    assert timings.get(form, 5e10) == 2.0
-    timings.add(form, 1, 1.0)
-    down = 2.0 - timings.get(form, 5e10)
+def test_row_times_follow_what_is_measured():
+    time = RowTime(5e10)
+    assert time.seconds == pytest.approx(5e10 / START_RATE)
+    time.add(4, 8.0)
+    assert time.seconds == 2.0
+    time.add(1, 1.0)
+    down = 2.0 - time.seconds
     assert 0 < down < 1
-    before = timings.get(form, 5e10)
-    timings.add(form, 1, before + 1)
-    up = timings.get(form, 5e10) - before
+    before = time.seconds
+    time.add(1, before + 1)
+    up = time.seconds - before
     assert 0 < up < down, "a piece that was held up says little"
-    assert timings.get(Form(1, 0, 0), 1e10) == pytest.approx(1e10 / START_RATE)
     for _ in range(100):
-        timings.add(form, 2, 6.0)
-    assert timings.get(form, 5e10) == pytest.approx(3.0, rel=1e-3)
+        time.add(2, 6.0)
+    assert time.seconds == pytest.approx(3.0, rel=1e-3)

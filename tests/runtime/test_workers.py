@@ -192,7 +192,7 @@ def test_callers_keep_their_number_of_threads(count):
         torch.set_num_threads(count)  # after the engine was made, before its threads start
         engine(noise(SPEC, 33))
         inside = []
-        engine.router.side_by_side([lambda: inside.append(torch.get_num_threads())] * 4)
+        engine.router.workers.run([lambda: inside.append(torch.get_num_threads())] * 4)
         assert inside == [1] * 4
         assert torch.get_num_threads() == count
         assert _threads_of_a_new_thread() == count

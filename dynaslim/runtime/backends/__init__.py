@@ -1,7 +1,9 @@
-"""What runs a compiled form: one small protocol, and the backends by name."""
+"""What compiles and runs forms: a base class, and the backends by name."""
 
 from __future__ import annotations
 
+import threading
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,8 +12,9 @@ from typing import Any, Final, Protocol
 from dynaslim.errors import UsageError
 from dynaslim.runtime.arrays import Array, Arrays
 from dynaslim.runtime.cache import Cache
-from dynaslim.runtime.forms import Form, FormShape, FormSource, Precision
+from dynaslim.runtime.forms import AnyForm, FormShape, FormSource, Precision
 from dynaslim.runtime.libraries import installed, require
+from dynaslim.runtime.schedule import CACHE_VALUES
 
 
 class Program(Protocol):
@@ -34,45 +37,51 @@ class Counts:
     """Names of those read from disk."""
 
 
-class Backend(Protocol):
-    """Compiles forms."""
+class Backend(ABC):
+    """Compiles forms, each once; may be used by several threads at once."""
 
-    @property
-    def name(self) -> str:
-        """As in `BACKENDS`."""
+    name: str
+    """As in `BACKENDS`."""
+    arrays: Arrays
+    """What its programs take and give."""
+    workers: int
+    """Calls that it does best at once, each with one core; 1 if one call uses all there is."""
+    own_threads = False
+    """Whether work must stay off the caller's thread, whose settings are the caller's."""
+    sizes: tuple[int, ...] | None = None
+    """Rising numbers of rows that programs are made for; None if any number will do."""
+    piece_values = CACHE_VALUES
+    """Values of the largest feature map of a piece that it runs fastest."""
+    fixed_size = False
+    """Whether a program is for one size of image."""
+    fixed_threads = False
+    """Whether a program is for one number of cores."""
 
-    @property
-    def arrays(self) -> Arrays:
-        """What its programs take and give."""
+    def __init__(self) -> None:
+        self.counts = Counts()
+        self._programs: dict[tuple[AnyForm, tuple[int, ...] | None, bool], Program] = {}
+        self._compiling = threading.Lock()
 
-    @property
-    def workers(self) -> int:
-        """Calls that it does best at once, each with one core; 1 if one call uses all there is."""
-
-    @property
-    def own_threads(self) -> bool:
-        """Whether work must stay off the caller's thread, whose settings are the caller's."""
-
-    @property
-    def sizes(self) -> tuple[int, ...] | None:
-        """Rising numbers of rows that programs are made for; None if any number will do."""
-
-    @property
-    def piece_values(self) -> int:
-        """Values of the largest feature map of a piece that it runs fastest."""
-
-    @property
-    def counts(self) -> Counts:
-        """What was compiled and what was found."""
-
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
+    def program(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
         """The form's program for rows of this shape; `wide` uses all cores for one call.
 
         Raises:
             UsageError: if the source has not what the backend needs.
         """
+        key = (form, shape.row_in if self.fixed_size else None, wide and self.fixed_threads)
+        program = self._programs.get(key)
+        if program is None:
+            with self._compiling:  # one compilation at a time, and none twice
+                program = self._programs.get(key)
+                if program is None:
+                    program = self._programs[key] = self.compile(form, shape, wide=wide)
+        return program
 
-    def start_worker(self) -> None:
+    @abstractmethod
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+        """As `program`; called once for each that differs."""
+
+    def start_worker(self) -> None:  # noqa: B027
         """Called once in every thread that runs programs side by side."""
 
 

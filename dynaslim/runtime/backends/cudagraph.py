@@ -15,10 +15,9 @@ from torch import Tensor, nn
 
 from dynaslim.errors import UsageError
 from dynaslim.runtime.arrays import TorchArrays
-from dynaslim.runtime.backends import Counts, Program, Resources
+from dynaslim.runtime.backends import Backend, Program, Resources
 from dynaslim.runtime.backends.eager import DTYPES, copy_out, device_of, to_channels_last
-from dynaslim.runtime.forms import Form, FormShape, FormSource
-from dynaslim.runtime.schedule import CACHE_VALUES
+from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _WARM_UP = 3
@@ -47,7 +46,7 @@ class _Replayed:
     """The recordings of a form, made when a size is first met."""
 
     def __init__(
-        self, backend: CudaGraphBackend, form: Form, module: nn.Module, shape: FormShape
+        self, backend: CudaGraphBackend, form: AnyForm, module: nn.Module, shape: FormShape
     ) -> None:
         self._backend = backend
         self._form = form
@@ -58,7 +57,7 @@ class _Replayed:
     @torch.inference_mode()
     def __call__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
         """As `Program.__call__`."""
-        features = x if self._shape.images else x.permute(0, 3, 1, 2)
+        features = x if self._form.takes_images else x.permute(0, 3, 1, 2)
         with self._backend.lock:  # graphs share their memory
             recording = self._recordings.get(len(x))
             if recording is None:
@@ -78,7 +77,7 @@ class _Replayed:
         return recording
 
 
-class CudaGraphBackend:
+class CudaGraphBackend(Backend):
     """Recorded modules on a GPU.
 
     Raises:
@@ -86,12 +85,13 @@ class CudaGraphBackend:
     """
 
     name = "cudagraph"
-    own_threads = False
+    arrays: TorchArrays
     workers = 1
-    sizes: tuple[int, ...] | None = SIZES
-    piece_values = CACHE_VALUES
+    sizes = SIZES
+    fixed_size = True
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
+        super().__init__()
         device = device_of(source)
         if not torch.cuda.is_available():
             raise UsageError(
@@ -105,14 +105,10 @@ class CudaGraphBackend:
             )
         self._source = source
         self.arrays = TorchArrays(device, DTYPES[source.precision])
-        self.counts = Counts()
         self.lock = threading.Lock()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
-        """As `Backend.program`."""
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.compile`."""
         module = to_channels_last(self._source.module(form, self.arrays.dtype))
         return _Replayed(self, form, module, shape)
-
-    def start_worker(self) -> None:
-        """Nothing to set: there is one."""

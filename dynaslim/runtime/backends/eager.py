@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from dynaslim.runtime.arrays import TorchArrays
-from dynaslim.runtime.backends import Counts, Program, Resources
-from dynaslim.runtime.forms import Form, FormShape, FormSource
-from dynaslim.runtime.schedule import CACHE_VALUES
+from dynaslim.runtime.backends import Backend, Program, Resources
+from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STARTING = threading.Lock()
@@ -53,28 +52,24 @@ def copy_out(made: Tensor | Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         out.copy_(result.permute(0, 2, 3, 1) if result.ndim == 4 else result)
 
 
-class EagerBackend:
-    """PyTorch without a compiler."""
+class EagerBackend(Backend):
+    """PyTorch without a compiler; one module serves calls of any number of cores."""
 
     name = "eager"
     own_threads = True
-    sizes: tuple[int, ...] | None = None
-    piece_values = CACHE_VALUES
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
+        super().__init__()
         self._source = source
         self._device = device_of(source)
         self._dtype = DTYPES[source.precision]
         self.arrays = TorchArrays(self._device, self._dtype)
         self.workers = resources.threads if self._device.type == "cpu" else 1
-        self.counts = Counts()
-        self._modules: dict[Form, nn.Module] = {}
 
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
-        """As `Backend.program`; one module serves both kinds of calls."""
-        if form not in self._modules:
-            self._modules[form] = to_channels_last(self._source.module(form, self._dtype))
-        return ModuleProgram(self._modules[form], images=shape.images)
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.compile`."""
+        module = to_channels_last(self._source.module(form, self._dtype))
+        return ModuleProgram(module, images=form.takes_images)
 
     def start_worker(self) -> None:
         """One core for each thread."""

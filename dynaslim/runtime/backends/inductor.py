@@ -18,7 +18,7 @@ from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import Program, Resources
 from dynaslim.runtime.backends.eager import EagerBackend, ModuleProgram
 from dynaslim.runtime.cache import why_not_writable
-from dynaslim.runtime.forms import Form, FormShape, FormSource
+from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
 
 MOST_ROWS = 4096
 _CONFIGS = {
@@ -33,6 +33,7 @@ class InductorBackend(EagerBackend):
     """As eager, with compiled modules."""
 
     name = "inductor"
+    fixed_size = True
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
         super().__init__(source, resources)
@@ -40,16 +41,12 @@ class InductorBackend(EagerBackend):
         # its programs hold Python's lock while they run, so no two run side by side (measured: two
         # threads take twice as long as one); each uses all cores instead
         self.workers = 1
-        self._compiled: dict[tuple[Form, tuple[int, ...]], Any] = {}
 
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
-        """As `Backend.program`; height and width are fixed, the batch is not."""
-        key = (form, shape.row_in)
-        if key not in self._compiled:
-            self._compiled[key] = self._load(form, shape)
-        return ModuleProgram(self._compiled[key], images=shape.images)
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.compile`; height and width are fixed, the batch is not."""
+        return ModuleProgram(self._load(form, shape), images=form.takes_images)
 
-    def _load(self, form: Form, shape: FormShape) -> Any:
+    def _load(self, form: AnyForm, shape: FormShape) -> Any:
         channels, height, width = shape.row_in
         made_by = f"torch{torch.__version__}.{self._device.type}.any_threads"
         file = f"{form.name}_{height}x{width}.{made_by}.pt2"

@@ -14,8 +14,8 @@ from typing import Any, Final
 import numpy as np
 
 from dynaslim.runtime.arrays import NumpyArrays
-from dynaslim.runtime.backends import Counts, Program, Resources
-from dynaslim.runtime.forms import Form, FormShape, FormSource
+from dynaslim.runtime.backends import Backend, Program, Resources
+from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
 from dynaslim.runtime.libraries import require
 
 _BINDINGS: Final = 64
@@ -49,34 +49,26 @@ class _Session:
         self._idle[key] = binding
 
 
-class OnnxRuntimeBackend:
+class OnnxRuntimeBackend(Backend):
     """Sessions on one core each, or one with all."""
 
     name = "onnxruntime"
-    own_threads = False
-    sizes: tuple[int, ...] | None = None
+    fixed_threads = True
     piece_values = 500_000  # measured: 4 rows of the trunk of ds_mbnet at 224 px, 4 to 8 behind
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
+        super().__init__()
         self._ort = require("onnxruntime")
         self._source = source
         self._resources = resources
         self.arrays = NumpyArrays()
         self.workers = resources.threads
-        self.counts = Counts()
-        self._sessions: dict[tuple[Form, bool], _Session] = {}
 
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
-        """As `Backend.program`; a session takes images of any size."""
-        key = (form, wide)
-        if key not in self._sessions:
-            self._sessions[key] = _Session(self._open(form, wide))
-        return self._sessions[key]
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.compile`; a session takes images of any size."""
+        return _Session(self._open(form, wide))
 
-    def start_worker(self) -> None:
-        """Nothing to set: a session of one thread runs on its caller's."""
-
-    def _open(self, form: Form, wide: bool) -> Any:
+    def _open(self, form: AnyForm, wide: bool) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -128,7 +120,7 @@ class OnnxRuntimeBackend:
         )
 
     @staticmethod
-    def _note(where: list[str], form: Form, wide: bool) -> None:
+    def _note(where: list[str], form: AnyForm, wide: bool) -> None:
         where.append(form.name + (" wide" if wide else ""))
 
 

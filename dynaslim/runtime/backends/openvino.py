@@ -11,10 +11,9 @@ from typing import Any, Final
 import numpy as np
 
 from dynaslim.runtime.arrays import NumpyArrays
-from dynaslim.runtime.backends import Counts, Program, Resources
-from dynaslim.runtime.forms import Form, FormShape, FormSource
+from dynaslim.runtime.backends import Backend, Program, Resources
+from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
 from dynaslim.runtime.libraries import require
-from dynaslim.runtime.schedule import CACHE_VALUES
 
 _BLOB: Final = ".blob"
 """Suffix of what the library keeps in its cache."""
@@ -55,35 +54,23 @@ class _Compiled:
         self._idle.put(request)
 
 
-class OpenVinoBackend:
+class OpenVinoBackend(Backend):
     """One compiled model for every form, size of image and kind of call."""
 
     name = "openvino"
-    own_threads = False
-    sizes: tuple[int, ...] | None = None
-    piece_values = CACHE_VALUES
+    fixed_size = fixed_threads = True
 
     def __init__(self, source: FormSource, resources: Resources) -> None:
+        super().__init__()
         self._openvino = require("openvino")
         self._core = _core()
         self._source = source
         self._resources = resources
         self.arrays = NumpyArrays()
         self.workers = resources.threads
-        self.counts = Counts()
-        self._models: dict[tuple[Form, tuple[int, ...], bool], _Compiled] = {}
 
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Program:
-        """As `Backend.program`; height and width are fixed, the batch is not."""
-        key = (form, shape.row_in, wide)
-        if key not in self._models:
-            self._models[key] = _Compiled(self._openvino, self._compile(form, shape, wide))
-        return self._models[key]
-
-    def start_worker(self) -> None:
-        """Nothing to set: streams are the compiled model's."""
-
-    def _compile(self, form: Form, shape: FormShape, wide: bool) -> Any:
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+        """As `Backend.compile`; height and width are fixed, the batch is not."""
         onnx = self._source.onnx(form)
         model = self._core.read_model(str(onnx) if isinstance(onnx, Path) else onnx)
         model.reshape({0: [-1, *shape.row_in]})
@@ -100,7 +87,7 @@ class OpenVinoBackend:
         size = "x".join(map(str, shape.row_in[1:]))
         name = f"{form.name} {size}" + (" wide" if wide else "")
         (self.counts.cached if found else self.counts.compiled).append(name)
-        return compiled
+        return _Compiled(self._openvino, compiled)
 
     def _compile_or_find(self, model: Any, config: dict[str, Any]) -> tuple[Any, bool]:
         """The compiled model, and whether it was in the cache."""
