@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -31,7 +31,7 @@ from dynaslim._files import validated
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
-from dynaslim.runtime.escalation import Escalation, Floats, Ints
+from dynaslim.runtime.escalation import Bools, Escalation, Floats, Ints, Path, escalation_cost
 
 Logits = npt.NDArray[np.floating[Any]]
 Kind = Literal["share", "madds", "ms", "drop"]
@@ -77,6 +77,68 @@ def option_costs(table: CostTable) -> tuple[Floats, ...]:
         paths = [[0] * gate + [k] + [0] * (len(options) - gate - 1) for k in range(count)]
         costs.append(np.array([table.route_cost(path) for path in paths]) / table.widest_cost)
     return tuple(costs)
+
+
+class _Target(NamedTuple):
+    path_G: Ints
+    cost: float
+    """Of the whole path."""
+    more: float
+    """What it adds to that of a row that goes on; a second look adds all of it."""
+
+
+class PathCosts:
+    """A table's costs of paths, laid out for use at every call."""
+
+    def __init__(self, table: CostTable) -> None:
+        self.table = table
+        self.options = option_costs(table)
+        trunk, *segments = table.segments
+        # up to the end of the segment behind the first gate, by its option
+        self._first_K = trunk[0][0] + np.array(segments[0][0])
+        self._segments = [np.array(segment) for segment in segments[1:]]
+        self._targets: dict[Path, _Target] = {}
+        self.cheapest = float(self._first_K[0] + sum(segment[0, 0] for segment in self._segments))
+        """Of the path that takes the first option of every gate."""
+
+    @cached_property
+    def more(self) -> list[Floats]:
+        """For every gate (K before, K): what an option costs more than the first, and first options
+        behind it; of the first gate (1, K).
+        """
+        own = [self._first_K[None, :], *self._segments]
+        behind = [segment[:, 0] for segment in self._segments] + [np.zeros(len(own[-1][0]))]
+        totals = [segment + rest_K for segment, rest_K in zip(own, behind, strict=True)]
+        return [total - total[:, :1] for total in totals]
+
+    def of(self, options_BG: Ints) -> Floats:
+        """Of whole paths (B,)."""
+        total_B: Floats = self._first_K.take(options_BG[:, 0])
+        for number, segment in enumerate(self._segments, start=1):
+            total_B += segment[options_BG[:, number - 1], options_BG[:, number]]
+        return total_B
+
+    def target(self, path: Path) -> _Target:
+        """What going on along a path comes to."""
+        known = self._targets.get(path)
+        if known is None:
+            known = self._targets[path] = _Target(
+                np.array(path), self.table.route_cost(path), escalation_cost(self.table, path)
+            )
+        return known
+
+    def may_escalate(self, options_BG: Ints, target: Path, *, mirror: bool = False) -> Bools:
+        """Which rows (B,) may escalate to a target, by the paths of their answers.
+
+        Those whose path is cheaper and narrower behind some gate; with `mirror`, to a second look,
+        those on the target.
+        """
+        path_G, cost, _ = self.target(target)
+        if mirror:
+            stands_B: Bools = (options_BG == path_G).all(1)
+            return stands_B
+        wider_B: Bools = np.any(options_BG < path_G, axis=1)
+        return wider_B & (self.of(options_BG) < cost)
 
 
 def choose(gate_logits_BK: Logits, shift: float, costs_K: Floats, limit: int | None = None) -> Ints:

@@ -31,7 +31,7 @@ from dynaslim.errors import DataError, DynaslimError, UsageError, check
 from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
 from dynaslim.progress import progress
-from dynaslim.runtime.budget import choose, option_costs
+from dynaslim.runtime.budget import PathCosts, choose, option_costs
 from dynaslim.runtime.escalation import (
     Bools,
     Escalation,
@@ -42,7 +42,6 @@ from dynaslim.runtime.escalation import (
     averaged,
     escalation_cost,
     margins,
-    who_may_escalate,
 )
 from dynaslim.spec import Route
 
@@ -85,16 +84,11 @@ class PathAnswers:
 
     def costs(self, table: CostTable) -> Floats:
         """What one image costs along every path (P,), in the table's unit."""
-        return np.array([table.route_cost(path) for path in self.paths])
+        return PathCosts(table).of(np.array(self.paths))
 
     def may_escalate(self, target: Path, *, mirror: bool = False) -> Bools:
-        """Whether rows of each path (P,) may go on to a target, or look again along it."""
-        if mirror:
-            return np.array([path == target for path in self.paths])
-        cost = self.table.route_cost(target)
-        return who_may_escalate(
-            np.array(self.paths), self.costs(self.table), np.array(target), cost
-        )
+        """Which paths (P,) may go on to a target, or look again along it."""
+        return PathCosts(self.table).may_escalate(np.array(self.paths), target, mirror=mirror)
 
     def taken(self, shift: float) -> Ints:
         """The number of the path (N,) that the gates choose under a shift."""

@@ -6,13 +6,14 @@ Suffixes: B rows, G gates, K options of a gate, N classes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
 from dynaslim.runtime.arrays import Array
@@ -24,9 +25,9 @@ from dynaslim.runtime.backends import (
     default_device,
     make_backend,
 )
-from dynaslim.runtime.budget import BudgetCurve
+from dynaslim.runtime.budget import BudgetCurve, PathCosts
 from dynaslim.runtime.cache import open_cache, usable_cores
-from dynaslim.runtime.decisions import Budget, Decisions, RouteCosts, make_decisions
+from dynaslim.runtime.decisions import Budget, Decisions, make_decisions
 from dynaslim.runtime.forms import FormSource, Precision, check_precision, form_table
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
 from dynaslim.runtime.package import Package, open_package
@@ -105,7 +106,7 @@ class Engine:
         """What "auto" measured: milliseconds of a batch by backend."""
         cache = open_cache(source.key, self._options.cache_dir)
         self._resources = Resources(self._options.workers or usable_cores(), cache)
-        self._costs: dict[tuple[int, int], RouteCosts] = {}
+        self._costs: dict[tuple[int, int], PathCosts] = {}
         self._decided: dict[tuple[Any, ...], Decisions] = {}
         self._ledgers: dict[float, Ledger] = {}
         self._router: Router | None = None
@@ -388,18 +389,19 @@ class Engine:
         try:
             known = self._decided.get(key)
         except TypeError:  # a list cannot be looked up
-            return make_decisions(self._costs_at(size), self.curve, mirror=self.mirror, **asked)
+            return self._make_decisions(size, asked)
         if known is None:
-            known = make_decisions(self._costs_at(size), self.curve, mirror=self.mirror, **asked)
+            known = self._make_decisions(size, asked)
             if len(self._decided) >= _KEPT_DECISIONS:  # a budget that moves all the time
                 self._decided.clear()
             self._decided[key] = known
         return known
 
-    def _costs_at(self, size: tuple[int, int]) -> RouteCosts:
-        if size not in self._costs:
-            self._costs[size] = RouteCosts(self.spec, size)
-        return self._costs[size]
+    def _make_decisions(self, size: tuple[int, int], asked: Mapping[str, Any]) -> Decisions:
+        costs = self._costs.get(size)
+        if costs is None:
+            costs = self._costs[size] = PathCosts(CostTable.from_madds(self.spec, size))
+        return make_decisions(self.spec, costs, self.curve, mirror=self.mirror, **asked)
 
     def _ledger(self, decisions: Decisions, hold: bool | Ledger) -> Ledger | None:
         """Where a call counts what it costs; None if its budget need not hold."""
@@ -431,7 +433,7 @@ class Engine:
         unspent = ledger.reserve(len(images), decisions.held)
         try:
             made = answers(decisions.within(len(images), unspent))
-            unspent -= float(made[2].sum()) / decisions.route_costs.table.widest_cost
+            unspent -= float(made[2].sum()) / decisions.costs.table.widest_cost
         except BaseException:
             unspent -= len(images) * decisions.held  # as if it had not been asked for
             raise

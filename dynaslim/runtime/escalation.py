@@ -52,15 +52,6 @@ def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     return np.asarray(-np.expm1(top_BN[:, classes - 2] - highest_B) / sum_B, logits_BN.dtype)
 
 
-def who_may_escalate(own_BG: Ints, costs_B: Floats, target_G: Ints, target_cost: float) -> Bools:
-    """Which rows (B,) may go on to a target: dearer than their own path, wider behind some gate.
-
-    Costs are those of whole paths, by one table.
-    """
-    wider_B: Bools = np.any(own_BG < target_G, axis=1)
-    return wider_B & (costs_B < target_cost)
-
-
 def escalation_cost(table: CostTable, target: Sequence[int], *, mirror: bool = False) -> float:
     """What escalating a row adds to its cost: the target path without the trunk, which was kept.
 

@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
-from dynaslim.runtime.budget import choose, option_costs
-from dynaslim.runtime.escalation import EscalationState, margins
-from dynaslim.runtime.router import Escalated, WhoEscalates
+from dynaslim.runtime.budget import choose
+from dynaslim.runtime.escalation import Ints
+from dynaslim.runtime.router import WhoEscalates
 
 if TYPE_CHECKING:
     from dynaslim.runtime.decisions import Decisions
@@ -106,10 +107,10 @@ class HeldCall:
 
     def __init__(self, decisions: Decisions, rows: int, allowance: float, limit: float) -> None:
         """`allowance` and `limit`, of all rows and of one, in multiply-adds."""
-        costs = decisions.route_costs
+        costs = decisions.costs
         self._decisions = decisions
         self._more = costs.more
-        self._options = option_costs(costs.table)
+        self._options = costs.options
         self._before_B = np.zeros(rows, np.int64)
         self._savings = max(0, SAVED - rows) * (limit - costs.cheapest)
         self._left = allowance - rows * costs.cheapest
@@ -144,29 +145,25 @@ class HeldCall:
     @property
     def escalate(self) -> WhoEscalates | None:
         """Which rows escalate; None if none can."""
-        return self._unsure if self._decisions.escalations else None
+        return partial(self._decisions.unsure, call=self) if self._decisions.escalations else None
 
-    def _unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
-        """As of `Decisions`; of every step those of the smallest margins that can be afforded.
+    @property
+    def ease(self) -> float:
+        """Part of a threshold that holds: the less is saved up, the smaller."""
+        return min(1.0, max(0.0, self._left) / self._savings) if self._savings else 1.0
+
+    def afforded(self, members: Ints, margin_B: np.ndarray, number: int) -> Ints:
+        """The rows of the smallest margins that a step of escalation can pay for; pays for them.
 
         Every step may spend an equal part of what is left, the last all of it: cheap first steps
         are not to use up what the dear ones need.
         """
-        costs, steps = self._decisions.route_costs, self._decisions.escalations
-        asked, last_BG = EscalationState(len(logits_BN)), options_BG.copy()
-        for behind, step in zip(range(len(steps))[::-1], steps, strict=True):
-            margin_B = margins(logits_BN)
-            left = max(0.0, self._left)  # rounding may have left less than nothing
-            ease = min(1.0, left / self._savings) if self._savings else 1.0
-            able_B = costs.may_escalate(last_BG, step.target, mirror=step.mirror)
-            members = asked.next(able_B, margin_B, step.tau * ease).nonzero()[0]
-            target = costs.target(step.target)
-            more = target.cost if step.mirror else target.more
-            afforded = int(left / (1 + behind) / more)
-            surest = members[margin_B[members].argsort(kind="stable")[afforded:]]
-            asked.close(surest)
-            members = np.setdiff1d(members, surest, assume_unique=True)
-            if len(members):
-                self._left -= len(members) * more
-                yield Escalated(members, step.target, step.mirror)
-                last_BG[members] = step.target
+        steps, left = self._decisions.escalations, max(0.0, self._left)  # rounding may overdraw
+        step = steps[number]
+        target = self._decisions.costs.target(step.target)
+        more = target.cost if step.mirror else target.more
+        count = int(left / (len(steps) - number) / more)
+        if count < len(members):
+            members = np.sort(members[margin_B[members].argsort(kind="stable")[:count]])
+        self._left -= len(members) * more
+        return members

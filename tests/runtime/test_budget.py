@@ -17,6 +17,7 @@ from dynaslim.errors import UsageError
 from dynaslim.runtime.budget import (
     BudgetCurve,
     BudgetPoint,
+    PathCosts,
     choose,
     option_costs,
     parse_budget,
@@ -27,7 +28,6 @@ from dynaslim.runtime.escalation import (
     averaged,
     escalation_cost,
     margins,
-    who_may_escalate,
 )
 from dynaslim.spec import Route
 from dynaslim.zoo import ZOO
@@ -126,8 +126,7 @@ def test_margins_of_extreme_logits():
 
 def test_who_may_escalate():
     def may_escalate(table, own, target):
-        cost_B, target_cost = np.array([table.route_cost(own)]), table.route_cost(target)
-        (may,) = who_may_escalate(np.array([own]), cost_B, np.array(target), target_cost)
+        (may,) = PathCosts(table).may_escalate(np.array([own]), target)
         return may
 
     table = CostTable.from_madds(micro_spec(), 32)
