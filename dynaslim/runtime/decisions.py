@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Real
 from typing import Final
 
@@ -18,15 +18,17 @@ from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
 from dynaslim.runtime import budget as budgets
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, PathCosts
-from dynaslim.runtime.escalation import Escalation, EscalationState, margins
+from dynaslim.runtime.escalation import Escalation, EscalationState, Ints, margins
 from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
-from dynaslim.runtime.spending import HeldCall
 from dynaslim.spec import LARGEST, Route
 
 Budget = float | str | BudgetPoint
 CASCADE_BUDGET: Final = "drop=0.5"
 """Of a cascade with a curve, where none is given: its gate alone would send all images to the first
 rung."""
+SAVED: Final = 16
+"""Images of which smaller calls have to save the budget up before thresholds are the curve's."""
+_HALVINGS: Final = 40
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,79 @@ class Decisions:
         for gate, widths_K in enumerate(self._widths):
             widths_BG[:, gate] = widths_K.take(options_BG[:, gate])
         return logits_BN, widths_BG, madds_B, escalated_B, mirrored_B
+
+
+class HeldCall:
+    """The decisions of one call whose rows together may cost no more than an allowance.
+
+    Every row may take the cheapest route. Where the gates want more than is left, they are shifted
+    towards cheaper options until it suffices; where more rows are unsure than can be afforded,
+    those of the smallest margins escalate. A call of a few rows cannot choose among them: there,
+    the less is saved up, the smaller a margin has to be.
+    """
+
+    def __init__(self, decisions: Decisions, rows: int, allowance: float, limit: float) -> None:
+        """`allowance` and `limit`, of all rows and of one, in multiply-adds."""
+        costs = decisions.costs
+        self._decisions = decisions
+        self._more = costs.more
+        self._options = costs.options
+        self._before_B = np.zeros(rows, np.int64)
+        self._savings = max(0, SAVED - rows) * (limit - costs.cheapest)
+        self._left = allowance - rows * costs.cheapest
+
+    def decide(self, gate: int, logits_BK: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Options (B,) that the rows take; see `router.Decide`."""
+        decisions = self._decisions
+        limit = None if decisions.limits is None else decisions.limits[gate]
+        more_BK = self._more[gate][self._before_B[rows]]
+        each = np.arange(len(rows))
+        option_B = decisions.decide(gate, logits_BK, rows)
+        if more_BK[each, option_B].sum() > self._left:
+            dear, cheap, step = decisions.shift, decisions.shift, 1.0
+            for _ in range(_HALVINGS):  # shifts that are dear enough are reached by doubling
+                cheap, step = cheap + step, 2 * step
+                option_B = budgets.choose(logits_BK, cheap, self._options[gate], limit)
+                if more_BK[each, option_B].sum() <= self._left:
+                    break
+            else:
+                option_B = np.zeros(len(rows), np.int64)
+            for _ in range(_HALVINGS):
+                middle = (dear + cheap) / 2
+                tried_B = budgets.choose(logits_BK, middle, self._options[gate], limit)
+                if more_BK[each, tried_B].sum() <= self._left:
+                    cheap, option_B = middle, tried_B
+                else:
+                    dear = middle
+        self._before_B[rows] = option_B
+        self._left -= float(more_BK[each, option_B].sum())
+        return option_B
+
+    @property
+    def escalate(self) -> WhoEscalates | None:
+        """Which rows escalate; None if none can."""
+        return partial(self._decisions.unsure, call=self) if self._decisions.escalations else None
+
+    @property
+    def ease(self) -> float:
+        """Part of a threshold that holds: the less is saved up, the smaller."""
+        return min(1.0, max(0.0, self._left) / self._savings) if self._savings else 1.0
+
+    def afforded(self, members: Ints, margin_B: np.ndarray, number: int) -> Ints:
+        """The rows of the smallest margins that a step of escalation can pay for; pays for them.
+
+        Every step may spend an equal part of what is left, the last all of it: cheap first steps
+        are not to use up what the dear ones need.
+        """
+        steps, left = self._decisions.escalations, max(0.0, self._left)  # rounding may overdraw
+        step = steps[number]
+        target = self._decisions.costs.target(step.target)
+        more = target.cost if step.mirror else target.more
+        count = int(left / (len(steps) - number) / more)
+        if count < len(members):
+            members = np.sort(members[margin_B[members].argsort(kind="stable")[:count]])
+        self._left -= len(members) * more
+        return members
 
 
 def make_decisions(

@@ -27,12 +27,12 @@ from dynaslim.runtime.backends import (
 )
 from dynaslim.runtime.budget import BudgetCurve, PathCosts
 from dynaslim.runtime.cache import open_cache, usable_cores
-from dynaslim.runtime.decisions import Budget, Decisions, make_decisions
+from dynaslim.runtime.decisions import Budget, Decisions, HeldCall, make_decisions
 from dynaslim.runtime.forms import FormSource, Precision, check_precision, form_table
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
 from dynaslim.runtime.package import Package, open_package
 from dynaslim.runtime.router import Router
-from dynaslim.runtime.spending import HeldCall, Ledger
+from dynaslim.runtime.spending import Ledger
 from dynaslim.spec import Route
 
 if TYPE_CHECKING:

@@ -14,10 +14,9 @@ from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime import quantise
 from dynaslim.runtime.accuracy import accuracy_report
-from dynaslim.runtime.activations import ActivationSampler
 from dynaslim.runtime.forms import Form, RouteForm, segment_forms
 from dynaslim.runtime.network_forms import NetworkForms
-from dynaslim.runtime.quantise import QuantisedForms
+from dynaslim.runtime.quantise import ActivationSampler, QuantisedForms
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.zoo import ZOO
 
@@ -265,7 +264,7 @@ def test_construction_is_lazy_and_stops_reading():
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 28])
 def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_bytes):
     """All images arrive at every form, from each width before on parts of their own."""
-    monkeypatch.setattr("dynaslim.runtime.activations.KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr("dynaslim.runtime.quantise.KEPT_BYTES", kept_bytes)
     spec = NetSpec(
         "three gates",
         (
