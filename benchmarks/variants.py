@@ -16,6 +16,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,9 @@ from dynaslim.nn import SlimNet
 from dynaslim.runtime.backends import Resources
 from dynaslim.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynaslim.runtime.backends.openvino import OpenVinoBackend
-from dynaslim.runtime.forms import Form, FormShape
+from dynaslim.runtime.forms import AnyForm, FormShape
 from dynaslim.runtime.network_forms import NetworkForms
-from dynaslim.runtime.router import Job, Router
+from dynaslim.runtime.router import Job, Prepared, Router
 from dynaslim.runtime.schedule import MicroBatch
 
 SIZES = (1, 2, 4, 8, 16, 32)
@@ -46,7 +47,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 class CopiedOrt(OnnxRuntimeBackend):
     """Without IO binding: results in arrays of the runtime's own, copied to where they belong."""
 
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Any:
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Any:
         session = self._open(form, wide)
 
         def run(x: np.ndarray, outs: Any) -> None:
@@ -62,7 +63,7 @@ class ConfiguredOpenVino(OpenVinoBackend):
     config: dict[str, Any] = {}  # noqa: RUF012
     fixed = False
 
-    def program(self, form: Form, shape: FormShape, *, wide: bool) -> Any:
+    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Any:
         source = self._source.onnx(form)
         compiled: dict[int, Any] = {}
 
@@ -111,8 +112,8 @@ class Fixed(ConfiguredOpenVino):
 class FixedCapped(Router):
     """Pieces as large as the engine's own; padding alone is the difference."""
 
-    def _cap(self, form: Form, size: tuple[int, int]) -> int:
-        return 8
+    def _prepared(self, form: AnyForm, size: tuple[int, int]) -> Prepared:
+        return replace(super()._prepared(form, size), most_rows=8)
 
 
 class GatherInside(Router):
@@ -121,9 +122,9 @@ class GatherInside(Router):
     def __init__(self, net: SlimNet, backend: OnnxRuntimeBackend) -> None:
         super().__init__(net.spec, backend)
         self._forms = NetworkForms(net)
-        self._sessions: dict[Form, Any] = {}
+        self._sessions: dict[AnyForm, Any] = {}
 
-    def _session(self, form: Form) -> Any:
+    def _session(self, form: AnyForm) -> Any:
         if form not in self._sessions:
             import onnxruntime
 
@@ -142,11 +143,11 @@ class GatherInside(Router):
             self._sessions[form] = onnxruntime.InferenceSession(model.SerializeToString(), options)
         return self._sessions[form]
 
-    def _piece(self, job: Job, piece: MicroBatch, program: Any, size: Any) -> None:
+    def _piece(self, job: Job, piece: MicroBatch, program: Any) -> None:
         if job.picked is None:
-            super()._piece(job, piece, program, size)
+            super()._piece(job, piece, program)
             return
-        session, rows = self._session(job.form), job.picked[piece.start : piece.stop]
+        session, rows = self._session(job.form.form), job.picked[piece.start : piece.stop]
         binding = session.io_binding()
         source = job.source
         binding.bind_input("x", "cpu", 0, np.float32, source.shape, source.ctypes.data)
