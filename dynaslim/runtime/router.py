@@ -37,6 +37,7 @@ Merge = Callable[[int, int, np.ndarray], np.ndarray]
 Given the allowed options alone, the first so many."""
 
 _FIRST: Final = np.zeros(1, np.int64)
+_ROW: Final = MicroBatch(0, 0, 1)
 
 
 @dataclass(slots=True, eq=False)
@@ -183,7 +184,6 @@ class Router:
         """
         workspace, table, rows = self._workspaces.borrow(), self.table(_size(x)), len(x)
         options_BG = np.empty((rows, len(self.spec.gates)), np.int64)
-        logits_BN = np.empty((rows, self.spec.num_classes), np.float32)
         trunk = self._trunk(workspace, table, x, first)
         if rows == 1 and self._merge is None:  # need not be sorted
 
@@ -191,8 +191,9 @@ class Router:
                 options_BG[0, gate] = option = decide(gate, self._gate_logits(bucket), _FIRST)[0]
                 return int(option)
 
-            logits_BN[:] = self._together(workspace, table, trunk, None, choose)
+            logits_BN = self._together(workspace, table, trunk, None, choose).copy()
         else:
+            logits_BN = np.empty((rows, self.spec.num_classes), np.float32)
             self._sorted(workspace, table, trunk, decide, options_BG, logits_BN, limits)
         passes = []
         for unsure in () if escalate is None else escalate(logits_BN, options_BG):
@@ -321,6 +322,9 @@ class Router:
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Divide the rows of all jobs among the cores and run them."""
+        if len(jobs) == 1 and jobs[0].rows == 1:  # planning would take as long as a small network
+            self._piece(jobs[0], _ROW, self.program(jobs[0].form, wide=True))
+            return
         plan = plan_step(
             [job.rows for job in jobs],
             [job.form.row_time.seconds for job in jobs],
