@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import random
 
 import numpy as np
@@ -201,3 +202,15 @@ def test_unknown_model_gets_a_suggestion():
 def test_image_below_total_stride():
     with pytest.raises(UsageError, match="31x64 px: ds_mbnet divides it by 32"):
         get_spec("ds_mbnet").check_image_size(31, 64)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_paths_count_options(name):
+    spec = ZOO[name].with_choices([1, 3])
+    for path in itertools.islice(itertools.product((0, 1), repeat=len(spec.gates)), 40):
+        route = spec.route_along(path)
+        assert route == spec.route_at([(1, 3)[option] for option in path])
+        assert spec.path_of(route) == path
+        assert spec.path_at(spec.segment_indices(route)[1:]) == path
+    with pytest.raises(UsageError, match="gate 0 of .* chooses among width indices 1, 3, not 0"):
+        spec.path_of(spec.smallest)

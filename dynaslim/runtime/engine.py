@@ -118,15 +118,18 @@ class Engine:
         self, net: ElasticNet, backend: str, precision: Precision, calibration: Any
     ) -> FormSource:
         """The forms of a network in a precision."""
-        if precision != "int8":
-            from dynaslim.runtime.form_net import source_of
+        if precision == "int8" and net.has_weights:
+            from dynaslim.runtime.quantise import QuantisedForms
 
-            check(calibration is None, f"calibration is for precision int8, not {precision}")
-            return source_of(net, precision)
-        from dynaslim.runtime.quantise import QuantisedForms
+            check(calibration is not None, "precision int8 needs calibration: batches of images")
+            return QuantisedForms(
+                net, calibration, backend=backend, cache_dir=self._options.cache_dir
+            )
+        from dynaslim.runtime.form_net import source_of
 
-        check(calibration is not None, "precision int8 needs calibration: batches of images")
-        return QuantisedForms(net, calibration, backend=backend, cache_dir=self._options.cache_dir)
+        made = source_of(net, precision)
+        check(calibration is None, f"calibration is for precision int8, not {made.precision}")
+        return made
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: Any = None, **options: Any) -> Engine:

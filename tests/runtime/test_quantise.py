@@ -160,7 +160,7 @@ def test_what_is_rounded(net, forms, kind):
             assert scale.dims == [kept.dims[0]]  # per channel
             rounds = readers[node.output[0]] == ["QuantizeLinear"]
             assert rounds == (kind == "rounded outputs")
-        first = form.route is not None
+        first = form.takes_images
         assert counts["first"] == first
         assert counts["rounded"] == counts["depthwise"] + (not first)
         assert len(content) < 0.6 * len(NetworkForms(net).onnx(form))
