@@ -212,5 +212,5 @@ def test_paths_count_options(name):
         assert route == spec.route_at([(1, 3)[option] for option in path])
         assert spec.path_of(route) == path
         assert spec.path_at(spec.segment_indices(route)[1:]) == path
-    with pytest.raises(UsageError, match="gate 0 of .* chooses among width indices 1, 3, not 0"):
+    with pytest.raises(UsageError, match=r"gate 0 of .* chooses among width indices 1, 3, not 0"):
         spec.path_of(spec.smallest)
