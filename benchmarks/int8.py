@@ -21,7 +21,7 @@ from dynaslim import Engine, read
 from dynaslim.bench.models import calibration_batches, compare_precisions, random_network
 from dynaslim.bench.routed import mixed
 from dynaslim.bench.timing import hardware, interleave, summary
-from dynaslim.runtime.quantise import QuantisedForms
+from dynaslim.runtime.quantise import QuantisedSource
 
 
 def main() -> None:
@@ -99,7 +99,7 @@ def main() -> None:
     if options.checkpoint is not None:
         checkpoint = read(options.checkpoint)
         batches = calibration_batches(checkpoint, options.data, options.calibration_split, 256)
-        forms = QuantisedForms(checkpoint.net, batches, backend="onnxruntime", cache_dir=None)
+        forms = QuantisedSource(checkpoint.net, batches, backend="onnxruntime", cache_dir=None)
         result["accuracy"] = compare_precisions(
             checkpoint, forms, options.data, options.split, options.images
         )

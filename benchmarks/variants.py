@@ -36,10 +36,10 @@ from dynaslim.nn import SlimNet
 from dynaslim.runtime.backends import Resources
 from dynaslim.runtime.backends.onnxruntime import OnnxRuntimeBackend
 from dynaslim.runtime.backends.openvino import OpenVinoBackend
-from dynaslim.runtime.forms import AnyForm, FormShape
-from dynaslim.runtime.network_forms import NetworkForms
-from dynaslim.runtime.router import Job, Prepared, Router
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.router import Router, SizedVariant, WorkItem
 from dynaslim.runtime.schedule import MicroBatch
+from dynaslim.runtime.variants import Variant, VariantShape
 
 SIZES = (1, 2, 4, 8, 16, 32)
 
@@ -47,7 +47,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 class CopiedOrt(OnnxRuntimeBackend):
     """Without IO binding: results in arrays of the runtime's own, copied to where they belong."""
 
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Any:
+    def compile(self, form: Variant, shape: VariantShape, *, wide: bool) -> Any:
         session = self._open(form, wide)
 
         def run(x: np.ndarray, outs: Any) -> None:
@@ -63,7 +63,7 @@ class ConfiguredOpenVino(OpenVinoBackend):
     config: dict[str, Any] = {}  # noqa: RUF012
     fixed = False
 
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Any:
+    def compile(self, form: Variant, shape: VariantShape, *, wide: bool) -> Any:
         source = self._source.onnx(form)
         compiled: dict[int, Any] = {}
 
@@ -112,7 +112,7 @@ class Fixed(ConfiguredOpenVino):
 class FixedCapped(Router):
     """Pieces as large as the engine's own; padding alone is the difference."""
 
-    def _prepared(self, form: AnyForm, size: tuple[int, int]) -> Prepared:
+    def _prepared(self, form: Variant, size: tuple[int, int]) -> SizedVariant:
         return replace(super()._prepared(form, size), most_rows=8)
 
 
@@ -121,10 +121,10 @@ class GatherInside(Router):
 
     def __init__(self, net: SlimNet, backend: OnnxRuntimeBackend) -> None:
         super().__init__(net.spec, backend)
-        self._forms = NetworkForms(net)
-        self._sessions: dict[AnyForm, Any] = {}
+        self._forms = NetworkSource(net)
+        self._sessions: dict[Variant, Any] = {}
 
-    def _session(self, form: AnyForm) -> Any:
+    def _session(self, form: Variant) -> Any:
         if form not in self._sessions:
             import onnxruntime
 
@@ -143,11 +143,11 @@ class GatherInside(Router):
             self._sessions[form] = onnxruntime.InferenceSession(model.SerializeToString(), options)
         return self._sessions[form]
 
-    def _piece(self, job: Job, piece: MicroBatch, program: Any) -> None:
+    def _piece(self, job: WorkItem, piece: MicroBatch, program: Any) -> None:
         if job.picked is None:
             super()._piece(job, piece, program)
             return
-        session, rows = self._session(job.form.form), job.picked[piece.start : piece.stop]
+        session, rows = self._session(job.sized.form), job.picked[piece.start : piece.stop]
         binding = session.io_binding()
         source = job.source
         binding.bind_input("x", "cpu", 0, np.float32, source.shape, source.ctypes.data)
@@ -237,7 +237,7 @@ def main() -> None:
     traffic = mixed(net.spec, [float(s) for s in options.mix.split(",")], options.batch_size)
     picked = np.array(traffic.rows)
     x = np.random.default_rng(0).standard_normal((options.batch_size, 3, side, side), np.float32)
-    forms, resources = NetworkForms(net), Resources(2, None)
+    forms, resources = NetworkSource(net), Resources(2, None)
 
     def serial(kind: type[Any]) -> Router:
         backend = kind(forms, resources)

@@ -162,7 +162,7 @@ def test_several_sizes_become_a_cascade(data, tmp_path, capsys):
     assert cli.run([*argv, "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
     made = open_package(out / "package")
-    assert {rung.image_size_px for rung in made.forms.spec.rungs} == {16, 32}
+    assert {rung.image_size_px for rung in made.source.spec.rungs} == {16, 32}
     assert made.preprocessing.image_size_px == 32
     assert made.budget is not None
     small, large = (read(out / name / "best.safetensors") for name in ("supernet_16", "supernet"))

@@ -18,7 +18,7 @@ from dynaslim.cli.parser import flags, make_parser
 from dynaslim.cli.setup import VALUES, script
 from dynaslim.errors import UsageError
 from dynaslim.runtime.backends import BACKENDS
-from dynaslim.runtime.forms import PRECISIONS
+from dynaslim.runtime.variants import PRECISIONS
 from dynaslim.zoo import ZOO
 
 VERBS = {verb.partition(" ")[0] for verb in cli.VERBS}

@@ -202,7 +202,7 @@ def test_export_in_int8(micro, tmp_path, capsys):
     assert told["precision"] == "int8"
     assert told["accuracy"]["images"] == 40
     package = open_package(tmp_path / "p8")
-    assert package.forms.precision == "int8"
+    assert package.source.precision == "int8"
     assert package.manifest["notes"]["accuracy"] == told["accuracy"]
     engine = Engine.from_package(tmp_path / "p8", backend="openvino", cache_dir=None)
     assert engine(np.zeros((2, 3, 16, 16), np.float32)).logits.shape == (2, 5)

@@ -49,17 +49,22 @@ def profile(
     from dynaslim.bench.models import open_engine
     from dynaslim.bench.timing import hardware
     from dynaslim.progress import progress
-    from dynaslim.runtime.forms import segment_forms
     from dynaslim.runtime.latency import profile as measure
+    from dynaslim.runtime.variants import segment_variants
 
     engine, side = open_engine(
         model, backend, image_size, precision, batch_size, cache=not no_cache
     )
-    forms = list(segment_forms(engine.spec))
+    forms = list(segment_variants(engine.spec))
     note = {"backend": engine.backend, "precision": engine.source.precision, **hardware()}
     with progress("measuring", len(forms)) as bar:
         table = measure(
-            engine.router, side, batch_size, rounds=rounds, note=note, on_form=lambda: bar.advance()
+            engine.router,
+            side,
+            batch_size,
+            rounds=rounds,
+            note=note,
+            on_variant=lambda: bar.advance(),
         )
     table.write(out, engine.spec)
     if json:
@@ -325,10 +330,10 @@ def _quantised(
 ) -> tuple[Any, dict[str, Any]]:
     """int8 forms calibrated on some images, and how they do on others."""
     from dynaslim.bench.models import calibration_batches, compare_precisions
-    from dynaslim.runtime.quantise import QuantisedForms
+    from dynaslim.runtime.quantise import QuantisedSource
 
     batches = calibration_batches(loaded, data, *calibration)
-    forms = QuantisedForms(
+    forms = QuantisedSource(
         loaded.net, batches, images=calibration[1], cache_dir="auto" if cache else None
     )
     return forms, {"accuracy": compare_precisions(loaded, forms, data, *report)}

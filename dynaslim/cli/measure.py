@@ -123,7 +123,7 @@ def evaluate(
     from dynaslim import evaluation
     from dynaslim.data.images import open_images
     from dynaslim.progress import progress
-    from dynaslim.runtime.form_net import read_prepared
+    from dynaslim.runtime.program_net import read_prepared
 
     loaded, preprocessing, file = read_prepared(checkpoint)
     loaded.net.to(to_device(images.device))
@@ -293,8 +293,8 @@ def calibrate_budget(
     from dynaslim.cost_file import read_cost_table
     from dynaslim.data.images import open_images
     from dynaslim.runtime.calibrate_budget import count_paths
-    from dynaslim.runtime.form_net import read_prepared
     from dynaslim.runtime.package import write_budget
+    from dynaslim.runtime.program_net import read_prepared
 
     loaded, preprocessing, file = read_prepared(checkpoint)
     spec = loaded.net.spec

@@ -28,7 +28,7 @@ from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics
 from dynaslim.model_names import MANIFEST, is_package, run_checkpoints
 from dynaslim.runs.folder import METRICS
-from dynaslim.runtime.form_net import read_model
+from dynaslim.runtime.program_net import read_model
 from dynaslim.spec import NetSpec
 
 Kind = Literal["supernet run", "gate run", "demo", "checkpoint", "package"]

@@ -13,15 +13,15 @@ import numpy as np
 from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import FROM_PACKAGE, Backend, Resources, available, make_backend
 from dynaslim.runtime.cache import Cache
-from dynaslim.runtime.forms import FormSource
 from dynaslim.runtime.package import PackageError
 from dynaslim.runtime.router import Router
+from dynaslim.runtime.variants import VariantSource
 
 ROUNDS: Final = 5
 FILE: Final = "auto.json"
 
 
-def candidates(source: FormSource, resources: Resources) -> list[str]:
+def candidates(source: VariantSource, resources: Resources) -> list[str]:
     """Backends worth measuring for a source, those first that are usually fast.
 
     The compiler of torch takes minutes: it takes part where its programs lie in the cache.
@@ -46,7 +46,7 @@ def candidates(source: FormSource, resources: Resources) -> list[str]:
 
 
 def fastest(
-    source: FormSource, resources: Resources, size: tuple[int, int], rows: int
+    source: VariantSource, resources: Resources, size: tuple[int, int], rows: int
 ) -> tuple[Backend, dict[str, float]]:
     """The backend that routes a batch of so many images of (height, width) fastest.
 
@@ -90,7 +90,7 @@ def _read_note(cache: Cache | None) -> dict[str, dict[str, float]]:
 
 
 def measure(
-    backends: Sequence[Backend], source: FormSource, size: tuple[int, int], rows: int
+    backends: Sequence[Backend], source: VariantSource, size: tuple[int, int], rows: int
 ) -> dict[str, float]:
     """Milliseconds of a routed batch on each backend that can run it."""
     spec = source.spec

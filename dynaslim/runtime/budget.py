@@ -340,7 +340,7 @@ class BudgetCurve:
         percentage points below the widest route's. A point is taken as it is.
 
         Raises:
-            UsageError: if the budget is of none of these forms, in ms without a latency table,
+            UsageError: if the budget is of none of these variants, in ms without a latency table,
                 a drop that no point stays within, or a point that escalates though it must not.
         """
         if isinstance(budget, BudgetPoint):

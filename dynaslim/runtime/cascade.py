@@ -25,13 +25,13 @@ from dynaslim.cost import madds, params, route_costs
 from dynaslim.errors import DynaslimWarning, UsageError, check
 from dynaslim.model_names import find_model, is_hub_address
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.cascade_forms import CascadeForms, RungProgram, resize_madds
-from dynaslim.runtime.form_net import FormCheckpoint, FormNet
-from dynaslim.runtime.forms import Form, RouteForm, form_table
+from dynaslim.runtime.cascade_source import CascadeSource, RungProgram, resize_madds
 from dynaslim.runtime.libraries import require
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.onnx_graph import INPUT, LOGITS, to_onnx
 from dynaslim.runtime.package import Package, open_package
+from dynaslim.runtime.program_net import ProgramCheckpoint, ProgramNet
+from dynaslim.runtime.variants import RouteVariant, SegmentVariant, variant_table
 from dynaslim.spec import Route
 
 _WITH_ROUTE: Final = re.compile(r"(?P<name>.+)@(?P<route>\d+(?:-\d+)*)")
@@ -136,8 +136,8 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
         )
         for one in opened
     ]
-    return FormCheckpoint(
-        FormNet(CascadeForms(spec, given, programs)),
+    return ProgramCheckpoint(
+        ProgramNet(CascadeSource(spec, given, programs)),
         class_names=names,
         preprocessing=given,
         may_mirror=all(one.mirror for one in opened),
@@ -223,8 +223,8 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
     side = pre.image_size_px
     check(net.has_weights, f"{name}: is a cascade or a package; name its folder")
     taken = spec.widest_choice if route is None else spec.coerce_route(route)
-    forms = NetworkForms(net)
-    form = RouteForm(taken)
+    source = NetworkSource(net)
+    variant = RouteVariant(taken)
     return _Opened(
         name if route is None else f"{name}@{taken}",
         pre,
@@ -233,9 +233,9 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
         madds(spec, taken, side),
         params(spec, taken),
         max(cost.peak for cost in route_costs(spec, taken, (side, side))),
-        forms.module(form),
-        lambda: require("onnx").load_from_string(forms.onnx(form)),
-        f"{forms.key} {taken}",
+        source.module(variant),
+        lambda: require("onnx").load_from_string(source.onnx(variant)),
+        f"{source.key} {taken}",
         mirror=checkpoint.mirror,
     )
 
@@ -475,13 +475,13 @@ def _onnx_madds(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
 def _of_package(package: Package, route: str | None, name: str) -> _Opened:
     spec = package.spec
     pre = _prepared(package.preprocessing, name)
-    check(package.forms.precision == "fp32", f"{name}: is {package.forms.precision}; give fp32")
+    check(package.source.precision == "fp32", f"{name}: is {package.source.precision}; give fp32")
     taken = spec.widest_choice if route is None else spec.coerce_route(route)
     try:
         path = (0, *spec.path_of(taken))
     except UsageError:
         raise UsageError(f"{name}: route {taken} is not in the package") from None
-    table = form_table(spec)
+    table = variant_table(spec)
     steps = zip(table, (0, *path[:-1]), path, strict=True)
     model = _chained([_package_model(package, segment[a][b]) for segment, a, b in steps])
     side = pre.image_size_px
@@ -495,8 +495,8 @@ def _of_package(package: Package, route: str | None, name: str) -> _Opened:
     )
 
 
-def _package_model(package: Package, form: Form) -> Any:
-    onnx, model = require("onnx"), package.forms.onnx(form)
+def _package_model(package: Package, variant: SegmentVariant) -> Any:
+    onnx, model = require("onnx"), package.source.onnx(variant)
     return onnx.load(model) if isinstance(model, Path) else onnx.load_from_string(model)
 
 

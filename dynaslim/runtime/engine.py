@@ -28,11 +28,11 @@ from dynaslim.runtime.backends import (
 from dynaslim.runtime.budget import BudgetCurve, PathCosts
 from dynaslim.runtime.cache import open_cache, usable_cores
 from dynaslim.runtime.decisions import Budget, Decisions, HeldCall, make_decisions
-from dynaslim.runtime.forms import FormSource, Precision, check_precision, form_table
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
 from dynaslim.runtime.package import Package, open_package
 from dynaslim.runtime.router import Router
 from dynaslim.runtime.spending import Ledger
+from dynaslim.runtime.variants import Precision, VariantSource, check_precision, variant_table
 from dynaslim.spec import Route
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Engine:
         self,
         net: ElasticNet | Checkpoint | Package,
         *,
-        source: FormSource | None = None,
+        source: VariantSource | None = None,
         backend: str = "auto",
         precision: str = "fp32",
         calibration: Any = None,
@@ -71,9 +71,9 @@ class Engine:
 
         `backend` is one of `dynaslim.runtime.backends.BACKENDS` or "auto", which measures those
         that are installed for a few seconds and takes the fastest. `precision` is fp32, bf16 or
-        int8; int8 needs `calibration`, an iterable of normalised batches (B, C, H, W). `source` are
-        forms of the network that were made already, in their own precision. Other options are the
-        fields of `EngineOptions`.
+        int8; int8 needs `calibration`, an iterable of normalised batches (B, C, H, W). A `source`
+        has the network's segments in a precision of its own. Other options are the fields of
+        `EngineOptions`.
 
         Raises:
             UsageError: for an unknown backend or one that is not installed, a precision that it
@@ -82,7 +82,7 @@ class Engine:
         """
         self._options = EngineOptions.named(options)
         if isinstance(net, Package):
-            source = net.forms
+            source = net.source
         else:
             from dynaslim.checkpoint import Checkpoint
 
@@ -92,7 +92,7 @@ class Engine:
         self.spec: AnySpec = source.spec
         if not self.spec.gates:
             raise UsageError(f"{self.spec.name} has no gates: call net(x, route) instead")
-        self.source: FormSource = source
+        self.source: VariantSource = source
         self.class_names = net.class_names
         self.preprocessing = net.preprocessing
         self.mirror = net.mirror
@@ -116,16 +116,16 @@ class Engine:
 
     def _source_of(
         self, net: ElasticNet, backend: str, precision: Precision, calibration: Any
-    ) -> FormSource:
-        """The forms of a network in a precision."""
+    ) -> VariantSource:
+        """The source of a network's variants, in a precision."""
         if precision == "int8" and net.has_weights:
-            from dynaslim.runtime.quantise import QuantisedForms
+            from dynaslim.runtime.quantise import QuantisedSource
 
             check(calibration is not None, "precision int8 needs calibration: batches of images")
-            return QuantisedForms(
+            return QuantisedSource(
                 net, calibration, backend=backend, cache_dir=self._options.cache_dir
             )
-        from dynaslim.runtime.form_net import source_of
+        from dynaslim.runtime.program_net import source_of
 
         made = source_of(net, precision)
         check(calibration is None, f"calibration is for precision int8, not {made.precision}")
@@ -168,9 +168,9 @@ class Engine:
 
     @classmethod
     def from_source(
-        cls, source: FormSource, checkpoint: Checkpoint, *, backend: str = "auto", **options: Any
+        cls, source: VariantSource, checkpoint: Checkpoint, *, backend: str = "auto", **options: Any
     ) -> Engine:
-        """An engine of forms that were made already, of a checkpoint's network; options as above.
+        """An engine of a checkpoint's network with a source of its own; options as above.
 
         Raises:
             UsageError: as `Engine`.
@@ -200,7 +200,7 @@ class Engine:
     def _start(self, backend: Backend) -> Router:
         merge = None
         if self._options.merge and self.latency is not None:
-            merge = partial(self.latency.merge, form_table(self.spec))
+            merge = partial(self.latency.merge, variant_table(self.spec))
         self._router = Router(
             self.spec, backend, rows_per_piece=self._options.rows_per_piece, merge=merge
         )
@@ -262,9 +262,9 @@ class Engine:
         """
         from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
         from dynaslim.runtime.calibrate_budget import answer_paths
-        from dynaslim.runtime.form_net import FormNet
+        from dynaslim.runtime.program_net import ProgramNet
 
-        answers = answer_paths(FormNet(self.source), batches, mirror=self.mirror)
+        answers = answer_paths(ProgramNet(self.source), batches, mirror=self.mirror)
         check(
             len(answers) >= LEAST_IMAGES,
             f"{len(answers)} images are too few to tell settings apart; give {LEAST_IMAGES}",

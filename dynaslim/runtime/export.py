@@ -22,8 +22,6 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.model_names import MANIFEST, is_package
 from dynaslim.runtime.engine import Engine
-from dynaslim.runtime.form_net import FormNet, forms_of, source_of
-from dynaslim.runtime.forms import FormSource, RouteForm, segment_forms
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import OPSET
 from dynaslim.runtime.package import (
@@ -33,8 +31,10 @@ from dynaslim.runtime.package import (
     file_digest,
     manifest_digest,
 )
-from dynaslim.runtime.quantise import QuantisedForms
+from dynaslim.runtime.program_net import ProgramNet, program_net, source_of
+from dynaslim.runtime.quantise import QuantisedSource
 from dynaslim.runtime.single_file import single_file
+from dynaslim.runtime.variants import RouteVariant, VariantSource, segment_variants
 from dynaslim.spec import Route
 from dynaslim.version import __version__
 
@@ -52,16 +52,16 @@ def export_package(
     checkpoint: Checkpoint,
     out: str | Path,
     *,
-    source: FormSource | None = None,
+    source: VariantSource | None = None,
     image_size: int | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Write a network as a package, whole or not at all.
 
-    Returns its manifest, and how far each form is from the network (by name, of the largest value).
-    `source` are its forms, by default float32 ones of `checkpoint`; parity is checked on images of
-    `image_size` pixels, by default the checkpoint's. An older package of that name is replaced.
-    `notes` go into the manifest: plain JSON values.
+    Returns its manifest, and how far each variant is from the network (by name, as a share of the
+    largest value). `source` is by default that of `checkpoint` in float32; parity is checked on
+    images of `image_size` pixels, by default the checkpoint's. An older package of that name is
+    replaced. `notes` go into the manifest: plain JSON values.
 
     Raises:
         UsageError: if `out` is a file or a folder of something else, the network has no gates, or
@@ -74,7 +74,7 @@ def export_package(
     spec = net.spec
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
     check_text([spec.name, checkpoint.class_names, dict(checkpoint.metrics), dict(notes or {})])
-    forms = source_of(net) if source is None else source
+    source = source_of(net) if source is None else source
     side = image_side(checkpoint, image_size)
     spec.check_image_size(side, side)
     for library in ("onnx", "onnxruntime"):
@@ -83,12 +83,12 @@ def export_package(
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            names = _write_forms(forms, folder)
+            names = _write_variants(source, folder)
             manifest = {
                 "format": FORMAT,
                 "version": VERSION,
                 "spec": spec.to_dict(),
-                "precision": forms.precision,
+                "precision": source.precision,
                 "class_names": checkpoint.class_names,
                 "preprocessing": None if pre is None else pre.to_dict(),
                 "budget": checkpoint.budget,
@@ -103,7 +103,7 @@ def export_package(
                 "forms": names,
                 "notes": dict(notes or {}),
             }
-            errors = _parity(forms, forms_of(net), folder, names, side)
+            errors = _parity(source, program_net(net), folder, names, side)
             manifest["files"] = {
                 path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
                 for path in sorted(folder.iterdir())
@@ -112,7 +112,7 @@ def export_package(
             manifest = json.loads(json.dumps(manifest, allow_nan=False))
             manifest["sha256"] = manifest_digest(manifest)
             write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-            _whole_parity(checkpoint, folder, forms.precision, side)
+            _whole_parity(checkpoint, folder, source.precision, side)
             _put_in_place(folder, target)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -130,8 +130,8 @@ def export_route(
         As `export_package`, and UsageError for a route that is not the network's.
     """
     target = check_writable(out)
-    forms, spec = source_of(checkpoint.net), checkpoint.net.spec
-    content = forms.onnx(RouteForm(spec.coerce_route(route)))
+    source, spec = source_of(checkpoint.net), checkpoint.net.spec
+    content = source.onnx(RouteVariant(spec.coerce_route(route)))
     assert isinstance(content, bytes)
     x = images_like(checkpoint, image_size)
     exact = _exact(checkpoint, route, x)
@@ -195,14 +195,14 @@ def free_folder(out: str | Path) -> Path:
     return target
 
 
-def _write_forms(forms: FormSource, folder: Path) -> dict[str, str]:
-    """The ONNX files and the weights that they share; returns their names by form."""
+def _write_variants(source: VariantSource, folder: Path) -> dict[str, str]:
+    """The ONNX files and the weights that they share; returns their names by variant."""
     onnx = require("onnx")
     names: dict[str, str] = {}
     places: dict[bytes, tuple[int, int]] = {}
     with open(folder / WEIGHTS, "wb") as weights:
-        for form in segment_forms(forms.spec):
-            content = forms.onnx(form)
+        for variant in segment_variants(source.spec):
+            content = source.onnx(variant)
             assert isinstance(content, bytes)
             model = onnx.load_from_string(content)
             for tensor in model.graph.initializer:
@@ -220,8 +220,8 @@ def _write_forms(forms: FormSource, folder: Path) -> dict[str, str]:
                 tensor.data_location = onnx.TensorProto.EXTERNAL
                 for key, value in (("location", WEIGHTS), ("offset", start), ("length", length)):
                     tensor.external_data.add(key=key, value=str(value))
-            names[form.name] = f"{form.name}.onnx"
-            (folder / names[form.name]).write_bytes(model.SerializeToString())
+            names[variant.name] = f"{variant.name}.onnx"
+            (folder / names[variant.name]).write_bytes(model.SerializeToString())
         weights.flush()
         os.fsync(weights.fileno())
     return names
@@ -255,25 +255,25 @@ def image_side(checkpoint: Checkpoint, image_size: int | None = None) -> int:
 
 
 def _parity(
-    forms: FormSource, exact: FormNet, folder: Path, names: Mapping[str, str], side: int
+    source: VariantSource, exact: ProgramNet, folder: Path, names: Mapping[str, str], side: int
 ) -> dict[str, float]:
-    """Largest difference of every written form to the exact result, of that one's largest value."""
+    """Largest difference of each variant to the exact result, as a share of its largest value."""
     generator = torch.Generator().manual_seed(0)
     errors = {}
-    for form in segment_forms(forms.spec):
-        shape = form.shape(forms.spec, (side, side))
+    for variant in segment_variants(source.spec):
+        shape = variant.shape(source.spec, (side, side))
         x = torch.randn(2, *shape.row_in, generator=generator)
-        if isinstance(forms, QuantisedForms):  # good for what arrives there, and no more
-            x = torch.from_numpy(forms.sample(form)[:2])
-        ours = run_onnx(folder / names[form.name], {"x": x.numpy()})
+        if isinstance(source, QuantisedSource):  # good for what arrives there, and no more
+            x = torch.from_numpy(source.sample(variant)[:2])
+        ours = run_onnx(folder / names[variant.name], {"x": x.numpy()})
         with torch.inference_mode():
-            double = _outputs(exact.program(form, torch.float64)(x.double()))
-            single = _outputs(exact.program(form)(x))
-        errors[form.name] = max(map(_difference, ours, double))
-        if forms.precision == "fp32":
+            double = _outputs(exact.program(variant, torch.float64)(x.double()))
+            single = _outputs(exact.program(variant)(x))
+        errors[variant.name] = max(map(_difference, ours, double))
+        if source.precision == "fp32":
             # a gate that decides by small differences of large features is as inexact in torch
             inexact = max(map(_difference, single, double))
-            _check_parity(form.name, errors[form.name], SLACK * inexact)
+            _check_parity(variant.name, errors[variant.name], SLACK * inexact)
     return errors
 
 
@@ -292,10 +292,10 @@ class _Exact(NamedTuple):
 
 
 def _exact(checkpoint: Checkpoint, route: Route, x: np.ndarray) -> _Exact:
-    forms, form, images = forms_of(checkpoint.net), RouteForm(route), torch.from_numpy(x)
+    source, variant, images = program_net(checkpoint.net), RouteVariant(route), torch.from_numpy(x)
     with torch.inference_mode():
-        double = _outputs(forms.program(form, torch.float64)(images.double()))[0]
-        single = _outputs(forms.program(form)(images))[0]
+        double = _outputs(source.program(variant, torch.float64)(images.double()))[0]
+        single = _outputs(source.program(variant)(images))[0]
     return _Exact(double, SLACK * _difference(single, double))
 
 

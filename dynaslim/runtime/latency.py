@@ -1,4 +1,4 @@
-"""What every form of a network takes on this machine: measured, and kept as a cost table in ms.
+"""What every variant of a network takes on this machine: measured, and kept as a cost table in ms.
 
 The file is one that `cost_file.read_cost_table` reads, so that gates can be trained on it; the
 times for every number of rows stand in its note, for merging buckets and for people.
@@ -23,15 +23,15 @@ from dynaslim.cost import CostTable
 from dynaslim.cost_file import read_cost_table, write_cost_table
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
-from dynaslim.runtime.forms import Form, FormTable, form_table, segment_forms
-from dynaslim.runtime.router import Job, Prepared, Router
+from dynaslim.runtime.router import Router, SizedVariant, WorkItem
+from dynaslim.runtime.variants import SegmentVariant, VariantTable, segment_variants, variant_table
 
 ROUNDS: Final = 9
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """Milliseconds of every form of every segment by the number of rows."""
+    """Milliseconds of every variant of every segment by the number of rows."""
 
     table: CostTable
     """In ms per image, at `rows[-1]` rows."""
@@ -39,9 +39,9 @@ class LatencyTable:
     rows: tuple[int, ...]
     """Rising."""
     ms: dict[str, tuple[float, ...]]
-    """Form's name -> time of a step of so many rows, medians."""
+    """SegmentVariant's name -> time of a step of so many rows, medians."""
     spread: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """Form's name -> difference between the quartiles, in ms."""
+    """SegmentVariant's name -> difference between the quartiles, in ms."""
     note: dict[str, Any] = field(default_factory=dict)
     """Backend, precision, hardware and threads."""
 
@@ -81,37 +81,39 @@ class LatencyTable:
         return write_cost_table(path, self.table, spec, self.image_size_px, note=note)
 
     def check_fits(self, spec: AnySpec) -> None:
-        """Raise `UsageError` unless all forms of the network have their times."""
+        """Raise `UsageError` unless all variants of the network have their times."""
         check(self.table.unit == "ms", f"latency table: unit {self.table.unit!r}, not ms")
         check(
             bool(self.rows) and all(a < b for a, b in itertools.pairwise((0, *self.rows))),
             f"latency table: rows {self.rows} must be positive and rise",
         )
-        for form in segment_forms(spec):
-            times = self.ms.get(form.name, ())
+        for variant in segment_variants(spec):
+            times = self.ms.get(variant.name, ())
             check(
                 len(times) == len(self.rows) and all(math.isfinite(t) and t > 0 for t in times),
-                f"latency table: {form.name} needs {len(self.rows)} positive times",
+                f"latency table: {variant.name} needs {len(self.rows)} positive times",
             )
 
-    def step_ms(self, form: Form, rows: int) -> float:
+    def step_ms(self, variant: SegmentVariant, rows: int) -> float:
         """Time of a step of so many rows: between those measured on a line, beyond proportional."""
         if not rows:
             return 0.0
-        times = self.ms[form.name]
+        times = self.ms[variant.name]
         if rows > self.rows[-1]:
             return times[-1] * rows / self.rows[-1]
         return float(np.interp(rows, self.rows, times))
 
-    def merge(self, forms: FormTable, gate: int, before: int, counts: np.ndarray) -> np.ndarray:
+    def merge(
+        self, variants: VariantTable, gate: int, before: int, counts: np.ndarray
+    ) -> np.ndarray:
         """Where the rows of each option (K,) go: their own, or a wider one if that saves time.
 
-        `forms` are the network's, `before` is the option of the gate before. `counts` may be those
-        of the first options alone, where others are not allowed.
+        `variants` are the network's, `before` is the option of the gate before. `counts` may be
+        those of the first options alone, where others are not allowed.
         From the cheapest on, a bucket joins the wider one with which the two take least time.
         """
         goes, left = np.arange(len(counts)), counts.astype(int)
-        buckets = forms[gate + 1][before]
+        buckets = variants[gate + 1][before]
         for option in range(len(counts) - 1):
             if not left[option]:
                 continue
@@ -137,11 +139,12 @@ def profile(
     *,
     rounds: int = ROUNDS,
     note: dict[str, Any] | None = None,
-    on_form: Callable[[], None] | None = None,
+    on_variant: Callable[[], None] | None = None,
 ) -> LatencyTable:
-    """Measure every form of a network at 1, 2, 4, ... `batch_size` rows; `on_form` hears of each.
+    """Measure every variant of a network at 1, 2, 4, ... `batch_size` rows.
 
-    Each is timed as the engine would run it, divided among its workers. Medians of `rounds`.
+    `on_variant` is called after each. Each is timed as the engine would run it, divided among its
+    workers. Medians of `rounds`.
 
     Raises:
         UsageError: for a batch size below 1, or an image too small for the network.
@@ -153,46 +156,46 @@ def profile(
     rng = np.random.default_rng(0)
     ms: dict[str, tuple[float, ...]] = {}
     spread: dict[str, tuple[float, ...]] = {}
-    for form in chain.from_iterable(chain.from_iterable(router.table(size))):
-        times = time_form(router, form, rows, rounds, rng)
-        ms[form.form.name] = tuple(statistics.median(values) for values in times)
-        spread[form.form.name] = tuple(_quartiles(values) for values in times)
-        if on_form is not None:
-            on_form()
+    for sized in chain.from_iterable(chain.from_iterable(router.table(size))):
+        times = time_variant(router, sized, rows, rounds, rng)
+        ms[sized.variant.name] = tuple(statistics.median(values) for values in times)
+        spread[sized.variant.name] = tuple(_quartiles(values) for values in times)
+        if on_variant is not None:
+            on_variant()
     per_image = {name: values[-1] / rows[-1] for name, values in ms.items()}
     costs = tuple(
-        tuple(tuple(per_image[form.name] for form in row) for row in segment)
-        for segment in form_table(spec)
+        tuple(tuple(per_image[variant.name] for variant in row) for row in segment)
+        for segment in variant_table(spec)
     )
     return LatencyTable(CostTable("ms", costs), image_size_px, rows, ms, spread, dict(note or {}))
 
 
-def time_form(
+def time_variant(
     router: Router,
-    form: Prepared,
+    sized: SizedVariant,
     rows: Sequence[int],
     rounds: int,
     rng: np.random.Generator,
 ) -> list[list[float]]:
-    """One form as `profile` times it: milliseconds of every round, for each number of rows.
+    """One variant as `profile` times it: milliseconds of every round, for each number of rows.
 
     The numbers of rows take turns.
     """
-    arrays, shape = router.backend.arrays, form.shape
+    arrays, shape = router.backend.arrays, sized.shape
     values = rng.standard_normal((rows[-1], *shape.row_in), np.float32)
     source = arrays.images(values)
-    if not form.form.takes_images:
+    if not sized.variant.takes_images:
         source = arrays.empty(rows[-1], arrays.row(shape.row_in))
         moved = values if arrays.row(shape.row_in) == shape.row_in else values.transpose(0, 2, 3, 1)
         source[:] = arrays.images(np.ascontiguousarray(moved))
     last = len(shape.rows_out) == 1
     outs = [
-        arrays.empty(rows[-1], row, floats=last or n == 1) for n, row in enumerate(form.rows_out)
+        arrays.empty(rows[-1], row, floats=last or n == 1) for n, row in enumerate(sized.rows_out)
     ]
     times: list[list[float]] = [[] for _ in rows]
     for turn in range(rounds + 1):
         for at, n in enumerate(rows):
-            job = Job(form, source[:n], None, tuple(out[:n] for out in outs), n)
+            job = WorkItem(sized, source[:n], None, tuple(out[:n] for out in outs), n)
             start = time.perf_counter()
             router.run([job])
             arrays.host(outs[-1][:1])  # a device may still be busy

@@ -24,8 +24,8 @@ from dynaslim.runtime.export import (
     images_like,
     run_onnx,
 )
-from dynaslim.runtime.forms import FormSource
 from dynaslim.runtime.libraries import require
+from dynaslim.runtime.variants import VariantSource
 
 VERSION: Final = "1"
 """The folder of a model's only version."""
@@ -73,7 +73,7 @@ def export_triton(
     out: str | Path,
     name: str | None = None,
     *,
-    source: FormSource | None = None,
+    source: VariantSource | None = None,
     notes: Mapping[str, Any] | None = None,
 ) -> float:
     """Write a network for Triton: the models OUT/NAME and OUT/NAME_single.

@@ -2,8 +2,8 @@
 
 manifest.json     what it is: spec, preprocessing, classes, budget curve, whether mirror images are
 of the same class, versions, the SHA-256 of every other file, and that of its own content
-*.onnx            one for every form of every segment; batch, height and width are dynamic
-weights.bin       the weights of all of them; what forms have in common is there once
+*.onnx            one for every variant of every segment; batch, height and width are dynamic
+weights.bin       the weights of all of them; what variants have in common is there once
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
-from dynaslim.runtime.forms import AnyForm, Precision, segment_forms
+from dynaslim.runtime.variants import Precision, Variant, segment_variants
 from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:
@@ -87,10 +87,10 @@ class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         if self.budget is not None:
             BudgetCurve.from_dict(self.budget).check_fits(spec, mirror=self.mirror)
         left = dict(self.forms)
-        for form in segment_forms(spec):  # may be very many: the first that is not there ends it
-            file = left.pop(form.name, None)
-            check(file is not None, f"forms: has no {form.name!r}")
-            check(file == f"{form.name}.onnx", f"forms: {form.name} is in {file!r:.60}")
+        for variant in segment_variants(spec):  # may be very many: the first missing one ends it
+            file = left.pop(variant.name, None)
+            check(file is not None, f"forms: has no {variant.name!r}")
+            check(file == f"{variant.name}.onnx", f"forms: {variant.name} is in {file!r:.60}")
         check(not left, f"forms: {next(iter(left), '')!r:.60} is no form of {spec.name}")
         needed = {WEIGHTS, *self.forms.values()}
         for name in sorted(needed - set(self.files)):
@@ -123,8 +123,8 @@ class PackageError(DynaslimError):
     """A package cannot be read, or is not what it says it is."""
 
 
-class PackageForms:
-    """A package's forms."""
+class PackageSource:
+    """A package's variants."""
 
     has_modules = False
 
@@ -138,28 +138,28 @@ class PackageForms:
         self._folder = folder
         self._files = files
 
-    def module(self, form: AnyForm, dtype: torch.dtype) -> nn.Module:
-        """As `FormSource.module`: there is none."""
+    def module(self, variant: Variant, dtype: torch.dtype) -> nn.Module:
+        """As `VariantSource.module`: there is none."""
         raise UsageError(f"{self._folder}: a package has no torch modules")
 
-    def onnx(self, form: AnyForm) -> Path | bytes:
-        """As `FormSource.onnx`; with its weights inside where they lie in another folder.
+    def onnx(self, variant: Variant) -> Path | bytes:
+        """As `VariantSource.onnx`; with its weights inside where they lie in another folder.
 
         Raises:
-            UsageError: if the package has no such form.
+            UsageError: if the package has no such variant.
             PackageError: if its file, or that of the weights, has gone since it was opened.
         """
-        name = f"{form.name}.onnx"
+        name = f"{variant.name}.onnx"
         if name not in self._files:
-            raise UsageError(f"{self._folder}: the package has no {form.name}")
+            raise UsageError(f"{self._folder}: the package has no {variant.name}")
         path, weights = self._files[name], self._files[WEIGHTS]
-        # forms are read when they are first needed; a runtime's own words would not help
+        # variants are read when they are first needed; a runtime's own words would not help
         for needed in (name, WEIGHTS):
             _check_there(self._files[needed], self._folder / needed)
         if weights == path.parent / WEIGHTS:
             return path
         # the hub's cache has a link for each file, to one whose name is a hash; runtimes take
-        # weights from the folder of the form alone
+        # weights from the folder of the variant alone
         return with_weights(path.read_bytes(), weights)
 
 
@@ -168,7 +168,7 @@ class Package:
     """What a package holds."""
 
     folder: Path
-    forms: PackageForms
+    source: PackageSource
     class_names: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     budget: Mapping[str, Any] | None
@@ -180,7 +180,7 @@ class Package:
     @property
     def spec(self) -> AnySpec:
         """The network's."""
-        return self.forms.spec
+        return self.source.spec
 
 
 def open_package(path: str | Path) -> Package:
@@ -202,7 +202,7 @@ def open_package(path: str | Path) -> Package:
     key = hashlib.sha256(content).hexdigest()
     return Package(
         folder,
-        PackageForms(folder, found.spec, found.precision, key, files),
+        PackageSource(folder, found.spec, found.precision, key, files),
         found.class_names,
         found.preprocessing,
         found.budget,

@@ -1,8 +1,8 @@
-"""Forms in 8-bit integers: post-training quantisation of a network in memory.
+"""Variants in 8-bit integers: post-training quantisation of a network in memory.
 
-Each form is calibrated on the features that arrive at it, and rounded by ONNX Runtime's quantiser
-in the QDQ format, which every backend of precision int8 reads. What is rounded, and what was tried
-instead, is measured in docs/performance.md:
+Each variant is calibrated on the features that arrive at it, and rounded by ONNX Runtime's
+quantiser in the QDQ format, which every backend of precision int8 reads. What is rounded, and what
+was tried instead, is measured in docs/performance.md:
 
 - the inputs of convolutions and their weights, these per channel; gates, slimming heads and the
   classifier stay float, for they decide and cost nothing;
@@ -33,10 +33,16 @@ from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
 from dynaslim.runtime.cache import open_cache, processor_flags
-from dynaslim.runtime.forms import AnyForm, Form, Precision, RouteForm, segment_forms
 from dynaslim.runtime.libraries import installed, require
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.onnx_graph import INPUT
+from dynaslim.runtime.variants import (
+    Precision,
+    RouteVariant,
+    SegmentVariant,
+    Variant,
+    segment_variants,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -46,17 +52,17 @@ IMAGES: Final = 256
 ROWS: Final = 16
 """Images that are run at once: 9 MB at 224 px, and features of a few times that."""
 KEPT_BYTES: Final = 256 * 2**20
-"""Features that are kept for the next form; others are computed again."""
+"""Features that are kept for the next variant; others are computed again."""
 METHOD: Final = 1
 """Counts the changes to what is rounded and how: files made by an older method are not used."""
 
 
-class QuantisedForms:
-    """A network's forms as ONNX graphs with 8-bit convolutions; a `FormSource`.
+class QuantisedSource:
+    """A network's variants as ONNX graphs with 8-bit convolutions; a `VariantSource`.
 
-    Making one reads the calibration images; a form is calibrated and rounded when it is first asked
-    for (seconds at 224 px), and kept on disk, where the next process finds it. May be asked by
-    several threads at once.
+    Making one reads the calibration images; a variant is calibrated and rounded at its first use
+    (seconds at 224 px), and kept on disk, where the next process finds it. May be used by several
+    threads at once.
     """
 
     has_modules = True
@@ -71,8 +77,9 @@ class QuantisedForms:
         backend: str = "any",
         cache_dir: str | Path | None = "auto",
     ) -> None:
-        """Forms of a network, calibrated on batches (B, C, H, W) of normalised images, all of one
-        size; the first `images` rows are used.
+        """Variants of a network, calibrated on batches (B, C, H, W) of normalised images.
+
+        All images have one size; the first `images` rows are used.
 
         `backend` is the one that the graphs are for, and decides whether outputs are rounded too,
         see above: by "openvino" they are not, by "auto" if openvino is not installed, by any other
@@ -87,10 +94,10 @@ class QuantisedForms:
         require("onnx")
         self._version = require("onnxruntime").__version__
         check(type(images) is int and images >= 1, f"images {images}: must be at least 1")
-        self._forms = NetworkForms(net, "int8")
+        self._source = NetworkSource(net, "int8")
         self.spec: AnySpec = net.spec
         self._images = calibration_images(self.spec, calibration, images)
-        self._activations = ActivationSampler(self._forms, self._images)
+        self._activations = ActivationSampler(self._source, self._images)
         self.rounds_outputs = not (
             backend == "openvino" or (backend == "auto" and installed("openvino"))
         )
@@ -98,8 +105,8 @@ class QuantisedForms:
         self.reduced_range = saturates()
         """Whether weights have 7 bits, see `saturates`."""
         self._cache = open_cache(self.key, cache_dir)
-        self._kept: dict[AnyForm, bytes] = {}
-        self._missing = set(segment_forms(self.spec))
+        self._kept: dict[Variant, bytes] = {}
+        self._missing = set(segment_variants(self.spec))
         self._lock = threading.Lock()
 
     @property
@@ -111,55 +118,56 @@ class QuantisedForms:
     def key(self) -> str:
         """Digest of spec, weights, calibration images, and how they are made into programs."""
         digest = hashlib.sha256(
-            f"{self._forms.key} onnxruntime {self._version} method {METHOD} "
+            f"{self._source.key} onnxruntime {self._version} method {METHOD} "
             f"outputs {self.rounds_outputs} reduced {self.reduced_range} "
             f"{tuple(self._images.shape)}".encode()
         )
         digest.update(self._images.numpy().data)
         return digest.hexdigest()
 
-    def module(self, form: AnyForm, dtype: torch.dtype) -> nn.Module:
-        """As `FormSource.module`: raises `UsageError`."""
+    def module(self, variant: Variant, dtype: torch.dtype) -> nn.Module:
+        """As `VariantSource.module`: raises `UsageError`."""
         raise UsageError(
-            f"{form.name}: precision int8 has no torch modules; it runs on onnxruntime and openvino"
+            f"{variant.name}: precision int8 has no torch modules; it runs on onnxruntime and "
+            f"openvino"
         )
 
-    def onnx(self, form: AnyForm) -> bytes:
-        """As `FormSource.onnx`: calibrates the form, unless it was made before."""
+    def onnx(self, variant: Variant) -> bytes:
+        """As `VariantSource.onnx`: calibrates the variant, unless it was made before."""
         with self._lock:
-            if form in self._kept:
-                return self._kept[form]
-            file = f"{form.name}.int8.onnx"
+            if variant in self._kept:
+                return self._kept[variant]
+            file = f"{variant.name}.int8.onnx"
             path = None if self._cache is None else self._cache.find(file)
             if path is not None:
                 with suppress(OSError):  # what cannot be read is made again
                     return path.read_bytes()
-            made = self._make(form)
+            made = self._make(variant)
             if self._cache is None or not self._cache.write(file, made):
-                self._kept[form] = made
-            self._missing.discard(form)
+                self._kept[variant] = made
+            self._missing.discard(variant)
             if not self._missing:  # whole routes, if any are still to come, take images
                 self._activations.forget()
             return made
 
-    def sample(self, form: AnyForm) -> np.ndarray:
-        """A few calibration rows as they arrive at a form, (B, C, H, W) float32: what to compare
+    def sample(self, variant: Variant) -> np.ndarray:
+        """A few calibration rows as they arrive at a variant, (B, C, H, W) float32: what to compare
         programs on, for features of any other kind lie outside the ranges that were calibrated.
         """
         with self._lock:
-            return next(self._activations.at(form))
+            return next(self._activations.at(variant))
 
-    def _make(self, form: AnyForm) -> bytes:
+    def _make(self, variant: Variant) -> bytes:
         onnx = require("onnx")
-        plain = self._forms.onnx(form)
+        plain = self._source.onnx(variant)
         model = onnx.load_from_string(plain)
-        nodes = rounded_convolutions(model, takes_images=form.takes_images)
+        nodes = rounded_convolutions(model, takes_images=variant.takes_images)
         if not nodes:  # a trunk of the first and a depthwise convolution
             return plain
         return quantise(
             model,
             nodes,
-            self._activations.at(form),
+            self._activations.at(variant),
             rounds_outputs=self.rounds_outputs,
             reduced_range=self.reduced_range,
         )
@@ -282,12 +290,12 @@ def _batch(spec: AnySpec, batch: Any, what: str, wanted: str) -> Tensor:
     return x
 
 
-# -- what arrives at each form --------------------------------------------------------------------
+# -- what arrives at each variant -----------------------------------------------------------------
 #
-# A form's input has the statistics of the path that led to it. All paths would be too many, so
+# A variant's input has the statistics of the path that led to it. All paths would be too many, so
 # every image takes one path, drawn once and for all gates such that each choice gets its share of
-# images: the forms behind a width see all images, those of each width before it on parts of their
-# own.
+# images: the variants behind a width see all images, those of each width before it on parts of
+# their own.
 
 
 class Part(NamedTuple):
@@ -303,25 +311,25 @@ class Part(NamedTuple):
 class ActivationSampler:
     """Float features of the segments of a network, for images (N, C, H, W), float32, on the CPU."""
 
-    def __init__(self, forms: NetworkForms, images: Tensor) -> None:
-        self._forms = forms
+    def __init__(self, variants: NetworkSource, images: Tensor) -> None:
+        self._source = variants
         self._images = images
         self._paths = [
             np.array(gate.choices)[
                 np.random.default_rng(number).permutation(len(images)) % len(gate.choices)
             ]
-            for number, gate in enumerate(forms.spec.gates)
+            for number, gate in enumerate(variants.spec.gates)
         ]
         self._kept: OrderedDict[tuple[int, ...], list[Part]] = OrderedDict()
         self._bytes = 0
 
-    def at(self, form: AnyForm) -> Iterator[np.ndarray]:
-        """What a form takes, in batches (B, C, H, W): one row for every image."""
+    def at(self, variant: Variant) -> Iterator[np.ndarray]:
+        """What a variant takes, in batches (B, C, H, W): one row for every image."""
         for start in range(0, len(self._images), ROWS):
-            if isinstance(form, RouteForm) or form.takes_images:
+            if isinstance(variant, RouteVariant) or variant.takes_images:
                 yield self._images[start : start + ROWS].numpy()
             else:
-                part = self._leaving(form.segment - 1, form.before, start)[0]
+                part = self._leaving(variant.segment - 1, variant.before, start)[0]
                 yield part.features.cpu().numpy()
 
     def forget(self) -> None:
@@ -337,9 +345,11 @@ class ActivationSampler:
         def compute() -> list[Part]:
             rows = np.arange(len(self._images[start : start + ROWS]))
             if segment == 0:
-                return [Part(0, rows, self._run(Form(0), self._images[start : start + ROWS]))]
+                return [
+                    Part(0, rows, self._run(SegmentVariant(0), self._images[start : start + ROWS]))
+                ]
             run = [
-                self._run(Form(segment, part.width, width), part.features)
+                self._run(SegmentVariant(segment, part.width, width), part.features)
                 for part in self._along_paths(segment - 1, start)
             ]
             return [Part(width, rows, torch.cat(run))]
@@ -358,7 +368,7 @@ class ActivationSampler:
                 for width in np.unique(path[before.rows]).tolist():
                     mine = np.flatnonzero(path[before.rows] == width)
                     x = before.features[torch.from_numpy(mine).to(before.features.device)]
-                    made = self._run(Form(segment, before.width, width), x)
+                    made = self._run(SegmentVariant(segment, before.width, width), x)
                     found.setdefault(width, []).append(Part(width, before.rows[mine], made))
             return [
                 Part(
@@ -372,8 +382,8 @@ class ActivationSampler:
         return self._once((segment, start), compute)
 
     @torch.inference_mode()
-    def _run(self, form: Form, x: Tensor) -> Tensor:
-        made = self._forms.module(form)(x.to(self._forms.device))
+    def _run(self, variant: SegmentVariant, x: Tensor) -> Tensor:
+        made = self._source.module(variant)(x.to(self._source.device))
         features: Tensor = made[0] if isinstance(made, tuple) else made
         return features
 

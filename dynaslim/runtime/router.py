@@ -1,9 +1,9 @@
 """Routing: rows of a batch sorted into buckets at every gate, each bucket through dense segments.
 
 A bucket is the rows that made the same choice, wherever they came from: its features lie in one
-buffer, into which every form of its segment writes its part. A piece of a bucket is gathered by the
-thread that runs it, right before it does. What is decided is decided in numpy, on the few logits of
-the gates.
+buffer, into which every variant of its segment writes its part. A piece of a bucket is gathered by
+the thread that runs it, right before it does. What is decided is decided in numpy, on the few
+logits of the gates.
 
 Suffixes: B rows, G gates, K options of a gate, N classes.
 """
@@ -23,8 +23,8 @@ from dynaslim.graph import AnySpec
 from dynaslim.runtime.arrays import Array, check_finite
 from dynaslim.runtime.backends import Backend, Program
 from dynaslim.runtime.escalation import averaged
-from dynaslim.runtime.forms import AnyForm, FormShape, RouteForm, form_table
 from dynaslim.runtime.schedule import MicroBatch, RowTime, plan_step, rows_in_cache
+from dynaslim.runtime.variants import RouteVariant, Variant, VariantShape, variant_table
 from dynaslim.runtime.workers import Workers, Workspace, Workspaces
 from dynaslim.spec import Route
 
@@ -41,11 +41,11 @@ _ROW: Final = MicroBatch(0, 0, 1)
 
 
 @dataclass(slots=True, eq=False)
-class Prepared:
-    """A form for one size of image, with all that running it needs."""
+class SizedVariant:
+    """A variant for one size of image, with all that running it needs."""
 
-    form: AnyForm
-    shape: FormShape
+    variant: Variant
+    shape: VariantShape
     rows_out: tuple[tuple[int, ...], ...]
     """How a row of features and one of gate logits, or one of class logits, lie in memory."""
     most_rows: int
@@ -53,7 +53,7 @@ class Prepared:
     row_time: RowTime
 
 
-Table = tuple[tuple[tuple[Prepared, ...], ...], ...]
+Table = tuple[tuple[tuple[SizedVariant, ...], ...], ...]
 """Of every segment, by the options before and behind it."""
 
 
@@ -68,16 +68,16 @@ class Bucket:
     """Features and gate logits; behind the last gate class logits."""
 
     def part(self, start: int, stop: int) -> tuple[Array, ...]:
-        """Where a form writes its results for rows `start` to `stop`."""
+        """Where a variant writes its results for rows `start` to `stop`."""
         if stop - start == len(self.members):
             return self.outs
         return tuple(out[start:stop] for out in self.outs)
 
 
-class Job(NamedTuple):
-    """Rows for one form: those `picked` of `source` (None: all, in order); results into `outs`."""
+class WorkItem(NamedTuple):
+    """Rows for a variant: those `picked` of `source` (None: all, in order); results into `outs`."""
 
-    form: Prepared
+    sized: SizedVariant
     source: Array
     picked: np.ndarray | None
     outs: tuple[Array, ...]
@@ -87,7 +87,7 @@ class Job(NamedTuple):
 
 
 class Router:
-    """Runs a network's forms on batches of images of any size; keeps nothing of a call."""
+    """Runs a network's variants on batches of images of any size; keeps nothing of a call."""
 
     def __init__(
         self,
@@ -104,47 +104,47 @@ class Router:
         self.workers = Workers(backend)
         self._workspaces = Workspaces(backend.arrays)
         self._tables: dict[tuple[int, int], Table] = {}
-        self._routes: dict[tuple[Route, tuple[int, int]], Prepared] = {}
+        self._routes: dict[tuple[Route, tuple[int, int]], SizedVariant] = {}
 
-    # -- forms --------------------------------------------------------------------------------
+    # -- variants --------------------------------------------------------------------------------
 
     def table(self, size: tuple[int, int]) -> Table:
-        """All forms for images of (height, width), by the options before and behind a segment."""
+        """All variants for images of (height, width)."""
         table = self._tables.get(size)
         if table is None:
             made = tuple(
-                tuple(tuple(self._prepared(form, size) for form in row) for row in segment)
-                for segment in form_table(self.spec)
+                tuple(tuple(self._prepared(variant, size) for variant in row) for row in segment)
+                for segment in variant_table(self.spec)
             )
             table = self._tables.setdefault(size, made)  # another thread's, if it was first
         return table
 
-    def whole(self, route: Route, size: tuple[int, int]) -> Prepared:
+    def whole(self, route: Route, size: tuple[int, int]) -> SizedVariant:
         """A route as one program."""
         key = (route, size)
         if key not in self._routes:
-            self._routes.setdefault(key, self._prepared(RouteForm(route), size))
+            self._routes.setdefault(key, self._prepared(RouteVariant(route), size))
         return self._routes[key]
 
-    def _prepared(self, form: AnyForm, size: tuple[int, int]) -> Prepared:
-        shape, backend, rows = form.shape(self.spec, size), self.backend, self._rows_per_piece
+    def _prepared(self, variant: Variant, size: tuple[int, int]) -> SizedVariant:
+        shape, backend, rows = variant.shape(self.spec, size), self.backend, self._rows_per_piece
         if backend.sizes is not None:
             rows = backend.sizes[-1] if rows is None else min(rows, backend.sizes[-1])
         elif rows is None:
             rows = rows_in_cache(shape.peak, backend.piece_values)
         rows_out = tuple(backend.arrays.row(row) for row in shape.rows_out)
-        return Prepared(form, shape, rows_out, rows, RowTime(shape.madds))
+        return SizedVariant(variant, shape, rows_out, rows, RowTime(shape.madds))
 
-    def program(self, form: Prepared, *, wide: bool) -> Program:
-        """A form's program; the first use compiles it."""
-        return self.backend.program(form.form, form.shape, wide=wide)
+    def program(self, sized: SizedVariant, *, wide: bool) -> Program:
+        """A variant's program; the first use compiles it."""
+        return self.backend.program(sized.variant, sized.shape, wide=wide)
 
     def warm_up(self, size: tuple[int, int]) -> None:
-        """Compile all forms for images of (height, width), for both kinds of calls."""
-        for form in chain.from_iterable(chain.from_iterable(self.table(size))):
-            self.program(form, wide=True)
+        """Compile all variants for images of (height, width), for both kinds of calls."""
+        for sized in chain.from_iterable(chain.from_iterable(self.table(size))):
+            self.program(sized, wide=True)
             if self.backend.workers > 1:
-                self.program(form, wide=False)
+                self.program(sized, wide=False)
 
     # -- running ------------------------------------------------------------------------------
 
@@ -154,7 +154,7 @@ class Router:
         `first` is what errors count the rows from.
         """
         logits = self.backend.arrays.empty(len(x), (self.spec.num_classes,), floats=True)
-        self.run([Job(self.whole(route, _size(x)), x, None, (logits,), len(x), first)])
+        self.run([WorkItem(self.whole(route, _size(x)), x, None, (logits,), len(x), first)])
         return logits
 
     def along(self, x: Array, path: Sequence[int], *, first: int = 0) -> np.ndarray:
@@ -216,7 +216,7 @@ class Router:
     ) -> Bucket:
         """All images through the trunk; with `beside` into other memory than without."""
         bucket = self._bucket(workspace, table, 0, 0, np.arange(len(x)), beside=beside)
-        self.run([Job(table[0][0][0], x, None, bucket.outs, len(x), first)])
+        self.run([WorkItem(table[0][0][0], x, None, bucket.outs, len(x), first)])
         return bucket
 
     def _together(
@@ -239,8 +239,8 @@ class Router:
         for number in range(1, len(table)):
             option = choose(number - 1, bucket)
             made = self._bucket(workspace, table, number, option, members)
-            form = table[number][bucket.option][option]
-            self.run([Job(form, bucket.outs[0], picked, made.outs, len(members))])
+            sized = table[number][bucket.option][option]
+            self.run([WorkItem(sized, bucket.outs[0], picked, made.outs, len(members))])
             bucket, picked = made, None
         return self.backend.arrays.host(bucket.outs[0])
 
@@ -280,8 +280,8 @@ class Router:
                 start = 0
                 for (bucket, part), arrived in zip(parts, joining, strict=True):
                     stop = start + len(arrived)
-                    form, outs = table[number][bucket.option][option], joined.part(start, stop)
-                    jobs.append(Job(form, bucket.outs[0], part, outs, len(arrived)))
+                    sized, outs = table[number][bucket.option][option], joined.part(start, stop)
+                    jobs.append(WorkItem(sized, bucket.outs[0], part, outs, len(arrived)))
                     start = stop
             self.run(jobs)
         for bucket in buckets:
@@ -320,37 +320,37 @@ class Router:
 
     # -- one step -----------------------------------------------------------------------------
 
-    def run(self, jobs: Sequence[Job]) -> None:
+    def run(self, jobs: Sequence[WorkItem]) -> None:
         """Divide the rows of all jobs among the cores and run them."""
         if len(jobs) == 1 and jobs[0].rows == 1:  # planning would take as long as a small network
-            self._piece(jobs[0], _ROW, self.program(jobs[0].form, wide=True))
+            self._piece(jobs[0], _ROW, self.program(jobs[0].sized, wide=True))
             return
         plan = plan_step(
             [job.rows for job in jobs],
-            [job.form.row_time.seconds for job in jobs],
-            [job.form.most_rows for job in jobs],
+            [job.sized.row_time.seconds for job in jobs],
+            [job.sized.most_rows for job in jobs],
             self.backend.workers,
         )
         if plan.wide:
             for piece in plan.pieces:
                 job = jobs[piece.bucket]
-                self._piece(job, piece, self.program(job.form, wide=True))
+                self._piece(job, piece, self.program(job.sized, wide=True))
             return
         # compiled here, in one thread, before any piece waits for it
-        programs = [self.program(job.form, wide=False) for job in jobs]
+        programs = [self.program(job.sized, wide=False) for job in jobs]
 
         def task(piece: MicroBatch) -> Callable[[], None]:
             def run() -> None:
                 job = jobs[piece.bucket]
                 start = time.perf_counter()
                 self._piece(job, piece, programs[piece.bucket])
-                job.form.row_time.add(piece.stop - piece.start, time.perf_counter() - start)
+                job.sized.row_time.add(piece.stop - piece.start, time.perf_counter() - start)
 
             return run
 
         self.workers.run([task(piece) for piece in plan.pieces])
 
-    def _piece(self, job: Job, piece: MicroBatch, program: Program) -> None:
+    def _piece(self, job: WorkItem, piece: MicroBatch, program: Program) -> None:
         rows, x, outs = piece.stop - piece.start, job.source, job.outs
         if rows < job.rows:
             outs = tuple(out[piece.start : piece.stop] for out in outs)
@@ -360,13 +360,13 @@ class Router:
             self.backend.arrays.take(job.source, job.picked[piece.start : piece.stop], x)
         elif rows < job.rows:
             x = x[piece.start : piece.stop]
-        if job.form.form.takes_images:
+        if job.sized.variant.takes_images:
             check_finite(x, job.first + piece.start)
         sizes = self.backend.sizes
         if sizes is None or rows in sizes:
             program(x, outs)
         else:
-            self._padded(program, x, outs, next(n for n in sizes if n > rows), job.form.rows_out)
+            self._padded(program, x, outs, next(n for n in sizes if n > rows), job.sized.rows_out)
 
     def _padded(
         self,

@@ -25,7 +25,7 @@ UNEVEN: Final = 1.01
 TOGETHER: Final = 1.2
 """Longest over mean time from which all cores on one piece at a time are faster."""
 START_RATE: Final = 2.5e10
-"""Multiply-adds per second and core that forms are taken to run at until they have been timed."""
+"""Multiply-adds per second and core that a variant is taken to run at until it has been timed."""
 
 
 def rows_in_cache(peak_values: int, values: int = CACHE_VALUES) -> int:
@@ -61,8 +61,8 @@ def plan_step(
     """Divide buckets of so many rows among workers.
 
     `seconds` is what one row of each takes on one core, `caps` the most rows of a piece. Every
-    piece reads all weights of its form, so the widest buckets, whose rows cost most, are handed out
-    first and whole where they fit; those of cheap rows are cut to fill what is left.
+    piece reads all weights of its variant, so the widest buckets, whose rows cost most, are handed
+    out first and whole where they fit; those of cheap rows are cut to fill what is left.
     """
     if len(rows) == 1:
         return _plan_one(rows[0], caps[0], workers)
@@ -121,7 +121,7 @@ def _even(rows: int, cap: int) -> list[tuple[int, int]]:
 
 
 class RowTime:
-    """Seconds per row of a form on one core, learnt from the pieces that are run.
+    """Seconds per row of a variant on one core, learnt from the pieces that are run.
 
     Written by several threads without a lock: a lost update costs nothing but itself.
     """

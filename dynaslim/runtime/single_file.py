@@ -1,8 +1,9 @@
 """A whole routed network in one ONNX graph, for consumers of one image at a time.
 
 Every decision is an `If`: only the branch that is taken runs. Branches name weights of the main
-graph, where each is once, whatever forms share it; so the file grows with the forms' differences,
-not with their number, and sequence, not nesting, keeps it from growing with their combinations.
+graph, where each is once, whatever variants share it; so the file grows with the variants'
+differences, not with their number, and sequence, not nesting, keeps it from growing with their
+combinations.
 Each gate's logits get a bias that is an input with a default of zero: a budget from outside.
 """
 
@@ -16,26 +17,26 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dynaslim.errors import check
-from dynaslim.runtime.forms import Form, FormSource, form_table
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import IR_VERSION, OPSET
+from dynaslim.runtime.variants import SegmentVariant, VariantSource, variant_table
 
 if TYPE_CHECKING:
     import onnx
 
 
 class _Parts:
-    """Forms' graphs with names of their own and their weights in common."""
+    """Variants' graphs with names of their own and their weights in common."""
 
-    def __init__(self, forms: FormSource) -> None:
+    def __init__(self, source: VariantSource) -> None:
         self._onnx = require("onnx")
-        self._forms = forms
+        self._source = source
         self._shared: dict[bytes, str] = {}
         self.weights: list[Any] = []
 
-    def nodes(self, form: Form, x: str, prefix: str) -> tuple[list[Any], list[str]]:
-        """A form's nodes, reading `x`, and the names of its outputs."""
-        graph = self._onnx.load_from_string(self._forms.onnx(form)).graph
+    def nodes(self, variant: SegmentVariant, x: str, prefix: str) -> tuple[list[Any], list[str]]:
+        """A variant's nodes, reading `x`, and the names of its outputs."""
+        graph = self._onnx.load_from_string(self._source.onnx(variant)).graph
         names = {"x": x}
         for tensor in graph.initializer:
             own = tensor.name
@@ -55,7 +56,7 @@ class _Parts:
         return self._shared[digest]
 
 
-def single_file(forms: FormSource) -> onnx.ModelProto:
+def single_file(source: VariantSource) -> onnx.ModelProto:
     """The network as one ONNX model.
 
     Inputs: `x` (1, channels, height, width), and `bias_g` (options,) for each gate g, which is
@@ -65,10 +66,10 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
     Raises:
         UsageError: if the network has no gates, or the package `onnx` is not installed.
     """
-    spec = forms.spec
+    spec = source.spec
     check(bool(spec.gates), f"{spec.name} has no gates")
     helper, numpy_helper = require("onnx").helper, require("onnx.numpy_helper")
-    kinds, parts = require("onnx").TensorProto, _Parts(forms)
+    kinds, parts = require("onnx").TensorProto, _Parts(source)
 
     def constant(value: np.ndarray, name: str) -> str:
         parts.weights.append(numpy_helper.from_array(value, name))
@@ -84,8 +85,10 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
         options = len(spec.gates[number].choices)
         return [info(names[0], [1, None, None, None]), info(names[1], [1, options])]
 
-    def branches(number: int, cases: Sequence[Form], first: int, x: str, case: str, at: str) -> Any:
-        """A graph that runs the form whose number, from `first`, is in `case`: a tree of `If`."""
+    def branches(
+        number: int, cases: Sequence[SegmentVariant], first: int, x: str, case: str, at: str
+    ) -> Any:
+        """A graph that runs the variant of number `case`, counted from `first`: a tree of `If`."""
         last = number == len(spec.gates)
         results = [f"{at}_logits"] if last else [f"{at}_features", f"{at}_gate"]
         if len(cases) == 1:
@@ -95,7 +98,7 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
                 for a, b in zip(made, results, strict=True)
             ]
             return helper.make_graph([*nodes, *same], at, [], outputs(results, number))
-        # halves, so that a form is reached in few steps
+        # halves, so that a variant is reached in few steps
         middle = len(cases) // 2
         bound = constant(np.array([first + middle], np.int64), f"{at}_bound")
         less = helper.make_node("Less", [case, bound], [f"{at}_less"], name=f"{at}_less")
@@ -113,7 +116,7 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
         )
         return helper.make_graph([less, flat, choose], at, [], outputs(results, number))
 
-    table = form_table(spec)
+    table = variant_table(spec)
     nodes, (x, logits) = parts.nodes(table[0][0][0], "x", "trunk_")
     inputs = [info("x", [1, spec.in_channels, "height", "width"])]
     chosen, before_option = [], ""
@@ -131,7 +134,7 @@ def single_file(forms: FormSource) -> onnx.ModelProto:
             )
         )
         case = f"{at}_option"
-        if number > 1:  # which form depends on both choices
+        if number > 1:  # which variant depends on both choices
             scale = constant(np.array([options], np.int64), f"{at}_options")
             nodes.append(
                 helper.make_node("Mul", [before_option, scale], [f"{at}_row"], name=f"{at}_row")

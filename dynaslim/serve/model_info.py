@@ -15,7 +15,7 @@ import numpy as np
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.graph import AnySpec, GraphSpec
-from dynaslim.runtime.latency import profile, time_form
+from dynaslim.runtime.latency import profile, time_variant
 from dynaslim.runtime.router import Decide
 from dynaslim.serve.batcher import BatchEngine
 from dynaslim.serve.budgets import share_text
@@ -172,7 +172,7 @@ class ModelInfo:
         shape = (1, self.spec.in_channels, self.side, self.side)
         rng = np.random.default_rng(0)
         trunk_form = router.table((self.side, self.side))[0][0][0]
-        (trunk,) = time_form(router, trunk_form, (1,), MEASURE_ROUNDS, rng)
+        (trunk,) = time_variant(router, trunk_form, (1,), MEASURE_ROUNDS, rng)
         self._trunk_ms = statistics.median(trunk)
         x = rng.standard_normal(shape, np.float32)
         images = router.backend.arrays.images(x)

@@ -22,9 +22,9 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.export import export_package, export_route, export_single_file
 from dynaslim.runtime.extract import extract_segment
-from dynaslim.runtime.forms import RouteForm, segment_forms
-from dynaslim.runtime.network_forms import NetworkForms
-from dynaslim.runtime.quantise import QuantisedForms
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.quantise import QuantisedSource
+from dynaslim.runtime.variants import RouteVariant, segment_variants
 from dynaslim.train import train_supernet
 
 
@@ -64,9 +64,9 @@ def test_at_full_width_the_answers_are_the_models(name):
 def test_every_width_is_the_same_network_by_every_way(name):
     """Elastic, extracted, as ONNX and chosen by a gate."""
     (_, net), x = converted(name), images(3, seed=2)
-    source = NetworkForms(net)
+    source = NetworkSource(net)
     features = net.segment(0, x, 0).features.detach()
-    for form in segment_forms(net.spec):
+    for form in segment_variants(net.spec):
         into = x if form.segment == 0 else features
         plain = extract_segment(net, *form[:3])(into)
         session = onnxruntime.InferenceSession(source.onnx(form))
@@ -138,8 +138,8 @@ def test_it_leaves_as_other_networks_do(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "route.onnx")
     (got,) = session.run(None, {"x": x.numpy()})
     assert np.allclose(got, expected.numpy(), rtol=1e-4, atol=1e-5)
-    rounded = QuantisedForms(net, [images(64)], images=64, cache_dir=None)
-    whole = onnxruntime.InferenceSession(rounded.onnx(RouteForm(route)))
+    rounded = QuantisedSource(net, [images(64)], images=64, cache_dir=None)
+    whole = onnxruntime.InferenceSession(rounded.onnx(RouteVariant(route)))
     (near,) = whole.run(None, {"x": x.numpy()})
     assert np.abs(near - expected.numpy()).max() < 0.3 * np.abs(expected.numpy()).max()
 

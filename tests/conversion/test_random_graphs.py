@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynaslim.conversion import Conversion
 from dynaslim.cost import madds
 from dynaslim.runtime.extract import extract_segment
-from dynaslim.runtime.forms import segment_forms
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.variants import segment_variants
 
 
 class Random(nn.Module):
@@ -100,10 +100,10 @@ def test_a_random_network_is_one_network(seed):
     conversion = Conversion(model.eval(), x[:2], widths)
     net = conversion.net([x])  # compares with the model at full width
     assert conversion.error <= 1e-5
-    source, rows = NetworkForms(net), x[:3]
+    source, rows = NetworkSource(net), x[:3]
     with torch.no_grad():
         features = net.segment(0, rows, 0).features
-        for form in segment_forms(net.spec):
+        for form in segment_variants(net.spec):
             into = features if form.segment else rows
             expected = net.segment(form.segment, into, form.choice).features
             made = extract_segment(net, *form[:3])(into)

@@ -33,8 +33,8 @@ from dynaslim.runtime import auto
 from dynaslim.runtime.backends import BACKENDS, SUPPORTED, Resources, available, make_backend
 from dynaslim.runtime.backends.eager import EagerBackend
 from dynaslim.runtime.cache import Cache, cache_folder
-from dynaslim.runtime.forms import Form, segment_forms
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.variants import SegmentVariant, segment_variants
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.zoo import ZOO
 
@@ -161,7 +161,7 @@ def test_backend_that_is_not_installed(monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(UsageError, match=f"pip install .*{library}"):
         Engine(net, backend=library)
-    source = NetworkForms(net)
+    source = NetworkSource(net)
     assert library not in available("fp32")
     assert library not in auto.candidates(source, Resources(2, None))
     assert "eager" in auto.candidates(source, Resources(2, None))
@@ -214,14 +214,14 @@ def test_programs_of_other_weights_lie_elsewhere(backend, tmp_path):
 
 def test_what_the_folder_depends_on(tmp_path):
     net, same = lively_net("micro"), lively(micro_spec())
-    key = NetworkForms(net).key
-    assert NetworkForms(same).key == key
-    assert NetworkForms(same, "bf16").key != key
+    key = NetworkSource(net).key
+    assert NetworkSource(same).key == key
+    assert NetworkSource(same, "bf16").key != key
     renamed = lively(micro_spec(name="other"))
-    assert NetworkForms(renamed).key != key
+    assert NetworkSource(renamed).key != key
     assert cache_folder(key, tmp_path).parent == tmp_path
     assert cache_folder(key).parent.samefile(os.environ["DYNASLIM_CACHE"])
-    assert cache_folder(key) != cache_folder(NetworkForms(renamed).key)
+    assert cache_folder(key) != cache_folder(NetworkSource(renamed).key)
 
 
 @for_backends("eager", "onnxruntime", "openvino")
@@ -313,7 +313,7 @@ def _in_another_process(tmp_path, net, x, folder, *backends):
 def test_compiled_by_torch(compiled, tmp_path):
     net, x = lively(SMALL), noise(SMALL, 7)
     first, folder = compiled
-    assert sorted(first.counts.compiled) == sorted(form.name for form in segment_forms(SMALL))
+    assert sorted(first.counts.compiled) == sorted(form.name for form in segment_variants(SMALL))
     out = first(x)
     assert len({tuple(row) for row in out.routes.tolist()}) > 2
     assert_rows_close(out.logits, _expected(net, x, out))
@@ -330,9 +330,9 @@ def test_compiled_by_torch(compiled, tmp_path):
     assert routes == out.routes.tolist()
     assert_rows_close(torch.tensor(logits), out.logits)
     # where its programs lie on disk, it takes part in the choice of a backend
-    programs = cache_folder(NetworkForms(net).key, folder)
-    assert "inductor" in auto.candidates(NetworkForms(net), Resources(2, Cache(programs)))
-    assert "inductor" not in auto.candidates(NetworkForms(net), Resources(2, Cache(tmp_path)))
+    programs = cache_folder(NetworkSource(net).key, folder)
+    assert "inductor" in auto.candidates(NetworkSource(net), Resources(2, Cache(programs)))
+    assert "inductor" not in auto.candidates(NetworkSource(net), Resources(2, Cache(tmp_path)))
 
 
 @needs_compiler
@@ -382,8 +382,8 @@ def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):
     for content in (None, None, b"", b"cut"):
         for path in _files(tmp_path) if content is not None else []:
             path.write_bytes(content)
-        backend = make_backend("inductor", NetworkForms(net), Resources(1, Cache(tmp_path)))
-        backend.program(Form(0), Form(0).shape(SMALL, (32, 32)), wide=True)
+        backend = make_backend("inductor", NetworkSource(net), Resources(1, Cache(tmp_path)))
+        backend.program(SegmentVariant(0), SegmentVariant(0).shape(SMALL, (32, 32)), wide=True)
     assert made == [(2, 3, 32, 32)] * 3
     assert backend.counts.compiled == ["segment0_0_0"]
     assert len(_files(tmp_path)) == 1
@@ -558,31 +558,33 @@ def _storages(module, dimensions=1):
 @pytest.mark.parametrize("name", ["micro", "ds_resnet_cifar", "ds_mobilenet_v2"])
 def test_forms_of_one_width_share_their_memory(name):
     net = lively_net(name)
-    source = NetworkForms(net)
+    source = NetworkSource(net)
     backend = make_backend("eager", source, Resources(1, None))
     modules = {}
-    for form in segment_forms(net.spec):
+    for form in segment_variants(net.spec):
         program = backend.program(form, form.shape(net.spec, (32, 32)), wide=True)
         modules[form] = program._module
     first, last = (net.spec.gates[0].choices[n] for n in (0, -1))
     choice = net.spec.gates[1].choices[1]
-    one, other = (_storages(modules[Form(2, before, choice)]) for before in (first, last))
+    one, other = (_storages(modules[SegmentVariant(2, before, choice)]) for before in (first, last))
     shared = set(one) & set(other)
     own = max(len(one), len(other)) - len(shared)
     assert len(shared) >= len(one) / 2
     assert own > 0, "what takes the features must fit the width before"
-    elsewhere = modules[Form(2, first, net.spec.gates[1].choices[0])]
+    elsewhere = modules[SegmentVariant(2, first, net.spec.gates[1].choices[0])]
     # biases that no width cuts may be one; a filter has a width
     assert not set(one) & set(_storages(elsewhere, dimensions=2))
     assert not set(one) & set(_storages(net)), "the network's own memory is left alone"
 
 
 def test_forms_are_filed_apart_by_type():
-    source = NetworkForms(lively_net("micro"))
-    whole, half = (source.module(Form(2, 0, 1), t) for t in (torch.float32, torch.bfloat16))
+    source = NetworkSource(lively_net("micro"))
+    whole, half = (
+        source.module(SegmentVariant(2, 0, 1), t) for t in (torch.float32, torch.bfloat16)
+    )
     assert {p.dtype for p in whole.parameters()} == {torch.float32}
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    again = source.module(Form(2, 2, 1), torch.float32)
+    again = source.module(SegmentVariant(2, 2, 1), torch.float32)
     assert set(_storages(again)) & set(_storages(whole))
 
 
@@ -590,5 +592,5 @@ def test_every_backend_of_the_zoo_has_a_name():
     assert set(BACKENDS) == set(SUPPORTED)
     assert {"eager", "inductor", "onnxruntime", "openvino"} <= set(BACKENDS)
     for spec in ZOO.values():
-        forms = list(segment_forms(spec))
+        forms = list(segment_variants(spec))
         assert len({form.name for form in forms}) == len(set(forms)) == len(forms)

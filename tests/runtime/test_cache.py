@@ -16,8 +16,8 @@ from dynaslim.runtime import cache, quantise
 from dynaslim.runtime.backends import Resources, inductor, make_backend
 from dynaslim.runtime.cache import Cache
 from dynaslim.runtime.export import export_package
-from dynaslim.runtime.forms import Form
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.variants import SegmentVariant
 
 BACKENDS = ["onnxruntime", "openvino", "auto"]
 
@@ -123,9 +123,9 @@ def test_a_compiler_whose_folder_fails_compiles_elsewhere(no_folder, monkeypatch
     why = "the disk is full"
     monkeypatch.setattr(cache, "why_not_writable", lambda folder: next(whys, why))
     monkeypatch.setattr(inductor, "why_not_writable", lambda folder: why)
-    backend = make_backend("inductor", NetworkForms(net), Resources(1, Cache(no_folder / "x")))
+    backend = make_backend("inductor", NetworkSource(net), Resources(1, Cache(no_folder / "x")))
     with pytest.warns(DynaslimWarning, match="not kept there: the disk is full"):
-        backend.program(Form(0), Form(0).shape(spec, (32, 32)), wide=True)
+        backend.program(SegmentVariant(0), SegmentVariant(0).shape(spec, (32, 32)), wide=True)
     assert len(made) == 1
     assert no_folder not in made[0].parents
 
@@ -135,15 +135,15 @@ def test_a_compiler_whose_folder_fails_compiles_elsewhere(no_folder, monkeypatch
     monkeypatch.setattr(inductor, "_compile", fail)
     monkeypatch.setattr(inductor, "why_not_writable", lambda folder: None)
     with pytest.raises(DynaslimError, match="does not compile"):  # which is no fault of a folder
-        backend.program(Form(1), Form(1).shape(spec, (32, 32)), wide=True)
+        backend.program(SegmentVariant(1), SegmentVariant(1).shape(spec, (32, 32)), wide=True)
 
 
 def test_calibrated_programs_without_a_folder(no_folder):
     net = lively_net("micro")
-    forms = quantise.QuantisedForms(net, [noise(net.spec, 8)], cache_dir=no_folder)
+    forms = quantise.QuantisedSource(net, [noise(net.spec, 8)], cache_dir=no_folder)
     with pytest.warns(DynaslimWarning, match="compiled programs are not kept there"):
-        first = forms.onnx(Form(1, 0, 0))
-    assert forms.onnx(Form(1, 0, 0)) is first, "kept in memory, not made twice"
+        first = forms.onnx(SegmentVariant(1, 0, 0))
+    assert forms.onnx(SegmentVariant(1, 0, 0)) is first, "kept in memory, not made twice"
 
 
 def test_a_user_without_a_home(monkeypatch):

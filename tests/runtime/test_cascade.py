@@ -22,13 +22,13 @@ from dynaslim.checkpoint import save
 from dynaslim.data.images import ImageDataset
 from dynaslim.errors import CheckpointError, DynaslimWarning, UsageError
 from dynaslim.runtime.calibrate_budget import answer_paths
-from dynaslim.runtime.cascade_forms import resize_madds
+from dynaslim.runtime.cascade_source import resize_madds
 from dynaslim.runtime.escalation import margins
 from dynaslim.runtime.export import export_package
-from dynaslim.runtime.form_net import FormNet, read_model
-from dynaslim.runtime.forms import RouteForm
 from dynaslim.runtime.package import open_package, write_budget
+from dynaslim.runtime.program_net import ProgramNet, read_model
 from dynaslim.runtime.signals import SignalTable, aurc
+from dynaslim.runtime.variants import RouteVariant
 
 NAMES = ("a", "b", "c", "d", "e")
 GIVEN = Preprocessing(40, (0.3, 0.4, 0.5), (0.2, 0.3, 0.2), crop_fraction=0.9)
@@ -218,7 +218,7 @@ def test_two_sizes_of_one_network_in_the_order_of_their_cost():
     assert not made.mirror
     narrow = cascade([(small, net.spec.smallest), small, (large, str(net.spec.widest_choice))])
     x = torch.randn(3, 3, 16, 16)
-    one = narrow.net.source.module(RouteForm(narrow.net.spec.route_at([0]))).network(x)
+    one = narrow.net.source.module(RouteVariant(narrow.net.spec.route_at([0]))).network(x)
     assert_rows_close(one, net(x, net.spec.smallest))
     told = {"gate": {"augment": {"mirror": True}}}
     assert cascade([replace(one, recipe=told) for one in (small, large)]).mirror
@@ -306,7 +306,7 @@ def test_any_package_answers_along_every_path_as_its_network(tmp_path):
     checkpoint = Checkpoint(net, preprocessing=Preprocessing(32))
     export_package(checkpoint, tmp_path / "micro")
     opened, _ = read_model(tmp_path / "micro")
-    assert isinstance(opened.net, FormNet)
+    assert isinstance(opened.net, ProgramNet)
     x, labels = torch.randn(40, 3, 32, 32), torch.arange(40) % 5
     ours, theirs = (answer_paths(one, [(x, labels)], mirror=True) for one in (net, opened.net))
     np.testing.assert_allclose(theirs.margins_NP, ours.margins_NP, atol=1e-5)

@@ -266,9 +266,9 @@ def test_static_splits_large_batches():
 @for_backends("onnxruntime", "openvino")
 def test_static_without_programs_of_whole_routes(backend, monkeypatch):
     """As an engine of a package runs it."""
-    from dynaslim.runtime.network_forms import NetworkForms
+    from dynaslim.runtime.network_source import NetworkSource
 
-    monkeypatch.setattr(NetworkForms, "has_modules", False)
+    monkeypatch.setattr(NetworkSource, "has_modules", False)
     spec = micro_spec()
     engine = Engine(lively_net("micro"), backend=backend, max_batch=5)
     x, answers = every_path()

@@ -23,14 +23,14 @@ from dynaslim import Engine
 from dynaslim.cost import CostTable
 from dynaslim.cost_file import read_cost_table, write_cost_table
 from dynaslim.errors import UsageError
-from dynaslim.runtime.forms import Form, form_table, segment_forms
 from dynaslim.runtime.latency import LatencyTable, profile
+from dynaslim.runtime.variants import SegmentVariant, segment_variants, variant_table
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEC = micro_spec()
-FORMS = list(segment_forms(SPEC))
-TABLE = form_table(SPEC)
+FORMS = list(segment_variants(SPEC))
+TABLE = variant_table(SPEC)
 
 
 @cache
@@ -38,7 +38,12 @@ def measured(backend="eager"):
     engine = Engine(lively_net("micro"), backend=backend, workers=2)
     heard = []
     table = profile(
-        engine.router, 32, 6, rounds=3, note={"backend": backend}, on_form=lambda: heard.append(1)
+        engine.router,
+        32,
+        6,
+        rounds=3,
+        note={"backend": backend},
+        on_variant=lambda: heard.append(1),
     )
     assert len(heard) == len(FORMS)
     return table
@@ -52,7 +57,9 @@ def made_up(step_ms):
     for number, before in enumerate([(0,), (0,), (0, 2)]):
         after = SPEC.gates[number - 1].choices if number else (0,)
         segments.append(
-            tuple(tuple(ms[Form(number, a, b).name][-1] / 64 for b in after) for a in before)
+            tuple(
+                tuple(ms[SegmentVariant(number, a, b).name][-1] / 64 for b in after) for a in before
+            )
         )
     return LatencyTable(CostTable("ms", tuple(segments)), 32, rows, ms)
 
@@ -75,7 +82,7 @@ def test_profile_measures_every_form(backend):
             for b, cost in enumerate(costs):
                 before = (0, 2)[a] if number == 2 else 0
                 after = SPEC.gates[number - 1].choices[b] if number else 0
-                assert cost == table.ms[Form(number, before, after).name][-1] / 6
+                assert cost == table.ms[SegmentVariant(number, before, after).name][-1] / 6
 
 
 def test_profile_times_what_it_says(monkeypatch):
@@ -88,7 +95,7 @@ def test_profile_times_what_it_says(monkeypatch):
 
     def slow(self, form, shape, *, wide):
         run = plain(self, form, shape, wide=wide)
-        if form != Form(2, 0, 1):
+        if form != SegmentVariant(2, 0, 1):
             return run
         return lambda x, outs: (time.sleep(0.02 * len(x)), run(x, outs))
 
@@ -260,14 +267,14 @@ def test_merging_stays_below_the_cap():
 
 @for_backends("onnxruntime")
 def test_one_route_for_all_is_never_merged(backend, monkeypatch):
-    from dynaslim.runtime.network_forms import NetworkForms
+    from dynaslim.runtime.network_source import NetworkSource
 
     net = lively_net("micro")
     x = noise(SPEC, 9)
     # dear for few rows, cheap for many: whoever may would move
     table = made_up(lambda form, rows: 100 if form.choice == 0 else 1)
     for has_modules in (True, False):
-        monkeypatch.setattr(NetworkForms, "has_modules", has_modules)
+        monkeypatch.setattr(NetworkSource, "has_modules", has_modules)
         engine = Engine(net, backend=backend, latency=table, merge=True)
         route = SPEC.cheapest_choice
         assert_rows_close(engine.static(route)(x), row_by_row(net, x, [route] * 9))

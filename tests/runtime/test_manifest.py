@@ -17,7 +17,6 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.export import export_package
-from dynaslim.runtime.forms import Form
 from dynaslim.runtime.package import (
     MANIFEST,
     MOST_BYTES,
@@ -27,6 +26,7 @@ from dynaslim.runtime.package import (
     open_package,
     with_weights,
 )
+from dynaslim.runtime.variants import SegmentVariant
 
 EARLIER = Path(__file__).parents[1] / "fixtures" / "package_v1"
 PREPARED = Preprocessing(32)
@@ -350,8 +350,8 @@ def test_a_package_behind_links_answers(backend, cache, package, linked, tmp_pat
 
 def test_a_link_to_a_folder(package, tmp_path):
     (tmp_path / "link").symlink_to(package)
-    forms = open_package(tmp_path / "link").forms
-    assert forms.onnx(Form(0)) == package.resolve() / "segment0_0_0.onnx"
+    forms = open_package(tmp_path / "link").source
+    assert forms.onnx(SegmentVariant(0)) == package.resolve() / "segment0_0_0.onnx"
 
 
 def test_what_links_lead_to_is_checked(linked, tmp_path):
@@ -366,10 +366,10 @@ def test_what_links_lead_to_is_checked(linked, tmp_path):
     other.write_bytes(bytes(len(content)))
     (linked / WEIGHTS).unlink()
     (linked / WEIGHTS).symlink_to(other)  # after the check: what was checked is what is opened
-    assert onnx.load_from_string(package.forms.onnx(Form(1, 0, 0))).graph.initializer
+    assert onnx.load_from_string(package.source.onnx(SegmentVariant(1, 0, 0))).graph.initializer
     target.unlink()
     with pytest.raises(PackageError, match=f"{WEIGHTS}: missing; its package is not complete"):
-        package.forms.onnx(Form(0))
+        package.source.onnx(SegmentVariant(0))
     (linked / WEIGHTS).unlink()
     (linked / WEIGHTS).symlink_to(linked / WEIGHTS)
     with pytest.raises(PackageError, match=f"{WEIGHTS}: missing"):

@@ -5,9 +5,9 @@ import torch
 from helpers import ZOO_NAMES, assert_rows_close, lively, lively_net, micro_spec
 
 from dynaslim.errors import UsageError
-from dynaslim.runtime.forms import Form, RouteForm, segment_forms
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.onnx_graph import OPSET, to_onnx
+from dynaslim.runtime.variants import RouteVariant, SegmentVariant, segment_variants
 from dynaslim.zoo import ZOO
 
 onnx = pytest.importorskip("onnx")
@@ -46,10 +46,10 @@ def _check(net, form, module, session, x):
 @pytest.mark.parametrize("name", ["micro", *ZOO_NAMES])
 def test_every_form_as_its_module(name):
     net = lively_net(name)
-    spec, forms = net.spec, NetworkForms(net)
+    spec, forms = net.spec, NetworkSource(net)
     side = max(32, spec.total_stride)
     torch.manual_seed(0)
-    for form in segment_forms(spec):
+    for form in segment_variants(spec):
         module, session = forms.module(form), _session(forms.onnx(form))
         # other rows, and images that no stride divides, through the same graph
         for rows, size in ((1, (side, side)), (3, (side + 13, side + 1))):
@@ -63,22 +63,22 @@ def test_every_form_as_its_module(name):
 @pytest.mark.parametrize("name", ["micro", *ZOO_NAMES])
 def test_whole_routes_as_the_network(name):
     net = lively_net(name)
-    spec, forms = net.spec, NetworkForms(net)
+    spec, forms = net.spec, NetworkSource(net)
     x = torch.randn(2, spec.in_channels, 37, 45)
     for route in (spec.cheapest_choice, spec.largest):
-        session = _session(forms.onnx(RouteForm(route)))
+        session = _session(forms.onnx(RouteVariant(route)))
         (made,) = session.run(None, {"x": x.numpy()})
         with torch.inference_mode():
             assert_rows_close(made, net(x, route), 5e-5)
 
 
 def test_what_a_graph_says_of_itself():
-    forms = NetworkForms(lively_net("micro"))
+    forms = NetworkSource(lively_net("micro"))
     names = {
-        Form(0): ["features", "gate_logits"],
-        Form(1, 0, 2): ["features", "gate_logits"],
-        Form(2, 2, 1): ["logits"],
-        RouteForm(forms.spec.largest): ["logits"],
+        SegmentVariant(0): ["features", "gate_logits"],
+        SegmentVariant(1, 0, 2): ["features", "gate_logits"],
+        SegmentVariant(2, 2, 1): ["logits"],
+        RouteVariant(forms.spec.largest): ["logits"],
     }
     for form, outputs in names.items():
         model = onnx.load_from_string(forms.onnx(form))
@@ -93,8 +93,8 @@ def test_what_a_graph_says_of_itself():
 
 
 def test_what_no_graph_is_made_of():
-    forms = NetworkForms(lively_net("micro"))
-    half = forms.module(Form(0), torch.bfloat16)
+    forms = NetworkSource(lively_net("micro"))
+    half = forms.module(SegmentVariant(0), torch.bfloat16)
     with pytest.raises(UsageError, match=r"trunk: weights of torch\.bfloat16, not float32"):
         to_onnx(half, torch.zeros(2, 3, 8, 8), ["features"], "trunk", any_size=True)
 
@@ -112,7 +112,7 @@ def test_all_activations_and_attentions_of_the_zoo_take_part():
     net = lively(micro_spec(activation="relu6", attention="one_plus_tanh"))
     with torch.no_grad():  # far enough from 0 for the bound at 6 to matter
         net.stages[0][0].body.bn.bias += 8
-    forms = NetworkForms(net)
+    forms = NetworkSource(net)
     x = torch.randn(3, 3, 32, 32) * 10
-    for form in (Form(0), RouteForm(net.spec.largest)):
+    for form in (SegmentVariant(0), RouteVariant(net.spec.largest)):
         _check(net, form, forms.module(form), _session(forms.onnx(form)), x)

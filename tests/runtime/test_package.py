@@ -28,9 +28,9 @@ from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime import export
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.escalation import margins
-from dynaslim.runtime.forms import segment_forms
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.package import MANIFEST, WEIGHTS, PackageError, manifest_digest, open_package
+from dynaslim.runtime.variants import segment_variants
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["micro", *ZOO_NAMES]
@@ -96,7 +96,7 @@ def test_a_package_answers_as_the_network(name, backend, tmp_path):
     checkpoint = _checkpoint(name)
     manifest, _ = export.export_package(checkpoint, tmp_path / "out")
     spec = checkpoint.net.spec
-    assert set(manifest["forms"]) == {form.name for form in segment_forms(spec)}
+    assert set(manifest["forms"]) == {form.name for form in segment_variants(spec)}
     engine = Engine.from_package(tmp_path / "out", backend=backend, cache_dir=None)
     assert engine.spec == spec
     assert engine.class_names == checkpoint.class_names
@@ -132,7 +132,7 @@ def test_the_manifest_says_what_it_is(tmp_path):
     assert manifest["precision"] == "fp32"
     assert manifest["versions"]["dynaslim"] == dynaslim.__version__
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {MANIFEST}
-    assert set(errors) == {form.name for form in segment_forms(spec)}
+    assert set(errors) == {form.name for form in segment_variants(spec)}
     assert all(error < 1e-4 for error in errors.values())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
@@ -265,12 +265,12 @@ def _fail(*arguments):
 
 def test_a_graph_that_computes_something_else_is_not_handed_over(tmp_path, monkeypatch):
     checkpoint = _checkpoint("micro")
-    real = NetworkForms.onnx
+    real = NetworkSource.onnx
     other = Checkpoint(lively_net("micro").__class__(checkpoint.net.spec).eval())
 
-    class Wrong(NetworkForms):
+    class Wrong(NetworkSource):
         def onnx(self, form):
-            return real(NetworkForms(other.net), form)
+            return real(NetworkSource(other.net), form)
 
     with pytest.raises(DynaslimError, match="segment0_0_0: not written, differs"):
         export.export_package(checkpoint, tmp_path / "out", source=Wrong(checkpoint.net))

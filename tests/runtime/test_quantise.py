@@ -14,9 +14,9 @@ from dynaslim.errors import DataError, UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime import quantise
 from dynaslim.runtime.accuracy import accuracy_report
-from dynaslim.runtime.forms import Form, RouteForm, segment_forms
-from dynaslim.runtime.network_forms import NetworkForms
-from dynaslim.runtime.quantise import ActivationSampler, QuantisedForms
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.quantise import ActivationSampler, QuantisedSource
+from dynaslim.runtime.variants import RouteVariant, SegmentVariant, segment_variants
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.zoo import ZOO
 
@@ -55,7 +55,7 @@ def engine(request, net, calibration, cache):
 def forms(net, calibration, cache):
     """For either kind of backend, on the disk that `engine` uses too."""
     return {
-        kind: QuantisedForms(net, calibration, backend=backend, cache_dir=cache)
+        kind: QuantisedSource(net, calibration, backend=backend, cache_dir=cache)
         for kind, backend in zip(ROUNDED, BACKENDS, strict=True)
     }
 
@@ -94,8 +94,8 @@ def test_routes_mostly_agree_with_float(net, engine):
 
 
 def test_every_form_is_near_its_module(net, forms):
-    exact = NetworkForms(net)
-    for form in segment_forms(TINY):
+    exact = NetworkSource(net)
+    for form in segment_variants(TINY):
         x = forms["rounded outputs"].sample(form)
         with torch.inference_mode():
             made = exact.module(form)(torch.from_numpy(x))
@@ -107,7 +107,7 @@ def test_every_form_is_near_its_module(net, forms):
 def test_backends_agree_on_the_same_graph(forms):
     """They round the same numbers, but may add them up, and round halves, in different ways."""
     core, x = openvino.Core(), noise(TINY, 16, seed=9).numpy()
-    form = RouteForm(TINY.widest_choice)
+    form = RouteVariant(TINY.widest_choice)
     answers = []
     for kind in ROUNDED:
         content = forms[kind].onnx(form)
@@ -126,7 +126,7 @@ def _producers(model):
 
 @pytest.mark.parametrize("kind", ROUNDED)
 def test_what_is_rounded(net, forms, kind):
-    for form in (Form(1, 0, 2), RouteForm(TINY.widest_choice)):
+    for form in (SegmentVariant(1, 0, 2), RouteVariant(TINY.widest_choice)):
         content = forms[kind].onnx(form)
         model = onnx.load_from_string(content)
         onnx.checker.check_model(model)
@@ -163,13 +163,13 @@ def test_what_is_rounded(net, forms, kind):
         first = form.takes_images
         assert counts["first"] == first
         assert counts["rounded"] == counts["depthwise"] + (not first)
-        assert len(content) < 0.6 * len(NetworkForms(net).onnx(form))
+        assert len(content) < 0.6 * len(NetworkSource(net).onnx(form))
 
 
 def test_openvino_runs_them_in_integers(forms):
     core = openvino.Core()
     for kind in ROUNDED:
-        model = core.read_model(forms[kind].onnx(RouteForm(TINY.widest_choice)))
+        model = core.read_model(forms[kind].onnx(RouteVariant(TINY.widest_choice)))
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         kinds = [
             op.get_rt_info()["runtimePrecision"].astype(str)
@@ -183,7 +183,7 @@ def test_onnxruntime_runs_them_in_integers(forms, tmp_path):
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    content = forms["rounded outputs"].onnx(RouteForm(TINY.widest_choice))
+    content = forms["rounded outputs"].onnx(RouteVariant(TINY.widest_choice))
     ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     integers = sum(
@@ -201,8 +201,8 @@ def test_relu_networks(name):
     """Cut-offs become part of the rounding; a residual block's sum stays float."""
     spec = ZOO[name].replace(num_classes=10)
     net, x = lively(spec), noise(spec, 16)
-    forms = QuantisedForms(net, [x], cache_dir=None)
-    content = forms.onnx(RouteForm(spec.cheapest_choice))
+    forms = QuantisedSource(net, [x], cache_dir=None)
+    content = forms.onnx(RouteVariant(spec.cheapest_choice))
     with torch.inference_mode():
         expected = net(x, spec.cheapest_choice).numpy()
     assert _relative(_run(content, x.numpy()), expected) < 0.2
@@ -233,17 +233,17 @@ def test_second_engine_neither_compiles_nor_calibrates(
         again.static(TINY.widest_choice)(x), engine.static(TINY.widest_choice)(x)
     )
     assert again.counts.compiled == []
-    assert len(again.counts.cached) >= len(list(segment_forms(TINY)))
+    assert len(again.counts.cached) >= len(list(segment_variants(TINY)))
 
 
 def test_key(net, calibration):
     def key(some_net=net, batches=calibration, **options):
-        return QuantisedForms(some_net, batches, cache_dir=None, **options).key
+        return QuantisedSource(some_net, batches, cache_dir=None, **options).key
 
     assert key() == key(batches=[batch.numpy() for batch in calibration])
     other = [calibration[0], calibration[1] + 1e-3]
     assert len({key(), key(batches=other), key(lively(TINY, seed=1)), key(images=40),
-                key(backend="openvino"), NetworkForms(net).key}) == 6  # fmt: skip
+                key(backend="openvino"), NetworkSource(net).key}) == 6  # fmt: skip
 
 
 def test_construction_is_lazy_and_stops_reading():
@@ -255,9 +255,9 @@ def test_construction_is_lazy_and_stops_reading():
             read.append(number)
             yield noise(spec, 16, seed=number)
 
-    forms = QuantisedForms(lively(spec), batches(), images=40, cache_dir=None)
+    forms = QuantisedSource(lively(spec), batches(), images=40, cache_dir=None)
     assert read == [0, 1, 2]
-    assert forms.onnx(Form(1, 0, 2)) is forms.onnx(Form(1, 0, 2))
+    assert forms.onnx(SegmentVariant(1, 0, 2)) is forms.onnx(SegmentVariant(1, 0, 2))
     assert forms.precision == "int8"
 
 
@@ -277,9 +277,9 @@ def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_byt
         reduction=1.0,
     )
     net, x = lively(spec, image_size=8), noise(spec, 37, image_size=8)
-    sampler = ActivationSampler(NetworkForms(net), x)
+    sampler = ActivationSampler(NetworkSource(net), x)
     with torch.inference_mode():
-        for form in segment_forms(spec):
+        for form in segment_variants(spec):
             rows = torch.from_numpy(np.concatenate(list(sampler.at(form))))
             if form.segment == 0:
                 assert torch.equal(rows, x)
@@ -302,8 +302,8 @@ def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_byt
 
 def test_threads(calibration):
     spec = micro_spec()
-    forms = QuantisedForms(lively(spec), [noise(spec, 16)], cache_dir=None)
-    wanted = [*segment_forms(spec), RouteForm(spec.smallest)] * 2
+    forms = QuantisedSource(lively(spec), [noise(spec, 16)], cache_dir=None)
+    wanted = [*segment_variants(spec), RouteVariant(spec.smallest)] * 2
     found, errors = {}, []
 
     def ask(form):
@@ -327,7 +327,9 @@ def test_quiet_and_clean(tmp_path, monkeypatch, capfd, caplog):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = list(logging.getLogger().handlers)
     with caplog.at_level(logging.DEBUG):
-        QuantisedForms(lively(spec), [noise(spec, 8)], cache_dir=None).onnx(Form(1, 0, 0))
+        QuantisedSource(lively(spec), [noise(spec, 8)], cache_dir=None).onnx(
+            SegmentVariant(1, 0, 0)
+        )
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert logging.getLogger().handlers == before
@@ -364,7 +366,7 @@ def test_saturates(monkeypatch):
 )
 def test_calibration_that_is_none(batches, message):
     with pytest.raises(UsageError, match=message):
-        QuantisedForms(lively(micro_spec()), batches, cache_dir=None)
+        QuantisedSource(lively(micro_spec()), batches, cache_dir=None)
 
 
 def test_refusals(monkeypatch):
@@ -379,11 +381,11 @@ def test_refusals(monkeypatch):
     with pytest.raises(UsageError, match="int8 runs on onnxruntime, openvino"):
         Engine(net, backend="eager", precision="int8", calibration=batches, cache_dir=None)
     with pytest.raises(UsageError, match="images 0: must be at least 1"):
-        QuantisedForms(net, batches, images=0, cache_dir=None)
+        QuantisedSource(net, batches, images=0, cache_dir=None)
     with pytest.raises(UsageError, match="no torch modules; it runs on onnxruntime"):
-        QuantisedForms(net, batches, cache_dir=None).module(Form(0), torch.float32)
+        QuantisedSource(net, batches, cache_dir=None).module(SegmentVariant(0), torch.float32)
     with pytest.raises(RuntimeError, match=r"net\.eval"):
-        QuantisedForms(lively(micro_spec()).train(), batches, cache_dir=None)
+        QuantisedSource(lively(micro_spec()).train(), batches, cache_dir=None)
 
 
 # -- accuracy ---------------------------------------------------------------------------------

@@ -30,8 +30,8 @@ from dynaslim.cost import CostTable
 from dynaslim.runtime import auto
 from dynaslim.runtime.arrays import NumpyArrays, TorchArrays
 from dynaslim.runtime.backends.eager import EagerBackend
-from dynaslim.runtime.forms import Form, segment_forms
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.variants import SegmentVariant, segment_variants
 from dynaslim.runtime.workers import Workers, Workspace, Workspaces
 
 SPEC = micro_spec()
@@ -82,14 +82,14 @@ def test_many_callers_get_their_own_answers(backend, workers):
 @for_backends("eager", "onnxruntime", "openvino")
 def test_first_use_by_many_compiles_once(backend, workers, monkeypatch):
     made = Counter()
-    plain = NetworkForms.module
+    plain = NetworkSource.module
 
     def module(self, form, *args):
         made[form] += 1
         time.sleep(0.005)  # long enough for all to ask
         return plain(self, form, *args)
 
-    monkeypatch.setattr(NetworkForms, "module", module)
+    monkeypatch.setattr(NetworkSource, "module", module)
     net = lively_net("micro")
     engine = Engine(net, backend=backend, workers=workers, cache_dir=None)
     x = noise(SPEC, 33)
@@ -100,7 +100,7 @@ def test_first_use_by_many_compiles_once(backend, workers, monkeypatch):
     compiled = engine.counts.compiled
     assert len(compiled) == len(set(compiled))
     assert max(made.values()) <= (1 if backend == "eager" else 2)  # for wide calls and for others
-    assert set(made) <= set(segment_forms(SPEC))
+    assert set(made) <= set(segment_variants(SPEC))
     assert len(made) >= 6
 
 
@@ -251,7 +251,7 @@ def test_an_interrupted_call_does_not_write_into_the_next(interruptible):
         run = plain(form, shape, wide=wide)
 
         def slow(x, outs):
-            if form != Form(0) or len(held) == 2:
+            if form != SegmentVariant(0) or len(held) == 2:
                 return run(x, outs)
             held.append(threading.get_ident())
             if len(held) == 2:

@@ -484,7 +484,7 @@ def test_times_are_measured_again_until_they_are_steady(
 
     monkeypatch.setattr(engine.router, "routed", routed)
     monkeypatch.setattr(model_info.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(model_info, "time_form", trunk)
+    monkeypatch.setattr(model_info, "time_variant", trunk)
     found.measure()
     assert found.steady == steady
     assert tries == [min(busy_tries + 1, model_info.MEASURE_TRIES)]

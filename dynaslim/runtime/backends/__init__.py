@@ -1,4 +1,4 @@
-"""What compiles and runs forms: a base class, and the backends by name."""
+"""What compiles and runs variants: a base class, and the backends by name."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any, Final, Protocol
 from dynaslim.errors import UsageError
 from dynaslim.runtime.arrays import Array, Arrays
 from dynaslim.runtime.cache import Cache
-from dynaslim.runtime.forms import AnyForm, FormShape, FormSource, Precision
 from dynaslim.runtime.libraries import installed, require
 from dynaslim.runtime.schedule import CACHE_VALUES
+from dynaslim.runtime.variants import Precision, Variant, VariantShape, VariantSource
 
 
 class Program(Protocol):
-    """A form, compiled."""
+    """A variant, compiled."""
 
     def __call__(self, x: Array, outs: Sequence[Array]) -> None:
         """Run rows x (n, *row), or images (n, C, H, W), and write what comes out into `outs`.
@@ -38,7 +38,7 @@ class Counts:
 
 
 class Backend(ABC):
-    """Compiles forms, each once; may be used by several threads at once."""
+    """Compiles variants, each once; may be used by several threads at once."""
 
     name: str
     """As in `BACKENDS`."""
@@ -59,26 +59,26 @@ class Backend(ABC):
 
     def __init__(self) -> None:
         self.counts = Counts()
-        self._programs: dict[tuple[AnyForm, tuple[int, ...] | None, bool], Program] = {}
+        self._programs: dict[tuple[Variant, tuple[int, ...] | None, bool], Program] = {}
         self._compiling = threading.Lock()
 
-    def program(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
-        """The form's program for rows of this shape; `wide` uses all cores for one call.
+    def program(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
+        """The variant's program for rows of this shape; `wide` uses all cores for one call.
 
         Raises:
             UsageError: if the source has not what the backend needs.
         """
-        key = (form, shape.row_in if self.fixed_size else None, wide and self.fixed_threads)
+        key = (variant, shape.row_in if self.fixed_size else None, wide and self.fixed_threads)
         program = self._programs.get(key)
         if program is None:
             with self._compiling:  # one compilation at a time, and none twice
                 program = self._programs.get(key)
                 if program is None:
-                    program = self._programs[key] = self.compile(form, shape, wide=wide)
+                    program = self._programs[key] = self.compile(variant, shape, wide=wide)
         return program
 
     @abstractmethod
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
         """As `program`; called once for each that differs."""
 
     def start_worker(self) -> None:  # noqa: B027
@@ -121,8 +121,8 @@ SUPPORTED: Final[dict[str, tuple[Precision, ...]]] = {
 """Precisions of each backend: onnxruntime's CPU kernels have no bfloat16 convolution."""
 
 
-def make_backend(name: str, source: FormSource, resources: Resources) -> Backend:
-    """A backend for a network's forms.
+def make_backend(name: str, source: VariantSource, resources: Resources) -> Backend:
+    """A backend for a network's variants.
 
     Raises:
         UsageError: if there is no such backend, its library is not installed (the message is the

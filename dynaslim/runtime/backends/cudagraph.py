@@ -1,4 +1,4 @@
-"""CUDA graphs: a form recorded once for every size of bucket, then replayed without launches.
+"""CUDA graphs: a variant recorded once for every size of bucket, then replayed without launches.
 
 A graph has fixed shapes and fixed memory, so buckets are padded to a few sizes and copied in and
 out; all graphs share one pool of memory, since one runs at a time.
@@ -17,7 +17,7 @@ from dynaslim.errors import UsageError
 from dynaslim.runtime.arrays import TorchArrays
 from dynaslim.runtime.backends import Backend, Program, Resources
 from dynaslim.runtime.backends.eager import DTYPES, copy_out, device_of, to_channels_last
-from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
+from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _WARM_UP = 3
@@ -25,7 +25,7 @@ _WARM_UP = 3
 
 
 class _Recording:
-    """A form at one number of rows: fixed input, graph, fixed outputs."""
+    """A variant at one number of rows: fixed input, graph, fixed outputs."""
 
     def __init__(self, module: nn.Module, x: Tensor, pool: Any) -> None:
         self.x = x
@@ -43,13 +43,13 @@ class _Recording:
 
 
 class _Replayed:
-    """The recordings of a form, made when a size is first met."""
+    """The recordings of a variant, made when a size is first met."""
 
     def __init__(
-        self, backend: CudaGraphBackend, form: AnyForm, module: nn.Module, shape: FormShape
+        self, backend: CudaGraphBackend, variant: Variant, module: nn.Module, shape: VariantShape
     ) -> None:
         self._backend = backend
-        self._form = form
+        self._form = variant
         self._module = module
         self._shape = shape
         self._recordings: dict[int, _Recording] = {}
@@ -90,7 +90,7 @@ class CudaGraphBackend(Backend):
     sizes = SIZES
     fixed_size = True
 
-    def __init__(self, source: FormSource, resources: Resources) -> None:
+    def __init__(self, source: VariantSource, resources: Resources) -> None:
         super().__init__()
         device = device_of(source)
         if not torch.cuda.is_available():
@@ -108,7 +108,7 @@ class CudaGraphBackend(Backend):
         self.lock = threading.Lock()
         self.pool = torch.cuda.graph_pool_handle()
 
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
         """As `Backend.compile`."""
-        module = to_channels_last(self._source.module(form, self.arrays.dtype))
-        return _Replayed(self, form, module, shape)
+        module = to_channels_last(self._source.module(variant, self.arrays.dtype))
+        return _Replayed(self, variant, module, shape)

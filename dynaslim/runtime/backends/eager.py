@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from dynaslim.runtime.arrays import TorchArrays
 from dynaslim.runtime.backends import Backend, Program, Resources
-from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
+from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STARTING = threading.Lock()
 """Held by the thread that changes what new threads begin with, for all engines of the process."""
 
 
-def device_of(source: FormSource) -> torch.device:
+def device_of(source: VariantSource) -> torch.device:
     """Where a source's weights are; the CPU if it does not say."""
     found: torch.device = getattr(source, "device", torch.device("cpu"))
     return found
@@ -58,7 +58,7 @@ class EagerBackend(Backend):
     name = "eager"
     own_threads = True
 
-    def __init__(self, source: FormSource, resources: Resources) -> None:
+    def __init__(self, source: VariantSource, resources: Resources) -> None:
         super().__init__()
         self._source = source
         self._device = device_of(source)
@@ -66,10 +66,10 @@ class EagerBackend(Backend):
         self.arrays = TorchArrays(self._device, self._dtype)
         self.workers = resources.threads if self._device.type == "cpu" else 1
 
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
         """As `Backend.compile`."""
-        module = to_channels_last(self._source.module(form, self._dtype))
-        return ModuleProgram(module, images=form.takes_images)
+        module = to_channels_last(self._source.module(variant, self._dtype))
+        return ModuleProgram(module, images=variant.takes_images)
 
     def start_worker(self) -> None:
         """One core for each thread."""

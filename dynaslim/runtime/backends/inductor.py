@@ -1,4 +1,4 @@
-"""PyTorch's compiler ahead of time, with frozen weights: a shared library for every form.
+"""PyTorch's compiler ahead of time, with frozen weights: a shared library for every variant.
 
 A library is compiled once (half a minute each, by the machine's C++ compiler) for any number of
 rows and any size of image, and kept in the cache; loading one takes milliseconds.
@@ -18,7 +18,7 @@ from dynaslim.errors import DynaslimError
 from dynaslim.runtime.backends import Program, Resources
 from dynaslim.runtime.backends.eager import EagerBackend, ModuleProgram
 from dynaslim.runtime.cache import why_not_writable
-from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
+from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 MOST_ROWS = 4096
 _CONFIGS = {
@@ -35,21 +35,21 @@ class InductorBackend(EagerBackend):
     name = "inductor"
     fixed_size = True
 
-    def __init__(self, source: FormSource, resources: Resources) -> None:
+    def __init__(self, source: VariantSource, resources: Resources) -> None:
         super().__init__(source, resources)
         self._cache = resources.cache
         # its programs hold Python's lock while they run, so no two run side by side (measured: two
         # threads take twice as long as one); each uses all cores instead
         self.workers = 1
 
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
         """As `Backend.compile`; height and width are fixed, the batch is not."""
-        return ModuleProgram(self._load(form, shape), images=form.takes_images)
+        return ModuleProgram(self._load(variant, shape), images=variant.takes_images)
 
-    def _load(self, form: AnyForm, shape: FormShape) -> Any:
+    def _load(self, variant: Variant, shape: VariantShape) -> Any:
         channels, height, width = shape.row_in
         made_by = f"torch{torch.__version__}.{self._device.type}.any_threads"
-        file = f"{form.name}_{height}x{width}.{made_by}.pt2"
+        file = f"{variant.name}_{height}x{width}.{made_by}.pt2"
         path = None if self._cache is None else self._cache.find(file)
         if path is not None:
             try:
@@ -57,10 +57,10 @@ class InductorBackend(EagerBackend):
             except (OSError, RuntimeError):  # a damaged file is made again
                 loaded = None
             if loaded is not None:
-                self.counts.cached.append(form.name)
+                self.counts.cached.append(variant.name)
                 return loaded
-        self.counts.compiled.append(form.name)
-        module = self._source.module(form, self._dtype)
+        self.counts.compiled.append(variant.name)
+        module = self._source.module(variant, self._dtype)
         example = torch.randn(
             2, channels, height, width, device=self._device, dtype=self._dtype
         ).contiguous(memory_format=torch.channels_last)

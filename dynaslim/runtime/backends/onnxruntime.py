@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU.
 
 Side by side, each call runs on its caller's thread alone: one pool of threads per session, and a
-network has a session for every form, spins for work and takes the cores from the others (measured:
-0.58 of the ideal). The wide programs' pools stop spinning when their call ends.
+network has a session for every variant, spins for work and takes the cores from the others
+(measured: 0.58 of the ideal). The wide programs' pools stop spinning when their call ends.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from dynaslim.runtime.arrays import NumpyArrays
 from dynaslim.runtime.backends import Backend, Program, Resources
-from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
 from dynaslim.runtime.libraries import require
+from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 _BINDINGS: Final = 64
 """Kept per session."""
@@ -56,7 +56,7 @@ class OnnxRuntimeBackend(Backend):
     fixed_threads = True
     piece_values = 500_000  # measured: 4 rows of the trunk of ds_mbnet at 224 px, 4 to 8 behind
 
-    def __init__(self, source: FormSource, resources: Resources) -> None:
+    def __init__(self, source: VariantSource, resources: Resources) -> None:
         super().__init__()
         self._ort = require("onnxruntime")
         self._source = source
@@ -64,11 +64,11 @@ class OnnxRuntimeBackend(Backend):
         self.arrays = NumpyArrays()
         self.workers = resources.threads
 
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
         """As `Backend.compile`; a session takes images of any size."""
-        return _Session(self._open(form, wide))
+        return _Session(self._open(variant, wide))
 
-    def _open(self, form: AnyForm, wide: bool) -> Any:
+    def _open(self, variant: Variant, wide: bool) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
         options.log_severity_level = 3
@@ -78,10 +78,10 @@ class OnnxRuntimeBackend(Backend):
         level = ort.GraphOptimizationLevel
         cache, found = self._resources.cache, None
         # what the optimiser makes depends on the machine, not on the number of threads
-        file = f"{form.name}.ort{ort.__version__}.onnx"
-        model = None if self._source.has_modules else self._source.onnx(form)
+        file = f"{variant.name}.ort{ort.__version__}.onnx"
+        model = None if self._source.has_modules else self._source.onnx(variant)
         if isinstance(model, Path):  # a package's, whose weights are in a file beside it
-            # an optimised form still names the file of weights, without its folder; not told
+            # an optimised variant still names the file of weights, without its folder; not told
             # where, the runtime would take a file of that name where the process works
             options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(model.parent))
             if _version(ort) < (1, 21):
@@ -95,11 +95,11 @@ class OnnxRuntimeBackend(Backend):
             except Exception:  # of no common kind; a damaged file is made again
                 session = None
             if session is not None:
-                self._note(self.counts.cached, form, wide)
+                self._note(self.counts.cached, variant, wide)
                 return session
         options.graph_optimization_level = level.ORT_ENABLE_ALL
-        self._note(self.counts.compiled, form, wide)
-        model = self._source.onnx(form) if model is None else model
+        self._note(self.counts.compiled, variant, wide)
+        model = self._source.onnx(variant) if model is None else model
         if cache is None or not cache.writable():
             return self._session(model, options)
         try:
@@ -120,8 +120,8 @@ class OnnxRuntimeBackend(Backend):
         )
 
     @staticmethod
-    def _note(where: list[str], form: AnyForm, wide: bool) -> None:
-        where.append(form.name + (" wide" if wide else ""))
+    def _note(where: list[str], variant: Variant, wide: bool) -> None:
+        where.append(variant.name + (" wide" if wide else ""))
 
 
 def _version(ort: Any) -> tuple[int, int]:

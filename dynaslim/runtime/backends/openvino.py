@@ -12,8 +12,8 @@ import numpy as np
 
 from dynaslim.runtime.arrays import NumpyArrays
 from dynaslim.runtime.backends import Backend, Program, Resources
-from dynaslim.runtime.forms import AnyForm, FormShape, FormSource
 from dynaslim.runtime.libraries import require
+from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 _BLOB: Final = ".blob"
 """Suffix of what the library keeps in its cache."""
@@ -55,12 +55,12 @@ class _Compiled:
 
 
 class OpenVinoBackend(Backend):
-    """One compiled model for every form, size of image and kind of call."""
+    """One compiled model for every variant, size of image and kind of call."""
 
     name = "openvino"
     fixed_size = fixed_threads = True
 
-    def __init__(self, source: FormSource, resources: Resources) -> None:
+    def __init__(self, source: VariantSource, resources: Resources) -> None:
         super().__init__()
         self._openvino = require("openvino")
         self._core = _core()
@@ -69,9 +69,9 @@ class OpenVinoBackend(Backend):
         self.arrays = NumpyArrays()
         self.workers = resources.threads
 
-    def compile(self, form: AnyForm, shape: FormShape, *, wide: bool) -> Program:
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
         """As `Backend.compile`; height and width are fixed, the batch is not."""
-        onnx = self._source.onnx(form)
+        onnx = self._source.onnx(variant)
         model = self._core.read_model(str(onnx) if isinstance(onnx, Path) else onnx)
         model.reshape({0: [-1, *shape.row_in]})
         threads = self._resources.threads
@@ -85,7 +85,7 @@ class OpenVinoBackend(Backend):
         }
         compiled, found = self._compile_or_find(model, config)
         size = "x".join(map(str, shape.row_in[1:]))
-        name = f"{form.name} {size}" + (" wide" if wide else "")
+        name = f"{variant.name} {size}" + (" wide" if wide else "")
         (self.counts.cached if found else self.counts.compiled).append(name)
         return _Compiled(self._openvino, compiled)
 

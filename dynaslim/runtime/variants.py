@@ -1,6 +1,6 @@
-"""The pieces of a network that are compiled alone: forms of segments, and whole routes. No torch.
+"""What of a network is compiled alone: variants of its segments, and whole routes. No torch.
 
-Where their programs come from is a `FormSource`: a network in memory (`network_forms`) or an
+Where their programs come from is a `VariantSource`: a network in memory (`network_source`) or an
 exported package (`package`).
 """
 
@@ -26,8 +26,8 @@ PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 
 
 @dataclass(frozen=True)
-class FormShape:
-    """Sizes of a form for one size of image, per row."""
+class VariantShape:
+    """Sizes of a variant for one size of image, per row."""
 
     row_in: tuple[int, int, int]
     """Channels, height, width."""
@@ -39,7 +39,7 @@ class FormShape:
     """Multiply-adds, those of the gate behind it included."""
 
 
-class Form(NamedTuple):
+class SegmentVariant(NamedTuple):
     """A segment at width index `choice` behind one at `before`; the trunk is segment 0, both 0."""
 
     segment: int
@@ -56,7 +56,7 @@ class Form(NamedTuple):
         """Whether its input is images, not the features of the segment before."""
         return self.segment == 0
 
-    def shape(self, spec: AnySpec, size: tuple[int, int]) -> FormShape:
+    def shape(self, spec: AnySpec, size: tuple[int, int]) -> VariantShape:
         """Sizes for images of (height, width) in pixels.
 
         Raises:
@@ -71,10 +71,10 @@ class Form(NamedTuple):
         if self.segment < len(spec.gates):
             rows_out = (cost.out, (len(spec.gates[self.segment].choices),))
         madds = cost.madds + cost.pool_adds + cost.head_madds
-        return FormShape(row_in, rows_out, cost.peak, madds)
+        return VariantShape(row_in, rows_out, cost.peak, madds)
 
 
-class RouteForm(NamedTuple):
+class RouteVariant(NamedTuple):
     """All segments along a route as one program, without the gates' decisions."""
 
     route: Route
@@ -89,35 +89,35 @@ class RouteForm(NamedTuple):
         """Always True."""
         return True
 
-    def shape(self, spec: AnySpec, size: tuple[int, int]) -> FormShape:
-        """As `Form.shape`."""
+    def shape(self, spec: AnySpec, size: tuple[int, int]) -> VariantShape:
+        """As `SegmentVariant.shape`."""
         peak = max(cost.peak for cost in route_costs(spec, self.route, size))
         whole = madds(spec, self.route, size)
-        return FormShape((spec.in_channels, *size), ((spec.num_classes,),), peak, whole)
+        return VariantShape((spec.in_channels, *size), ((spec.num_classes,),), peak, whole)
 
 
-AnyForm = Form | RouteForm
-FormTable = tuple[tuple[tuple[Form, ...], ...], ...]
-"""Forms of every segment, by the options before and behind it."""
+Variant = SegmentVariant | RouteVariant
+VariantTable = tuple[tuple[tuple[SegmentVariant, ...], ...], ...]
+"""Variants of every segment, by the options before and behind it."""
 
 
-def form_table(spec: AnySpec) -> FormTable:
-    """All forms, laid out as `CostTable.segments`.
+def variant_table(spec: AnySpec) -> VariantTable:
+    """All variants, laid out as `CostTable.segments`.
 
     Here alone the options of gates become width indices of segments.
     """
     return tuple(
-        tuple(tuple(Form(number, a, b) for b in behind) for a in before)
+        tuple(tuple(SegmentVariant(number, a, b) for b in behind) for a in before)
         for number, (before, behind) in enumerate(_choices(spec))
     )
 
 
-def segment_forms(spec: AnySpec) -> Iterator[Form]:
-    """Every form of every segment, one by one."""
+def segment_variants(spec: AnySpec) -> Iterator[SegmentVariant]:
+    """Every variant of every segment, one by one."""
     for number, (before, behind) in enumerate(_choices(spec)):
         for a in before:
             for b in behind:
-                yield Form(number, a, b)
+                yield SegmentVariant(number, a, b)
 
 
 def _choices(spec: AnySpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -125,8 +125,8 @@ def _choices(spec: AnySpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]
     return itertools.pairwise([(0,), (0,), *(gate.choices for gate in spec.gates)])
 
 
-class FormSource(Protocol):
-    """Where the programs of a network's forms come from."""
+class VariantSource(Protocol):
+    """Where the programs of a network's variants come from."""
 
     @property
     def spec(self) -> AnySpec:
@@ -144,15 +144,15 @@ class FormSource(Protocol):
     def has_modules(self) -> bool:
         """Whether it has torch modules, and programs of whole routes; a package has neither."""
 
-    def module(self, form: AnyForm, dtype: torch.dtype) -> nn.Module:
-        """The form as a plain torch module; forms share layers, so only their layout may change.
+    def module(self, variant: Variant, dtype: torch.dtype) -> nn.Module:
+        """The variant as a plain torch module; layers are shared, so only their layout may change.
 
         Raises:
             UsageError: if this source has none.
         """
 
-    def onnx(self, form: AnyForm) -> Path | bytes:
-        """The form as an ONNX file or its content.
+    def onnx(self, variant: Variant) -> Path | bytes:
+        """The variant as an ONNX file or its content.
 
         Raises:
             UsageError: if this source has none.

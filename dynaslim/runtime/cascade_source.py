@@ -1,8 +1,8 @@
-"""Forms of a cascade: an empty trunk, and a whole network for every rung.
+"""Variants of a cascade: an empty trunk, and a whole network for every rung.
 
-A rung's form takes the cascade's images. It resizes them to the rung's size, normalises them as the
-rung expects, runs the network, and puts its classes in the cascade's order. All of that is within
-its torch module and its ONNX graph, so that every backend runs the same.
+A rung's variant takes the cascade's images. It resizes them to the rung's size, normalises them as
+the rung expects, runs the network, and puts its classes in the cascade's order. All of that is
+within its torch module and its ONNX graph, so that every backend runs the same.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import option_costs
-from dynaslim.runtime.forms import AnyForm, Precision, RouteForm
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, INPUT, IR_VERSION, LOGITS, OPSET
+from dynaslim.runtime.variants import Precision, RouteVariant, Variant
 
 BANDS: Final = 8
 """Parts that a side is resized in. A row of the resizing matrix has few values that are not zero:
@@ -158,8 +158,8 @@ def _preparation(
     return resize, ((std / own_std).float(), ((mean - own_mean) / own_std).float())
 
 
-class CascadeForms:
-    """The forms of a cascade; a `FormSource`."""
+class CascadeSource:
+    """The variants of a cascade; a `VariantSource`."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class CascadeForms:
         weights = (weight for module in modules for weight in module.parameters())
         return next((weight.device for weight in weights), torch.device("cpu"))
 
-    def in_precision(self, precision: Precision) -> CascadeForms:
+    def in_precision(self, precision: Precision) -> CascadeSource:
         """The same cascade in fp32 or bf16.
 
         Raises:
@@ -195,7 +195,7 @@ class CascadeForms:
         """
         if precision == "int8":
             raise UsageError("precision int8: a cascade has fp32 and bf16 only")
-        return CascadeForms(self.spec, self._preprocessing, self._rungs, precision)
+        return CascadeSource(self.spec, self._preprocessing, self._rungs, precision)
 
     @cached_property
     def key(self) -> str:
@@ -217,9 +217,9 @@ class CascadeForms:
         steps = np.arange(1, len(costs_K)) * np.diff(costs_K)
         return np.concatenate([[0.0], -np.cumsum(steps)]).astype(np.float32)
 
-    def module(self, form: AnyForm, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """As `FormSource.module`."""
-        number = _rung_of(self.spec, form)
+    def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """As `VariantSource.module`."""
+        number = _rung_of(self.spec, variant)
         if number is None:
             return _Trunk(self._gate_logits).eval().to(self.device)
         if self._rungs[number].module is None:
@@ -233,9 +233,9 @@ class CascadeForms:
         module = self._modules[number]
         return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
-    def onnx(self, form: AnyForm) -> bytes:
-        """As `FormSource.onnx`."""
-        number = _rung_of(self.spec, form)
+    def onnx(self, variant: Variant) -> bytes:
+        """As `VariantSource.onnx`."""
+        number = _rung_of(self.spec, variant)
         model = self._trunk_model() if number is None else self._rung_model(number)
         require("onnx").checker.check_model(model)
         content: bytes = model.SerializeToString()
@@ -275,7 +275,7 @@ class CascadeForms:
     def _rung_model(self, number: int) -> Any:
         """The rung's model with the preparation of its images before it, and its classes' order.
 
-        Of the operations added there is one form for all versions that models are written in.
+        Of the operations added there is one variant for all versions that models are written in.
         """
         onnx, rung = require("onnx"), self._rungs[number]
         helper, floats = onnx.helper, onnx.TensorProto.FLOAT
@@ -343,8 +343,8 @@ def _the_input(model: Any) -> Any:
     return found
 
 
-def _rung_of(spec: CascadeSpec, form: AnyForm) -> int | None:
-    """The index of the rung that a form is; None for the trunk."""
-    if isinstance(form, RouteForm):
-        return spec.segment_indices(form.route)[1]
-    return form.choice if form.segment else None
+def _rung_of(spec: CascadeSpec, variant: Variant) -> int | None:
+    """The index of the rung that a variant is; None for the trunk."""
+    if isinstance(variant, RouteVariant):
+        return spec.segment_indices(variant.route)[1]
+    return variant.choice if variant.segment else None

@@ -17,17 +17,17 @@ from dynaslim.model_names import find_model
 from dynaslim.nn.net import ElasticNet, SegmentOutput
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.backends.eager import device_of
-from dynaslim.runtime.cascade_forms import CascadeForms
-from dynaslim.runtime.forms import AnyForm, Form, FormSource, Precision
+from dynaslim.runtime.cascade_source import CascadeSource
 from dynaslim.runtime.libraries import require
-from dynaslim.runtime.network_forms import NetworkForms
+from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.package import open_package
+from dynaslim.runtime.variants import Precision, SegmentVariant, Variant, VariantSource
 
 _CHOICE: Final = "_dynaslim_choice"
 
 
-class FormNet(ElasticNet):
-    """The programs of a `FormSource` as the segments of a network.
+class ProgramNet(ElasticNet):
+    """The programs of a `VariantSource` as the segments of a network.
 
     It is evaluated, calibrated and reported on as any other network. It has no weights to train or
     to write to a checkpoint.
@@ -35,11 +35,11 @@ class FormNet(ElasticNet):
 
     has_weights = False
 
-    def __init__(self, source: FormSource) -> None:
+    def __init__(self, source: VariantSource) -> None:
         super().__init__()
         self.spec = source.spec
         self.source = source
-        self._programs: dict[tuple[AnyForm, torch.dtype], nn.Module] = {}
+        self._programs: dict[tuple[Variant, torch.dtype], nn.Module] = {}
         self.eval()
 
     @property
@@ -53,15 +53,15 @@ class FormNet(ElasticNet):
         plain = self.source.has_modules and self.source.precision != "int8"
         return "eager" if plain else "onnxruntime"
 
-    def program(self, form: AnyForm, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A form as a module; one that is there as ONNX only runs in ONNX Runtime, in float32."""
-        if (form, dtype) not in self._programs:
+    def program(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A variant as a module; one that exists as ONNX only runs in ONNX Runtime, in float32."""
+        if (variant, dtype) not in self._programs:
             try:
-                made = self.source.module(form, dtype)
+                made = self.source.module(variant, dtype)
             except UsageError:
-                made = OnnxModule(self.source.onnx(form))
-            self._programs[form, dtype] = made
-        return self._programs[form, dtype]
+                made = OnnxModule(self.source.onnx(variant))
+            self._programs[variant, dtype] = made
+        return self._programs[variant, dtype]
 
     def segment(
         self,
@@ -76,7 +76,7 @@ class FormNet(ElasticNet):
         assert isinstance(choice, int)
         # programs differ by the choice before them, which nothing else says
         before = getattr(x, _CHOICE, 0) if number > 1 else 0
-        made = self.program(Form(number, before, choice))(x.float())
+        made = self.program(SegmentVariant(number, before, choice))(x.float())
         if number == len(self.spec.gates):
             return SegmentOutput(made, None)
         features, gate_logits = made
@@ -109,8 +109,8 @@ class OnnxModule(nn.Module):
 
 
 @dataclass(frozen=True)
-class FormCheckpoint(Checkpoint):
-    """A `FormNet` in the place of a checkpoint; it has no recipe."""
+class ProgramCheckpoint(Checkpoint):
+    """A `ProgramNet` in the place of a checkpoint; it has no recipe."""
 
     may_mirror: bool = False
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -132,8 +132,8 @@ def read_model(name: str | Path) -> tuple[Checkpoint, Path]:
     if found.kind == "checkpoint":
         return read(found.path), found.path
     package = open_package(found.path)
-    made = FormCheckpoint(
-        FormNet(package.forms),
+    made = ProgramCheckpoint(
+        ProgramNet(package.source),
         class_names=package.class_names,
         preprocessing=package.preprocessing,
         metrics=package.manifest["metrics"],
@@ -156,21 +156,21 @@ def read_prepared(name: str | Path) -> tuple[Checkpoint, Preprocessing, Path]:
     return checkpoint, checkpoint.preprocessing, path
 
 
-def forms_of(net: ElasticNet) -> FormNet:
-    """A network by its forms alone."""
-    return net if isinstance(net, FormNet) else FormNet(NetworkForms(net))
+def program_net(net: ElasticNet) -> ProgramNet:
+    """A network that is run by its variants alone."""
+    return net if isinstance(net, ProgramNet) else ProgramNet(NetworkSource(net))
 
 
-def source_of(net: ElasticNet, precision: Precision = "fp32") -> FormSource:
-    """The forms of a network in a precision.
+def source_of(net: ElasticNet, precision: Precision = "fp32") -> VariantSource:
+    """The variants of a network in a precision.
 
     Raises:
         UsageError: for a precision that a package was not exported in.
         RuntimeError: if the network is in training mode.
     """
-    if not isinstance(net, FormNet):
-        return NetworkForms(net, precision)
-    if isinstance(net.source, CascadeForms):
+    if not isinstance(net, ProgramNet):
+        return NetworkSource(net, precision)
+    if isinstance(net.source, CascadeSource):
         return net.source.in_precision(precision)
     own = net.source.precision
     check(precision in ("fp32", own), f"precision {precision}: the package is {own}")

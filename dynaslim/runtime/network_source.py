@@ -1,4 +1,4 @@
-"""Forms of a network in memory."""
+"""Variants of a network in memory."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import nn
 
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.runtime.extract import Shared, extract, extract_segment
-from dynaslim.runtime.forms import AnyForm, Precision, RouteForm
 from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, LOGITS, to_onnx
+from dynaslim.runtime.variants import Precision, RouteVariant, Variant
 from dynaslim.spec import NetSpec
 
 
-class NetworkForms:
-    """A network's forms, from a copy of its weights: what becomes of it later does not matter.
+class NetworkSource:
+    """A network's variants, from a copy of its weights: what becomes of it later does not matter.
 
-    Forms of one segment at one width share the memory of all that they have in common.
+    Variants of one segment at one width share the memory of all that they have in common.
 
     Raises:
         RuntimeError: if the network is in training mode.
@@ -58,20 +58,20 @@ class NetworkForms:
             digest.update(values.view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def module(self, form: AnyForm, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """As `FormSource.module`."""
-        with self._lock:  # forms share weights, those of one type
+    def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """As `VariantSource.module`."""
+        with self._lock:  # variants share weights, those of one type
             shared = self._shared.setdefault(dtype, {})
-            if isinstance(form, RouteForm):
-                return extract(self._net, form.route, shared=shared).to(dtype)
-            return extract_segment(self._net, *form, shared=shared).to(dtype)
+            if isinstance(variant, RouteVariant):
+                return extract(self._net, variant.route, shared=shared).to(dtype)
+            return extract_segment(self._net, *variant, shared=shared).to(dtype)
 
-    def onnx(self, form: AnyForm) -> bytes:
-        """As `FormSource.onnx`."""
+    def onnx(self, variant: Variant) -> bytes:
+        """As `VariantSource.onnx`."""
         spec = self.spec
         any_size = isinstance(spec, NetSpec)
         size = (spec.total_stride,) * 2 if any_size else spec.image_size
-        shape = form.shape(spec, size)
+        shape = variant.shape(spec, size)
         example = torch.zeros(2, *shape.row_in, device=self.device)
         outputs = (LOGITS,) if len(shape.rows_out) == 1 else (FEATURES, GATE_LOGITS)
-        return to_onnx(self.module(form), example, outputs, form.name, any_size=any_size)
+        return to_onnx(self.module(variant), example, outputs, variant.name, any_size=any_size)
