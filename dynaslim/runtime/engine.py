@@ -87,8 +87,14 @@ class Engine:
             from dynaslim.checkpoint import Checkpoint
 
             net = net if isinstance(net, Checkpoint) else Checkpoint(net)
-            if source is None:
-                source = self._source_of(net.net, backend, check_precision(precision), calibration)
+        if source is None:
+            assert not isinstance(net, Package)
+            source = self._source_of(net.net, backend, check_precision(precision), calibration)
+        else:
+            check(
+                precision == "fp32" and calibration is None,
+                f"precision {precision}, calibration: the variants are {source.precision} already",
+            )
         self.spec: AnySpec = source.spec
         if not self.spec.gates:
             raise UsageError(f"{self.spec.name} has no gates: call net(x, route) instead")

@@ -223,6 +223,15 @@ def test_backends_that_run_no_packages(package):
 def test_precision_was_settled_at_export(package, option):
     with pytest.raises(UsageError, match="runs in the precision that it was exported in; leave"):
         Engine.from_package(package[0], **option)
+    with pytest.raises(UsageError, match="calibration: the variants are fp32 already"):
+        Engine(open_package(package[0]), **option)
+
+
+def test_an_engine_of_an_opened_package(package):
+    opened = Engine(open_package(package[0]), backend="onnxruntime", cache_dir=None)
+    read = Engine.from_package(package[0], backend="onnxruntime", cache_dir=None)
+    x = noise(read.spec, 9).numpy()
+    np.testing.assert_array_equal(opened(x).logits, read(x).logits)
 
 
 def test_routes_of_calls_by_their_text(package):
