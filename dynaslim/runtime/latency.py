@@ -195,9 +195,9 @@ def time_variant(
     times: list[list[float]] = [[] for _ in rows]
     for turn in range(rounds + 1):
         for at, n in enumerate(rows):
-            job = WorkItem(sized, source[:n], None, tuple(out[:n] for out in outs), n)
+            item = WorkItem(sized, source[:n], None, tuple(out[:n] for out in outs), n)
             start = time.perf_counter()
-            router.run([job])
+            router.run([item])
             arrays.host(outs[-1][:1])  # a device may still be busy
             if turn:  # the first compiles, and meets cold memory
                 times[at].append((time.perf_counter() - start) * 1e3)

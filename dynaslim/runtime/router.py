@@ -268,7 +268,7 @@ class Router:
                 options_BG[bucket.members, number - 1] = picked
                 for option, part in _by_option(picked):
                     arriving.setdefault(option, []).append((bucket, part))
-            jobs, buckets = [], []
+            items, buckets = [], []
             for option, parts in sorted(arriving.items()):
                 joining = [
                     bucket.members if part is None else bucket.members[part]
@@ -281,9 +281,9 @@ class Router:
                 for (bucket, part), arrived in zip(parts, joining, strict=True):
                     stop = start + len(arrived)
                     sized, outs = table[number][bucket.option][option], joined.part(start, stop)
-                    jobs.append(WorkItem(sized, bucket.outs[0], part, outs, len(arrived)))
+                    items.append(WorkItem(sized, bucket.outs[0], part, outs, len(arrived)))
                     start = stop
-            self.run(jobs)
+            self.run(items)
         for bucket in buckets:
             logits_BN[bucket.members] = self.backend.arrays.host(bucket.outs[0])
 
@@ -320,53 +320,53 @@ class Router:
 
     # -- one step -----------------------------------------------------------------------------
 
-    def run(self, jobs: Sequence[WorkItem]) -> None:
-        """Divide the rows of all jobs among the cores and run them."""
-        if len(jobs) == 1 and jobs[0].rows == 1:  # planning would take as long as a small network
-            self._piece(jobs[0], _ROW, self.program(jobs[0].sized, wide=True))
+    def run(self, items: Sequence[WorkItem]) -> None:
+        """Divide the rows of all items among the cores and run them."""
+        if len(items) == 1 and items[0].rows == 1:  # planning would take as long as a small network
+            self._piece(items[0], _ROW, self.program(items[0].sized, wide=True))
             return
         plan = plan_step(
-            [job.rows for job in jobs],
-            [job.sized.row_time.seconds for job in jobs],
-            [job.sized.most_rows for job in jobs],
+            [item.rows for item in items],
+            [item.sized.row_time.seconds for item in items],
+            [item.sized.most_rows for item in items],
             self.backend.workers,
         )
         if plan.wide:
             for piece in plan.pieces:
-                job = jobs[piece.bucket]
-                self._piece(job, piece, self.program(job.sized, wide=True))
+                item = items[piece.bucket]
+                self._piece(item, piece, self.program(item.sized, wide=True))
             return
         # compiled here, in one thread, before any piece waits for it
-        programs = [self.program(job.sized, wide=False) for job in jobs]
+        programs = [self.program(item.sized, wide=False) for item in items]
 
         def task(piece: MicroBatch) -> Callable[[], None]:
             def run() -> None:
-                job = jobs[piece.bucket]
+                item = items[piece.bucket]
                 start = time.perf_counter()
-                self._piece(job, piece, programs[piece.bucket])
-                job.sized.row_time.add(piece.stop - piece.start, time.perf_counter() - start)
+                self._piece(item, piece, programs[piece.bucket])
+                item.sized.row_time.add(piece.stop - piece.start, time.perf_counter() - start)
 
             return run
 
         self.workers.run([task(piece) for piece in plan.pieces])
 
-    def _piece(self, job: WorkItem, piece: MicroBatch, program: Program) -> None:
-        rows, x, outs = piece.stop - piece.start, job.source, job.outs
-        if rows < job.rows:
+    def _piece(self, item: WorkItem, piece: MicroBatch, program: Program) -> None:
+        rows, x, outs = piece.stop - piece.start, item.source, item.outs
+        if rows < item.rows:
             outs = tuple(out[piece.start : piece.stop] for out in outs)
-        if job.picked is not None:
+        if item.picked is not None:
             row = tuple(x.shape[1:])
             x = self._workspaces.of_thread().rows("in", rows, row)
-            self.backend.arrays.take(job.source, job.picked[piece.start : piece.stop], x)
-        elif rows < job.rows:
+            self.backend.arrays.take(item.source, item.picked[piece.start : piece.stop], x)
+        elif rows < item.rows:
             x = x[piece.start : piece.stop]
-        if job.sized.variant.takes_images:
-            check_finite(x, job.first + piece.start)
+        if item.sized.variant.takes_images:
+            check_finite(x, item.first + piece.start)
         sizes = self.backend.sizes
         if sizes is None or rows in sizes:
             program(x, outs)
         else:
-            self._padded(program, x, outs, next(n for n in sizes if n > rows), job.sized.rows_out)
+            self._padded(program, x, outs, next(n for n in sizes if n > rows), item.sized.rows_out)
 
     def _padded(
         self,

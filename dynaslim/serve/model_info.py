@@ -150,17 +150,17 @@ class ModelInfo:
         Repeated up to `MEASURE_TRIES` times until the times are steady; else there are none.
         """
         for _ in range(MEASURE_TRIES):
-            self.steady = self._measure_forms() if self._many_routes else self._measure_routes()
+            self.steady = self._measure_segments() if self._many_routes else self._measure_routes()
             if self.steady:
                 return
         self._ms_table = self._trunk_ms = None
         for route in self._routes.values():
             route.ms = None
 
-    def _measure_forms(self) -> bool:
+    def _measure_segments(self) -> bool:
         """Time each segment; returns whether the sums are steady."""
-        by_form = profile(self._engine.router, self.side, 1, rounds=_PROFILE_ROUNDS)
-        self._ms_table = by_form.table
+        by_variant = profile(self._engine.router, self.side, 1, rounds=_PROFILE_ROUNDS)
+        self._ms_table = by_variant.table
         self._trunk_ms = self._ms_table.segments[0][0][0]
         for choices, route in self._routes.items():
             route.ms = self._ms_table.route_cost(self.spec.path_at(choices))
@@ -171,9 +171,8 @@ class ModelInfo:
         router, routes = self._engine.router, self.listed
         shape = (1, self.spec.in_channels, self.side, self.side)
         rng = np.random.default_rng(0)
-        trunk_form = router.table((self.side, self.side))[0][0][0]
-        (trunk,) = time_variant(router, trunk_form, (1,), MEASURE_ROUNDS, rng)
-        self._trunk_ms = statistics.median(trunk)
+        trunk = router.table((self.side, self.side))[0][0][0]
+        self._trunk_ms = statistics.median(*time_variant(router, trunk, (1,), MEASURE_ROUNDS, rng))
         x = rng.standard_normal(shape, np.float32)
         images = router.backend.arrays.images(x)
         times: dict[str, list[float]] = {route.name: [] for route in routes}
