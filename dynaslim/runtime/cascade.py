@@ -7,7 +7,7 @@ import hashlib
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -50,24 +50,6 @@ class Rung:
     """None takes its classes in the order of the other rungs'."""
     name: str = ""
     """For messages and tables; by default the module's type or the file."""
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A rung that is ready to run."""
-
-    name: str
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None
-    num_classes: int
-    madds: int
-    params: int
-    peak: int
-    module: nn.Module | None
-    model: Callable[[], Any]
-    digest: str
-    probabilities: bool = False
-    mirror: bool = False
 
 
 def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
@@ -125,17 +107,7 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
             for one, cost in zip(opened, costs, strict=True)
         ),
     )
-    programs = [
-        RungProgram(
-            one.preprocessing,
-            one.module,
-            one.model,
-            _order(one, names, first),
-            one.probabilities,
-            one.digest,
-        )
-        for one in opened
-    ]
+    programs = [replace(one, order=_order(one, names, first)) for one in opened]
     return ProgramCheckpoint(
         ProgramNet(CascadeSource(spec, given, programs)),
         class_names=names,
@@ -144,11 +116,11 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
     )
 
 
-def _largest(opened: Sequence[_Opened]) -> Preprocessing:
+def _largest(opened: Sequence[RungProgram]) -> Preprocessing:
     return max(reversed(opened), key=lambda one: one.preprocessing.image_size_px).preprocessing
 
 
-def _costs(opened: Sequence[_Opened]) -> list[int]:
+def _costs(opened: Sequence[RungProgram]) -> list[int]:
     """Multiply-adds of each, with those of resizing the largest rung's images."""
     side = max(one.preprocessing.image_size_px for one in opened)
     return [
@@ -157,7 +129,9 @@ def _costs(opened: Sequence[_Opened]) -> list[int]:
     ]
 
 
-def _order(one: _Opened, names: tuple[str, ...] | None, first: _Opened) -> tuple[int, ...] | None:
+def _order(
+    one: RungProgram, names: tuple[str, ...] | None, first: RungProgram
+) -> tuple[int, ...] | None:
     """The rung's class for each class of the cascade; None if they are in the same order."""
     check(
         one.num_classes == first.num_classes,
@@ -175,7 +149,7 @@ def _order(one: _Opened, names: tuple[str, ...] | None, first: _Opened) -> tuple
 # -- rungs ----------------------------------------------------------------------------------------
 
 
-def open_rung(given: Any) -> _Opened:
+def open_rung(given: Any) -> RungProgram:
     """A rung as `cascade` takes it, tried on two images; raises as that."""
     if isinstance(given, Checkpoint):
         return _of_checkpoint(given, None, given.net.spec.name)
@@ -217,7 +191,7 @@ def _prepared(preprocessing: Preprocessing | None, name: str) -> Preprocessing:
     return preprocessing
 
 
-def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str) -> _Opened:
+def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str) -> RungProgram:
     net, spec = checkpoint.net, checkpoint.net.spec
     pre = _prepared(checkpoint.preprocessing, name)
     side = pre.image_size_px
@@ -225,7 +199,7 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
     taken = spec.widest_choice if route is None else spec.coerce_route(route)
     source = NetworkSource(net)
     variant = RouteVariant(taken)
-    return _Opened(
+    return RungProgram(
         name if route is None else f"{name}@{taken}",
         pre,
         checkpoint.class_names,
@@ -240,7 +214,7 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
     )
 
 
-def _of_module(rung: Rung, module: nn.Module) -> _Opened:
+def _of_module(rung: Rung, module: nn.Module) -> RungProgram:
     name = rung.name or type(module).__name__
     check(not module.training, f"{name}: in training mode; call model.eval() first")
     own, pre = copy.deepcopy(module).requires_grad_(False), rung.preprocessing
@@ -268,7 +242,7 @@ def _of_module(rung: Rung, module: nn.Module) -> _Opened:
         content = to_onnx(copy.deepcopy(own).cpu(), x, (LOGITS,), name, any_size=False)
         return require("onnx").load_from_string(content)
 
-    return _Opened(
+    return RungProgram(
         name,
         pre,
         rung.class_names,
@@ -391,7 +365,7 @@ def _input_of(file: Path, model: Any) -> tuple[str, Any, Any, Any, Any]:
     return inputs[0].name, *sizes
 
 
-def _of_onnx(rung: Rung, file: Path) -> _Opened:
+def _of_onnx(rung: Rung, file: Path) -> RungProgram:
     name, pre = rung.name or file.name, rung.preprocessing
     model = _load(file)
     _, _, channels, *sides = _input_of(file, model)
@@ -404,13 +378,13 @@ def _of_onnx(rung: Rung, file: Path) -> _Opened:
     return _of_model(name, model, rung)
 
 
-def _of_model(name: str, model: Any, rung: Rung) -> _Opened:
+def _of_model(name: str, model: Any, rung: Rung) -> RungProgram:
     pre, content = rung.preprocessing, model.SerializeToString()
     scores, shapes = _run_inside(name, model, pre)
     _check_scores(name, scores, rung)
     largest = max(math.prod(shapes[out]) for node in model.graph.node for out in node.output if out)
     weights = [tensor for tensor in model.graph.initializer if tensor.data_type == 1]
-    return _Opened(
+    return RungProgram(
         name,
         pre,
         rung.class_names,
@@ -472,7 +446,7 @@ def _onnx_madds(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
 # -- packages -------------------------------------------------------------------------------------
 
 
-def _of_package(package: Package, route: str | None, name: str) -> _Opened:
+def _of_package(package: Package, route: str | None, name: str) -> RungProgram:
     spec = package.spec
     pre = _prepared(package.preprocessing, name)
     check(package.source.precision == "fp32", f"{name}: is {package.source.precision}; give fp32")

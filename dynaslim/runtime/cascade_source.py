@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
@@ -69,23 +69,32 @@ def resize_madds(channels: int, before: int, after: int) -> int:
 
 @dataclass(frozen=True)
 class RungProgram:
-    """The network of a rung: as a module, as an ONNX model, or both.
+    """The network of a rung, ready to run: as a module, as an ONNX model, or both.
 
     A module maps normalised images (B, C, S, S) to class logits (B, N). A model has one input and
     one output of these shapes.
     """
 
+    name: str
     preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None
+    num_classes: int
+    madds: int
+    params: int
+    peak: int
+    """Values of the largest feature map of an image."""
     module: nn.Module | None
     """None for what is there as ONNX only."""
-    model: Any
-    """Without arguments -> its `onnx.ModelProto`."""
-    order: tuple[int, ...] | None
-    """The rung's class for each class of the cascade; None if they are the same."""
-    probabilities: bool
-    """Whether it gives probabilities, whose logarithms are logits."""
+    model: Callable[[], Any]
+    """Gives the `onnx.ModelProto`."""
     digest: str
     """Of all that its answers depend on."""
+    probabilities: bool = False
+    """Whether it gives probabilities, whose logarithms are logits."""
+    mirror: bool = False
+    """Whether a mirror image is of the same class."""
+    order: tuple[int, ...] | None = None
+    """The rung's class for each class of the cascade; None if they are the same."""
 
 
 class _Trunk(nn.Module):
