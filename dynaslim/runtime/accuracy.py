@@ -35,7 +35,7 @@ class Labelled(Protocol):
         """How many images."""
 
     def check_fits(self, preprocessing: Preprocessing, num_classes: int) -> None:
-        """Raise `DataError` unless pixels and classes are what the two say."""
+        """Raise `DataError` unless pixels and classes fit the two."""
 
     def batches(
         self, batch_size: int, order: Tensor | None = None

@@ -1,4 +1,4 @@
-"""Budgets at run time: one gate for a range of costs, and the curve that says what each gives.
+"""Budgets at run time: one gate for a range of costs, and the curve of what each cost gives.
 
 A *shift* moves every gate's decision towards cheaper options (positive) or wider ones (negative).
 *Escalation* gives rows that are unsure of their answer another one, along a wider path, in one step
@@ -207,7 +207,7 @@ class BudgetPoint:
     """One setting of shift and escalation, and what it gave on the held-out images.
 
     Costs and shares are means over all of them; no label has a part in these. `top1` (0..1) is
-    measured on the images that had no say in which points are kept, unless there was no such part.
+    measured on the images that did not select the points, unless all did.
     """
 
     shift: float

@@ -2,7 +2,7 @@
 
 Thousands of settings are compared in seconds, on the table of `dynaslim.runtime.calibrate_budget`.
 The setting that looks best of many is flattered by chance: one half of the images picks the
-settings, the other half says how accurate they are.
+settings, the other half measures how accurate they are.
 
 Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, V those of a second
 step, M those of a second look, U units of cost, H the selecting and the reporting half.
@@ -138,7 +138,7 @@ def shift_grid(answers: PathAnswers) -> Floats:
         if len(changes):
             quantiles.append(np.quantile(changes, shares))
             farthest = max(farthest, float(np.abs(changes).max()))
-    # every gate has the same say, however many prefixes it is asked behind
+    # every gate has the same weight, however many prefixes it decides behind
     grid = np.quantile(np.concatenate(quantiles), shares) if quantiles else np.zeros(0)
     # far beyond what was seen, so that images not seen are as sure to go there
     far = math.ceil(4 * farthest) + 1.0
@@ -441,7 +441,7 @@ class _Tried:
         Of the many shifts one always seems to suit these images. A setting in which gates divide
         them must beat those in which all begin alike, at its cost, by a standard error.
         """
-        if isinstance(self.answers.spec, CascadeSpec):  # whose gate divides nobody
+        if isinstance(self.answers.spec, CascadeSpec):  # whose gate sends all images the same way
             return settings
         right_S, shift_S = self.all.right_HS[0], self.all.shift_S
         alike = np.isin(shift_S[settings], (shift_S[self.widest], shift_S[self.cheapest]))
@@ -504,7 +504,7 @@ def _thresholds(
     """Margins (T,), rising, at most `count`, under which about evenly spaced shares of them fall.
 
     `margins_N` are sorted, of the images that can escalate. A threshold stands between two of them
-    where there is room, so that rounding elsewhere moves nobody across; at least one is under it.
+    where there is room, so that rounding elsewhere moves no image across; at least one is under it.
     """
     most = min(len(margins_N), math.ceil(MOST_ESCALATED * images))
     count_T = np.unique(np.ceil(np.arange(1, count + 1) * most / count).astype(np.int64))

@@ -39,8 +39,8 @@ def cache_folder(key: str, cache_dir: str | Path = "auto") -> Path:
 
 def cache_root() -> Path:
     """The folder of everything that is kept; see `cache_folder`."""
-    if asked := os.environ.get(VARIABLE):
-        return Path(asked)
+    if folder := os.environ.get(VARIABLE):
+        return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "dynaslim"
 
@@ -63,7 +63,7 @@ class Cache:
     """A folder of compiled programs; a problem with it is one warning, and no failure.
 
     Programs that are there are read, even where none can be written. At the first that cannot be
-    written a `DynaslimWarning` says why, and no other is tried.
+    written a `DynaslimWarning` gives the reason, and no other is tried.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -123,7 +123,7 @@ class Cache:
                 path.unlink(missing_ok=True)
 
     def give_up(self, why: object) -> None:
-        """Write no more. What is wrong with the folder is told, `why` if nothing is found to be."""
+        """Write no more; warn of what is wrong with the folder, or of `why` where that is not found."""
         self._writable = False
         found = why_not_writable(self.folder)
         if found is None:

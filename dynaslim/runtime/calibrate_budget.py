@@ -156,7 +156,7 @@ def answer_paths(
     """Run every path on batches of (network input (B, C, S, S), labels (B,)).
 
     Paths run depth first and share what they have in common, the trunk above all. With `mirror`
-    the widest runs on the mirror images too. `on_batch` hears how many images are done,
+    the widest runs on the mirror images too. `on_batch` is called with the images of each batch,
     `on_answers` of a path's number, its logits (B, N) and the labels (B,) of a batch.
 
     Raises:
@@ -273,14 +273,14 @@ def walk(
     right_N = answers.correct_NP[everyone, own_N]
     madds_N = answers.costs(answers.table)[own_N]
     ms_N = None if latency is None else answers.costs(latency)[own_N]
-    asked, up_N = EscalationState(len(answers)), np.zeros(len(answers), bool)
+    state, up_N = EscalationState(len(answers)), np.zeros(len(answers), bool)
     for number, (tau, target, mirror) in enumerate(escalations, start=1):
         assert not mirror or number == len(escalations), "a second look is the last step"
         if target not in answers.paths:
             raise UsageError(f"target {target}: {answers.spec.name} has no such path")
         path = answers.paths.index(target)
         able_N = answers.may_escalate(target, mirror=mirror)[own_N]
-        escalated_N = asked.next(able_N, answers.margins_NP[everyone, own_N], tau)
+        escalated_N = state.next(able_N, answers.margins_NP[everyone, own_N], tau)
         own_N = np.where(escalated_N, path, own_N)
         right_N = np.where(escalated_N, _answered(answers, path, mirror), right_N)
         madds_N = madds_N + escalated_N * escalation_cost(answers.table, target, mirror=mirror)

@@ -41,7 +41,7 @@ _ROWS: Final = 2
 
 @dataclass(frozen=True)
 class Rung:
-    """A classifier for a cascade that does not say itself how its images are prepared."""
+    """A classifier for a cascade, with the preparation of its images."""
 
     model: nn.Module | str | Path
     """A torch module in evaluation mode, or an ONNX file: images (B, C, S, S) to scores (B, N)."""

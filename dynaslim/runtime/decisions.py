@@ -39,7 +39,7 @@ class Decisions:
     costs: PathCosts
     shift: float
     escalations: tuple[Escalation, ...]
-    """Rows of a margin under their taus escalate; none lets none."""
+    """Rows of a margin under their taus escalate."""
     limits: tuple[int, ...] | None
     """The highest option of every gate that is allowed."""
     held: float | None = None
@@ -197,7 +197,7 @@ def make_decisions(
     max_route: Route | str | Sequence[int] | None,
     hold: bool = False,
 ) -> Decisions:
-    """From what a caller says; `mirror` is whether the network may be shown mirror images.
+    """From the arguments of a call; `mirror` is whether the network may be shown mirror images.
 
     Raises:
         UsageError: for a budget without a curve, a budget and a shift, an `escalate` that is no
@@ -236,7 +236,7 @@ def make_decisions(
     if limits is not None:
         steps = tuple(step._replace(target=tuple(map(min, step.target, limits))) for step in steps)
     shift = 0.0 if shift is None else shift
-    # what is kept by its arguments must be told by them: no tensor, whose value may change
+    # decisions are kept by their arguments: no tensor, whose value may change
     check(
         isinstance(shift, Real) and bool(np.isfinite(shift)), f"shift {shift}: give a finite number"
     )

@@ -218,12 +218,12 @@ class Engine:
             return self._router
         with self._starting:
             if self._router is None:
-                asked = self._options.image_size
-                side = self._side() if asked is None else asked
+                given = self._options.image_size
+                side = self._side() if given is None else given
                 backend, self.measured = fastest(
                     self.source,
                     self._resources,
-                    (side, side) if asked is not None or size is None else size,
+                    (side, side) if given is not None or size is None else size,
                     self._options.batch_size,
                 )
                 self._start(backend)
@@ -231,7 +231,7 @@ class Engine:
             return self._router
 
     def _side(self) -> int:
-        """The side of images that the network is for, as far as one can tell."""
+        """The side of the images that the network is for."""
         if self.preprocessing is not None:
             return self.preprocessing.image_size_px
         return self.spec.usual_image_size
@@ -391,26 +391,26 @@ class Engine:
         joined = parts[0] if len(parts) == 1 else map(np.concatenate, zip(*parts, strict=True))
         return [like(x, result) for result in joined]
 
-    def _decisions(self, size: tuple[int, int], **asked: Any) -> Decisions:
-        """What the arguments of a call ask for, by their names; that of the last calls is kept."""
+    def _decisions(self, size: tuple[int, int], **arguments: Any) -> Decisions:
+        """The decisions of a call by its arguments; those of the last calls are kept."""
         # types too: True is no budget, though it equals 1.0
-        key = (size, *asked.values(), *map(type, asked.values()))
+        key = (size, *arguments.values(), *map(type, arguments.values()))
         try:
             known = self._decided.get(key)
         except TypeError:  # a list cannot be looked up
-            return self._make_decisions(size, asked)
+            return self._make_decisions(size, arguments)
         if known is None:
-            known = self._make_decisions(size, asked)
+            known = self._make_decisions(size, arguments)
             if len(self._decided) >= _KEPT_DECISIONS:  # a budget that moves all the time
                 self._decided.clear()
             self._decided[key] = known
         return known
 
-    def _make_decisions(self, size: tuple[int, int], asked: Mapping[str, Any]) -> Decisions:
+    def _make_decisions(self, size: tuple[int, int], arguments: Mapping[str, Any]) -> Decisions:
         costs = self._costs.get(size)
         if costs is None:
             costs = self._costs[size] = PathCosts(CostTable.from_madds(self.spec, size))
-        return make_decisions(self.spec, costs, self.curve, mirror=self.mirror, **asked)
+        return make_decisions(self.spec, costs, self.curve, mirror=self.mirror, **arguments)
 
     def _ledger(self, decisions: Decisions, hold: bool | Ledger) -> Ledger | None:
         """Where a call counts what it costs; None if its budget need not hold."""
@@ -444,7 +444,7 @@ class Engine:
             made = answers(decisions.within(len(images), unspent))
             unspent -= float(made[2].sum()) / decisions.costs.table.widest_cost
         except BaseException:
-            unspent -= len(images) * decisions.held  # as if it had not been asked for
+            unspent -= len(images) * decisions.held  # as if the call had not been made
             raise
         finally:
             ledger.give_back(unspent)

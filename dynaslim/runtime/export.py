@@ -245,7 +245,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
 
 
 def image_side(checkpoint: Checkpoint, image_size: int | None = None) -> int:
-    """Side of the images in pixels: as asked for, else the checkpoint's, else the usual one."""
+    """Side of the images in pixels: as given, else the checkpoint's, else the usual one."""
     pre = checkpoint.preprocessing
     usual: int = checkpoint.net.spec.usual_image_size
     return image_size or (pre.image_size_px if pre else usual)

@@ -1,4 +1,4 @@
-"""Libraries that only some backends need: imported where used, and asked for by their pip line."""
+"""Libraries that only some backends need: imported where used; an error says how to install one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an engine can be told, and what calls of it are given and give back."""
+"""An engine's options, and the input and output of its calls."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class EngineOptions:
     """How an engine works on this machine; all of it finds a good value by itself."""
 
     image_size: int | None = None
-    """Side in pixels of the images that "auto" measures with; by default what the network says it
-    is for, or the first batch's."""
+    """Side in pixels of the images that "auto" measures with; by default those
+    that the network is for, or the first batch's."""
     batch_size: int = 32
     """Images of the batches that "auto" measures with."""
     max_batch: int = MAX_BATCH

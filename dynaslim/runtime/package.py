@@ -120,7 +120,7 @@ class _CascadeManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
 
 
 class PackageError(DynaslimError):
-    """A package cannot be read, or is not what it says it is."""
+    """A package cannot be read, or does not match its manifest."""
 
 
 class PackageSource:
@@ -175,7 +175,7 @@ class Package:
     mirror: bool
     """Whether images may be shown to it as their mirror images, too."""
     manifest: Mapping[str, Any]
-    """All that its manifest says."""
+    """Its whole manifest."""
 
     @property
     def spec(self) -> AnySpec:
@@ -271,7 +271,7 @@ def _checked_manifest(manifest: Any) -> _Manifest:
 
 
 def _checked_file(path: Path, entry: _File) -> Path:
-    """Where a file of a package is, if its content is what the manifest says."""
+    """Where a file of a package is, if its content matches the manifest."""
     _check_there(path, path)
     found = path.resolve()
     if found.stat().st_size != entry.bytes or file_digest(found) != entry.sha256:
@@ -279,9 +279,9 @@ def _checked_file(path: Path, entry: _File) -> Path:
     return found
 
 
-def _check_there(path: Path, told: Path) -> None:
+def _check_there(path: Path, shown: Path) -> None:
     if not path.is_file():
-        raise PackageError(f"{told}: missing; its package is not complete")
+        raise PackageError(f"{shown}: missing; its package is not complete")
 
 
 def file_digest(path: Path) -> str:

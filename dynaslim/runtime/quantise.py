@@ -188,7 +188,7 @@ def quantise(
     that only cuts off (ReLU, ReLU6) becomes part of the rounding behind it.
     """
     quantization = require("onnxruntime.quantization")
-    # says that the model needs no clean-up first, of which it would else warn by logging
+    # without this note it logs a warning that the model should be cleaned up first
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     cuts = [node.name for node in model.graph.node if node.op_type in ("Relu", "Clip")]
     with tempfile.TemporaryDirectory(prefix="dynaslim") as folder:
@@ -213,7 +213,7 @@ def quantise(
 
 
 class _Reader:
-    """Batches as the quantiser wants them; it asks for no more than this method."""
+    """Batches as the quantiser reads them; it calls no other method."""
 
     def __init__(self, batches: Iterator[np.ndarray]) -> None:
         self._batches = batches
@@ -388,7 +388,7 @@ class ActivationSampler:
         return features
 
     def _once(self, key: tuple[int, ...], compute: Callable[[], list[Part]]) -> list[Part]:
-        """Features that are kept, or are from now on: those asked for least lately make room."""
+        """Features that are kept, or are from now on; those used least recently make room."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]

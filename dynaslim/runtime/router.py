@@ -176,11 +176,11 @@ class Router:
     ) -> Routed:
         """Every row along its own route.
 
-        `escalate` looks at logits and options of all rows and says which escalate, from the trunk's
-        features, and along which path; their answers replace those before, and it may look once
-        more. For a second look their mirror images run from the beginning, and the answers are
-        averaged (`escalation.averaged`). No buckets are merged into options above `limits`. `first`
-        is what errors count the rows from.
+        `escalate` yields, from logits and options of all rows, which of them escalate from the
+        trunk's features, and along which path; their answers replace those before, step after step.
+        For a second look their mirror images run from the beginning, and the answers are averaged
+        (`escalation.averaged`). No buckets are merged into options above `limits`. `first` is what
+        errors count the rows from.
         """
         workspace, table, rows = self._workspaces.borrow(), self.table(_size(x)), len(x)
         options_BG = np.empty((rows, len(self.spec.gates)), np.int64)
@@ -440,4 +440,4 @@ class Routed(NamedTuple):
 
 WhoEscalates = Callable[[np.ndarray, np.ndarray], Iterator[Escalated]]
 """(logits (B, N) of every row's last route, options (B, G) of its first) -> rows that
-escalate; when the next are asked for, the logits hold what these answered."""
+escalate; when the generator goes on, the logits hold what these answered."""

@@ -85,7 +85,7 @@ def plan_step(
             start += left
     if max(loads) > TOGETHER * mean:
         return _together(rows, caps)
-    # whoever is idle takes the next, the longest first: a core that is held up holds up no other
+    # an idle core takes the next, the longest first: a core that is held up holds up no other
     pieces.sort(key=lambda piece: -(piece.stop - piece.start) * seconds[piece.bucket])
     return Plan(tuple(pieces), wide=False)
 
@@ -134,7 +134,7 @@ class RowTime:
     def add(self, rows: int, seconds: float) -> None:
         """A piece of so many rows took so long."""
         now = seconds / rows
-        # a piece that was held up by another program says little: follow downwards faster
+        # a slow piece may have been held up by another program: follow downwards faster
         weight = 0.3 if now < self.seconds else 0.1
         self.seconds = self.seconds + weight * (now - self.seconds) if self._measured else now
         self._measured = True

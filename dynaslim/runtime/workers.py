@@ -46,12 +46,12 @@ class Workers:
         def help_out() -> None:
             while waiting:
                 try:
-                    task = waiting.popleft()  # atomic: whoever is idle takes the next
+                    task = waiting.popleft()  # atomic: an idle thread takes the next
                 except IndexError:
                     return
                 try:
                     task()
-                except BaseException as error:  # the batch has failed: nobody need go on
+                except BaseException as error:  # the batch has failed: none need go on
                     for _ in range(_drop(waiting)):
                         outcomes.put(None)
                     outcomes.put(error)
@@ -87,17 +87,17 @@ class Workers:
 
     def _hand_over(self, work: Task, count: int) -> None:
         """Have so many helpers do it; starts them at the first call."""
-        with self._lock:  # helpers that were told to go would never see it
+        with self._lock:  # dismissed helpers would never take it
             inbox = self._started() if self._inbox is None else self._inbox
             for _ in range(count):
                 inbox.put(work)
 
     def _started(self) -> _Inbox:
-        inbox, met = _Inbox(), _Outcomes()
+        inbox, outcomes = _Inbox(), _Outcomes()
         threads = [
             threading.Thread(
                 target=_serve,
-                args=(inbox, self._start, met),
+                args=(inbox, self._start, outcomes),
                 name=f"dynaslim_{number}",
                 daemon=True,  # they end with the workers, or at exit
             )
@@ -107,7 +107,7 @@ class Workers:
             # all of them start here: starting one changes the whole process for a moment
             for thread in threads:
                 thread.start()
-            for failure in [_next(met) for _ in threads]:
+            for failure in [_next(outcomes) for _ in threads]:
                 if failure is not None:
                     raise failure
         except BaseException:
@@ -155,7 +155,7 @@ def _forget_all() -> None:
         workers.forget()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, where nobody forks
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
     os.register_at_fork(after_in_child=_forget_all)
 
 
@@ -169,7 +169,7 @@ def _next(outcomes: _Outcomes) -> BaseException | None:
 
 
 def _drop(waiting: deque[Task]) -> int:
-    """Take what nobody has taken yet; returns how many these were."""
+    """Take what is left; returns how many these were."""
     dropped = 0
     while waiting:
         try:
@@ -185,14 +185,14 @@ def _dismiss(inbox: _Inbox, helpers: int) -> None:
         inbox.put(None)
 
 
-def _serve(inbox: _Inbox, start: Callable[[], None], met: _Outcomes) -> None:
-    """A helper's life."""
+def _serve(inbox: _Inbox, start: Callable[[], None], outcomes: _Outcomes) -> None:
+    """What a helper runs: work from the inbox until it is dismissed."""
     try:
         start()
     except BaseException as error:
-        met.put(error)
+        outcomes.put(error)
         return
-    met.put(None)
+    outcomes.put(None)
     while (work := inbox.get()) is not None:
         work()
         del work  # and with it the buffers of its call
@@ -206,7 +206,7 @@ class Workspace:
         self._buffers: dict[object, Array] = {}
 
     def rows(self, key: object, rows: int, row: tuple[int, ...], *, floats: bool = False) -> Array:
-        """A buffer (rows, *row); one that is asked for under a key again is the same memory."""
+        """A buffer (rows, *row); the same key gives the same memory again."""
         buffer = self._buffers.get((key, row))
         if buffer is None or len(buffer) < rows:
             buffer = self._arrays.empty(rows, row, floats=floats)
@@ -223,7 +223,7 @@ class Workspaces:
         self._of_thread = threading.local()
 
     def borrow(self) -> Workspace:
-        """One that nobody uses, to be given back."""
+        """One that is not in use, to be given back."""
         try:
             return self._idle.pop()
         except IndexError:

@@ -43,7 +43,7 @@ class _Recording:
 
 
 class _Replayed:
-    """The recordings of a variant, made when a size is first met."""
+    """The recordings of a variant, made at the first use of a size."""
 
     def __init__(
         self, backend: CudaGraphBackend, variant: Variant, module: nn.Module, shape: VariantShape

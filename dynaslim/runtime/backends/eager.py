@@ -18,7 +18,7 @@ _STARTING = threading.Lock()
 
 
 def device_of(source: VariantSource) -> torch.device:
-    """Where a source's weights are; the CPU if it does not say."""
+    """Where a source's weights are, by default on the CPU."""
     found: torch.device = getattr(source, "device", torch.device("cpu"))
     return found
 

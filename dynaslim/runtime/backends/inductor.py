@@ -88,7 +88,7 @@ def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=MOST_ROWS)
     try:
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, met in its own code
+            warnings.simplefilter("ignore")  # torch's own deprecations, in its own code
             exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(path), inductor_configs=_CONFIGS

@@ -81,8 +81,8 @@ class OnnxRuntimeBackend(Backend):
         file = f"{variant.name}.ort{ort.__version__}.onnx"
         model = None if self._source.has_modules else self._source.onnx(variant)
         if isinstance(model, Path):  # a package's, whose weights are in a file beside it
-            # an optimised variant still names the file of weights, without its folder; not told
-            # where, the runtime would take a file of that name where the process works
+            # an optimised variant still names the file of weights, without its folder; without this
+            # option the runtime would take a file of that name where the process works
             options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(model.parent))
             if _version(ort) < (1, 21):
                 cache = None
@@ -114,7 +114,7 @@ class OnnxRuntimeBackend(Backend):
 
     def _session(self, model: Any, options: Any) -> Any:
         model = model if isinstance(model, bytes) else str(model)
-        # there is no other provider to fall back on, of which it would tell on standard output
+        # no fallback to another provider, which would print on standard output
         return self._ort.InferenceSession(
             model, options, providers=["CPUExecutionProvider"], enable_fallback=0
         )
