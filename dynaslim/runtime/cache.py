@@ -123,7 +123,7 @@ class Cache:
                 path.unlink(missing_ok=True)
 
     def give_up(self, why: object) -> None:
-        """Write no more; warn of what is wrong with the folder, or of `why` where that is not found."""
+        """Write no more; warn of what is wrong with the folder, or of `why` if that is unknown."""
         self._writable = False
         found = why_not_writable(self.folder)
         if found is None:

@@ -156,8 +156,8 @@ def answer_paths(
     """Run every path on batches of (network input (B, C, S, S), labels (B,)).
 
     Paths run depth first and share what they have in common, the trunk above all. With `mirror`
-    the widest runs on the mirror images too. `on_batch` is called with the images of each batch,
-    `on_answers` of a path's number, its logits (B, N) and the labels (B,) of a batch.
+    the widest runs on the mirror images too. `on_batch` is called with the number of images of
+    each batch, `on_answers` with a path's number, its logits (B, N) and the labels (B,) of a batch.
 
     Raises:
         UsageError: for a network in training mode, one without gates or with too many paths, or
