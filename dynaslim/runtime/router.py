@@ -215,7 +215,7 @@ class Router:
         self, workspace: Workspace, table: Table, x: Array, first: int = 0, *, beside: bool = False
     ) -> Bucket:
         """All images through the trunk; with `beside` into other memory than without."""
-        bucket = self._bucket(workspace, table, 0, 0, np.arange(len(x)), beside=beside)
+        bucket = self._bucket(workspace, table[0][0], 0, np.arange(len(x)), beside=beside)
         self.run([WorkItem(table[0][0][0], x, None, bucket.outs, len(x), first)])
         return bucket
 
@@ -238,7 +238,8 @@ class Router:
             picked = None
         for number in range(1, len(table)):
             option = choose(number - 1, bucket)
-            made = self._bucket(workspace, table, number, option, members)
+            # whatever the option before, what leaves a segment by an option is of one shape
+            made = self._bucket(workspace, table[number][0], option, members)
             sized = table[number][bucket.option][option]
             self.run([WorkItem(sized, bucket.outs[0], picked, made.outs, len(members))])
             bucket, picked = made, None
@@ -275,7 +276,7 @@ class Router:
                     for bucket, part in parts
                 ]
                 members = joining[0] if len(joining) == 1 else np.concatenate(joining)
-                joined = self._bucket(workspace, table, number, option, members)
+                joined = self._bucket(workspace, table[number][0], option, members)
                 buckets.append(joined)
                 start = 0
                 for (bucket, part), arrived in zip(parts, joining, strict=True):
@@ -298,24 +299,19 @@ class Router:
     @staticmethod
     def _bucket(
         workspace: Workspace,
-        table: Table,
-        number: int,
+        leaving: Sequence[SizedVariant],
         option: int,
         members: np.ndarray,
         *,
         beside: bool = False,
     ) -> Bucket:
-        """Room for the rows that leave a segment with the same width."""
-        # the width before does not matter to what leaves a segment
-        rows_out, last = table[number][0][option].rows_out, number == len(table) - 1
-        features = workspace.rows(
-            ("out", number, option, beside), len(members), rows_out[0], floats=last
-        )
+        """Room for the rows that leave a segment by an option; `leaving` are variants by option."""
+        sized, rows = leaving[option], len(members)
+        last = len(sized.rows_out) == 1
+        features = workspace.rows((sized, beside), rows, sized.rows_out[0], floats=last)
         if last:
             return Bucket(option, members, (features,))
-        logits = workspace.rows(
-            ("gate", number, option, beside), len(members), rows_out[1], floats=True
-        )
+        logits = workspace.rows((sized, beside, "gate"), rows, sized.rows_out[1], floats=True)
         return Bucket(option, members, (features, logits))
 
     # -- one step -----------------------------------------------------------------------------
