@@ -25,6 +25,7 @@ from dynaslim.recipes import (
     SupernetRecipe,
     load_recipe,
 )
+from dynaslim.spec import GateSpec, NetSpec
 from results.cells import HERE, Cell, all_cells
 
 _LATER: Final = {"patience": None, "routes": "sandwich", "trunk_views": 0}
@@ -111,6 +112,19 @@ def gate(supernet: SupernetRecipe, **fields: Any) -> GateRecipe:
     """A gate's recipe on the images of a supernet's."""
     given: dict[str, Any] = {"targets": TARGETS, **fields}
     return GateRecipe(seed=supernet.seed, data=supernet.data, augment=supernet.augment, **given)
+
+
+def static_spec(spec: NetSpec, width: int) -> NetSpec:
+    """The network along one uniform route, alone: the same layers, one width everywhere."""
+    stages = tuple(
+        replace(
+            stage,
+            widths=(spec.routes[width].widths[number],),
+            gate=None if stage.gate is None else GateSpec((0,)),
+        )
+        for number, stage in enumerate(spec.stages)
+    )
+    return spec.replace(name=f"{spec.name}_width{width}", stages=stages)
 
 
 # -- experiments -----------------------------------------------------------------------------------

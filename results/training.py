@@ -22,8 +22,7 @@ from dynaslim.runs import RunOptions, run_gate, run_supernet
 from dynaslim.runs.folder import read_snapshot, save_snapshot, write_json
 from dynaslim.train.loop import SupernetTraining
 from dynaslim.zoo import get_spec
-from results.plan import Job
-from results.statics import static_spec
+from results.plan import Job, static_spec
 
 
 def run(job: Job) -> None:

@@ -32,7 +32,6 @@ from results import (  # noqa: E402
     heads,
     judging,
     measure_ms,
-    page,
     plan,
     policies,
     quick,
@@ -42,7 +41,7 @@ from results import (  # noqa: E402
     training,
 )
 from results.answers import Table, answer, images_of  # noqa: E402
-from results.statics import static_spec  # noqa: E402
+from results.plan import static_spec  # noqa: E402
 
 # six images, three routes of cost 1, 2 and 4; the trunk costs 0.5
 RIGHT = np.array(
@@ -506,7 +505,7 @@ def written(tmp_path, monkeypatch):
         found = _compared(seed)
         for name in ("headline", "imagenette"):
             cells.Cell("compare", name, seed).write({"seed": seed}, {"test": found})
-        top1 = {target: [0.7 + k / 50 for k in range(4)] for target in page.TARGETS}
+        top1 = {target: [0.7 + k / 50 for k in range(4)] for target in plan.TEACHING}
         cells.Cell("compare", "quick", seed).write({"seed": seed}, {"test": {"top1": top1}})
     times = {f"route{k}": {"median": 0.1 * (k + 1)} for k in range(4)}
     for way in ("both", "gate", "escalation"):
@@ -551,7 +550,7 @@ def test_the_page_has_what_the_summaries_say(written, capsys):
     assert table.main([]) == 0
     assert table.main(["--check"]) == 0
     text = (written / "docs" / "results.md").read_text()
-    found = json.loads((written / "results" / "cifar10.json").read_text())
+    found = summaries.supernets("headline")
     for value in found["routes"]:
         assert f"{100 * value['mean']:.2f} ± {100 * value['sd']:.2f}" in text
     assert "A note of a person." in text
@@ -579,9 +578,9 @@ def test_a_repeated_number_is_held_against_the_spread(written, monkeypatch, caps
     assert summaries.within(0.71, {"mean": 0.70, "sd": 0.004})
     assert not summaries.within(0.713, {"mean": 0.70, "sd": 0.004})
     assert summaries.within(0.709, {"mean": 0.70, "sd": 0.0})
-    monkeypatch.setattr(quick, "repeat", lambda seed, folder: dict.fromkeys(page.TARGETS, 0.735))
+    monkeypatch.setattr(quick, "repeat", lambda seed, folder: dict.fromkeys(plan.TEACHING, 0.735))
     assert quick.main([]) == 0
-    assert capsys.readouterr().out.count("within the spread") == len(page.TARGETS)
+    assert capsys.readouterr().out.count("within the spread") == len(plan.TEACHING)
     monkeypatch.setattr(quick, "repeat", lambda seed, folder: {"labels": 0.76, "ensemble": 0.73})
     assert quick.main([]) == 1
     out = capsys.readouterr().out
