@@ -20,13 +20,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save
@@ -35,7 +35,7 @@ from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset, holdout, open_images
 from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import sample_batches
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import evaluate
 from dynaslim.graph import GraphSpec
@@ -50,11 +50,11 @@ from dynaslim.recipes import (
     DataRecipe,
     GateRecipe,
     OptimRecipe,
+    ReportOptions,
     RunOptions,
     SupernetRecipe,
     parse_names,
 )
-from dynaslim.report import ReportOptions
 from dynaslim.report.data import ReportData, at_cost, gather
 from dynaslim.report.inputs import Baseline
 from dynaslim.report.page import render
@@ -77,7 +77,6 @@ _IMAGES: Final = 12_000
 """Images that each network is trained on in all, where neither epochs nor minutes are given."""
 _FEW: Final = 10
 """Training images of a class below which a line warns."""
-_SORTING_BATCHES: Final = 8
 _PLANNED: Final = 0.8
 """Part of `minutes` that is planned for; the rest is reading, evaluating and the report."""
 
@@ -369,21 +368,15 @@ class _Adaptation:
             start = original  # slimmable already: its channels have an order
         elif not start.exists():
             checkpoint = read(original)
-            sort_channels(checkpoint.net, self._some_images(checkpoint))
+            pre = self.preprocessing
+            rows, _ = holdout(self.source.labels(), self.options.val_share)
+            images = ImageDataset.of(self.source, pre, rows=rows)
+            batches = sample_batches(images, pre, self.options.batch_size)
+            sort_channels(checkpoint.net, batches)
             save(start, checkpoint)
         note(f"supernet: widths {self.options.widths}, taught by the original")
         recipe = self._recipe(start, teacher=str(original), label_weight=self.options.label_weight)
         return self._trained(recipe, "supernet")
-
-    def _some_images(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
-        """Some batches of training images, as the network takes them."""
-        assert checkpoint.preprocessing is not None
-        rows, _ = holdout(self.source.labels(), self.options.val_share)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        few = rows[order[: _SORTING_BATCHES * self.options.batch_size]].sort().values
-        images = ImageDataset.of(self.source, checkpoint.preprocessing, rows=few)
-        for pixels, _ in images.batches(self.options.batch_size):
-            yield normalise(pixels, checkpoint.preprocessing)
 
     def _at_size(self, side: int, original: Path, supernet: Path) -> Path:
         """All widths for smaller images, from the weights of the larger."""
@@ -472,16 +465,18 @@ class _Adaptation:
             raise DataError(
                 f"{options.data}: a cascade of sizes is reported on a test split, and there is none"
             )
+        name = f"{self.start.net.spec.name} on {Path(options.data).name}"
         data = gather(
+            self.out if result.is_file() else result,
             ReportOptions(
-                self.out if result.is_file() else result,
                 data=None if split is None else options.data,
                 split=split,
+                title=name,
                 backend=options.backend,
-            )
+            ),
         )
         data = replace(data, baselines=(self._baseline(read(original), data),))
-        page = render(data, title=f"{data.spec.name} on {Path(options.data).name}")
+        page = render(data)
         write_atomic(self.out / "report.html", page.html.encode())
         return data, str(page.summary["headline"])
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +15,7 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, create_model, save
 from dynaslim.data import ImageDataset, load_images, open_source
 from dynaslim.data.images import channel_statistics, holdout
-from dynaslim.data.transforms import readable_batches
 from dynaslim.evaluation import Evaluation, evaluate
-from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
@@ -26,7 +23,7 @@ from dynaslim.report.charts import evaluation_figure
 from dynaslim.runs.context import note_if_busy
 from dynaslim.runs.folder import METRICS, environment
 from dynaslim.runtime.budget_search import fit_curve
-from dynaslim.runtime.calibrate_budget import Outcome, PathAnswers, answer_paths, simulate
+from dynaslim.runtime.calibrate_budget import Outcome, answer_images, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet
 from dynaslim.train.step import SupernetLosses
 
@@ -132,29 +129,17 @@ def run_demo(
         )
     with progress("evaluating", len(test)) as bar:
         result = evaluate(net, test, preprocessing, on_batch=bar.advance)
-    with progress("budgets", len(held_out) + len(test)) as bar:
-        mirror = stage1.augment.mirror
-        curve = fit_curve(_every_path(net, held_out, preprocessing, bar.advance, mirror))
-        point = curve.at(target)
-        tested = _every_path(net, test, preprocessing, bar.advance, mirror)
-        outcome = simulate(tested, point.shift, point.escalations)
+    made = Checkpoint(net, train.class_names, preprocessing, result.to_dict(), recipe)
+    curve = fit_curve(answer_images(made, held_out, 250))
+    point = curve.at(target)
+    outcome = simulate(answer_images(made, test, 250), point.shift, point.escalations)
 
     files = {
         "checkpoint": out / "checkpoint.safetensors",
         "results": out / "results.json",
         "picture": out / "accuracy.png",
     }
-    save(
-        files["checkpoint"],
-        Checkpoint(
-            net=net,
-            class_names=train.class_names,
-            preprocessing=preprocessing,
-            metrics=result.to_dict(),
-            recipe=recipe,
-            budget=curve.to_dict(),
-        ),
-    )
+    save(files["checkpoint"], replace(made, budget=curve.to_dict()))
     picture = evaluation_figure(
         net.spec, result, test, title=f"{MODEL} on Fashion-MNIST (2,000 test images)"
     )
@@ -177,17 +162,6 @@ def _load(split: str, preprocessing: Preprocessing) -> ImageDataset:
     source = open_source(DATA, split)
     with progress(f"reading {split} images", len(source)) as bar:
         return load_images(source, preprocessing, on_image=bar.advance)
-
-
-def _every_path(
-    net: ElasticNet,
-    images: ImageDataset,
-    preprocessing: Preprocessing,
-    on_batch: Callable[[int], None],
-    mirror: bool,
-) -> PathAnswers:
-    batches = readable_batches(images, preprocessing, 250)
-    return answer_paths(net, batches, mirror=mirror, on_batch=on_batch)
 
 
 def _json(value: object) -> bytes:

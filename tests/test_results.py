@@ -111,19 +111,6 @@ def test_a_cascade_pays_for_both_networks():
 def test_how_sure_an_answer_is():
     logits = np.log(np.array([[0.6, 0.3, 0.1], [0.4, 0.4, 0.2]]))
     assert policies.sureness(logits) == pytest.approx([0.3, 0.0])
-    assert policies.sureness(logits, "confidence") == pytest.approx([0.6, 0.4])
-    entropy = -(0.6 * np.log(0.6) + 0.3 * np.log(0.3) + 0.1 * np.log(0.1))
-    assert policies.sureness(logits, "entropy")[0] == pytest.approx(-entropy)
-    hot = policies.sureness(logits, temperature=100.0)
-    assert hot[0] < 0.01
-
-
-def test_the_temperature_is_the_one_that_the_answers_were_made_with():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(20000, 4)) * 2
-    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    labels = (rng.random(len(logits))[:, None] > chances.cumsum(1)).sum(1).clip(max=3)
-    assert policies.fit_temperature(logits * 3, labels) == pytest.approx(3, rel=0.05)
 
 
 def test_thresholds_part_the_images_at_a_share():

@@ -1,4 +1,4 @@
-"""Printing for a person, for a script, and for one who made a mistake."""
+"""Output: tables for a person, JSON for a script, errors in one line."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None 
 
 
 def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> str:
-    """What the gate gives and takes against the widest route, in a sentence; "" without gates.
+    """Multiply-adds and accuracy of the gate against the widest route, in a sentence, or "".
 
-    With `budgeted`, as `evaluation_table` takes it, what the budget does too.
+    With `budgeted`, as `evaluation_table` takes it, those of the budget too.
     """
     if result.dynamic is None:
         return ""
@@ -113,7 +113,7 @@ def routes_table(result: Mapping[str, Any]) -> Any:
 
 
 def gates_table(results: Mapping[str, Any]) -> Any:
-    """The gates that a run trained, and the uniform routes to hold them against."""
+    """The gates that a run trained, and the uniform routes to compare them with."""
     table = new_table("", "MAdds", "top-1", "cost / widest")
     for route in results["routes"]:
         table.add_row(
@@ -156,12 +156,12 @@ def new_table(*columns: str) -> Any:
 
 
 def help_columns() -> int:
-    """Columns of help: those of the terminal, but no more than can be read with ease."""
+    """Columns of help: those of the terminal, at most 100."""
     return min(shutil.get_terminal_size().columns, 100)
 
 
 def shell_lines(command: str, columns: int) -> list[str]:
-    """A command in lines that can be copied into a shell as they stand; flags keep their values."""
+    """A command in lines to paste into a shell; no flag is separated from its value."""
     words = re.sub(r"( --?\S+) (?=[^-])", "\\1\0", command).split(" ")
     lines = [words[0]]
     for word in words[1:]:
@@ -186,7 +186,7 @@ def say(what: Any, end: str = "\n") -> None:
 
 
 def printable(text: str) -> str:
-    """A name as a terminal may show it: what would move its cursor or turn its text is spelled."""
+    """A name with control characters and changes of direction escaped, safe in a terminal."""
     return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -197,7 +197,7 @@ def print_json(value: object) -> None:
 
 @contextmanager
 def errors_as_data(json: bool) -> Iterator[None]:
-    """With --json, what is wrong is one JSON object too; it is raised all the same."""
+    """With --json, print an error as a JSON object, and raise it."""
     try:
         yield
     except DynaslimError as error:
@@ -207,6 +207,6 @@ def errors_as_data(json: bool) -> Iterator[None]:
 
 
 def fail(message: str, code: int) -> int:
-    """Say in one line what is wrong; returns the exit code."""
+    """Print an error in one line; returns the exit code."""
     sys.stderr.write(f"dynaslim: {message}\n")
     return code

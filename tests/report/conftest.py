@@ -60,4 +60,4 @@ def gate_page(gate_run):
     """The report of that run, timed; what most tests look at."""
     from dynaslim.report import ReportOptions, build_report
 
-    return build_report(ReportOptions(gate_run, backend="eager", rounds=2))
+    return build_report(gate_run, ReportOptions(backend="eager", rounds=2))
