@@ -2,14 +2,14 @@
 
 `adapt` is a run of several parts, each in a folder of its own and each resumable:
 
-1. `original`: the network as it is learns the classes. It teaches what follows, and is what the
-   result is held against.
+1. `original`: the network learns the classes. It is the teacher of the next parts, and the baseline
+   of the result.
 2. `sorted.safetensors`: its channels, sorted by what these images activate.
 3. `supernet`: stage I from those weights, taught by the original and by the labels.
 4. `gate`: a gate, and budgets measured on the images held out; `gate.safetensors` is the result.
    With several image sizes there are a supernet for each smaller one in its place, and `package`, a
    cascade of the routes of all sizes that are worth their cost, with its budgets.
-5. `report.html`: what comes of it, beside the original.
+5. `report.html`: the result beside the original.
 
 The trunk before the first gate keeps its weights: its features are computed once for a few views of
 every image, and training starts behind it.
@@ -128,7 +128,7 @@ def adapt(
 
 
 def _check_resumed(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
-    """Raise `UsageError` if a folder holds a run that this is not."""
+    """Raise `UsageError` if a folder holds another run."""
     file = out / _STATE
     if file.exists():
         before = json.loads(file.read_text())["started_as"]
@@ -194,7 +194,7 @@ class _Adaptation:
         if file.exists():
             return read(file)
         if isinstance(model, nn.Module):
-            check(preprocessing is not None, "preprocessing: say how images are prepared")
+            check(preprocessing is not None, "preprocessing: name the preprocessing of the images")
             assert preprocessing is not None
             made = self._converted(Source(model, preprocessing, type(model).__name__.lower()))
         elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
@@ -227,7 +227,7 @@ class _Adaptation:
         return Checkpoint(net=net, preprocessing=source.preprocessing)
 
     def _side(self) -> int | None:
-        """The image size that was given, of several the largest."""
+        """The given image size, of several the largest."""
         sides = self.options.sides
         return sides[-1] if sides else self.options.image_size
 
@@ -288,7 +288,7 @@ class _Adaptation:
     # -- the parts ------------------------------------------------------------------------------
 
     def run(self, started_as: dict[str, Any]) -> Adapted:
-        """All that is left to do."""
+        """Run the remaining parts."""
         started = time.monotonic()
         if not (self.out / _STATE).exists():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -344,7 +344,7 @@ class _Adaptation:
         )
 
     def _original(self) -> Path:
-        """The network as it is, once it has learned the classes."""
+        """The network with the classes of the images, before it becomes slimmable."""
         start, names = self.out / "converted.safetensors", self.source.class_names
         if self.start.class_names is not None and keeps_classifier(self.start, names):
             note("original: has the classes of the images already, and is taken as it is")
@@ -456,7 +456,7 @@ class _Adaptation:
         )
         return round(least, 2)
 
-    # -- what comes of it -----------------------------------------------------------------------
+    # -- the report -------------------------------------------------------------------------------
 
     def _report(self, original: Path, result: Path) -> tuple[ReportData, str]:
         options = self.options
@@ -513,7 +513,7 @@ class _Adaptation:
 
 
 def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
-    """The network as it is if its gate gains something on the images held out, else with one that
+    """The network as it is if its gate gains accuracy on the images held out, else with one that
     sends every image along the widest route.
 
     A few thousand training images are all right along every route once it is trained, so that a

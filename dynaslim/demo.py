@@ -1,4 +1,4 @@
-"""The demo: both stages on real images that ship with the package, and what comes of it."""
+"""The demo: both stages on real images that ship with the package, and their results."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, create_model, save
 from dynaslim.data import ImageDataset, load_images, open_source
 from dynaslim.data.images import channel_statistics, holdout
+from dynaslim.data.layout import MINI
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
@@ -27,11 +28,10 @@ from dynaslim.runtime.calibrate_budget import Outcome, answer_images, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet
 from dynaslim.train.step import SupernetLosses
 
-DATA: Final = Path(__file__).parent / "data" / "fashion_mnist_mini"
 MODEL: Final = "ds_mbnet_tiny"
 IMAGE_SIZE_PX: Final = 32
 README_TOP1: Final = {"widest route": 0.8660, "gate": 0.8650, "budget": 0.8620}
-"""What the README shows of the demo as it is by default; other processors give a little else."""
+"""The README's numbers of the demo by default; other processors differ a little."""
 HELD_OUT: Final = 0.1
 """Share of the training images that budgets are calibrated on."""
 LOG_EVERY: Final = 10
@@ -53,13 +53,13 @@ class Demo:
         assert self.evaluation.dynamic is not None
         widest = max(self.evaluation.routes, key=lambda route: route.madds)
         found = (widest.top1, self.evaluation.dynamic.top1, self.budgeted[1].top1)
-        told = ", ".join(
+        differences = ", ".join(
             f"{name} {100 * (top1 - shown):+.2f}"
             for (name, shown), top1 in zip(README_TOP1.items(), found, strict=True)
         )
         return (
-            f"Top-1 beside the README's, in points: {told}. Processors and numbers of threads "
-            f"round differently."
+            f"Top-1 beside the README's, in points: {differences}. Processors and numbers of "
+            f"threads round differently."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def run_demo(
         UsageError: for a recipe that makes no sense.
         OSError: if the folder cannot be written; found out before training.
     """
-    # few epochs: a teacher would have to learn first, and all widths learn later than from labels
+    # in few epochs a teacher learns too late: all widths learn faster from labels
     stage1 = SupernetRecipe(model=MODEL, epochs=epochs, seed=seed, target="labels")
     stage2 = GateRecipe(targets=target, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -159,7 +159,7 @@ def _line(step: int, losses: SupernetLosses) -> bytes:
 
 
 def _load(split: str, preprocessing: Preprocessing) -> ImageDataset:
-    source = open_source(DATA, split)
+    source = open_source(MINI, split)
     with progress(f"reading {split} images", len(source)) as bar:
         return load_images(source, preprocessing, on_image=bar.advance)
 

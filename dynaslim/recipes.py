@@ -59,7 +59,7 @@ class DataRecipe:
     val_split: str | None = None
     """Split to choose by; None holds images of the training split back."""
     val_share: float = 0.1
-    """Part of the training split held back where there is no `val_split`; 0 holds none back."""
+    """Part of the training split held out where there is no `val_split`; 0 holds none out."""
     image_size_px: int = 32
     """Side of the square that the network sees."""
     crop_fraction: float = 1.0
@@ -544,9 +544,9 @@ class ReportOptions:
 
     data: str | None = None
     """Images to evaluate on: a parquet file or a folder of them, a folder of images by class, or a
-    hub name. By default those that training held back, if they still exist."""
+    hub name. By default those that training held out, if they still exist."""
     split: str | None = None
-    """Split of the data; by default test, or what training held back."""
+    """Split of the data; by default test, or what training held out."""
     target: float | None = None
     """The gate to show in detail, of a run with several; by default the middle one."""
     images: int | None = None

@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, Literal
 
-from dynaslim.demo import DATA as MINI
+from dynaslim.data.layout import MINI
 from dynaslim.errors import UsageError
 from dynaslim.recipes import (
     AugmentRecipe,

@@ -53,7 +53,7 @@ def recipes(data, *, target=None, gated=True, supernet=""):
 
 
 def held_images(data):
-    """The images of a parquet folder that training with `SHARE` holds back."""
+    """The images of a parquet folder that training with `SHARE` holds out."""
     source = open_source(data, "train")
     return ImageDataset.of(source, PRE, rows=holdout(source.labels(), SHARE)[1])
 

@@ -510,7 +510,7 @@ def test_calibrate_makes_damaged_statistics_good(micro, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train"], "train: say what, as in dynaslim train supernet or dynaslim train gate"),
+        (["train"], "train: name a stage, as in dynaslim train supernet or dynaslim train gate"),
         (["train", "supernets"], "did you mean train supernet?"),
     ],
 )

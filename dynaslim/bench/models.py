@@ -83,7 +83,7 @@ def some_images(
     """Noise, or the normalised images of a data set: (at least `rows`, C, side, side).
 
     Raises:
-        UsageError: if the network does not say how images are prepared, for another size, or for a
+        UsageError: if the network has no preprocessing, for another size, or for a
             set of too few images.
         DataError: if the images cannot be read.
     """
@@ -108,7 +108,7 @@ def calibration_batches(
     """Normalised batches of some images of a data set, in random order.
 
     Raises:
-        UsageError: if the checkpoint does not say how images are prepared, or asked for none.
+        UsageError: if the checkpoint has no preprocessing, or for a number of images below 1.
         DataError: if the images cannot be read.
     """
     check(images >= 1, f"--calibration-images {images}: must be at least 1")
@@ -121,7 +121,7 @@ def calibration_batches(
 def compare_precisions(
     checkpoint: Checkpoint, forms: Any, data: str, split: str, images: int
 ) -> dict[str, Any]:
-    """How int8 forms do on images, beside the network in float32: plain JSON values."""
+    """Accuracy of int8 forms on images, beside the network in float32: plain JSON values."""
     from dynaslim.runtime.accuracy import accuracy_report
 
     pre = _prepared(checkpoint)

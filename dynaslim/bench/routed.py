@@ -2,7 +2,7 @@
 
 The ideal time of a batch is Σ share x static time, where each static network runs the whole batch
 in pieces of the size that suits it best, side by side or with all cores on each, whichever is
-faster, on the same backend. Nothing that routes can beat it; the ratio says how near it comes.
+faster, on the same backend. Routing cannot be faster than that; the ratio measures the overhead.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ MOST_ROUTES: Final = 32
 
 @dataclass(frozen=True)
 class Traffic:
-    """What arrives: the paths (one option per gate) that rows take, and which row takes which."""
+    """The paths (one option per gate) that the rows of a batch take, and which row takes which."""
 
     paths: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
@@ -64,7 +64,7 @@ def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traf
 
 
 def observed(spec: AnySpec, routes_BG: np.ndarray, rows: int) -> Traffic:
-    """The traffic that gates chose: the first `rows` images as they came, shares of all.
+    """The traffic that gates chose: the first `rows` images in order, shares of all.
 
     Raises:
         UsageError: if they took too many routes to time each.

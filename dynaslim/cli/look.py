@@ -69,9 +69,7 @@ def models(*, json: bool = False) -> None:
         )
     say(table)
     say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
-    say(
-        f"networks that ship: {', '.join(names())}; to try it: dynaslim predict {PICTURES}"
-    )
+    say(f"networks that ship: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
     say(f"with pip install 'dynaslim[imagenet]': {', '.join(extra)}")
 
 

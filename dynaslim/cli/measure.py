@@ -400,7 +400,7 @@ def say_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str 
 
 
 def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The split that training chose by, or its training split and the share held back of it."""
+    """The split that training chose by, or its training split and the share held out of it."""
     from dynaslim.data.images import held_out
 
     hint = "name a split of images that it was not trained on with --split"

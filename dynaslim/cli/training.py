@@ -133,7 +133,7 @@ def _run_and_show(
         print_json(results)
         return 0
     images = (results["train_images"], results["val_images"], len(results["skipped"]))
-    say("{} images trained on, {} held back, {} skipped".format(*images))
+    say("{} images trained on, {} held out, {} skipped".format(*images))
     say_skipped(results["skipped"])
     show(results)
     _print_files(results["files"])

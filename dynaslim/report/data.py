@@ -1,4 +1,4 @@
-"""Everything that a report shows, gathered: read from the run, evaluated on images, timed here.
+"""The data of a report: read from the run, evaluated on images, timed on this machine.
 
 Suffixes: N images, B rows of a batch, C channels, S side in pixels, G gates, K options of a gate.
 """
@@ -188,7 +188,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportData:
-    """All values of a report; those that could not be had are None, and `notes` give the reason."""
+    """All values of a report; missing ones are None, and `notes` give the reasons."""
 
     options: ReportOptions
     run: RunInfo
@@ -330,7 +330,7 @@ def gather(path: str | Path, options: ReportOptions) -> ReportData:
         )
     except NoImagesError as error:
         notes.append(
-            f"There are no images to look at: {error}. Pictures, confidence and confusions are "
+            f"There are no images to evaluate on: {error}. Pictures, confidence and confusions are "
             f"left out, and accuracies are those that training stored. Give images with "
             f"--data PATH."
         )

@@ -74,8 +74,8 @@ def build_report(run: str | Path, options: ReportOptions) -> Report:
 
 
 def render(data: ReportData) -> Report:
-    """The page of what was gathered."""
-    # a sentence is a paragraph of the template; the first is the most important
+    """The page of a report's data."""
+    # each paragraph of the template is a sentence; the first is the headline
     paragraphs = _environment().get_template("headline.txt.j2").render(_context(data)).split("\n\n")
     headline = [sentence for one in paragraphs if (sentence := " ".join(one.split()))]
     return Report(_page(data, headline), _summary(data, headline[0]))
@@ -122,7 +122,7 @@ def _page(data: ReportData, headline: list[str]) -> str:
 
 
 def _context(data: ReportData) -> dict[str, Any]:
-    """What every template of a report is given."""
+    """The variables of every template."""
     return {"data": data, "metrics": data.metrics, "spec": data.spec, "times": data.times}
 
 
@@ -134,7 +134,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # characters that a page cannot hold are replaced wherever they come from
+        # replaces characters that HTML cannot contain
         finalize=lambda value: value if hasattr(value, "__html__") else text.clean(str(value)),
     )
     environment.filters |= {name: getattr(text, name) for name in _FILTERS} | {"g": "{:g}".format}

@@ -23,12 +23,12 @@ from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.data import open_source
 from dynaslim.data.images import ImageDataset
+from dynaslim.data.layout import MINI
 from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.evaluation import evaluate
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.report import ReportOptions, build_report, make_report, text
-from dynaslim.report.inputs import MINI
 from dynaslim.spec import NetSpec, StageSpec
 
 ALL_PARTS = ["costs", "classes", "images", "confidence", "confusion", "making"]
@@ -225,7 +225,7 @@ def test_without_images_what_was_stored_is_told(gate_run, tmp_path):
     built = build_report(file, ReportOptions(backend="eager", rounds=2))
     page = Page(built.html)
     assert page.parts == STORED_PARTS
-    (note,) = (note for note in built.summary["notes"] if "images to look at" in note)
+    (note,) = (note for note in built.summary["notes"] if "images to evaluate on" in note)
     assert "the run's images are not at /no/where here" in note
     assert "--data PATH" in note
     assert note in page.text

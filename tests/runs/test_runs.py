@@ -23,7 +23,7 @@ STEPS = 24  # 3 epochs of 8
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """144 images of 4 classes by brightness; 128 to train on where a ninth is held back."""
+    """144 images of 4 classes by brightness; 128 to train on where a ninth is held out."""
     folder = tmp_path_factory.mktemp("data")
     write_parquet(folder, bright_pngs(144), 4, "train")
     return folder
@@ -358,7 +358,7 @@ def test_sets_that_are_not_in_memory(data, tmp_path, load):
     ours, theirs = (load_file(path / "last.safetensors") for path in (out, straight))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     results = json.loads((out / "results.json").read_text())
-    assert (results["best"] is None) == (load == "stream"), "nothing was held back of a stream"
+    assert (results["best"] is None) == (load == "stream"), "nothing was held out of a stream"
 
 
 def test_imagenet_recipes_run_on_a_folder_of_its_layout(tmp_path, capsys):
