@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from dynaslim._files import check_writable
 from dynaslim.cli.output import errors_as_data, print_json, say
@@ -39,7 +39,7 @@ class ConvertOptions:
     """Modules whose channels stay whole, separated by commas."""
     other_sizes: str = ""
     """Further sides in pixels of images that the network is for, such as 128,160."""
-    importance: Literal["activation", "bn", "weight"] | None = None
+    importance: str | None = None
     """What sorts the channels: activation (of the data), bn or weight. Default: activation with
     data, else bn."""
 
@@ -112,7 +112,8 @@ def _converted(model: str, out: Path, options: ConvertOptions) -> dict[str, Any]
         images = ImageDataset.of(open_source(options.data, options.split), pre)
         check(len(images) > 0, f"{options.data}: no images")
         batches = sample_batches(images, pre, ROWS)
-    net = conversion.net(batches, [(other, other) for other in sides], options.importance)
+    importance: Any = options.importance  # checked there, so that --json has the error too
+    net = conversion.net(batches, [(other, other) for other in sides], importance)
     spec = net.spec
     save(out, Checkpoint(net=net, preprocessing=pre))
     return {
