@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import lively, lively_net, micro_spec
+from helpers import fails, lively, lively_net, micro_spec
 from report_runs import (
     HOSTILE,
     PRE,
@@ -429,14 +429,6 @@ def test_strange_metrics_draw_what_they_can(tmp_path, data):
     assert losses == [["step", "<b>"], ["1", "1"], ["2", "2"]]
 
 
-def _fails(capsys, argv, code, message):
-    assert cli.run([str(a) for a in argv]) == code
-    out, err = capsys.readouterr()
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert out == ""
-
-
 def test_folders_that_hold_no_run(tmp_path, capsys, gate_run):
     out = tmp_path / "report.html"
     out.write_text("older")
@@ -444,23 +436,21 @@ def test_folders_that_hold_no_run(tmp_path, capsys, gate_run):
     def argv(run, *more):
         return ["report", run, "-o", out, "--rounds", "0", *more]
 
-    _fails(capsys, argv(tmp_path / "nowhere"), 1, "nowhere: no such file; expected a checkpoint")
+    fails(capsys, argv(tmp_path / "nowhere"), 1, "nowhere: no such file; expected a checkpoint")
     (tmp_path / "empty").mkdir()
-    _fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run; expected a checkpoint file")
+    fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run; expected a checkpoint file")
     (tmp_path / "empty" / "photo.jpg").write_bytes(b"x")
-    _fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run")
+    fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
-    _fails(capsys, argv(tmp_path / "empty"), 2, "empty: the run has written no checkpoint yet")
-    _fails(
-        capsys, argv(tmp_path / "empty" / "photo.jpg"), 1, "photo.jpg: not a readable checkpoint"
-    )
-    _fails(capsys, argv(gate_run, "--target", "0.5"), 2, "has gates for 0.4, 0.6, 0.8")
-    _fails(capsys, argv(gate_run, "--images", "0"), 2, "--images 0: must be at least 1")
-    _fails(capsys, argv(gate_run, "--baselines", "none.json"), 2, "none.json: cannot be read")
-    _fails(capsys, ["report", gate_run, "-o", tmp_path], 2, "is a folder; name a file to write")
+    fails(capsys, argv(tmp_path / "empty"), 2, "empty: the run has written no checkpoint yet")
+    fails(capsys, argv(tmp_path / "empty" / "photo.jpg"), 1, "photo.jpg: not a readable checkpoint")
+    fails(capsys, argv(gate_run, "--target", "0.5"), 2, "has gates for 0.4, 0.6, 0.8")
+    fails(capsys, argv(gate_run, "--images", "0"), 2, "--images 0: must be at least 1")
+    fails(capsys, argv(gate_run, "--baselines", "none.json"), 2, "none.json: cannot be read")
+    fails(capsys, ["report", gate_run, "-o", tmp_path], 2, "is a folder; name a file to write")
     no_target = gate_run / "gate_0.60.safetensors"
-    _fails(capsys, argv(no_target, "--target", "0.4"), 2, "has gates for 0.6")
-    _fails(capsys, ["report", no_target, "--backend", "none"], 2, "backend 'none'")
+    fails(capsys, argv(no_target, "--target", "0.4"), 2, "has gates for 0.6")
+    fails(capsys, ["report", no_target, "--backend", "none"], 2, "backend 'none'")
     assert out.read_text() == "older", "an older page stays when there is no new one"
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 

@@ -5,12 +5,13 @@ import re
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import bright_pngs, png, start_dynaslim, write_parquet
+from helpers import bright_pngs, fails, png, start_dynaslim, write_parquet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -208,11 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_snapshot(data, tmp_
     assert all(torch.isfinite(v).all() for v in state["modules"]["net"].values())
 
 
-def _fails(capsys, argv, code, message):
-    assert cli.run(argv) == code
-    err = capsys.readouterr().err
-    assert re.search(message, err), err
-    assert "Traceback" not in err
+_fails = partial(fails, notes=True)
 
 
 def test_folders_are_not_mixed_up(straight, data, tmp_path, capsys):
