@@ -369,10 +369,10 @@ class _Adaptation:
         elif not start.exists():
             checkpoint = read(original)
             pre = self.preprocessing
-            rows, _ = holdout(self.source.labels(), self.options.val_share)
-            images = ImageDataset.of(self.source, pre, rows=rows)
-            batches = sample_batches(images, pre, self.options.batch_size)
-            sort_channels(checkpoint.net, batches)
+            trained_on, _ = holdout(self.source.labels(), self.options.val_share)
+            images = ImageDataset.of(self.source, pre, rows=trained_on)
+            rows = self.options.batch_size
+            sort_channels(checkpoint.net, sample_batches(images, pre, rows, 8 * rows))
             save(start, checkpoint)
         note(f"supernet: widths {self.options.widths}, taught by the original")
         recipe = self._recipe(start, teacher=str(original), label_weight=self.options.label_weight)

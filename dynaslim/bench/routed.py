@@ -38,6 +38,14 @@ class Traffic:
     """Of all images: what the times of one row each are weighted by."""
 
 
+def apportion(weights: np.ndarray, rows: int) -> np.ndarray:
+    """Whole numbers in these shares with the sum `rows`, by the largest remainders."""
+    exact = weights / weights.sum() * rows
+    counts: np.ndarray = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]] += 1
+    return counts
+
+
 def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traffic:
     """Rows in given shares over the paths that take the same option at every gate, in random order.
 
@@ -53,11 +61,7 @@ def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traf
         f"least 0, one for each option of a gate",
     )
     shares = np.array(mix) / sum(mix)
-    exact = shares * rows
-    whole = np.floor(exact).astype(int)
-    # the largest remainders get the rows that are left
-    for option in np.argsort(-(exact - whole), kind="stable")[: rows - whole.sum()]:
-        whole[option] += 1
+    whole = apportion(shares, rows)
     numbers = np.random.default_rng(seed).permutation(np.repeat(np.arange(options), whole))
     paths = tuple((option,) * len(spec.gates) for option in range(options))
     return Traffic(paths, tuple(numbers.tolist()), tuple(shares.tolist()))

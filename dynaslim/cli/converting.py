@@ -11,8 +11,8 @@ from dynaslim.cli.output import errors_as_data, print_json, say
 from dynaslim.errors import check
 from dynaslim.recipes import parse_names, parse_shares
 
-ROWS: Final = 32
-"""Images of a batch that channels are sorted by; a few batches are enough."""
+IMAGES: Final = 256
+"""Images that channels are sorted by."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _converted(model: str, out: Path, options: ConvertOptions) -> dict[str, Any]
     if options.data is not None:
         images = ImageDataset.of(open_source(options.data, options.split), pre)
         check(len(images) > 0, f"{options.data}: no images")
-        batches = sample_batches(images, pre, ROWS)
+        batches = sample_batches(images, pre, 32, IMAGES)
     importance: Any = options.importance  # checked there, so that --json has the error too
     net = conversion.net(batches, [(other, other) for other in sides], importance)
     spec = net.spec

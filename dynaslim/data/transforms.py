@@ -42,11 +42,11 @@ def readable_batches(
 
 
 def sample_batches(
-    images: ImageDataset, preprocessing: Preprocessing, batch_size: int, batches: int = 8
+    images: ImageDataset, preprocessing: Preprocessing, batch_size: int, count: int
 ) -> Iterator[Tensor]:
-    """Network inputs (B, C, S, S) of a few images, a random choice with a fixed seed."""
+    """Network inputs (B, C, S, S) of at most `count` images, a random choice with a fixed seed."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    chosen = images.subset(order[: batches * batch_size].sort().values)
+    chosen = images.subset(order[:count].sort().values)
     return (x for x, _ in readable_batches(chosen, preprocessing, batch_size))
 
 
