@@ -29,7 +29,7 @@ from dynaslim.spec import GateSpec, NetSpec
 from results.cells import HERE, Cell, all_cells
 
 _LATER: Final = {"patience": None, "routes": "sandwich", "trunk_views": 0}
-"""Fields that recipes did not have when the first cells were made, and what stands for that."""
+"""Fields that are newer than the first cells, and the values that equal their absence."""
 Kind = Literal["supernet", "static", "gate"]
 TARGETS: Final = (0.35, 0.5, 0.7)
 """Mean costs that gates are trained for, as shares of the widest route's."""
@@ -55,7 +55,7 @@ class Job:
     needs: Cell | None = None
     """The supernet that a gate is trained for."""
 
-    def asked(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """All that decides its numbers, as plain values."""
         needs = None if self.needs is None else str(self.needs)
         recipe = self.recipe.to_dict()

@@ -1,7 +1,7 @@
 """What ways of choosing a route give, as arithmetic on tables of answers.
 
 A table has, for every image and every route of a network (cheapest first), whether the route is
-right, and how sure it is of its answer. Whoever runs an image twice pays twice; only escalation
+right, and how sure it is of its answer. An image that runs twice costs twice; only escalation
 within one network keeps what the trunk computed. Everything here is a pure function of arrays.
 
 Suffixes: N images, R routes, S settings of a threshold.
@@ -36,7 +36,7 @@ class Outcome(NamedTuple):
 def uniform_line(costs_R: Sequence[float], top1_R: Sequence[float], cost: float) -> float:
     """The best top-1 at a mean cost without looking at the images: the upper hull of the routes.
 
-    On the hull between two routes stands what a random choice between them gives. Below the
+    The hull between two routes is what a random choice between them gives. Below the
     cheapest route's cost there is nothing: the cheapest's top-1; above the dearest, the best.
 
     Raises:
@@ -187,12 +187,12 @@ def cascade(
 def threshold_for(sure_N: Floats, share: float) -> float:
     """A threshold under which just so many of the images are, to the nearest whole image.
 
-    Between two of them where there is room, so that rounding moves nobody across.
+    Between two of them where there is room, so that rounding changes no image's side.
     """
     ordered = np.sort(np.asarray(sure_N, np.float64))
     count = round(share * len(ordered))
     if count <= 0:
-        return float(ordered[0])  # nobody is below the least sure
+        return float(ordered[0])  # no image is below the smallest margin
     if count >= len(ordered):
         return float(np.nextafter(ordered[-1], np.inf))
     return float((ordered[count - 1] + ordered[count]) / 2)

@@ -81,14 +81,14 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
 
 
 def _with_gate(supernet: Path, recipe: SupernetRecipe, data: DataRecipe, run: Path) -> Checkpoint:
-    asked = GateRecipe(
+    gate = GateRecipe(
         supernet=str(supernet),
         targets=TARGET,
         seed=recipe.seed,
         data=data,
         augment=recipe.augment,
     )
-    run_gate(asked, run, RunOptions(resume=True))
+    run_gate(gate, run, RunOptions(resume=True))
     return read(run / f"gate_{TARGET:.2f}.safetensors")
 
 

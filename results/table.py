@@ -168,8 +168,8 @@ def picture(main: Mapping[str, Any], unit: str) -> bytes:
             ]
             top1 = [row["top1"] for row in rows]
             line(WAYS[way], x, top1, color=colour, marker=marker, lw=1)
-        told = "million multiply-adds" if unit == "madds" else "milliseconds"
-        axes.set_xlabel(f"{told} per image")
+        unit_name = "million multiply-adds" if unit == "madds" else "milliseconds"
+        axes.set_xlabel(f"{unit_name} per image")
         axes.set_ylabel("top-1, %")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")

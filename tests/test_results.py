@@ -304,7 +304,7 @@ def test_every_experiment_has_jobs_with_cells_of_their_own(experiment):
     assert {job.cell.seed for job in jobs} == ({0} if first_alone else {0, 1, 2})
     for job in jobs:
         assert job.recipe.seed == job.cell.seed
-        json.dumps(job.asked())
+        json.dumps(job.settings())
         assert job.needs is None or job.needs.seed == job.cell.seed
 
 
@@ -336,7 +336,7 @@ def test_committed_cells_are_what_the_plan_asks_for():
     jobs = [job for name in plan.EXPERIMENTS for job in plan.jobs_of(name, None, range(3))]
     for job in jobs:
         found = job.cell.read()
-        assert found is None or found["asked_sha256"] == cells.digest(job.asked()), job.cell
+        assert found is None or found["asked_sha256"] == cells.digest(job.settings()), job.cell
 
 
 def test_learning_rates_are_those_that_the_held_out_images_chose():
@@ -407,7 +407,7 @@ def test_headline_from_training_to_cell(toy, one_thread, capsys):
     jobs = plan.jobs_of("headline", None, [0])
     for job in (*jobs, *plan.jobs_of("distillation", None, [0])):
         training.run(job)
-        assert job.cell.is_done(job.asked())
+        assert job.cell.is_done(job.settings())
     cell = jobs[0].cell.read()
     assert len(cell["held_out"]["top1"]) == len(cell["madds"]) == 4
     assert not re.search(r"/data/|tmp", json.dumps(cell["asked"]["recipe"]["data"]))
@@ -425,18 +425,6 @@ def test_headline_from_training_to_cell(toy, one_thread, capsys):
     assert "cascade" in found["test"]["ways"]
     assert len(found["test"]["static_top1"]) == len(found["test"]["distillation_top1"]) == 4
     assert [g["target"] for g in found["test"]["gates"]] == list(plan.TARGETS)
-
-
-def test_a_static_training_goes_on_where_it_stopped(toy, one_thread):
-    (job,) = plan.jobs_of("headline", None, [0], ["static0"])
-    training.run(job)
-    straight = training.checkpoint_of(job).read_bytes()
-    # as if it had been killed after the last epoch
-    training.checkpoint_of(job).unlink()
-    job.cell.path.unlink()
-    training.run(job)
-    assert training.checkpoint_of(job).read_bytes() == straight
-    assert job.cell.read()["held_out"]["images_per_s"] is None
 
 
 def test_gates_of_every_objective_and_feature(toy, one_thread, monkeypatch):
