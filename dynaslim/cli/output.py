@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from dynaslim.runtime.calibrate_budget import Outcome
 
 
+def _route_cells(widths: Sequence[int], madds: float, top1: float) -> tuple[str, str, str]:
+    return "-".join(map(str, widths)), f"{madds / 1e6:.2f} M", f"{top1:.2%}"
+
+
 def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> Any:
     """The result as a table for a person: routes by cost, then the dynamic mode.
 
@@ -31,12 +35,8 @@ def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None 
     uniform = {route.widths for route in result.routes}
     for route in result.routes:
         share = shares.get(route.widths)
-        table.add_row(
-            "-".join(map(str, route.widths)),
-            f"{route.madds / 1e6:.2f} M",
-            f"{route.top1:.2%}",
-            "" if share is None else f"{share:.1%}",
-        )
+        shown = "" if share is None else f"{share:.1%}"
+        table.add_row(*_route_cells(route.widths, route.madds, route.top1), shown)
     others = sum(share for widths, share in shares.items() if widths not in uniform)
     if others:
         table.add_row("other combinations", "", "", f"{others:.1%}")
@@ -102,13 +102,8 @@ def routes_table(result: Mapping[str, Any]) -> Any:
     """Routes of an evaluation's summary (`Evaluation.to_dict`) by cost."""
     table = new_table("route", "MAdds", "top-1", "top-5", "loss")
     for route in result["routes"]:
-        table.add_row(
-            "-".join(map(str, route["widths"])),
-            f"{route['madds'] / 1e6:.2f} M",
-            f"{route['top1']:.2%}",
-            f"{route['top5']:.2%}",
-            f"{route['loss']:.3f}",
-        )
+        cells = _route_cells(route["widths"], route["madds"], route["top1"])
+        table.add_row(*cells, f"{route['top5']:.2%}", f"{route['loss']:.3f}")
     return table
 
 
@@ -116,12 +111,7 @@ def gates_table(results: Mapping[str, Any]) -> Any:
     """The gates that a run trained, and the uniform routes to compare them with."""
     table = new_table("", "MAdds", "top-1", "cost / widest")
     for route in results["routes"]:
-        table.add_row(
-            "-".join(map(str, route["widths"])),
-            f"{route['madds'] / 1e6:.2f} M",
-            f"{route['top1']:.2%}",
-            "",
-        )
+        table.add_row(*_route_cells(route["widths"], route["madds"], route["top1"]), "")
     table.add_section()
     for gate in results["gates"]:
         aim = "no target" if gate["target"] is None else f"target {gate['target']:g}"
