@@ -2,14 +2,14 @@
 
 `adapt` is a run of several parts, each in a folder of its own and each resumable:
 
-1. `original`: the network as it is learns the classes. It teaches what follows, and is what the
-   result is held against.
+1. `original`: the network learns the classes. It is the teacher of the next parts, and the baseline
+   of the result.
 2. `sorted.safetensors`: its channels, sorted by what these images activate.
 3. `supernet`: stage I from those weights, taught by the original and by the labels.
 4. `gate`: a gate, and budgets measured on the images held out; `gate.safetensors` is the result.
    With several image sizes there are a supernet for each smaller one in its place, and `package`, a
    cascade of the routes of all sizes that are worth their cost, with its budgets.
-5. `report.html`: what comes of it, beside the original.
+5. `report.html`: the result beside the original.
 
 The trunk before the first gate keeps its weights: its features are computed once for a few views of
 every image, and training starts behind it.
@@ -20,13 +20,13 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save
@@ -35,7 +35,7 @@ from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset, holdout, open_images
 from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import sample_batches
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import evaluate
 from dynaslim.graph import GraphSpec
@@ -50,11 +50,11 @@ from dynaslim.recipes import (
     DataRecipe,
     GateRecipe,
     OptimRecipe,
+    ReportOptions,
     RunOptions,
     SupernetRecipe,
     parse_names,
 )
-from dynaslim.report import ReportOptions
 from dynaslim.report.data import ReportData, at_cost, gather
 from dynaslim.report.inputs import Baseline
 from dynaslim.report.page import render
@@ -77,7 +77,6 @@ _IMAGES: Final = 12_000
 """Images that each network is trained on in all, where neither epochs nor minutes are given."""
 _FEW: Final = 10
 """Training images of a class below which a line warns."""
-_SORTING_BATCHES: Final = 8
 _PLANNED: Final = 0.8
 """Part of `minutes` that is planned for; the rest is reading, evaluating and the report."""
 
@@ -129,7 +128,7 @@ def adapt(
 
 
 def _check_resumed(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
-    """Raise `UsageError` if a folder holds a run that this is not."""
+    """Raise `UsageError` if a folder holds another run."""
     file = out / _STATE
     if file.exists():
         before = json.loads(file.read_text())["started_as"]
@@ -195,7 +194,7 @@ class _Adaptation:
         if file.exists():
             return read(file)
         if isinstance(model, nn.Module):
-            check(preprocessing is not None, "preprocessing: say how images are prepared")
+            check(preprocessing is not None, "preprocessing: name the preprocessing of the images")
             assert preprocessing is not None
             made = self._converted(Source(model, preprocessing, type(model).__name__.lower()))
         elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
@@ -228,7 +227,7 @@ class _Adaptation:
         return Checkpoint(net=net, preprocessing=source.preprocessing)
 
     def _side(self) -> int | None:
-        """The image size that was given, of several the largest."""
+        """The given image size, of several the largest."""
         sides = self.options.sides
         return sides[-1] if sides else self.options.image_size
 
@@ -289,7 +288,7 @@ class _Adaptation:
     # -- the parts ------------------------------------------------------------------------------
 
     def run(self, started_as: dict[str, Any]) -> Adapted:
-        """All that is left to do."""
+        """Run the remaining parts."""
         started = time.monotonic()
         if not (self.out / _STATE).exists():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -345,7 +344,7 @@ class _Adaptation:
         )
 
     def _original(self) -> Path:
-        """The network as it is, once it has learned the classes."""
+        """The network with the classes of the images, before it becomes slimmable."""
         start, names = self.out / "converted.safetensors", self.source.class_names
         if self.start.class_names is not None and keeps_classifier(self.start, names):
             note("original: has the classes of the images already, and is taken as it is")
@@ -369,21 +368,15 @@ class _Adaptation:
             start = original  # slimmable already: its channels have an order
         elif not start.exists():
             checkpoint = read(original)
-            sort_channels(checkpoint.net, self._some_images(checkpoint))
+            pre = self.preprocessing
+            trained_on, _ = holdout(self.source.labels(), self.options.val_share)
+            images = ImageDataset.of(self.source, pre, rows=trained_on)
+            rows = self.options.batch_size
+            sort_channels(checkpoint.net, sample_batches(images, pre, rows, 8 * rows))
             save(start, checkpoint)
         note(f"supernet: widths {self.options.widths}, taught by the original")
         recipe = self._recipe(start, teacher=str(original), label_weight=self.options.label_weight)
         return self._trained(recipe, "supernet")
-
-    def _some_images(self, checkpoint: Checkpoint) -> Iterator[Tensor]:
-        """Some batches of training images, as the network takes them."""
-        assert checkpoint.preprocessing is not None
-        rows, _ = holdout(self.source.labels(), self.options.val_share)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        few = rows[order[: _SORTING_BATCHES * self.options.batch_size]].sort().values
-        images = ImageDataset.of(self.source, checkpoint.preprocessing, rows=few)
-        for pixels, _ in images.batches(self.options.batch_size):
-            yield normalise(pixels, checkpoint.preprocessing)
 
     def _at_size(self, side: int, original: Path, supernet: Path) -> Path:
         """All widths for smaller images, from the weights of the larger."""
@@ -463,7 +456,7 @@ class _Adaptation:
         )
         return round(least, 2)
 
-    # -- what comes of it -----------------------------------------------------------------------
+    # -- the report -------------------------------------------------------------------------------
 
     def _report(self, original: Path, result: Path) -> tuple[ReportData, str]:
         options = self.options
@@ -472,16 +465,18 @@ class _Adaptation:
             raise DataError(
                 f"{options.data}: a cascade of sizes is reported on a test split, and there is none"
             )
+        name = f"{self.start.net.spec.name} on {Path(options.data).name}"
         data = gather(
+            self.out if result.is_file() else result,
             ReportOptions(
-                self.out if result.is_file() else result,
                 data=None if split is None else options.data,
                 split=split,
+                title=name,
                 backend=options.backend,
-            )
+            ),
         )
         data = replace(data, baselines=(self._baseline(read(original), data),))
-        page = render(data, title=f"{data.spec.name} on {Path(options.data).name}")
+        page = render(data)
         write_atomic(self.out / "report.html", page.html.encode())
         return data, str(page.summary["headline"])
 
@@ -518,7 +513,7 @@ class _Adaptation:
 
 
 def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
-    """The network as it is if its gate gains something on the images held out, else with one that
+    """The network as it is if its gate gains accuracy on the images held out, else with one that
     sends every image along the widest route.
 
     A few thousand training images are all right along every route once it is trained, so that a

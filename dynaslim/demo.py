@@ -1,12 +1,11 @@
-"""The demo: both stages on real images that ship with the package, and what comes of it."""
+"""The demo: both stages on real images that ship with the package, and their results."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,9 +15,8 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, create_model, save
 from dynaslim.data import ImageDataset, load_images, open_source
 from dynaslim.data.images import channel_statistics, holdout
-from dynaslim.data.transforms import readable_batches
+from dynaslim.data.layout import MINI
 from dynaslim.evaluation import Evaluation, evaluate
-from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
 from dynaslim.recipes import GateRecipe, SupernetRecipe
@@ -26,15 +24,14 @@ from dynaslim.report.charts import evaluation_figure
 from dynaslim.runs.context import note_if_busy
 from dynaslim.runs.folder import METRICS, environment
 from dynaslim.runtime.budget_search import fit_curve
-from dynaslim.runtime.calibrate_budget import Outcome, PathAnswers, answer_paths, simulate
+from dynaslim.runtime.calibrate_budget import Outcome, answer_images, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet
 from dynaslim.train.step import SupernetLosses
 
-DATA: Final = Path(__file__).parent / "data" / "fashion_mnist_mini"
 MODEL: Final = "ds_mbnet_tiny"
 IMAGE_SIZE_PX: Final = 32
 README_TOP1: Final = {"widest route": 0.8660, "gate": 0.8650, "budget": 0.8620}
-"""What the README shows of the demo as it is by default; other processors give a little else."""
+"""The README's numbers of the demo by default; other processors differ a little."""
 HELD_OUT: Final = 0.1
 """Share of the training images that budgets are calibrated on."""
 LOG_EVERY: Final = 10
@@ -56,13 +53,13 @@ class Demo:
         assert self.evaluation.dynamic is not None
         widest = max(self.evaluation.routes, key=lambda route: route.madds)
         found = (widest.top1, self.evaluation.dynamic.top1, self.budgeted[1].top1)
-        told = ", ".join(
+        differences = ", ".join(
             f"{name} {100 * (top1 - shown):+.2f}"
             for (name, shown), top1 in zip(README_TOP1.items(), found, strict=True)
         )
         return (
-            f"Top-1 beside the README's, in points: {told}. Processors and numbers of threads "
-            f"round differently."
+            f"Top-1 beside the README's, in points: {differences}. Processors and numbers of "
+            f"threads round differently."
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -96,7 +93,7 @@ def run_demo(
         UsageError: for a recipe that makes no sense.
         OSError: if the folder cannot be written; found out before training.
     """
-    # few epochs: a teacher would have to learn first, and all widths learn later than from labels
+    # in few epochs a teacher learns too late: all widths learn faster from labels
     stage1 = SupernetRecipe(model=MODEL, epochs=epochs, seed=seed, target="labels")
     stage2 = GateRecipe(targets=target, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
@@ -132,29 +129,17 @@ def run_demo(
         )
     with progress("evaluating", len(test)) as bar:
         result = evaluate(net, test, preprocessing, on_batch=bar.advance)
-    with progress("budgets", len(held_out) + len(test)) as bar:
-        mirror = stage1.augment.mirror
-        curve = fit_curve(_every_path(net, held_out, preprocessing, bar.advance, mirror))
-        point = curve.at(target)
-        tested = _every_path(net, test, preprocessing, bar.advance, mirror)
-        outcome = simulate(tested, point.shift, point.escalations)
+    made = Checkpoint(net, train.class_names, preprocessing, result.to_dict(), recipe)
+    curve = fit_curve(answer_images(made, held_out, 250))
+    point = curve.at(target)
+    outcome = simulate(answer_images(made, test, 250), point.shift, point.escalations)
 
     files = {
         "checkpoint": out / "checkpoint.safetensors",
         "results": out / "results.json",
         "picture": out / "accuracy.png",
     }
-    save(
-        files["checkpoint"],
-        Checkpoint(
-            net=net,
-            class_names=train.class_names,
-            preprocessing=preprocessing,
-            metrics=result.to_dict(),
-            recipe=recipe,
-            budget=curve.to_dict(),
-        ),
-    )
+    save(files["checkpoint"], replace(made, budget=curve.to_dict()))
     picture = evaluation_figure(
         net.spec, result, test, title=f"{MODEL} on Fashion-MNIST (2,000 test images)"
     )
@@ -174,20 +159,9 @@ def _line(step: int, losses: SupernetLosses) -> bytes:
 
 
 def _load(split: str, preprocessing: Preprocessing) -> ImageDataset:
-    source = open_source(DATA, split)
+    source = open_source(MINI, split)
     with progress(f"reading {split} images", len(source)) as bar:
         return load_images(source, preprocessing, on_image=bar.advance)
-
-
-def _every_path(
-    net: ElasticNet,
-    images: ImageDataset,
-    preprocessing: Preprocessing,
-    on_batch: Callable[[int], None],
-    mirror: bool,
-) -> PathAnswers:
-    batches = readable_batches(images, preprocessing, 250)
-    return answer_paths(net, batches, mirror=mirror, on_batch=on_batch)
 
 
 def _json(value: object) -> bytes:

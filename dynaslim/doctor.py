@@ -100,7 +100,7 @@ def examine(*, quick: bool = False, timeout_s: float = 120.0) -> Values:
 
 
 def run_process(*arguments: str, seconds: float) -> tuple[str, str | None]:
-    """Run Python with arguments: what it printed, and why it failed, if it did."""
+    """Run Python with arguments; returns its output, and the error if it failed."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdin=subprocess.DEVNULL,
@@ -194,7 +194,7 @@ def _library(library: Library, quick: bool) -> Values:
 
 
 def _why_not_tried(name: str, quick: bool) -> tuple[str, str, str | None] | None:
-    """Status, reason and installing command of a backend that cannot be tried; None if it can."""
+    """Status, reason and install command of a backend that cannot be tried; None if it can."""
     missing = [library for library in ("torch", *NEEDS.get(name, ())) if not installed(library)]
     if missing:
         line = f"pip install {' '.join(missing)}"
@@ -235,7 +235,7 @@ def describe_cache() -> Values:
 
 
 def _problems(found: Values) -> Iterator[str]:
-    """What is installed or required and does not work, in one line each."""
+    """Broken or missing required parts, in one line each."""
     for one in found["libraries"]:
         if one["status"] == "broken":
             yield f"{one['name']} does not load: {one['error']}; {one['install']}"
@@ -247,7 +247,7 @@ def _problems(found: Values) -> Iterator[str]:
 
 
 def _hints(found: Values) -> Iterator[str]:
-    """What could be better, in one line each."""
+    """Optional improvements, in one line each."""
     rest = [o["name"] for o in found["libraries"] if not o["required"] and o["status"] == "missing"]
     if rest:
         yield f"optional libraries are missing: pip install {' '.join(rest)}"

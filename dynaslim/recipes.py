@@ -59,7 +59,7 @@ class DataRecipe:
     val_split: str | None = None
     """Split to choose by; None holds images of the training split back."""
     val_share: float = 0.1
-    """Part of the training split held back where there is no `val_split`; 0 holds none back."""
+    """Part of the training split held out where there is no `val_split`; 0 holds none out."""
     image_size_px: int = 32
     """Side of the square that the network sees."""
     crop_fraction: float = 1.0
@@ -536,6 +536,48 @@ def parse_shares(widths: str) -> tuple[float, ...]:
 def parse_names(text: str) -> list[str]:
     """Names separated by commas; none of an empty text."""
     return [name.strip() for name in text.split(",") if name.strip()]
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """How a report is made."""
+
+    data: str | None = None
+    """Images to evaluate on: a parquet file or a folder of them, a folder of images by class, or a
+    hub name. By default those that training held out, if they still exist."""
+    split: str | None = None
+    """Split of the data; by default test, or what training held out."""
+    target: float | None = None
+    """The gate to show in detail, of a run with several; by default the middle one."""
+    images: int | None = None
+    """Number of images to evaluate on, a fixed random choice; by default all."""
+    baselines: Path | None = None
+    """JSON file of static networks to compare with, [{"name", "top1", "madds", "ms"}, ...]; by
+    default baselines.json of the run."""
+    title: str | None = None
+    """Title of the page."""
+    backend: str = "auto"
+    """Backend to time: auto, eager, inductor, onnxruntime, openvino or cudagraph."""
+    rounds: int | None = None
+    """Rounds of timing; 0 leaves milliseconds out. By default as many as take ten seconds."""
+    batch_size: int = 256
+    """Images per batch of the evaluation."""
+    device: str = "cpu"
+    """cpu, cuda or mps."""
+    no_cache: bool = False
+    """Keep no compiled programs on disk, and read none."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("images", 1), ("rounds", 0), ("batch_size", 1)):
+            value = getattr(self, name)
+            flag = name.replace("_", "-")
+            check(value is None or value >= least, f"--{flag} {value}: must be at least {least}")
+        check(self.rounds != 1, "--rounds 1: has no spread; give at least 2, or 0 for no timing")
+
+    @property
+    def cache_dir(self) -> str | None:
+        """As `EngineOptions.cache_dir`."""
+        return None if self.no_cache else "auto"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python examples/finetune_folder.py CHECKPOINT PHOTOS OUT [EPOCHS]
 
 CHECKPOINT is a trained network, such as runs/demo/checkpoint.safetensors. PHOTOS has a folder of
-images for each class; a tenth of the images is held back to measure by. What comes of it is in the
+images for each class; a tenth of the images is held out to measure by. What comes of it is in the
 new folder OUT, gate.safetensors first of all. Stopped half-way, the same line goes on.
 
 It shows a run of each stage from Python: stage I from a checkpoint (`init`), with a fresh
@@ -46,7 +46,7 @@ def main(checkpoint: str, photos: str, out: str, epochs: int = 10) -> None:
     gates = dynaslim.run_gate(gate, f"{out}/gate", options)
 
     best = gates["gates"][0]
-    print(f"{best['val']['images']} images held back")
+    print(f"{best['val']['images']} images held out")
     for route in best["val"]["routes"]:
         name = "-".join(map(str, route["widths"]))
         print(f"  {name:<24} {route['madds'] / 1e6:7.2f} M  {route['top1']:.1%}")

@@ -27,8 +27,8 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.calibrate_budget import PathAnswers
 from dynaslim.runtime.escalation import averaged, margins
 from dynaslim.spec import NetSpec
+from results.plan import static_spec
 from results.policies import sureness
-from results.statics import static_spec
 
 
 @dataclass(frozen=True)

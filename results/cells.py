@@ -48,7 +48,7 @@ class Cell:
         return found
 
     def write(self, made_by: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """Write its file: what was asked for, as a hash too, on which machine, and what came."""
+        """Write its file: the settings and their hash, the machine, and the results."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = {
             "experiment": self.experiment,
@@ -62,7 +62,7 @@ class Cell:
         write_json(self.path, {**head, **values})
 
     def is_done(self, made_by: Mapping[str, Any]) -> bool:
-        """Whether its file holds what would be asked for now."""
+        """Whether its file was made by these settings."""
         found = self.read()
         return found is not None and found["asked_sha256"] == digest(made_by)
 

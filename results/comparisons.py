@@ -33,12 +33,12 @@ STEPS: Final = 40
 def compare(choosing: Table, judging: Table) -> dict[str, Any]:
     """Every way at every budget of `SHARES`: chosen on one table, judged on another.
 
-    The two are of one network with trained gates. `settings` say what the engine is to do for it.
+    The two are of one network with trained gates. `settings` are those of the engine.
     """
     costs = judging.costs_R
     curve = fit_curve(choosing.paths, split=False)
     dearest = curve.points[-1].share
-    # what no point of the curve costs, it cannot be asked for
+    # a budget beyond the curve's last point is an error
     limits = [min(share, max(1.0, dearest)) for share in SHARES]
     settings = {
         "both": [_plain(curve.at(limit)) for limit in limits],

@@ -7,6 +7,7 @@ and the test split judges: done once, when nothing is left to choose.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, Final
@@ -146,14 +147,14 @@ def _gated(judging: Table) -> dict[str, Any]:
     found = policies.gated(judging.correct_NR, judging.costs_R, option_N)
     counts = np.bincount(option_N, minlength=len(judging.costs_R))
     line = policies.uniform_line(judging.costs_R, judging.top1_R, found.cost)
-    asked_N = np.where(judging.correct_NR[:, 0], 0, len(judging.costs_R) - 1)
+    target_N = np.where(judging.correct_NR[:, 0], 0, len(judging.costs_R) - 1)
     return {
         "madds": found.cost,
         "share": found.cost / max(judging.costs_R),
         "top1": found.top1,
         "over_uniform": found.top1 - line,
         "shares": list(counts / len(option_N)),
-        "gate_accuracy": float((option_N == asked_N).mean()),
+        "gate_accuracy": float((option_N == target_N).mean()),
     }
 
 
@@ -215,16 +216,10 @@ def features(train: Table, choosing: Table, judging: Table) -> dict[str, list[di
                     )
 
                 head = heads.fit_to_cost(fit, chosen, choosing.costs_R, target)
-                table = _with_logits(judging, head(judged))
+                table = replace(judging, gate_logits_NR=head(judged))
                 rows.append({"target": target, **_gated(table)})
             found[name + (", hidden layer" if hidden else "")] = rows
     return found
-
-
-def _with_logits(table: Table, logits_NR: Any) -> Table:
-    from dataclasses import replace
-
-    return replace(table, gate_logits_NR=logits_NR)
 
 
 def _features(table: Table, name: str) -> Any:

@@ -97,10 +97,10 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
     large: dict[str, Any] = {}
     for backend in BACKENDS:
         arms = _arms(name, checkpoint, backend, seed, compared)
-        told = f"{name} {seed}, {backend}"
-        found[backend] = _timed(arms, x, BATCH, rounds, told)
+        label = f"{name} {seed}, {backend}"
+        found[backend] = _timed(arms, x, BATCH, rounds, label)
         some = {arm: run for arm, run in arms.items() if arm.startswith(("route", "both"))}
-        large[backend] = _timed(some, x, LARGE, rounds, told)
+        large[backend] = _timed(some, x, LARGE, rounds, label)
     return {
         "batch": BATCH,
         "images": len(x),
@@ -117,11 +117,11 @@ Arm = Callable[[np.ndarray], object]
 
 
 def _timed(
-    arms: dict[str, Arm], x: np.ndarray, batch: int, rounds: int, told: str
+    arms: dict[str, Arm], x: np.ndarray, batch: int, rounds: int, label: str
 ) -> dict[str, Any]:
     """Milliseconds per image of every arm on the same images, a round after the other."""
     batches = [x[at : at + batch] for at in range(0, len(x), batch)]
-    with progress(f"timing {told}, batches of {batch}", rounds) as bar:
+    with progress(f"timing {label}, batches of {batch}", rounds) as bar:
         times = interleave(
             {name: partial(_all, arm, batches) for name, arm in arms.items()},
             rounds,
@@ -168,7 +168,7 @@ def _arms(
 
 def _point(row: dict[str, Any]) -> BudgetPoint:
     steps = escalations_of(row)
-    # what no step stands for, is None
+    # missing steps are None
     none = (None, None, False)
     wider = [step for step in steps if not step.mirror]
     (tau, target, _), (then, then_target, _) = [*wider, none, none][:2]

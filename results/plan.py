@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, Literal
 
-from dynaslim.demo import DATA as MINI
+from dynaslim.data.layout import MINI
 from dynaslim.errors import UsageError
 from dynaslim.recipes import (
     AugmentRecipe,
@@ -25,10 +25,11 @@ from dynaslim.recipes import (
     SupernetRecipe,
     load_recipe,
 )
+from dynaslim.spec import GateSpec, NetSpec
 from results.cells import HERE, Cell, all_cells
 
 _LATER: Final = {"patience": None, "routes": "sandwich", "trunk_views": 0}
-"""Fields that recipes did not have when the first cells were made, and what stands for that."""
+"""Fields that are newer than the first cells, and the values that equal their absence."""
 Kind = Literal["supernet", "static", "gate"]
 TARGETS: Final = (0.35, 0.5, 0.7)
 """Mean costs that gates are trained for, as shares of the widest route's."""
@@ -54,7 +55,7 @@ class Job:
     needs: Cell | None = None
     """The supernet that a gate is trained for."""
 
-    def asked(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """All that decides its numbers, as plain values."""
         needs = None if self.needs is None else str(self.needs)
         recipe = self.recipe.to_dict()
@@ -111,6 +112,19 @@ def gate(supernet: SupernetRecipe, **fields: Any) -> GateRecipe:
     """A gate's recipe on the images of a supernet's."""
     given: dict[str, Any] = {"targets": TARGETS, **fields}
     return GateRecipe(seed=supernet.seed, data=supernet.data, augment=supernet.augment, **given)
+
+
+def static_spec(spec: NetSpec, width: int) -> NetSpec:
+    """The network along one uniform route, alone: the same layers, one width everywhere."""
+    stages = tuple(
+        replace(
+            stage,
+            widths=(spec.routes[width].widths[number],),
+            gate=None if stage.gate is None else GateSpec((0,)),
+        )
+        for number, stage in enumerate(spec.stages)
+    )
+    return spec.replace(name=f"{spec.name}_width{width}", stages=stages)
 
 
 # -- experiments -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """What ways of choosing a route give, as arithmetic on tables of answers.
 
 A table has, for every image and every route of a network (cheapest first), whether the route is
-right, and how sure it is of its answer. Whoever runs an image twice pays twice; only escalation
+right, and how sure it is of its answer. An image that runs twice costs twice; only escalation
 within one network keeps what the trunk computed. Everything here is a pure function of arrays.
 
 Suffixes: N images, R routes, S settings of a threshold.
@@ -10,7 +10,7 @@ Suffixes: N images, R routes, S settings of a threshold.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.floating]
 Ints = npt.NDArray[np.integer]
 Bools = npt.NDArray[np.bool_]
-Signal = Literal["margin", "confidence", "entropy"]
 
 
 class Outcome(NamedTuple):
@@ -37,7 +36,7 @@ class Outcome(NamedTuple):
 def uniform_line(costs_R: Sequence[float], top1_R: Sequence[float], cost: float) -> float:
     """The best top-1 at a mean cost without looking at the images: the upper hull of the routes.
 
-    On the hull between two routes stands what a random choice between them gives. Below the
+    The hull between two routes is what a random choice between them gives. Below the
     cheapest route's cost there is nothing: the cheapest's top-1; above the dearest, the best.
 
     Raises:
@@ -95,37 +94,12 @@ def seen_twice(correct_N: Bools, mirrored_N: Bools, cost: float) -> Outcome:
 # -- how sure an answer is -------------------------------------------------------------------------
 
 
-def sureness(logits: Floats, signal: Signal = "margin", temperature: float = 1.0) -> Floats:
-    """How sure answers (..., classes) are: a number for each, higher is surer.
-
-    `margin` is the likeliest class's probability less the next one's, `confidence` the likeliest's,
-    `entropy` the negative entropy in nats; all of probabilities at a temperature.
-    """
-    scaled = np.asarray(logits, np.float64) / temperature
-    scaled = scaled - scaled.max(-1, keepdims=True)
-    chances = np.exp(scaled)
-    chances /= chances.sum(-1, keepdims=True)
-    if signal == "entropy":
-        return np.asarray((chances * np.log(np.maximum(chances, 1e-300))).sum(-1))
-    best = np.sort(chances, -1)
-    return np.asarray(best[..., -1] if signal == "confidence" else best[..., -1] - best[..., -2])
-
-
-def fit_temperature(logits_NC: Floats, labels_N: Ints) -> float:
-    """The temperature at which the labels' mean cross-entropy is lowest, to about 1 %."""
-    low, high = -3.0, 3.0  # of its logarithm
-    golden = (np.sqrt(5) - 1) / 2
-
-    def loss(log: float) -> float:
-        scaled = np.asarray(logits_NC, np.float64) / np.exp(log)
-        scaled = scaled - scaled.max(1, keepdims=True)
-        own_N = scaled[np.arange(len(labels_N)), labels_N]
-        return float((np.log(np.exp(scaled).sum(1)) - own_N).mean())
-
-    while high - low > 0.01:
-        a, b = high - golden * (high - low), low + golden * (high - low)
-        low, high = (low, b) if loss(a) < loss(b) else (a, high)
-    return float(np.exp((low + high) / 2))
+def sureness(logits: Floats) -> Floats:
+    """The margin of answers (..., classes): the highest class probability minus the next."""
+    scaled = np.asarray(logits, np.float64)
+    chances = np.exp(scaled - scaled.max(-1, keepdims=True))
+    best = np.sort(chances / chances.sum(-1, keepdims=True), -1)
+    return np.asarray(best[..., -1] - best[..., -2])
 
 
 # -- policies --------------------------------------------------------------------------------------
@@ -213,12 +187,12 @@ def cascade(
 def threshold_for(sure_N: Floats, share: float) -> float:
     """A threshold under which just so many of the images are, to the nearest whole image.
 
-    Between two of them where there is room, so that rounding moves nobody across.
+    Between two of them where there is room, so that rounding changes no image's side.
     """
     ordered = np.sort(np.asarray(sure_N, np.float64))
     count = round(share * len(ordered))
     if count <= 0:
-        return float(ordered[0])  # nobody is below the least sure
+        return float(ordered[0])  # no image is below the smallest margin
     if count >= len(ordered):
         return float(np.nextafter(ordered[-1], np.inf))
     return float((ordered[count - 1] + ordered[count]) / 2)

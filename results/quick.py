@@ -1,7 +1,7 @@
 """Repeats an ablation and compares: `python -m results.quick` (`make results-quick`), ten minutes.
 
 What the sub-networks learn, on the images that ship with the package, at one seed. Leaves with 1 if
-a number lies outside the spread of the committed ones.
+a number is outside the spread of the committed ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dynaslim.runs import RunOptions, run_supernet
 from results.answers import answer, images_of
 from results.cells import HERE
 from results.plan import jobs_of
-from results.run import say
+from results.run import log
 from results.summaries import targets, within
 
 FOLDER = HERE.parent / "runs" / "results-quick"
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     lines = compare(repeated, committed["mean"])
     for line, _ in lines:
-        say(line)
+        log(line)
     return 0 if all(fine for _, fine in lines) else 1
 
 
@@ -64,14 +64,14 @@ def repeat(seed: int, folder: Path) -> dict[str, float]:
 def compare(
     repeated: Mapping[str, float], committed: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, bool]]:
-    """A line for each variant, and whether it lies within the spread."""
+    """A line for each variant, and whether it is within the spread."""
     lines = []
     for variant, value in repeated.items():
         before = committed[variant]
         fine = within(value, before)
-        told = f"{before['mean']:.2%} ± {100 * before['sd']:.2f} (n = {before['n']})"
+        numbers = f"{before['mean']:.2%} ± {100 * before['sd']:.2f} (n = {before['n']})"
         verdict = "within the spread" if fine else "OUTSIDE the spread"
-        lines.append((f"{variant:<13}{value:.2%}, committed {told}: {verdict}", fine))
+        lines.append((f"{variant:<13}{value:.2%}, committed {numbers}: {verdict}", fine))
     return lines
 
 

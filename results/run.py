@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="variants, such as supernet,static0")
     parser.add_argument("--rates", default="0.1,0.2,0.4", help="learning rates that rates_... try")
     parser.add_argument("--jobs", type=int, default=1, help="networks trained side by side")
-    parser.add_argument("--list", action="store_true", help="say what is done and what is not")
+    parser.add_argument("--list", action="store_true", help="print what is done and what is not")
     parser.add_argument("--judge", action="store_true", help="compare what is trained")
     parser.add_argument("--test", action="store_true", help="judge on the test split")
     given = parser.parse_args(argv)
@@ -44,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if name not in JUDGED:
                     raise UsageError(f"experiment {name!r}: choose from {', '.join(JUDGED)}")
                 for cell in judge(name, given.data, seeds, given.test):
-                    say(f"{cell}: written")
+                    log(f"{cell}: written")
             return 0
         if "imagenette" in given.experiments and not has_gpu():
-            say("imagenette: skipped, it needs a GPU (on two cores a seed takes more than a day)")
+            log("imagenette: skipped, it needs a GPU (on two cores a seed takes more than a day)")
         jobs = [
             job
             for name in given.experiments
@@ -74,16 +74,16 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def say(line: str) -> None:
-    """A line for whoever watches."""
+def log(line: str) -> None:
+    """Print a line with the time."""
     sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
     sys.stdout.flush()
 
 
 def _run(jobs: list[Job], given: argparse.Namespace) -> int:
-    left = [job for job in jobs if not job.cell.is_done(job.asked())]
+    left = [job for job in jobs if not job.cell.is_done(job.settings())]
     for job in jobs if given.list else left:
-        say(f"{job.cell}: {'to do' if job in left else 'done'}")
+        log(f"{job.cell}: {'to do' if job in left else 'done'}")
     if given.list:
         return 0
     if given.jobs == 1:
@@ -92,7 +92,7 @@ def _run(jobs: list[Job], given: argparse.Namespace) -> int:
         for job in left:
             started = time.monotonic()
             run(job)
-            say(f"{job.cell}: done in {(time.monotonic() - started) / 60:.1f} min")
+            log(f"{job.cell}: done in {(time.monotonic() - started) / 60:.1f} min")
         return 0
     return _side_by_side(left, given)
 
@@ -105,7 +105,7 @@ def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
             for process, job in list(running.items()):
                 if process.poll() is not None:
                     del running[process]
-                    say(f"{job.cell}: {'done' if process.returncode == 0 else 'FAILED'}")
+                    log(f"{job.cell}: {'done' if process.returncode == 0 else 'FAILED'}")
                     if process.returncode:
                         failed.add(str(job.cell))
             waiting = [job for job in waiting if str(job.needs) not in failed]
@@ -125,7 +125,7 @@ def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
 def _is_ready(job: Job, left: list[Job]) -> bool:
     """Whether the network that it builds on is trained."""
     needs = next((other for other in left if other.cell == job.needs), None)
-    return needs is None or needs.cell.is_done(needs.asked())
+    return needs is None or needs.cell.is_done(needs.settings())
 
 
 def _start(job: Job, given: argparse.Namespace) -> subprocess.Popen[bytes]:
@@ -135,10 +135,10 @@ def _start(job: Job, given: argparse.Namespace) -> subprocess.Popen[bytes]:
     argv += ["--only", cell.variant, "--seeds", str(cell.seed)]
     argv += ["--rates", given.rates]
     argv += [] if given.data is None else ["--data", given.data]
-    say(f"{cell}: started")
-    with open(cell.run / "log.txt", "ab") as log:
+    log(f"{cell}: started")
+    with open(cell.run / "log.txt", "ab") as output:
         return subprocess.Popen(
-            argv, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            argv, stdout=output, stderr=output, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,6 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cost import params
 from dynaslim.data import ImageDataset
-from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import DynaslimError
 from dynaslim.evaluation import evaluate
 from dynaslim.progress import progress
@@ -27,7 +26,7 @@ from dynaslim.recipes import DataRecipe, GateRecipe, SupernetRecipe, recipe_from
 from dynaslim.runs import RunOptions, run_gate
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.budget_search import fit_curve
-from dynaslim.runtime.calibrate_budget import PathAnswers, answer_paths, simulate
+from dynaslim.runtime.calibrate_budget import answer_images, simulate
 from results.answers import images_of
 from results.cells import RUNS
 from results.plan import HUB
@@ -66,8 +65,7 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
     pre = gated.preprocessing
     assert pre is not None
     held = images_of(data.path, "held_out", pre, data.val_share)
-    with progress("running every path", len(held)) as bar:
-        curve = fit_curve(_answers(gated, held, bar.advance))
+    curve = fit_curve(answer_images(gated, held, 250))
     metrics = {**gated.metrics, **_tested(gated, curve, images_of(data.path, "test", pre))}
     made = replace(
         gated,
@@ -81,14 +79,14 @@ def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) ->
 
 
 def _with_gate(supernet: Path, recipe: SupernetRecipe, data: DataRecipe, run: Path) -> Checkpoint:
-    asked = GateRecipe(
+    gate = GateRecipe(
         supernet=str(supernet),
         targets=TARGET,
         seed=recipe.seed,
         data=data,
         augment=recipe.augment,
     )
-    run_gate(asked, run, RunOptions(resume=True))
+    run_gate(gate, run, RunOptions(resume=True))
     return read(run / f"gate_{TARGET:.2f}.safetensors")
 
 
@@ -98,8 +96,7 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: ImageDataset) -> dict[s
     assert pre is not None
     with progress("evaluating", len(test)) as bar:
         result = evaluate(gated.net, test, pre, on_batch=bar.advance)
-    with progress("running every path", len(test)) as bar:
-        answers = _answers(gated, test, bar.advance)
+    answers = answer_images(gated, test, 250)
     rows = []
     beyond = [budget for budget in BEYOND if budget <= curve.points[-1].share]
     for budget in (*BUDGETS, *beyond):
@@ -114,15 +111,6 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: ImageDataset) -> dict[s
             }
         )
     return {"test": result.to_dict(), "test_budgets": rows}
-
-
-def _answers(
-    gated: Checkpoint, images: ImageDataset, on_batch: Callable[[int], None]
-) -> PathAnswers:
-    pre = gated.preprocessing
-    assert pre is not None
-    batches = readable_batches(images, pre, 250)
-    return answer_paths(gated.net, batches, mirror=gated.mirror, on_batch=on_batch)
 
 
 def _without_places(value: Any, data: str) -> Any:

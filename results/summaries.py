@@ -62,7 +62,6 @@ def supernets(name: str) -> dict[str, Any]:
         "images": first["images"],
         "seeds": sorted(cells),
         "madds": first["madds"],
-        "trunk_madds": first["trunk_madds"],
         "shares": first["shares"],
         "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in routes],
         **_oracle(cells),
@@ -120,7 +119,7 @@ def _gates(lists: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]
             "target": rows[0]["target"],
             **{
                 key: spread([row[key] for row in rows])
-                for key in ("madds", "share", "top1", "over_uniform", "gate_accuracy")
+                for key in ("madds", "share", "top1", "over_uniform")
                 if key in rows[0]
             },
             "most_taken": max(max(row["shares"]) for row in rows),
@@ -225,7 +224,6 @@ def goals(found: Mapping[str, Any]) -> dict[str, Any]:
         )
     static = found.get("supernet_less_static_top1")
     return {
-        "asked": dict(GOALS),
         "budgets": rows,
         "near_the_widest": [r["budget"] for r in rows if _is_near(r)],
         "over_uniform": [r["budget"] for r in rows if _is_over(r)],
@@ -333,7 +331,7 @@ def rates() -> dict[str, Any]:
 
 
 def within(value: float, committed: Mapping[str, float], *, least: float = 0.01) -> bool:
-    """Whether a repeated number lies within three standard deviations, or `least`, of the mean.
+    """Whether a repeated number is within three standard deviations, or `least`, of the mean.
 
     `least` is what seeds of few images differ by at any rate.
     """

@@ -1,25 +1,39 @@
-"""Makes summaries and the page: `python -m results.table`; `--check` says whether they are current.
+"""Makes docs/results.md and its pictures: `python -m results.table`; `--check` only compares.
 
-Reads `cells/` and `ms/`, writes results/*.json, docs/results.md and its pictures.
+Reads `cells/` and `ms/`; the text is `page.md.j2`.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+import jinja2
 
 from dynaslim._files import write_atomic
-from results import summaries
+from results import plan, summaries
 from results.cells import HERE
-from results.page import PICTURES, WAYS, page
+from results.summaries import GOALS
 
 DOCS = HERE.parent / "docs"
 BLUE, ORANGE, GREEN, GREY, PINK = "#0072B2", "#D55E00", "#009E73", "0.5", "#CC79A7"
+WAYS: Final = {
+    "both": "gate and escalation",
+    "gate": "gate alone",
+    "escalation": "escalation alone",
+    "ladder": "escalation in two steps",
+    "seen_once": "gate and escalation without a second look",
+    "random": "random routing, the gate's shares",
+    "cascade": "cascade of two static networks",
+    "cascade_one_network": "cascade of two routes, trunk run twice",
+}
+PICTURES: Final = {"cifar10": "results", "cifar10_labels": "results_labels"}
+"""Summaries that are drawn, and how the files' names begin."""
+Summary = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m results.table", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if out of date")
     given = parser.parse_args(argv)
-    files = made()
-    stale = [path for path, content in files.items() if _held(path) != content]
+    files = make()
+    stale = [path for path, content in files.items() if _read(path) != content]
     for path in stale:
         if not given.check:
             write_atomic(path, files[path])
@@ -36,11 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if given.check and stale else 0
 
 
-def _held(path: Path) -> bytes | None:
+def _read(path: Path) -> bytes | None:
     return path.read_bytes() if path.exists() else None
 
 
-def made() -> dict[Path, bytes]:
+def make() -> dict[Path, bytes]:
     """Every file and its content, from the cells that there are."""
     found: dict[str, Any] = {
         "cifar10": summaries.supernets("headline"),
@@ -58,17 +72,70 @@ def made() -> dict[Path, bytes]:
     }
     notes = HERE / "notes.md"
     text = page(found, notes.read_text(encoding="utf-8") if notes.exists() else "")
-    files = {
-        HERE / f"{name}.json": (json.dumps(value, indent=1) + "\n").encode()
-        for name, value in found.items()
-        if value
-    }
-    files[DOCS / "results.md"] = text.encode()
+    files = {DOCS / "results.md": text.encode()}
     for name, pictures in PICTURES.items():
         if main := found[name]:
             for unit in ("madds", "ms") if "ms" in main else ("madds",):
                 files[DOCS / "img" / f"{pictures}_{unit}.svg"] = picture(main, unit)
     return files
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def page(found: Summary, notes: str) -> str:
+    """The template with the summaries filled in; parts without numbers are left out."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "g": "{:g}".format,
+        "target": "target {:g}".format,
+        "rate": "lr {}".format,
+        "percent": percent,
+        "points": points,
+        "signed": signed,
+    }
+    environment.globals |= {
+        "GOALS": GOALS,
+        "WAYS": WAYS,
+        "WIDTHS": [f"width {k}" for k in range(4)],
+        "PICTURES": PICTURES,
+        "TRAINED_FOR": plan.TARGETS,
+        "behind": behind,
+    }
+    template = environment.get_template("page.md.j2")
+    return template.render(found, summaries=found, notes=notes.strip())
+
+
+def percent(value: Mapping[str, float]) -> str:
+    """Mean and standard deviation of shares, in percent."""
+    spread = f" ± {100 * value['sd']:.2f}" if value["n"] > 1 else ""
+    return f"{100 * value['mean']:.2f}{spread}"
+
+
+def points(value: Mapping[str, float]) -> str:
+    """Mean and standard deviation of a difference, in percentage points."""
+    spread = f" ± {100 * value['sd']:.2f}" if value["n"] > 1 else ""
+    return f"{signed(100 * value['mean'])}{spread}"
+
+
+def signed(value: float) -> str:
+    """A difference with its sign."""
+    return f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+
+
+def behind(found: Summary, way: str | None) -> list[float]:
+    """The budgets at which the main way is behind another, or (None) below the uniform routes."""
+    ours = [row["over_uniform"]["mean"] for row in found["ways"][found["main"]]]
+    if way is None:
+        return [share for share, a in zip(found["shares"], ours, strict=True) if a < 0]
+    theirs = [row["over_uniform"]["mean"] for row in found["ways"].get(way, ())]
+    pairs = zip(found["shares"], ours, theirs, strict=False)
+    return [share for share, a, b in pairs if b > a + 5e-4]
 
 
 def picture(main: Mapping[str, Any], unit: str) -> bytes:
@@ -101,8 +168,8 @@ def picture(main: Mapping[str, Any], unit: str) -> bytes:
             ]
             top1 = [row["top1"] for row in rows]
             line(WAYS[way], x, top1, color=colour, marker=marker, lw=1)
-        told = "million multiply-adds" if unit == "madds" else "milliseconds"
-        axes.set_xlabel(f"{told} per image")
+        unit_name = "million multiply-adds" if unit == "madds" else "milliseconds"
+        axes.set_xlabel(f"{unit_name} per image")
         axes.set_ylabel("top-1, %")
         axes.grid(alpha=0.3)
         axes.legend(loc="lower right")

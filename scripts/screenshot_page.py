@@ -3,7 +3,8 @@
     .venv/bin/dynaslim demo
     .venv/bin/python scripts/screenshot_page.py
 
-Needs chromium; `--scheme dark` and `--out` make other pictures.
+Needs chromium, and a machine without other work, else the page shows no times; `--scheme dark` and
+`--out` make other pictures.
 """
 
 import argparse
@@ -18,11 +19,11 @@ ROOT = Path(__file__).parents[1]
 SIZE = {"width": 1200, "height": 840}
 
 
-def photograph(page: Page, sample: str, budget: str, out: Path) -> None:
+def photograph(page: Page, sample: str, step: int, out: Path) -> None:
     page.get_by_role("button", name=f"Sample: {sample}").click()
     expect(page.locator("#classes .class-name").first).to_be_visible()
     with page.expect_response("**/v1/predict?*budget=*"):
-        page.get_by_role("slider").fill(budget)
+        page.get_by_role("slider").fill(str(step))
     expect(page.locator("#results")).to_have_attribute("aria-busy", "false")
     page.mouse.move(0, 0)
     page.wait_for_timeout(1000)  # what moves has come to rest
@@ -36,7 +37,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs/page.png")
     parser.add_argument("--sample", default="Shirt")
-    parser.add_argument("--budget", default="0.4")
+    parser.add_argument("--step", type=int, default=6, help="of the budget's slider")
     parser.add_argument("--scheme", choices=["light", "dark"], default="light")
     args = parser.parse_args()
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
@@ -52,7 +53,7 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport=SIZE, color_scheme=args.scheme)
             page.goto(url)
-            photograph(page, args.sample, args.budget, args.out)
+            photograph(page, args.sample, args.step, args.out)
             browser.close()
     finally:
         server.terminate()

@@ -350,7 +350,7 @@ def own_data():
     expect("1 skipped" in out + err and "broken0.png" in out + err, f"train: {out} {err}")
     expect("started anew" in out + err, f"train: {out} {err}")
     told, _ = run("evaluate", WORK / "run", "--data", folder)
-    expect("which training held back" in told, told)
+    expect("which training held out" in told, told)
     told, _ = run("evaluate", WORK / "run", "--data", folder, "--split", "whole")
     expect("was trained on" in told, told)
 

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dynaslim import Engine
+from dynaslim import Engine, cli
 from dynaslim.data.images import ImageDataset
 from dynaslim.nn import SlimNet
 from dynaslim.nn.functional import slim_linear
@@ -180,6 +180,30 @@ def bright_pngs(count: int) -> list[bytes]:
     return images
 
 
+def run_ok(capsys, *argv: object) -> str:
+    """The standard output of a command line that succeeds."""
+    code = cli.run([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    assert code == 0, err
+    return out
+
+
+def fails(capsys, argv: Sequence[object], code: int, message: str, notes=False) -> None:
+    """A command line prints one line with the message on stderr, and nothing else.
+
+    With `notes` the message is a pattern, and other lines may precede it.
+    """
+    assert cli.run([str(a) for a in argv]) == code
+    out, err = capsys.readouterr()
+    if notes:
+        assert re.search(message, err), err
+        assert "Traceback" not in err
+    else:
+        assert message in err
+        assert len(err.strip().splitlines()) == 1, err
+        assert out == ""
+
+
 def start_dynaslim(argv: list[str], threads: str = "1", **options: object) -> subprocess.Popen[str]:
     """The command line in a process of its own, to be watched, signalled and killed."""
     return subprocess.Popen(
@@ -211,17 +235,17 @@ def free_port() -> int:
     return port
 
 
-def write_parquet(folder: Path, images: list[bytes], classes: int, split: str = "test") -> Path:
-    """A parquet file of images with rising labels, as the hub has them."""
+def write_parquet(
+    folder: Path, images: list[bytes], classes: int | Sequence[str], split: str = "test"
+) -> Path:
+    """A parquet file of images with rising labels, as the hub has them; classes or their names."""
+    names = [f"class {n}" for n in range(classes)] if isinstance(classes, int) else list(classes)
     features = datasets.Features(
-        {
-            "image": datasets.Image(decode=True),
-            "label": datasets.ClassLabel(names=[f"class {n}" for n in range(classes)]),
-        }
+        {"image": datasets.Image(decode=True), "label": datasets.ClassLabel(names=names)}
     )
     rows = {
         "image": [{"bytes": image, "path": None} for image in images],
-        "label": [n % classes for n in range(len(images))],
+        "label": [n % len(names) for n in range(len(images))],
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.parquet"

@@ -3,9 +3,8 @@
 import io
 from html.parser import HTMLParser
 
-import datasets
 import torch
-from helpers import lively, micro_spec, noise
+from helpers import lively, micro_spec, noise, write_parquet
 from PIL import Image
 
 from dynaslim.data import open_source
@@ -29,17 +28,12 @@ def write_images(folder, split, count, names, channels=3, size=16):
     """A parquet file of noise of many kinds, which gates tell apart; labels come in turn."""
     levels = noise(micro_spec(in_channels=channels), count, image_size=size) * 32 + 128
     pixels = levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).squeeze(3).numpy()
-    image = []
+    pictures = []
     for one in pixels:
         buffer = io.BytesIO()
         Image.fromarray(one).save(buffer, "PNG")
-        image.append({"bytes": buffer.getvalue(), "path": None})
-    features = datasets.Features(
-        {"image": datasets.Image(decode=True), "label": datasets.ClassLabel(names=list(names))}
-    )
-    rows = {"image": image, "label": [n % len(names) for n in range(count)]}
-    folder.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+        pictures.append(buffer.getvalue())
+    write_parquet(folder, pictures, names, split)
 
 
 def recipes(data, *, target=None, gated=True, supernet=""):
@@ -53,7 +47,7 @@ def recipes(data, *, target=None, gated=True, supernet=""):
 
 
 def held_images(data):
-    """The images of a parquet folder that training with `SHARE` holds back."""
+    """The images of a parquet folder that training with `SHARE` holds out."""
     source = open_source(data, "train")
     return ImageDataset.of(source, PRE, rows=holdout(source.labels(), SHARE)[1])
 

@@ -13,7 +13,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import bright_pngs, lively, micro_spec, png, start_dynaslim, write_parquet
+from helpers import (
+    bright_pngs,
+    fails,
+    lively,
+    micro_spec,
+    png,
+    start_dynaslim,
+    write_parquet,
+)
 
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save
@@ -31,14 +39,6 @@ def micro(tmp_path):
     path = save(tmp_path / "micro.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
     write_parquet(tmp_path / "data", [png(n) for n in range(20)], 5)
     return path, tmp_path / "data"
-
-
-def _fails(capsys, argv, code, message):
-    assert cli.run([str(a) for a in argv]) == code
-    out, err = capsys.readouterr()
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert out == ""
 
 
 def _unfolded(text):
@@ -297,24 +297,22 @@ def test_evaluate(micro, capsys):
 def test_bad_usage(capsys, micro):
     path, folder = micro
     capsys.readouterr()  # what writing them told
-    _fails(capsys, ["evalute"], 2, "'evalute' is not a verb; did you mean evaluate?")
-    _fails(capsys, ["info", "ds_mbnt"], 2, "did you mean ds_mbnet?")
-    _fails(capsys, ["info", "ds_mbnet", "--image-size", "16"], 2, "16x16 px")
-    _fails(capsys, ["info", "runs/none.safetensors"], 1, "runs/none.safetensors: no such file")
-    _fails(capsys, ["evaluate", path, "--data", folder, "--batch-size", "0"], 2, "--batch-size 0")
-    _fails(
+    fails(capsys, ["evalute"], 2, "'evalute' is not a verb; did you mean evaluate?")
+    fails(capsys, ["info", "ds_mbnt"], 2, "did you mean ds_mbnet?")
+    fails(capsys, ["info", "ds_mbnet", "--image-size", "16"], 2, "16x16 px")
+    fails(capsys, ["info", "runs/none.safetensors"], 1, "runs/none.safetensors: no such file")
+    fails(capsys, ["evaluate", path, "--data", folder, "--batch-size", "0"], 2, "--batch-size 0")
+    fails(
         capsys,
         ["evaluate", path, "--data", folder, "--route", "4-5-6"],
         2,
         "route (4, 5, 6): stage 1 allows 4, 8, 12, not 5",
     )
-    _fails(capsys, ["evaluate", path, "--data", folder, "--route", "x"], 2, "route 'x': expected")
-    _fails(capsys, ["import-official", path, folder], 2, "is a folder; name a file to write")
+    fails(capsys, ["evaluate", path, "--data", folder, "--route", "x"], 2, "route 'x': expected")
+    fails(capsys, ["import-official", path, folder], 2, "is a folder; name a file to write")
     assert cli.run([]) == 2
     capsys.readouterr()
-    _fails(
-        capsys, ["evaluate", path], 2, "evaluate: give --data DATA; see dynaslim evaluate --help"
-    )
+    fails(capsys, ["evaluate", path], 2, "evaluate: give --data DATA; see dynaslim evaluate --help")
 
 
 def test_mistakes_are_told_before_torch_is_imported(micro, tmp_path):
@@ -378,7 +376,7 @@ def test_a_runs_folder_stands_for_its_network(micro, tmp_path, capsys):
     path, data = micro
     run = tmp_path / "run"
     run.mkdir()
-    _fails(capsys, ["evaluate", run, "--data", data], 1, "is a folder without a checkpoint")
+    fails(capsys, ["evaluate", run, "--data", data], 1, "is a folder without a checkpoint")
     for name in ("checkpoint", "best", "last", "gate_0.80", "gate_0.60", "gate_0.40"):
         shutil.copy(path, run / f"{name}.safetensors")
         names = sorted(file.name for file in run.glob("gate*")) or [f"{name}.safetensors"]
@@ -392,23 +390,23 @@ def test_a_runs_folder_stands_for_its_network(micro, tmp_path, capsys):
 def test_files_that_fail(capsys, micro, tmp_path):
     path, folder = micro
     missing = tmp_path / "no.safetensors"
-    _fails(capsys, ["evaluate", missing, "--data", folder], 1, f"{missing}: no such file")
-    _fails(capsys, ["evaluate", path, "--data", "no/where"], 1, "no/where: no such file")
+    fails(capsys, ["evaluate", missing, "--data", folder], 1, f"{missing}: no such file")
+    fails(capsys, ["evaluate", path, "--data", "no/where"], 1, "no/where: no such file")
     (tmp_path / "empty").mkdir()
-    _fails(capsys, ["evaluate", path, "--data", tmp_path / "empty"], 1, "holds no images")
+    fails(capsys, ["evaluate", path, "--data", tmp_path / "empty"], 1, "holds no images")
     write_parquet(tmp_path / "seven", [png()] * 7, 7)
-    _fails(
+    fails(
         capsys,
         ["evaluate", path, "--data", tmp_path / "seven"],
         1,
         "seven: has 7 classes, the network has 5",
     )
     bare = save(tmp_path / "bare.safetensors", Checkpoint(lively(micro_spec())))
-    _fails(capsys, ["evaluate", bare, "--data", folder], 1, "bare.safetensors: does not say how")
+    fails(capsys, ["evaluate", bare, "--data", folder], 1, "bare.safetensors: does not say how")
     evil = tmp_path / "evil.pth"
     evil.write_bytes(b"x")
     out = tmp_path / "out.safetensors"
-    _fails(capsys, ["import-official", evil, out], 1, "evil.pth: not a readable torch checkpoint")
+    fails(capsys, ["import-official", evil, out], 1, "evil.pth: not a readable torch checkpoint")
     assert not out.exists()
 
 
@@ -416,7 +414,7 @@ def test_broken_image_is_named(capsys, micro, tmp_path):
     path, _ = micro
     write_parquet(tmp_path / "broken", [png(), b"x", png(), png(), png()], 5)
     argv = ["evaluate", str(path), "--data", str(tmp_path / "broken")]
-    _fails(capsys, [*argv, "--corrupt-limit", "0"], 1, "[test] row 1: not an image that can be")
+    fails(capsys, [*argv, "--corrupt-limit", "0"], 1, "[test] row 1: not an image that can be")
     assert cli.run(argv) == 0, "one does not end it"
     out = capsys.readouterr().out
     assert ": 4 images, 1 skipped\nskipped: " in out
@@ -425,8 +423,8 @@ def test_broken_image_is_named(capsys, micro, tmp_path):
 
 def test_unwritable_folder_is_found_out_before_training(capsys, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    _fails(capsys, ["demo", "--out", tmp_path / "file" / "x"], 1, "Not a directory")
-    _fails(capsys, ["demo", "--out", tmp_path / "d", "--epochs", "0"], 2, "epochs 0")
+    fails(capsys, ["demo", "--out", tmp_path / "file" / "x"], 1, "Not a directory")
+    fails(capsys, ["demo", "--out", tmp_path / "d", "--epochs", "0"], 2, "epochs 0")
     assert not (tmp_path / "d").exists()
 
 
@@ -436,7 +434,7 @@ def test_ctrl_c_is_clean(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setitem(cli.VERBS, "models", cli.Verb(interrupted, "look", "dynaslim models"))
-    _fails(capsys, ["models"], 130, "interrupted")
+    fails(capsys, ["models"], 130, "interrupted")
 
 
 @pytest.mark.parametrize("argv", [["info", "ds_mbnet", "--json"], ["models"], ["--help"]])
@@ -464,7 +462,7 @@ def test_evaluate_views_table_and_unreadable_images(micro, tmp_path, capsys):
     write_parquet(data, [*(png(n) for n in range(19)), b"no image"], 5)
     table = tmp_path / "out" / "table.parquet"
     argv = ["evaluate", str(path), "--data", str(data), "--table", str(table), "--json"]
-    _fails(capsys, [*argv, "--corrupt-limit", "0"], 1, "not an image that can be decoded")
+    fails(capsys, [*argv, "--corrupt-limit", "0"], 1, "not an image that can be decoded")
     assert not table.exists()
     assert cli.run([*argv, "--corrupt-limit", "0.1", "--views", "2"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -475,8 +473,8 @@ def test_evaluate_views_table_and_unreadable_images(micro, tmp_path, capsys):
     assert len(rows) == 19
     assert sum(row["right"] for row in rows) / 19 == pytest.approx(result["dynamic"]["top1"])
     assert sum(entry["images"] for entry in result["per_class"]) == 19
-    _fails(capsys, [*argv, "--views", "11"], 2, "views 11")
-    _fails(capsys, [*argv, "--table", str(tmp_path)], 2, "is a folder")
+    fails(capsys, [*argv, "--views", "11"], 2, "views 11")
+    fails(capsys, [*argv, "--table", str(tmp_path)], 2, "is a folder")
 
 
 def test_calibrate_makes_damaged_statistics_good(micro, tmp_path, capsys):
@@ -504,18 +502,18 @@ def test_calibrate_makes_damaged_statistics_good(micro, tmp_path, capsys):
             assert not torch.equal(buffer, torch.ones_like(buffer)), name
     weights = dict(loaded.net.named_parameters())
     assert all(torch.equal(v, weights[k]) for k, v in good.net.named_parameters())
-    _fails(capsys, [*argv, "--batches", "0"], 2, "--batches must be at least 1")
+    fails(capsys, [*argv, "--batches", "0"], 2, "--batches must be at least 1")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["train"], "train: say what, as in dynaslim train supernet or dynaslim train gate"),
+        (["train"], "train: name a stage, as in dynaslim train supernet or dynaslim train gate"),
         (["train", "supernets"], "did you mean train supernet?"),
     ],
 )
 def test_verbs_of_two_words(capsys, argv, message):
-    _fails(capsys, argv, 2, message)
+    fails(capsys, argv, 2, message)
 
 
 # -- parsers --------------------------------------------------------------------------------------
@@ -601,7 +599,7 @@ def test_a_wrong_command_line_gets_one_line(capsys, tmp_path, monkeypatch, argv,
     (tmp_path / "VALUE").write_text("optim: {lr: fast}")
     (tmp_path / "BYTES").write_bytes(b"\xa8\x8b\x00\x00{}")
     (tmp_path / "LOOP").write_text("a: &a [*a]")
-    _fails(capsys, argv, 2, message)
+    fails(capsys, argv, 2, message)
 
 
 # -- careless users, verb by verb -----------------------------------------------------------------
@@ -625,7 +623,7 @@ def _required(verb, folder, model):
 @pytest.mark.parametrize("verb", sorted(cli.VERBS))
 def test_every_verb_refuses_an_unknown_flag(verb, micro, tmp_path, capsys):
     path, _ = micro
-    _fails(capsys, [*_required(verb, tmp_path, path), "--no-such-flag"], 2, "there is no --no-such")
+    fails(capsys, [*_required(verb, tmp_path, path), "--no-such-flag"], 2, "there is no --no-such")
 
 
 def _takes_model(verb):
@@ -685,14 +683,14 @@ def test_careless_values(capsys, micro, tmp_path, monkeypatch, argv, code, messa
     (tmp_path / "empty" / "test.parquet").touch()
     write_parquet(tmp_path / "zero", [], 5)
     capsys.readouterr()  # what writing them told
-    _fails(capsys, argv, code, message)
+    fails(capsys, argv, code, message)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is unreadable to the superuser")
 def test_an_unreadable_file(micro, capsys):
     path, _ = micro
     path.chmod(0)
-    _fails(capsys, ["info", path], 1, "Permission denied")
+    fails(capsys, ["info", path], 1, "Permission denied")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import onnxruntime
 import pytest
-from helpers import lively, micro_spec, png, write_parquet
+from helpers import fails, lively, micro_spec, png, run_ok, write_parquet
 from PIL import Image
 
 from dynaslim import Engine, cli
@@ -43,25 +43,10 @@ def micro(tmp_path_factory):
     return path, folder / "data"
 
 
-def _run(capsys, *argv):
-    code = cli.run([str(a) for a in argv])
-    out, err = capsys.readouterr()
-    assert code == 0, err
-    return out
-
-
-def _fails(capsys, code, message, *argv):
-    assert cli.run([str(a) for a in argv]) == code
-    out, err = capsys.readouterr()
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert out == ""
-
-
 def test_profile_writes_a_table_that_training_and_merging_read(micro, tmp_path, capsys):
     path, _ = micro
     argv = ["profile", path, tmp_path / "t.json", "--backend", "onnxruntime", "--batch-size", "6"]
-    out = _run(capsys, *argv, "--rounds", "3", "--json")
+    out = run_ok(capsys, *argv, "--rounds", "3", "--json")
     told = json.loads(out)
     spec = read(path).net.spec
     table = read_cost_table(tmp_path / "t.json", spec, image_size=16)
@@ -71,7 +56,7 @@ def test_profile_writes_a_table_that_training_and_merging_read(micro, tmp_path, 
     assert table.segments[0][0][0] == pytest.approx(told["ms"]["segment0_0_0"][-1] / 6)
     assert told["note"]["backend"] == "onnxruntime"
     assert told["note"]["processor"]
-    assert "segment2_2_1" in _run(capsys, *argv, "--rounds", "1")
+    assert "segment2_2_1" in run_ok(capsys, *argv, "--rounds", "1")
     engine = Engine.from_checkpoint(
         path, backend="eager", latency=tmp_path / "t.json", merge=True, cache_dir=None
     )
@@ -79,7 +64,7 @@ def test_profile_writes_a_table_that_training_and_merging_read(micro, tmp_path, 
 
 
 def test_bench_of_a_mix(capsys):
-    out = _run(
+    out = run_ok(
         capsys, "bench", "ds_mbnet_tiny", "--backend", "onnxruntime,eager", "--batch-size", "10",
         "--mix", "0.55,0.2,0.1,0.15", "--rounds", "3", "--json",
     )  # fmt: skip
@@ -102,7 +87,7 @@ def test_bench_of_a_mix(capsys):
 def test_bench_of_what_the_gates_choose(micro, capsys):
     path, data = micro
     told = json.loads(
-        _run(
+        run_ok(
             capsys, "bench", path, "--backend", "onnxruntime", "--batch-size", "16",
             "--mix", "real", "--data", data, "--rounds", "2", "--json",
         )
@@ -114,14 +99,14 @@ def test_bench_of_what_the_gates_choose(micro, capsys):
 
 
 def test_bench_of_one_image_and_for_a_person(capsys):
-    out = _run(
+    out = run_ok(
         capsys, "bench", "ds_mbnet_tiny", "--backend", "onnxruntime", "--batch-size", "1",
         "--rounds", "2",
     )  # fmt: skip
     assert "ratio" in out
     assert "in pieces of" in out
     told = json.loads(
-        _run(
+        run_ok(
             capsys, "bench", "ds_mbnet_tiny", "--backend", "onnxruntime", "--batch-size", "1",
             "--rounds", "2", "--json",
         )
@@ -173,20 +158,20 @@ def test_the_ideal_is_the_sum_of_static_times(monkeypatch, micro):
 
 
 def test_export_of_a_package(micro, tmp_path, capsys):
-    told = json.loads(_run(capsys, "export", micro[0], tmp_path / "p", "--json"))
+    told = json.loads(run_ok(capsys, "export", micro[0], tmp_path / "p", "--json"))
     assert told["forms"] == 9
     assert told["parity"] < 1e-4
     assert open_package(tmp_path / "p").preprocessing == Preprocessing(16)
-    assert "9 segment forms" in _run(capsys, "export", micro[0], tmp_path / "p")
+    assert "9 segment forms" in run_ok(capsys, "export", micro[0], tmp_path / "p")
 
 
 def test_a_package_is_profiled_and_not_benched(micro, tmp_path, capsys):
     package = tmp_path / "p"
-    _run(capsys, "export", micro[0], package)
+    run_ok(capsys, "export", micro[0], package)
     argv = ["--backend", "onnxruntime", "--batch-size", "2", "--rounds", "2"]
-    _run(capsys, "profile", package, tmp_path / "t.json", *argv)
+    run_ok(capsys, "profile", package, tmp_path / "t.json", *argv)
     message = f"{package}: a package has no programs of whole routes to compare with; bench the"
-    _fails(capsys, 2, message, "bench", package, *argv)
+    fails(capsys, ["bench", package, *argv], 2, message)
     capsys.readouterr()
     assert cli.run(["help", "bench"]) == 0
     assert "package" not in capsys.readouterr().out
@@ -194,7 +179,7 @@ def test_a_package_is_profiled_and_not_benched(micro, tmp_path, capsys):
 
 def test_export_in_int8(micro, tmp_path, capsys):
     path, data = micro
-    out = _run(
+    out = run_ok(
         capsys, "export", path, tmp_path / "p8", "--precision", "int8", "--calibration", data,
         "--calibration-images", "40", "--json",
     )  # fmt: skip
@@ -218,11 +203,11 @@ def test_int8_is_not_calibrated_on_what_cannot_be_read(micro, tmp_path):
 
 
 def test_export_of_single_graphs(micro, tmp_path, capsys):
-    assert "one image at a time" in _run(
+    assert "one image at a time" in run_ok(
         capsys, "export", micro[0], tmp_path / "net.onnx", "--single-file"
     )
     route = str(read(micro[0]).net.spec.smallest)
-    assert route in _run(
+    assert route in run_ok(
         capsys, "export", micro[0], tmp_path / "route.onnx", "--static-route", route
     )
     x = np.zeros((1, 3, 16, 16), np.float32)
@@ -260,5 +245,5 @@ def test_export_of_single_graphs(micro, tmp_path, capsys):
 def test_mistakes_are_one_line(micro, tmp_path, capsys, argv, code, message):
     (tmp_path / "folder").mkdir()
     places = {"MICRO": micro[0], "OUT": tmp_path / "out", "FOLDER": tmp_path / "folder"}
-    _fails(capsys, code, message, *[places.get(a, a) for a in argv])
+    fails(capsys, [places.get(a, a) for a in argv], code, message)
     assert not (tmp_path / "out").exists()

@@ -108,7 +108,7 @@ def test_a_library_that_fails_strangely_is_named_and_the_rest_goes_on(fakes, mon
     assert "no licence" in problems[2]
     assert "no answer within 6 s" in problems[3]
     _assert_ends(child)
-    assert "all that is installed works" not in out
+    assert "everything installed works" not in out
 
 
 def test_a_backend_whose_library_does_not_load_is_broken(fakes, monkeypatch):

@@ -12,8 +12,9 @@ from dynaslim import Engine, cli
 from dynaslim.checkpoint import read
 from dynaslim.cli.output import evaluation_table, saving
 from dynaslim.data import load_images, open_source
+from dynaslim.data.layout import MINI
 from dynaslim.data.transforms import normalise
-from dynaslim.demo import DATA, README_TOP1, run_demo
+from dynaslim.demo import README_TOP1, run_demo
 from dynaslim.runs.context import busy
 
 
@@ -62,7 +63,7 @@ def test_saved_checkpoint_gives_the_same_numbers(done, capsys):
     """What `evaluate` reads back from disk is what the demo printed."""
     demo, out = done
     checkpoint = str(out / "checkpoint.safetensors")
-    assert cli.run(["evaluate", checkpoint, "--data", str(DATA), "--json"]) == 0
+    assert cli.run(["evaluate", checkpoint, "--data", str(MINI), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     expected = json.loads(json.dumps(demo.evaluation.to_dict()))
     assert again["routes"] == expected["routes"]
@@ -75,7 +76,7 @@ def test_the_budget_gives_what_the_demo_says(done):
     """The checkpoint brings its curve, and the engine does with it what was printed."""
     demo, out = done
     checkpoint = read(out / "checkpoint.safetensors")
-    test = load_images(open_source(DATA, "test"), checkpoint.preprocessing)
+    test = load_images(open_source(MINI, "test"), checkpoint.preprocessing)
     engine = Engine(checkpoint, backend="eager", cache_dir=None)
     x = normalise(test.images_NCSS, checkpoint.preprocessing)
     given = engine(x, budget=0.5)

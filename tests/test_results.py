@@ -32,7 +32,6 @@ from results import (  # noqa: E402
     heads,
     judging,
     measure_ms,
-    page,
     plan,
     policies,
     quick,
@@ -42,7 +41,7 @@ from results import (  # noqa: E402
     training,
 )
 from results.answers import Table, answer, images_of  # noqa: E402
-from results.statics import static_spec  # noqa: E402
+from results.plan import static_spec  # noqa: E402
 
 # six images, three routes of cost 1, 2 and 4; the trunk costs 0.5
 RIGHT = np.array(
@@ -112,19 +111,6 @@ def test_a_cascade_pays_for_both_networks():
 def test_how_sure_an_answer_is():
     logits = np.log(np.array([[0.6, 0.3, 0.1], [0.4, 0.4, 0.2]]))
     assert policies.sureness(logits) == pytest.approx([0.3, 0.0])
-    assert policies.sureness(logits, "confidence") == pytest.approx([0.6, 0.4])
-    entropy = -(0.6 * np.log(0.6) + 0.3 * np.log(0.3) + 0.1 * np.log(0.1))
-    assert policies.sureness(logits, "entropy")[0] == pytest.approx(-entropy)
-    hot = policies.sureness(logits, temperature=100.0)
-    assert hot[0] < 0.01
-
-
-def test_the_temperature_is_the_one_that_the_answers_were_made_with():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(size=(20000, 4)) * 2
-    chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
-    labels = (rng.random(len(logits))[:, None] > chances.cumsum(1)).sum(1).clip(max=3)
-    assert policies.fit_temperature(logits * 3, labels) == pytest.approx(3, rel=0.05)
 
 
 def test_thresholds_part_the_images_at_a_share():
@@ -318,7 +304,7 @@ def test_every_experiment_has_jobs_with_cells_of_their_own(experiment):
     assert {job.cell.seed for job in jobs} == ({0} if first_alone else {0, 1, 2})
     for job in jobs:
         assert job.recipe.seed == job.cell.seed
-        json.dumps(job.asked())
+        json.dumps(job.settings())
         assert job.needs is None or job.needs.seed == job.cell.seed
 
 
@@ -350,7 +336,7 @@ def test_committed_cells_are_what_the_plan_asks_for():
     jobs = [job for name in plan.EXPERIMENTS for job in plan.jobs_of(name, None, range(3))]
     for job in jobs:
         found = job.cell.read()
-        assert found is None or found["asked_sha256"] == cells.digest(job.asked()), job.cell
+        assert found is None or found["asked_sha256"] == cells.digest(job.settings()), job.cell
 
 
 def test_learning_rates_are_those_that_the_held_out_images_chose():
@@ -421,7 +407,7 @@ def test_headline_from_training_to_cell(toy, one_thread, capsys):
     jobs = plan.jobs_of("headline", None, [0])
     for job in (*jobs, *plan.jobs_of("distillation", None, [0])):
         training.run(job)
-        assert job.cell.is_done(job.asked())
+        assert job.cell.is_done(job.settings())
     cell = jobs[0].cell.read()
     assert len(cell["held_out"]["top1"]) == len(cell["madds"]) == 4
     assert not re.search(r"/data/|tmp", json.dumps(cell["asked"]["recipe"]["data"]))
@@ -439,18 +425,6 @@ def test_headline_from_training_to_cell(toy, one_thread, capsys):
     assert "cascade" in found["test"]["ways"]
     assert len(found["test"]["static_top1"]) == len(found["test"]["distillation_top1"]) == 4
     assert [g["target"] for g in found["test"]["gates"]] == list(plan.TARGETS)
-
-
-def test_a_static_training_goes_on_where_it_stopped(toy, one_thread):
-    (job,) = plan.jobs_of("headline", None, [0], ["static0"])
-    training.run(job)
-    straight = training.checkpoint_of(job).read_bytes()
-    # as if it had been killed after the last epoch
-    training.checkpoint_of(job).unlink()
-    job.cell.path.unlink()
-    training.run(job)
-    assert training.checkpoint_of(job).read_bytes() == straight
-    assert job.cell.read()["held_out"]["images_per_s"] is None
 
 
 def test_gates_of_every_objective_and_feature(toy, one_thread, monkeypatch):
@@ -506,7 +480,7 @@ def written(tmp_path, monkeypatch):
         found = _compared(seed)
         for name in ("headline", "imagenette"):
             cells.Cell("compare", name, seed).write({"seed": seed}, {"test": found})
-        top1 = {target: [0.7 + k / 50 for k in range(4)] for target in page.TARGETS}
+        top1 = {target: [0.7 + k / 50 for k in range(4)] for target in plan.TEACHING}
         cells.Cell("compare", "quick", seed).write({"seed": seed}, {"test": {"top1": top1}})
     times = {f"route{k}": {"median": 0.1 * (k + 1)} for k in range(4)}
     for way in ("both", "gate", "escalation"):
@@ -551,7 +525,7 @@ def test_the_page_has_what_the_summaries_say(written, capsys):
     assert table.main([]) == 0
     assert table.main(["--check"]) == 0
     text = (written / "docs" / "results.md").read_text()
-    found = json.loads((written / "results" / "cifar10.json").read_text())
+    found = summaries.supernets("headline")
     for value in found["routes"]:
         assert f"{100 * value['mean']:.2f} ± {100 * value['sd']:.2f}" in text
     assert "A note of a person." in text
@@ -579,9 +553,9 @@ def test_a_repeated_number_is_held_against_the_spread(written, monkeypatch, caps
     assert summaries.within(0.71, {"mean": 0.70, "sd": 0.004})
     assert not summaries.within(0.713, {"mean": 0.70, "sd": 0.004})
     assert summaries.within(0.709, {"mean": 0.70, "sd": 0.0})
-    monkeypatch.setattr(quick, "repeat", lambda seed, folder: dict.fromkeys(page.TARGETS, 0.735))
+    monkeypatch.setattr(quick, "repeat", lambda seed, folder: dict.fromkeys(plan.TEACHING, 0.735))
     assert quick.main([]) == 0
-    assert capsys.readouterr().out.count("within the spread") == len(page.TARGETS)
+    assert capsys.readouterr().out.count("within the spread") == len(plan.TEACHING)
     monkeypatch.setattr(quick, "repeat", lambda seed, folder: {"labels": 0.76, "ensemble": 0.73})
     assert quick.main([]) == 1
     out = capsys.readouterr().out

@@ -1,1 +1,1 @@
-"""What is timed and how: ratios of interleaved runs within one process."""
+"""Timing: ratios of interleaved runs within one process."""

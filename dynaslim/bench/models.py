@@ -12,7 +12,7 @@ from torch import Tensor
 from dynaslim.checkpoint import Checkpoint, create_model
 from dynaslim.data import load_images, open_source
 from dynaslim.data.images import ImageDataset
-from dynaslim.data.transforms import normalise, readable_batches
+from dynaslim.data.transforms import normalise, sample_batches
 from dynaslim.errors import UsageError, check
 from dynaslim.model_names import find_model
 from dynaslim.nn.net import SlimNet
@@ -83,7 +83,7 @@ def some_images(
     """Noise, or the normalised images of a data set: (at least `rows`, C, side, side).
 
     Raises:
-        UsageError: if the network does not say how images are prepared, for another size, or for a
+        UsageError: if the network has no preprocessing, for another size, or for a
             set of too few images.
         DataError: if the images cannot be read.
     """
@@ -105,27 +105,25 @@ def some_images(
 def calibration_batches(
     checkpoint: Checkpoint, data: str, split: str, images: int
 ) -> Iterator[Tensor]:
-    """Normalised batches of some images of a data set, in random order.
+    """Normalised batches of a random choice of a data set's images.
 
     Raises:
-        UsageError: if the checkpoint does not say how images are prepared, or asked for none.
+        UsageError: if the checkpoint has no preprocessing, or for a number of images below 1.
         DataError: if the images cannot be read.
     """
     check(images >= 1, f"--calibration-images {images}: must be at least 1")
     pre = _prepared(checkpoint)
-    loaded, order = _read(data, split, pre, images)
-    for x_BCSS, _ in readable_batches(loaded.subset(order), pre, 64):
-        yield x_BCSS
+    return sample_batches(ImageDataset.of(open_source(data, split), pre), pre, 64, images)
 
 
 def compare_precisions(
     checkpoint: Checkpoint, forms: Any, data: str, split: str, images: int
 ) -> dict[str, Any]:
-    """How int8 forms do on images, beside the network in float32: plain JSON values."""
+    """Accuracy of int8 forms on images, beside the network in float32: plain JSON values."""
     from dynaslim.runtime.accuracy import accuracy_report
 
     pre = _prepared(checkpoint)
-    loaded, _ = _read(data, split, pre, images)
+    loaded = ImageDataset.of(open_source(data, split), pre)
     reference = Engine(checkpoint, backend="onnxruntime", cache_dir=None)
     quantised = Engine.from_source(forms, checkpoint, backend="onnxruntime", cache_dir=None)
     report: dict[str, Any] = accuracy_report(reference, quantised, loaded, pre, limit=images)
@@ -136,10 +134,3 @@ def _prepared(checkpoint: Checkpoint) -> Preprocessing:
     if checkpoint.preprocessing is None:
         raise UsageError("the checkpoint does not say how images are prepared (preprocessing)")
     return checkpoint.preprocessing
-
-
-def _read(data: str, split: str, pre: Preprocessing, images: int) -> tuple[ImageDataset, Tensor]:
-    source = open_source(data, split)
-    loaded = ImageDataset.of(source, pre)
-    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(0))[:images]
-    return loaded, order

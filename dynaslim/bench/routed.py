@@ -2,7 +2,7 @@
 
 The ideal time of a batch is Σ share x static time, where each static network runs the whole batch
 in pieces of the size that suits it best, side by side or with all cores on each, whichever is
-faster, on the same backend. Nothing that routes can beat it; the ratio says how near it comes.
+faster, on the same backend. Routing cannot be faster than that; the ratio measures the overhead.
 """
 
 from __future__ import annotations
@@ -29,13 +29,21 @@ MOST_ROUTES: Final = 32
 
 @dataclass(frozen=True)
 class Traffic:
-    """What arrives: the paths (one option per gate) that rows take, and which row takes which."""
+    """The paths (one option per gate) that the rows of a batch take, and which row takes which."""
 
     paths: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
     """Number of a path for every row of the batch."""
     shares: tuple[float, ...]
     """Of all images: what the times of one row each are weighted by."""
+
+
+def apportion(weights: np.ndarray, rows: int) -> np.ndarray:
+    """Whole numbers in these shares with the sum `rows`, by the largest remainders."""
+    exact = weights / weights.sum() * rows
+    counts: np.ndarray = np.floor(exact).astype(int)
+    counts[np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]] += 1
+    return counts
 
 
 def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traffic:
@@ -53,18 +61,14 @@ def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traf
         f"least 0, one for each option of a gate",
     )
     shares = np.array(mix) / sum(mix)
-    exact = shares * rows
-    whole = np.floor(exact).astype(int)
-    # the largest remainders get the rows that are left
-    for option in np.argsort(-(exact - whole), kind="stable")[: rows - whole.sum()]:
-        whole[option] += 1
+    whole = apportion(shares, rows)
     numbers = np.random.default_rng(seed).permutation(np.repeat(np.arange(options), whole))
     paths = tuple((option,) * len(spec.gates) for option in range(options))
     return Traffic(paths, tuple(numbers.tolist()), tuple(shares.tolist()))
 
 
 def observed(spec: AnySpec, routes_BG: np.ndarray, rows: int) -> Traffic:
-    """The traffic that gates chose: the first `rows` images as they came, shares of all.
+    """The traffic that gates chose: the first `rows` images in order, shares of all.
 
     Raises:
         UsageError: if they took too many routes to time each.

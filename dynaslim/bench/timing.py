@@ -46,7 +46,7 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def hardware() -> dict[str, Any]:
-    """What was measured on: GPU if there is one, processor, cores, system and versions."""
+    """The machine: GPU if there is one, processor, cores, system and versions."""
     versions = {}
     for library in ("torch", "onnxruntime", "openvino", "numpy"):
         try:

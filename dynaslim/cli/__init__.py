@@ -3,7 +3,7 @@
 Its signature makes its flags, its docstring the help; a verb that takes a recipe has a flag for
 each of the recipe's fields too, and `--config` for a file of them. Bodies import what they need, so
 that help needs no torch. Exit codes: 0 done, 1 failed, 2 bad usage, 130 and 143 stopped by a
-signal; a user's mistake gets one line and no traceback.
+signal; a user's mistake is one line without a traceback.
 """
 
 from __future__ import annotations
@@ -148,8 +148,8 @@ def run(argv: list[str]) -> int:
     except DynaslimError as error:
         return fail(str(error), error.exit_code)
     except BrokenPipeError:
-        # the reader of our output has gone, as with `| head`; nothing is left to be told, and
-        # what is still buffered must not fail once more at exit
+        # the reader has closed the pipe, as with `| head`: print nothing more, and discard
+        # what is buffered, which would fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -164,7 +164,7 @@ def run(argv: list[str]) -> int:
 def _show_warning(
     otherwise: Callable[..., None], message: Warning | str, kind: type[Warning], *where: Any
 ) -> None:
-    """One line for a warning of ours; those of libraries look as ever."""
+    """One line for a warning of dynaslim; those of libraries are shown as usual."""
     if not issubclass(kind, DynaslimWarning):
         return otherwise(message, kind, *where)
     sys.stderr.write(f"dynaslim: warning: {message}\n")
@@ -205,8 +205,8 @@ def _no_such_verb(name: str, rest: list[str]) -> int:
     longer = [verb for verb in VERBS if verb.startswith(f"{name} ")]
     if longer and (not rest or rest[0] in ("-h", "--help")):
         if not rest:
-            return fail(f"{name}: say what, as in dynaslim {' or dynaslim '.join(longer)}", 2)
-        say("\n\n".join(_told(verb) for verb in longer))
+            return fail(f"{name}: name a stage, as in dynaslim {' or dynaslim '.join(longer)}", 2)
+        say("\n\n".join(_verb_help(verb) for verb in longer))
         return 0
     if name.startswith("-"):
         return fail(f"{name}: flags follow the verb, as in dynaslim models --json", 2)
@@ -223,15 +223,15 @@ def _help() -> str:
     lines = ["usage: dynaslim VERB [options]", "", *textwrap.wrap(about, help_columns()), ""]
     for group in dict.fromkeys(verb.group for verb in VERBS.values()):
         lines.append(f"{group}:")
-        lines += [_told(name) for name, verb in VERBS.items() if verb.group == group]
+        lines += [_verb_help(name) for name, verb in VERBS.items() if verb.group == group]
         lines.append("")
     lines.append("dynaslim VERB --help shows a verb's options; dynaslim --version the version.")
     lines.append("Exit codes: 0 done, 1 failed, 2 bad usage; 130 and 143: interrupted, terminated.")
     return "\n".join(lines) + "\n"
 
 
-def _told(name: str) -> str:
-    """A verb for the help: what it does and, below, one example."""
+def _verb_help(name: str) -> str:
+    """A verb's entry in the list of verbs: its summary and an example."""
     verb, column = VERBS[name], " " * 20
     columns = help_columns() - len(column)
     summary = (inspect.getdoc(verb.run) or "").splitlines()[0]

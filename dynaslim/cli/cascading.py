@@ -35,7 +35,7 @@ def cascade(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Make one model of several networks: unsure images go on from small ones to large ones.
+    """Make one model of several networks: uncertain images go on from small ones to large ones.
 
     All images run on the first network. Thresholds of the margin, for any budget, are measured on
     held-out images; nothing is trained. OUT is a package, which predict, serve, evaluate and report
@@ -50,7 +50,7 @@ def cascade(
         split: Split of the data; "test" also takes one called validation.
         mean: Per channel, of values in 0..1, for ONNX files. Default: ImageNet's.
         std: Per channel, as mean.
-        force: Take images that a network was trained on too.
+        force: Accept images that a network was trained on.
         json: Print one JSON object.
     """
     check(images.device == "cpu", f"--device {images.device}: a cascade is measured on the CPU")
@@ -125,7 +125,7 @@ def cascade(
 
 
 def _trained_on(opened: ImageDataset, files: list[Path]) -> int:
-    """How many of the images a network was trained on, as far as its run says."""
+    """The number of images that a network was trained on, as far as its run records them."""
     from dynaslim.runs.folder import trained_on
 
     known = frozenset[str]().union(*map(trained_on, files))

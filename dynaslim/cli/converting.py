@@ -2,41 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from dynaslim._files import check_writable
 from dynaslim.cli.output import errors_as_data, print_json, say
 from dynaslim.errors import check
 from dynaslim.recipes import parse_names, parse_shares
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dynaslim.preprocessing import Preprocessing
-
-BATCHES: Final = 8
-ROWS: Final = 32
-"""Images that channels are sorted by: a few batches are enough."""
+IMAGES: Final = 256
+"""Images that channels are sorted by."""
 
 
-def convert(
-    model: str,
-    out: Path,
-    *,
-    weights: Path | None = None,
-    data: str | None = None,
-    split: str = "train",
-    image_size: int | None = None,
-    num_classes: int | None = None,
-    widths: str = "0.25,0.5,0.75,1",
-    gate_at: str = "",
-    protect: str = "",
-    other_sizes: str = "",
-    importance: str | None = None,
-    json: bool = False,
-) -> None:
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How a trained network is converted."""
+
+    weights: Path | None = None
+    """Weights of the model, .safetensors or .pth. Default: random ones."""
+    data: str | None = None
+    """A few of these images sort the channels: an image folder, parquet files or a name on the hub.
+    Default: the statistics of batch normalisation."""
+    split: str = "train"
+    """Split of the data."""
+    image_size: int | None = None
+    """Side of the image in pixels that the network is for. Default: the model's."""
+    num_classes: int | None = None
+    """Classes of the model, where its library takes them."""
+    widths: str = "0.25,0.5,0.75,1"
+    """Shares of the channels behind the gate, rising to 1."""
+    gate_at: str = ""
+    """Modules behind which gates are put, separated by commas. Default: one gate, where most
+    multiply-adds can be saved."""
+    protect: str = ""
+    """Modules whose channels stay whole, separated by commas."""
+    other_sizes: str = ""
+    """Further sides in pixels of images that the network is for, such as 128,160."""
+    importance: str | None = None
+    """What sorts the channels: activation (of the data), bn or weight. Default: activation with
+    data, else bn."""
+
+
+def convert(model: str, out: Path, *, options: ConvertOptions, json: bool = False) -> None:
     """Make a dynamic slimmable network of a trained convolutional one.
 
     The channels behind the gate are sorted by importance, so that narrow routes keep the best. At
@@ -47,27 +55,12 @@ def convert(
         model: timm:NAME, torchvision:NAME or module:FILE.py:FUNCTION, a function that returns a
             torch module. A file is run as it is.
         out: The checkpoint to write (.safetensors).
-        weights: Weights of the model, .safetensors or .pth. Default: random ones.
-        data: A few of these images sort the channels: an image folder, parquet files or a name on
-            the hub. Default: the statistics of batch normalisation.
-        split: Split of the data.
-        image_size: Side of the image in pixels that the network is for. Default: the model's.
-        num_classes: Classes of the model, where its library takes them.
-        widths: Shares of the channels behind the gate, rising to 1.
-        gate_at: Modules behind which gates are put, separated by commas. Default: one gate, where
-            most multiply-adds can be saved.
-        protect: Modules whose channels stay whole, separated by commas.
-        other_sizes: Further sides in pixels of images that the network is for, such as 128,160.
-        importance: What sorts the channels: activation (of the data), bn or weight. Default:
-            activation with data, else bn.
+        options: How the network is converted.
         json: Print one JSON object.
     """
     with errors_as_data(json):
         check_writable(out)
-        shown = _converted(
-            model, out, weights, data, split, image_size, num_classes, widths, gate_at, protect,
-            other_sizes, importance,
-        )  # fmt: skip
+        shown = _converted(model, out, options)
     if json:
         print_json(shown)
         return
@@ -89,35 +82,38 @@ def convert(
     say(f"at full width it answers as the model does, to {error:.0e} of the largest")
 
 
-def _converted(
-    model: str,
-    out: Path,
-    weights: Path | None,
-    data: str | None,
-    split: str,
-    image_size: int | None,
-    num_classes: int | None,
-    widths: str,
-    gate_at: str,
-    protect: str,
-    other_sizes: str,
-    importance: Any,
-) -> dict[str, Any]:
-    """Convert and write a model; returns what was made of it."""
-    shares = parse_shares(widths)
-    sides = [int(part) if part.isdigit() else 0 for part in parse_names(other_sizes)]
-    check(all(sides), f"--other-sizes {other_sizes}: expected sides in pixels such as 128,160")
+def _converted(model: str, out: Path, options: ConvertOptions) -> dict[str, Any]:
+    """Convert and write a model; returns a summary of the network."""
+    shares = parse_shares(options.widths)
+    sides = [int(part) if part.isdigit() else 0 for part in parse_names(options.other_sizes)]
+    check(
+        all(sides), f"--other-sizes {options.other_sizes}: expected sides in pixels such as 128,160"
+    )
 
     from dynaslim.checkpoint import Checkpoint, save
     from dynaslim.conversion.source import load_source
     from dynaslim.cost import madds, params
+    from dynaslim.data import open_source
+    from dynaslim.data.images import ImageDataset
+    from dynaslim.data.transforms import sample_batches
 
-    source = load_source(model, weights=weights, num_classes=num_classes, image_size=image_size)
+    source = load_source(
+        model,
+        weights=options.weights,
+        num_classes=options.num_classes,
+        image_size=options.image_size,
+    )
     pre = source.preprocessing
     side = pre.image_size_px
-    conversion = source.conversion(shares, parse_names(gate_at), parse_names(protect))
-    images = None if data is None else _images(data, split, pre)
-    net = conversion.net(images, [(other, other) for other in sides], importance)
+    gates, protected = parse_names(options.gate_at), parse_names(options.protect)
+    conversion = source.conversion(shares, gates, protected)
+    batches = None
+    if options.data is not None:
+        images = ImageDataset.of(open_source(options.data, options.split), pre)
+        check(len(images) > 0, f"{options.data}: no images")
+        batches = sample_batches(images, pre, 32, IMAGES)
+    importance: Any = options.importance  # checked there, so that --json has the error too
+    net = conversion.net(batches, [(other, other) for other in sides], importance)
     spec = net.spec
     save(out, Checkpoint(net=net, preprocessing=pre))
     return {
@@ -138,17 +134,3 @@ def _converted(
         "whole": conversion.whole(),
         "relative_error": conversion.error,
     }
-
-
-def _images(data: str, split: str, pre: Preprocessing) -> Iterator[Tensor]:
-    """Some batches of network inputs (B, C, H, W), drawn from all images."""
-    from dynaslim.data import open_source
-    from dynaslim.data.feed import ImageFeed
-    from dynaslim.data.images import ImageDataset
-    from dynaslim.data.transforms import normalise
-
-    opened = ImageDataset.of(open_source(data, split), pre)
-    check(len(opened) > 0, f"{data}: no images")
-    feed = ImageFeed(opened, min(ROWS, len(opened)), 0)
-    count = min(BATCHES, feed.steps_per_epoch)
-    return (normalise(pixels, pre) for pixels, _ in feed.batches(0, count))

@@ -1,4 +1,4 @@
-"""Verbs that convert networks from and to other formats, and measure how fast they are here."""
+"""Verbs that convert networks from and to other formats, and time them on this machine."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ def bench(
 
 
 def _check_named(model: str, *backends: str) -> None:
-    """Raise `DynaslimError` for a model or a backend that there is not; no torch."""
+    """Raise `DynaslimError` for an unknown model or backend; no torch."""
     from dynaslim.runtime.backends import BACKENDS
 
     for name in backends:
@@ -265,7 +265,7 @@ def export(
         (precision == "int8") == (calibration is not None),
         "--precision int8 and --calibration go together",
     )
-    asked = None if static_route is None else Route.parse(static_route)
+    parsed = None if static_route is None else Route.parse(static_route)
     file = checkpoint_file(checkpoint)
     if calibration is not None:
         check_path(calibration)
@@ -284,8 +284,8 @@ def export(
             (report_split, report_images),
             cache=not no_cache,
         )
-    if asked is not None:
-        route = loaded.net.spec.coerce_route(asked)
+    if parsed is not None:
+        route = loaded.net.spec.coerce_route(parsed)
         result: dict[str, Any] = {"parity": export_route(loaded, out, route)}
         line = f"{out}: the route {route} as plain ONNX"
     elif single_file:
@@ -328,7 +328,7 @@ def _quantised(
     *,
     cache: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """int8 forms calibrated on some images, and how they do on others."""
+    """int8 forms calibrated on some images, and their accuracy on others."""
     from dynaslim.bench.models import calibration_batches, compare_precisions
     from dynaslim.runtime.quantise import QuantisedSource
 
@@ -340,7 +340,7 @@ def _quantised(
 
 
 def import_official(file: Path, out: Path, *, ema: bool = False, json: bool = False) -> None:
-    """Convert a checkpoint of the released DS-Net code, without running anything from it.
+    """Convert a checkpoint of the released DS-Net code, without running code from it.
 
     Args:
         file: The released file (.pth.tar).

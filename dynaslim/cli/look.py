@@ -1,4 +1,4 @@
-"""Verbs that look at the zoo, and at what a network is and costs."""
+"""Verbs that describe the zoo, and a network and its costs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from dynaslim.preprocessing import Preprocessing
 
 FEW: Final = 24
-"""So many forms of segments are shown one by one; of more, a range for each segment."""
+"""Forms of segments up to this number are shown one by one; of more, a range per segment."""
 MOST_ROUTES: Final = 256
 """Routes of a routing space that are listed in the JSON."""
 SHOWN: Final = 6
@@ -69,12 +69,12 @@ def models(*, json: bool = False) -> None:
         )
     say(table)
     say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
-    say(f"trained and at hand: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
+    say(f"networks that ship: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
     say(f"with pip install 'dynaslim[imagenet]': {', '.join(extra)}")
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:
-    """Show what a model is and costs: stages, gates, segments, routes; and what its file holds.
+    """Describe a model: stages, gates, segments, routes and costs, and the content of its file.
 
     Args:
         model: A name of the zoo or of a model that ships, a spec file (.yaml), a checkpoint file,
@@ -107,7 +107,7 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
 
 
 def _open(model: str) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
-    """A model's spec, how its images are prepared, and what else its file or folder holds."""
+    """A model's spec and preprocessing, and the other content of its file or folder."""
     found = find_model(model)
     if found.kind == "architecture":
         return get_spec(model), None, {}
@@ -169,7 +169,7 @@ def _open_package(path: Path) -> tuple[AnySpec, Preprocessing | None, dict[str, 
 def _describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
     """An architecture and the costs of its parts for one size of image, as JSON values.
 
-    Costs of segments include what their gates' heads cost, which a route alone does without.
+    Costs of segments include those of their gates' heads; costs of routes do not.
 
     Raises:
         UsageError: if the images are too small for the network.
@@ -311,7 +311,7 @@ def _segment(spec: NetSpec, number: int, image_size_px: int) -> dict[str, Any]:
 
 
 def _routing_space(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
-    """The routes that the gates can take; of very many, only how many they are."""
+    """The routes that the gates can take; only their number if there are very many."""
     size = math.prod(len(gate.choices) for gate in spec.gates)
     routes = spec.routing_space if size <= MOST_ROUTES else None
     return {
@@ -328,7 +328,7 @@ def _routing_space(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
 
 
 def _contents_lines(kind: str, holds: Mapping[str, Any]) -> Iterator[str]:
-    """What a checkpoint or a package holds beside its network, line by line."""
+    """The content of a checkpoint or a package beside its network, line by line."""
     from dynaslim.interop.card import measured
 
     def line(label: str, summary: str) -> str:
@@ -348,7 +348,7 @@ def _contents_lines(kind: str, holds: Mapping[str, Any]) -> Iterator[str]:
     yield line("classes", "not named" if names is None else f"{len(names)}: {_few(names)}")
     pre = holds["preprocessing"]
     if pre is None:
-        yield line("images", "it does not say how they are prepared")
+        yield line("images", "no preprocessing is stored")
     else:
         side, crop = pre["image_size_px"], pre["crop_fraction"]
         mean, std = (", ".join(f"{v:.3f}" for v in pre[name]) for name in ("mean", "std"))

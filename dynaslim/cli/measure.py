@@ -1,4 +1,4 @@
-"""Verbs that measure a network on labelled images, or make it ready to be."""
+"""Verbs that measure a network on labelled images, or calibrate it on them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ if TYPE_CHECKING:
     from dynaslim.runtime.calibrate_budget import Outcome
 
 MOST_CLASSES: Final = 20
-"""More classes than these are in the JSON, not on the screen."""
+"""A table of more classes is in the JSON only."""
 SHOWN: Final = 10
 """Budgets in the table for a person; the checkpoint has more."""
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Labelled images, and how a network is run on them; mistakes are found without torch."""
+    """Labelled images, and how a network is run on them; checked without importing torch."""
 
     data: str
     """A parquet file or a folder of them, a folder of images by class, or a hub name."""
@@ -113,7 +113,7 @@ def evaluate(
     """
     from dynaslim.preprocessing import MAX_VIEWS
 
-    # mistakes are found before torch is imported and a large set is opened
+    # errors are found before torch is imported and a large set is opened
     check(1 <= views <= MAX_VIEWS, f"--views {views}: must be from 1 to {MAX_VIEWS}")
     if table is not None:
         check_writable(table)
@@ -129,7 +129,7 @@ def evaluate(
     loaded.net.to(to_device(images.device))
     routes = None if parsed is None else (loaded.net.spec.coerce_route(parsed),)
     opened = open_images(loaded, images.data, split or "test", corrupt_limit=images.corrupt_limit)
-    opened, told = _unseen(opened, file, split)
+    opened, note = _unseen(opened, file, split)
     source = opened.source
     assert source is not None
     with progress("evaluating", len(opened)) as bar:
@@ -149,7 +149,7 @@ def evaluate(
             {
                 "data": source.name,
                 "split": source.split,
-                "trained_on": told,
+                "trained_on": note,
                 "unreadable": list(opened.skipped.lines),
                 **result.to_dict(),
             }
@@ -160,8 +160,8 @@ def evaluate(
         f"{result.skipped} skipped"
     )
     say_skipped(opened.skipped.lines)
-    if told:
-        say(told)
+    if note:
+        say(note)
     say(evaluation_table(result))
     if len(result.per_class) <= MOST_CLASSES:
         say(class_table(result))
@@ -172,7 +172,7 @@ def evaluate(
 def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[ImageDataset, str]:
     """The images to measure, and a note if the network was trained on some of them.
 
-    Those are left out of a set that is not divided, if no split was asked for.
+    Of a set without splits those are left out, if no split was given.
     """
     import torch
 
@@ -189,7 +189,7 @@ def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[
     whole = images.source is not None and images.source.split == WHOLE
     if split is None and whole and count < total:
         return images.subset((~known).nonzero().flatten()), (
-            f"{total - count} of {total} images, which training held back; it was trained on the "
+            f"{total - count} of {total} images, which training held out; it was trained on the "
             f"others (--split {WHOLE} measures all)"
         )
     return images, (
@@ -205,7 +205,7 @@ def calibrate(
     split: str = "train",
     json: bool = False,
 ) -> None:
-    """Take a network's BN statistics anew for every route, as after training.
+    """Recompute a network's BN statistics for every route, as after training.
 
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
@@ -236,12 +236,13 @@ def calibrate(
     drawn = (normalise(pixels.to(target), preprocessing) for pixels, _ in feed.batches(0, count))
     with progress("recalibrating", count) as bar:
         recalibrate(loaded.net, drawn, on_batch=bar.advance)
-    # what was measured before holds no more
+    # earlier measurements are of other statistics
     save(out, replace(loaded, metrics={}, budget=None))
     if json:
         left_out = list(feed.skipped.lines)
-        told = {"out": str(out), "batches": count, "batch_size": feed.batch_size}
-        print_json({**told, "left_out": left_out})
+        print_json(
+            {"out": str(out), "batches": count, "batch_size": feed.batch_size, "left_out": left_out}
+        )
         return
     say(
         f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images, "
@@ -260,12 +261,12 @@ def calibrate_budget(
     budget: str | None = None,
     json: bool = False,
 ) -> None:
-    """Measure what a trained gate gives at every budget, and keep it in the checkpoint.
+    """Measure a trained gate at every budget, and store the results in the checkpoint.
 
     Args:
         checkpoint: A checkpoint file with a trained gate, or the folder of a run or of a package.
         images: The images, and how the network is run on them.
-        split: Split of the data. By default the images that training held back, as the
+        split: Split of the data. By default the images that training held out, as the
             checkpoint's recipe says.
         out: The checkpoint to write (.safetensors); by default the same. A package gets the curve
             in its manifest.
@@ -276,7 +277,7 @@ def calibrate_budget(
     """
     from dynaslim.runtime.budget import parse_budget
 
-    # mistakes are found before torch is imported and a large set is opened
+    # errors are found before torch is imported and a large set is opened
     kind = None if budget is None else parse_budget(budget)[0]
     if kind == "ms" and table is None:
         raise UsageError(f"--budget {budget}: give a cost table in ms with --table")
@@ -304,18 +305,18 @@ def calibrate_budget(
         latency = read_cost_table(table, spec, image_size=preprocessing.image_size_px)
         if latency.unit != "ms":
             raise UsageError(f"--table {table}: is in {latency.unit}, give one in ms")
-    held_share, asked_split = None, split
+    held_share, given_split = None, split
     if split is None:
         split, held_share = _held_back(checkpoint, loaded.recipe)
     opened = open_images(
         loaded, images.data, split, share=held_share, corrupt_limit=images.corrupt_limit
     )
-    opened, told = _unseen(opened, file, asked_split)
+    opened, note = _unseen(opened, file, given_split)
     source = opened.source
     assert source is not None
     net = loaded.net.to(to_device(images.device))
     curve, uniform = measure_curve(loaded, opened, images.batch_size, latency)
-    asked = None if budget is None else curve.at(budget)
+    point = None if budget is None else curve.at(budget)
     if out is None:
         write_budget(file, curve.to_dict())
     else:
@@ -333,22 +334,22 @@ def calibrate_budget(
                     {"widths": list(r.widths), "madds": o.madds, "ms": o.ms, "top1": o.top1}
                     for r, o in uniform
                 ],
-                "budget": None if asked is None else {"asked": budget, **asdict(asked)},
+                "budget": None if point is None else {"asked": budget, **asdict(point)},
                 "curve": curve.to_dict(),
             }
         )
         return
-    held = "" if held_share is None else ", those that training held back"
+    held = "" if held_share is None else ", those that training held out"
     say_measured(f"{checkpoint}", opened, curve, held)
-    if told:
-        say(told)
+    if note:
+        say(note)
     elif split == "train" and held_share is None:
         say("the gate was trained on this split: expect less than these numbers elsewhere")
     if not loaded.mirror:
-        say("no second look: the recipe does not say that mirror images keep their class")
+        say("no mirror images: the recipe does not state that they keep their class")
     say(curve_table(curve, spec, uniform))
-    if asked is not None:
-        say(points_table(f"budget {budget}", {"": asked}, spec, timed=latency is not None))
+    if point is not None:
+        say(points_table(f"budget {budget}", {"": point}, spec, timed=latency is not None))
     say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
     say(f"{file if out is None else out}: {len(curve.points)} points of cost and accuracy")
 
@@ -381,7 +382,7 @@ def measure_curve(
 
 
 def say_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str = "") -> None:
-    """Say which images a curve was measured on."""
+    """Print which images a curve was measured on."""
     from dynaslim.runtime.budget_search import FEW_IMAGES
 
     source, skipped = opened.source, opened.skipped
@@ -399,18 +400,18 @@ def say_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str 
 
 
 def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The split that training chose by, or its training split and the share held back of it."""
+    """The split that training chose by, or its training split and the share held out of it."""
     from dynaslim.data.images import held_out
 
-    ask = "name a split of images that it was not trained on with --split"
+    hint = "name a split of images that it was not trained on with --split"
     kept = {found and (found.split, found.share) for found in held_out(recipe)}
     if not kept:
-        raise UsageError(f"{checkpoint}: does not say which images training held back; {ask}")
+        raise UsageError(f"{checkpoint}: does not record which images training held out; {hint}")
     if len(kept) > 1:
-        raise UsageError(f"{checkpoint}: its two stages held back different images; {ask}")
+        raise UsageError(f"{checkpoint}: its two stages held out different images; {hint}")
     found = kept.pop()
     if found is None:
-        raise UsageError(f"{checkpoint}: training held no images back; {ask}")
+        raise UsageError(f"{checkpoint}: training held out no images; {hint}")
     return found
 
 
@@ -474,13 +475,13 @@ def points_table(
 
 
 def check_device(name: str) -> None:
-    """Raise `UsageError` for a name that no device has, here or elsewhere; no torch."""
+    """Raise `UsageError` for an unknown kind of device; no torch."""
     known = name.partition(":")[0] in ("cpu", "cuda", "mps")
     check(known, f"--device {name}: choose cpu, cuda or mps")
 
 
 def to_device(name: str) -> torch.device:
-    """A device by its name; raises `UsageError` if there is none here."""
+    """A device by its name; raises `UsageError` if this machine has none."""
     check_device(name)
     import torch
 

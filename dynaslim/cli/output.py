@@ -1,4 +1,4 @@
-"""Printing for a person, for a script, and for one who made a mistake."""
+"""Output: tables for a person, JSON for a script, errors in one line."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from dynaslim.runtime.calibrate_budget import Outcome
 
 
+def _route_cells(widths: Sequence[int], madds: float, top1: float) -> tuple[str, str, str]:
+    return "-".join(map(str, widths)), f"{madds / 1e6:.2f} M", f"{top1:.2%}"
+
+
 def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> Any:
     """The result as a table for a person: routes by cost, then the dynamic mode.
 
@@ -31,12 +35,8 @@ def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None 
     uniform = {route.widths for route in result.routes}
     for route in result.routes:
         share = shares.get(route.widths)
-        table.add_row(
-            "-".join(map(str, route.widths)),
-            f"{route.madds / 1e6:.2f} M",
-            f"{route.top1:.2%}",
-            "" if share is None else f"{share:.1%}",
-        )
+        shown = "" if share is None else f"{share:.1%}"
+        table.add_row(*_route_cells(route.widths, route.madds, route.top1), shown)
     others = sum(share for widths, share in shares.items() if widths not in uniform)
     if others:
         table.add_row("other combinations", "", "", f"{others:.1%}")
@@ -54,9 +54,9 @@ def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None 
 
 
 def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> str:
-    """What the gate gives and takes against the widest route, in a sentence; "" without gates.
+    """Multiply-adds and accuracy of the gate against the widest route, in a sentence, or "".
 
-    With `budgeted`, as `evaluation_table` takes it, what the budget does too.
+    With `budgeted`, as `evaluation_table` takes it, those of the budget too.
     """
     if result.dynamic is None:
         return ""
@@ -102,26 +102,16 @@ def routes_table(result: Mapping[str, Any]) -> Any:
     """Routes of an evaluation's summary (`Evaluation.to_dict`) by cost."""
     table = new_table("route", "MAdds", "top-1", "top-5", "loss")
     for route in result["routes"]:
-        table.add_row(
-            "-".join(map(str, route["widths"])),
-            f"{route['madds'] / 1e6:.2f} M",
-            f"{route['top1']:.2%}",
-            f"{route['top5']:.2%}",
-            f"{route['loss']:.3f}",
-        )
+        cells = _route_cells(route["widths"], route["madds"], route["top1"])
+        table.add_row(*cells, f"{route['top5']:.2%}", f"{route['loss']:.3f}")
     return table
 
 
 def gates_table(results: Mapping[str, Any]) -> Any:
-    """The gates that a run trained, and the uniform routes to hold them against."""
+    """The gates that a run trained, and the uniform routes to compare them with."""
     table = new_table("", "MAdds", "top-1", "cost / widest")
     for route in results["routes"]:
-        table.add_row(
-            "-".join(map(str, route["widths"])),
-            f"{route['madds'] / 1e6:.2f} M",
-            f"{route['top1']:.2%}",
-            "",
-        )
+        table.add_row(*_route_cells(route["widths"], route["madds"], route["top1"]), "")
     table.add_section()
     for gate in results["gates"]:
         aim = "no target" if gate["target"] is None else f"target {gate['target']:g}"
@@ -156,12 +146,12 @@ def new_table(*columns: str) -> Any:
 
 
 def help_columns() -> int:
-    """Columns of help: those of the terminal, but no more than can be read with ease."""
+    """Columns of help: those of the terminal, at most 100."""
     return min(shutil.get_terminal_size().columns, 100)
 
 
 def shell_lines(command: str, columns: int) -> list[str]:
-    """A command in lines that can be copied into a shell as they stand; flags keep their values."""
+    """A command in lines to paste into a shell; no flag is separated from its value."""
     words = re.sub(r"( --?\S+) (?=[^-])", "\\1\0", command).split(" ")
     lines = [words[0]]
     for word in words[1:]:
@@ -186,7 +176,7 @@ def say(what: Any, end: str = "\n") -> None:
 
 
 def printable(text: str) -> str:
-    """A name as a terminal may show it: what would move its cursor or turn its text is spelled."""
+    """A name with control characters and changes of direction escaped, safe in a terminal."""
     return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -197,7 +187,7 @@ def print_json(value: object) -> None:
 
 @contextmanager
 def errors_as_data(json: bool) -> Iterator[None]:
-    """With --json, what is wrong is one JSON object too; it is raised all the same."""
+    """With --json, print an error as a JSON object, and raise it."""
     try:
         yield
     except DynaslimError as error:
@@ -207,6 +197,6 @@ def errors_as_data(json: bool) -> Iterator[None]:
 
 
 def fail(message: str, code: int) -> int:
-    """Say in one line what is wrong; returns the exit code."""
+    """Print an error in one line; returns the exit code."""
     sys.stderr.write(f"dynaslim: {message}\n")
     return code

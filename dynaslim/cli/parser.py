@@ -1,4 +1,4 @@
-"""A verb's parser, made of its signature and docstring; help and errors in plain words.
+"""A verb's parser, made of its signature and docstring; plain help and errors.
 
 A parameter whose type is a dataclass gets a flag for each of the fields: of a recipe nested ones,
 and `--config` for a file of them; of other options plain ones, with the fields' docstrings as help.
@@ -39,11 +39,11 @@ _METAVARS: Final = {int: "N", float: "X", Path: "PATH"}
 
 
 class VerbParser(jsonargparse.ArgumentParser):
-    """A parser whose complaints are one line, and whose flags may have dashes or underscores."""
+    """A parser whose errors are one line, and whose flags may have dashes or underscores."""
 
     # not annotated with what it raises: jsonargparse calls it for every mistake
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong in one line.
+        """Raise the error in one line.
 
         Raises:
             UsageError: always.
@@ -53,7 +53,7 @@ class VerbParser(jsonargparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    """Flags with short names for their values, and defaults only where they say something."""
+    """Flags with short names for their values, and defaults other than None and empty ones."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=30, width=help_columns() - 1, **options)
@@ -205,7 +205,7 @@ def takes_path(action: argparse.Action) -> bool:
 
 
 def metavar_of(action: argparse.Action) -> str:
-    """What stands for an argument's value in help."""
+    """The placeholder of an argument's value in help."""
     choices = choices_of(action)
     if isinstance(action.metavar, str):
         return action.metavar
@@ -221,7 +221,7 @@ def metavar_of(action: argparse.Action) -> str:
 
 
 def _usage(parser: VerbParser) -> str:
-    """What has to be given, in one line; all flags are in the list below it."""
+    """The required arguments in one line; help lists all flags below it."""
     given = [
         f"[{metavar_of(action)}]"
         if action.nargs == "?"
@@ -262,7 +262,7 @@ def _tidy(parser: VerbParser, recipe: type[Any]) -> None:
             action.help = argparse.SUPPRESS
 
 
-# -- what is wrong, in one line -------------------------------------------------------------------
+# -- errors in one line ---------------------------------------------------------------------------
 
 
 def _in_plain_words(parser: VerbParser, message: str) -> str:
@@ -271,7 +271,7 @@ def _in_plain_words(parser: VerbParser, message: str) -> str:
         return _unknown(parser, found[1])
     if found := re.match(r"the following arguments are required: (.+)", message):
         missing = [_action(parser, key) for key in found[1].split(", ")]
-        return f"give {' and '.join(_asked(action) for action in missing if action)}"
+        return f"give {' and '.join(_placeholder(action) for action in missing if action)}"
     if found := re.match(r"argument (\S+): expected (one|at least one) argument", message):
         return f"{found[1]}: needs a value"
     if found := re.match(r"argument (\S+): ignored explicit argument", message):
@@ -307,14 +307,14 @@ def _named(parser: VerbParser, key: str) -> str:
     return flag_of(action) if action.option_strings else action.dest.upper()
 
 
-def _asked(action: argparse.Action) -> str:
-    """An argument that has to be given, as the usage has it."""
+def _placeholder(action: argparse.Action) -> str:
+    """A required argument as in the usage line."""
     metavar = metavar_of(action)
     return f"{flag_of(action)} {metavar}" if action.option_strings else metavar
 
 
 def _wrong_value(parser: VerbParser, key: str, why: str) -> str:
-    """Why a value was not taken; in one line: jsonargparse has several, on types."""
+    """Why a value was refused, in one line; jsonargparse's messages have several."""
     action = _action(parser, key)
     name = key if action is None else _named(parser, key)
     value = re.search(r"(?:Got value|Given value): (.*)$", why)

@@ -1,4 +1,4 @@
-"""Verbs that set up: what is installed and works, and completion in a shell."""
+"""Verbs for set-up: a check of the installation, and completion in a shell."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def doctor(*, quick: bool = False, timeout: float = 120.0, json: bool = False) -
     for line in found["problems"]:
         say(f"problem: {line}")
     if found["ok"]:
-        say("what was tried works" if quick else "all that is installed works")
+        say("everything tried works" if quick else "everything installed works")
     return 0 if found["ok"] else 1
 
 
@@ -155,7 +155,7 @@ def _set_completion(action: Any) -> None:
 
 
 def _models_or_file(help_text: str) -> dict[str, Any] | None:
-    """How a model is completed: by the names that the argument's help speaks of, or as a file."""
+    """How a model is completed: by the kinds of names in the argument's help, or as a file."""
     models = {"zoo": tuple(ZOO), "ships": names()}
     kinds = [kind for kind in models if kind in help_text]
     if not kinds:

@@ -30,7 +30,7 @@ def demo(
     seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Train a small network in both stages on real images, evaluate it and show what was saved.
+    """Train a small network in both stages on real images, evaluate it and show the savings.
 
     Args:
         out: Folder for the checkpoint, the results and the picture.
@@ -60,7 +60,7 @@ def train_supernet(
     options: RunOptions,
     json: bool = False,
 ) -> int:
-    """Stage I: train a supernet; stop it at any moment and go on with --resume.
+    """Stage I: train a supernet; it can be stopped at any time and resumed with --resume.
 
     Args:
         recipe: What to train, and how.
@@ -120,7 +120,7 @@ def _check_named(data: str, checkpoint: str | None) -> None:
 def _run_and_show(
     run: Callable[[], dict[str, Any]], show: Callable[[dict[str, Any]], None], *, json: bool
 ) -> int:
-    """Run a stage and print what came of it; returns the exit code."""
+    """Run a stage and print its results; returns the exit code."""
     from dynaslim.runs import Stopped
 
     try:
@@ -133,7 +133,7 @@ def _run_and_show(
         print_json(results)
         return 0
     images = (results["train_images"], results["val_images"], len(results["skipped"]))
-    say("{} images trained on, {} held back, {} skipped".format(*images))
+    say("{} images trained on, {} held out, {} skipped".format(*images))
     say_skipped(results["skipped"])
     show(results)
     _print_files(results["files"])
@@ -146,6 +146,6 @@ def _print_files(files: Mapping[str, object]) -> None:
 
 
 def is_quiet_process() -> bool:
-    """Whether this is not the first of several processes of a run, which alone prints."""
-    # the process group has gone by now; what torchrun said at the start has not
+    """Whether another process of this run prints: only the first of several does."""
+    # the process group is closed by now; torchrun's variables are still set
     return int(os.environ.get("RANK", 0)) > 0

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 IMAGE_SUFFIXES: Final = frozenset(
     {".png", ".jpg", ".jpeg", ".jpe", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 )
-"""What files of a folder are taken for images, in lower case."""
+"""Suffixes of image files, in lower case."""
 _TURNED: Final = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 _MODES: Final = {1: "L", 3: "RGB"}
@@ -37,7 +37,7 @@ Crop = Callable[[int, int], tuple[float, float, float, float]]
 
 
 def is_image_file(path: str | Path) -> bool:
-    """Whether a file of a folder is taken for an image: by its name, if it is a regular file.
+    """Whether a file of a folder is an image: a regular file with the suffix of one.
 
     A pipe or a device would never end. Links to nothing are taken, so that they are reported.
     """
@@ -54,7 +54,7 @@ def decode_image(
 ) -> np.ndarray:
     """Decode, turn upright, crop and resize (bicubic) to the square: uint8 (C, S, S).
 
-    `crop` says which part of the picture to take; None takes the centre of the shorter side. A JPEG
+    `crop` selects the part of the picture; None takes the centre of the shorter side. A JPEG
     is decoded at 1/2, 1/4 or 1/8 of its size where at least three times the square is left.
 
     Raises:

@@ -80,7 +80,7 @@ class Feed(ABC):
         self.steps_per_epoch = num_images // batch_size
         """Whole batches; images that do not fill one are left out of the epoch."""
         self.skipped = skipped
-        """Images that this process met and that do not decode."""
+        """Images that this process could not decode."""
         self._seed = seed
         own_rows(batch_size)
 
@@ -101,11 +101,11 @@ class Feed(ABC):
         return ()
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run has to take over, as plain values."""
+        """The state that a resumed run needs, as plain values."""
         return {"skipped": self.skipped.state(), "processes": distributed.world_size()}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned, in this or another process.
+        """Restore what `state` returned, in this or another process.
 
         Raises:
             UsageError: if the order of the images is not the one the run was started with.
@@ -114,7 +114,7 @@ class Feed(ABC):
 
 
 def order_seed(seed: int, epoch: int, purpose: str) -> int:
-    """The seed of an epoch's order; "train" is not named, so that recorded runs stay the same."""
+    """The seed of an epoch's order; that of "train" is as in earlier versions."""
     return step_seed(seed, epoch, "order" if purpose == "train" else f"order {purpose}")
 
 
@@ -172,7 +172,7 @@ class ImageFeed(Feed):
             purpose,
             self.steps_per_epoch,
             self.batch_size,
-            own_rows(self.batch_size),  # workers do not know the rank
+            own_rows(self.batch_size),  # the rank is not set in workers
         )
         loader: DataLoader[Any] = DataLoader(
             steps,
@@ -263,7 +263,7 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Launchers signal a whole process group: the run stops after its step, which needs us."""
+    """Ignore signals to the process group: the run finishes its step, which needs its workers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -501,7 +501,7 @@ def open_training(
         rows, held_rows = holdout(labels, recipe.val_share)
         check(
             len(held_rows) > 0,
-            f"val_share {recipe.val_share}: of {len(labels)} images it holds none back",
+            f"val_share {recipe.val_share}: of {len(labels)} images it holds none out",
         )
         if in_memory:  # decoded once, and judged together
             everything = dataset(source)

@@ -56,7 +56,7 @@ class ImageDataset:
     preprocessing: Preprocessing | None = None
     """How images of the source are decoded."""
     skipped: Skipped = field(default_factory=lambda: Skipped(""))
-    """Images that were met and do not decode."""
+    """Images that could not be decoded so far."""
     hashes: tuple[str, ...] = ()
     """`digest` of each image's file, where it was read already."""
     workers: int = 1

@@ -1,4 +1,4 @@
-"""What lies at a data set's path: parquet files or class folders of images, by split; no torch.
+"""The files of a data set: parquet files or class folders of images, by split; no torch.
 
 Files are found here, and opened in `dynaslim.data.source`.
 """
@@ -14,8 +14,10 @@ from typing import Final
 from dynaslim.data.decode import is_image_file
 from dynaslim.errors import DataError
 
+MINI: Final = Path(__file__).parent / "fashion_mnist_mini"
+"""The data set that ships with the package."""
 WHOLE: Final = "whole"
-"""Name of the only split of a set that is not divided."""
+"""Name of the only split of a set without splits."""
 _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     "test": ("test", "validation"),
     "val": ("validation",),
@@ -26,7 +28,7 @@ _HUB_NAME: Final = re.compile(r"\w([\w.-]*\w)?/\w([\w.-]*\w)?")
 
 
 def check_path(path: str | Path) -> None:
-    """Raise `DataError` if a data set cannot be at a path: cheap, to be called before long work."""
+    """Raise `DataError` if there is no data set at a path; a cheap check before long work."""
     source = Path(path)
     if not source.exists():
         check_hub_name(str(path))
@@ -39,10 +41,10 @@ def check_path(path: str | Path) -> None:
 
 
 def check_hub_name(name: str) -> None:
-    """Raise `DataError` unless a data set on the hub could be called so: OWNER/NAME.
+    """Raise `DataError` unless a name has the form of data sets on the hub: OWNER/NAME.
 
-    The hub has names without an owner for a few old sets. Asking it for one takes half a minute
-    where there is no connection, and such a name is mostly a folder that is not there.
+    Names without an owner, which a few old sets have, are refused: most of them are folders that do
+    not exist, and a look-up on the hub takes half a minute without a connection.
     """
     if _HUB_NAME.fullmatch(name) is None:
         raise DataError(f"{name}: no such file or folder; a data set on the hub is OWNER/NAME")
@@ -61,7 +63,7 @@ def tables_of(source: Path) -> dict[str, list[str]]:
 
 
 def _split_of(table: Path) -> str:
-    """The split that a table's name, or else a folder above it, says; `WHOLE` if none does."""
+    """The split in a table's name, or else in that of a folder above it; else `WHOLE`."""
     for part in (table.stem, *reversed(table.parts[:-1])):
         if found := _TOKEN.findall(part.lower()):
             last = str(found[-1])
@@ -82,7 +84,7 @@ def class_folders(source: Path) -> dict[str, list[tuple[str, str]]]:
     names = [f.name.lower() for f in folders]
     splits = [bool(_TOKEN.fullmatch(name)) for name in names]
     if any(splits) and not all(splits):
-        # a class may be called `val`; a split holds folders, and then what stands beside it is none
+        # a class may be called `val`; split folders hold folders, and then others are ignored
         kept = [f for f, is_split in zip(folders, splits, strict=True) if is_split]
         if all(any(inner.is_dir() for inner in f.iterdir()) for f in kept):
             folders, names = kept, [f.name.lower() for f in kept]
@@ -116,11 +118,11 @@ def _check_name(file: Path) -> None:
 
 
 def _no_classes(source: Path, loose: list[Path]) -> str:
-    """What is wrong with a folder that has no image in a class folder."""
+    """The message for a folder that has no image in a class folder."""
     expected = f"expected {source}/CLASS/FILE, a folder of images for each class"
     if not loose:
         return f"{source}: holds no images; {expected}, or .parquet files"
-    many = f"{len(loose)} images lie" if len(loose) > 1 else "an image lies"
+    many = f"{len(loose)} images are" if len(loose) > 1 else "an image is"
     return (
         f"{source}: {many} outside any class folder ({loose[0].name}), so that there are no "
         f"labels; {expected}"

@@ -15,7 +15,7 @@ _IN_MESSAGE: Final = 3
 
 
 class CorruptImageError(DataError):
-    """One image that is missing or does not decode; `where` names it, `reason` says why."""
+    """One image that is missing or does not decode; `where` names it, `reason` is the cause."""
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
@@ -24,7 +24,7 @@ class CorruptImageError(DataError):
 
 
 def report_lines(lines: Sequence[str]) -> list[str]:
-    """What every command prints about skipped images: the first by name, the rest as a count."""
+    """The lines that commands print about skipped images: the first by name, then a count."""
     shown = [f"skipped: {line}" for line in lines[:NAMED]]
     if len(lines) > NAMED:
         shown.append(f"skipped: {len(lines) - NAMED} more")
@@ -64,11 +64,11 @@ class Skipped:
         self._lines.setdefault(where, f"{where}: {reason}")
 
     def state(self) -> list[list[str]]:
-        """What has been counted, for `load_state` of a resumed run."""
+        """The counted images, for `load_state` of a resumed run."""
         return [[where, line] for where, line in self._lines.items()]
 
     def load_state(self, state: Iterable[Sequence[str]]) -> None:
-        """Count what the run had counted before it was stopped."""
+        """Restore the count of a stopped run."""
         for where, line in state:
             self._lines.setdefault(where, line)
 

@@ -51,7 +51,7 @@ class ImageSource:
     """
 
     name: str
-    """The path or hub name it came from, for messages."""
+    """Its path or hub name, for messages."""
     split: str
     class_names: tuple[str, ...]
     dataset: Any

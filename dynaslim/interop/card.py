@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: what it is, and what was measured. No torch."""
+"""The model card of a checkpoint: the network and its measured accuracy and cost. No torch."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Measured:
     """Mean MAdds and top-1 with the gates; None where they were not run."""
 
     def line(self) -> str:
-        """All of it in one line."""
+        """A summary in one line."""
         parts = []
         if self.dynamic is not None:
             parts.append(f"dynamic {self.dynamic[1]:.2%} at {self.dynamic[0] / 1e6:.2f} M MAdds")
@@ -42,7 +42,7 @@ _SPLITS: Final = {"": "test", "val": "held-out"}
 
 
 def measured(metrics: Mapping[str, Any]) -> Iterator[Measured]:
-    """The evaluations among a checkpoint's metrics; what is none, or of a strange form, is not."""
+    """The evaluations among a checkpoint's metrics; other entries are left out."""
     candidates = {"": metrics, **metrics}
     for name, value in candidates.items():
         if not isinstance(value, Mapping) or "images" not in value or "routes" not in value:
@@ -77,7 +77,7 @@ SHARES: Final = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
 
 def dataset_of(recipe: Mapping[str, Any]) -> str | None:
-    """The images of a recipe: a hub name as it is, of a path only its last part; None if unsaid."""
+    """The images of a recipe: a hub name, or the last part of a path; None if there are none."""
     for stage in ("supernet", "gate"):
         data = (recipe.get(stage) or {}).get("data") or {}
         if data.get("path"):
@@ -170,7 +170,7 @@ def _images(checkpoint: Checkpoint) -> Iterator[str]:
         more = f", and {len(names) - CLASSES} more (`config.json`)" if len(names) > CLASSES else ""
         yield f"{len(names)} classes: {', '.join(names[:CLASSES])}{more}."
     if pre is None and names is None:
-        yield "The checkpoint says neither how images are prepared nor what the classes are called."
+        yield "The checkpoint has neither preprocessing nor names of classes."
 
 
 def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
@@ -184,7 +184,7 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _without_folders(value: Any) -> Any:
-    """A value without the folders of the machine that it was made on."""
+    """A value with paths cut to their last part."""
     if isinstance(value, Mapping):
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

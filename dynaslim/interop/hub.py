@@ -1,9 +1,9 @@
 """Networks on the hub: a repository is a folder of checkpoint, `config.json` and model card.
 
 `Checkpoint` (a network with its class names, preprocessing, metrics, recipe and budget) and
-networks alone (`SlimNet`) get the methods of `Pretrained` here, because the rooms that they are
-of stand below this one. The package itself imports this module with the first of its names that
-needs torch; what imports from `dynaslim.checkpoint` or `dynaslim.nn` alone has to import it too.
+networks alone (`SlimNet`) get the methods of `Pretrained` here: their own packages may not import
+this one. `dynaslim` imports this module with its first name that needs torch; code that imports
+only `dynaslim.checkpoint` or `dynaslim.nn` has to import it too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Pretrained:
-    """What can be saved as a folder of the hub, pushed there, and made of one."""
+    """Methods that save to a folder of the hub, push it, and read it."""
 
     def save_pretrained(
         self,
@@ -87,7 +87,7 @@ class Pretrained:
             CheckpointError, UsageError: as `save_pretrained`; nothing has been sent then.
         """
         with TemporaryDirectory() as folder:
-            # first: a network that cannot be saved leaves no empty repository behind
+            # saved first, so that an error leaves no empty repository on the hub
             _write(Path(folder), _checkpoint(self, about), repo, license, dataset)
             with plain_hub_errors(repo):
                 from huggingface_hub import HfApi
@@ -210,7 +210,7 @@ def _metrics(result: Any) -> Iterator[tuple[str, str, float]]:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What other tools may want to know without reading the checkpoint; it is not read back."""
+    """A summary for other tools; dynaslim does not read it back."""
     spec, pre, names = checkpoint.net.spec, checkpoint.preprocessing, checkpoint.class_names
     return {
         "library_name": "dynaslim",

@@ -1,4 +1,4 @@
-"""Checkpoints of the released DS-Net code, read without running anything from them.
+"""Checkpoints of the released DS-Net code, read without running code from them.
 
 The release saves DS-MBNet with `torch.save`: `state_dict` (keys perhaps with `module.` in front),
 `state_dict_ema` and an `argparse.Namespace` of its options. Tensors and that Namespace are all
@@ -58,7 +58,7 @@ def from_official(path: str | Path, ema: bool = False) -> SlimNet:
 
     Raises:
         CheckpointError: if the file cannot be read, holds pickled objects other than tensors and
-            a Namespace, lacks the weights asked for, or is not a DS-MBNet.
+            a Namespace, lacks the requested weights, or is not a DS-MBNet.
     """
     return net_from_official(read_official(path, ema=ema), path)
 
@@ -100,14 +100,14 @@ def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
 def _refusal(source: Path) -> str:
     foreign = [name for name in _pickled_names(source) if not _HARMLESS.fullmatch(name)]
     if foreign:
-        return f"refused: its pickle asks for {foreign[0]}, and only tensors are read from it"
+        return f"refused: its pickle needs {foreign[0]}, and only tensors are read from it"
     return "not a readable torch checkpoint: truncated, damaged or of another format"
 
 
 def _pickled_names(source: Path) -> list[str]:
-    """Objects that a file's pickle asks for, found by reading its opcodes: nothing is executed.
+    """Names that a file's pickle imports, found by reading its opcodes: nothing is executed.
 
-    Only for naming what the restricted loader refused, which says it for some pickles alone.
+    They are for the message: the restricted loader names what it refused for some pickles only.
     """
     names: list[str] = []
     try:

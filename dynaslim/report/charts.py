@@ -57,7 +57,7 @@ COLOURS: Final = {
 """CSS variables with their colours in the light mode; r0 to r6 are routes by rising cost."""
 RAMP: Final = 7
 _PALE: Final = 4
-"""Colours of the ramp that text is written on in ink, not in the colour of the page."""
+"""Light colours of the ramp, on which text is dark."""
 _WIDTH, _HEIGHT = 460, 310
 """In SVG units: about a pixel on a desktop, three quarters of one on a phone."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 46
@@ -139,7 +139,7 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 def _chart(
     figure: Figure, keys: Sequence[Key], head: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Chart:
-    """A chart whose SVG can stand among others in a page: without ids that others may have."""
+    """A chart whose SVG has ids that no other chart of the page has."""
     raw = io.BytesIO()
     with warnings.catch_warnings():
         # names may have characters that this font lacks and the reader's has
@@ -217,12 +217,12 @@ class _Point(NamedTuple):
 
 
 def _points(modes: Sequence[Mode], *, by_ms: bool) -> dict[str, list[_Point]]:
-    """The modes whose cost is known, by kind; those that no line joins in the order of cost."""
+    """The modes that have a cost, by kind; kinds without a line are sorted by cost."""
     found: dict[str, list[_Point]] = {kind: [] for kind in _SERIES}
     for mode in modes:
         cost = mode.ms if by_ms else mode.madds
         if cost is not None:
-            # intervals of the many budgets would hide the others
+            # intervals of many budgets would cover the others
             ends = None if mode.kind == "budget" else mode.interval
             interval = ends and (100 * ends[0], 100 * ends[1])
             quartiles = mode.quartiles if by_ms else None
@@ -300,7 +300,7 @@ def _draw_points(axes: Axes, series: Mapping[str, Sequence[_Point]], digits: int
 
 
 def _draw_labels(axes: Axes, series: Mapping[str, Sequence[_Point]]) -> None:
-    """Write labels where no point and no other label is; leave them out if there is no place."""
+    """Write labels where they overlap no point and no other label; omit those without room."""
     at = axes.transData.transform
     centres = [at((point.cost, point.top1)) for points in series.values() for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]

@@ -1,4 +1,4 @@
-"""Everything that a report shows, gathered: read from the run, evaluated on images, timed here.
+"""The data of a report: read from the run, evaluated on images, timed on this machine.
 
 Suffixes: N images, B rows of a batch, C channels, S side in pixels, G gates, K options of a gate.
 """
@@ -19,12 +19,13 @@ from torch import Tensor
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
-from dynaslim.errors import UsageError, check
+from dynaslim.errors import UsageError
 from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
 from dynaslim.model_names import run_or_checkpoint
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
+from dynaslim.recipes import ReportOptions
 from dynaslim.report import text
 from dynaslim.report.inputs import (
     BASELINES,
@@ -65,31 +66,6 @@ _NOISY: Final = 0.3
 
 Metrics = Evaluation | StoredMetrics
 """`images`, `routes`, `dynamic` and `per_class`, measured anew or as training stored them."""
-
-
-@dataclass(frozen=True)
-class ReportOptions:
-    """Arguments of `make_report`, and the engine's cache."""
-
-    run: Path
-    data: str | None = None
-    split: str | None = None
-    target: float | None = None
-    images: int | None = None
-    baselines: Path | None = None
-    backend: str = "auto"
-    rounds: int | None = None
-    batch_size: int = 256
-    device: torch.device | str = "cpu"
-    cache_dir: str | Path | None = "auto"
-    """Folder of compiled programs, as `EngineOptions.cache_dir`."""
-
-    def __post_init__(self) -> None:
-        for name, least in (("images", 1), ("rounds", 0), ("batch_size", 1)):
-            value = getattr(self, name)
-            flag = name.replace("_", "-")
-            check(value is None or value >= least, f"--{flag} {value}: must be at least {least}")
-        check(self.rounds != 1, "--rounds 1: has no spread; give at least 2, or 0 for no timing")
 
 
 # -- what was measured ----------------------------------------------------------------------------
@@ -212,7 +188,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportData:
-    """All values of a report; those that could not be had are None, and `notes` give the reason."""
+    """All values of a report; missing ones are None, and `notes` give the reasons."""
 
     options: ReportOptions
     run: RunInfo
@@ -330,7 +306,7 @@ class ReportData:
 # -- gathering ------------------------------------------------------------------------------------
 
 
-def gather(options: ReportOptions) -> ReportData:
+def gather(path: str | Path, options: ReportOptions) -> ReportData:
     """Read, evaluate and time; progress goes to standard error.
 
     Raises:
@@ -339,7 +315,7 @@ def gather(options: ReportOptions) -> ReportData:
         DataError: if images that were named cannot be read or do not fit the network.
     """
     baselines = () if options.baselines is None else read_baselines(options.baselines)
-    run = read_run(run_or_checkpoint(options.run), options.target)
+    run = read_run(run_or_checkpoint(Path(path)), options.target)
     if options.baselines is None and (run.path / BASELINES).is_file():
         baselines = read_baselines(run.path / BASELINES)
     model = run.model
@@ -354,7 +330,7 @@ def gather(options: ReportOptions) -> ReportData:
         )
     except NoImagesError as error:
         notes.append(
-            f"There are no images to look at: {error}. Pictures, confidence and confusions are "
+            f"There are no images to evaluate on: {error}. Pictures, confidence and confusions are "
             f"left out, and accuracies are those that training stored. Give images with "
             f"--data PATH."
         )

@@ -1,6 +1,6 @@
 """What a report is made from: the files of a run, images to evaluate on, stored metrics, baselines.
 
-Only the checkpoints have to be sound. Other files of a run may be missing, truncated or of another
+Only the checkpoints must be valid. Other files of a run may be missing, truncated or of another
 form; they are then left out, and `RunInfo.notes` names them.
 """
 
@@ -16,27 +16,24 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 import torch
 
-import dynaslim.data
 from dynaslim._files import parse_json, validated
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import Checkpoint, read
 from dynaslim.data.images import HeldOut, ImageDataset, held_out
 from dynaslim.data.images import open_images as open_for
-from dynaslim.data.layout import WHOLE
+from dynaslim.data.layout import MINI, WHOLE
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
 from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics
 from dynaslim.model_names import MANIFEST, is_package, run_checkpoints
-from dynaslim.runs.folder import METRICS
+from dynaslim.runs.folder import METRICS, read_metrics
 from dynaslim.runtime.program_net import read_model
 from dynaslim.spec import NetSpec
 
 Kind = Literal["supernet run", "gate run", "demo", "checkpoint", "package"]
 
 BASELINES: Final = "baselines.json"
-"""File of baselines that is read from a run's folder without being named."""
-MINI: Final = Path(dynaslim.data.__file__).parent / "fashion_mnist_mini"
-"""The data set that ships with the package."""
+"""Name of the file of baselines that is read from a run's folder by default."""
 _EXPECTED: Final = (
     "expected a checkpoint file, or the folder of a run: with gate*.safetensors, last.safetensors, "
     "best.safetensors or (the demo's) checkpoint.safetensors"
@@ -111,8 +108,8 @@ def read_run(path: Path, target: float | None = None) -> RunInfo:
         raise UsageError(f"{path}: no such file or folder; {_EXPECTED}")
     if is_package(path):
         model = Model(path / MANIFEST, read_model(path)[0])
-        told = tuple(_rungs_of(model.checkpoint))
-        return RunInfo(path, "package", _select(path, [model], target), (model,), notes=told)
+        rungs = tuple(_notes_on_rungs(model.checkpoint))
+        return RunInfo(path, "package", _select(path, [model], target), (model,), notes=rungs)
     if path.is_file():
         model = _select(path, [_read_model(path)], target)
         return RunInfo(path, "checkpoint", model, (model,) if model.has_trained_gates else ())
@@ -135,15 +132,15 @@ def read_run(path: Path, target: float | None = None) -> RunInfo:
     )
 
 
-def _rungs_of(checkpoint: Checkpoint) -> Iterator[str]:
-    """Of a cascade what each route is, and how well signals rank its errors."""
+def _notes_on_rungs(checkpoint: Checkpoint) -> Iterator[str]:
+    """For each route of a cascade its network, and how well signals rank the network's errors."""
     spec, ranked = checkpoint.net.spec, getattr(checkpoint, "notes", {}).get("risk_coverage")
     for number, rung in enumerate(spec.rungs if isinstance(spec, CascadeSpec) else (), start=1):
-        told = ""
+        areas = ""
         if isinstance(ranked, list) and len(ranked) == len(spec.rungs):
-            areas = ", ".join(f"{k} {v:.4f}" for k, v in ranked[number - 1].items())
-            told = f" Risk-coverage areas on the images of its budget curve: {areas}."
-        yield f"Route {number} is {rung.name}, for {rung.image_size_px} px.{told}"
+            ranks = ", ".join(f"{k} {v:.4f}" for k, v in ranked[number - 1].items())
+            areas = f" Risk-coverage areas on the images of its budget curve: {ranks}."
+        yield f"Route {number} is {rung.name}, for {rung.image_size_px} px.{areas}"
 
 
 def _checkpoints_of(folder: Path) -> tuple[Kind, list[Path]]:
@@ -153,7 +150,7 @@ def _checkpoints_of(folder: Path) -> tuple[Kind, list[Path]]:
         is_gate = first.startswith("gate")
         return "gate run" if is_gate else "demo" if first == "checkpoint" else "supernet run", files
     if (folder / METRICS).is_file():
-        raise UsageError(f"{folder}: the run has written no checkpoint yet; let it go on")
+        raise UsageError(f"{folder}: the run has written no checkpoint yet; continue it")
     raise UsageError(f"{folder}: holds no run; {_EXPECTED}")
 
 
@@ -180,7 +177,7 @@ def _select(path: Path, models: Sequence[Model], target: float | None) -> Model:
 
 def _curves(folder: Path, kind: Kind, model: Model, models: Sequence[Model]) -> Iterator[Curves]:
     """Curves of the run; of a gate run those of the selected gate, after those of its supernet."""
-    lines = _read_metrics(folder / METRICS)
+    lines = tuple(read_metrics(folder))
     if kind != "gate run":
         if lines:
             yield Curves("Training", lines)
@@ -191,11 +188,9 @@ def _curves(folder: Path, kind: Kind, model: Model, models: Sequence[Model]) -> 
     if isinstance(supernet, str) and supernet:
         stage1 = Path(supernet).parent
         # a run that was moved usually still has its supernet's run as a neighbour
-        first = _read_metrics(stage1 / METRICS) or _read_metrics(
-            folder.parent / stage1.name / METRICS
-        )
+        first = read_metrics(stage1) or read_metrics(folder.parent / stage1.name)
         if first:
-            yield Curves("Stage I: the supernet", first)
+            yield Curves("Stage I: the supernet", tuple(first))
     number = models.index(model)
     # gates are trained in the order of the recipe, which may not be that of their targets
     targets = gate.get("targets")
@@ -204,23 +199,6 @@ def _curves(folder: Path, kind: Kind, model: Model, models: Sequence[Model]) -> 
     lines = tuple(line for line in lines if line.get("gate", number) == number)
     if lines:
         yield Curves("Stage II: the gate", lines)
-
-
-def _read_metrics(file: Path) -> tuple[Mapping[str, Any], ...]:
-    """The lines of a metrics file that have a kind and a step; none if it cannot be read."""
-    try:
-        content = file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ()
-    lines = []
-    for raw in content.splitlines():
-        try:
-            line = json.loads(raw)
-        except ValueError:  # such as a last line that a crash cut short
-            continue
-        if isinstance(line, dict) and type(line.get("step")) is int and "kind" in line:
-            lines.append(line)
-    return tuple(lines)
 
 
 def _read_json(file: Path, kind: type[Any], notes: list[str]) -> Any:
@@ -249,7 +227,7 @@ class ReportImages:
     """The data set as the user or the recipe names it."""
     split: str
     held_back: float | None
-    """Share of the split that training held back, if these are those; None for a whole split."""
+    """Share of the split that training held out, if these are those; None for a whole split."""
     total: int
     """Number of images before `limit`."""
     trained_on: bool
@@ -263,7 +241,7 @@ class NoImagesError(Exception):
 def open_images(
     checkpoint: Checkpoint, *, data: str | None, split: str | None, limit: int | None
 ) -> ReportImages:
-    """The images that `data` names, or else those that training held back.
+    """The images that `data` names, or else those that training held out.
 
     `limit` selects that many at random, with a fixed seed.
 
@@ -284,7 +262,7 @@ def open_images(
             return _open(checkpoint, _shipped(checkpoint, split), limit)
         source = stages[0]
         if source is None:
-            raise NoImagesError("training held no images back")
+            raise NoImagesError("training held out no images")
         if not Path(source.path).exists():
             raise NoImagesError(f"the run's images are not at {source.path} here")
         if split is not None:
@@ -310,7 +288,7 @@ def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
         source = HeldOut(str(MINI), split or "test", None)
         if open_source(MINI, source.split).class_names == names:
             return source
-    raise NoImagesError("the checkpoint does not say which images it was trained on")
+    raise NoImagesError("the checkpoint does not record its training images")
 
 
 def _open(checkpoint: Checkpoint, which: HeldOut, limit: int | None) -> ReportImages:

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import jinja2
-import torch
 from markupsafe import Markup
 
 from dynaslim.bench.timing import hardware
 from dynaslim.cost import params
+from dynaslim.recipes import ReportOptions
 from dynaslim.report import charts, sections, text
-from dynaslim.report.data import ReportData, ReportOptions, gather
+from dynaslim.report.data import ReportData, gather
 from dynaslim.report.timing import BATCH_SIZE, gate_mode, route_mode
 from dynaslim.runtime.budget_search import accuracy_interval
 from dynaslim.version import __version__
@@ -54,63 +54,34 @@ class Report:
     summary: dict[str, Any]
 
 
-def make_report(
-    run: str | Path,
-    *,
-    data: str | None = None,
-    split: str | None = None,
-    target: float | None = None,
-    images: int | None = None,
-    baselines: str | Path | None = None,
-    title: str | None = None,
-    backend: str = "auto",
-    rounds: int | None = None,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-) -> str:
+def make_report(run: str | Path, **options: Any) -> str:
     """A page of HTML on a run: evaluated on images, timed on this machine.
 
-    `run` is the folder of a run or of the demo, or a checkpoint. `data` and `split` name the
-    images; by default they are those that training held back, if they are still available.
-    `images` limits their number, by a fixed random choice. `target` selects the gate that is shown
-    in detail, of a run with several. `baselines` is a JSON file of static networks,
-    `[{"name", "top1", "madds", "ms"}]`. `rounds` of interleaved timing are by default as many as
-    take ten seconds; 0 leaves milliseconds out.
+    `run` is the folder of a run or of the demo, or a checkpoint; `options` are the fields of
+    `ReportOptions`.
 
     Raises:
         UsageError: if there is no run, or an argument makes no sense.
         CheckpointError: if a checkpoint cannot be read.
         DataError: if images that were named cannot be read or do not fit the network.
     """
-    options = ReportOptions(
-        Path(run),
-        data=data,
-        split=split,
-        target=target,
-        images=images,
-        baselines=None if baselines is None else Path(baselines),
-        backend=backend,
-        rounds=rounds,
-        batch_size=batch_size,
-        device=device,
-    )
-    return build_report(options, title=title).html
+    return build_report(run, ReportOptions(**options)).html
 
 
-def build_report(options: ReportOptions, *, title: str | None = None) -> Report:
+def build_report(run: str | Path, options: ReportOptions) -> Report:
     """As `make_report`, with the main numbers beside the page."""
-    return render(gather(options), title)
+    return render(gather(run, options))
 
 
-def render(data: ReportData, title: str | None = None) -> Report:
-    """The page of what was gathered."""
-    # a sentence is a paragraph of the template; the first is the most important
+def render(data: ReportData) -> Report:
+    """The page of a report's data."""
+    # each paragraph of the template is a sentence; the first is the headline
     paragraphs = _environment().get_template("headline.txt.j2").render(_context(data)).split("\n\n")
     headline = [sentence for one in paragraphs if (sentence := " ".join(one.split()))]
-    return Report(_page(data, headline, title), _summary(data, headline[0]))
+    return Report(_page(data, headline), _summary(data, headline[0]))
 
 
-def _page(data: ReportData, headline: list[str], title: str | None) -> str:
+def _page(data: ReportData, headline: list[str]) -> str:
     columns, names = sections.route_columns(data), sections.class_names(data)
     has_costs = data.metrics is not None and bool(data.metrics.routes or data.metrics.dynamic)
     suffixes = {
@@ -127,7 +98,7 @@ def _page(data: ReportData, headline: list[str], title: str | None) -> str:
         .get_template("report.html.j2")
         .render(
             _context(data),
-            title=title or _default_title(data),
+            title=data.options.title or _default_title(data),
             style=Markup(style),
             headline=headline,
             madds_chart=charts.cost_chart(data.modes, suffixes, by_ms=False) if has_costs else None,
@@ -151,7 +122,7 @@ def _page(data: ReportData, headline: list[str], title: str | None) -> str:
 
 
 def _context(data: ReportData) -> dict[str, Any]:
-    """What every template of a report is given."""
+    """The variables of every template."""
     return {"data": data, "metrics": data.metrics, "spec": data.spec, "times": data.times}
 
 
@@ -163,7 +134,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # characters that a page cannot hold are replaced wherever they come from
+        # replaces characters that HTML cannot contain
         finalize=lambda value: value if hasattr(value, "__html__") else text.clean(str(value)),
     )
     environment.filters |= {name: getattr(text, name) for name in _FILTERS} | {"g": "{:g}".format}

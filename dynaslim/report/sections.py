@@ -1,4 +1,4 @@
-"""The parts of a report that need more than `ReportData`, ready for the templates."""
+"""The parts of a report that are computed from `ReportData` for the templates."""
 
 from __future__ import annotations
 

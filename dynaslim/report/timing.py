@@ -14,6 +14,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from dynaslim.bench.routed import apportion
 from dynaslim.bench.timing import Arm, hardware, interleave, summary
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
@@ -99,7 +100,7 @@ def representative_images(
     """
     rng = np.random.default_rng(0)
     number_N = evaluation.taken_number.numpy()
-    counts = _apportion(np.bincount(number_N, minlength=len(evaluation.taken)), rows)
+    counts = apportion(np.bincount(number_N, minlength=len(evaluation.taken)), rows)
     picked = []
     for route, count in enumerate(counts):
         own = rng.permutation(np.flatnonzero(number_N == route))
@@ -180,7 +181,7 @@ def _overruled(engine: Engine, shares: Sequence[RouteShare], batches: Sequence[n
     spec, router = engine.spec, engine.router
     paths = [spec.path_of(Route(one.widths)) for one in shares]
     rows = sum(map(len, batches))
-    counts = _apportion(np.array([one.share for one in shares]), rows)
+    counts = apportion(np.array([one.share for one in shares]), rows)
     options_NG = np.repeat(np.array(paths, np.int64), counts, axis=0)
     options_NG = np.random.default_rng(0).permutation(options_NG)
     parts = np.split(options_NG, range(BATCH_SIZE, rows, BATCH_SIZE))
@@ -193,12 +194,3 @@ def _overruled(engine: Engine, shares: Sequence[RouteShare], batches: Sequence[n
             router.routed(router.backend.arrays.images(batch), decide(options_BG), None)
 
     return run
-
-
-def _apportion(weights: np.ndarray, rows: int) -> np.ndarray:
-    """Whole numbers in these shares with the sum `rows`, by the largest remainders."""
-    exact = weights / weights.sum() * rows
-    counts: np.ndarray = np.floor(exact).astype(int)
-    for place in np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]:
-        counts[place] += 1
-    return counts

@@ -42,7 +42,7 @@ from dynaslim.spec import Route
 
 
 class Stopped(BaseException):
-    """The run was asked to stop and has saved a snapshot.
+    """The run was stopped by a signal and has saved a snapshot.
 
     Not an `Exception`, so that no handler of failures catches it.
     """
@@ -69,17 +69,17 @@ class StopRequest:
         return largest(self.number or 0) or None
 
     def check(self) -> None:
-        """Stop now if asked to; for work that starts anew when it is resumed."""
+        """Raise `Stopped` if a signal has come; for work that a resumed run repeats."""
         if self.number is not None:
             raise Stopped(self.number)
 
-    def checked(self, tell: Callable[..., object] | None = None) -> Callable[..., None]:
-        """A progress callback that calls `check` and then `tell`."""
+    def checked(self, callback: Callable[..., object] | None = None) -> Callable[..., None]:
+        """A progress callback that calls `check` and then `callback`."""
 
         def call(*done: int) -> None:
             self.check()
-            if tell is not None:
-                tell(*done)
+            if callback is not None:
+                callback(*done)
 
         return call
 
@@ -185,17 +185,17 @@ class RunContext:
         skipped = opened.feed.skipped
         note(
             f"{opened.name}: {opened.feed.num_images} images to train on, "
-            f"{opened.held_back} held back, {skipped.count} skipped"
+            f"{opened.held_back} held out, {skipped.count} skipped"
         )
         for line in report_lines(skipped.lines):
             note(line)
-        known = self.folder.file(TRAINED_ON)
-        if self.folder.is_main and not (self.folder.state is not None and known.exists()):
+        record = self.folder.file(TRAINED_ON)
+        if self.folder.is_main and not (self.folder.state is not None and record.exists()):
             seen = set(opened.feed.digests()) - {""}
             base = recipe.supernet if isinstance(recipe, GateRecipe) else recipe.init
             if base is not None:  # its weights come from a run with images of its own
                 seen |= trained_on(checkpoint_file(base))
-            write_atomic(known, "".join(f"{one}\n" for one in sorted(seen)).encode())
+            write_atomic(record, "".join(f"{one}\n" for one in sorted(seen)).encode())
         return opened
 
     def evaluate(
@@ -256,7 +256,7 @@ def opened(
 ) -> Iterator[RunContext]:
     """Join the other processes, handle signals and open the folder, while inside.
 
-    `alone_for` names what several processes cannot do.
+    `alone_for` names what needs a single process.
 
     Raises:
         UsageError: as `RunFolder`, for an unknown device, or for several processes where one is
@@ -277,7 +277,7 @@ def opened(
 
 
 def data_results(data: Training) -> dict[str, Any]:
-    """What `results.json` has of the images; skipped ones are those of all processes."""
+    """The entries of `results.json` on the images; skipped ones are those of all processes."""
     held_out = data.validation.skipped.lines if data.validation is not None else ()
     everywhere = gather([*data.feed.skipped.lines, *held_out])
     return {
@@ -310,7 +310,7 @@ class Callbacks:
         """Log step number `step`; snapshot if `save` or if the last one is old.
 
         Raises:
-            Stopped: if the run was asked to stop; a snapshot has been written.
+            Stopped: on SIGTERM or SIGINT; a snapshot has been written.
         """
         now = time.monotonic()
         self._window.append(now - self._last)

@@ -36,7 +36,7 @@ TRAINED_ON: Final = "trained_on.txt"
 _FORMAT: Final = "dynaslim-snapshot"
 _VERSION: Final = 1
 _FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices", "supernet"}
-"""Fields of a recipe that no run can change on its way."""
+"""Fields of a recipe that a resumed run cannot change."""
 
 
 class RunFolder:
@@ -62,10 +62,10 @@ class RunFolder:
         self.recipe = dict(recipe)
         self.is_main = rank() == 0
         self.state: dict[str, Any] | None = None
-        """What the run was at its last snapshot, if it is resumed."""
+        """The state of the last snapshot, if the run is resumed."""
         self._board: Any = None
-        self._lock = FileLock(path / ".lock", timeout=0)  # the system lets go of it after any end
-        # the first process looks, the others take its word: files may reach them later
+        self._lock = FileLock(path / ".lock", timeout=0)  # released even by a crash
+        # the first process decides for all: on a shared disk the others may see files later
         problem = broadcast(self._prepare(resume, force) if self.is_main else None)
         if problem is not None:
             raise problem
@@ -82,7 +82,7 @@ class RunFolder:
         except OSError as error:
             return error
         try:
-            # a run that failed before its first step has left nothing to go on with, or to lose
+            # a run that failed before its first step has nothing to resume or to lose
             if self.file(SNAPSHOT).exists() or read_metrics(self.path):
                 if not resume:
                     raise UsageError(
@@ -128,10 +128,10 @@ class RunFolder:
         write_json(self.file("environment.json"), [*seen, environment()])
         kept = []
         if self.state is not None:
-            # what came after the snapshot is done and logged again
+            # steps after the snapshot are repeated and logged again
             until = {"train": self.state["step"], "val": self.state.get("validated", 0)}
             lines = read_metrics(self.path)
-            # the teacher's line is of the start
+            # the teacher is logged at step 0
             kept = [line for line in lines if line["step"] <= until.get(line["kind"], 0)]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_atomic(self.file(METRICS), text.encode())
@@ -189,7 +189,7 @@ class RunFolder:
 
 
 def trained_on(checkpoint: Path) -> frozenset[str]:
-    """Digests of the images that the run of a checkpoint trained on; empty if it does not say."""
+    """Digests of the images that the run of a checkpoint trained on; empty if not recorded."""
     try:
         return frozenset((checkpoint.parent / TRAINED_ON).read_text(encoding="utf-8").split())
     except (OSError, UnicodeDecodeError):
@@ -197,16 +197,19 @@ def trained_on(checkpoint: Path) -> frozenset[str]:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics file; a last line that a crash cut short is left out."""
-    file = path / METRICS
-    if not file.exists():
+    """The lines of a run's metrics file that have a kind and a step; none if it cannot be read."""
+    try:
+        content = (path / METRICS).read_text(encoding="utf-8", errors="replace")
+    except OSError:
         return []
     lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for raw in content.splitlines():
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+            line = json.loads(raw)
+        except ValueError:  # such as a last line that a crash cut short
+            continue
+        if isinstance(line, dict) and type(line.get("step")) is int and "kind" in line:
+            lines.append(line)
     return lines
 
 
@@ -216,7 +219,7 @@ def write_json(path: Path, value: object) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for whoever wants to repeat the run."""
+    """Versions and hardware of the run."""
     cuda = torch.cuda.is_available()
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -267,7 +270,7 @@ def save_snapshot(path: str | Path, state: Mapping[str, Any]) -> None:
     """Write a state, whole or not at all.
 
     Raises:
-        CheckpointError: if a tensor has values that are not finite: nobody could go on from there.
+        CheckpointError: if a tensor has values that are not finite: no run could resume from them.
         OSError: if the file cannot be written; an older one of that name is left as it was.
     """
     tensors: dict[str, Tensor] = {}

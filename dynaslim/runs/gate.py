@@ -30,7 +30,7 @@ from dynaslim.train.route_cache import RouteCache, cache_routes
 def run_gate(
     recipe: GateRecipe, out: str | Path, options: RunOptions | None = None
 ) -> dict[str, Any]:
-    """Train gates into folder `out`; returns what `results.json` there holds.
+    """Train gates into folder `out`; returns the content of its `results.json`.
 
     Writes `gate.safetensors`, or `gate_0.40.safetensors` for each target: the whole network, whose
     slimming heads alone differ from the supernet's.
@@ -41,7 +41,7 @@ def run_gate(
         CheckpointError: if the supernet cannot be read.
         DataError: if the images cannot be read, or their classes are not the network's.
         TrainingError: if a loss is not finite; the last snapshot is left as it was.
-        Stopped: if asked to stop by SIGTERM or SIGINT; a snapshot has been written.
+        Stopped: on SIGTERM or SIGINT; a snapshot has been written.
         OSError: if a file cannot be written; the last snapshot is left as it was.
     """
     check(bool(recipe.supernet), "name the trained supernet: --supernet CHECKPOINT")
@@ -200,10 +200,10 @@ class _GateRun:
             yield x, labels[good].to(self.device)
             bar.advance(len(labels))
 
-    # -- what comes of it ---------------------------------------------------------------------
+    # -- results ------------------------------------------------------------------------------
 
     def _keep(self, target: float | None, extra: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate and save the gate that has been trained."""
+        """Evaluate and save the trained gate."""
         self.net.eval()
         result = self.context.evaluate(
             self.net, self.data, f"gate {self.number + 1} of {len(self.targets)}"

@@ -1,4 +1,4 @@
-"""Stage I as a run: train, validate, keep the best, resume, and say at the end how it went."""
+"""Stage I as a run: train, validate, keep the best, resume, and write the results."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dynaslim.zoo import get_spec
 def run_supernet(
     recipe: SupernetRecipe, out: str | Path, options: RunOptions | None = None
 ) -> dict[str, Any]:
-    """Train a supernet into folder `out`; returns what `results.json` there holds.
+    """Train a supernet into folder `out`; returns the content of its `results.json`.
 
     Writes `last.safetensors` (the averaged network), `last_live.safetensors` (the trained one) and,
     where images are held out, `best.safetensors` (the averaged network of the best evaluation on
@@ -44,7 +44,7 @@ def run_supernet(
         CheckpointError: if that checkpoint cannot be read.
         DataError: if the images cannot be read.
         TrainingError: if a loss is not finite; the last snapshot is left as it was.
-        Stopped: if asked to stop by SIGTERM or SIGINT; a snapshot has been written.
+        Stopped: on SIGTERM or SIGINT; a snapshot has been written.
         OSError: if a file cannot be written; the last snapshot is left as it was.
     """
     with opened("supernet", recipe, out, options) as context:
@@ -78,7 +78,7 @@ def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
 
 
 def _shape(spec: NetSpec, *, widths: bool = True) -> dict[str, Any]:
-    """A spec without what may differ between a network and one that starts from it."""
+    """A spec without the fields in which a network and its start may differ."""
     shape = spec.with_choices((0,)).replace(name="", num_classes=1).to_dict()
     if not widths:
         for stage in shape["stages"]:
@@ -98,7 +98,7 @@ _TEACHER_BATCHES: Final = 8
 
 
 class _SupernetRun:
-    """The parts of a run, while it lasts."""
+    """A run of stage I."""
 
     def __init__(self, recipe: SupernetRecipe, context: RunContext) -> None:
         self.recipe, self.context = recipe, context
@@ -149,7 +149,7 @@ class _SupernetRun:
             self.data.feed.load_state(state)
 
     def _teacher(self, spec: NetSpec) -> OutsideTeacher | None:
-        """The recipe's teacher, run in the way that makes it best on images as it will see them."""
+        """The recipe's teacher, by the route and BN statistics of the lowest loss on a sample."""
         recipe, data = self.recipe, self.data
         if recipe.teacher is None:
             return None
@@ -208,7 +208,7 @@ class _SupernetRun:
         return net
 
     def run(self) -> dict[str, Any]:
-        """All that is left to do."""
+        """Run the remaining steps, and finish."""
         training, recipe = self.training, self.recipe
         if self._has_ended() and (done := self.context.results()) is not None:
             return done

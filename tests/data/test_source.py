@@ -7,9 +7,8 @@ from helpers import png, write_parquet
 
 from dynaslim.data import load_images, open_source
 from dynaslim.data.images import ImageDataset, channel_statistics
-from dynaslim.data.layout import check_path
+from dynaslim.data.layout import MINI, check_path
 from dynaslim.data.source import Entry
-from dynaslim.demo import DATA
 from dynaslim.errors import DataError
 from dynaslim.preprocessing import Preprocessing
 
@@ -25,10 +24,10 @@ def _folder(root, split=None):
 
 def test_shipped_images():
     for split, count in (("train", 10_000), ("test", 2_000)):
-        source = open_source(DATA, split)
+        source = open_source(MINI, split)
         assert len(source) == count
         assert source.class_names[0] == "T-shirt/top"
-    assert (DATA / "LICENSE").read_text().startswith("The MIT License")
+    assert (MINI / "LICENSE").read_text().startswith("The MIT License")
 
 
 def test_parquet_file_and_folder_agree(tmp_path):
@@ -114,12 +113,12 @@ def test_nothing_there(tmp_path):
     with pytest.raises(DataError, match=r"empty: holds no images; expected .*empty/CLASS/FILE"):
         open_source(tmp_path / "empty")
     (tmp_path / "empty" / "a.png").write_bytes(png())
-    with pytest.raises(DataError, match=r"an image lies outside any class folder \(a.png\)"):
+    with pytest.raises(DataError, match=r"an image is outside any class folder \(a.png\)"):
         open_source(tmp_path / "empty")
     (tmp_path / "split" / "train").mkdir(parents=True)
     for n in range(3):
         (tmp_path / "split" / "train" / f"{n}.png").write_bytes(png())
-    with pytest.raises(DataError, match=r"3 images lie outside .* \(0.png\), so that there are no"):
+    with pytest.raises(DataError, match=r"3 images are outside .* \(0.png\), so that there are no"):
         open_source(tmp_path / "split")
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(DataError, match=r"expected a .parquet file or a folder"):

@@ -191,7 +191,7 @@ def test_a_card_of_a_network_that_knows_nothing(tmp_path):
     assert "model-index" not in header
     assert "license" not in header
     card = (folder / "README.md").read_text()
-    assert "says neither how images are prepared nor what the classes are called" in card
+    assert "has neither preprocessing nor names of classes" in card
     for section in ("## Results", "## Budgets", "## Training"):
         assert section not in card
 

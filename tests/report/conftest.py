@@ -11,7 +11,7 @@ from dynaslim.evaluation import evaluate
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """80 images to train on, of which 20 are held back, and 40 others; names that mean harm."""
+    """80 images to train on, of which 20 are held out, and 40 others; names that mean harm."""
     folder = tmp_path_factory.mktemp("data <b>&")
     write_images(folder, "train", 80, HOSTILE)
     write_images(folder, "test", 40, HOSTILE)
@@ -60,4 +60,4 @@ def gate_page(gate_run):
     """The report of that run, timed; what most tests look at."""
     from dynaslim.report import ReportOptions, build_report
 
-    return build_report(ReportOptions(gate_run, backend="eager", rounds=2))
+    return build_report(gate_run, ReportOptions(backend="eager", rounds=2))

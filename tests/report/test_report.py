@@ -290,7 +290,7 @@ def test_request_is_checked(gate_run):
 
 
 def test_some_images_are_always_the_same(gate_run):
-    pages = [build_report(ReportOptions(gate_run, images=9, rounds=0)) for _ in range(2)]
+    pages = [build_report(gate_run, ReportOptions(images=9, rounds=0)) for _ in range(2)]
     assert pages[0].summary["images"] == 9
     assert pages[0].html == pages[1].html
     assert "9 images at random of 20" in Page(pages[0].html).text

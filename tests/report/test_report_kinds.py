@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import lively, lively_net, micro_spec
+from helpers import fails, lively, lively_net, micro_spec
 from report_runs import (
     HOSTILE,
     PRE,
@@ -23,12 +23,12 @@ from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.data import open_source
 from dynaslim.data.images import ImageDataset
+from dynaslim.data.layout import MINI
 from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.evaluation import evaluate
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, SupernetRecipe
 from dynaslim.report import ReportOptions, build_report, make_report, text
-from dynaslim.report.inputs import MINI
 from dynaslim.spec import NetSpec, StageSpec
 
 ALL_PARTS = ["costs", "classes", "images", "confidence", "confusion", "making"]
@@ -47,7 +47,7 @@ def _modes(page):
 
 
 def test_target_picks_the_gate_of_the_details(gate_run, data):
-    built = build_report(ReportOptions(gate_run, target=0.8, rounds=0))
+    built = build_report(gate_run, ReportOptions(target=0.8, rounds=0))
     assert built.summary["target"] == 0.8
     dynamic = evaluate(make_net(2), held_images(data), PRE, routes=()).dynamic
     assert built.summary["dynamic"]["top1"] == dynamic.top1
@@ -81,7 +81,7 @@ def test_supernet_has_no_dynamic_mode(supernet_run, data):
     assert page.rows(["class", "images", "top-1"])[0][2] == f"{0:.2%}"
     assert "dynaslim train gate --supernet" in page.text
     better = save(supernet_run / "last.safetensors", read(supernet_run / "best.safetensors"))
-    assert build_report(ReportOptions(supernet_run, rounds=0)).summary["checkpoint"] == str(better)
+    assert build_report(supernet_run, ReportOptions(rounds=0)).summary["checkpoint"] == str(better)
 
 
 def test_real_runs_of_both_stages(tmp_path, capsys):
@@ -131,14 +131,14 @@ def demo_folder(tmp_path_factory):
 
 def test_a_folder_of_save_pretrained_stands_for_its_checkpoint(demo_folder, tmp_path):
     dynaslim.read(demo_folder / "checkpoint.safetensors").save_pretrained(tmp_path / "saved")
-    built = build_report(ReportOptions(tmp_path / "saved", images=24, rounds=0))
+    built = build_report(tmp_path / "saved", ReportOptions(images=24, rounds=0))
     assert built.summary["images"] == 24
     assert "Sandal" in Page(built.html).text
 
 
 @pytest.mark.parametrize("name", ["", "checkpoint.safetensors"])
 def test_demo_is_evaluated_on_the_images_that_ship(demo_folder, name):
-    built = build_report(ReportOptions(demo_folder / name, images=24, rounds=0))
+    built = build_report(demo_folder / name, ReportOptions(images=24, rounds=0))
     page = Page(built.html)
     assert built.summary["data"] == str(MINI)
     assert (built.summary["images"], built.summary["split"]) == (24, "test")
@@ -179,7 +179,7 @@ def test_a_thousand_classes_stay_bounded(tmp_path):
     write_images(tmp_path / "many", "test", 200, names)
     net = lively(micro_spec(num_classes=1000), image_size=16)
     file = save(tmp_path / "many.safetensors", Checkpoint(net, tuple(names), PRE))
-    built = build_report(ReportOptions(file, data=str(tmp_path / "many"), rounds=0))
+    built = build_report(file, ReportOptions(data=str(tmp_path / "many"), rounds=0))
     assert len(built.html) < 700_000
     page = Page(built.html)
     assert len(page.rows(["class", "images", "top-1"])) == 24
@@ -222,10 +222,10 @@ def _stored(tmp_path, data, **changes):
 
 def test_without_images_what_was_stored_is_told(gate_run, tmp_path):
     file = _stored(tmp_path, gate_run / "gate_0.60.safetensors")
-    built = build_report(ReportOptions(file, backend="eager", rounds=2))
+    built = build_report(file, ReportOptions(backend="eager", rounds=2))
     page = Page(built.html)
     assert page.parts == STORED_PARTS
-    (note,) = (note for note in built.summary["notes"] if "images to look at" in note)
+    (note,) = (note for note in built.summary["notes"] if "images to evaluate on" in note)
     assert "the run's images are not at /no/where here" in note
     assert "--data PATH" in note
     assert note in page.text
@@ -252,7 +252,7 @@ def test_without_images_what_was_stored_is_told(gate_run, tmp_path):
 )
 def test_nothing_stored_either(gate_run, tmp_path, metrics):
     file = _stored(tmp_path, gate_run / "gate_0.60.safetensors", metrics=metrics)
-    built = build_report(ReportOptions(file, rounds=0))
+    built = build_report(file, ReportOptions(rounds=0))
     page = Page(built.html)
     assert page.parts == ["making"]
     assert "has not been measured yet" in page.text
@@ -262,14 +262,14 @@ def test_nothing_stored_either(gate_run, tmp_path, metrics):
 
 
 def test_named_images_and_their_split(gate_run, data):
-    built = build_report(ReportOptions(gate_run, data=str(data), rounds=0))
+    built = build_report(gate_run, ReportOptions(data=str(data), rounds=0))
     assert (built.summary["images"], built.summary["split"]) == (40, "test")
     assert "evaluate it" in Page(built.html).text
-    other = build_report(ReportOptions(gate_run, split="test", rounds=0))
+    other = build_report(gate_run, ReportOptions(split="test", rounds=0))
     assert other.summary["images"] == 40
     assert built.summary["notes"] == other.summary["notes"]
     assert [note for note in built.summary["notes"] if "--rounds 0" not in note] == []
-    trained = build_report(ReportOptions(gate_run, split="train", rounds=0)).summary
+    trained = build_report(gate_run, ReportOptions(split="train", rounds=0)).summary
     assert trained["images"] == 80
     assert any("was trained on these images" in note for note in trained["notes"])
 
@@ -301,7 +301,7 @@ def test_unreadable_images_are_named(tmp_path, data):
     (tmp_path / "broken").mkdir()
     table.to_parquet(tmp_path / "broken" / "test.parquet")
     file = save(tmp_path / "net.safetensors", Checkpoint(make_net(), HOSTILE, PRE))
-    built = build_report(ReportOptions(file, data=str(tmp_path / "broken"), rounds=0))
+    built = build_report(file, ReportOptions(data=str(tmp_path / "broken"), rounds=0))
     assert built.summary["images"] == 39
     assert any(re.match(r"1 image could .*row 3", note) for note in built.summary["notes"])
 
@@ -429,14 +429,6 @@ def test_strange_metrics_draw_what_they_can(tmp_path, data):
     assert losses == [["step", "<b>"], ["1", "1"], ["2", "2"]]
 
 
-def _fails(capsys, argv, code, message):
-    assert cli.run([str(a) for a in argv]) == code
-    out, err = capsys.readouterr()
-    assert message in err
-    assert len(err.strip().splitlines()) == 1, err
-    assert out == ""
-
-
 def test_folders_that_hold_no_run(tmp_path, capsys, gate_run):
     out = tmp_path / "report.html"
     out.write_text("older")
@@ -444,23 +436,21 @@ def test_folders_that_hold_no_run(tmp_path, capsys, gate_run):
     def argv(run, *more):
         return ["report", run, "-o", out, "--rounds", "0", *more]
 
-    _fails(capsys, argv(tmp_path / "nowhere"), 1, "nowhere: no such file; expected a checkpoint")
+    fails(capsys, argv(tmp_path / "nowhere"), 1, "nowhere: no such file; expected a checkpoint")
     (tmp_path / "empty").mkdir()
-    _fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run; expected a checkpoint file")
+    fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run; expected a checkpoint file")
     (tmp_path / "empty" / "photo.jpg").write_bytes(b"x")
-    _fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run")
+    fails(capsys, argv(tmp_path / "empty"), 2, "empty: holds no run")
     (tmp_path / "empty" / "metrics.jsonl").write_text("")
-    _fails(capsys, argv(tmp_path / "empty"), 2, "empty: the run has written no checkpoint yet")
-    _fails(
-        capsys, argv(tmp_path / "empty" / "photo.jpg"), 1, "photo.jpg: not a readable checkpoint"
-    )
-    _fails(capsys, argv(gate_run, "--target", "0.5"), 2, "has gates for 0.4, 0.6, 0.8")
-    _fails(capsys, argv(gate_run, "--images", "0"), 2, "--images 0: must be at least 1")
-    _fails(capsys, argv(gate_run, "--baselines", "none.json"), 2, "none.json: cannot be read")
-    _fails(capsys, ["report", gate_run, "-o", tmp_path], 2, "is a folder; name a file to write")
+    fails(capsys, argv(tmp_path / "empty"), 2, "empty: the run has written no checkpoint yet")
+    fails(capsys, argv(tmp_path / "empty" / "photo.jpg"), 1, "photo.jpg: not a readable checkpoint")
+    fails(capsys, argv(gate_run, "--target", "0.5"), 2, "has gates for 0.4, 0.6, 0.8")
+    fails(capsys, argv(gate_run, "--images", "0"), 2, "--images 0: must be at least 1")
+    fails(capsys, argv(gate_run, "--baselines", "none.json"), 2, "none.json: cannot be read")
+    fails(capsys, ["report", gate_run, "-o", tmp_path], 2, "is a folder; name a file to write")
     no_target = gate_run / "gate_0.60.safetensors"
-    _fails(capsys, argv(no_target, "--target", "0.4"), 2, "has gates for 0.6")
-    _fails(capsys, ["report", no_target, "--backend", "none"], 2, "backend 'none'")
+    fails(capsys, argv(no_target, "--target", "0.4"), 2, "has gates for 0.6")
+    fails(capsys, ["report", no_target, "--backend", "none"], 2, "backend 'none'")
     assert out.read_text() == "older", "an older page stays when there is no new one"
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".tmp")]
 

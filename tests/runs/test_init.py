@@ -132,7 +132,7 @@ def test_the_classifier_is_kept_for_the_same_classes_alone(known, asked, same):
 def test_what_a_run_says_of_its_images_and_classifier(folder, tmp_path, capsys):
     run_supernet(_recipe(folder, "others", lr=0.01), tmp_path / "others")
     told = capsys.readouterr().err
-    assert "images: 64 images to train on, 0 held back, 0 skipped" in told
+    assert "images: 64 images to train on, 0 held out, 0 skipped" in told
     assert "others.safetensors: started anew for 4 classes: class 0, class 1" in told
     results = json.loads((tmp_path / "others" / "results.json").read_text())
     assert (results["classifier"], results["train_images"]) == ("started anew", 64)
@@ -142,11 +142,11 @@ def test_what_a_run_says_of_its_images_and_classifier(folder, tmp_path, capsys):
     assert cli.run([*argv, "--calibration-batches", "1", "--device", "cpu"]) == 0
     out, err = capsys.readouterr()
     assert "same.safetensors: taken over for 4 classes" in err
-    assert out.startswith("58 images trained on, 6 held back, 0 skipped\n")
+    assert out.startswith("58 images trained on, 6 held out, 0 skipped\n")
 
 
 def test_images_trained_on_are_told_from_others(folder, tmp_path, capsys):
-    """A set without splits: what training held back is measured, by the content of the files."""
+    """A set without splits: what training held out is measured, by the content of the files."""
     images = tmp_path / "images"
     for n, picture in enumerate([*bright_pngs(64), b"no picture"]):
         place = images / f"class {n % 4}"
@@ -155,8 +155,8 @@ def test_images_trained_on_are_told_from_others(folder, tmp_path, capsys):
     recipe = _recipe(folder, "same")
     data = DataRecipe(str(images), image_size_px=16, val_share=0.25)
     run_supernet(replace(recipe, data=data), tmp_path / "run")
-    # the held-back quarter of 65 files, of which one does not decode
-    assert "49 images to train on, 15 held back, 1 skipped" in (told := capsys.readouterr().err)
+    # the held-out quarter of 65 files, of which one does not decode
+    assert "49 images to train on, 15 held out, 1 skipped" in (told := capsys.readouterr().err)
     assert "skipped: " in told
     assert "class 0/64.png: not an image" in told
     digests = (tmp_path / "run" / "trained_on.txt").read_text().split()
@@ -170,7 +170,7 @@ def test_images_trained_on_are_told_from_others(folder, tmp_path, capsys):
 
     alone = measured()
     assert "[whole]: 15 images, 1 skipped" in alone
-    assert "16 of 65 images, which training held back; it was trained on the others" in alone
+    assert "16 of 65 images, which training held out; it was trained on the others" in alone
     everything = measured("--split", "whole")
     assert "[whole]: 64 images, 1 skipped" in everything
     assert "trained on 49 of these 65 images: expect less elsewhere" in everything

@@ -5,12 +5,13 @@ import re
 import resource
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import bright_pngs, png, start_dynaslim, write_parquet
+from helpers import bright_pngs, fails, png, start_dynaslim, write_parquet
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -23,7 +24,7 @@ STEPS = 24  # 3 epochs of 8
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """144 images of 4 classes by brightness; 128 to train on where a ninth is held back."""
+    """144 images of 4 classes by brightness; 128 to train on where a ninth is held out."""
     folder = tmp_path_factory.mktemp("data")
     write_parquet(folder, bright_pngs(144), 4, "train")
     return folder
@@ -208,11 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_snapshot(data, tmp_
     assert all(torch.isfinite(v).all() for v in state["modules"]["net"].values())
 
 
-def _fails(capsys, argv, code, message):
-    assert cli.run(argv) == code
-    err = capsys.readouterr().err
-    assert re.search(message, err), err
-    assert "Traceback" not in err
+_fails = partial(fails, notes=True)
 
 
 def test_folders_are_not_mixed_up(straight, data, tmp_path, capsys):
@@ -358,7 +355,7 @@ def test_sets_that_are_not_in_memory(data, tmp_path, load):
     ours, theirs = (load_file(path / "last.safetensors") for path in (out, straight))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     results = json.loads((out / "results.json").read_text())
-    assert (results["best"] is None) == (load == "stream"), "nothing was held back of a stream"
+    assert (results["best"] is None) == (load == "stream"), "nothing was held out of a stream"
 
 
 def test_imagenet_recipes_run_on_a_folder_of_its_layout(tmp_path, capsys):

@@ -796,7 +796,7 @@ def test_command(micro, capsys, tmp_path):
     assert "120 images" in out
     assert "of less than 1,000 the points are hard to tell apart" in out
     assert re.search(r"\d\.\d\d% ±\d", out)
-    assert "held back" not in out
+    assert "held out" not in out
     assert "budget 0.6" in out
     assert "4-4-6" in out, "the uniform routes to compare with"
     assert "top-1 is measured on 60 images" in out
@@ -833,7 +833,7 @@ def test_command_takes_what_training_held_back(micro, capsys):
     assert printed["routes"][0]["top1"] == curve.cheapest_top1
     assert printed["routes"][-1]["top1"] == curve.widest_top1
     human = _run(capsys, "calibrate-budget", path, "--data", data, "--table", table)
-    assert f"{len(held)} images, those that training held back" in human
+    assert f"{len(held)} images, those that training held out" in human
     assert "10.000" in human
     warned = _run(capsys, "calibrate-budget", path, "--data", data, "--split", "train")
     assert "trained on this split" in warned
@@ -867,10 +867,10 @@ def test_command_refuses(micro, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("stages", "message"),
     [
-        ({}, "does not say which images training held back"),
-        ({"supernet": {"data": {"path": ""}}}, "does not say which images"),
+        ({}, "does not record which images training held out"),
+        ({"supernet": {"data": {"path": ""}}}, "does not record which images"),
         ({"supernet": ("train", None, 0.1), "gate": ("train", None, 0.2)}, "different images"),
-        ({"supernet": ("train", None, 0.0)}, "held no images back"),
+        ({"supernet": ("train", None, 0.0)}, "held out no images"),
         ({"gate": ("train", "test", 0.1)}, None),
     ],
 )
