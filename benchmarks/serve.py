@@ -44,6 +44,15 @@ ARMS = {
 }
 BACKEND = "onnxruntime"
 BOUNDARY = "bench"
+ADMIN = "admin"
+MALFORMED = (
+    "/v1/predict",
+    "/v2/models/{name}/infer",
+    "/v2/repository/index",
+    "/v2/repository/models/{name}/load",
+    "/v2/repository/models/{name}/unload",
+)
+"""Paths that get malformed requests."""
 DEADLINE_MS = 2000.0
 
 
@@ -76,8 +85,8 @@ CASES = (
 class Server:
     """`dynaslim serve` as a process."""
 
-    def __init__(self, model: Path, flags: list[str]) -> None:
-        command = [sys.executable, "-m", "dynaslim", "serve", str(model), "--port", "0"]
+    def __init__(self, *models: Path | str, flags: list[str]) -> None:
+        command = [sys.executable, "-m", "dynaslim", "serve", *map(str, models), "--port", "0"]
         command += ["--backend", BACKEND]
         self.process = subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
@@ -315,7 +324,9 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
     statuses: Counter[int] = Counter()
     before = half = server.rss_mb()
     operation = schemathesis.openapi.from_url(f"{url}/openapi.json")[path]["POST"]
-    path = path.format(name=case.model)
+    changes = "/repository/" in path
+    path = path.format(name="none" if changes else case.model)
+    admin = {"authorization": f"Bearer {ADMIN}"}
     made_up = count * 2 // 5
 
     @settings(
@@ -328,7 +339,7 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
     )
     @given(case=operation.as_strategy(GenerationMode.NEGATIVE))
     def fuzz(case: Any) -> None:
-        statuses[case.call(base_url=url).status_code] += 1
+        statuses[case.call(base_url=url, headers=admin).status_code] += 1
 
     fuzz()
     rng = np.random.default_rng(0)
@@ -337,13 +348,16 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
 
         def post(content: bytes, kept: float = 1.0) -> int:
             """The status for a picture, or for a part of the body that has it."""
-            if path.startswith("/v2/"):
+            headers = dict(admin)
+            if changes:
+                body = content
+            elif path.startswith("/v2/"):
                 packed = len(content).to_bytes(4, "little") + content
                 body, length = tensor("image", "BYTES", [1], packed)
-                headers = {"inference-header-content-length": str(length)}
+                headers["inference-header-content-length"] = str(length)
             else:
                 body = form([content])
-                headers = {"content-type": f"multipart/form-data; boundary={BOUNDARY}"}
+                headers["content-type"] = f"multipart/form-data; boundary={BOUNDARY}"
             sent = body[: round(kept * len(body))]
             return client.post(f"{url}{path}", content=sent, headers=headers).status_code
 
@@ -366,6 +380,7 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
             statuses[post(bytes(content), rng.random() if turn % 10 == 9 else 1.0)] += 1
             if turn == count // 2:
                 half = server.rss_mb()
+        path, changes = "/v1/predict", False
         good = post(encoded("PNG"))
     return {
         "requests": sum(statuses.values()),
@@ -389,7 +404,7 @@ def encoded(kind: str) -> bytes:
 
 def drain(model: Path, case: Case) -> dict[str, Any]:
     """SIGTERM while clients ask without a pause."""
-    server = Server(model, [])
+    server = Server(model, flags=[])
     clients = start_clients(
         plan(case, server.port, seconds=20, clients=32, settle_s=0, until_stopped=True)
     )
@@ -410,7 +425,7 @@ def drain(model: Path, case: Case) -> dict[str, Any]:
 def measure(case: Case, model: Path, quick: bool, result: dict[str, Any]) -> None:
     """Throughput, and where the case is full latency and overload."""
     rounds, seconds, longer = (2, 0.7, 1.5) if quick else (5, 2.0, 7.0)
-    servers = {name: Server(model, flags) for name, flags in ARMS.items()}
+    servers = {name: Server(model, flags=flags) for name, flags in ARMS.items()}
     try:
         found = throughput(servers, case, rounds, seconds)
         result["throughput"] = found
@@ -466,11 +481,12 @@ def main() -> None:
                 write(case, model)
             measure(case, model, options.quick, result["cases"].setdefault(case.name, {}))
         tiny = models[CASES[0].model]
-        server = Server(tiny, [])
+        # one of several models, where models may be changed
+        server = Server(tiny, f"second={tiny}", flags=["--admin-token", ADMIN])
         try:
             result["malformed"] = {
                 path: malformed(server, CASES[0], 200 if options.quick else 2000, path)
-                for path in ("/v1/predict", "/v2/models/{name}/infer")
+                for path in MALFORMED
             }
         finally:
             server.stop()

@@ -30,7 +30,13 @@ from dynaslim.version import __version__
 
 NEEDS: Final = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 """Libraries of the backends besides torch."""
-MODULES: Final = {"pillow": "PIL", "pyyaml": "yaml"}
+MODULES: Final = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "opentelemetry-distro": "opentelemetry.distro",
+    "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
+    "opentelemetry-instrumentation-fastapi": "opentelemetry.instrumentation.fastapi",
+}
 """Modules whose names differ from those of their libraries."""
 LIBRARY_S: Final = 120.0
 """Seconds that importing a library may take; a cold disk is slow."""

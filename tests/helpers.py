@@ -285,8 +285,9 @@ def toy_images(count=96, classes=5, seed=0):
 
 @contextmanager
 def running(package, *flags, script="from dynaslim import cli; cli.main()"):
-    """A server process that is ready; yields it and its address."""
-    command = [sys.executable, "-c", script, "serve", str(package), "--port", "0", *flags]
+    """A server process of one or several models that is ready; yields it and its address."""
+    models = map(str, package if isinstance(package, list) else [package])
+    command = [sys.executable, "-c", script, "serve", *models, "--port", "0", *flags]
     process = subprocess.Popen(
         [*command, "--backend", "onnxruntime", "--workers", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

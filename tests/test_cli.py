@@ -604,7 +604,7 @@ def test_a_wrong_command_line_gets_one_line(capsys, tmp_path, monkeypatch, argv,
 
 # -- careless users, verb by verb -----------------------------------------------------------------
 
-MODELS = {"model", "checkpoint", "file", "run"}
+MODELS = {"model", "models", "checkpoint", "file", "run"}
 
 
 def _required(verb, folder, model):

@@ -99,8 +99,9 @@ def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbPa
                 _add_options(parser, hint)
         elif parameter.kind is parameter.KEYWORD_ONLY:
             _add_flag(parser, name, hint, parameter.default, helps[name])
-        elif hint == list[str]:
-            parser.add_argument(name, type=str, nargs="+", help=helps[name])
+        elif hint in (list[str], tuple[str, ...]):
+            nargs = "+" if parameter.default is parameter.empty else "*"
+            parser.add_argument(name, type=str, nargs=nargs, help=helps[name])
         elif parameter.default is not parameter.empty:
             parser.add_argument(
                 name, type=hint, nargs="?", default=parameter.default, help=helps[name]
@@ -213,7 +214,7 @@ def metavar_of(action: argparse.Action) -> str:
         return "{" + ",".join(choices) + "}"
     name = action.dest.rpartition(".")[2]
     if not action.option_strings:
-        return name.upper().removesuffix("S") if action.nargs == "+" else name.upper()
+        return name.upper().removesuffix("S") if action.nargs in ("+", "*") else name.upper()
     if takes_path(action):
         return _METAVARS[Path]
     found = [_METAVARS[hint] for hint in _hints(action) if hint in _METAVARS]
@@ -222,10 +223,9 @@ def metavar_of(action: argparse.Action) -> str:
 
 def _usage(parser: VerbParser) -> str:
     """The required arguments in one line; help lists all flags below it."""
+    shapes = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}
     given = [
-        f"[{metavar_of(action)}]"
-        if action.nargs == "?"
-        else metavar_of(action) + (" ..." if action.nargs == "+" else "")
+        shapes.get(str(action.nargs), "{}").format(metavar_of(action))
         for action in parser._actions
         if not action.option_strings
     ]

@@ -1,9 +1,8 @@
-"""The FastAPI application of a service: its routes, pages, errors and token."""
+"""The FastAPI application of a server: its routes, pages, errors and token."""
 
 import asyncio
 import functools
-import hmac
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -14,37 +13,46 @@ from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from fastapi.security import HTTPBearer
+from pydantic import BaseModel
 from pydantic.json_schema import SkipJsonSchema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Route
 
+from dynaslim.errors import check
+from dynaslim.model_names import find_model
+from dynaslim.runtime.cache import usable_cores
+from dynaslim.serve import repository, tracing
+from dynaslim.serve.endpoint import ByModel, no_such_model
 from dynaslim.serve.http import (
     BodyReader,
-    Headers,
     HTTPError,
     Receive,
     Send,
+    bearer_is,
     error_body,
     internal_error,
     path_of,
+    unauthorised,
 )
-from dynaslim.serve.inference import EXTENSIONS, InferEndpoint, check_model, describe
+from dynaslim.serve.inference import EXTENSIONS, InferEndpoint, check_version, describe
 from dynaslim.serve.model_info import ServedEngine
 from dynaslim.serve.options import ServeOptions
 from dynaslim.serve.pages import File, find_samples, interface_page, web_files
-from dynaslim.serve.predict import PredictEndpoint
+from dynaslim.serve.predict import PredictEndpoint, model_named
 from dynaslim.serve.schemas import (
     PREDICT_ERRORS,
     RETRY_AFTER,
+    ChangeRequest,
     ErrorBody,
+    IndexEntry,
+    IndexRequest,
     InferResponse,
     Live,
     ModelMetadata,
     ModelReady,
     Models,
     Prediction,
-    PredictParameters,
     ProtocolError,
     Ready,
     SampleLink,
@@ -53,11 +61,12 @@ from dynaslim.serve.schemas import (
     error_responses,
     infer_request,
     limited_bodies,
-    limited_parameters,
+    query_parameters,
 )
-from dynaslim.serve.service import Service
+from dynaslim.serve.service import ServedModel, Service, Source
 from dynaslim.version import __version__
 
+Model = ServedEngine | str | Path
 ASGIApp = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 PREDICT: Final = "/v1/predict"
 _MODEL: Final = "/v2/models/{name}"
@@ -66,39 +75,49 @@ _HEALTH: Final = "/v2/health/"
 
 
 def create_app(
-    model: ServedEngine | str | Path,
+    model: Model | Sequence[Model],
     options: ServeOptions | None = None,
     *,
     backend: str = "auto",
     workers: int | None = None,
     cache_dir: str | Path | None = "auto",
 ) -> FastAPI:
-    """An application that serves an engine, or the engine of a checkpoint or a package.
+    """An application that serves models: engines, or checkpoints and packages by path.
 
-    `backend`, `workers` (cores) and `cache_dir` are for an engine that is made here.
-    It can be run by any ASGI server, or mounted in another application. Compiling begins when it
-    starts, or with the first request if the outer application does not start it. Its
-    `Service` is `app.state.service`; call `service.close()` if the outer application ends
-    without shutting this one down.
+    A string NAME=PATH gives a model another name than its network's. `backend`, `workers` (cores)
+    and `cache_dir` are for engines that are made here. The application can be run by any ASGI
+    server, or mounted in another application. Compiling begins when it starts, or with the first
+    request if the outer application does not start it. Its `Service` is `app.state.service`; call
+    `service.close()` if the outer application ends without shutting this one down.
 
     Raises:
-        UsageError: for options that the model does not fit, or a missing library; as `Engine`.
-        CheckpointError, PackageError: if the model cannot be read.
+        UsageError: for options that a model does not fit, two models of one name, or a missing
+            library; as `Engine`.
+        CheckpointError, PackageError: if a model cannot be read.
     """
     options = ServeOptions() if options is None else options
-    path: Path | None = None
-    engine: ServedEngine
-    if isinstance(model, str | Path):
+
+    def open_model(path: str | Path) -> ServedEngine:
         from dynaslim.predict import open_engine
 
-        path = Path(model)
-        engine = open_engine(
-            model, backend, batch_size=options.max_batch, workers=workers, cache_dir=cache_dir
+        return open_engine(
+            path, backend, batch_size=options.max_batch, workers=workers, cache_dir=cache_dir
         )
-    else:
-        engine = model
-    samples = find_samples(options.samples, path, engine.class_names)
-    service = Service(engine, options)
+
+    sources: list[Source] = []
+    first: Path | None = None
+    for one in model if isinstance(model, Sequence) and not isinstance(model, str) else [model]:
+        if isinstance(one, str | Path):
+            name, path = _named(one)
+            first = first if sources else Path(path)
+            found = find_model(path, ("checkpoint", "package")).path
+            sources.append((name, open_model(found), found))
+        else:
+            sources.append((None, one, None))
+    check(bool(sources), "no models: give at least one")
+    samples = find_samples(options.samples, first, sources[0][1].class_names)
+    cores = usable_cores()
+    service = Service(sources, options, open_model, max(1, cores // (workers or cores)))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -111,11 +130,12 @@ def create_app(
     app = FastAPI(
         title="dynaslim",
         version=__version__,
-        description=f"Predictions by {service.name}, every image along the route that its gates "
-        f"choose.",
+        description=f"Predictions by {', '.join(service.models)}, every image along the route that "
+        f"its gates choose.",
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
     )
     app.state.service = service
@@ -126,6 +146,7 @@ def create_app(
     ]
     _add_state(app, service, links)
     _add_protocol(app, service)
+    _add_repository(app, service)
     interface = functools.cache(lambda: interface_page(app.openapi()))
 
     async def docs(_: Request) -> Any:
@@ -141,8 +162,21 @@ def create_app(
     for url, page in pages.items():
         app.router.routes.append(Route(url, page, methods=["GET"]))
     if options.token is not None:
-        app.add_middleware(_TokenMiddleware, service=service, token=options.token)
+        app.add_middleware(_TokenMiddleware, service=service)
+    service.tracer = tracing.instrument(app)
     return app
+
+
+def _named(text: str | Path) -> tuple[str | None, str | Path]:
+    """Name and path of NAME=PATH; a file or folder of that very name comes first."""
+    name, equals, path = str(text).partition("=")
+    if not equals or "/" in name or Path(text).exists():
+        return None, text
+    check(
+        repository.NAME.fullmatch(name) is not None,
+        f"{text}: a model's name has up to 128 letters, digits, dots, dashes and underscores",
+    )
+    return name, path
 
 
 def _protected(service: Service, body: type = ErrorBody) -> dict[str, Any]:
@@ -153,11 +187,15 @@ def _protected(service: Service, body: type = ErrorBody) -> dict[str, Any]:
     return {"dependencies": [Depends(bearer)], "responses": error_responses(401, body=body)}
 
 
+def _not_ready(body: type) -> dict[int | str, dict[str, Any]]:
+    return {503: {"model": body, "description": "Not yet, or no more.", "headers": RETRY_AFTER}}
+
+
 def _add_predict(app: FastAPI, service: Service) -> None:
-    limited = limited_parameters(PredictParameters, service.options.deadline_ms)
+    limited = query_parameters(service.options.deadline_ms)
     json_body, form = limited_bodies(service.options.max_images)
     documented = _protected(service)
-    documented["responses"] |= error_responses(*PREDICT_ERRORS)
+    documented["responses"] |= error_responses(404, *PREDICT_ERRORS)
 
     async def predict(
         parameters: Annotated[limited, Query()],  # type: ignore[valid-type]
@@ -165,11 +203,11 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     ) -> None:
         """Results are in the order of the images. Formats are detected from the images' content."""
 
+    by_model = ByModel(service, PredictEndpoint, lambda scope: model_named(scope["query_string"]))
     # of two routes with the same path the first one gets the requests; FastAPI documents the other
-    app.router.routes.append(Route(PREDICT, PredictEndpoint(service), methods=["POST"]))
+    app.router.routes.append(Route(PREDICT, by_model, methods=["POST"]))
     app.post(
         PREDICT,
-        operation_id="predict",
         summary="Classify images.",
         response_model=Prediction,
         response_description="The network's answer.",
@@ -185,24 +223,11 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> None:
     """Add the routes for the state of the server, its model and its metrics."""
 
-    @app.get(
-        "/healthz",
-        operation_id="healthz",
-        summary="Whether the process is alive.",
-        response_description="Yes.",
-    )
+    @app.get("/healthz", summary="Whether the process is alive.")
     async def healthz() -> Status:
         return {"status": "alive"}
 
-    @app.get(
-        "/readyz",
-        operation_id="readyz",
-        summary="Whether predictions are accepted.",
-        response_description="Yes.",
-        responses={
-            503: {"model": Status, "description": "Not yet, or no more.", "headers": RETRY_AFTER}
-        },
-    )
+    @app.get("/readyz", summary="Whether predictions are accepted.", responses=_not_ready(Status))
     async def readyz(response: Response) -> Status:
         service.start()
         if service.accepting:
@@ -215,65 +240,52 @@ def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> Non
 
     @app.get(
         "/metrics",
-        operation_id="metrics",
         summary="Metrics for Prometheus.",
         response_class=Response,  # has no type, so that errors are documented as JSON
         response_description="In Prometheus' text format.",
         **protected,
     )
     async def metrics() -> Response:
-        return Response(service.metrics.text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
+        return Response(service.metrics_text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
     @app.get(
         "/v1/models",
-        operation_id="models",
         summary="The models with their routes, costs, budgets and limits.",
-        response_description="The models.",
         **_protected(service),
     )
     async def models() -> Models:
-        return {
-            "models": [
-                service.info.describe(service.name, service.backend, service.options, samples)
-            ]
-        }
+        found = [
+            (one, samples if one.name == service.first else []) for one in service.models.values()
+        ]
+        options = service.options
+        return {"models": [m.info.describe(m.name, m.backend, options, s) for m, s in found]}
 
 
 def _add_protocol(app: FastAPI, service: Service) -> None:
     """Add the routes of the Open Inference Protocol."""
-    name_ = Annotated[str, PathParameter(json_schema_extra={"enum": [service.name]})]
+    names = [] if service.options.model_folder is not None else list(service.models)
+    name_ = Annotated[str, PathParameter(json_schema_extra={"enum": names} if names else None)]
 
-    def is_ready(response: Response) -> bool:
+    def is_ready(response: Response, served: Service | ServedModel) -> bool:
         service.start()
-        if not service.accepting:
+        if not served.accepting:
             response.status_code, response.headers["retry-after"] = 503, "2"
-        return service.accepting
+        return served.accepting
 
-    def not_ready(body: type) -> dict[int | str, dict[str, Any]]:
-        return {503: {"model": body, "description": "Not yet, or no more.", "headers": RETRY_AFTER}}
-
-    @app.get(
-        "/v2/health/live",
-        operation_id="live",
-        summary="Whether the process is alive.",
-        response_description="Yes.",
-    )
+    @app.get("/v2/health/live", summary="Whether the process is alive.")
     async def live() -> Live:
         return {"live": True}
 
     @app.get(
         "/v2/health/ready",
-        operation_id="ready",
-        summary="Whether predictions are accepted.",
-        response_description="Yes.",
-        responses=not_ready(Ready),
+        summary="Whether predictions by all models are accepted.",
+        responses=_not_ready(Ready),
     )
     async def ready(response: Response) -> Ready:
-        return {"ready": is_ready(response)}
+        return {"ready": is_ready(response, service)}
 
     @app.get(
         "/v2",
-        operation_id="server_metadata",
         summary="The server.",
         response_description="Its name, its version and the protocol's extensions that it has.",
         **_protected(service, ProtocolError),
@@ -281,37 +293,31 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
     async def server_metadata() -> ServerMetadata:
         return {"name": "dynaslim", "version": __version__, "extensions": EXTENSIONS}
 
-    def check(name: name_, request: Request) -> None:  # noqa: ARG001
-        check_model(service, request.path_params)
+    def find(name: name_, request: Request) -> ServedModel:
+        check_version(request.path_params)
+        if name not in service.models:
+            raise no_such_model(service, name)
+        return service.models[name]
 
-    model = APIRouter(
-        dependencies=[Depends(check)], responses=error_responses(404, body=ProtocolError)
-    )
+    found = Annotated[ServedModel, Depends(find)]
+    model = APIRouter(responses=error_responses(404, body=ProtocolError))
 
-    @model.get(
-        "",
-        operation_id="model_metadata",
-        summary="The model's inputs and outputs.",
-        response_description="The model.",
-    )
-    async def model_metadata() -> ModelMetadata:
-        return describe(service)
+    @model.get("", summary="The model's inputs and outputs.")
+    async def model_metadata(served: found) -> ModelMetadata:
+        return describe(served)
 
     @model.get(
         "/ready",
-        operation_id="model_ready",
         summary="Whether predictions by the model are accepted.",
-        response_description="Yes.",
-        responses=not_ready(ModelReady),
+        responses=_not_ready(ModelReady),
     )
-    async def model_ready(response: Response) -> ModelReady:
-        return {"name": service.name, "ready": is_ready(response)}
+    async def model_ready(response: Response, served: found) -> ModelReady:
+        return {"name": served.name, "ready": is_ready(response, served)}
 
     binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
     @model.post(
         "/infer",
-        operation_id="infer",
         summary="Classify images, as encoded files or as tensors.",
         response_model=InferResponse,
         response_description="The network's answer, with binary tensors behind the JSON.",
@@ -322,6 +328,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         openapi_extra={"requestBody": {"content": binary}},
     )
     async def infer(
+        name: name_,
         body: infer_request(service.options.deadline_ms),  # type: ignore[valid-type]
         inference_header_content_length: Annotated[int | SkipJsonSchema[None], Header(ge=0)] = None,
     ) -> None:
@@ -329,13 +336,54 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         that is 0, the body is one image. Images' formats are detected from their content.
         """
 
-    endpoint = InferEndpoint(service)
+    endpoint = ByModel(service, InferEndpoint, lambda scope: scope["path_params"]["name"])
     for prefix, shown in ((_MODEL, True), (f"{_MODEL}/versions/{{version}}", False)):
         # before the documented one, as for PREDICT
         app.router.routes.append(Route(f"{prefix}/infer", endpoint, methods=["POST"]))
         app.include_router(
             model, prefix=prefix, include_in_schema=shown, **_protected(service, ProtocolError)
         )
+
+
+def _add_repository(app: FastAPI, service: Service) -> None:
+    """Add the routes of the protocol's model repository extension.
+
+    They read bodies themselves: FastAPI reads them without a limit, before any token is checked.
+    """
+
+    def documented(body: type[BaseModel], *statuses: int) -> dict[str, Any]:
+        content = {"application/json": {"schema": body.model_json_schema()}}
+        return {
+            "openapi_extra": {"requestBody": {"content": content}},
+            "responses": error_responses(400, 408, 413, 422, *statuses, body=ProtocolError),
+        }
+
+    index = _protected(service, ProtocolError)
+    index["responses"] |= documented(IndexRequest)["responses"]
+    change = {
+        "response_class": Response,
+        "response_description": "Done.",
+        "dependencies": [Depends(HTTPBearer(scheme_name="admin token", auto_error=False))],
+        **documented(ChangeRequest, 401, 403, 404, 503),
+    }
+
+    @app.post(
+        "/v2/repository/index",
+        summary="The models that are served; with the admin token also those that can be loaded.",
+        **{**documented(IndexRequest), **index},
+    )
+    async def repository_index(request: Request) -> list[IndexEntry]:
+        return await repository.index(service, request)
+
+    @app.post("/v2/repository/models/{name}/load", summary="Load a model of the folder.", **change)
+    async def load(name: str, request: Request) -> None:  # noqa: ARG001
+        """A model of that name serves until the new one is ready. Needs the admin token."""
+        await repository.change(service, request, repository.load)
+
+    @app.post("/v2/repository/models/{name}/unload", summary="Unload a model.", **change)
+    async def unload(name: str, request: Request) -> None:  # noqa: ARG001
+        """Returns when what the model has accepted is answered. Needs the admin token."""
+        await repository.change(service, request, Service.unload)
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -349,7 +397,8 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPError)
     async def own(request: Request, error: HTTPError) -> JSONResponse:
-        return answer(request, error)
+        headers = {name.decode(): value.decode() for name, value in error.headers}
+        return answer(request, error, headers)
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
@@ -378,34 +427,22 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class _TokenMiddleware:
-    """Refuses requests for protected paths without the token."""
+    """Refuses requests for protected paths without a token."""
 
-    def __init__(self, app: ASGIApp, service: Service, token: str) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
         self._service = service
-        self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            path = path_of(scope)
+            path, options = path_of(scope), self._service.options
             protected = path.startswith(_PROTECTED) and not path.startswith(_HEALTH)
-            if protected and not self._allowed(scope["headers"]):
-                limit, buffers = self._service.options.body_bytes, self._service.buffers
-                error = HTTPError(
-                    401,
-                    "unauthorised",
-                    "this server asks for a token: send the header Authorization: Bearer TOKEN",
-                    headers=[(b"www-authenticate", b"Bearer")],
+            if protected and not bearer_is(scope["headers"], options.token, options.admin_token):
+                error = unauthorised(
+                    "this server asks for a token: send the header Authorization: Bearer TOKEN"
                 )
+                reader = BodyReader(scope, options.body_bytes, self._service.buffers)
                 with suppress(ClientDisconnect):
-                    await BodyReader(scope, limit, buffers).refuse(error, receive, send)
+                    await reader.refuse(error, receive, send)
                 return
         await self._app(scope, receive, send)
-
-    def _allowed(self, headers: Headers) -> bool:
-        given = b""
-        for name, value in headers:
-            if name == b"authorization":
-                scheme, _, rest = value.partition(b" ")
-                given = scheme.capitalize() + b" " + rest.strip()
-        return hmac.compare_digest(given, self._expected)

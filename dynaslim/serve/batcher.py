@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -145,6 +146,9 @@ class BatchReport:
     """Mean cost of a row at the batch's budget by the curve; None without a budget."""
 
 
+Batch = tuple[Setting, list[tuple[WorkItem, int]], list[np.ndarray]]
+
+
 def answers_of(output: Any, top_k: int) -> list[Answer]:
     """The rows of a `RoutedOutput`, each with its likeliest classes.
 
@@ -184,6 +188,33 @@ def inputs_of(rows: Sequence[np.ndarray], preprocessing: Preprocessing) -> np.nd
     return np.stack(one)
 
 
+class Turns:
+    """Lets a number of batches run at once, first come, first served.
+
+    With a semaphore of the standard library, a model with a long queue would keep its place.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._lock = threading.Lock()
+        self._free = places
+        self._waiting: deque[threading.Lock] = deque()
+
+    def __enter__(self) -> None:
+        mine = threading.Lock()
+        with self._lock:
+            self._free -= 1
+            if self._free < 0:
+                mine.acquire()
+                self._waiting.append(mine)
+        mine.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._free += 1
+            if self._waiting:
+                self._waiting.popleft().release()
+
+
 class Batcher:
     """Runs an engine for callers in any thread; see the module."""
 
@@ -194,8 +225,9 @@ class Batcher:
         *,
         on_batch: Callable[[BatchReport], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
+        turns: AbstractContextManager[object] | None = None,
     ) -> None:
-        """Start the thread.
+        """Start the thread; batches of batchers with the same `turns` share the cores.
 
         Raises:
             UsageError: if the engine has no preprocessing, or lacks the options' budgets.
@@ -208,7 +240,11 @@ class Batcher:
         self._clock = clock
         self.budgets = Budgets(engine.curve, self.options, clock())
         self._on_batch = on_batch
+        self._turns = nullcontext() if turns is None else turns
         self.throughput = Throughput()
+        """Includes the time in which batches of other models ran."""
+        self._speed = Throughput()
+        """Does not."""
         self._changed = threading.Condition()
         self._ready: deque[WorkItem] = deque()
         """Items with decoded rows, in the order in which they got their first."""
@@ -449,11 +485,16 @@ class Batcher:
             self.budgets.observe(wait_s, self._clock())  # it also rises with time alone
             return self.budgets.current
 
+    def observe(self, rows: int, seconds: float, waited_s: float = 0.0) -> None:
+        """Record the time of a batch, of which `waited_s` belonged to other models."""
+        self.throughput.add(rows, max(1e-6, seconds))
+        self._speed.add(rows, max(1e-6, seconds - waited_s))
+
     def _batch_rows(self) -> int:
         """Largest number of rows of the next batch."""
         most = self.options.max_batch
         least = min(LEAST_ROWS, most)
-        return self.throughput.rows_in(self.options.max_batch_ms / 1000, least, most)
+        return self._speed.rows_in(self.options.max_batch_ms / 1000, least, most)
 
     def stop(self) -> None:
         """Accept no more images; those in the queue are answered."""
@@ -477,21 +518,26 @@ class Batcher:
     # -- the thread ---------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (batch := self._next()) is not None:
-            setting, members, pixels = batch
-            try:
-                self._run_batch(setting, members, pixels)
-            except Exception as error:
-                for item in dict.fromkeys(item for item, _ in members):
-                    self.fail(item, error)
-            finally:
-                del batch, members, pixels  # frees the pixels while the thread waits
-                with self._changed:
-                    self._running = 0
-                    self._busy_since = self._clock()
+        while self._wait():
+            asked = self._clock()
+            with self._turns:
+                batch = self._take()
+                if batch is None:
+                    continue
+                setting, members, pixels = batch
+                try:
+                    self._run_batch(setting, members, pixels, self._clock() - asked)
+                except Exception as error:
+                    for item in dict.fromkeys(item for item, _ in members):
+                        self.fail(item, error)
+                finally:
+                    del batch, members, pixels  # frees the pixels while the thread waits
+                    with self._changed:
+                        self._running = 0
+                        self._busy_since = self._clock()
 
-    def _next(self) -> tuple[Setting, list[tuple[WorkItem, int]], list[np.ndarray]] | None:
-        """The next batch, rows of one setting, the oldest first; None after `close`."""
+    def _wait(self) -> bool:
+        """Wait until a batch may run; false after `close`."""
         longest = self.options.max_wait_ms / 1000
         while True:
             late: list[WorkItem] = []
@@ -509,10 +555,10 @@ class Batcher:
                                 or self._ready_rows >= self._batch_rows()
                                 or (until is not None and now >= until)
                             ):
-                                return self._take(now)
+                                return True
                             until = now + longest if until is None else until
                         elif self._closed and not self.waiting:
-                            return None
+                            return False
                         else:
                             until = None
                         self._idle = True
@@ -528,7 +574,18 @@ class Batcher:
             self._drop(item, DeadlineError("the deadline passed before the images were run"))
         return late
 
-    def _take(self, now: float) -> tuple[Setting, list[tuple[WorkItem, int]], list[np.ndarray]]:
+    def _take(self) -> Batch | None:
+        """The next batch; None if its rows were cancelled or late while others had their turn."""
+        with self._changed:
+            now = self._clock()
+            late = self._expired(now)
+            batch = self._pick(now) if self._ready else None
+        for item in late:
+            item.on_done(item)
+        return batch
+
+    def _pick(self, now: float) -> Batch:
+        """Rows of one setting, the oldest first."""
         self.budgets.observe(self.throughput.seconds_for(self._ready_rows), now)
         setting = self.budgets.in_use(self._ready[0].setting)
         members: list[tuple[WorkItem, int]] = []
@@ -562,7 +619,11 @@ class Batcher:
         return setting, members, pixels
 
     def _run_batch(
-        self, setting: Setting, members: list[tuple[WorkItem, int]], pixels: list[np.ndarray]
+        self,
+        setting: Setting,
+        members: list[tuple[WorkItem, int]],
+        pixels: list[np.ndarray],
+        waited_s: float,
     ) -> None:
         start = self._clock()
         x_BCSS = inputs_of(pixels, self._preprocessing)
@@ -574,7 +635,7 @@ class Batcher:
         answers = answers_of(output, max(item.top_k for item, _ in members))
         done = []
         with self._changed:
-            self.throughput.add(len(members), max(1e-6, now - self._busy_since))
+            self.observe(len(members), now - self._busy_since, waited_s)
             for (item, row), answer in zip(members, answers, strict=True):
                 if item.done:  # cancelled or late
                     continue

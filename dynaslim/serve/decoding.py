@@ -96,7 +96,7 @@ class Decoder:
     """Decodes as `dynaslim.predict` does, within limits."""
 
     def __init__(self, preprocessing: Preprocessing, max_pixels: int) -> None:
-        self._preprocessing = preprocessing
+        self.preprocessing = preprocessing
         self._max_pixels = max_pixels
         self.memory = BYTES_PER_PIXEL * max_pixels
         """Bytes for all images that are being decoded, and so the most for one."""
@@ -104,7 +104,7 @@ class Decoder:
     def __call__(self, content: bytes) -> np.ndarray:
         """The pixels, uint8 (C, S, S); raises `ImageError` if the image is damaged."""
         try:
-            return decode_image(content, self._preprocessing, "image")
+            return decode_image(content, self.preprocessing, "image")
         except CorruptImageError as error:
             raise _damaged(error.reason) from None
 
@@ -146,8 +146,8 @@ class Decoder:
 
     def _bytes_per_pixel(self, opened: Image.Image, scans: int) -> float:
         if isinstance(opened, JpegImageFile):
-            side = min(opened.size) * self._preprocessing.crop_fraction
-            reduced = jpeg_scale(side, self._preprocessing.image_size_px) ** 2
+            side = min(opened.size) * self.preprocessing.crop_fraction
+            reduced = jpeg_scale(side, self.preprocessing.image_size_px) ** 2
             # of several scans all coefficients are kept, two bytes each
             kept = 0 if scans == 1 else 2 * len(opened.getbands())
             return kept + _WIDE_BYTES / reduced
@@ -179,23 +179,27 @@ def _damaged(reason: str) -> ImageError:
 # -- large images, in the server ------------------------------------------------------------------
 
 
-class _Task(NamedTuple):
+class DecodingTask(NamedTuple):
+    """An image to decode."""
+
     cost: DecodingCost
     content: bytes
+    preprocessing: Preprocessing
     wanted: Callable[[], bool]
     deliver: Callable[[np.ndarray | Exception], None]
+    """Gets its pixels, uint8 (C, S, S), or an `ImageError`, in any thread; nothing if `wanted` has
+    become false."""
 
 
 class DecodingPool:
     """Processes that decode large images, and the images that wait for memory and a process."""
 
-    def __init__(self, preprocessing: Preprocessing, memory: int, processes: int) -> None:
+    def __init__(self, memory: int, processes: int) -> None:
         """Share `memory` bytes among all images that are being decoded."""
-        self._preprocessing = preprocessing
         self._memory = memory
         self._free = memory
         self._changed = threading.Condition()
-        self._tasks: list[_Task] = []
+        self._tasks: list[DecodingTask] = []
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"dynaslim-serve-large-{n}", daemon=True)
@@ -204,19 +208,10 @@ class DecodingPool:
         for thread in self._threads:
             thread.start()
 
-    def put(
-        self,
-        cost: DecodingCost,
-        content: bytes,
-        wanted: Callable[[], bool],
-        deliver: Callable[[np.ndarray | Exception], None],
-    ) -> None:
-        """Queue an image; `deliver` gets its pixels, uint8 (C, S, S), or an `ImageError`.
-
-        `deliver` is called from any thread, and not at all if `wanted` has become false.
-        """
+    def put(self, task: DecodingTask) -> None:
+        """Queue an image."""
         with self._changed:
-            self._tasks.append(_Task(cost, content, wanted, deliver))
+            self._tasks.append(task)
             self._tasks.sort(key=lambda task: task.cost.work)
             self._changed.notify()
 
@@ -235,7 +230,7 @@ class DecodingPool:
             if task is not None:
                 result: np.ndarray | Exception | None
                 try:
-                    process = process or _Process(self._preprocessing, self._memory)
+                    process = process or _Process(self._memory)
                     result = process.decode(task, self._is_wanted)
                 except Exception as error:
                     result = error
@@ -251,10 +246,10 @@ class DecodingPool:
                 return
             del task
 
-    def _is_wanted(self, task: _Task) -> bool:
+    def _is_wanted(self, task: DecodingTask) -> bool:
         return not self._closed and task.wanted()
 
-    def _next(self, idle_s: float | None) -> _Task | None:
+    def _next(self, idle_s: float | None) -> DecodingTask | None:
         """The smallest image that fits in the free memory; None after `idle_s`, or at the end."""
         with self._changed:
             while not self._closed:
@@ -272,18 +267,14 @@ class DecodingPool:
 class _Process:
     """The server's side of a decoding process."""
 
-    def __init__(self, preprocessing: Preprocessing, memory: int) -> None:
-        self._shape = (preprocessing.channels, *(preprocessing.image_size_px,) * 2)
+    def __init__(self, memory: int) -> None:
         self._memory = memory
         self.spent = False
         """Whether it cannot be used again."""
         self._connection, other = Pipe()
         with other:
             self._process = subprocess.Popen(
-                [
-                    sys.executable, "-P", "-c", _MAIN, str(other.fileno()),
-                    json.dumps(preprocessing.to_dict()),
-                ],
+                [sys.executable, "-P", "-c", _MAIN, str(other.fileno())],
                 pass_fds=[other.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -293,13 +284,16 @@ class _Process:
                     "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
                     "OPENBLAS_NUM_THREADS": "1",
                 },
-            )  # fmt: skip
+            )
 
-    def decode(self, task: _Task, wanted: Callable[[_Task], bool]) -> np.ndarray | Exception | None:
+    def decode(
+        self, task: DecodingTask, wanted: Callable[[DecodingTask], bool]
+    ) -> np.ndarray | Exception | None:
         """The pixels, uint8 (C, S, S), or an error; None if the image is no longer wanted."""
         self.spent = True
+        how = task.preprocessing
         try:
-            self._connection.send_bytes(str(task.cost.memory).encode())
+            self._connection.send_bytes(json.dumps([task.cost.memory, how.to_dict()]).encode())
             self._connection.send_bytes(task.content)
             while not self._connection.poll(_POLL_S):
                 if not wanted(task):
@@ -313,7 +307,8 @@ class _Process:
         self.spent = False
         if kind == _DAMAGED:
             return _damaged(rest.decode())
-        return np.frombuffer(rest, np.uint8).reshape(self._shape)
+        side = how.image_size_px
+        return np.frombuffer(rest, np.uint8).reshape(how.channels, side, side)
 
     def end(self) -> None:
         """Kill the process."""
@@ -328,14 +323,13 @@ class _Process:
 def main() -> None:
     """Decode images from the pipe until the server closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the server ends this one
-    preprocessing = Preprocessing.from_dict(json.loads(sys.argv[2]))
     start = _address_space()
     with Connection(int(sys.argv[1])) as connection, suppress(EOFError, OSError):
         while True:
-            memory = int(connection.recv_bytes())
+            memory, how = json.loads(connection.recv_bytes())
             content = connection.recv_bytes()
             _limit_address_space(start + memory + _SLACK)
-            connection.send_bytes(_decoded(content, preprocessing))
+            connection.send_bytes(_decoded(content, Preprocessing.from_dict(how)))
             del content
 
 

@@ -21,9 +21,10 @@ import numpy as np
 from starlette.requests import ClientDisconnect
 
 from dynaslim.errors import UsageError
+from dynaslim.serve import tracing
 from dynaslim.serve.batcher import DeadlineError, QueueFullError, StoppingError, WorkItem
 from dynaslim.serve.budgets import Setting
-from dynaslim.serve.decoding import ImageError
+from dynaslim.serve.decoding import DecodingTask, ImageError
 from dynaslim.serve.http import (
     BodyReader,
     Headers,
@@ -34,7 +35,7 @@ from dynaslim.serve.http import (
     send_bytes,
 )
 from dynaslim.serve.schemas import PredictParameters
-from dynaslim.serve.service import Service
+from dynaslim.serve.service import ServedModel, Service
 
 WATCH_AFTER_S: Final = 0.05
 """Time after which a waiting client is watched for disconnecting; most have their answer before."""
@@ -100,15 +101,16 @@ class Reply(NamedTuple):
 
 
 class Endpoint(ABC):
-    """An endpoint of one service."""
+    """An endpoint of one model."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._service = model.service
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """Answer one request, and count it."""
-        service = self._service
+        service, model = self._service, self._model
         loop = asyncio.get_running_loop()
         if self._loop is not loop:
             self._loop, self._lag = loop, Lag(loop)
@@ -116,7 +118,7 @@ class Endpoint(ABC):
         began = time.monotonic() - service.lag_s
         reader = BodyReader(scope, service.options.body_bytes, service.buffers)
         status, images = _CLIENT_GONE, 0
-        accepted = service.accepting  # a refused request does not delay the server's stop
+        accepted = model.accepting  # a refused request does not delay the server's stop
         service.in_flight += accepted
         try:
             self._check_accepting()
@@ -133,9 +135,9 @@ class Endpoint(ABC):
         finally:
             reader.release()
             service.in_flight -= accepted
-            service.metrics.request(status, time.monotonic() - began)
+            model.metrics.request(status, time.monotonic() - began)
             if service.options.access_log:
-                _log_access("POST", scope["path"], status, began, images)
+                log_access(scope["path"], status, began, images)
 
     @abstractmethod
     async def _respond(
@@ -150,7 +152,7 @@ class Endpoint(ABC):
     async def _refuse(
         self, error: HTTPError, reader: BodyReader, receive: Receive, send: Send
     ) -> int:
-        self._service.metrics.error(error.status, error.code)
+        self._model.metrics.error(error.status, error.code)
         try:
             await reader.refuse(error, receive, send, close=self._service.stopping)
         except ClientDisconnect:
@@ -158,22 +160,32 @@ class Endpoint(ABC):
         return error.status
 
     def _check_accepting(self) -> None:
-        service = self._service
-        if service.accepting:
+        service, model = self._service, self._model
+        if model.accepting:
             return
         service.start()
-        if service.stopping:
-            raise _stopping()
-        if service.state == "failed":
-            raise HTTPError(500, "failed", f"the model does not start: {service.error}")
+        if service.stopping or model.state == "unloading":
+            raise self._stopping()
+        if model.state == "failed":
+            raise HTTPError(500, "failed", f"the model does not start: {model.error}")
         raise HTTPError(
             503, "starting", "the server is starting; try again", retry_after_s=RETRY_STARTING_S
         )
 
+    def _stopping(self) -> HTTPError:
+        if self._service.stopping:
+            return stopping("the server is stopping")
+        return stopping(f"model {self._model.name} is being unloaded")
+
+    def _unavailable(self, error: QueueFullError | StoppingError) -> HTTPError:
+        if isinstance(error, StoppingError):
+            return self._stopping()
+        return HTTPError(429, "busy", str(error), retry_after_s=error.retry_after_s)
+
     def _setting(self, parameters: PredictParameters) -> Setting:
         escalate = None if parameters.escalate == "never" else parameters.escalate
         try:
-            return self._service.batcher.budgets.setting(parameters.budget, escalate)
+            return self._model.batcher.budgets.setting(parameters.budget, escalate)
         except UsageError as error:
             raise HTTPError(422, "bad_parameter", str(error)) from None
 
@@ -183,13 +195,13 @@ class Endpoint(ABC):
         """The body, if the queue has room."""
         deadline = _deadline(began, deadline_ms)
         try:
-            self._service.batcher.check_room(deadline)
+            self._model.batcher.check_room(deadline)
             async with asyncio.timeout_at(_loop_time(deadline)):
                 return await reader.read(receive)
         except TimeoutError:
             raise HTTPError(408, "body_late", "the body did not arrive in time") from None
         except (QueueFullError, StoppingError) as error:
-            raise _unavailable(error) from None
+            raise self._unavailable(error) from None
 
     async def _run(
         self,
@@ -201,7 +213,7 @@ class Endpoint(ABC):
         start: Callable[[WorkItem], object],
     ) -> WorkItem:
         """Queue rows, `start` handing them in, and wait for their answers."""
-        batcher, deadline = self._service.batcher, _deadline(began, parameters.deadline_ms)
+        batcher, deadline = self._model.batcher, _deadline(began, parameters.deadline_ms)
         item: WorkItem | None = None
         try:
             loop = asyncio.get_running_loop()
@@ -209,17 +221,20 @@ class Endpoint(ABC):
             item = batcher.admit(
                 rows,
                 setting,
-                top_k=min(parameters.top_k, self._service.engine.spec.num_classes),
+                top_k=min(parameters.top_k, self._model.engine.spec.num_classes),
                 deadline=deadline,
                 on_done=functools.partial(_deliver, loop, future),
             )
             start(item)
-            return await _wait(future, receive, deadline)
+            answered = await _wait(future, receive, deadline)
+            if self._service.tracer is not None:
+                tracing.record(self._service.tracer, self._model.name, answered)
+            return answered
         except BaseException as error:
             if item is not None:
                 batcher.cancel(item)
             if isinstance(error, QueueFullError | StoppingError):
-                raise _unavailable(error) from None
+                raise self._unavailable(error) from None
             if isinstance(error, DeadlineError | TimeoutError):
                 raise _late(parameters.deadline_ms) from None
             raise
@@ -228,30 +243,73 @@ class Endpoint(ABC):
 
     def _decode(self, item: WorkItem, content: bytes, row: int) -> None:
         """Decode an image, here or in a process, and hand in its pixels."""
-        service = self._service
+        batcher, decoder = self._model.batcher, self._model.decoder
         try:
             if item.done:
                 return
-            cost = service.decoder.cost(content)
+            cost = decoder.cost(content)
             if not cost.large:
-                service.batcher.put(item, row, service.decoder(content))
+                batcher.put(item, row, decoder(content))
                 return
-            service.batcher.postpone(item)
-            service.large.put(
-                cost, content, lambda: not item.done, functools.partial(self._hand_in, item, row)
-            )
+            batcher.postpone(item)
+            deliver = functools.partial(self._hand_in, item, row)
+            how = decoder.preprocessing
+            task = DecodingTask(cost, content, how, lambda: not item.done, deliver)
+            self._service.large.put(task)
         except Exception as error:
             self._hand_in(item, row, error)
 
     def _hand_in(self, item: WorkItem, row: int, result: np.ndarray | Exception) -> None:
         """Hand in a large image's pixels, or an image's error."""
         if isinstance(result, np.ndarray):
-            self._service.batcher.put(item, row, result, postponed=True)
+            self._model.batcher.put(item, row, result, postponed=True)
             return
         if isinstance(result, ImageError):
             status = _IMAGE_ERRORS[result.code]
             result = HTTPError(status, result.code, str(result), image=row)
-        self._service.batcher.fail(item, result)
+        self._model.batcher.fail(item, result)
+
+
+class ByModel:
+    """An endpoint for all models: hands a request to that of the model which it names."""
+
+    def __init__(
+        self,
+        service: Service,
+        kind: type[Endpoint],
+        name_of: Callable[[dict[str, Any]], str | None],
+    ) -> None:
+        """`name_of` finds the name in a scope; None stands for the first model."""
+        self._service, self._kind, self._name_of = service, kind, name_of
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        service = self._service
+        name = self._name_of(scope)
+        name = service.first if name is None else name
+        model = service.models.get(name)
+        if model is None:
+            if (first := service.models.get(service.first)) is not None:
+                first.metrics.request(404, 0)
+            reader = BodyReader(scope, service.options.body_bytes, service.buffers)
+            with suppress(ClientDisconnect):
+                await reader.refuse(no_such_model(service, name), receive, send)
+            return
+        endpoint = model.endpoints.get(self._kind)
+        if endpoint is None:
+            endpoint = model.endpoints[self._kind] = self._kind(model)
+        await endpoint(scope, receive, send)
+
+
+def no_such_model(service: Service, name: str) -> HTTPError:
+    """The error of a name that no model has."""
+    known = ", ".join(service.models) or "none"
+    return HTTPError(404, "not_found", f"model {name!r:.60}: there is {known}")
+
+
+def stopping(message: str) -> HTTPError:
+    """The error of a request that comes too late."""
+    return HTTPError(503, "stopping", message, retry_after_s=RETRY_STOPPING_S)
 
 
 def bad_parameter(message: str) -> HTTPError:
@@ -269,16 +327,6 @@ def _deadline(began: float, deadline_ms: float) -> float:
 
 def _late(deadline_ms: float) -> HTTPError:
     return HTTPError(504, "deadline", f"no answer within {deadline_ms:g} ms")
-
-
-def _unavailable(error: QueueFullError | StoppingError) -> HTTPError:
-    if isinstance(error, StoppingError):
-        return _stopping()
-    return HTTPError(429, "busy", str(error), retry_after_s=error.retry_after_s)
-
-
-def _stopping() -> HTTPError:
-    return HTTPError(503, "stopping", "the server is stopping", retry_after_s=RETRY_STOPPING_S)
 
 
 def _deliver(
@@ -329,11 +377,11 @@ async def _wait(future: asyncio.Future[WorkItem], receive: Receive, deadline: fl
             task.cancel()
 
 
-def _log_access(method: str, path: str, status: int, began: float, images: int) -> None:
+def log_access(path: str, status: int, began: float, images: int = 0) -> None:
     """Write a line of JSON to standard error."""
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "method": method,
+        "method": "POST",
         "path": path,
         "status": status,
         "images": images,

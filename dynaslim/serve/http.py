@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -89,6 +90,23 @@ def path_of(scope: Mapping[str, Any]) -> str:
     """The path of a request within the application, which may be mounted below another path."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
+
+
+def bearer_is(headers: Headers, *tokens: str | None) -> bool:
+    """Whether a request has one of the tokens; takes as long whatever it has instead."""
+    given = b""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, rest = value.partition(b" ")
+            given = scheme.capitalize() + b" " + rest.strip()
+    expected = [f"Bearer {token}".encode() for token in tokens if token is not None]
+    return any(hmac.compare_digest(given, one) for one in expected)
+
+
+def unauthorised(message: str) -> HTTPError:
+    """The error of a missing or wrong token."""
+    bearer = [(b"www-authenticate", b"Bearer")]
+    return HTTPError(401, "unauthorised", message, headers=bearer)
 
 
 def internal_error(error: BaseException) -> HTTPError:

@@ -37,11 +37,11 @@ from dynaslim.serve.schemas import (
     OutputTensor,
     infer_request,
 )
-from dynaslim.serve.service import Service
+from dynaslim.serve.service import ServedModel
 
 VERSION: Final = "1"
 """Of every model."""
-EXTENSIONS: Final = ["binary_tensor_data", "classification", "parameters"]
+EXTENSIONS: Final = ["binary_tensor_data", "classification", "parameters", "model_repository"]
 DATATYPES: Final = {"image": "BYTES", "pixels": "UINT8", "x": "FP32"}
 _DTYPES: Final = {"UINT8": np.uint8, "FP32": np.float32}
 _OUTPUTS: Final[dict[OutputName, str]] = {
@@ -63,14 +63,14 @@ _RANGE: Final = 10.0
 Rows = Sequence[bytes] | np.ndarray
 
 
-def describe(service: Service) -> ModelMetadata:
+def describe(model: ServedModel) -> ModelMetadata:
     """The model for clients; a request gives one of the inputs."""
-    spec, side = service.engine.spec, service.info.side
+    spec, side = model.engine.spec, model.info.side
     image = [-1, spec.in_channels, side, side]
     shapes = {"logits": [-1, spec.num_classes], "choices": [-1, len(spec.gates)]}
     shapes |= {"label": [-1, -1], "confidence": [-1, -1]}
     return {
-        "name": service.name,
+        "name": model.name,
         "versions": [VERSION],
         "platform": "dynaslim",
         "inputs": [
@@ -84,26 +84,24 @@ def describe(service: Service) -> ModelMetadata:
     }
 
 
-def check_model(service: Service, path_params: Mapping[str, str]) -> None:
-    """Raise `HTTPError` if a path names another model or version."""
-    name, version = path_params["name"], path_params.get("version", VERSION)
-    if name != service.name:
-        raise HTTPError(404, "not_found", f"model {name!r:.60}: there is {service.name}")
+def check_version(path_params: Mapping[str, str]) -> None:
+    """Raise `HTTPError` if a path names a version that models do not have."""
+    version = path_params.get("version", VERSION)
     if version != VERSION:
         raise HTTPError(404, "not_found", f"version {version!r:.60}: there is {VERSION}")
 
 
 class InferEndpoint(Endpoint):
-    """The endpoint of one service."""
+    """The endpoint of one model."""
 
-    def __init__(self, service: Service) -> None:
-        super().__init__(service)
-        self._model = infer_request(service.options.deadline_ms)
+    def __init__(self, model: ServedModel) -> None:
+        super().__init__(model)
+        self._request = infer_request(self._service.options.deadline_ms)
 
     async def _respond(
         self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
     ) -> Reply:
-        check_model(self._service, scope["path_params"])
+        check_version(scope["path_params"])
         _check_type(reader)
         limit_ms = self._service.options.deadline_ms
         body = await self._read(reader, receive, began, limit_ms)
@@ -126,7 +124,7 @@ class InferEndpoint(Endpoint):
     def _start(self, rows: Rows, item: WorkItem) -> None:
         for number, row in enumerate(rows):
             if isinstance(row, np.ndarray):
-                self._service.batcher.put(item, number, row)
+                self._model.batcher.put(item, number, row)
             else:
                 self._service.decoders.submit(self._decode, item, row, number)
 
@@ -143,7 +141,7 @@ class InferEndpoint(Endpoint):
                 f"number of bytes, at most the body's {len(body)}"
             )
         if not length and json_length is not None:  # a body that is an image and nothing else
-            return self._model(inputs=[_ONE_IMAGE]), [body]
+            return self._request(inputs=[_ONE_IMAGE]), [body]
         head = body[:length]
         if head.count(b",") > _NUMBERS:
             raise HTTPError(
@@ -152,9 +150,9 @@ class InferEndpoint(Endpoint):
                 f"the JSON has more than {_NUMBERS} values; send tensors in binary form",
             )
         try:
-            request = self._model.model_validate_json(head)
+            request = self._request.model_validate_json(head)
         except ValidationError as error:
-            raise _invalid(error) from None
+            raise invalid_body(error) from None
         (tensor,) = request.inputs
         size = tensor.parameters.binary_data_size
         if length + (size or 0) != len(body):
@@ -170,7 +168,7 @@ class InferEndpoint(Endpoint):
 
     def _rows(self, tensor: InferInput, binary: memoryview) -> Rows:
         """The images of an input: files, uint8 or float32 (B, C, S, S)."""
-        pre, most = self._service.engine.preprocessing, self._service.options.max_images
+        pre, most = self._model.engine.preprocessing, self._service.options.max_images
         assert pre is not None, "checked by the batcher"
         shape, kind = tensor.shape, DATATYPES[tensor.name]
         if tensor.datatype != kind:
@@ -215,7 +213,7 @@ class InferEndpoint(Endpoint):
             tensors.append(tensor)
             binary += content
         response: InferResponse = {
-            "model_name": self._service.name,
+            "model_name": self._model.name,
             "model_version": VERSION,
             "outputs": tensors,
         }
@@ -266,7 +264,7 @@ class InferEndpoint(Endpoint):
             case "confidence":
                 return [probability for _, probability in answer.top]
             case "route":
-                return self._service.info.route(answer.choices).name
+                return self._model.info.route(answer.choices).name
             case "choices":
                 return answer.choices
             case "madds":
@@ -275,7 +273,7 @@ class InferEndpoint(Endpoint):
                 return answer.escalated
 
     def _classified(self, answer: Answer, count: int) -> list[str]:
-        names, logits_N = self._service.engine.class_names, answer.logits
+        names, logits_N = self._model.engine.class_names, answer.logits
         best = np.argsort(-logits_N, kind="stable")[:count].tolist()
         return [f"{logits_N[n]:f}:{n}" + ("" if names is None else f":{names[n]}") for n in best]
 
@@ -299,7 +297,7 @@ def _check_type(reader: BodyReader) -> None:
         )
 
 
-def _invalid(error: ValidationError) -> HTTPError:
+def invalid_body(error: ValidationError) -> HTTPError:
     """The first error of a request, in one line."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":

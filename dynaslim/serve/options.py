@@ -19,23 +19,21 @@ MOST_PIXELS: Final = 178_956_970
 class ServeOptions:
     """Limits and behaviour of a server."""
 
-    name: str | None = None
-    """The model's name in answers. Default: the name of its network."""
     max_batch: int = 32
-    """Largest batch, in images."""
+    """Most images that run at once."""
     max_batch_ms: float = 100.0
-    """Longest time of a batch at the recent speed: larger batches make others wait and are hardly
-    faster. Four images are always allowed."""
+    """Longest that a batch should take, by the recent speed; four images are always allowed."""
     max_wait_ms: float = 3.0
-    """Longest time that an image waits for others that are being decoded."""
+    """How long an image waits for others that are being decoded."""
     queue: int = 256
-    """Images that may wait, including those being decoded; beyond, requests are refused (429)."""
+    """Images that may wait for a model, including those being decoded; requests beyond are refused
+    (429)."""
     deadline_ms: float = 2000.0
-    """Default and longest deadline of a request, after which it is answered 504."""
+    """Default and longest time that a request has; later it is answered 504."""
     max_body_mb: float = 20.0
     """Largest body of a request, in millions of bytes."""
     max_buffer_mb: float = 256.0
-    """All bodies in memory together, in millions of bytes."""
+    """Bodies of all requests in memory together, in millions of bytes."""
     max_pixels: int = 50_000_000
     """Width times height of the largest image. All images that are being decoded share seven bytes
     of memory for each of these pixels."""
@@ -45,19 +43,28 @@ class ServeOptions:
     """Threads that decode images, and processes for large ones, of which there are at most four.
     Default: the number of cores."""
     budget: str | None = None
-    """Budget of requests that name none. Default: as trained."""
+    """Budget of requests that name none, such as 0.6 or 4.5ms. Default: as trained."""
     hold: bool = False
     """Keep the mean cost of all images with a budget below it, whatever the images are."""
     adaptive_budget: str | None = None
-    """LOW or LOW:HIGH, shares of the widest route's cost: the budget at high load, and at none."""
+    """LOW or LOW:HIGH, such as 0.3:0.8, shares of the widest route's cost: the budget at high load,
+    and at none."""
     adaptive_wait_ms: float = 100.0
-    """Target of an adaptive budget for the time in the queue."""
+    """Time in the queue that an adaptive budget keeps below."""
     token: str | None = field(default=None, repr=False)
-    """Secret that clients send as `Authorization: Bearer TOKEN`."""
+    """What clients must send as a bearer token; better by DYNASLIM_TOKEN."""
+    model_folder: Path | None = None
+    """Folder of models that may be loaded while the server runs; needs an admin token."""
+    admin_token: str | None = field(default=None, repr=False)
+    """Bearer token that loads and unloads models; better by DYNASLIM_ADMIN_TOKEN. Default: nobody
+    can."""
     samples: Path | None = None
     """Folder of images that the page offers to try."""
+    name: str | None = None
+    """What a single model is called in answers. Default: as its network is, or as a model that
+    ships is."""
     access_log: bool = False
-    """Write a line of JSON to standard error for every prediction."""
+    """Write a line of JSON to standard error for every prediction and change of models."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "queue", "max_pixels", "max_images", "decoders"):
@@ -92,10 +99,20 @@ class ServeOptions:
             f"--max-buffer-mb {self.max_buffer_mb:g}: must hold a whole body of --max-body-mb "
             f"{self.max_body_mb:g}",
         )
-        check(self.token != "", "--token: is empty; give a secret, or leave it out")
+        for name in ("token", "admin_token"):
+            token, flag = getattr(self, name), _flag(name)
+            check(token != "", f"{flag}: is empty; give a secret, or leave it out")
+            check(
+                token is None or token.isascii(),
+                f"{flag}: may have ASCII characters only, as HTTP headers do",
+            )
         check(
-            self.token is None or self.token.isascii(),
-            "--token: may have ASCII characters only, as HTTP headers do",
+            self.admin_token is None or self.admin_token != self.token,
+            "--admin-token: is that of the clients, who could then load models; give another",
+        )
+        check(
+            self.model_folder is None or self.model_folder.is_dir(),
+            f"--model-folder {self.model_folder}: no such folder",
         )
         if self.budget is not None:
             parse_budget(self.budget)

@@ -23,12 +23,12 @@ from dynaslim.serve.http import (
 )
 from dynaslim.serve.schemas import (
     Prediction,
-    PredictParameters,
+    QueryParameters,
     Result,
     Upload,
-    limited_parameters,
+    query_parameters,
 )
-from dynaslim.serve.service import Service
+from dynaslim.serve.service import ServedModel
 
 
 @dataclass
@@ -41,12 +41,12 @@ class _Request:
 
 
 class PredictEndpoint(Endpoint):
-    """The endpoint of one service."""
+    """The endpoint of one model."""
 
-    def __init__(self, service: Service) -> None:
-        super().__init__(service)
-        model = limited_parameters(PredictParameters, service.options.deadline_ms)
-        self._parameters = lru_cache(256)(functools.partial(parse_parameters, model))
+    def __init__(self, model: ServedModel) -> None:
+        super().__init__(model)
+        parameters = query_parameters(self._service.options.deadline_ms)
+        self._parameters = lru_cache(256)(functools.partial(parse_parameters, parameters))
 
     async def _respond(
         self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
@@ -68,28 +68,28 @@ class PredictEndpoint(Endpoint):
 
     def _start(self, item: WorkItem, request: _Request, body: bytes, boundary: bytes) -> None:
         """Parse a body, decode its first image, and queue the others for any decoder."""
-        service = self._service
+        service, batcher = self._service, self._model.batcher
         try:
             if item.done:
                 return
             request.uploads = parse_body(body, boundary, service.options.max_images)
             others = range(1, len(request.uploads))
             if others:
-                service.batcher.grow(item, len(others))
+                batcher.grow(item, len(others))
             for row in others:
                 service.decoders.submit(self._decode, item, _content(request.uploads[row]), row)
         except Exception as error:
-            service.batcher.fail(item, error)
+            batcher.fail(item, error)
             return
         self._decode(item, _content(request.uploads[0]), 0)
 
     # -- the answer ---------------------------------------------------------------------------
 
     def _prediction(self, request: _Request, item: WorkItem) -> Prediction:
-        service, spending = self._service, self._service.spending
+        spending = self._model.spending
         now = time.monotonic()
         return {
-            "model": service.name,
+            "model": self._model.name,
             "budget": item.setting.asked,
             "budget_used": item.used,
             "results": [
@@ -109,7 +109,7 @@ class PredictEndpoint(Endpoint):
 
     def _result(self, name: str | None, answer: Answer | None) -> Result:
         assert answer is not None, "an item without an error has all its answers"
-        info, classes = self._service.info, self._service.engine.class_names
+        info, classes = self._model.info, self._model.engine.class_names
         route = info.route(answer.choices)
         ms = info.ms_of(route, answer.madds, answer.escalated, mirrored=answer.mirrored)
         widest_ms = info.widest.ms
@@ -135,7 +135,17 @@ class PredictEndpoint(Endpoint):
         }
 
 
-def parse_parameters(model: type[PredictParameters], query: bytes) -> PredictParameters:
+@lru_cache(256)
+def model_named(query: bytes) -> str | None:
+    """The model that a URL's query names."""
+    try:
+        pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=100)
+    except ValueError:  # the endpoint refuses it
+        return None
+    return dict(pairs).get("model")
+
+
+def parse_parameters(model: type[QueryParameters], query: bytes) -> QueryParameters:
     """The parameters of a URL's query.
 
     Raises:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
+from functools import cache
 from typing import Annotated, Any, Final, Literal, NotRequired, TypeVar
 
 from pydantic import (
@@ -82,6 +83,13 @@ class PredictParameters(BaseModel):
     """Milliseconds from the request's head after which an answer is of no use."""
 
 
+class QueryParameters(PredictParameters):
+    """The query parameters of `/v1/predict`."""
+
+    model: str | SkipJsonSchema[None] = None
+    """Name of the model. Default: the server's first."""
+
+
 P = TypeVar("P", bound=PredictParameters)
 
 
@@ -101,6 +109,12 @@ def limited_parameters(parameters: type[P], max_deadline_ms: float) -> type[P]:
         )
 
     return Limited
+
+
+@cache
+def query_parameters(max_deadline_ms: float) -> type[QueryParameters]:
+    """`QueryParameters` of a server."""
+    return limited_parameters(QueryParameters, max_deadline_ms)
 
 
 # -- bodies ---------------------------------------------------------------------------------------
@@ -235,6 +249,7 @@ class InferRequest(BaseModel):
     outputs: Annotated[list[InferOutput], Field(max_length=16)] = []
 
 
+@cache
 def infer_request(max_deadline_ms: float) -> type[InferRequest]:
     """`InferRequest` of a server, whose own deadline is the default and the maximum."""
     limited = limited_parameters(InferParameters, max_deadline_ms)
@@ -243,6 +258,25 @@ def infer_request(max_deadline_ms: float) -> type[InferRequest]:
         parameters: limited = Field(default_factory=dict, validate_default=True)  # type: ignore[valid-type]
 
     return Limited
+
+
+# -- the model repository extension of the protocol -----------------------------------------------
+
+
+class IndexRequest(BaseModel):
+    model_config = _STRICT
+
+    ready: bool = False
+    """Whether to list only models that are ready."""
+
+
+class ChangeRequest(BaseModel):
+    """Of a load or unload: a model's configuration and files are those of the model folder."""
+
+    model_config = _STRICT
+
+    parameters: dict[Literal["unload_dependents"], bool] = {}
+    """Of no effect: no model depends on another."""
 
 
 # -- answers --------------------------------------------------------------------------------------
@@ -409,6 +443,15 @@ class ModelReady(_Answer):
     ready: bool
 
 
+class IndexEntry(_Answer):
+    """A model that is served, or that can be loaded; `reason` says why it is not ready."""
+
+    name: str
+    version: str
+    state: Literal["READY", "LOADING", "UNLOADING", "UNAVAILABLE"]
+    reason: str
+
+
 class OutputTensor(TensorMetadata):
     """An output; binary ones have `binary_data_size` among their parameters instead of data."""
 
@@ -452,6 +495,7 @@ class ProtocolError(_Answer):
 _ERRORS: Final = {
     400: "The body, or an image in it, cannot be read.",
     401: "The token is missing or wrong.",
+    403: "The server has no admin token, so models are neither loaded nor unloaded.",
     404: "There is no such model.",
     408: "The body did not arrive in time.",
     413: "The body, an image, or the number of images is too large.",

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -39,7 +39,7 @@ _TICK_S: Final = 0.02
 
 
 def serve(
-    model: str | Path,
+    models: Sequence[str | Path],
     options: ServeOptions,
     *,
     host: str = "127.0.0.1",
@@ -72,12 +72,14 @@ def serve(
                 f"dynaslim: warning: whoever reaches {url} can use it; set DYNASLIM_TOKEN\n"
             )
         _quiet()
-        app = create_app(model, options, backend=backend, workers=workers, cache_dir=cache_dir)
+        app = create_app(models, options, backend=backend, workers=workers, cache_dir=cache_dir)
         service: Service = app.state.service
-        if service.engine.curve is not None and options.budget is not None and not options.hold:
-            note = service.engine.curve.out_of_reach(options.budget)
-            if note is not None:
-                sys.stderr.write(f"dynaslim: {note}\n")
+        for model in service.models.values():
+            curve = model.engine.curve
+            if curve is not None and options.budget is not None and not options.hold:
+                note = curve.out_of_reach(options.budget)
+                if note is not None:
+                    sys.stderr.write(f"dynaslim: {note}\n")
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -90,10 +92,11 @@ def serve(
 
         def ready() -> None:
             seconds = time.perf_counter() - started
-            doubt = "" if service.info.steady else "; no times, the machine was too busy"
-            tell(
-                f"{service.name} by {service.backend} at {url} (ready after {seconds:.1f} s{doubt})"
-            )
+            served = service.models.values()
+            steady = all(model.info.steady for model in served)
+            doubt = "" if steady else "; no times, the machine was too busy"
+            names = ", ".join(f"{model.name} by {model.backend}" for model in served)
+            tell(f"{names} at {url} (ready after {seconds:.1f} s{doubt})")
 
         # asyncio restores the default handlers, not the previous ones
         handlers = {number: signal.getsignal(number) for number in _STOPPING}
@@ -198,7 +201,8 @@ async def _run(
     elif not stop.is_set():
         stop.set()
     left = await _drain(service, drain_s)
-    if left or compiling:  # a call that hangs in a library cannot be interrupted
+    if left or compiling or service.change is not None:
+        # a call that hangs in a library cannot be interrupted
         if left:
             sys.stderr.write(f"dynaslim: requests not answered in {drain_s:g} s: {left}\n")
         sys.stderr.flush()
@@ -208,10 +212,12 @@ async def _run(
     await asyncio.sleep(LINGER_S)
     server.should_exit = True
     await serving
-    if service.error is not None:
-        if isinstance(service.error, DynaslimError):
-            raise service.error
-        raise DynaslimError(f"the model does not start: {service.error}") from service.error
+    for model in service.models.values():
+        if isinstance(model.error, DynaslimError):
+            raise model.error
+        if model.error is not None:
+            what = f"model {model.name}" if len(service.models) > 1 else "the model"
+            raise DynaslimError(f"{what} does not start: {model.error}") from model.error
     return 0
 
 

@@ -1,4 +1,4 @@
-"""One model that is served: its batcher, decoders, state and metrics; HTTP is in `app`."""
+"""The models that are served: each with its batcher, state and metrics; HTTP is in `app`."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import io
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any, Final, Literal
 
 import numpy as np
 import prometheus_client
 from PIL import Image
 
+from dynaslim.errors import UsageError, check
 from dynaslim.runtime.cache import usable_cores
 from dynaslim.runtime.spending import Spending
-from dynaslim.serve.batcher import Batcher, BatchReport
+from dynaslim.serve.batcher import Batcher, BatchReport, StoppingError, Turns
 from dynaslim.serve.budgets import LEAST_BATCHES
-from dynaslim.serve.decoding import Decoder, DecodingPool
+from dynaslim.serve.decoding import BYTES_PER_PIXEL, Decoder, DecodingPool
 from dynaslim.serve.model_info import ModelInfo, ServedEngine
 from dynaslim.serve.options import MEGABYTE, ServeOptions
 
-State = Literal["new", "starting", "ready", "failed"]
+State = Literal["new", "starting", "ready", "failed", "unloading"]
 MEASURED_ROWS: Final = 8
 RECENT: Final = 1000
 """Images whose mean cost is compared with the curve."""
@@ -40,55 +44,45 @@ class Buffers:
         self.most = most
 
 
-class Service:
-    """One model: started, asked through its batcher, stopped and closed."""
+class ServedModel:
+    """One model: its engine, queue, costs, state and metrics."""
 
-    def __init__(self, engine: ServedEngine, options: ServeOptions) -> None:
-        """Check the options against the model; nothing is compiled yet.
+    def __init__(
+        self, service: Service, name: str, engine: ServedEngine, path: Path | None = None
+    ) -> None:
+        """Check the server's options against the model; nothing is compiled yet.
 
         Raises:
             UsageError: as `Batcher`.
         """
+        self.service = service
+        self.name = name
         self.engine = engine
-        self.options = options
-        self.batcher = Batcher(engine, options, on_batch=self._count)
+        options = service.options
+        self.batcher = Batcher(engine, options, on_batch=self._count, turns=service.turns)
         self.info = ModelInfo(engine)
-        self.name = engine.spec.name if options.name is None else options.name
-        self.buffers = Buffers(round(options.max_buffer_mb * MEGABYTE))
+        self.file_bytes = float("nan") if path is None else _file_bytes(path)
+        """Bytes of the model's files; NaN for an engine that was made elsewhere."""
         self.spending = Spending(last=RECENT)
         """Costs of recent images with a budget, compared with the curve."""
         assert engine.preprocessing is not None, "checked by the batcher"
         self.decoder = Decoder(engine.preprocessing, options.max_pixels)
         self.state: State = "new"
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
         """Set if the state is "failed"."""
         self.backend: str | None = None
         """Set when it is ready."""
-        self.stopping = False
-        self.in_flight = 0
-        """Accepted predictions without an answer."""
-        self.lag_s = 0.0
-        """Estimated time that the last prediction waited for the event loop."""
         self.metrics = Metrics(self)
-        threads = options.decoders or usable_cores()
-        self.decoders = ThreadPoolExecutor(threads, "dynaslim-serve-decode")
-        self.large = DecodingPool(engine.preprocessing, self.decoder.memory, threads)
-        self._lock = threading.Lock()
+        self.endpoints: dict[type, Any] = {}
+        """Those that answer its requests, made at the first one."""
 
     @property
     def accepting(self) -> bool:
         """Whether a prediction that comes now is accepted."""
-        return self.state == "ready" and not self.stopping
+        return self.state == "ready" and not self.service.stopping
 
-    def start(self) -> None:
-        """Compile and time the network in a thread; does nothing the second time."""
-        with self._lock:
-            if self.state != "new":
-                return
-            self.state = "starting"
-        threading.Thread(target=self._warm_up, name="dynaslim-start", daemon=True).start()
-
-    def _warm_up(self) -> None:
+    def warm_up(self) -> None:
+        """Compile and time the network; sets `error` if that fails."""
         try:
             self.engine.warm_up()
             self.backend = self.engine.backend
@@ -102,28 +96,21 @@ class Service:
 
     def _measure_throughput(self) -> None:
         """Run batches, so that their memory is allocated and the throughput is known."""
-        spec, side, most = self.engine.spec, self.info.side, self.options.max_batch
+        spec, side, most = self.engine.spec, self.info.side, self.service.options.max_batch
         shape = (spec.in_channels, side, side)
         x_BCSS = np.random.default_rng(0).standard_normal((most, *shape), np.float32)
         rows = min(MEASURED_ROWS, most)
-        self.engine(x_BCSS)
-        self.engine(x_BCSS[:1])
-        for turn in range(LEAST_BATCHES + 1):
-            start = time.perf_counter()
-            self.engine(x_BCSS[:rows])
-            if turn:  # the first runs with cold caches
-                self.batcher.throughput.add(rows, time.perf_counter() - start)
-
-    def stop(self) -> None:
-        """Accept no more predictions; those accepted are answered."""
-        self.stopping = True
+        for turn, count in enumerate((most, 1, *[rows] * (LEAST_BATCHES + 1))):
+            with self.service.turns:
+                start = time.perf_counter()
+                self.engine(x_BCSS[:count])
+            if turn > 2:  # before, caches are cold
+                self.batcher.observe(rows, time.perf_counter() - start)
 
     def close(self) -> None:
-        """Answer what was accepted, and end the threads and processes."""
-        self.stop()
-        self.batcher.close()  # before the decoders, which it waits for
-        self.decoders.shutdown()
-        self.large.close()
+        """Accept no more predictions, answer those accepted, and end the thread."""
+        self.state = "unloading"
+        self.batcher.close()
 
     def _count(self, report: BatchReport) -> None:
         self.metrics.batch(report)
@@ -137,6 +124,176 @@ class Service:
         return float("nan") if point is None else point.share
 
 
+Source = tuple[str | None, ServedEngine, Path | None]
+"""A model's name, if it was given one, its engine, and its file or folder."""
+
+
+class Service:
+    """The models of a server and what they share: cores, decoders, limits of memory."""
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        options: ServeOptions,
+        open_model: Callable[[Path], ServedEngine],
+        places: int = 1,
+    ) -> None:
+        """Up to `places` batches run at once; `open_model` is for models that are loaded later.
+
+        Raises:
+            UsageError: for two models of one name; as `ServedModel`.
+        """
+        several = len(sources) > 1
+        check(
+            not several or options.name is None,
+            f"--name {options.name}: is for a single model; write NAME=PATH for each",
+        )
+        check(
+            options.model_folder is None or options.admin_token is not None,
+            "--model-folder: set DYNASLIM_ADMIN_TOKEN, without which nothing can be loaded",
+        )
+        self.options = options
+        self.turns = Turns(places)
+        self.buffers = Buffers(round(options.max_buffer_mb * MEGABYTE))
+        self.stopping = False
+        self.in_flight = 0
+        """Accepted predictions without an answer."""
+        self.tracer: Any = None
+        """Of OpenTelemetry, where it is on."""
+        self.lag_s = 0.0
+        """Estimated time that the last prediction waited for the event loop."""
+        self.change: tuple[str, Literal["LOADING", "UNLOADING"]] | None = None
+        """The model that is being loaded or unloaded."""
+        self.failures: dict[str, str] = {}
+        """Why the last load of a model failed, for those for which it did."""
+        self._open_model = open_model
+        self._changing = threading.Lock()
+        self._lock = threading.Lock()
+        self.models: dict[str, ServedModel] = {}
+        """By name, the first one first; replaced when models change, never altered."""
+        for given, engine, path in sources:
+            name = options.name or given or engine.spec.name
+            try:
+                check(name not in self.models, "there are two of that name; write NAME=PATH")
+                self.models[name] = ServedModel(self, name, engine, path)
+            except BaseException as error:
+                for model in self.models.values():
+                    model.close()
+                if several and isinstance(error, UsageError):
+                    raise UsageError(f"model {name}: {error}") from None
+                raise
+        self.first = next(iter(self.models))
+        """The model of requests that name none."""
+        threads = options.decoders or usable_cores()
+        self.decoders = ThreadPoolExecutor(threads, "dynaslim-serve-decode")
+        self.large = DecodingPool(BYTES_PER_PIXEL * options.max_pixels, threads)
+        self._registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self._registry)
+        self._registry.register(_ModelMetrics(self, several or options.model_folder is not None))
+        gauge = partial(_gauge, self._registry)
+        gauge("body_bytes", "Bytes of bodies that are held.", lambda: self.buffers.held)
+        text = "How long requests wait before the server looks at them."
+        gauge("lag_seconds", text, lambda: self.lag_s)
+
+    @property
+    def state(self) -> State:
+        """That of the models together."""
+        states = {model.state for model in self.models.values()}
+        some: tuple[State, ...] = ("failed", "starting", "new")
+        return next((state for state in some if state in states), "ready")
+
+    @property
+    def accepting(self) -> bool:
+        """Whether predictions by all models are accepted."""
+        return self.state == "ready" and not self.stopping
+
+    def start(self) -> None:
+        """Compile and time the networks in a thread, in turn; does nothing the second time."""
+        with self._lock:
+            if self.state != "new":
+                return
+            new = [model for model in self.models.values() if model.state == "new"]
+            for model in new:
+                model.state = "starting"
+
+        def warm_up() -> None:
+            for model in new:
+                model.warm_up()
+                if model.error is not None:
+                    break
+
+        threading.Thread(target=warm_up, name="dynaslim-start", daemon=True).start()
+
+    def load(self, name: str, path: Path) -> None:
+        """Serve the model of a path; one of that name serves until then. May take minutes.
+
+        Raises:
+            StoppingError: if the server is stopping.
+            Exception: if the model cannot be read, or does not start; the others are as before.
+        """
+        with self._one_change(name, "LOADING"):
+            model = ServedModel(self, name, self._open_model(path), path)
+            model.warm_up()
+            former: ServedModel | None = model
+            with self._lock:
+                if model.error is None and not self.stopping:
+                    former = self.models.get(name)
+                    models = {**self.models, name: model}.items()
+                    self.models = dict(sorted(models, key=lambda one: one[0] != self.first))
+            if former is not None:
+                former.close()
+        if former is model:
+            raise model.error or StoppingError("the server is stopping")
+
+    def unload(self, name: str) -> None:
+        """Serve a model no more; returns when all that it has accepted is answered.
+
+        Raises:
+            UsageError: if there is no such model.
+        """
+        with self._one_change(name, "UNLOADING"):
+            model = self.models.get(name)
+            if model is None:
+                raise UsageError(f"model {name!r:.60}: is not loaded")
+            self.models = {n: one for n, one in self.models.items() if n != name}
+            model.close()
+
+    @contextmanager
+    def _one_change(self, name: str, what: Literal["LOADING", "UNLOADING"]) -> Iterator[None]:
+        """One after another."""
+        with self._changing:
+            self.change = name, what
+            try:
+                yield
+            finally:
+                self.change = None
+
+    def metrics_text(self) -> bytes:
+        """All metrics, in Prometheus' text format."""
+        text: bytes = prometheus_client.generate_latest(self._registry)
+        return text
+
+    def stop(self) -> None:
+        """Accept no more predictions; those accepted are answered."""
+        with self._lock:
+            self.stopping = True
+
+    def close(self) -> None:
+        """Answer what was accepted, and end the threads and processes."""
+        self.stop()
+        for model in self.models.values():
+            model.batcher.stop()
+        for model in self.models.values():
+            model.close()  # before the decoders, which it waits for
+        self.decoders.shutdown()
+        self.large.close()
+
+
+def _file_bytes(path: Path) -> float:
+    files = path.iterdir() if path.is_dir() else [path]
+    return float(sum(file.stat().st_size for file in files if file.is_file()))
+
+
 def _one_pixel() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (1, 1)).save(buffer, "PNG")
@@ -144,74 +301,52 @@ def _one_pixel() -> bytes:
 
 
 class Metrics:
-    """A service's metrics for Prometheus, in a registry of their own (see docs/serving.md)."""
+    """A model's metrics for Prometheus, in a registry of their own (see docs/serving.md)."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._registry = prometheus_client.CollectorRegistry()
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self.registry = prometheus_client.CollectorRegistry()
         self._owed = 0.0
-        prometheus_client.ProcessCollector(registry=self._registry)
 
-        def counter(name: str, text: str, labels: tuple[str, ...] = ()) -> Any:
-            return prometheus_client.Counter(
-                f"dynaslim_{name}", text, labels, registry=self._registry
-            )
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Any:
-            return prometheus_client.Histogram(
-                f"dynaslim_{name}", text, buckets=buckets, registry=self._registry
-            )
-
+        counter = partial(prometheus_client.Counter, registry=self.registry)
+        histogram = partial(prometheus_client.Histogram, registry=self.registry)
+        gauge = partial(_gauge, self.registry)
         self._requests = counter(
-            "requests", "Predictions asked for, by status; 499: client left.", ("code",)
+            "dynaslim_requests", "Predictions asked for, by status; 499: client left.", ("code",)
         )
         self._latency = histogram(
-            "request_seconds", "From a request's head to its answer, answered ones only.", _SECONDS
+            "dynaslim_request_seconds",
+            "From a request's head to its answer, answered ones only.",
+            buckets=_SECONDS,
         )
         self._rejected = counter(
-            "rejected", "Requests refused because of load or stopping.", ("reason",)
+            "dynaslim_rejected", "Requests refused because of load or stopping.", ("reason",)
         )
-        self._missed = counter("deadline_missed", "Requests whose deadline passed.")
-        self._batches = histogram("batch_rows", "Images of a batch.", _ROWS)
-        self._engine = counter("engine_seconds", "Time in the engine.")
-        self._images = counter("images", "Images by route.", ("route",))
-        self._madds = counter("madds", "Multiply-adds spent.")
+        self._missed = counter("dynaslim_deadline_missed", "Requests whose deadline passed.")
+        self._batches = histogram("dynaslim_batch_rows", "Images of a batch.", buckets=_ROWS)
+        self._engine = counter("dynaslim_engine_seconds", "Time in the engine.")
+        self._images = counter("dynaslim_images", "Images by route.", ("route",))
+        self._madds = counter("dynaslim_madds", "Multiply-adds spent.")
         self._saved = counter(
-            "madds_saved", "Multiply-adds that the widest route would have cost more."
+            "dynaslim_madds_saved", "Multiply-adds that the widest route would have cost more."
         )
-        self._escalated = counter("images_escalated", "Images that escalated.")
-        self._mirrored = counter("images_mirrored", "Images whose mirror image was run too.")
-        gauges: dict[str, tuple[str, Callable[[], float]]] = {
-            "queue_rows": (
-                "Images waiting, decoding included.",
-                lambda: service.batcher.waiting,
-            ),
-            "expected_wait_seconds": (
-                "How long an image that comes now will wait.",
-                lambda: service.batcher.expected_wait_s,
-            ),
-            "budget_share": (
-                "Budget of requests that name none, of the widest route's cost.",
-                lambda: service.budget_share,
-            ),
-            "ready": ("1 if the server takes requests.", lambda: service.accepting),
-            "body_bytes": ("Bytes of bodies that are held.", lambda: service.buffers.held),
-            "lag_seconds": (
-                "How long requests wait before the server looks at them.",
-                lambda: service.lag_s,
-            ),
-            "cost_ratio": (
-                "Mean cost of recent images with a budget, 1 as the curve has it.",
-                lambda: service.spending.ratio,
-            ),
-            "unlike_curve": (
-                "1 if that is clearly another cost than the curve's.",
-                lambda: service.spending.differs,
-            ),
-        }
-        for name, (text, value) in gauges.items():
-            gauge = prometheus_client.Gauge(f"dynaslim_{name}", text, registry=self._registry)
-            gauge.set_function(value)
+        self._escalated = counter("dynaslim_images_escalated", "Images that escalated.")
+        self._mirrored = counter(
+            "dynaslim_images_mirrored", "Images whose mirror image was run too."
+        )
+        batcher, spending = model.batcher, model.spending
+        gauge("queue_rows", "Images waiting, decoding included.", lambda: batcher.waiting)
+        text = "How long an image that comes now will wait."
+        gauge("expected_wait_seconds", text, lambda: batcher.expected_wait_s)
+        text = "Budget of requests that name none, of the widest route's cost."
+        gauge("budget_share", text, lambda: model.budget_share)
+        gauge("ready", "1 if the server takes requests.", lambda: model.accepting)
+        text = "Bytes of the model's files, its weights and programs."
+        gauge("model_bytes", text, lambda: model.file_bytes)
+        text = "Mean cost of recent images with a budget, 1 as the curve has it."
+        gauge("cost_ratio", text, lambda: spending.ratio)
+        text = "1 if that is clearly another cost than the curve's."
+        gauge("unlike_curve", text, lambda: spending.differs)
 
     def error(self, status: int, code: str) -> None:
         """Count an error that load, stopping or the deadline caused."""
@@ -234,16 +369,34 @@ class Metrics:
         self._madds.inc(spent)
         # escalated images may cost more than the widest route; a counter must not fall, so the
         # excess is deducted from what later batches save
-        saved = self._service.info.widest_madds * report.rows - spent - self._owed
+        saved = self._model.info.widest_madds * report.rows - spent - self._owed
         self._saved.inc(max(0.0, saved))
         self._owed = max(0.0, -saved)
         self._escalated.inc(report.escalated)
         self._mirrored.inc(report.mirrored)
         # numpy's unique rows would take longer than a small network
         for path, count in Counter(map(tuple, report.choices.tolist())).items():
-            self._images.labels(self._service.info.route(path).name).inc(count)
+            self._images.labels(self._model.info.route(path).name).inc(count)
 
-    def text(self) -> bytes:
-        """All metrics, in Prometheus' text format."""
-        text: bytes = prometheus_client.generate_latest(self._registry)
-        return text
+
+class _ModelMetrics:
+    """The metrics of all models; with `labelled`, the label `model` tells them apart."""
+
+    def __init__(self, service: Service, labelled: bool) -> None:
+        self._service = service
+        self._labelled = labelled
+
+    def collect(self) -> Iterable[Any]:
+        """For Prometheus' library."""
+        merged: dict[str, Any] = {}
+        for model in self._service.models.values():
+            label = {"model": model.name} if self._labelled else {}
+            for family in model.metrics.registry.collect():
+                samples = [one._replace(labels={**label, **one.labels}) for one in family.samples]
+                known = merged.setdefault(family.name, family)
+                known.samples = (known.samples if known is not family else []) + samples
+        return merged.values()
+
+
+def _gauge(registry: Any, name: str, text: str, value: Callable[[], float]) -> None:
+    prometheus_client.Gauge(f"dynaslim_{name}", text, registry=registry).set_function(value)

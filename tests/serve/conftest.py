@@ -147,7 +147,7 @@ def _ready(app):
     with TestClient(app, raise_server_exceptions=False) as client:
         end = time.monotonic() + 20
         while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < end, app.state.service.error
+            assert time.monotonic() < end, app.state.service.state
             time.sleep(0.01)
         yield client
 

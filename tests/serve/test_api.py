@@ -524,12 +524,23 @@ def test_openapi_document(serve):
         page = client.get("/docs")
     predict_ = document["paths"]["/v1/predict"]["post"]
     assert set(predict_["requestBody"]["content"]) == {"multipart/form-data", "application/json"}
-    assert {"200", "400", "401", "408", "413", "415", "422", "429", "500", "503", "504"} == set(
-        predict_["responses"]
-    )
+    assert {
+        "200",
+        "400",
+        "401",
+        "404",
+        "408",
+        "413",
+        "415",
+        "422",
+        "429",
+        "500",
+        "503",
+        "504",
+    } == set(predict_["responses"])
     limits = {p["name"]: p["schema"] for p in predict_["parameters"]}
     assert limits["deadline_ms"]["maximum"] == 700
-    assert set(limits) == {"budget", "top_k", "escalate", "deadline_ms"}
+    assert set(limits) == {"budget", "top_k", "escalate", "deadline_ms", "model"}
     for operations in document["paths"].values():
         for operation in operations.values():
             errors = {s: a for s, a in operation["responses"].items() if s != "200"}
@@ -578,15 +589,16 @@ def test_metrics(serve, engine, pictures):
 def test_what_dear_batches_cost_is_taken_from_what_others_save(engine):
     """Images that run twice may cost more than the widest route; a counter does not fall."""
     service = create_app(engine).state.service
-    widest, choices = service.info.widest_madds, np.zeros((2, 2), np.int64)
+    (model,) = service.models.values()
+    widest, choices = model.info.widest_madds, np.zeros((2, 2), np.int64)
     for shares, saved in (
         ([0.4, 0.6], 1.0),
         ([1.3, 1.1], 1.0),
         ([0.9, 0.9], 1.0),
         ([0.5, 0.2], 2.1),
     ):
-        service.metrics.batch(BatchReport(2, 0.1, choices, widest * np.array(shares), 0, 0))
-        counted = float(metric(service.metrics.text().decode(), "dynaslim_madds_saved_total"))
+        model.metrics.batch(BatchReport(2, 0.1, choices, widest * np.array(shares), 0, 0))
+        counted = float(metric(service.metrics_text().decode(), "dynaslim_madds_saved_total"))
         assert counted / widest == pytest.approx(saved)
     service.close()
 
@@ -726,22 +738,25 @@ def test_before_it_is_ready(held, pictures):
         while client.get("/readyz").status_code != 200:
             pass
         assert client.post("/v1/predict", files=form(pictures[0])).status_code == 200
-        assert app.state.service.batcher.throughput.seconds_for(1) > 0, "it knows its speed"
+        assert app.state.service.models["micro"].batcher.throughput.seconds_for(1) > 0, (
+            "it knows its speed"
+        )
 
 
 def test_closing_answers_what_is_still_being_decoded(engine):
     service = create_app(engine, ServeOptions(decoders=1)).state.service
+    batcher = service.models["micro"].batcher
     gate, done = threading.Event(), []
     pixels = np.zeros((3, 16, 16), np.uint8)
 
     def decode_first():
         """As a body with two images does: the second is left to whoever is free."""
         gate.wait(20)
-        service.decoders.submit(service.batcher.put, item, 1, pixels)
-        service.batcher.put(item, 0, pixels)
+        service.decoders.submit(batcher.put, item, 1, pixels)
+        batcher.put(item, 0, pixels)
 
-    setting = service.batcher.budgets.setting(None, "auto")
-    item = service.batcher.admit(2, setting, top_k=1, deadline=None, on_done=done.append)
+    setting = batcher.budgets.setting(None, "auto")
+    item = batcher.admit(2, setting, top_k=1, deadline=None, on_done=done.append)
     service.decoders.submit(decode_first)
     closing = threading.Thread(target=service.close)
     closing.start()

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import struct
 import zlib
 from contextlib import contextmanager
@@ -214,3 +215,51 @@ def test_damaged_at_random(client):
         assert tensor.status_code == response.status_code
     assert statuses <= {200, 400, 413, 415}
     assert {200, 400} <= statuses
+
+
+# -- a model that was loaded, and what loads models -----------------------------------------------
+
+ADMIN = {"authorization": "Bearer admin"}
+REPOSITORY = "/v2/repository/models"
+
+
+@pytest.fixture(scope="module")
+def loaded(engine, package, tmp_path_factory):
+    """A client of a server with a second model, `one`, that was loaded."""
+    folder = tmp_path_factory.mktemp("folder")
+    shutil.copytree(package, folder / "one")
+    options = ServeOptions(max_pixels=1_000_000, model_folder=folder, admin_token="admin")
+    app = create_app(engine, options, backend="onnxruntime", workers=1)
+    with TestClient(app, raise_server_exceptions=False) as made:
+        while made.get("/readyz").status_code != 200:
+            pass
+        assert made.post(f"{REPOSITORY}/one/load", headers=ADMIN).status_code == 200
+        yield made
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_a_model_that_was_loaded(loaded, name):
+    status, _, make = REFUSED[name]
+    answer = loaded.post("/v2/models/one/infer", **as_tensor(make()))
+    assert answer.status_code == status
+    answer = loaded.post("/v1/predict?model=one", files=[("images", ("x", make()))])
+    assert answer.status_code == status
+
+
+def test_requests_at_random_to_the_repository(loaded):
+    """Names and bodies that are damaged, with the token and without."""
+    rng = np.random.default_rng(0)
+    names = ("none", "%00", "..", "%2e%2e%2fone", "one%ff", "a" * 999)
+    good = json.dumps({"parameters": {"unload_dependents": False}}).encode()
+    statuses = set()
+    for turn in range(400):
+        content = bytearray(good if turn % 2 else rng.bytes(int(rng.integers(0, 200))))
+        for at in rng.integers(0, len(content), turn % 3) if content else ():
+            content[at] = rng.integers(0, 256)
+        what = ("load", "unload")[turn // 2 % 2]
+        path = f"{REPOSITORY}/{names[turn % 6]}/{what}" if turn % 7 else "/v2/repository/index"
+        headers = ADMIN if turn % 5 else {}
+        statuses.add(loaded.post(path, content=bytes(content), headers=headers).status_code)
+    assert statuses == {400, 401, 404, 422}
+    listed = loaded.post("/v2/repository/index", headers=ADMIN).json()
+    assert [one["name"] for one in listed] == ["micro", "one"]

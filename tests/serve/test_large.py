@@ -20,7 +20,14 @@ from dynaslim.data.decode import decode_image
 from dynaslim.predict import predict
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.serve import ServeOptions, create_app, decoding
-from dynaslim.serve.decoding import LARGE, Decoder, DecodingCost, DecodingPool, ImageError
+from dynaslim.serve.decoding import (
+    LARGE,
+    Decoder,
+    DecodingCost,
+    DecodingPool,
+    DecodingTask,
+    ImageError,
+)
 
 WIDTH, HEIGHT = 16_383, 3_000
 PRE = Preprocessing(16)
@@ -44,7 +51,7 @@ def pictures_of():
     made = []
 
     def start(memory=10**9, processes=1):
-        made.append(DecodingPool(PRE, memory, processes))
+        made.append(DecodingPool(memory, processes))
         return made[-1]
 
     yield start
@@ -78,7 +85,11 @@ LITTLE = DecodingCost(1, 0)
 def decoded(pictures, content, cost=LITTLE):
     """What comes of a picture."""
     done, results = threading.Event(), []
-    pictures.put(cost, content, lambda: True, lambda one: (results.append(one), done.set()))
+    pictures.put(
+        DecodingTask(
+            cost, content, PRE, lambda: True, lambda one: (results.append(one), done.set())
+        )
+    )
     assert done.wait(30)
     return results[0]
 
@@ -163,7 +174,7 @@ def test_a_large_picture_is_answered_as_predict_does(serve, engine, kind, tmp_pa
     (tmp_path / "file").write_bytes(content)
     (row,) = predict(engine, [tmp_path / "file"])
     with serve(deadline_ms=60_000) as client:
-        assert client.app.state.service.decoder.cost(content).large
+        assert client.app.state.service.models["micro"].decoder.cost(content).large
         answer = client.post("/v1/predict", files=[("images", content)] * 2)
         cut = client.post("/v1/predict", files=[("images", content[:-3000])])
     assert answer.status_code == 200, answer.text
@@ -192,8 +203,11 @@ def test_a_process_that_dies_fails_its_picture_alone(pictures_of, processes):
     assert isinstance(decoded(pictures, small), np.ndarray)
     done, results = threading.Event(), []
     content = huge("RGB", "PNG")
+    cost = DecodingCost(1, 10**9)
     pictures.put(
-        DecodingCost(1, 10**9), content, lambda: True, lambda one: (results.append(one), done.set())
+        DecodingTask(
+            cost, content, PRE, lambda: True, lambda one: (results.append(one), done.set())
+        )
     )
     until(lambda: not pictures._tasks)  # the process has it
     processes[0].kill()
@@ -208,7 +222,8 @@ def test_the_smallest_that_there_is_memory_for_comes_first(pictures_of):
     gate = threading.Event()
 
     def put(name, work, memory, deliver=order.append):
-        pictures.put(DecodingCost(work, memory), small, lambda: True, lambda _: deliver(name))
+        cost = DecodingCost(work, memory)
+        pictures.put(DecodingTask(cost, small, PRE, lambda: True, lambda _: deliver(name)))
 
     put("first", 1, 60, lambda name: (gate.wait(20), order.append(name)))
     time.sleep(0.05)
@@ -229,8 +244,8 @@ def test_who_is_not_waited_for_any_more_is_not_decoded(serve, processes):
         answer = client.post("/v1/predict?deadline_ms=300", files=files)
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "deadline")
         until(lambda: len(processes) == 1 and processes[0].poll() is not None, 5)
-        until(lambda: not service.large._tasks and service.large._free == service.decoder.memory, 5)
-        assert service.batcher.waiting == 0
+        until(lambda: not service.large._tasks and service.large._free == service.large._memory, 5)
+        assert service.models["micro"].batcher.waiting == 0
         assert len(processes) == 1, "the others were not begun"
 
 
@@ -334,9 +349,9 @@ def test_large_pictures_have_half_of_the_queue(engine, live):
             return httpx.post(f"{url}{query}", files=[("images", content)] * count, timeout=20)
 
         waiting = pool.submit(ask, content, 4, "?deadline_ms=3000")
-        until(lambda: app.state.service.batcher.waiting == 4)
+        until(lambda: app.state.service.models["micro"].batcher.waiting == 4)
         refused = ask(content)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "busy")
         assert ask(small, 4).status_code == 200
         assert waiting.result().status_code == 504
-        assert app.state.service.batcher.waiting == 0
+        assert app.state.service.models["micro"].batcher.waiting == 0

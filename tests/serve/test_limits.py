@@ -52,7 +52,7 @@ def until(condition):
 
 
 def counted(service, name):
-    text = service.metrics.text().decode()
+    text = service.metrics_text().decode()
     found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
     return float(found[1]) if found else 0.0
 
@@ -70,12 +70,12 @@ def test_a_full_queue_is_429(start, held, pictures, background):
         running = background.submit(ask, url, pictures[0])
         assert held.entered.acquire(timeout=10)
         waiting = [background.submit(ask, url, pictures[n]) for n in range(3)]
-        until(lambda: service.batcher.waiting == 3)
+        until(lambda: service.models["micro"].batcher.waiting == 3)
         whole = ask(url, pictures[0], images=2)  # one would fit
         assert code(whole) == (429, "busy")
         assert int(whole.headers["retry-after"]) >= 1
         waiting.append(background.submit(ask, url, pictures[3]))
-        until(lambda: service.batcher.waiting == 4)
+        until(lambda: service.models["micro"].batcher.waiting == 4)
         refused = ask(url, pictures[4])
         assert code(refused) == (429, "busy")
         assert int(refused.headers["retry-after"]) >= 1
@@ -93,7 +93,7 @@ def test_images_of_several_requests_share_a_batch(start, held, pictures, backgro
         first = background.submit(ask, url, pictures[0])
         assert held.entered.acquire(timeout=10)
         rest = [background.submit(ask, url, pictures[n], images=n) for n in (1, 2, 3)]
-        until(lambda: service.batcher.waiting == 6)
+        until(lambda: service.models["micro"].batcher.waiting == 6)
         held.open.set()
         assert first.result().json()["batch_size"] == 1
         assert {f.result().json()["batch_size"] for f in rest} == {6}
@@ -115,7 +115,7 @@ def test_a_deadline_is_504_and_what_is_late_is_not_run(
         for future in (running, *waiting):
             assert code(future.result()) == (504, "deadline")
         assert 0.15 <= time.monotonic() - began < 5, "they are told at once, not when it is free"
-        assert service.batcher.waiting == 0
+        assert service.models["micro"].batcher.waiting == 0
         assert counted(service, "dynaslim_deadline_missed_total") == 4
         held.open.set()
         if not options:
@@ -158,7 +158,7 @@ def test_who_has_left_is_not_run(start, held, pictures, background):
         files = [("images", ("x", pictures[1]))] * 3
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/v1/predict", files=files, timeout=httpx.Timeout(20, read=0.3))
-        until(lambda: service.batcher.waiting == 0)
+        until(lambda: service.models["micro"].batcher.waiting == 0)
         held.open.set()
         assert running.result().status_code == 200
         until(lambda: counted(service, 'dynaslim_requests_total{code="499"}') == 1)
@@ -319,7 +319,7 @@ def test_stopping(start, held, pictures, background):
         running = background.submit(ask, url, pictures[0])
         assert held.entered.acquire(timeout=10)
         waiting = background.submit(ask, url, pictures[1], images=2)
-        until(lambda: service.batcher.waiting == 2)
+        until(lambda: service.models["micro"].batcher.waiting == 2)
         service.stop()
         ready = httpx.get(f"{url}/readyz")
         assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})

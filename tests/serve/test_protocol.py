@@ -374,7 +374,7 @@ def test_tensors_and_files_share_batches(held, live, tensors, pictures):
             asked({**X, "shape": [3, 3, 16, 16], "data": x[5:8].ravel().tolist()}),
         ]
         rest = [pool.submit(httpx.post, url, json=one, timeout=20) for one in sent]
-        while app.state.service.batcher.waiting < 7:
+        while app.state.service.models["micro"].batcher.waiting < 7:
             pass
         held.open.set()
         found = [one.result().json()["outputs"] for one in (first, *rest)]

@@ -1,0 +1,41 @@
+"""OpenTelemetry spans of requests, and of their time in the queue and in the engine.
+
+On where the process has set up OpenTelemetry's SDK, as `opentelemetry-instrument` does.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from dynaslim.runtime.libraries import installed
+
+if TYPE_CHECKING:
+    from dynaslim.serve.batcher import WorkItem
+
+_EXCLUDED: Final = "healthz,readyz,metrics,v2/health/"
+
+
+def instrument(app: Any) -> Any:
+    """The tracer for an application, whose requests get spans; None where tracing is off."""
+    api: Any = sys.modules.get("opentelemetry.trace")  # whoever sets up the SDK has imported it
+    if api is None or not hasattr(api.get_tracer_provider(), "add_span_processor"):
+        return None
+    done = getattr(app, "_is_instrumented_by_opentelemetry", False)
+    if not done and installed("opentelemetry.instrumentation.fastapi"):
+        from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor as Instrumentor
+
+        Instrumentor.instrument_app(app, excluded_urls=_EXCLUDED, exclude_spans=["receive", "send"])
+    return api.get_tracer("dynaslim")
+
+
+def record(tracer: Any, model: str, item: WorkItem) -> None:
+    """Spans of an item that has its answers, below that of its request."""
+    offset = time.time() - time.monotonic()
+    names = ("model", "images", "batch_size")
+    values = (model, len(item.answers), item.batch_size)
+    attributes = {f"dynaslim.{name}": value for name, value in zip(names, values, strict=True)}
+    times = [round((t + offset) * 1e9) for t in (item.decoded, item.started, item.finished)]
+    for name, start, end in zip(("queue", "engine"), times[:-1], times[1:], strict=True):
+        tracer.start_span(name, start_time=start, attributes=attributes).end(max(start, end))
