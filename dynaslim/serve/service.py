@@ -14,10 +14,10 @@ import numpy as np
 import prometheus_client
 from PIL import Image
 
+from dynaslim.runtime.adaptive import LEAST_BATCHES
 from dynaslim.runtime.cache import usable_cores
 from dynaslim.runtime.spending import Spending
 from dynaslim.serve.batcher import Batcher, BatchReport
-from dynaslim.serve.budgets import LEAST_BATCHES
 from dynaslim.serve.decoding import Decoder, DecodingPool
 from dynaslim.serve.model_info import ModelInfo, ServedEngine
 from dynaslim.serve.options import MEGABYTE, ServeOptions
