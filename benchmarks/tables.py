@@ -17,6 +17,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
+WAYS = ("all cores", "own core")
+POLICIES = ("side by side", "own core")
 
 
 def results(name: str) -> dict[str, Any]:
@@ -189,6 +191,42 @@ def int8() -> str:
     return table(["what", "backend", "batch", "fp32, ms", "int8, ms", "int8 / fp32"], rows)
 
 
+def callers() -> str:
+    """Callers against the ideal."""
+    rows = []
+    for run in results("callers")["measured"]:
+        others = run["faster_than_the_engine"]
+        rows.append(
+            [
+                run["backend"],
+                str(run["callers"]),
+                str(run["batch_size"]),
+                f"{run['images_per_s']['median']:.0f}",
+                spread(run["ratio_to_ideal"], 2, bold=True),
+                *(spread(others[way], 2) if way in others else "" for way in WAYS),
+            ]
+        )
+    header = ["backend", "callers", "batch", "images/s", "ideal / routed"]
+    return table([*header, *(f"{way}: faster" for way in WAYS)], rows)
+
+
+def cores() -> str:
+    """Many cores, simulated: a single caller, and as many as cores."""
+    rows = []
+    for backend, paper in results("callers")["simulated"].items():
+        found = {(r["cores"], r["callers"], r["batch_size"]): r for r in paper["runs"]}
+        for count in (4, 16, 64):
+            for callers in (1, count):
+                shown = [
+                    f"{found[count, callers, batch][way]['ratio_to_ideal']:.2f}"
+                    for batch in (8, 32)
+                    for way in POLICIES
+                ]
+                rows.append([backend, str(count), str(callers), *shown])
+    columns = [f"batch {batch}, {way}" for batch in (8, 32) for way in POLICIES]
+    return table(["backend", "cores", "callers", *columns], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     make.__name__: make
     for make in (
@@ -203,6 +241,8 @@ TABLES: dict[str, Callable[[], str]] = {
         breakdown,
         floor,
         int8,
+        callers,
+        cores,
     )
 }
 

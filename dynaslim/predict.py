@@ -250,40 +250,49 @@ def _predict(
     workers: int | None,
     top_k: int,
 ) -> Rows:
-    names: dict[tuple[int, ...], str] = {}
-
-    def route_name(row_G: Any) -> str:
-        key = tuple(map(int, row_G))
-        if key not in names:
-            names[key] = str(engine.route_of(row_G))
-        return names[key]
-
+    route_name = route_names(engine)
     threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
     with closing(_decoded(files, preprocessing, batch_size, threads)) as batches:
         for batch in batches:
-            answers = iter(_answers(engine, batch, preprocessing, options, route_name, top_k))
+            answers = iter(answers_for(engine, batch, preprocessing, options, route_name, top_k))
             rows = [one if isinstance(one, Unreadable) else next(answers) for one in batch]
             del batch  # the pixels are not to be kept while the next are waited for
             yield from rows
 
 
+def route_names(engine: RoutedEngine) -> Callable[[Any], str]:
+    """From a row of `RoutedOutput.routes` to the name of its route, each made once."""
+    names: dict[tuple[int, ...], str] = {}
+
+    def name(row_G: Any) -> str:
+        key = tuple(map(int, row_G))
+        if key not in names:
+            names[key] = str(engine.route_of(row_G))
+        return names[key]
+
+    return name
+
+
 @dataclass(frozen=True, slots=True)
-class _Picture:
+class Picture:
+    """A decoded image."""
+
     file: str
     pixels_CSS: np.ndarray
+    """uint8, as `decode_image` returns them."""
 
 
 def _decoded(
     files: Sequence[str | Path], preprocessing: Preprocessing, batch_size: int, threads: int
-) -> Generator[list[_Picture | Unreadable], None, None]:
+) -> Generator[list[Picture | Unreadable], None, None]:
     """Batches in order, decoded ahead by threads (Pillow lets go of the interpreter's lock)."""
-    waiting: deque[Future[_Picture | Unreadable]] = deque()
+    waiting: deque[Future[Picture | Unreadable]] = deque()
     rest = iter(files)
     pool = ThreadPoolExecutor(threads, "dynaslim-decode")
 
     def look_ahead() -> None:
         for file in islice(rest, AHEAD * batch_size - len(waiting)):
-            waiting.append(pool.submit(_read, file, preprocessing))
+            waiting.append(pool.submit(read_picture, file, preprocessing))
 
     try:
         look_ahead()
@@ -296,30 +305,35 @@ def _decoded(
         pool.shutdown(cancel_futures=True)
 
 
-def _read(file: str | Path, preprocessing: Preprocessing) -> _Picture | Unreadable:
-    name = name_of(file)
+def read_picture(file: str | Path, preprocessing: Preprocessing) -> Picture | Unreadable:
+    """The image in a file."""
     try:
         content = Path(file).read_bytes()
     except OSError as error:
-        return Unreadable(name, f"cannot be read: {error.strerror or error}")
+        return Unreadable(name_of(file), f"cannot be read: {error.strerror or error}")
+    return picture_of(content, preprocessing, name_of(file))
+
+
+def picture_of(content: bytes, preprocessing: Preprocessing, name: str) -> Picture | Unreadable:
+    """The image of an encoded file."""
     if not content:
         return Unreadable(name, "is empty")
     try:
-        return _Picture(name, decode_image(content, preprocessing, name))
+        return Picture(name, decode_image(content, preprocessing, name))
     except CorruptImageError as error:
         return Unreadable(name, error.reason)
 
 
-def _answers(
+def answers_for(
     engine: RoutedEngine,
-    batch: Sequence[_Picture | Unreadable],
+    batch: Sequence[Picture | Unreadable],
     preprocessing: Preprocessing,
     options: Mapping[str, Any],
     route_name: Callable[[Any], str],
     top_k: int,
 ) -> list[Prediction]:
     """The answers for those of a batch that could be read."""
-    pictures = [one for one in batch if isinstance(one, _Picture)]
+    pictures = [one for one in batch if isinstance(one, Picture)]
     if not pictures:
         return []
     pixels_BCSS = np.stack([picture.pixels_CSS for picture in pictures])

@@ -22,11 +22,13 @@ from PIL import Image
 from torch import nn
 
 from dynaslim import Engine, cli
+from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset
 from dynaslim.nn import SlimNet
 from dynaslim.nn.functional import slim_linear
 from dynaslim.nn.gate import Gate
 from dynaslim.nn.layers import SlimBatchNorm2d
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.router import Routed
 from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
 from dynaslim.zoo import ZOO
@@ -302,3 +304,28 @@ def running(package, *flags, script="from dynaslim import cli; cli.main()"):
         if process.poll() is None:
             process.kill()
         process.communicate()
+
+
+def forced_curve(spec: NetSpec, side: int) -> BudgetCurve:
+    """Three points for a network of two gates, each sending all images along one path."""
+    table = CostTable.from_madds(spec, side)
+
+    def point(path: tuple[int, ...], shift: float, top1: float) -> BudgetPoint:
+        madds = table.route_cost(path)
+        share = madds / table.widest_cost
+        return BudgetPoint(shift, None, None, madds, share, None, top1, 0.0)
+
+    # shifts so large that all images take the path
+    points = (point((0, 0), 1e6, 0.5), point((0, 1), 40.0, 0.6), point((1, 2), -1e6, 0.9))
+    return BudgetCurve(
+        image_size_px=side,
+        images=100,
+        widest_madds=table.widest_cost,
+        widest_ms=None,
+        widest_top1=0.9,
+        cheapest_madds=points[0].madds,
+        cheapest_ms=None,
+        cheapest_top1=0.5,
+        points=points,
+        gate_points=points,
+    )

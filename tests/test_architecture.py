@@ -17,7 +17,7 @@ ROOMS = [
     "cascade_spec", "graph", "blocks", "shipped",
     "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint", "data",
     "runtime", "conversion", "predict",
-    "predict_tables", "predict_ray", "evaluation",
+    "predict_tables", "predict_ray", "predict_stream", "evaluation",
     "train", "bench", "interop", "runs", "report", "serve", "imagenet", "demo", "adaptation",
     "doctor", "cli", "__main__",
 ]  # fmt: skip

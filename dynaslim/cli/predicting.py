@@ -1,11 +1,16 @@
-"""The verb that predicts image files."""
+"""The verb that predicts image files and streams of frames."""
 
 from __future__ import annotations
 
+import csv
 import json as json_text
+import signal
 import sys
+import threading
 import time
-from contextlib import ExitStack, closing, redirect_stdout
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
@@ -21,6 +26,7 @@ from dynaslim.model_names import (
 
 if TYPE_CHECKING:
     from dynaslim.predict import Prediction, Summary
+    from dynaslim.predict_stream import StreamOptions, StreamRow, Waiting
 
 FEW: Final = 50
 """Of so many files each has its line on the screen; of more there are totals."""
@@ -43,9 +49,12 @@ def predict(
     engine: Literal["local", "ray"] = "local",
     workers: int | None = None,
     top_k: int = 1,
+    stream: bool = False,
+    latency_ms: float | None = None,
+    same_frame: float | None = None,
     no_cache: bool = False,
 ) -> int:
-    """Predict image files, each along the route that its gates choose.
+    """Predict image files, or a stream of frames, each along the route that its gates choose.
 
     Args:
         paths: A model, if --model names none, and images: files, folders, and patterns such as
@@ -62,11 +71,18 @@ def predict(
         engine: local, or ray for the workers of a Ray cluster (RAY_ADDRESS, else on this machine).
         workers: Threads that decode images, with --engine ray actors. Default: one for each core.
         top_k: Likeliest classes to name, on the screen and in JSON.
+        stream: Predict frames as they come, a line for each: images of one folder, those to come
+            too, or with - the JPEGs of standard input. Ends with the input, or by a signal.
+        latency_ms: With --stream, answer a frame within so many milliseconds: the budget is
+            lowered as far as needed, then frames are dropped.
+        same_frame: With --stream, a frame that differs by at most so much (0 to 255) from the last
+            that ran keeps its answer. Default: never.
         no_cache: Keep no compiled programs on disk, and read none.
     """
     from dynaslim.predict import Summary, Unreadable, find_images, open_engine
     from dynaslim.predict import predict as predict_here
     from dynaslim.predict_ray import predict_ray
+    from dynaslim.predict_stream import StreamOptions
     from dynaslim.predict_tables import ParquetFile, ParquetParts
     from dynaslim.progress import progress
     from dynaslim.runtime.backends import BACKENDS
@@ -88,6 +104,24 @@ def predict(
     if budget is not None:
         parse_budget(budget)
     check(budget is not None or not hold, "--hold: give the budget that is to hold with --budget")
+    if stream:
+        for flag, unused in (
+            ("--hold", not hold),
+            ("--parquet", parquet is None),
+            ("--engine ray", engine == "local"),
+            ("--top-k", top_k == 1),
+            ("--workers", workers is None),
+        ):
+            check(unused, f"{flag}: not with --stream, which answers one frame at a time")
+        return _stream(
+            *_stream_of(paths, model),
+            StreamOptions(budget, latency_ms, same_frame),
+            backend=backend,
+            json=json,
+            cache_dir=None if no_cache else "auto",
+        )
+    for flag, given in (("--latency-ms", latency_ms), ("--same-frame", same_frame)):
+        check(given is None, f"{flag} {given}: give --stream with it")
     model, paths = _divided(paths, model)
     files = find_images(paths)
     find_model(model, ("checkpoint", "package"))
@@ -205,6 +239,117 @@ def _names_images(path: str) -> bool:
     return Path(path).suffix.lower() in IMAGE_SUFFIXES or (
         glob.has_magic(path) and not Path(path).exists()
     )
+
+
+def _stream_of(paths: list[str], model: str | None) -> tuple[str, str]:
+    """Model and source of frames of a command line.
+
+    Raises:
+        UsageError: if there is not one source, or it is neither a folder nor -.
+    """
+    from dynaslim import shipped
+
+    *models, source = paths
+    right = "give one folder of frames, or - for JPEGs from standard input"
+    check(len(models) + (model is not None) <= 1, f"--stream: {' '.join(paths)}: {right}")
+    check(not _is_model(source), f"--stream: {source} is a model; {right}")
+    check(source == "-" or Path(source).is_dir(), f"--stream: {source} is no folder; {right}")
+    return models[0] if models else model or str(shipped.DEFAULT), source
+
+
+def _stream(
+    model: str,
+    source: str,
+    options: StreamOptions,
+    *,
+    backend: str,
+    json: bool,
+    cache_dir: str | None,
+) -> int:
+    """Answer frames until they end or a signal comes; a line for each."""
+    from dynaslim.predict import open_engine
+    from dynaslim.predict_stream import (
+        BrokenFrame,
+        Stream,
+        StreamSummary,
+        Waiting,
+        read_pipe,
+        reading,
+        watch_folder,
+    )
+
+    engine = open_engine(model, backend, batch_size=1, cache_dir=cache_dir)
+    answering = Stream(engine, options)
+    curve = engine.curve
+    if curve is not None and options.budget is not None:
+        note = curve.out_of_reach(options.budget)
+        sys.stderr.write(f"{note}\n" if note else "")
+    engine.warm_up()  # frames do not wait for that
+    answering.warm_up()
+    waiting, summary = Waiting(drop=options.latency_ms is not None), StreamSummary()
+    write = _json_line if json else _CsvLines(sys.stdout).write
+    read = partial(read_pipe, 0) if source == "-" else partial(watch_folder, Path(source))
+    with _stopped_by_signals(waiting):
+        reading(partial(read, waiting), waiting)
+        try:
+            for row in answering.answers(waiting):
+                summary.add(row)
+                if isinstance(row, BrokenFrame):
+                    file = f" ({printable(row.file)})" if row.file else ""
+                    sys.stderr.write(f"left out: frame {row.frame}{file}: {row.reason}\n")
+                    continue
+                write(row)
+                sys.stdout.flush()
+            interrupted = waiting.stopped
+        finally:
+            waiting.stop()
+            sys.stderr.write(f"{summary.line(waiting)}\n")
+    if not interrupted and not summary.answered:
+        return fail("standard input: holds no JPEG that could be read", 1)
+    return 0
+
+
+@contextmanager
+def _stopped_by_signals(waiting: Waiting) -> Iterator[None]:
+    """End the stream at the first SIGINT or SIGTERM; a second one acts as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets only the main thread handle signals
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+
+    def stop(number: int, _: Any) -> None:
+        waiting.stop()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _json_line(row: StreamRow) -> None:
+    sys.stdout.write(json_text.dumps(row.to_dict(), allow_nan=False) + "\n")
+
+
+class _CsvLines:
+    """A line of names, then one for each row."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._writer = csv.writer(out, lineterminator="\n")
+        self._started = False
+
+    def write(self, row: StreamRow) -> None:
+        """A row."""
+        values = row.to_dict()
+        if not self._started:
+            self._writer.writerow(values)
+            self._started = True
+        values["file"] = printable(values["file"] or "")
+        self._writer.writerow(values.values())
 
 
 class _Json:

@@ -25,8 +25,9 @@ import numpy as np
 
 from dynaslim.errors import DataError, DynaslimError, UsageError, check
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
+from dynaslim.runtime.adaptive import Throughput
 from dynaslim.runtime.budget import BudgetCurve
-from dynaslim.serve.budgets import Budgets, Escalate, Setting, Throughput
+from dynaslim.serve.budgets import Budgets, Escalate, Setting
 from dynaslim.serve.options import ServeOptions
 
 LEAST_ROWS: Final = 4

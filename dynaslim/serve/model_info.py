@@ -15,10 +15,10 @@ import numpy as np
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.graph import AnySpec, GraphSpec
+from dynaslim.runtime.adaptive import share_text
 from dynaslim.runtime.latency import profile, time_variant
 from dynaslim.runtime.router import Decide
 from dynaslim.serve.batcher import BatchEngine
-from dynaslim.serve.budgets import share_text
 from dynaslim.serve.options import ServeOptions
 
 if TYPE_CHECKING:

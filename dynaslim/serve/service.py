@@ -18,10 +18,10 @@ import prometheus_client
 from PIL import Image
 
 from dynaslim.errors import UsageError, check
+from dynaslim.runtime.adaptive import LEAST_BATCHES
 from dynaslim.runtime.cache import usable_cores
 from dynaslim.runtime.spending import Spending
 from dynaslim.serve.batcher import Batcher, BatchReport, StoppingError, Turns
-from dynaslim.serve.budgets import LEAST_BATCHES
 from dynaslim.serve.decoding import BYTES_PER_PIXEL, Decoder, DecodingPool
 from dynaslim.serve.model_info import ModelInfo, ServedEngine
 from dynaslim.serve.options import MEGABYTE, ServeOptions

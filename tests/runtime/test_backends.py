@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -519,6 +520,35 @@ def test_auto_measures_for_the_images_that_come(tmp_path, measured):
     assert Engine(net, cache_dir=None).backend == "eager"
     assert asked == [((20, 32), 3), ((48, 48), 3), ((24, 24), 3), ((32, 32), 32)]
     assert len(_notes(tmp_path)) == 3
+
+
+def test_auto_looks_at_small_batches_too(monkeypatch):
+    """What is fastest for the whole batch alone is not chosen."""
+    seen, clock = [], SimpleNamespace(now=0.0)
+    monkeypatch.setattr(auto, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    class Timed:
+        def __init__(self, spec, backend):
+            self._seconds = backend.seconds
+
+        def routed(self, images, decide, escalate):
+            options = decide(0, None, np.arange(len(images)))
+            seen.append((len(images), options.tolist()))
+            clock.now += self._seconds[len(images)]
+
+    arrays = SimpleNamespace(images=lambda x: x)
+    large = SimpleNamespace(name="large", arrays=arrays, seconds={8: 0.004, 2: 0.006})
+    small = SimpleNamespace(name="small", arrays=arrays, seconds={8: 0.008, 2: 0.002})
+    one = SimpleNamespace(name="one", arrays=arrays, seconds={1: 0.001})
+    monkeypatch.setattr(auto, "Router", Timed)
+    source = SimpleNamespace(spec=micro_spec())
+    measured = auto.measure([large, small], source, (16, 16), 8)
+    assert measured["small"] == pytest.approx((8 + 4 * 2) / 2)
+    assert measured["large"] == pytest.approx((4 + 4 * 6) / 2)
+    count = len(micro_spec().gates[0].choices)
+    quarters = [options for rows, options in seen if rows == 2][:4]
+    assert quarters == [[n % count, (n + 1) % count] for n in range(0, 8, 2)]
+    assert set(auto.measure([one], source, (16, 16), 1)) == {"one"}
 
 
 def test_auto_leaves_out_what_does_not_run(monkeypatch):

@@ -9,14 +9,12 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import uvicorn
-from helpers import lively, micro_spec
+from helpers import forced_curve, lively, micro_spec
 from PIL import Image
 from starlette.testclient import TestClient
 
 from dynaslim.checkpoint import Checkpoint
-from dynaslim.cost import CostTable
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.export import export_package
 from dynaslim.serve import ServeOptions, create_app, model_info
@@ -25,36 +23,12 @@ SIDE = 16
 CLASSES = tuple("abcde")
 
 
-def _curve(spec):
-    table = CostTable.from_madds(spec, SIDE)
-
-    def point(path, shift, top1):
-        madds = table.route_cost(path)
-        share = madds / table.widest_cost
-        return BudgetPoint(shift, None, None, madds, share, None, top1, 0.0)
-
-    # shifts so large that all images take the path
-    points = (point((0, 0), 1e6, 0.5), point((0, 1), 40.0, 0.6), point((1, 2), -1e6, 0.9))
-    return BudgetCurve(
-        image_size_px=SIDE,
-        images=100,
-        widest_madds=table.widest_cost,
-        widest_ms=None,
-        widest_top1=0.9,
-        cheapest_madds=points[0].madds,
-        cheapest_ms=None,
-        cheapest_top1=0.5,
-        points=points,
-        gate_points=points,
-    )
-
-
 def _export(folder, **changes):
     spec = micro_spec()
     fields = {
         "class_names": CLASSES,
         "preprocessing": Preprocessing(SIDE, std=(0.05,) * 3),
-        "budget": _curve(spec).to_dict(),
+        "budget": forced_curve(spec, SIDE).to_dict(),
         **changes,
     }
     export_package(Checkpoint(lively(spec, image_size=SIDE), **fields), folder)
