@@ -6,9 +6,9 @@ import copy
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 import torch
@@ -42,9 +42,9 @@ from dynaslim.graph import (
 )
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.program import Step
+from dynaslim.nn.sorting import Importance, sort_channels
 from dynaslim.spec import GateSpec
 
-Importance = Literal["activation", "bn", "weight"]
 TRUNK: Final = 1 / 3
 """Part of the multiply-adds that lies before the gate, unless told otherwise."""
 MULTIPLE: Final = 8
@@ -300,7 +300,6 @@ class Conversion:
             first[roots[new]] = order + index[new]
             order += len(vector)
         self.unit: dict[int, tuple[int, int]] = {}
-        self.members: list[np.ndarray] = []
         self.groups: list[Group] = []
         roots = np.array(sorted(self.segments), np.int64)
         roots = roots[(labels.roots(roots) == roots) & (first[roots] >= 0)] if len(roots) else roots
@@ -311,7 +310,6 @@ class Conversion:
             number = len(self.groups)
             for unit, root in enumerate(units.tolist()):
                 self.unit[root] = (number, unit)
-            self.members.append(units)
             each = int(most[units[0]])
             self.groups.append(
                 Group(
@@ -351,134 +349,19 @@ class Conversion:
             merged.append(list(run))
         return tuple((a, b, c, d) for a, b, c, d in merged)
 
-    # -- order --------------------------------------------------------------------------------
-
-    def importance(
-        self, images: Iterable[Tensor] | None, rule: Importance | None = None
-    ) -> tuple[np.ndarray, str]:
-        """Of every root: root mean square of its activation times the norm of what reads it."""
-        rules = (None, *get_args(Importance))
-        check(rule in rules, f"importance {rule!r}: expected one of {', '.join(rules[1:])}")
-        check(rule != "activation" or images is not None, "importance activation: needs images")
-        if rule is not None and rule != "activation":
-            images = None
-        labels, tensors, names = self.analysis.labels, self.captured.tensors, self.captured.names
-        readers = []
-        for node in self.captured.nodes:
-            given = arguments(node)
-            kind = operation(node)
-            if (kind.startswith("conv") and given["groups"] == 1) or kind == "linear":
-                weight = names[given["weight"]]
-                axis = 0 if kind == "conv_transpose2d" else 1
-                vector = self.analysis.axes[weight][axis]
-                if vector is not None:
-                    readers.append((node, weight, axis, labels.roots(vector)))
-        power: dict[fx.Node, Tensor] = {}
-        how = "activation"
-        if images is not None:
-            count = 0
-
-            def watch(node: fx.Node, x: Any) -> None:
-                if isinstance(x, Tensor):
-                    dims = [d for d in range(x.ndim) if d != self._channel_dim(node, x)]
-                    power[node] = power.get(node, torch.zeros(())) + x.square().mean(dims)
-
-            for x in images:
-                count += 1
-                self.run(x, {node: watch for node, *_ in readers})
-            check(count > 0, "images: there are none to sort channels by")
-            power = {node: (total / count).sqrt() for node, total in power.items()}
-        else:
-            how = "weight" if rule == "weight" else "statistics"
-            spread = np.ones(len(labels)) if rule == "weight" else self._from_statistics()
-        found = np.zeros(len(labels))
-        for node, weight, axis, roots in readers:
-            tensor = tensors[weight].detach().float().transpose(0, axis).flatten(1)
-            norm = tensor.norm(dim=1).numpy()
-            rms = power[node].numpy() if images is not None else spread[roots]
-            np.add.at(found, roots, norm * rms)
-        return found, how
-
-    def _channel_dim(self, node: fx.Node, x: Tensor) -> int:
-        return x.ndim - 1 if operation(node) == "linear" else 1
-
-    def _from_statistics(self) -> np.ndarray:
-        """Root mean square by scale and shift of batch normalisation; 1 where there is none."""
-        labels = self.analysis.labels
-        total, count = np.zeros(len(labels)), np.zeros(len(labels))
-        for node in self.captured.nodes:
-            if operation(node) != "batch_norm":
-                continue
-            given = arguments(node)
-            if given["weight"] is None:
-                continue
-            name = self.captured.names[given["weight"]]
-            bias = self.captured.tensors[self.captured.names[given["bias"]]]
-            vector = self.analysis.axes[name][0]
-            assert vector is not None
-            square = self.captured.tensors[name].detach() ** 2 + bias.detach() ** 2
-            np.add.at(total, labels.roots(vector), square.numpy())
-            np.add.at(count, labels.roots(vector), 1)
-        return np.sqrt(np.where(count > 0, total / np.maximum(count, 1), 1.0))
-
     @torch.no_grad()
-    def run(
-        self,
-        x: Tensor,
-        watch: Mapping[fx.Node, Callable[[fx.Node, Any], None]] | None = None,
-        after: Callable[[fx.Node, Any], None] | None = None,
-    ) -> Tensor:
-        """The captured model on images, its operations one after the other.
-
-        `watch` is called with what the operations in it are given, `after` with every result.
-        """
-        results: dict[fx.Node, Any] = {self.captured.image: x}
-        rows = len(x)
+    def results(self, image: Tensor) -> dict[str, Tensor]:
+        """What the captured operations make of an image (1, C, H, W), by name, for `BATCH` rows."""
+        found: dict[fx.Node, Any] = {self.captured.image: image.expand(BATCH, -1, -1, -1)}
         for node, name in self.captured.names.items():
-            results[node] = self.captured.tensors[name]
+            found[node] = self.captured.tensors[name]
+        kept = {}
         for node in self.captured.nodes:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), results.__getitem__)
-            if watch is not None and node in watch:
-                watch[node](node, args[0])
-            if operation(node) in ("view", "reshape", "_unsafe_view", "expand") and rows != BATCH:
-                value = self.analysis.value(node)
-                args = (
-                    args[0],
-                    [rows * r if r else n for n, r in zip(value.shape, value.rows, strict=True)],
-                )
-            results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            if after is not None:
-                after(node, results[node])
-        found: Tensor = results[self.captured.output]
-        return found
-
-    def _sorted(self, importance: np.ndarray) -> dict[str, Tensor]:
-        """All tensors with the units of each group in falling order of importance."""
-        new_place = {}
-        for number, units in enumerate(self.members):
-            order = np.argsort(-importance[units], kind="stable")
-            new_place[number] = order
-        made = {}
-        for name, tensor in self.captured.tensors.items():
-            made[name] = tensor.detach().clone()
-            for axis, vector in enumerate(self.analysis.axes[name]):
-                if vector is None:
-                    continue
-                roots = self.analysis.labels.roots(vector)
-                index = np.arange(len(roots))
-                pairs = [self.unit.get(root, (WHOLE, 0)) for root in roots.tolist()]
-                group = np.array([g for g, _ in pairs])
-                unit = np.array([u for _, u in pairs])
-                for g in np.unique(group[group >= 0]).tolist():
-                    at = np.flatnonzero(group == g)
-                    at = at[np.argsort(unit[at], kind="stable")]
-                    table = at.reshape(len(np.unique(unit[at])), -1)
-                    present = np.unique(unit[at])
-                    if len(present) != len(new_place[g]):
-                        raise UsageError(f"{name}: reads a part of the channels that go together")
-                    index[table] = table[new_place[g]]
-                made[name] = made[name].index_select(axis, torch.from_numpy(index))
-        return made
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), found.__getitem__)
+            made = found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if isinstance(made, Tensor):
+                kept[node.name] = made.clone()  # operations in place come after it
+        return kept
 
     # -- operations ---------------------------------------------------------------------------
 
@@ -661,10 +544,13 @@ class Conversion:
         Raises:
             UsageError: if it is not the same; the message names the operation.
         """
-        order, how = self.importance(images, importance)
-        net = SlimNet(self.spec(how))
-        load_weights(net, self._sorted(order))
-        net.eval()
+        rules = get_args(Importance)
+        rule = importance or ("bn" if images is None else "activation")
+        check(rule in rules, f"importance {rule!r}: expected one of {', '.join(rules)}")
+        check(rule != "activation" or images is not None, "importance activation: needs images")
+        net = SlimNet(self.spec("statistics" if rule == "bn" else rule))
+        load_weights(net, self.captured.tensors)
+        sort_channels(net.eval(), images or (), rule)
         self._verify(net)
         twins = [self._at_size(size, net) for size in other_sizes]
         changed = {

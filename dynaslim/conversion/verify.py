@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dynaslim.conversion.capture import arguments, operation
+from dynaslim.conversion.capture import BATCH, arguments, operation
 from dynaslim.conversion.channels import REDUCING, Value
 from dynaslim.errors import ConversionError, UsageError
 from dynaslim.graph import FormCost, GraphSpec, Node, kept_count, kept_positions
@@ -43,10 +43,10 @@ def verify_whole(conversion: Conversion, net: SlimNet, x: Tensor) -> float:
         model, twice, x2 = copy.deepcopy(model).double(), copy.deepcopy(net).double(), x.double()
         error = apart(twice(x2, route), model(x2))
     if not error <= EXACT:
-        theirs: Results = {}
+        image = x[:1]
         own: Results = {}
-        conversion.run(x, after=_record(theirs))
-        features, before = x, 0
+        theirs = conversion.results(image)
+        features, before = image.expand(BATCH, -1, -1, -1), 0
         for segment, choice in enumerate(net.spec.segment_indices(route)):
             watch = _watch(own)
             features = net.run_segment(segment, features, before, choice, watch=watch)
@@ -255,16 +255,12 @@ def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node
     return [first, replace(node, op="sigmoid.default", args=({"node": first.name},), kwargs={})]
 
 
-def _record(results: Results) -> Callable[[fx.Node, Any], None]:
-    def keep(node: fx.Node, value: Any) -> None:
+def _watch(results: Results) -> Callable[[Any, Sequence[Any], Any], None]:
+    def keep(step: Any, _args: Sequence[Any], value: Any) -> None:
         if isinstance(value, Tensor):
-            results[node.name] = value.clone()  # operations in place come after it
+            results[step.name] = value.clone()  # operations in place come after it
 
     return keep
-
-
-def _watch(results: Results) -> Callable[[Any, Sequence[Any], Any], None]:
-    return lambda step, _, value: _record(results)(step, value)
 
 
 def _first_apart(spec: GraphSpec, got: Results, expected: Results) -> Node:

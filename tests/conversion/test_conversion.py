@@ -18,6 +18,7 @@ from dynaslim.cost import CostTable, madds, params
 from dynaslim.data import ImageDataset
 from dynaslim.errors import UsageError
 from dynaslim.graph import GraphSpec
+from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.export import export_package, export_route, export_single_file
@@ -319,14 +320,12 @@ def test_a_view_that_mixes_channels_and_pixels_keeps_them_whole():
 def broken(monkeypatch, what):
     """A mistake in one of the programs that are compared."""
     if what == "order":
-        sorted_ = Conversion._sorted
 
-        def other(self, importance):
-            made = sorted_(self, importance)
-            made["body.2.two.0.weight"] = made["body.2.two.0.weight"].roll(1, 1)
-            return made
+        def other(net, *given):
+            sort_channels(net, *given)
+            net.tensor("body.2.two.0.weight").data = net.tensor("body.2.two.0.weight").roll(1, 1)
 
-        monkeypatch.setattr(Conversion, "_sorted", other)
+        monkeypatch.setattr("dynaslim.conversion.build.sort_channels", other)
     elif what == "slices":
         spec_ = Conversion.spec
 
