@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dynaslim.conversion.capture import BATCH, arguments, operation
+from dynaslim.conversion.capture import BATCH, Outputs, arguments, operation
 from dynaslim.conversion.channels import REDUCING, Value
 from dynaslim.errors import ConversionError, UsageError
 from dynaslim.graph import FormCost, GraphSpec, Node, kept_count, kept_positions
@@ -31,19 +31,20 @@ Results = dict[str, Tensor]
 
 
 @torch.no_grad()
-def verify_whole(conversion: Conversion, net: SlimNet, x: Tensor) -> float:
+def verify_whole(conversion: Conversion, net: SlimNet, out: Tensor) -> float:
     """How far the network at full width is from the model, relative to the largest answer.
+
+    `out` is what it gives for the first image of the example.
 
     Raises:
         UsageError: if that is more than 1e-5; the message names the first operation that differs.
     """
-    model, route = conversion.model, net.spec.largest
-    error = apart(net(x, route), model(x))
+    image, route = conversion.example[:1], net.spec.largest
+    error = apart(out, conversion.captured.outputs.logits)
     if error > EXACT:  # the order of sums rounds otherwise: what is left in double is wrong
-        model, twice, x2 = copy.deepcopy(model).double(), copy.deepcopy(net).double(), x.double()
-        error = apart(twice(x2, route), model(x2))
+        model, twice = copy.deepcopy(conversion.model).double(), copy.deepcopy(net).double()
+        error = apart(twice(image.double(), route), Outputs.of(model(image.double())).logits)
     if not error <= EXACT:
-        image = x[:1]
         own: Results = {}
         theirs = conversion.results(image)
         features, before = image.expand(BATCH, -1, -1, -1), 0
@@ -180,7 +181,7 @@ class Masked:
             UsageError: if the two differ; the message names the operation.
         """
         spec, number, last = self.spec, form.segment, self.spec.num_widths - 1
-        units = spec.graph.units(number, form.before, form.choice)
+        units = spec.units(number, form.before, form.choice)
         for name, axis in self.readers.get(number, []):
             tensor = self.masked.tensor(name)
             tensor.copy_(self.net.tensor(name))
@@ -189,7 +190,7 @@ class Masked:
             tensor.index_fill_(axis, torch.from_numpy(gone), 0)
         entry = spec.cut_axes[number - 1]
         padded = source.new_zeros(1, kept_count(entry, {}), *source.shape[2:])
-        arriving = spec.graph.units(number - 1, form.before, form.before)
+        arriving = spec.units(number - 1, form.before, form.before)
         padded[:, kept_positions(entry, arriving)] = source
         whole = (number, padded, last if number > 1 else 0, last)
         sliced = (number, source, form.before, form.choice)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dynaslim.distributed import average_
 from dynaslim.errors import check
-from dynaslim.graph import WHOLE, Axis
+from dynaslim.graph import WHOLE, Axis, Group
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.nn.program import Step
 from dynaslim.spec import GateSpec, NetSpec
@@ -184,20 +184,24 @@ def channel_groups(net: SlimNet) -> list[ChannelGroup]:
         # of statistics the first axis is the slot
         for number, axis in enumerate(spec.axes, start=tensor.ndim - len(spec.axes)):
             reads = number == (0 if name in transposed else 1) and spec.kind == "weight"
-            for group, positions in _positions(axis).items():
+            for group, positions in _positions(axis, net.graph.groups).items():
                 groups[group].positions[id(tensor), number] = positions
                 into = groups[group].consumers if reads else groups[group].carriers
                 into.append((tensor, number))
     return groups
 
 
-def _positions(axis: Axis) -> dict[int, Tensor]:
+def _positions(axis: Axis, groups: Sequence[Group]) -> dict[int, Tensor]:
     """Positions along an axis (units, each), by group."""
-    found: dict[int, dict[int, list[int]]] = {}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     at = 0
     for group, first, count, each in axis:
-        for unit in range(first, first + count):
-            if group != WHOLE:
-                found.setdefault(group, {}).setdefault(unit, []).extend(range(at, at + each))
-            at += each
-    return {g: torch.tensor([units[u] for u in sorted(units)]) for g, units in found.items()}
+        units = torch.arange(first, first + count).repeat_interleave(each)
+        if group != WHOLE:
+            found.setdefault(group, []).append((units, torch.arange(at, at + len(units))))
+        at += len(units)
+    made = {}
+    for group, runs in found.items():
+        units, places = map(torch.cat, zip(*runs, strict=True))
+        made[group] = places[units.argsort(stable=True)].reshape(groups[group].units, -1)
+    return made
