@@ -349,13 +349,7 @@ class GraphSpec(Routed, Operations):
 
     def with_choices(self, *choices: Sequence[int]) -> GraphSpec:
         """A copy with another routing space: one sequence of width indices per gate, or for all."""
-        if len(choices) == 1:
-            choices = choices * len(self.gates)
-        check(
-            len(choices) == len(self.gates),
-            f"{self.name}: {len(self.gates)} gates, but {len(choices)} sets of choices",
-        )
-        return dataclasses.replace(self, gates=tuple(GateSpec(tuple(c)) for c in choices))
+        return dataclasses.replace(self, gates=self._gates_of(choices))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
