@@ -15,6 +15,10 @@ naive way as one writes it down, in the default format (and, beside it, in chann
 of its four passes, which cost nothing on one process, and asks the teacher once for each of its
 three predictions. Memory is the peak of a step's tensors with all that lives between steps, and the
 resident memory of the process, which has malloc's holes in it; three processes each, sorted.
+
+With `--converted` it is instead the same MobileNet from the zoo and converted from plain torch:
+their steps, and batches in the engine at the narrowest and the widest route, in CPU seconds of one
+thread, so that other load on the machine counts less.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +44,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from dynaslim.conversion import convert
+from dynaslim.cost import madds
 from dynaslim.nn import SlimNet
 from dynaslim.runs.folder import environment
-from dynaslim.spec import Route
+from dynaslim.runtime.engine import Engine
+from dynaslim.spec import GateSpec, Route
 from dynaslim.train.sampling import Sandwich, sandwich_routes
 from dynaslim.train.step import parameter_groups, supernet_step
 from dynaslim.train.teacher import make_teacher
@@ -204,6 +212,69 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def same_network(model: str) -> tuple[SlimNet, SlimNet]:
+    """A network of one gate and four widths, of the zoo and converted from plain torch layers."""
+    wide = get_spec(model)
+    behind = wide.gated_stages[0]
+    stages = tuple(
+        replace(
+            stage,
+            widths=tuple(stage.widths[-1] * quarter // 4 for quarter in (1, 2, 3, 4))
+            if number >= behind
+            else stage.widths[-1:],
+            gate=GateSpec((0, 1, 2, 3)) if stage.gate else None,
+        )
+        for number, stage in enumerate(wide.stages)
+    )
+    zoo = SlimNet(wide.replace(stages=stages))
+    plain = plain_network(zoo.spec, zoo.spec.largest).eval()
+    layers = sum(3 * s.blocks if s.block == "depthwise_separable" else 1 for s in stages[:behind])
+    example = torch.randn(2, zoo.spec.in_channels, 128, 128)
+    whole = [name for name, _ in plain.named_modules() if name.endswith(".reduce")]  # as the zoo's
+    converted = convert(plain, example, gate_at=[str(layers)], protect=whole)
+    for own, other in zip(zoo.spec.routes, converted.spec.routes, strict=True):
+        assert madds(zoo.spec, own, 128, pooling=False) == madds(converted.spec, other, 128)
+    return zoo, converted
+
+
+def measure_converted(options: argparse.Namespace) -> dict[str, Any]:
+    """Interleaved rounds of both networks: a training step, and batches in the engine."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    nets = same_network(options.model)
+    x = torch.randn(options.batch_size, 3, 128, 128)
+    labels = torch.randint(0, nets[0].spec.num_classes, (options.batch_size,))
+    images = x.numpy()
+    engines = []
+    for net in nets:
+        for choice in (0, 3):  # hidden features are not negative: all rows take this option
+            (head,) = net.eval().slimming_parameters()
+            with torch.no_grad():
+                head.zero_()[choice] = 1.0
+            engines.append(Engine(net, backend="onnxruntime", workers=1))
+            assert (engines[-1](images).routes == choice).all()
+    layout = {"memory_format": torch.channels_last}
+    steps = [ours(net.train().to(**layout), x.contiguous(**layout), labels) for net in nets]
+    arms: dict[str, Callable[[int], Any]] = {}
+    for name, net, step in zip(("zoo", "converted"), nets, steps, strict=True):
+        routes = [sandwich_routes(net.spec, random.Random(k)) for k in range(options.rounds + 8)]
+        arms[f"{name} step"] = lambda k, step=step, routes=routes: step(routes[k], k)
+    for name, pair in (("zoo", engines[:2]), ("converted", engines[2:])):
+        for route, engine in zip(("narrowest", "widest"), pair, strict=True):
+            arms[f"{name} {route}"] = lambda _, engine=engine: engine(images)
+    times: dict[str, list[float]] = {name: [] for name in arms}
+    for k in range(options.warm_up + options.rounds):
+        for name, run in arms.items() if k % 2 else reversed(arms.items()):
+            start = time.process_time()
+            run(k)
+            times[name].append(time.process_time() - start)
+    found = {}
+    for what in ("step", "narrowest", "widest"):
+        pairs = zip(times[f"converted {what}"], times[f"zoo {what}"], strict=True)
+        found[f"converted_over_zoo_{what}"] = spread([a / b for a, b in pairs][options.warm_up :])
+    return found
+
+
 def spread(values: list[float]) -> dict[str, float]:
     """Median, quartiles and count."""
     low, median, high = statistics.quantiles(values, n=4)
@@ -287,10 +358,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result there too")
+    parser.add_argument("--converted", action="store_true", help="the same network, converted")
     parser.add_argument("--memory-of", choices=list(ARMS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory_of:
         print(json.dumps(memory_of(options)))
+        return
+    if options.converted:
+        print(json.dumps(measure_converted(options), indent=2))
         return
     hardware = {k: v for k, v in environment().items() if k not in ("started", "command")}
     result = {

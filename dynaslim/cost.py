@@ -5,8 +5,10 @@ runs, and the tests hold the sum against torch's own FLOP counter; for a convert
 conversion did so by `operation_madds`. A table of costs, counted or measured, can be kept in a
 JSON file.
 A multiply-add (MAdd) is counted for convolutions and linear layers; biases and normalisation are
-free, as in the papers. The released DS-Net code also adds one per input element of every average
-pool; so do we, unless `pooling=False`.
+free, as in the papers: what torch's FLOP counter counts. The released DS-Net code also adds one
+per input element of every average pool. So do we for networks of the zoo, unless `pooling=False`,
+so that their numbers are those published. A converted network has none to match, and its costs have
+multiply-adds alone: compare it with one of the zoo by `pooling=False`.
 """
 
 from __future__ import annotations
@@ -160,8 +162,9 @@ def madds(
 ) -> int:
     """Multiply-adds of one image along a route; `image_size` in pixels.
 
-    Without `pooling` it equals `torch.utils.flop_counter.FlopCounterMode` / 2 of the static
-    forward. `slimming_heads` adds what deciding costs, which a static forward does not pay.
+    `pooling` counts what average pools add up in a network of the zoo. Without it the result
+    equals `torch.utils.flop_counter.FlopCounterMode` / 2 of the static forward.
+    `slimming_heads` adds what deciding costs, which a static forward does not pay.
 
     Raises:
         UsageError: if the route is none of the network's or the image is too small for it.

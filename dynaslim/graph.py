@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from dynaslim._files import validated
 from dynaslim.cascade_spec import CascadeSpec
@@ -112,22 +112,20 @@ def references(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Graph:
+class Operations:
     """The operations of a network and its groups of channels."""
 
     groups: tuple[Group, ...]
     tensors: Mapping[str, TensorSpec]
-    """Parameters and buffers by name, in the order in which they are made; gates at last."""
+    """Parameters and buffers by name, in the order in which they are made."""
     nodes: tuple[Node, ...]
     cuts: tuple[str, ...]
-    """Operations whose results go into the gates that choose, in order."""
+    """Operations whose results cross the gates, in order."""
     cut_axes: tuple[Axis, ...]
-    """Channels of what goes into each of them, (B, C, H, W)."""
+    """Channels of what crosses each gate, (B, C, H, W)."""
     output: str
-    gates: tuple[str, ...]
-    """Modules of the gates that choose, in order."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Graph:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
 
     def units(self, segment: int, before: int, choice: int) -> dict[int, int]:
@@ -139,6 +137,14 @@ class Graph:
             elif group.segment == segment - 1:
                 found[number] = group.widths[before]
         return found
+
+
+@dataclass(frozen=True)
+class Graph(Operations):
+    """The operations of a network with those of its gates; their tensors are the last."""
+
+    gates: tuple[str, ...]
+    """Modules of the gates that choose, in order."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class OtherSize:
 
 
 @dataclass(frozen=True)
-class GraphSpec(Routed):
+class GraphSpec(Routed, Operations):
     """A converted network: what `NetSpec` is for one of the zoo.
 
     A route names, in percent, the width of each segment: `100-25` runs the trunk whole and a
@@ -181,14 +187,6 @@ class GraphSpec(Routed):
     """Height and width in pixels of the images that it takes."""
     percents: tuple[int, ...]
     """Of the channels behind a gate, by width index, rising to 100."""
-    groups: tuple[Group, ...]
-    tensors: Mapping[str, TensorSpec]
-    nodes: tuple[Node, ...]
-    cuts: tuple[str, ...]
-    """Operations whose results cross the gates, in order."""
-    cut_axes: tuple[Axis, ...]
-    """Channels of what crosses each gate, (B, C, H, W)."""
-    output: str
     gates: tuple[GateSpec, ...]
     hidden: int
     """Hidden features of each gate."""
@@ -339,7 +337,7 @@ class GraphSpec(Routed):
         if form.segment != self.num_segments - 1:
             return form
         axis = self.tensors[f"{self.classifier}.weight"].axes[1]
-        inside = kept_count(axis, self.graph.units(form.segment, form.before, form.choice))
+        inside = kept_count(axis, self.units(form.segment, form.before, form.choice))
         more = (classes - self.num_classes) * inside
         has_bias = f"{self.classifier}.bias" in self.tensors
         return dataclasses.replace(
@@ -351,13 +349,7 @@ class GraphSpec(Routed):
 
     def with_choices(self, *choices: Sequence[int]) -> GraphSpec:
         """A copy with another routing space: one sequence of width indices per gate, or for all."""
-        if len(choices) == 1:
-            choices = choices * len(self.gates)
-        check(
-            len(choices) == len(self.gates),
-            f"{self.name}: {len(self.gates)} gates, but {len(choices)} sets of choices",
-        )
-        return dataclasses.replace(self, gates=tuple(GateSpec(tuple(c)) for c in choices))
+        return dataclasses.replace(self, gates=self._gates_of(choices))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `from_dict` reads them back."""
@@ -370,8 +362,7 @@ class GraphSpec(Routed):
         Raises:
             UsageError: for unknown or missing fields, or values of another type.
         """
-        made = validated(data["graph"], cls, "not a converted network")
-        return made
+        return validated(data["graph"], cls, "not a converted network")
 
     @cached_property
     def graph(self) -> Graph:

@@ -171,6 +171,16 @@ class Routed:
         """
         return self.path_at(self.segment_indices(route)[1:])
 
+    def _gates_of(self, choices: Sequence[Sequence[int]]) -> tuple[GateSpec, ...]:
+        """Gates of this network with other choices: of each, or the same for all."""
+        if len(choices) == 1:
+            choices = [choices[0]] * len(self.gates)
+        if len(choices) != len(self.gates):
+            raise UsageError(
+                f"{self.name}: {len(self.gates)} gates, but {len(choices)} sets of choices"
+            )
+        return tuple(GateSpec(tuple(own)) for own in choices)
+
     @property
     def smallest(self) -> Route:
         """The cheapest route."""
@@ -445,17 +455,9 @@ class NetSpec(Routed):
 
         One sequence alone is taken for every gate.
         """
-        if len(choices) == 1:
-            choices = choices * len(self.gates)
-        if len(choices) != len(self.gates):
-            raise UsageError(
-                f"spec {self.name!r}: {len(self.gates)} gates, but {len(choices)} sets of choices"
-            )
-        new = iter(choices)
+        new = iter(self._gates_of(choices))
         stages = tuple(
-            stage
-            if stage.gate is None
-            else dataclasses.replace(stage, gate=GateSpec(tuple(next(new))))
+            stage if stage.gate is None else dataclasses.replace(stage, gate=next(new))
             for stage in self.stages
         )
         return self.replace(stages=stages)

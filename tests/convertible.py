@@ -123,15 +123,21 @@ class Padded(nn.Module):
 class Heads(nn.Module):
     """Self-attention over pixels: its channels stay whole."""
 
-    def __init__(self, width):
+    def __init__(self, width, fused=False):
         super().__init__()
+        self.fused = fused
         self.qkv, self.out = nn.Conv2d(width, 3 * width, 1), nn.Conv2d(width, width, 1)
 
     def forward(self, x):
         rows, channels, height, width = x.shape
         q, k, v = self.qkv(x).reshape(rows, 3, channels, -1).unbind(1)
-        a = (q.transpose(1, 2) @ k * channels**-0.5).softmax(-1)
-        return x + self.out((v @ a.transpose(1, 2)).reshape(rows, channels, height, width))
+        if self.fused:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        else:
+            a = (q.transpose(1, 2) @ k * channels**-0.5).softmax(-1)
+            y = v @ a.transpose(1, 2)
+        return x + self.out(y.reshape(rows, channels, height, width))
 
 
 class Sized(nn.Module):
@@ -237,6 +243,7 @@ NETWORKS = {
     ),
     "padded": lambda: Plain(Padded(), _conv(48, 48, stride=2)),
     "heads": lambda: Plain(_conv(16, 32, stride=2), Heads(32), _conv(32, 48)),
+    "fused": lambda: Plain(_conv(16, 32, stride=2), Heads(32, fused=True), _conv(32, 48)),
     "upsampled": lambda: Plain(
         _conv(16, 48, stride=2), nn.Upsample(scale_factor=2), _conv(48, 48), nn.MaxPool2d(2)
     ),

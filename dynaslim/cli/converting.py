@@ -78,6 +78,8 @@ def convert(model: str, out: Path, *, options: ConvertOptions, json: bool = Fals
         say(f"route {name}: {madds / 1e6:.1f} M multiply-adds, {madds / most:.0%}")
     for place, reason in shown["whole"].items():
         say(f"whole: {place}: {reason}")
+    for output in shown["outputs_left_out"]:
+        say(f"left out: the model's output {output}")
     error = shown["relative_error"]
     say(f"at full width it answers as the model does, to {error:.0e} of the largest")
 
@@ -132,5 +134,6 @@ def _converted(model: str, out: Path, options: ConvertOptions) -> dict[str, Any]
         ],
         "elastic_share": round(float(conversion.elastic_share), 3),
         "whole": conversion.whole(),
+        "outputs_left_out": conversion.captured.outputs.others,
         "relative_error": conversion.error,
     }

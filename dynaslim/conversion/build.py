@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import copy
 import itertools
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal, get_args
+from typing import Any, Final, get_args
 
 import numpy as np
 import torch
@@ -16,14 +17,13 @@ from torch import Tensor, fx, nn
 
 from dynaslim.conversion.capture import (
     BATCH,
-    Captured,
     arguments,
     capture,
     operation,
     shape_of,
     where,
 )
-from dynaslim.conversion.channels import FIXED, NORMALISING, POINTWISE, Analysis, Value
+from dynaslim.conversion.channels import FIXED, NORMALISING, PASSED, POINTWISE, Analysis, Value
 from dynaslim.conversion.verify import refuse_at, verify_whole, verify_widths
 from dynaslim.cost import operation_madds
 from dynaslim.errors import UsageError, check
@@ -42,19 +42,13 @@ from dynaslim.graph import (
 )
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.program import Step
+from dynaslim.nn.sorting import Importance, sort_channels
 from dynaslim.spec import GateSpec
 
-Importance = Literal["activation", "bn", "weight"]
 TRUNK: Final = 1 / 3
 """Part of the multiply-adds that lies before the gate, unless told otherwise."""
 MULTIPLE: Final = 8
 """Channels that widths are rounded to."""
-_PASSED: Final = frozenset(
-    """
-    contiguous clone alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to
-    _to_copy positive
-    """.split()  # noqa: SIM905
-)
 
 
 def convert(
@@ -117,6 +111,7 @@ class Conversion:
         self.cuts = [node for node in self.captured.nodes if node.name in cuts]
         if not cuts:
             self.cuts = self._cuts(gate_at)
+        self.cut_positions = sorted(self.position[cut] for cut in self.cuts)
         self._keep_trunk_whole()
         self._find_groups()
 
@@ -190,16 +185,20 @@ class Conversion:
 
         return [self._behind(min(near, key=badness), crossing)]
 
-    def _elastic_share(self) -> float:
-        labels, names = self.analysis.labels, self.captured.names
-        elastic = total = 0
+    def _layers(self) -> Iterator[tuple[fx.Node, int, list[np.ndarray]]]:
+        """Layers: their multiply-adds, and the labels of the channels on each side that has any."""
         for node in self.captured.nodes:
             madds = self._madds(node)
+            if madds:
+                weight = self.captured.names.get(arguments(node).get("weight"))  # type: ignore[arg-type]
+                axes = [] if weight is None else self.analysis.axes[weight][:2]
+                yield node, madds, [self.analysis.labels.roots(a) for a in axes if a is not None]
+
+    def _elastic_share(self) -> float:
+        elastic = total = 0
+        for _, madds, sides in self._layers():
             total += madds
-            if madds and operation(node) not in ("matmul", "bmm"):
-                axes = self.analysis.axes[names[arguments(node)["weight"]]][:2]
-                sides = [(labels.roots(axis) != FIXED).mean() for axis in axes if axis is not None]
-                elastic += madds * (max(sides, default=0.0) > 0.5)
+            elastic += madds * any((side != FIXED).mean() > 0.5 for side in sides)
         return elastic / max(1, total)
 
     def _elastic_behind(self, cuts: Sequence[fx.Node]) -> dict[fx.Node, float]:
@@ -207,21 +206,18 @@ class Conversion:
 
         A channel that is made before the gate, in any layer, stays whole behind it.
         """
-        labels, names = self.analysis.labels, self.captured.names
+        labels = self.analysis.labels
         first = np.full(len(labels), len(self.position), np.int64)
         for node, made in self.analysis.made:
             np.minimum.at(first, labels.roots(made), self.position[node])
         first[FIXED] = -1
         found = dict.fromkeys(cuts, 0.0)
-        for node in self.captured.nodes:
-            madds = self._madds(node)
-            if madds == 0 or operation(node) in ("matmul", "bmm"):
-                continue
-            axes = self.analysis.axes[names[arguments(node)["weight"]]][:2]
-            sides = [np.median(first[labels.roots(axis)]) for axis in axes if axis is not None]
+        for node, madds, sides in self._layers():
+            made_at = [np.median(first[side]) for side in sides]
             for cut in cuts:
-                if self.position[node] > self.position[cut]:
-                    found[cut] += madds / 2 * sum(side > self.position[cut] for side in sides)
+                at = self.position[cut]
+                if self.position[node] > at:
+                    found[cut] += madds / 2 * sum(made > at for made in made_at)
         return found
 
     def _behind(self, node: fx.Node, crossing: Sequence[fx.Node]) -> fx.Node:
@@ -236,7 +232,7 @@ class Conversion:
 
     def segment_of(self, node: fx.Node) -> int:
         """Gates that lie before an operation."""
-        return sum(self.position[node] > self.position[cut] for cut in self.cuts)
+        return bisect.bisect_left(self.cut_positions, self.position[node])
 
     # -- groups -------------------------------------------------------------------------------
 
@@ -253,14 +249,18 @@ class Conversion:
         labels = self.analysis.labels
         segments: dict[int, set[int]] = {}
         for node, made in self.analysis.made:
+            segment = self.segment_of(node)
             for root in np.unique(labels.roots(made)).tolist():
-                segments.setdefault(root, set()).add(self.segment_of(node))
+                segments.setdefault(root, set()).add(segment)
         for node in self.captured.nodes:  # nor may channels cross two gates
+            segment = self.segment_of(node)
+            if segment < 2:
+                continue
             value = self.analysis.values[node]
             for part in value if isinstance(value, list) else [value]:
                 for root in np.unique(labels.roots(part.labels)).tolist():
                     made_in = segments.get(root)
-                    if made_in and self.segment_of(node) > max(made_in) + 1:
+                    if made_in and segment > max(made_in) + 1:
                         made_in.add(0)
         self.segments: dict[int, int] = {}
         whole = []
@@ -300,7 +300,6 @@ class Conversion:
             first[roots[new]] = order + index[new]
             order += len(vector)
         self.unit: dict[int, tuple[int, int]] = {}
-        self.members: list[np.ndarray] = []
         self.groups: list[Group] = []
         roots = np.array(sorted(self.segments), np.int64)
         roots = roots[(labels.roots(roots) == roots) & (first[roots] >= 0)] if len(roots) else roots
@@ -311,7 +310,6 @@ class Conversion:
             number = len(self.groups)
             for unit, root in enumerate(units.tolist()):
                 self.unit[root] = (number, unit)
-            self.members.append(units)
             each = int(most[units[0]])
             self.groups.append(
                 Group(
@@ -325,160 +323,31 @@ class Conversion:
         """Runs of units along an axis, given its labels."""
         roots = self.analysis.labels.roots(vector).tolist()
         runs: list[list[int]] = []
-        for root in roots:
-            group, unit = self.unit.get(root, (WHOLE, 0))
-            if runs:
-                last = runs[-1]
-                g, start, count, each = last
-                if group == WHOLE and g == WHOLE:
-                    last[2] += 1
-                    continue
-                if group == g != WHOLE:
-                    if count == 1 and unit == start:
-                        last[3] += 1
-                        continue
-                    if unit == start + count and each == 1:
-                        last[2] += 1
-                        continue
-            runs.append([group, unit, 1, 1])
-        merged: list[list[int]] = []
-        for run in runs:  # runs of units that have several positions each
-            if merged:
-                g, start, count, each = merged[-1]
-                if run[0] == g != WHOLE and run[1] == start + count and run[3] == each:
-                    merged[-1][2] += run[2]
-                    continue
-            merged.append(list(run))
-        return tuple((a, b, c, d) for a, b, c, d in merged)
-
-    # -- order --------------------------------------------------------------------------------
-
-    def importance(
-        self, images: Iterable[Tensor] | None, rule: Importance | None = None
-    ) -> tuple[np.ndarray, str]:
-        """Of every root: root mean square of its activation times the norm of what reads it."""
-        rules = (None, *get_args(Importance))
-        check(rule in rules, f"importance {rule!r}: expected one of {', '.join(rules[1:])}")
-        check(rule != "activation" or images is not None, "importance activation: needs images")
-        if rule is not None and rule != "activation":
-            images = None
-        labels, tensors, names = self.analysis.labels, self.captured.tensors, self.captured.names
-        readers = []
-        for node in self.captured.nodes:
-            given = arguments(node)
-            kind = operation(node)
-            if (kind.startswith("conv") and given["groups"] == 1) or kind == "linear":
-                weight = names[given["weight"]]
-                axis = 0 if kind == "conv_transpose2d" else 1
-                vector = self.analysis.axes[weight][axis]
-                if vector is not None:
-                    readers.append((node, weight, axis, labels.roots(vector)))
-        power: dict[fx.Node, Tensor] = {}
-        how = "activation"
-        if images is not None:
-            count = 0
-
-            def watch(node: fx.Node, x: Any) -> None:
-                if isinstance(x, Tensor):
-                    dims = [d for d in range(x.ndim) if d != self._channel_dim(node, x)]
-                    power[node] = power.get(node, torch.zeros(())) + x.square().mean(dims)
-
-            for x in images:
-                count += 1
-                self.run(x, {node: watch for node, *_ in readers})
-            check(count > 0, "images: there are none to sort channels by")
-            power = {node: (total / count).sqrt() for node, total in power.items()}
-        else:
-            how = "weight" if rule == "weight" else "statistics"
-            spread = np.ones(len(labels)) if rule == "weight" else self._from_statistics()
-        found = np.zeros(len(labels))
-        for node, weight, axis, roots in readers:
-            tensor = tensors[weight].detach().float().transpose(0, axis).flatten(1)
-            norm = tensor.norm(dim=1).numpy()
-            rms = power[node].numpy() if images is not None else spread[roots]
-            np.add.at(found, roots, norm * rms)
-        return found, how
-
-    def _channel_dim(self, node: fx.Node, x: Tensor) -> int:
-        return x.ndim - 1 if operation(node) == "linear" else 1
-
-    def _from_statistics(self) -> np.ndarray:
-        """Root mean square by scale and shift of batch normalisation; 1 where there is none."""
-        labels = self.analysis.labels
-        total, count = np.zeros(len(labels)), np.zeros(len(labels))
-        for node in self.captured.nodes:
-            if operation(node) != "batch_norm":
-                continue
-            given = arguments(node)
-            if given["weight"] is None:
-                continue
-            name = self.captured.names[given["weight"]]
-            bias = self.captured.tensors[self.captured.names[given["bias"]]]
-            vector = self.analysis.axes[name][0]
-            assert vector is not None
-            square = self.captured.tensors[name].detach() ** 2 + bias.detach() ** 2
-            np.add.at(total, labels.roots(vector), square.numpy())
-            np.add.at(count, labels.roots(vector), 1)
-        return np.sqrt(np.where(count > 0, total / np.maximum(count, 1), 1.0))
+        for (group, unit), same in itertools.groupby(
+            self.unit.get(root, (WHOLE, 0)) for root in roots
+        ):
+            each = sum(1 for _ in same)
+            if group == WHOLE:
+                runs.append([WHOLE, 0, each, 1])
+            elif runs and runs[-1] == [group, unit - runs[-1][2], runs[-1][2], each]:
+                runs[-1][2] += 1
+            else:
+                runs.append([group, unit, 1, each])
+        return tuple((a, b, c, d) for a, b, c, d in runs)
 
     @torch.no_grad()
-    def run(
-        self,
-        x: Tensor,
-        watch: Mapping[fx.Node, Callable[[fx.Node, Any], None]] | None = None,
-        after: Callable[[fx.Node, Any], None] | None = None,
-    ) -> Tensor:
-        """The captured model on images, its operations one after the other.
-
-        `watch` is called with what the operations in it are given, `after` with every result.
-        """
-        results: dict[fx.Node, Any] = {self.captured.image: x}
-        rows = len(x)
+    def results(self, image: Tensor) -> dict[str, Tensor]:
+        """What the captured operations make of an image (1, C, H, W), by name, for `BATCH` rows."""
+        found: dict[fx.Node, Any] = {self.captured.image: image.expand(BATCH, -1, -1, -1)}
         for node, name in self.captured.names.items():
-            results[node] = self.captured.tensors[name]
+            found[node] = self.captured.tensors[name]
+        kept = {}
         for node in self.captured.nodes:
-            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), results.__getitem__)
-            if watch is not None and node in watch:
-                watch[node](node, args[0])
-            if operation(node) in ("view", "reshape", "_unsafe_view", "expand") and rows != BATCH:
-                value = self.analysis.value(node)
-                args = (
-                    args[0],
-                    [rows * r if r else n for n, r in zip(value.shape, value.rows, strict=True)],
-                )
-            results[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            if after is not None:
-                after(node, results[node])
-        found: Tensor = results[self.captured.output]
-        return found
-
-    def _sorted(self, importance: np.ndarray) -> dict[str, Tensor]:
-        """All tensors with the units of each group in falling order of importance."""
-        new_place = {}
-        for number, units in enumerate(self.members):
-            order = np.argsort(-importance[units], kind="stable")
-            new_place[number] = order
-        made = {}
-        for name, tensor in self.captured.tensors.items():
-            made[name] = tensor.detach().clone()
-            for axis, vector in enumerate(self.analysis.axes[name]):
-                if vector is None:
-                    continue
-                roots = self.analysis.labels.roots(vector)
-                index = np.arange(len(roots))
-                pairs = [self.unit.get(root, (WHOLE, 0)) for root in roots.tolist()]
-                group = np.array([g for g, _ in pairs])
-                unit = np.array([u for _, u in pairs])
-                for g in np.unique(group[group >= 0]).tolist():
-                    at = np.flatnonzero(group == g)
-                    at = at[np.argsort(unit[at], kind="stable")]
-                    table = at.reshape(len(np.unique(unit[at])), -1)
-                    present = np.unique(unit[at])
-                    if len(present) != len(new_place[g]):
-                        raise UsageError(f"{name}: reads a part of the channels that go together")
-                    index[table] = table[new_place[g]]
-                made[name] = made[name].index_select(axis, torch.from_numpy(index))
-        return made
+            args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), found.__getitem__)
+            made = found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            if isinstance(made, Tensor):
+                kept[node.name] = made.clone()  # operations in place come after it
+        return kept
 
     # -- operations ---------------------------------------------------------------------------
 
@@ -496,26 +365,47 @@ class Conversion:
                 found.append(int(size))
         return found
 
-    def _count(self, vector: np.ndarray) -> Any:
-        axis = self.axis(vector)
-        return {"axis": axis} if any(run[0] != WHOLE for run in axis) else len(vector)
+    def _count(self, counted: Any) -> Any:
+        """How many positions of these labels are left, also within a list of numbers."""
+        if isinstance(counted, list):
+            return list(map(self._count, counted))
+        if isinstance(counted, int):
+            return counted
+        axis = self.axis(counted)
+        return {"axis": axis} if any(run[0] != WHOLE for run in axis) else len(counted)
 
     def _nodes(self) -> list[Node]:
         alias: dict[fx.Node, str] = {self.captured.image: IMAGE}
         made = []
+
+        def encoded(value: Any) -> Any:
+            """An argument as it stands in a `Node`."""
+            if isinstance(value, fx.Node):
+                if value in self.captured.names:
+                    return {"tensor": self.captured.names[value]}
+                return {"node": alias[value]}
+            if isinstance(value, list | tuple):
+                return list(map(encoded, value))
+            if isinstance(value, torch.dtype):
+                return {"dtype": str(value).removeprefix("torch.")}
+            check(
+                value is None or isinstance(value, bool | int | float | str | dict),
+                f"argument {value!r}: not of a kind that can be kept",
+            )
+            return value
+
         for node in self.captured.nodes:
-            if operation(node) in _PASSED:
+            if operation(node) in PASSED:
                 alias[node] = alias[node.all_input_nodes[0]]
                 continue
             alias[node] = node.name
             op, args, kwargs = self._operation(node)
-            reference = _Encoder(self.captured, alias)
             made.append(
                 Node(
                     node.name,
                     op,
-                    tuple(reference(argument) for argument in args),
-                    {name: reference(value) for name, value in kwargs.items()},
+                    tuple(map(encoded, args)),
+                    {key: encoded(value) for key, value in kwargs.items()},
                     self.segment_of(node),
                     where(node),
                 )
@@ -540,51 +430,21 @@ class Conversion:
             assert isinstance(parts, list)
             sizes = [self._sizes(part)[dim] for part in parts]
             return "split_with_sizes.default", [given["self"], sizes, dim], {}
-        args = [given[name] for name in given]
         schema = node.target._schema  # type: ignore[union-attr]
-        op = f"{kind}.{schema.overload_name or 'default'}"
-        kwargs = {}
+        passed, kwargs = dict(given), {}
         for argument in schema.arguments:
             if argument.kwarg_only and argument.name in given:
-                value = given[argument.name]
+                value = passed.pop(argument.name)
                 if argument.default_value != value:
                     kwargs[argument.name] = value
-        args = [given[a.name] for a in schema.arguments if not a.kwarg_only and a.name in given]
-        names = [a.name for a in schema.arguments if not a.kwarg_only and a.name in given]
-
-        def put(name: str, value: Any) -> None:
-            args[names.index(name)] = value
-
-        if kind.startswith("conv") and given["groups"] > 1:
-            x = analysis.along(given["input"], 1, "")
-            put("groups", self._count(x.reshape(given["groups"], -1)[:, 0]))
-        elif kind == "group_norm" and given["num_groups"] > 1:
-            x = analysis.along(given["input"], 1, "")
-            put("num_groups", self._count(x.reshape(given["num_groups"], -1)[:, 0]))
-        elif kind == "layer_norm":
+        for name, counted in analysis.counted.get(node, {}).items():
+            passed[name] = self._count(counted)
+        if kind == "layer_norm":
             dims = len(given["normalized_shape"])
-            put("normalized_shape", self._sizes(analysis.value(given["input"]))[-dims:])
+            passed["normalized_shape"] = self._sizes(analysis.value(given["input"]))[-dims:]
         elif kind == "repeat" and analysis.value(node.args[0]).rows != analysis.value(node).rows:
-            put("repeats", [{"rows": 1}, *given["repeats"][1:]])
-        elif kind == "slice":
-            source = analysis.value(given["self"])
-            dim = given["dim"] % len(source.shape)
-            if dim == source.axis:
-                vector = source.labels.reshape(-1)
-                begin, end, _ = slice(given["start"], given["end"]).indices(len(vector))
-                put("start", self._count(vector[:begin]))
-                put("end", self._count(vector[:end]))
-        elif kind in ("pad", "constant_pad_nd"):
-            source, made = analysis.value(node.all_input_nodes[0]), analysis.value(node)
-            pads = list(given["pad"])
-            if made.axis is not None:
-                at = 2 * (len(made.shape) - 1 - made.axis)
-                if at < len(pads) and (pads[at] or pads[at + 1]):
-                    vector = made.labels.reshape(-1)
-                    pads[at] = self._count(vector[: pads[at]])
-                    pads[at + 1] = self._count(vector[len(vector) - given["pad"][at + 1] :])
-                    put("pad", pads)
-        return op, args, kwargs
+            passed["repeats"] = [{"rows": 1}, *given["repeats"][1:]]
+        return f"{kind}.{schema.overload_name or 'default'}", list(passed.values()), kwargs
 
     # -- all together -------------------------------------------------------------------------
 
@@ -661,10 +521,13 @@ class Conversion:
         Raises:
             UsageError: if it is not the same; the message names the operation.
         """
-        order, how = self.importance(images, importance)
-        net = SlimNet(self.spec(how))
-        load_weights(net, self._sorted(order))
-        net.eval()
+        rules = get_args(Importance)
+        rule = importance or ("bn" if images is None else "activation")
+        check(rule in rules, f"importance {rule!r}: expected one of {', '.join(rules)}")
+        check(rule != "activation" or images is not None, "importance activation: needs images")
+        net = SlimNet(self.spec("statistics" if rule == "bn" else rule))
+        load_weights(net, self.captured.tensors)
+        sort_channels(net.eval(), images or (), rule)
         self._verify(net)
         twins = [self._at_size(size, net) for size in other_sizes]
         changed = {
@@ -683,11 +546,11 @@ class Conversion:
         return net
 
     def _verify(self, net: SlimNet) -> None:
-        x = torch.cat([self.example[:1], self.example[-1:].flip(3)])
-        self.error = verify_whole(self, net, x)
-        runs = list(form_costs(net, x[:1]))
+        runs = list(form_costs(net, self.example[:1]))
         net.spec = replace(net.spec, forms=tuple(cost for cost, _, _ in runs))
-        self.masked = verify_widths(self, net, x, runs)
+        self.error = verify_whole(self, net, runs[-1][2])
+        two = torch.cat([self.example[:1], self.example[-1:].flip(3)])
+        self.masked = verify_widths(self, net, two, runs)
 
     def _at_size(self, size: tuple[int, int], net: SlimNet) -> GraphSpec:
         """The network for images of another size, verified like this one."""
@@ -716,13 +579,9 @@ class Conversion:
 
 def load_weights(net: SlimNet, tensors: Mapping[str, Tensor]) -> None:
     """Put weights under their names; statistics go into every slot."""
-    own = net.state_dict()
-    for name, value in own.items():
-        if name.startswith("gates."):
-            continue
+    for name, value in net.state_dict().items():
         if name in tensors:
             value.copy_(tensors[name].expand_as(value))
-    net.load_state_dict(own)
 
 
 def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tensor]]:
@@ -749,7 +608,8 @@ def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tens
                         f"does not run at {spec.percents[choice]} % of the channels: "
                         f"{str(error).splitlines()[0]}",
                     ) from None
-                inputs.setdefault((segment, choice), out)
+                if segment < 2 or before == choice:  # as on the uniform routes
+                    inputs[segment, choice] = out
                 madds = counted.madds
                 if segment < len(spec.gates):
                     madds += spec.gate_madds(segment, out.shape[1])
@@ -775,30 +635,6 @@ class _Counter:
         self.peak = max(self.peak, result.numel())
         shapes = [argument.shape for argument in args if isinstance(argument, Tensor)]
         self.madds += operation_madds(step.op.partition(".")[0], shapes, result.shape)
-
-
-class _Encoder:
-    """Arguments as they stand in a `Node`."""
-
-    def __init__(self, captured: Captured, alias: Mapping[fx.Node, str]) -> None:
-        self.captured, self.alias = captured, alias
-
-    def __call__(self, value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            if value in self.captured.names:
-                return {"tensor": self.captured.names[value]}
-            return {"node": self.alias[value]}
-        if isinstance(value, list | tuple):
-            return [self(inner) for inner in value]
-        if isinstance(value, torch.dtype):
-            return {"dtype": str(value).removeprefix("torch.")}
-        if isinstance(value, dict):
-            return value
-        check(
-            value is None or isinstance(value, bool | int | float | str),
-            f"argument {value!r}: not of a kind that can be kept",
-        )
-        return value
 
 
 def _tensors(value: Any) -> Iterable[str]:

@@ -8,17 +8,53 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
-from dynaslim.errors import ConversionError, UsageError
+from dynaslim.errors import ConversionError, UsageError, check
 
 CALL: Final = "call_function"
 BATCH: Final = 7
 """Rows that a model is captured with: a size that is seldom that of another axis."""
+
+
+class Outputs(NamedTuple):
+    """What a model returns: the class logits, and others, which a converted network leaves out."""
+
+    position: int
+    logits: Tensor
+    others: list[str]
+    """Their places and shapes."""
+
+    @classmethod
+    def of(cls, answer: Any) -> Outputs:
+        """Of a model's answer, a tensor or a structure of several.
+
+        Raises:
+            UsageError: if there are several outputs and none, or more than one, is named `logits`.
+        """
+        if isinstance(answer, Mapping):  # of any kind
+            answer = dict(answer)
+        outputs, _ = pytree.tree_flatten_with_path(answer)
+        shown = []
+        for path, value in outputs:
+            what = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            shown.append(f"{pytree.keystr(path)} {what}".lstrip())
+        # the key of a dict, the name of a field
+        names = [[getattr(key, "key", getattr(key, "name", "")) for key in p] for p, _ in outputs]
+        found = [n for n, path in enumerate(names) if len(names) == 1 or path[-1] == "logits"]
+        if len(found) != 1 or not isinstance(outputs[found[0]][1], Tensor):
+            raise UsageError(
+                f"the model returns {', '.join(shown) or 'nothing'}: expected class logits alone, "
+                f"or named `logits` in a dict or a named tuple"
+            )
+        position = found[0]
+        others = shown[:position] + shown[position + 1 :]
+        return cls(position, outputs[position][1], others)
 
 
 @dataclass
@@ -35,8 +71,10 @@ class Captured:
     """Parameters and buffers by name."""
     trained: set[str]
     """Names of those that are parameters."""
-    names: dict[fx.Node, str] = field(default_factory=dict)
+    names: dict[fx.Node, str]
     """Nodes that stand for a tensor of `tensors`."""
+    outputs: Outputs
+    """For the first image of the example."""
 
 
 def where(node: fx.Node) -> str:
@@ -78,10 +116,11 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         raise UsageError(f"example of shape {tuple(example.shape)}: expected (rows, C, H, W)")
     try:
         with torch.no_grad():
-            model(example[:1])
+            answer = model(example[:1])
     except Exception as error:  # whatever the user's code raises
         reason = f"does not run on an example of shape {tuple(example.shape)}"
         raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
+    outputs = Outputs.of(answer)
     x = example[:1].expand(BATCH, -1, -1, -1).contiguous()
     try:
         with torch.no_grad():
@@ -91,7 +130,7 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         if "DataDependent" in type(error).__name__:
             reason = "which operations run depends on values of the image; it " + reason
         raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
-    return _flat(program)
+    return _flat(program, outputs)
 
 
 def _first(error: Exception) -> str:
@@ -108,13 +147,10 @@ def _module(model: nn.Module, error: Exception) -> str:
     return found
 
 
-def _flat(program: torch.export.ExportedProgram) -> Captured:
+def _flat(program: torch.export.ExportedProgram, outputs: Outputs) -> Captured:
     signature = program.graph_signature
-    if len(signature.user_inputs) != 1 or len(signature.user_outputs) != 1:
-        raise UsageError(
-            f"the model has {len(signature.user_inputs)} inputs and "
-            f"{len(signature.user_outputs)} outputs: expected one of each"
-        )
+    inputs = len(signature.user_inputs)
+    check(inputs == 1, f"the model has {inputs} inputs: expected images alone")
     tensors: dict[str, Tensor] = dict(program.state_dict)
     tensors |= {k: v for k, v in program.constants.items() if isinstance(v, Tensor)}
     lifted = {
@@ -147,13 +183,13 @@ def _flat(program: torch.export.ExportedProgram) -> Captured:
     _out_of_place(graph, values)
     assert image is not None
     (output,) = (node for node in graph.nodes if node.op == "output")
-    (result,) = output.args[0]
+    result = output.args[0][outputs.position - len(signature.user_outputs)]
     live = set(_needed(result))
     nodes = [node for node in nodes if node in live]
     for node in {n for other in nodes for n in other.all_input_nodes if n in values}:
         if node not in names:
             _keep(node, values[node], tensors, names, trained)
-    return Captured(nodes, image, result, tensors, trained, names)
+    return Captured(nodes, image, result, tensors, trained, names, outputs)
 
 
 SKIPPED: Final = ("_assert_tensor_metadata", "sym_constrain_range_for_size", "_assert_scalar")

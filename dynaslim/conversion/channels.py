@@ -25,6 +25,7 @@ from dynaslim.conversion.capture import (
     shape_of,
     where,
 )
+from dynaslim.errors import ConversionError
 
 FIXED: Final = 0
 """The label of what is never cut."""
@@ -32,12 +33,18 @@ LEAST: Final = 8
 """Layers of fewer channels stay whole."""
 _ROW: Final = 1 << 40
 
-POINTWISE: Final = frozenset(
+PASSED: Final = frozenset(
+    """
+    contiguous clone alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to
+    _to_copy positive
+    """.split()  # noqa: SIM905
+)
+"""Operations that change nothing in evaluation mode."""
+POINTWISE: Final = PASSED | frozenset(
     """
     relu relu6 hardtanh silu sigmoid hardsigmoid hardswish gelu leaky_relu elu selu celu mish
     tanh softplus softsign square sqrt rsqrt exp log neg abs erf reciprocal clamp clamp_min
-    clamp_max dropout feature_dropout alpha_dropout contiguous clone alias detach to _to_copy
-    lift_fresh_copy log_sigmoid positive
+    clamp_max log_sigmoid
     """.split()  # noqa: SIM905
 )
 COMBINING: Final = frozenset(
@@ -157,6 +164,8 @@ class Analysis:
             name: [None] * tensor.ndim for name, tensor in captured.tensors.items()
         }
         self.fixed_because: dict[fx.Node, str] = {}
+        self.counted: dict[fx.Node, dict[str, Any]] = {}
+        """Arguments of operations that are a number of channels, or have some: their labels."""
         self.readers: dict[Any, fx.Node] = {}
         """The layer of each weight."""
         self.made: list[tuple[fx.Node, np.ndarray]] = []
@@ -220,7 +229,9 @@ class Analysis:
             if kind in names:
                 try:
                     return rule(node)
-                except (AssertionError, IndexError, KeyError, RuntimeError, TypeError) as error:
+                except ConversionError:
+                    raise
+                except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
                     reason = str(error).partition("\n")[0]
                     raise refuse(node, f"its channels cannot be followed: {reason}") from None
         raise refuse(node, "not an operation that can be converted")
@@ -278,6 +289,7 @@ class Analysis:
             self.use(weight, out_axis, out)
         else:
             size, made = len(into) // groups, outs // groups
+            self.counted[node] = {"groups": into.reshape(groups, size)[:, 0]}
             if transposed:
                 self.fix(x, "a transposed convolution in groups")
                 out = np.zeros(outs, np.int64)
@@ -332,6 +344,7 @@ class Analysis:
         if kind == "group_norm" and given["num_groups"] > 1:
             blocks = labels.reshape(given["num_groups"], -1)
             self.labels.unite(blocks, np.repeat(blocks[:, :1], blocks.shape[1], 1))
+            self.counted[node] = {"num_groups": blocks[:, 0]}
         for name in ("weight", "bias", "running_mean", "running_var"):
             if given.get(name) is not None:
                 self.use(self._parameter(node, given[name], name), 0, labels)
@@ -403,13 +416,10 @@ class Analysis:
             axis = value.axis
             at = None if axis is None else 2 * (len(shape) - 1 - axis)
             if at is not None and at < len(pads) and (pads[at] or pads[at + 1]):
-                labels = np.concatenate(
-                    [
-                        self._fresh(node, pads[at], least=0),
-                        self.along(x, axis, "padding"),  # type: ignore[arg-type]
-                        self._fresh(node, pads[at + 1], least=0),
-                    ]
-                )
+                inside = self.along(x, axis, "padding")  # type: ignore[arg-type]
+                ends = [self._fresh(node, pad, least=0) for pad in pads[at : at + 2]]
+                self.counted[node] = {"pad": [*pads[:at], *ends, *pads[at + 2 :]]}
+                labels = np.concatenate([ends[0], inside, ends[1]])
                 return self._made(node, axis, labels, value.rows)  # type: ignore[arg-type]
             return Value(shape, value.labels, value.rows)
         spatial = 1 if "1d" in operation(node) else 3 if "3d" in operation(node) else 2
@@ -454,7 +464,12 @@ class Analysis:
         if kind in ("select", "unbind", "unfold"):
             picked = given.get("dim", given.get("dimension", 0)) % dims == value.axis
         elif kind == "slice":
-            picked = given["dim"] % dims == value.axis and given["step"] != 1
+            along = given["dim"] % dims == value.axis
+            picked = along and given["step"] != 1
+            if along:
+                labels = value.labels.reshape(-1)
+                begin, end, _ = slice(given["start"], given["end"]).indices(len(labels))
+                self.counted[node] = {"start": labels[:begin], "end": labels[:end]}
         elif kind in ("roll", "flip"):
             picked = not given["dims"] or value.axis in {d % dims for d in given["dims"]}
         elif kind == "index":

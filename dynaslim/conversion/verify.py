@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dynaslim.conversion.capture import arguments, operation
+from dynaslim.conversion.capture import BATCH, Outputs, arguments, operation
 from dynaslim.conversion.channels import REDUCING, Value
 from dynaslim.errors import ConversionError, UsageError
 from dynaslim.graph import FormCost, GraphSpec, Node, kept_count, kept_positions
@@ -31,22 +31,23 @@ Results = dict[str, Tensor]
 
 
 @torch.no_grad()
-def verify_whole(conversion: Conversion, net: SlimNet, x: Tensor) -> float:
+def verify_whole(conversion: Conversion, net: SlimNet, out: Tensor) -> float:
     """How far the network at full width is from the model, relative to the largest answer.
+
+    `out` is what it gives for the first image of the example.
 
     Raises:
         UsageError: if that is more than 1e-5; the message names the first operation that differs.
     """
-    model, route = conversion.model, net.spec.largest
-    error = apart(net(x, route), model(x))
+    image, route = conversion.example[:1], net.spec.largest
+    error = apart(out, conversion.captured.outputs.logits)
     if error > EXACT:  # the order of sums rounds otherwise: what is left in double is wrong
-        model, twice, x2 = copy.deepcopy(model).double(), copy.deepcopy(net).double(), x.double()
-        error = apart(twice(x2, route), model(x2))
+        model, twice = copy.deepcopy(conversion.model).double(), copy.deepcopy(net).double()
+        error = apart(twice(image.double(), route), Outputs.of(model(image.double())).logits)
     if not error <= EXACT:
-        theirs: Results = {}
         own: Results = {}
-        conversion.run(x, after=_record(theirs))
-        features, before = x, 0
+        theirs = conversion.results(image)
+        features, before = image.expand(BATCH, -1, -1, -1), 0
         for segment, choice in enumerate(net.spec.segment_indices(route)):
             watch = _watch(own)
             features = net.run_segment(segment, features, before, choice, watch=watch)
@@ -180,7 +181,7 @@ class Masked:
             UsageError: if the two differ; the message names the operation.
         """
         spec, number, last = self.spec, form.segment, self.spec.num_widths - 1
-        units = spec.graph.units(number, form.before, form.choice)
+        units = spec.units(number, form.before, form.choice)
         for name, axis in self.readers.get(number, []):
             tensor = self.masked.tensor(name)
             tensor.copy_(self.net.tensor(name))
@@ -189,7 +190,7 @@ class Masked:
             tensor.index_fill_(axis, torch.from_numpy(gone), 0)
         entry = spec.cut_axes[number - 1]
         padded = source.new_zeros(1, kept_count(entry, {}), *source.shape[2:])
-        arriving = spec.graph.units(number - 1, form.before, form.before)
+        arriving = spec.units(number - 1, form.before, form.before)
         padded[:, kept_positions(entry, arriving)] = source
         whole = (number, padded, last if number > 1 else 0, last)
         sliced = (number, source, form.before, form.choice)
@@ -255,16 +256,12 @@ def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node
     return [first, replace(node, op="sigmoid.default", args=({"node": first.name},), kwargs={})]
 
 
-def _record(results: Results) -> Callable[[fx.Node, Any], None]:
-    def keep(node: fx.Node, value: Any) -> None:
+def _watch(results: Results) -> Callable[[Any, Sequence[Any], Any], None]:
+    def keep(step: Any, _args: Sequence[Any], value: Any) -> None:
         if isinstance(value, Tensor):
-            results[node.name] = value.clone()  # operations in place come after it
+            results[step.name] = value.clone()  # operations in place come after it
 
     return keep
-
-
-def _watch(results: Results) -> Callable[[Any, Sequence[Any], Any], None]:
-    return lambda step, _, value: _record(results)(step, value)
 
 
 def _first_apart(spec: GraphSpec, got: Results, expected: Results) -> Node:

@@ -59,10 +59,15 @@ class Gate(nn.Module):
         if self.slimming_weight is not None:
             nn.init.normal_(self.slimming_weight, std=0.01)
 
-    def hidden(self, x_BCHW: Tensor) -> Tensor:
-        """What both heads read (B, R), never negative; the slimming logits are linear in it."""
+    def hidden(self, pooled_BC: Tensor) -> Tensor:
+        """What both heads read (B, R), never negative, of the features' means over pixels."""
         bias_R = self.reduce_bias
-        return torch.relu(slim_linear(x_BCHW.mean((2, 3)), self.reduce_weight, len(bias_R), bias_R))
+        return torch.relu(slim_linear(pooled_BC, self.reduce_weight, len(bias_R), bias_R))
+
+    def decide(self, hidden_BR: Tensor) -> Tensor:
+        """The slimming logits (B, K)."""
+        assert self.slimming_weight is not None, "this block has no slimming head"
+        return slim_linear(hidden_BR, self.slimming_weight, len(self.slimming_weight))
 
     def attend(self, x_BCHW: Tensor, hidden_BR: Tensor) -> Tensor:
         """The features scaled by the attention head."""
@@ -80,9 +85,5 @@ class Gate(nn.Module):
         """The scaled features and, if asked to `decide`, the slimming logits (B, K)."""
         if self.expand_weight is None and not decide:
             return x_BCHW, None
-        hidden_BR = self.hidden(x_BCHW)
-        logits_BK = None
-        if decide:
-            assert self.slimming_weight is not None, "this block has no slimming head"
-            logits_BK = slim_linear(hidden_BR, self.slimming_weight, len(self.slimming_weight))
-        return self.attend(x_BCHW, hidden_BR), logits_BK
+        hidden_BR = self.hidden(x_BCHW.mean((2, 3)))
+        return self.attend(x_BCHW, hidden_BR), self.decide(hidden_BR) if decide else None

@@ -9,7 +9,8 @@ import copy
 import itertools
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
@@ -125,11 +126,8 @@ class _Bound(NamedTuple):
     """Results that nothing needs any more."""
 
 
-class ElasticNet(nn.Module):
-    """What all networks have in common: segments that are run along a route.
-
-    A network has a `spec`, and `segment` and `segment_hidden`, one piece of it.
-    """
+class ElasticNet(nn.Module, ABC):
+    """What all networks have in common: a `spec`, and segments that are run along a route."""
 
     # added by `dynaslim.interop.hub`
     save_pretrained: ClassVar[Callable[..., Path]]
@@ -145,25 +143,17 @@ class ElasticNet(nn.Module):
         """The engine's backend that runs it without compiling anything."""
         return "eager"
 
+    @abstractmethod
     def segment(
         self,
         number: int,
         x: Tensor,
-        choice: int | Tensor,
+        choice: int,
         *,
         decide: bool = True,
         dropout_mask: Tensor | None = None,
     ) -> SegmentOutput:
         """Run segment `number` on what the one before it returned (segment 0: on images)."""
-        raise NotImplementedError
-
-    def segment_hidden(self, number: int, x: Tensor, choice: int | Tensor) -> tuple[Tensor, Tensor]:
-        """As `segment`, with the next gate's hidden features (B, R) in place of its logits."""
-        raise NotImplementedError
-
-    def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:
-        """Every row along the widths that its gates choose, differentiable through them."""
-        raise NotImplementedError
 
     def prepare(self, number: int, choice: int) -> None:
         """Make what a segment needs to run, so that a compiler need not trace how."""
@@ -175,11 +165,6 @@ class ElasticNet(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
-
-    def _check_gated(self, x: Tensor) -> None:
-        if self.training:
-            raise RuntimeError("forward_gated uses running statistics: call net.eval() first")
-        self.check_input(x)
 
     def check_input(self, x: Tensor) -> None:
         """Raise `ValueError` unless x is a batch of images that the network takes."""
@@ -482,48 +467,42 @@ class SlimNet(ElasticNet):
         self,
         number: int,
         x: Tensor,
-        choice: int | Tensor,
+        choice: int,
         *,
         decide: bool = True,
         dropout_mask: Tensor | None = None,
     ) -> SegmentOutput:
         """Run segment `number` on what the one before it returned (segment 0: on images).
 
-        `choice` is the width index of the segment (0 for the trunk, `LARGEST` for the teacher's),
-        or, in a network of the zoo, a one-hot gate (B, K). `decide` asks for the next gate's
-        logits; `dropout_mask` multiplies the pooled features of the last segment, (B, C) or
-        broadcastable.
+        `choice` is the width index of the segment (0 for the trunk, `LARGEST` for the teacher's).
+        `decide` asks for the next gate's logits; `dropout_mask` multiplies the pooled features of
+        the last segment, (B, C) or broadcastable.
         """
         x = self._before_gate(number, x, choice, dropout_mask)
         if number == len(self.graph.gates):
             return SegmentOutput(x, None)
         return SegmentOutput(*self.gate(number)(x, decide=decide))
 
-    def segment_hidden(self, number: int, x: Tensor, choice: int | Tensor) -> tuple[Tensor, Tensor]:
+    def segment_hidden(self, number: int, x: Tensor, choice: int) -> tuple[Tensor, Tensor]:
         """As `segment`, with the next gate's hidden features (B, R) in place of its logits.
 
         The logits of any slimming head (K, R) are a linear function of them. The last segment has
         no gate behind it.
         """
         x, gate = self._before_gate(number, x, choice), self.gate(number)
-        hidden_BR = gate.hidden(x)
+        hidden_BR = gate.hidden(x.mean((2, 3)))
         return gate.attend(x, hidden_BR), hidden_BR
 
     def _before_gate(
-        self, number: int, x: Tensor, choice: int | Tensor, dropout_mask: Tensor | None = None
+        self, number: int, x: Tensor, choice: int, dropout_mask: Tensor | None = None
     ) -> Tensor:
         """A segment's operations up to the next gate."""
-        soft, widest = None, choice
-        if not isinstance(widest, int):
-            choices = self.spec.gates[number - 1].choices
-            soft = SoftWidth(widest, choices) if len(choices) > 1 else None
-            widest = int(choices[-1])
         before, channels = 0, x.shape[1]
         if number:
             if channels not in self._behind[number - 1]:
                 raise ValueError(f"segment {number}: {channels} channels are of none of its widths")
             before = self._behind[number - 1][channels]
-        return self.run_segment(number, x, before, widest, dropout_mask, soft=soft)
+        return self.run_segment(number, x, before, choice, dropout_mask)
 
     def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:
         """Gated forward: every row at the widths that its gates choose, differentiable.
@@ -537,59 +516,64 @@ class SlimNet(ElasticNet):
             RuntimeError: in training mode. Rows of one batch differ in width, so there are no
                 batch statistics to use; where gates are trained the supernet is frozen.
         """
-        self._check_gated(x)
-        if isinstance(self.spec, GraphSpec):
-            return self._sum_over_options(x, choose)
+        if self.training:
+            raise RuntimeError("forward_gated uses running statistics: call net.eval() first")
+        self.check_input(x)
         gate_logits: list[Tensor] = []
         gates: list[Tensor] = []
-        choice: int | Tensor = 0
+        options = [_Option(0, None, x)]
         for number in range(self.spec.num_segments):
-            x, logits_BK = self.segment(number, x, choice)
-            if logits_BK is not None:
-                choice = choose(logits_BK, number)
-                gate_logits.append(logits_BK)
-                gates.append(choice)
-        return GatedOutput(x, tuple(gate_logits), tuple(gates))
-
-    def _sum_over_options(self, x: Tensor, choose: Choose) -> GatedOutput:
-        gate_logits: list[Tensor] = []
-        gates: list[Tensor] = []
-        options: list[tuple[int, Tensor | None, Tensor]] = [(0, None, x)]
-        for number in range(self.spec.num_segments):
-            choices = (0,) if number == 0 else self.spec.gates[number - 1].choices
-            gate_BK = gates[-1] if gates else None
-            made = []
-            for at, choice in enumerate(choices):
-                parts = []
-                for before, weight_B, features in options:
-                    out = self.run_segment(number, features, before, choice)
-                    parts.append(_weighted(out, weight_B))
-                share_B = None if gate_BK is None else gate_BK[:, at]
-                made.append((choice, share_B, torch.stack(parts).sum(0)))
+            options = self._options(number, options, gates[-1] if gates else None)
             if number == len(self.graph.gates):
-                outs = torch.stack([_weighted(out, share_B) for _, share_B, out in made])
-                return GatedOutput(outs.sum(0), tuple(gate_logits), tuple(gates))
+                break
             gate = self.gate(number)
-            # a gate reads what its row has: the features of the option that it took
-            hidden_BR = torch.relu(
-                F.linear(
-                    torch.stack([_pooled(z, w, gate) for _, w, z in made]).sum(0),
-                    gate.reduce_weight,
-                    gate.reduce_bias,
-                )
+            # a gate reads what its row has: the features of the options that it took
+            hidden_BR = gate.hidden(_sum(o._replace(x=o.x.mean((2, 3))) for o in options))
+            gate_logits.append(gate.decide(hidden_BR))
+            gates.append(choose(gate_logits[-1], number))
+            options = [o._replace(x=gate.attend(o.x, hidden_BR)) for o in options]
+        return GatedOutput(_sum(options), tuple(gate_logits), tuple(gates))
+
+    def _options(
+        self, number: int, before: Sequence[_Option], gate_BK: Tensor | None
+    ) -> list[_Option]:
+        """What a segment gives for rows of different widths: once for each option of the gate
+        before it, or, where batch normalisation can mask them, for all rows at once.
+        """
+        choices = self.spec.gates[number - 1].choices if number else (0,)
+        if isinstance(self.spec, NetSpec):
+            ((last, _, x),) = before
+            soft = None
+            if gate_BK is not None and len(choices) > 1:
+                soft = SoftWidth(gate_BK, choices)
+            x = self.run_segment(number, x, last, choices[-1], soft=soft)
+            return [_Option(choices[-1], None, x)]
+        return [
+            _Option(
+                choice,
+                None if gate_BK is None else gate_BK[:, at],
+                _sum(o._replace(x=self.run_segment(number, o.x, o.choice, choice)) for o in before),
             )
-            assert gate.slimming_weight is not None
-            logits_BK = F.linear(hidden_BR, gate.slimming_weight)
-            gate_logits.append(logits_BK)
-            gates.append(choose(logits_BK, number))
-            options = made
-        raise AssertionError("no last segment")
+            for at, choice in enumerate(choices)
+        ]
 
 
-def _pooled(x_BCHW: Tensor, weight_B: Tensor | None, gate: Gate) -> Tensor:
-    """Means of features (B, C), filled up to the gate's channels and times a row's weight."""
-    pooled_BC = F.pad(x_BCHW.mean((2, 3)), (0, gate.reduce_weight.shape[1] - x_BCHW.shape[1]))
-    return _weighted(pooled_BC, weight_B)
+class _Option(NamedTuple):
+    """Features of all rows at one width, and the share that each row has of them (B,)."""
+
+    choice: int
+    share_B: Tensor | None
+    x: Tensor
+
+
+def _sum(options: Iterable[_Option]) -> Tensor:
+    """The sum of options, each times its rows' shares; narrow ones are filled up with zeros."""
+    parts = [_weighted(x, share_B) for _, share_B, x in options]
+    if len(parts) == 1:
+        return parts[0]
+    widest = max(part.shape[1] for part in parts)
+    pads = ((*[0, 0] * (part.ndim - 2), 0, widest - part.shape[1]) for part in parts)
+    return torch.stack(list(map(F.pad, parts, pads))).sum(0)
 
 
 def _weighted(x: Tensor, weight_B: Tensor | None) -> Tensor:

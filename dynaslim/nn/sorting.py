@@ -9,18 +9,22 @@ Suffixes: C channels of a group.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor
 
 from dynaslim.distributed import average_
-from dynaslim.graph import WHOLE, Axis
+from dynaslim.errors import check
+from dynaslim.graph import WHOLE, Axis, Group
 from dynaslim.nn.net import ElasticNet, SlimNet
-from dynaslim.nn.program import Cut, Step
+from dynaslim.nn.program import Step
 from dynaslim.spec import GateSpec, NetSpec
+
+Importance = Literal["activation", "bn", "weight"]
+"""How channels are compared."""
 
 
 @dataclass
@@ -73,28 +77,72 @@ def slimmable(wide: SlimNet, spec: NetSpec, batches: Iterable[Tensor]) -> SlimNe
 
 
 @torch.no_grad()
-def sort_channels(net: ElasticNet, batches: Iterable[Tensor]) -> None:
+def sort_channels(
+    net: ElasticNet, batches: Iterable[Tensor] = (), rule: Importance = "activation"
+) -> None:
     """Sort each group's channels, the most important first; changes `net`, in evaluation mode, but
     not its answers along the largest route.
 
     A channel's importance is the root mean square of its activations times the norm of the weights
-    that read it, summed over the layers that do. `batches` as in `slimmable`.
+    that read it, summed over the layers that do. `batches` as in `slimmable`. By the rule `bn`,
+    scale and shift of batch normalisation stand in for the activations; by `weight`, nothing does.
+
+    Raises:
+        UsageError: by activations, if there are no batches.
     """
     assert isinstance(net, SlimNet)
-    graph, power = net.graph, dict[str, Tensor]()
+    readers = _readers(net)
+    power = dict.fromkeys(readers.values(), torch.ones((), device=net.device))
+    if rule == "activation":
+        power = _powers(net, readers, batches)
+        check(bool(power), "images: there are none to sort channels by")
+    for group in channel_groups(net):
+        scores = torch.zeros(group.units, dtype=torch.float64)
+        for name, total in power.items():
+            weight = net.tensor(name)
+            for axis in (axis for tensor, axis in group.consumers if tensor is weight):
+                norms = weight.transpose(0, axis).flatten(1).norm(dim=1) * total.sqrt()
+                scores += norms[group.positions[id(weight), axis]].sum(1).cpu()
+        if rule == "bn":
+            scores *= _rms_of_norms(net, group)
+        group.reorder(scores.argsort(descending=True, stable=True))
 
-    def add(weight: str, x: Tensor, channels: int) -> None:
+
+_GROUPS: Final = 6
+"""Where convolutions take their number of groups."""
+
+
+def _readers(net: SlimNet) -> dict[str, str]:
+    """Operations that mix all channels they are given, and the weights by which they do."""
+    found = {}
+    for node in net.graph.nodes:
+        kind = node.op.partition(".")[0]
+        if kind == "gate":
+            found[node.name] = f"{node.name}.reduce_weight"
+        elif kind == "linear" or (kind.startswith("conv") and node.args[_GROUPS] == 1):
+            found[node.name] = node.args[1]["tensor"]
+    for number, path in enumerate(net.graph.gates):
+        if net.gate(number).expand_weight is not None:  # one that only chooses changes no answer
+            found[path] = f"{path}.reduce_weight"
+    return found
+
+
+def _powers(
+    net: SlimNet, readers: Mapping[str, str], batches: Iterable[Tensor]
+) -> dict[str, Tensor]:
+    """Mean squares of the channels that weights read, summed over batches."""
+    power: dict[str, Tensor] = {}
+
+    def add(reader: str, x: Tensor, channels: int) -> None:
         mean = x.square().mean([axis for axis in range(x.ndim) if axis != channels])
+        weight = readers[reader]
         power[weight] = power.get(weight, torch.zeros_like(mean)) + mean
 
     def watch(step: Step, args: Sequence[Any], _result: Any) -> None:
-        kind = step.op.partition(".")[0]
-        if kind == "gate":
-            add(f"{step.name}.reduce_weight", args[0].mean((2, 3)), 1)
-        elif kind == "linear" and isinstance(step.args[1], Cut):
-            add(step.args[1].name, args[0], args[0].ndim - 1)
-        elif kind.startswith("conv") and isinstance(step.args[1], Cut) and args[_GROUPS] == 1:
-            add(step.args[1].name, args[0], 1)
+        if step.name in readers:
+            pooled = step.op == "gate"
+            x = args[0].mean((2, 3)) if pooled else args[0]
+            add(step.name, x, x.ndim - 1 if step.op.startswith("linear") else 1)
 
     widest = net.spec.segment_indices(net.spec.largest)
     for x in batches:
@@ -102,22 +150,25 @@ def sort_channels(net: ElasticNet, batches: Iterable[Tensor]) -> None:
         for number, index in enumerate(widest):
             x = net.run_segment(number, x, before, index, watch=watch)
             before = index
-            if number < len(graph.gates) and net.gate(number).expand_weight is not None:
-                add(f"{graph.gates[number]}.reduce_weight", x.mean((2, 3)), 1)
+            if number < len(net.graph.gates) and net.graph.gates[number] in readers:
+                add(net.graph.gates[number], x.mean((2, 3)), 1)
                 x, _ = net.gate(number)(x)
     average_(list(power.values()))
-    for group in channel_groups(net):
-        scores = torch.zeros(group.units, device=net.device)
-        for name, total in power.items():
-            weight = net.tensor(name)
-            for axis in (axis for tensor, axis in group.consumers if tensor is weight):
-                norms = weight.transpose(0, axis).flatten(1).norm(dim=1) * total.sqrt()
-                scores += norms[group.positions[id(weight), axis]].sum(1)
-        group.reorder(scores.argsort(descending=True, stable=True))
+    return power
 
 
-_GROUPS: Final = 6
-"""Where convolutions take their number of groups."""
+def _rms_of_norms(net: SlimNet, group: ChannelGroup) -> Tensor:
+    """Root mean square of what batch normalisation makes of each unit; 1 where there is none."""
+    total, count = torch.zeros(2, group.units, dtype=torch.float64)
+    for node in net.graph.nodes:
+        if node.op != "batch_norm.default" or node.args[1] is None:
+            continue
+        scale, shift = (net.tensor(node.args[place]["tensor"]) for place in (1, 2))
+        places = group.positions.get((id(scale), 0))
+        if places is not None:
+            total += (scale.square() + shift.square())[places].sum(1).cpu()
+            count += places.shape[1]
+    return torch.where(count > 0, total / count.clamp_min(1), 1.0).sqrt()
 
 
 def channel_groups(net: SlimNet) -> list[ChannelGroup]:
@@ -133,20 +184,24 @@ def channel_groups(net: SlimNet) -> list[ChannelGroup]:
         # of statistics the first axis is the slot
         for number, axis in enumerate(spec.axes, start=tensor.ndim - len(spec.axes)):
             reads = number == (0 if name in transposed else 1) and spec.kind == "weight"
-            for group, positions in _positions(axis).items():
+            for group, positions in _positions(axis, net.graph.groups).items():
                 groups[group].positions[id(tensor), number] = positions
                 into = groups[group].consumers if reads else groups[group].carriers
                 into.append((tensor, number))
     return groups
 
 
-def _positions(axis: Axis) -> dict[int, Tensor]:
+def _positions(axis: Axis, groups: Sequence[Group]) -> dict[int, Tensor]:
     """Positions along an axis (units, each), by group."""
-    found: dict[int, dict[int, list[int]]] = {}
+    found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     at = 0
     for group, first, count, each in axis:
-        for unit in range(first, first + count):
-            if group != WHOLE:
-                found.setdefault(group, {}).setdefault(unit, []).extend(range(at, at + each))
-            at += each
-    return {g: torch.tensor([units[u] for u in sorted(units)]) for g, units in found.items()}
+        units = torch.arange(first, first + count).repeat_interleave(each)
+        if group != WHOLE:
+            found.setdefault(group, []).append((units, torch.arange(at, at + len(units))))
+        at += len(units)
+    made = {}
+    for group, runs in found.items():
+        units, places = map(torch.cat, zip(*runs, strict=True))
+        made[group] = places[units.argsort(stable=True)].reshape(groups[group].units, -1)
+    return made

@@ -67,13 +67,12 @@ class ProgramNet(ElasticNet):
         self,
         number: int,
         x: Tensor,
-        choice: int | Tensor,
+        choice: int,
         *,
         decide: bool = True,
         dropout_mask: Tensor | None = None,
     ) -> SegmentOutput:
         """Run segment `number` on what the one before it returned, as `SlimNet.segment`."""
-        assert isinstance(choice, int)
         # programs differ by the choice before them, which nothing else says
         before = getattr(x, _CHOICE, 0) if number > 1 else 0
         made = self.program(SegmentVariant(number, before, choice))(x.float())

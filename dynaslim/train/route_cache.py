@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from dynaslim.cost import CostTable
 from dynaslim.errors import TrainingError, check
 from dynaslim.graph import AnySpec
-from dynaslim.nn.net import ElasticNet
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.spec import Route
 
 Path = tuple[int, ...]
@@ -139,6 +139,7 @@ def cache_routes(
         UsageError: if the network has no gates or is in training mode.
         TrainingError: if there are no images, or a loss is not finite.
     """
+    assert isinstance(net, SlimNet)
     spec = net.spec
     check(bool(spec.gates), f"{spec.name} has no gates to fit")
     check(not net.training, "routes are cached with running statistics: call net.eval() first")

@@ -19,7 +19,7 @@ from dynaslim.cost import CostTable
 from dynaslim.distributed import average_, rank, world_size
 from dynaslim.errors import TrainingError
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
-from dynaslim.nn.net import ElasticNet, RunSegment
+from dynaslim.nn.net import ElasticNet, RunSegment, SlimNet
 from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.spec import Route
 from dynaslim.train.losses import (
@@ -243,6 +243,7 @@ def gate_step(
             )
         return straight_through_one_hot(logits_BK.float(), recipe.tau)
 
+    assert isinstance(net, SlimNet)
     spec, heads = net.spec, net.slimming_parameters()
     with torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bf16):
         hopeless_B = None

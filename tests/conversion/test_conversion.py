@@ -18,6 +18,7 @@ from dynaslim.cost import CostTable, madds, params
 from dynaslim.data import ImageDataset
 from dynaslim.errors import UsageError
 from dynaslim.graph import GraphSpec
+from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.export import export_package, export_route, export_single_file
@@ -318,27 +319,21 @@ def test_a_view_that_mixes_channels_and_pixels_keeps_them_whole():
 
 def broken(monkeypatch, what):
     """A mistake in one of the programs that are compared."""
-    if what == "order":
-        sorted_ = Conversion._sorted
+    name = "body.2.two.0.weight"
+    if what in ("order", "slices"):
 
-        def other(self, importance):
-            made = sorted_(self, importance)
-            made["body.2.two.0.weight"] = made["body.2.two.0.weight"].roll(1, 1)
-            return made
-
-        monkeypatch.setattr(Conversion, "_sorted", other)
-    elif what == "slices":
-        spec_ = Conversion.spec
-
-        def other(self, sorted_by):
-            spec = spec_(self, sorted_by)
-            tensors, name = dict(spec.tensors), "body.2.two.0.weight"
+        def other(net, *given):
+            sort_channels(net, *given)
+            if what == "order":
+                net.tensor(name).data = net.tensor(name).roll(1, 1)
+                return
+            tensors = dict(net.spec.tensors)
             rows, (run,), *rest = tensors[name].axes
             first = (run[0], 1, run[2] - 1, 1), (run[0], 0, 1, 1)
             tensors[name] = replace(tensors[name], axes=(rows, first, *rest))
-            return replace(spec, tensors=tensors)
+            net.spec = replace(net.spec, tensors=tensors)
 
-        monkeypatch.setattr(Conversion, "spec", other)
+        monkeypatch.setattr("dynaslim.conversion.build.sort_channels", other)
     else:
         from dynaslim.runtime.extract import _Builder
 
@@ -398,3 +393,63 @@ def test_images_of_another_size_are_refused():
     _, net = converted("residual")
     with pytest.raises(UsageError, match="converted for 16x16 px"):
         net(images(side=32), net.spec.largest)
+
+
+class Answering(nn.Module):
+    """A classifier that also returns its features."""
+
+    def __init__(self, answer):
+        super().__init__()
+        self.net, self.answer = trained("residual"), answer
+
+    def forward(self, x):
+        features = self.net.body(self.net.stem(x))
+        return self.answer(self.net.head(features.mean((2, 3))), features)
+
+
+def test_of_several_outputs_the_one_named_logits_is_decided_on():
+    model = Answering(lambda logits, features: {"features": features, "logits": logits}).eval()
+    conversion = Conversion(model, images())
+    net, x = conversion.net(), images(3, seed=9)
+    with torch.no_grad():
+        expected = model(x)["logits"]
+        assert torch.allclose(net(x, net.spec.largest), expected, rtol=1e-4, atol=1e-5)
+    assert conversion.captured.outputs.others == ["['features'] (1, 48, 8, 8)"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (
+            lambda logits, features: (logits, features),
+            r"the model returns \[0\] \(1, 5\), \[1\] \(1, 48, 8, 8\): expected class logits alone",
+        ),
+        (
+            lambda *both: dict(zip(("aux", "out"), both, strict=True)),
+            r"returns \['aux'\] \(1, 5\),",
+        ),
+        (lambda _, features: features, r"gives \(48, 8, 8\) for an image, expected class logits"),
+    ],
+)
+def test_outputs_that_are_no_class_logits_are_refused(answer, message):
+    with pytest.raises(UsageError, match=message):
+        convert(Answering(answer).eval(), images())
+
+
+class Twofold(nn.Module):
+    """Two feature maps from the image to the classifier."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = _conv(3, 16), _conv(3, 16), nn.Linear(32, 5)
+
+    def forward(self, x):
+        return self.head(torch.cat([self.one(x).mean((2, 3)), self.two(x).mean((2, 3))], 1))
+
+
+def test_a_gate_where_several_tensors_cross_is_refused():
+    model = Twofold().eval()
+    with pytest.raises(UsageError, match="at no place does a single feature map hold all that is"):
+        convert(model, images())
+    with pytest.raises(UsageError, match="gate at 'one': no single feature map leaves it"):
+        convert(model, images(), gate_at=["one"])

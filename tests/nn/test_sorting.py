@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import ZOO_NAMES, assert_rows_close, lively, micro_spec, noise
 
+from dynaslim.errors import UsageError
 from dynaslim.nn import SlimNet
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.sorting import channel_groups, slimmable, sort_channels, widest_alone
@@ -106,7 +107,9 @@ def test_dead_channels_come_last(pair):
     def off(other):
         return (_answers(other, x, spec.smallest) - expected).abs().max() / expected.abs().max()
 
-    unsorted = slimmable(wide, spec, [])
+    unsorted, generator = slimmable(wide, spec, [x]), torch.Generator().manual_seed(0)
+    for group in channel_groups(unsorted):
+        group.reorder(torch.randperm(group.units, generator=generator))
     assert off(unsorted) > 0.01
     for group in channel_groups(unsorted):
         filters = [t.detach().flatten(1).norm(dim=1) for t, _ in group.carriers if t.ndim == 4]
@@ -144,3 +147,9 @@ def test_importance_is_summed_over_the_layers_that_read_a_channel():
     ):
         assert (values.diff() <= 1e-4 * values[:-1]).all(), values
         assert values[0] > 1.05 * values[-1]
+
+
+def test_by_activations_there_must_be_images():
+    net = lively(micro_spec())
+    with pytest.raises(UsageError, match="images: there are none to sort channels by"):
+        sort_channels(net, [])
