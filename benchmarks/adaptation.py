@@ -41,6 +41,7 @@ from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import evaluate
 from dynaslim.nn.program import Cut, cut, program
 from dynaslim.recipes import RunOptions, SupernetRecipe, recipe_from_dict
+from dynaslim.report.data import Mode
 from dynaslim.runs import run_supernet
 from dynaslim.runtime.engine import Engine
 from dynaslim.spec import Route
@@ -48,6 +49,8 @@ from dynaslim.spec import Route
 HERE: Final = Path(__file__).parent
 SHARES: Final = (0.5, 0.3)
 """Multiply-adds of the pruned networks, as shares of the original's."""
+BUDGETS: Final = (0.35, 0.4, 0.45, 0.5)
+"""Of each seed's curve the dearest budget of at most so much is taken, whatever its accuracy."""
 METHODS: Final = ("magnitude", "taylor")
 BATCHES: Final = (1, 32)
 
@@ -84,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             backend=given.backend,
         )
         for mode in done.data.modes:
-            _add(rows, mode.name, mode.top1, mode.madds or 0.0)
+            if mode.kind != "budget":
+                _add(rows, mode.name, mode.top1, mode.madds or 0.0)
+        for share in BUDGETS:
+            _add(rows, f"budget of at most {share:g}", *_dearest(done.data.modes, share))
         images = done.data.images
         assert images is not None
         for method in METHODS:
@@ -116,6 +122,13 @@ def _add(rows: dict[str, dict[str, list[float]]], name: str, top1: float, cost: 
     row = rows.setdefault(name, {"top1": [], "madds": []})
     row["top1"].append(top1)
     row["madds"].append(cost)
+
+
+def _dearest(modes: Sequence[Mode], share: float) -> tuple[float, float]:
+    whole = max(mode.madds or 0.0 for mode in modes if mode.kind == "uniform")
+    fitting = [m for m in modes if m.kind == "budget" and (m.madds or 0.0) <= share * whole]
+    taken = max(fitting, key=lambda mode: mode.madds or 0.0)
+    return taken.top1, taken.madds or 0.0
 
 
 def _summary(values: dict[str, list[float]]) -> dict[str, Any]:

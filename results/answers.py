@@ -169,6 +169,7 @@ def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) 
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for x, labels in readable_batches(images, pre, batch_size):
         before, gate = net.run_segment(0, x, 0, 0), net.gate(0)
+        mean_BC = before.mean((2, 3))
         scaled, gate_logits = gate(before, decide=True)
         assert gate_logits is not None
         tails = [net.segment(1, scaled, k).features for k in spec.gates[0].choices]
@@ -176,8 +177,8 @@ def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) 
             "logits_NRC": torch.stack(tails, 1),
             "labels_N": labels,
             "gate_logits_NR": gate_logits,
-            "hidden_NF": gate.hidden(before),
-            "mean_NF": before.mean((2, 3)),
+            "hidden_NF": gate.hidden(mean_BC),
+            "mean_NF": mean_BC,
             "deviation_NF": before.std((2, 3), correction=0),
         }
         if checkpoint.mirror:

@@ -107,7 +107,7 @@ def _trained_on(experiment: str, folder: str | None, seed: int, test: bool) -> d
 def sgs(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     """Gates alone by SGS, on the supernet that was taught by the ensemble."""
     pair = pair_of(Cell("ensemble", "supernet", seed), plan.cifar10(folder, seed), test)
-    return {"gates": _gate_rows(pair, Cell("sgs", "gates", seed))}
+    return {variant: _gate_rows(pair, Cell("sgs", variant, seed)) for variant in plan.SGS}
 
 
 def imagenette(folder: str | None, seed: int, test: bool) -> dict[str, Any]:

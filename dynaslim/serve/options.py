@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Final
 
 from dynaslim.errors import check
-from dynaslim.runtime.budget import parse_budget
 
 MEGABYTE: Final = 1_000_000
 MOST_PIXELS: Final = 178_956_970
@@ -114,6 +113,8 @@ class ServeOptions:
             self.model_folder is None or self.model_folder.is_dir(),
             f"--model-folder {self.model_folder}: no such folder",
         )
+        from dynaslim.runtime.budget import parse_budget  # NumPy, which a parser is made without
+
         if self.budget is not None:
             parse_budget(self.budget)
         if self.adaptive_budget is not None:
@@ -130,6 +131,8 @@ class ServeOptions:
         Raises:
             UsageError: if it is not LOW or LOW:HIGH, or does not fit `budget`.
         """
+        from dynaslim.runtime.budget import parse_budget
+
         assert self.adaptive_budget is not None
         low, colon, high = self.adaptive_budget.partition(":")
         right = "give LOW or LOW:HIGH, shares of the widest route's cost, such as 0.3 or 0.3:0.8"

@@ -182,7 +182,7 @@ def test_crafted_pickle_is_refused_by_name_and_not_run(tmp_path, kind):
     else:
         torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
     with pytest.raises(
-        CheckpointError, match=r"evil.pth.tar: refused: its pickle asks for posix.mkdir"
+        CheckpointError, match=r"evil.pth.tar: refused: its pickle needs posix.mkdir"
     ):
         from_official(path)
     assert not (tmp_path / "executed").exists()
@@ -199,7 +199,7 @@ def test_torchs_own_functions_are_refused_by_name_too(tmp_path):
 
     path = tmp_path / "hub.pth.tar"
     torch.save({"state_dict": Hub()}, path)
-    with pytest.raises(CheckpointError, match=r"its pickle asks for torch.hub.load"):
+    with pytest.raises(CheckpointError, match=r"its pickle needs torch.hub.load"):
         from_official(path)
 
 
@@ -209,7 +209,7 @@ def test_names_hidden_in_the_memo_are_found(tmp_path):
     path.write_bytes(
         b"\x80\x04\x8c\x05posix\x94\x8c\x05mkdir\x94" + b"0" * 2 + b"h\x00h\x01\x93\x8c\x01x\x85R."
     )
-    with pytest.raises(CheckpointError, match=r"its pickle asks for posix.mkdir"):
+    with pytest.raises(CheckpointError, match=r"its pickle needs posix.mkdir"):
         from_official(path)
     with pytest.raises(CheckpointError, match="is a folder"):
         from_official(tmp_path)

@@ -465,8 +465,8 @@ def test_times_are_measured_again_until_they_are_steady(
 ):
     found = ModelInfo(engine)
     routes = found.listed
-    ms = {tuple(found._options(r.choices)): n for n, r in enumerate(routes, 10)}
-    cheapest = tuple(found._options(routes[0].choices))
+    ms = {engine.spec.path_at(r.choices): n for n, r in enumerate(routes, 10)}
+    cheapest = engine.spec.path_at(routes[0].choices)
     now, calls, tries = [0.0], [0], [0]
 
     def routed(images, decide, again):
