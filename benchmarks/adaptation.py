@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     let_torchvision_load()
     rows: dict[str, dict[str, list[float]]] = {}
+    timed: dict[str, str] = {}
     arms: dict[str, tuple[Checkpoint, str]] = {}
     for seed in map(int, given.seeds.split(",")):
         folder = given.runs / f"{Path(given.data).name}_{given.size}" / f"seed{seed}"
@@ -90,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             if mode.kind != "budget":
                 _add(rows, mode.name, mode.top1, mode.madds or 0.0)
         for share in BUDGETS:
-            _add(rows, f"budget of at most {share:g}", *_dearest(done.data.modes, share))
+            name, mode = f"budget of at most {share:g}", _dearest(done.data.modes, share)
+            _add(rows, name, mode.top1, mode.madds or 0.0)
+            timed[name] = mode.name
         images = done.data.images
         assert images is not None
         for method in METHODS:
@@ -111,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hardware": hardware(),
         "command": sys.argv,
         "rows": {name: _summary(values) for name, values in rows.items()},
+        "timed_as": timed,  # by the last seed's network
         "times": _times(arms, given, done),
         "training_step": _training_step(given, done),
     }
@@ -124,11 +128,10 @@ def _add(rows: dict[str, dict[str, list[float]]], name: str, top1: float, cost: 
     row["madds"].append(cost)
 
 
-def _dearest(modes: Sequence[Mode], share: float) -> tuple[float, float]:
+def _dearest(modes: Sequence[Mode], share: float) -> Mode:
     whole = max(mode.madds or 0.0 for mode in modes if mode.kind == "uniform")
     fitting = [m for m in modes if m.kind == "budget" and (m.madds or 0.0) <= share * whole]
-    taken = max(fitting, key=lambda mode: mode.madds or 0.0)
-    return taken.top1, taken.madds or 0.0
+    return max(fitting, key=lambda mode: mode.madds or 0.0)
 
 
 def _summary(values: dict[str, list[float]]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
-"""Writes the tables of docs/performance.md from the results beside this script.
+"""Writes the tables of docs/performance.md and docs/adapt.md from the results beside this script.
 
-    python benchmarks/tables.py           # --check says whether the page has what the results say
+    python benchmarks/tables.py           # --check says whether the pages have what the results say
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what stands there is replaced.
 """
@@ -10,13 +10,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
+DOCS = HERE.parent / "docs"
 WAYS = ("all cores", "own core")
 POLICIES = ("side by side", "own core")
 
@@ -227,9 +228,32 @@ def cores() -> str:
     return table(["backend", "cores", "callers", *columns], rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {
-    make.__name__: make
-    for make in (
+def adapted() -> str:
+    """A trained network adapted, beside pruned ones: means over seeds, and time."""
+    found = results("adaptation")
+    rows, times = found["rows"], found["times"]
+
+    def line(name: str, timed: str) -> list[str]:
+        row = rows[name]
+        madds = statistics.mean(row["madds"]) / 1e6
+        accuracy = f"{row['mean_top1']:.1%} ± {100 * (row['deviation'] or 0):.1f}"
+        speed = [
+            f"{times[batch][timed]['median']:.2f} "
+            f"({times[batch]['route 100-100']['median'] / times[batch][timed]['median']:.2f}x)"
+            for batch in ("batch 32", "batch 1")
+        ]
+        return [name, f"{madds:.1f} M", accuracy, *speed]
+
+    lines = [line("the original", "route 100-100")]
+    lines += [line(name, timed) for name, timed in found["timed_as"].items()]
+    lines += [line(name, f"route {name}") for name in rows if f"route {name}" in times["batch 1"]]
+    lines += [line(name, name) for name in rows if name.startswith("pruned")]
+    header = ["", "multiply-adds", "top-1", "ms per image, batches of 32", "one image"]
+    return table(header, lines)
+
+
+PAGES: dict[str, tuple[Callable[[], str], ...]] = {
+    "performance.md": (
         machine,
         routed,
         statics,
@@ -243,23 +267,26 @@ TABLES: dict[str, Callable[[], str]] = {
         int8,
         callers,
         cores,
-    )
+    ),
+    "adapt.md": (adapted,),
 }
 
 
-def filled(page: str) -> str:
-    """The page with every table as the results have it.
+def filled(name: str) -> str:
+    """A page with every table as the results have it.
 
     Raises:
         SystemExit: if a table has no place on the page, or a place no table.
     """
+    page = (DOCS / name).read_text()
+    made = {one.__name__: one for one in PAGES[name]}
     places = re.findall(r"<!-- table: (\w+) -->", page)
-    if sorted(places) != sorted(TABLES):
-        sys.exit(f"{PAGE.name} has places for {sorted(places)}, not for {sorted(TABLES)}")
-    for name in places:
+    if sorted(places) != sorted(made):
+        sys.exit(f"{name} has places for {sorted(places)}, not for {sorted(made)}")
+    for place in places:
         page = re.sub(
-            rf"(<!-- table: {name} -->\n).*?(<!-- end -->)",
-            lambda found, name=name: f"{found[1]}\n{TABLES[name]()}\n\n{found[2]}",
+            rf"(<!-- table: {place} -->\n).*?(<!-- end -->)",
+            lambda found, place=place: f"{found[1]}\n{made[place]()}\n\n{found[2]}",
             page,
             flags=re.DOTALL,
         )
@@ -270,11 +297,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit code 1 if stale")
     options = parser.parse_args()
-    page = PAGE.read_text()
-    made = filled(page)
+    made = {name: filled(name) for name in PAGES}
     if options.check:
-        sys.exit(made != page)
-    PAGE.write_text(made)
+        sys.exit(any(page != (DOCS / name).read_text() for name, page in made.items()))
+    for name, page in made.items():
+        (DOCS / name).write_text(page)
 
 
 if __name__ == "__main__":
