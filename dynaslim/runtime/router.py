@@ -10,6 +10,7 @@ Suffixes: B rows, G gates, K options of a gate, N classes.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,8 @@ class Router:
         self._rows_per_piece = rows_per_piece
         self.workers = Workers(backend)
         self._workspaces = Workspaces(backend.arrays)
+        self._running: set[int] = set()
+        """Threads that are inside a step."""
         self._tables: dict[tuple[int, int], Table] = {}
         self._routes: dict[tuple[Route, tuple[int, int]], SizedVariant] = {}
 
@@ -318,6 +321,22 @@ class Router:
 
     def run(self, items: Sequence[WorkItem]) -> None:
         """Divide the rows of all items among the cores and run them."""
+        caller = threading.get_ident()
+        self._running.add(caller)
+        try:
+            if (
+                len(self._running) >= max(2, self.backend.workers)
+                and sum(item.rows for item in items) <= self.backend.own_core_rows
+            ):
+                for item in items:
+                    program = self.program(item.sized, wide=False)
+                    self._piece(item, MicroBatch(0, 0, item.rows), program)
+            else:
+                self._divided(items)
+        finally:
+            self._running.discard(caller)
+
+    def _divided(self, items: Sequence[WorkItem]) -> None:
         if len(items) == 1 and items[0].rows == 1:  # planning would take as long as a small network
             self._piece(items[0], _ROW, self.program(items[0].sized, wide=True))
             return

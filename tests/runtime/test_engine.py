@@ -2,6 +2,8 @@
 
 import dataclasses
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
@@ -550,6 +552,38 @@ def test_arguments_of_calls_do_not_mix(name):
                 assert out.routes.tolist() == one.routes.tolist()
                 assert out.madds.tolist() == one.madds.tolist()
     assert len({tuple(map(tuple, one.routes.tolist())) for one in alone}) > 2
+
+
+@pytest.mark.parametrize(("rows", "own_core"), [(1, True), (3, False)])
+def test_small_calls_keep_to_their_core_while_every_core_has_a_caller(rows, own_core, monkeypatch):
+    """By ONNX Runtime, whose threads wait for each other by spinning."""
+    net = lively_net("micro")
+    engine = Engine(net, backend="onnxruntime", workers=2)
+    x = noise(net.spec, rows)
+    alone, seen = engine(x), []
+    backend, first = engine._router.backend, threading.Event()
+    made, meeting = backend.program, threading.Barrier(2, timeout=30)
+
+    def program(variant, shape, *, wide):
+        run = made(variant, shape, wide=wide)
+        if not variant.takes_images or first.is_set():
+            return run
+        seen.append(wide)
+
+        def meet(images, outs):
+            if not first.is_set() and meeting.wait() == 0:  # two calls are inside their trunks
+                first.set()
+            run(images, outs)
+
+        return meet
+
+    monkeypatch.setattr(backend, "program", program)
+    with ThreadPoolExecutor(2) as callers:
+        answers = list(callers.map(lambda _: engine(x), range(2)))
+    for out in answers:
+        assert_rows_close(out.logits, alone.logits)
+        assert out.routes.tolist() == alone.routes.tolist()
+    assert sorted(seen) == [not own_core, True]  # who came first was still alone
 
 
 # -- budgets --------------------------------------------------------------------------------------

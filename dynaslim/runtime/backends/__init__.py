@@ -50,6 +50,8 @@ class Backend(ABC):
     """Whether work must stay off the caller's thread, whose settings are the caller's."""
     sizes: tuple[int, ...] | None = None
     """Rising numbers of rows that programs are made for; None if any number will do."""
+    own_core_rows = 0
+    """Rows of a step up to which a call stays on its caller's core while every core has a caller."""
     piece_values = CACHE_VALUES
     """Values of the largest feature map of a piece that it runs fastest."""
     fixed_size = False

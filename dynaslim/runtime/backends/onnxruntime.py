@@ -54,6 +54,7 @@ class OnnxRuntimeBackend(Backend):
 
     name = "onnxruntime"
     fixed_threads = True
+    own_core_rows = 2  # measured: threads of several calls that wait for each other by spinning
     piece_values = 500_000  # measured: 4 rows of the trunk of ds_mbnet at 224 px, 4 to 8 behind
 
     def __init__(self, source: VariantSource, resources: Resources) -> None:
