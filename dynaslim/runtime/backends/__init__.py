@@ -51,7 +51,7 @@ class Backend(ABC):
     sizes: tuple[int, ...] | None = None
     """Rising numbers of rows that programs are made for; None if any number will do."""
     own_core_rows = 0
-    """Rows of a step up to which a call stays on its caller's core while every core has a caller."""
+    """Steps of so few rows stay on the core of their caller while every core has a caller."""
     piece_values = CACHE_VALUES
     """Values of the largest feature map of a piece that it runs fastest."""
     fixed_size = False
