@@ -31,7 +31,7 @@ from torch import nn
 from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save
 from dynaslim.conversion.source import KINDS, Source, load_source
-from dynaslim.cost import CostTable
+from dynaslim.cost import CostTable, params
 from dynaslim.data.images import ImageDataset, holdout, open_images
 from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
@@ -509,7 +509,8 @@ class _Adaptation:
         widest = data.spec.routes[-1].widths
         ms = None if data.times is None else data.times.median(route_mode(widest))
         images = len(data.images.images)
-        return Baseline("the original", found.top1, float(found.madds), ms, images)
+        weights = params(net.spec, net.spec.largest)
+        return Baseline("the original", found.top1, float(found.madds), ms, images, weights)
 
 
 def _gains_or_widest(trained: Checkpoint) -> Checkpoint:

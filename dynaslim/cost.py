@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -179,11 +179,37 @@ def params(spec: AnySpec, route: Route | str | Sequence[int] | None = None) -> i
     """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
     if isinstance(spec, CascadeSpec) and route is None:
         return sum(rung.params for rung in spec.rungs)
-    size: ImageSize = spec.usual_image_size
-    if not isinstance(spec, CascadeSpec):
-        size = spec.total_stride if isinstance(spec, NetSpec) else spec.image_size
+    size = _any_size(spec)
     costs = route_costs(spec, spec.largest if route is None else spec.coerce_route(route), size)
     return sum(cost.params + (route is None) * cost.head_params for cost in costs)
+
+
+def program_params(spec: AnySpec) -> int:
+    """Parameters of all programs of a routed network: one for every variant of every segment.
+
+    Programs of ONNX Runtime and OpenVINO have weights of their own; those of torch share them.
+    """
+    if isinstance(spec, CascadeSpec):
+        return params(spec)
+    costs = (
+        segment_cost(spec, number, a, b, _any_size(spec))
+        for number, (before, behind) in enumerate(segment_choices(spec))
+        for a, b in itertools.product(before, behind)
+    )
+    return sum(cost.params + cost.head_params for cost in costs)
+
+
+def _any_size(spec: AnySpec) -> tuple[int, int]:
+    """A size of image that the network takes: its number of parameters does not depend on it."""
+    if isinstance(spec, GraphSpec):
+        return spec.image_size
+    side = spec.total_stride if isinstance(spec, NetSpec) else spec.usual_image_size
+    return side, side
+
+
+def segment_choices(spec: AnySpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The width indices before and behind every segment."""
+    return itertools.pairwise([(0,), (0,), *(gate.choices for gate in spec.gates)])
 
 
 @dataclass(frozen=True)
@@ -203,9 +229,8 @@ class CostTable:
     def from_madds(cls, spec: AnySpec, image_size: ImageSize) -> CostTable:
         """The table of MAdds for an image size in pixels."""
         size = (image_size, image_size) if isinstance(image_size, int) else image_size
-        choices = [(0,), (0,), *(gate.choices for gate in spec.gates)]
         segments = []
-        for number, (before, after) in enumerate(itertools.pairwise(choices)):
+        for number, (before, after) in enumerate(segment_choices(spec)):
             costs = [[segment_cost(spec, number, a, b, size) for b in after] for a in before]
             segments.append(
                 tuple(

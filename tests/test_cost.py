@@ -5,13 +5,15 @@ import random
 
 import pytest
 import torch
-from helpers import SHARED, ZOO_NAMES, micro_spec, needs_shared
+from helpers import SHARED, ZOO_NAMES, lively_net, micro_spec, needs_shared
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynaslim.cost import CostTable, madds, params
+from dynaslim.cost import CostTable, madds, params, program_params
 from dynaslim.cost_file import read_cost_table, write_cost_table
 from dynaslim.errors import UsageError
 from dynaslim.nn import SlimNet
+from dynaslim.runtime.extract import extract_segment
+from dynaslim.runtime.variants import segment_variants
 from dynaslim.spec import NetSpec
 from dynaslim.zoo import ZOO, get_spec
 
@@ -91,6 +93,14 @@ def test_params_of_a_route_are_those_its_forward_reads():
         net(torch.rand(8, 3, 16, 16), route).square().sum().backward()
         touched = sum(int((p.grad != 0).sum()) for p in net.parameters() if p.grad is not None)
         assert touched == params(spec, route)
+
+
+def test_params_of_all_programs_are_those_of_the_modules():
+    """But for the scales of normalisation, which are folded into the weights before them."""
+    net = lively_net("ds_mbnet_tiny")
+    programs = [extract_segment(net, *variant) for variant in segment_variants(net.spec)]
+    held = sum(p.numel() for module in programs for p in module.state_dict().values())
+    assert 0.95 * program_params(net.spec) < held < program_params(net.spec)
 
 
 @pytest.mark.parametrize("spec", [micro_spec(), get_spec("ds_mobilenet_v2")], ids=lambda s: s.name)

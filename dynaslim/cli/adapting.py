@@ -71,12 +71,15 @@ def _plain(mode: Any) -> dict[str, Any]:
         "interval": mode.interval,
         "madds": mode.madds,
         "ms": mode.ms,
+        "weights": mode.weights,
     }
 
 
 def _table(data: ReportData) -> Any:
     """Every way to run the network, the original first."""
-    table = new_table("", "MAdds", "top-1", "95% interval", "ms per image", "speed")
+    from dynaslim.report.text import megabytes
+
+    table = new_table("", "MAdds", "top-1", "95% interval", "ms per image", "speed", "weights")
     baselines = [mode for mode in data.modes if mode.kind == "baseline"]
     reference = baselines[0].ms
     for mode in (*baselines, *(mode for mode in data.modes if mode.kind != "baseline")):
@@ -88,6 +91,7 @@ def _table(data: ReportData) -> Any:
             "" if ends is None else f"{ends.low:.1%} to {ends.high:.1%}",
             "" if mode.ms is None else f"{mode.ms:.3g}",
             "" if mode.ms is None or reference is None else f"{reference / mode.ms:.2f}x",
+            megabytes(mode.weights),
             end_section=mode.kind == "baseline",
         )
     return table

@@ -16,7 +16,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from dynaslim.cost import madds
+from dynaslim.cost import madds, params, program_params
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError
@@ -164,6 +164,8 @@ class Mode:
     """Of `ms`, where it was measured here."""
     speed: float | None = None
     """How many times as fast as the widest route."""
+    weights: int | None = None
+    """Numbers that its programs keep in memory: those of all variants where routes are mixed."""
 
     @property
     def interval(self) -> Interval | None:
@@ -239,11 +241,13 @@ class ReportData:
     @cached_property
     def modes(self) -> tuple[Mode, ...]:
         """All modes: the uniform routes by cost, the gates by target, budgets, baselines."""
-        modes = []
+        modes, routed = [], program_params(self.spec)
         for route in sorted(self.metrics.routes if self.metrics else (), key=lambda r: r.madds):
             assert self.metrics is not None
             name, label = text.widths_of(route.widths), f"{100 * route.top1:.2f}"
-            mode = Mode("uniform", name, route.top1, route.madds, self.metrics.images, label)
+            weights = params(self.spec, Route(tuple(route.widths)))
+            images = self.metrics.images
+            mode = Mode("uniform", name, route.top1, route.madds, images, label, weights=weights)
             modes.append(self._timed(mode, route_mode(route.widths)))
         for gate in self.gates:
             if gate.metrics is not None and gate.metrics.dynamic is not None:
@@ -251,15 +255,18 @@ class ReportData:
                 target = f"{gate.model.target:g}: " if gate.model.target else ""
                 label = f"{target if len(self.gates) > 1 else ''}{100 * dynamic.top1:.2f}"
                 name = gate.model.label
-                mode = Mode("dynamic", name, dynamic.top1, dynamic.mean_madds, images, label)
+                top1, cost = dynamic.top1, dynamic.mean_madds
+                mode = Mode("dynamic", name, top1, cost, images, label, weights=routed)
                 modes.append(self._timed(mode, gate.timed_as))
         for number, budget in enumerate(self.budgets):
-            mode = Mode("budget", budget.name, budget.top1, budget.madds, budget.images)
+            name, top1, cost = budget.name, budget.top1, budget.madds
+            mode = Mode("budget", name, top1, cost, budget.images, weights=routed)
             modes.append(self._timed(mode, budget_mode(number)))
         for one in self.baselines:
             name = text.name_of(one.name, 0)
             label = text.shorten(name, 14)
-            modes.append(Mode("baseline", name, one.top1, one.madds, one.images, label, one.ms))
+            mode = Mode("baseline", name, one.top1, one.madds, one.images, label, one.ms)
+            modes.append(replace(mode, weights=one.params))
         return tuple(modes)
 
     @cached_property

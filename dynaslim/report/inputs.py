@@ -365,6 +365,8 @@ class Baseline:
     ms: Annotated[float, msgspec.Meta(ge=0)] | None = None
     images: Annotated[int, msgspec.Meta(gt=0)] | None = None
     """Number of images of the accuracy, for its interval."""
+    params: Annotated[int, msgspec.Meta(gt=0)] | None = None
+    """Its parameters, for the memory of its weights."""
 
     def __post_init__(self) -> None:
         check(self.madds is not None or self.ms is not None, "give madds or ms, or both")

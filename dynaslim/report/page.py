@@ -27,7 +27,7 @@ from dynaslim.version import __version__
 _MAX_RECIPE: Final = 20_000
 """Characters of a recipe on the page."""
 _FILTERS: Final = (
-    *("count", "interval", "millions", "milliseconds", "percent", "plural", "points"),
+    *("count", "interval", "megabytes", "millions", "milliseconds", "percent", "plural", "points"),
     *("three_digits", "times", "widths_of"),
 )
 """Functions of `dynaslim.report.text` that templates use."""

@@ -53,6 +53,11 @@ def millions(madds: float | None) -> str:
     return NONE if madds is None else f"{madds / 1e6:.2f} M"
 
 
+def megabytes(weights: int | None) -> str:
+    """What so many weights of four bytes take, as 12.9 MB."""
+    return NONE if weights is None else f"{three_digits(4e-6 * weights)} MB"
+
+
 def milliseconds(ms: float | None) -> str:
     """A time in ms with three digits."""
     return NONE if ms is None else f"{three_digits(ms)} ms"

@@ -6,13 +6,12 @@ exported package (`package`).
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
 
-from dynaslim.cost import madds, route_costs, segment_cost
+from dynaslim.cost import madds, route_costs, segment_choices, segment_cost
 from dynaslim.errors import check
 from dynaslim.graph import AnySpec
 from dynaslim.spec import Route
@@ -108,21 +107,16 @@ def variant_table(spec: AnySpec) -> VariantTable:
     """
     return tuple(
         tuple(tuple(SegmentVariant(number, a, b) for b in behind) for a in before)
-        for number, (before, behind) in enumerate(_choices(spec))
+        for number, (before, behind) in enumerate(segment_choices(spec))
     )
 
 
 def segment_variants(spec: AnySpec) -> Iterator[SegmentVariant]:
     """Every variant of every segment, one by one."""
-    for number, (before, behind) in enumerate(_choices(spec)):
+    for number, (before, behind) in enumerate(segment_choices(spec)):
         for a in before:
             for b in behind:
                 yield SegmentVariant(number, a, b)
-
-
-def _choices(spec: AnySpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The width indices before and behind every segment."""
-    return itertools.pairwise([(0,), (0,), *(gate.choices for gate in spec.gates)])
 
 
 class VariantSource(Protocol):

@@ -9,6 +9,7 @@ import torch
 from report_runs import HOSTILE, PRE, TARGETS, Page, held_images, make_net
 
 from dynaslim.checkpoint import read
+from dynaslim.cost import params
 from dynaslim.evaluation import evaluate
 from dynaslim.report import ReportOptions, build_report, make_report, text
 from dynaslim.report.data import at_cost, measure_details, paired_difference
@@ -143,7 +144,9 @@ def test_times_are_told_as_measured(page, gate_page):
     assert summary["backend"] == "eager"
     for route in summary["routes"]:
         assert route["ms"] > 0
-        assert rows[text.widths_of(route["widths"])][5] == text.milliseconds(route["ms"])
+        row = rows[text.widths_of(route["widths"])]
+        assert row[5] == text.milliseconds(route["ms"])
+        assert row[-1] == text.megabytes(params(make_net(0).spec, route["widths"]))
     assert rows["dynamic, target 0.6"][5] == text.milliseconds(summary["dynamic"]["ms"])
     assert rows[text.widths_of(summary["routes"][-1]["widths"])][7] == f"1.00{text.TIMES}"
     assert "Medians of 2 interleaved rounds of" in page.text
