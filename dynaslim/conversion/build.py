@@ -46,7 +46,7 @@ from dynaslim.nn.sorting import Importance, sort_channels
 from dynaslim.spec import GateSpec
 
 TRUNK: Final = 1 / 3
-"""Part of the multiply-adds that lies before the gate, unless told otherwise."""
+"""Part of the multiply-adds that lies before the gate, by default."""
 MULTIPLE: Final = 8
 """Channels that widths are rounded to."""
 

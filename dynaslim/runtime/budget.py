@@ -58,7 +58,7 @@ _PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
 SHOWN: Final = 2.0
 """Standard errors by which a cheaper point has to be more accurate than the widest route."""
 NEAR: Final = 0.9
-"""Part of a budget that a point may leave unused before that is worth a word."""
+"""A message is due where a point uses less than this part of a budget."""
 ROUNDING: Final = 1e-9
 """Relative: a budget that is written as a point's own cost affords that point."""
 
@@ -307,8 +307,8 @@ class BudgetCurve:
     """What a gate gives over a range of costs, measured on held-out images.
 
     Points stand in the order of their cost, and every one is more accurate than the one before on
-    the selecting images, save that the widest route is always there. Only points with a second look
-    cost more than that. `gate_points` are without escalation. With a latency table `ms_points` and
+    the selecting images, except that the widest route is always there. Only points with a second
+    look cost more. `gate_points` are without escalation. With a latency table `ms_points` and
     `ms_gate_points` are the same by milliseconds; where they are empty the others stand in.
     """
 

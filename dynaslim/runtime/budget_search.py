@@ -37,17 +37,16 @@ TAUS_OF_LOOKS: Final = 8
 MOST_ESCALATED: Final = 0.6
 """Share of the images beyond which a wider first route is the better idea."""
 LEAST_IMAGES: Final = 100
-"""Of fewer a curve would be chance."""
+"""Fewer give a curve of chance."""
 FEW_IMAGES: Final = 1000
 """Of fewer its points are hard to tell apart."""
 Z: Final = NormalDist().inv_cdf(0.975)
 KEPT: Final = 20
 """Points that are kept of each front, about evenly spaced by cost."""
 NOISE: Final = 1.0
-"""Standard errors by which gates have to beat sending all images one way, and a second look doing
-without."""
+"""Standard errors by which gates must beat one route for all, and a second look no second look."""
 SMALLEST_GROUP: Final = 0.01
-"""Share of the images; what fewer of them cost is left to chance."""
+"""Share of the images; the mean cost of fewer is too noisy to judge by."""
 _ROUNDING: Final = 1e-12
 """Relative, of sums of costs."""
 
@@ -272,7 +271,7 @@ class _Tried:
         targets = answers.targets[first], answers.targets[then]
         middle, last = map(answers.paths.index, targets)
         able_N = answers.may_escalate(targets[0])[own_N] & (first >= 0)
-        # where a row stands when the second step asks it, if the first let it go on
+        # the path of a row's answer before the second step, if the first escalated it
         stands_N = np.where(able_N, middle, own_N)
         able_then_N = answers.may_escalate(targets[1])[stands_N]
         margin_N = answers.margins_NP[everyone, own_N]
@@ -281,21 +280,21 @@ class _Tried:
             return
         none, never = np.array([np.nan], np.float32), np.zeros(1, np.float32)
         tau_T = none if first < 0 else _thresholds(np.sort(margin_N[able_N]), len(answers), count)
-        # of those that the second step may ever ask
-        asked_N = able_then_N & (~able_N | (margin_N < tau_T[-1]))
-        if first >= 0 and not asked_N.any():
+        # rows that some threshold of the first step leaves for the second
+        reached_N = able_then_N & (~able_N | (margin_N < tau_T[-1]))
+        if first >= 0 and not reached_N.any():
             return
         tau_V = never[: first < 0]
-        if asked_N.any():
-            tau_V = np.append(tau_V, _thresholds(np.sort(then_N[asked_N]), len(answers), count))
+        if reached_N.any():
+            tau_V = np.append(tau_V, _thresholds(np.sort(then_N[reached_N]), len(answers), count))
         end_N, tau_M, there_N = answers.margins_NP[:, last], none, stands_N == last
         if looked_N is not None:
-            asked_N = there_N | (asked_N & (then_N < tau_V[-1]))
-            if not asked_N.any():
+            reached_N = there_N | (reached_N & (then_N < tau_V[-1]))
+            if not reached_N.any():
                 return
-            tau_M = _thresholds(np.sort(end_N[asked_N]), len(answers), count)
-        # the first threshold of every step under which a row is; whom a step cannot send on, the
-        # next asks whatever its threshold
+            tau_M = _thresholds(np.sort(end_N[reached_N]), len(answers), count)
+        # the first threshold of every step under which a row is; a row that a step cannot escalate
+        # goes to the next step at every threshold
         from_T_N = np.where(able_N, np.searchsorted(tau_T, margin_N, side="right"), 0)
         from_V_N = np.where(able_then_N, np.searchsorted(tau_V, then_N, side="right"), len(tau_V))
         from_V_N[there_N] = 0
@@ -359,11 +358,11 @@ class _Tried:
     def fronts(self, unit: int) -> tuple[tuple[BudgetPoint, ...], tuple[BudgetPoint, ...]]:
         """Points of all settings and of the gate alone by one unit's cost.
 
-        The widest route ends the gate's, and is among both. Only where a second look is worth it
-        are there points beyond.
+        The widest route is the last of the gate's points and among both. Dearer points are those
+        with a second look alone.
         """
         cost_S, looks_S = self.all.cost_US[unit], ~np.isnan(self.all.tau_mirror_S)
-        # what is dearer than the widest route, no budget asks for without a second look
+        # without a second look no budget leads to more than the widest route's cost
         most_S = cost_S[self.widest] * np.where(looks_S, MOST_SHARE, 1) * (1 + _ROUNDING)
         within = np.flatnonzero(cost_S <= most_S)
         while True:
@@ -374,11 +373,11 @@ class _Tried:
             within = np.setdiff1d(within, detours)
 
     def _is_detour(self, number: int) -> bool:
-        """Whether the widest route first would have been cheaper, for rows that are known by then.
+        """Whether some group of rows would cost less on the widest route from the start.
 
-        These are those that the gates send along one route, and those that run one step: on
-        average they must cost no more, with all steps that follow, than if they took the widest
-        route at once. What a second look costs, it costs behind that route too.
+        Groups are the rows that the gates send along one route, and the rows that run one step of
+        escalation. On average, with all later steps, they must cost no more than the widest route
+        at once. A second look is not counted: it costs the same behind that route.
         """
         if number not in self._detours:
             point, answers = self.point(number), self.answers
@@ -406,7 +405,7 @@ class _Tried:
         once, twice = within[~looks_S[within]], within[looks_S[within]]
         alone = self._thinned(within[self._is_alone[within]], cost_S)
         worth = self._worth_a_gate(once, cost_S)
-        # the gate's points are among them: at no cost is escalation the worse of the two
+        # the gate's points are candidates too, so that escalation never makes a budget worse
         kept = [self._thinned(worth, cost_S), alone[np.isin(alone, worth)]]
         if len(twice):
             worth_twice = self._worth_a_gate(within, cost_S)
@@ -414,9 +413,9 @@ class _Tried:
         return self._front(np.concatenate(kept), cost_S), alone
 
     def _worth_a_look(self, settings: Ints, without: Ints, cost_S: Floats) -> Ints:
-        """The best with a second look that gain more than chance over the best without, as cheap.
+        """The best with a second look that beat the best without at the same cost.
 
-        By a standard error of the difference, which is counted: images that one of the two alone
+        By a standard error of the difference, counted over the images that one of the two alone
         gets right.
         """
         if not len(settings):
@@ -436,10 +435,10 @@ class _Tried:
         return walk(self.answers, point.shift, point.escalations).right_N
 
     def _worth_a_gate(self, settings: Ints, cost_S: Floats) -> Ints:
-        """Without those whose gates gain no more than chance over sending all images one way.
+        """Without those whose gates gain no more than chance over one first route for all images.
 
-        Of the many shifts one always seems to suit these images. A setting in which gates divide
-        them must beat those in which all begin alike, at its cost, by a standard error.
+        Of many shifts the best looks good by chance. A setting whose gates divide the images must
+        beat those of one first route at its cost, by a standard error.
         """
         if isinstance(self.answers.spec, CascadeSpec):  # whose gate sends all images the same way
             return settings
@@ -451,7 +450,7 @@ class _Tried:
         return np.asarray(settings[alike | (right_S[settings] > beaten + NOISE * self.noise)])
 
     def _front(self, settings: Ints, cost_S: Floats) -> Ints:
-        """Those that no other as cheap is as good as on the selecting half: rising in both."""
+        """The Pareto front by cost and right answers on the selecting half, rising in both."""
         right_S = self.all.right_HS[0]
         order = settings[np.lexsort((-right_S[settings], cost_S[settings]))]
         best = np.maximum.accumulate(right_S[order])

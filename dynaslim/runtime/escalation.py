@@ -79,16 +79,16 @@ def _log_softmax(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
 
 
 class EscalationState:
-    """Which rows are still open while step after step asks them."""
+    """Which rows may still escalate, step after step."""
 
     def __init__(self, rows: int) -> None:
         self._open_B: Bools = np.ones(rows, bool)
 
     def next(self, able_B: Bools, margin_B: npt.NDArray[Any], tau: float) -> Bools:
-        """Who goes on (B,): of those that are open and able, the unsure; the sure are done."""
-        asked_B = self._open_B & able_B
-        escalated_B: Bools = asked_B & (margin_B < tau)
-        self._open_B &= escalated_B | ~asked_B
+        """Which rows escalate (B,): of those open and able, the unsure. The sure are closed."""
+        candidates_B = self._open_B & able_B
+        escalated_B: Bools = candidates_B & (margin_B < tau)
+        self._open_B &= escalated_B | ~candidates_B
         return escalated_B
 
     def close(self, members: Ints) -> None:

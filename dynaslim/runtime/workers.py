@@ -40,7 +40,7 @@ class Workers:
         """Run all tasks; raises what the first of them to fail raised, the caller's own first."""
         waiting = deque(tasks)
         total = left = len(waiting)
-        # one for each task that a helper took: who wakes too late for any is not waited for
+        # one for each task that a helper took; nothing waits for a helper that wakes too late
         outcomes: _Outcomes = SimpleQueue()
 
         def help_out() -> None:

@@ -75,7 +75,7 @@ def supernet_step(
     run_segment: RunSegment | None = None,
     after_trunk: bool = False,
 ) -> SupernetLosses:
-    """One step by the sandwich rule, with in-place ensemble bootstrapping unless told otherwise.
+    """One step by the sandwich rule, with in-place ensemble bootstrapping by default.
 
     The largest learns the labels: classes (B,) or, of mixed images, probabilities (B, N). The
     others learn the probabilities that `target` names (see `SupernetRecipe`); with "ensemble"
