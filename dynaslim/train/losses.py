@@ -54,10 +54,10 @@ def sgs_target(easy_B: Tensor, choices: int, hopeless_B: Tensor | None = None) -
     Hopeless ones, which even the widest route gets wrong, take the first choice too where they are
     given ("give up").
     """
-    return torch.where(asked_first(easy_B, hopeless_B), 0, choices - 1)
+    return torch.where(labelled_first(easy_B, hopeless_B), 0, choices - 1)
 
 
-def asked_first(easy_B: Tensor, hopeless_B: Tensor | None) -> Tensor:
+def labelled_first(easy_B: Tensor, hopeless_B: Tensor | None) -> Tensor:
     """Which images (B,) are labelled with the first choice: see `sgs_target`."""
     return easy_B if hopeless_B is None else easy_B | hopeless_B
 
@@ -70,12 +70,12 @@ def sgs_weights(
 ) -> Tensor:
     """Weight of every image (B,) in the SGS loss, together 1.
 
-    `easy_share` is the weight that the images asked to take the first choice have together,
+    `easy_share` is the weight that the images with the first choice as label have together,
     whatever their number; None weighs every image the same, as in the paper. `counts` (2,) are
-    the images asked first and the others, where they are not those of these rows alone: means
-    over the parts of a batch.
+    the numbers of images so labelled and of the others where they are not those of these rows
+    alone: means over the parts of a batch.
     """
-    first_B = asked_first(easy_B, hopeless_B)
+    first_B = labelled_first(easy_B, hopeless_B)
     first, others = (first_B.sum(), (~first_B).sum()) if counts is None else counts
     if easy_share is None or not bool(first) or not bool(others):
         return torch.full_like(easy_B, 1 / len(easy_B), dtype=torch.float32)

@@ -23,7 +23,7 @@ from dynaslim.nn.net import ElasticNet, RunSegment, SlimNet
 from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.spec import Route
 from dynaslim.train.losses import (
-    asked_first,
+    labelled_first,
     cost_loss,
     ensemble_target,
     sgs_loss,
@@ -262,7 +262,7 @@ def gate_step(
         out.logits.float(), labels_B, label_smoothing=recipe.label_smoothing
     )
     # what is not a mean over images needs its numbers from all processes before the gradient
-    first_B = asked_first(easy_B, hopeless_B)
+    first_B = labelled_first(easy_B, hopeless_B)
     counts = torch.stack([first_B.sum(), (~first_B).sum()]).to(classification.dtype)
     mean_cost = table.expected(out.gates).mean()
     everywhere = mean_cost.detach().clone()

@@ -324,8 +324,8 @@ def test_sparsification_term_by_brute_force(hard, easy_share, monkeypatch):
     second = cache.features[1] @ heads[1].T
     for n in range(9):
         target = 0 if easy[n] or (hard == "give_up" and hopeless[n]) else 2
-        asked_first = easy | hopeless if hard == "give_up" else easy
-        alike = (asked_first == asked_first[n]).sum()
+        labelled_first = easy | hopeless if hard == "give_up" else easy
+        alike = (labelled_first == labelled_first[n]).sum()
         weight = 1 / 9 if easy_share is None else 0.5 / alike
         for option in (0, 1):
             wrong = -second[option, n].log_softmax(0)[target]

@@ -90,6 +90,6 @@ def test_weights_of_the_images():
     assert sgs_weights(easy, None).tolist() == [0.25] * 4
     assert sgs_weights(easy, None, hopeless).tolist() == [0.25] * 4
     assert sgs_weights(easy, 0.4).tolist() == pytest.approx([0.4, 0.2, 0.2, 0.2])
-    # the share is that of all who are asked to take the first choice
+    # the share is that of all images labelled with the first choice
     assert sgs_weights(easy, 0.4, hopeless).tolist() == pytest.approx([0.2, 0.2, 0.3, 0.3])
     assert sgs_weights(easy, 0.4, ~easy).tolist() == [0.25] * 4
