@@ -23,9 +23,9 @@ from dynaslim.nn.net import ElasticNet, RunSegment, SlimNet
 from dynaslim.recipes import SgsRecipe, Target
 from dynaslim.spec import Route
 from dynaslim.train.losses import (
-    labelled_first,
     cost_loss,
     ensemble_target,
+    labelled_first,
     sgs_loss,
     supernet_loss,
 )
