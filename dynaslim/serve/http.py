@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import io
 import json
 import math
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -17,8 +18,6 @@ from dynaslim.errors import DynaslimError
 from dynaslim.serve.schemas import FIELD, ErrorBody, JSONBody, ProtocolError, Upload
 
 if TYPE_CHECKING:
-    from python_multipart.multipart import MultipartCallbacks
-
     from dynaslim.serve.service import Buffers
 
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -274,74 +273,42 @@ def _too_many_images(max_images: int) -> HTTPError:
     return HTTPError(413, "too_many_images", f"a request may have at most {max_images} images")
 
 
-class _Form:
-    """Collects the parts of a form, in callbacks of python-multipart."""
-
-    def __init__(self, max_images: int) -> None:
-        self.uploads: list[Upload] = []
-        self.ended = False
-        self._max_images = max_images
-        self._data: list[bytes] = []
-        self._header = self._value = self._disposition = b""
-
-    def callbacks(self) -> MultipartCallbacks:
-        return {
-            "on_part_begin": self._begin_part,
-            "on_header_field": self._add_header,
-            "on_header_value": self._add_value,
-            "on_header_end": self._end_header,
-            "on_part_data": lambda data, start, end: self._data.append(data[start:end]),
-            "on_part_end": self._end_part,
-            "on_end": self._end,
-        }
-
-    def _begin_part(self) -> None:
-        if len(self.uploads) == self._max_images:
-            raise _too_many_images(self._max_images)
-        self._data, self._disposition = [], b""
-
-    def _add_header(self, data: bytes, start: int, end: int) -> None:
-        self._header += data[start:end]
-
-    def _add_value(self, data: bytes, start: int, end: int) -> None:
-        self._value += data[start:end]
-
-    def _end_header(self) -> None:
-        if self._header.lower() == b"content-disposition":
-            self._disposition = self._value
-        self._header = self._value = b""
-
-    def _end_part(self) -> None:
-        from python_multipart.multipart import parse_options_header
-
-        _, options = parse_options_header(self._disposition)
-        if b"name" not in options:
-            raise HTTPError(400, "body_unreadable", "a part of the form has no name")
-        name = options[b"name"].decode("utf-8", "replace")
-        if name != FIELD:
-            raise HTTPError(422, "unknown_field", f"field {name!r:.60}: files go into {FIELD}")
-        file = options.get(b"filename")
-        shown = None if file is None else file.decode("utf-8", "replace")
-        self.uploads.append(Upload(name=shown, data=b"".join(self._data)))
-
-    def _end(self) -> None:
-        self.ended = True
-
-
 def _parse_form(body: bytes, boundary: bytes, max_images: int) -> list[Upload]:
     from python_multipart.exceptions import FormParserError
-    from python_multipart.multipart import MultipartParser
+    from python_multipart.multipart import Field, File, FormParser
 
-    form = _Form(max_images)
+    uploads: list[Upload] = []
+    ended = False
+
+    def add(part: Field | File) -> None:
+        name = (part.field_name or b"").decode("utf-8", "replace")
+        if name != FIELD:
+            raise HTTPError(422, "unknown_field", f"field {name!r:.60}: files go into {FIELD}")
+        if len(uploads) == max_images:
+            raise _too_many_images(max_images)
+        shown, content = None, b""
+        if isinstance(part, File):
+            assert isinstance(part.file_object, io.BytesIO), "files are kept in memory"
+            content = part.file_object.getvalue()
+            shown = (part.file_name or b"").decode("utf-8", "replace")
+        elif part.value is not None:
+            content = part.value
+        uploads.append(Upload(name=shown, data=content))
+
+    def end() -> None:
+        nonlocal ended
+        ended = True
+
     try:
-        parser = MultipartParser(boundary, form.callbacks())
+        in_memory = {"MAX_MEMORY_FILE_SIZE": math.inf}
+        parser = FormParser(MULTIPART.decode(), add, add, end, boundary, config=in_memory)
         parser.write(body)
         parser.finalize()
     except FormParserError as error:
         raise HTTPError(400, "body_unreadable", f"not multipart/form-data: {error}") from None
-    if not form.ended:
+    if not ended:
         raise HTTPError(400, "body_unreadable", "the form ends before its last boundary")
-    return form.uploads
+    return uploads
 
 
 def _parse_json(body: bytes, max_images: int) -> list[Upload]:
