@@ -52,6 +52,11 @@ class DynaslimWarning(UserWarning):
     """Something is wrong that costs no answer; the message says what and what would be right."""
 
 
+def first_line(error: BaseException) -> str:
+    """The message of another library's error in one line; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check(fine: bool, message: str) -> None:
     """Raise `UsageError` with the message unless `fine`."""
     if not fine:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
 from dynaslim import shipped
-from dynaslim.errors import CheckpointError, DynaslimError, HubError
+from dynaslim.errors import CheckpointError, DynaslimError, HubError, first_line
 from dynaslim.zoo import ZOO, get_spec, is_spec_file
 
 Kind = Literal["checkpoint", "package", "architecture"]
@@ -177,7 +177,7 @@ def plain_hub_errors(name: str) -> Iterator[None]:
             (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled): "the hub is not reached "
             "(offline?), and no folder or cache has it",
             errors.EntryNotFoundError: f"has no {WEIGHTS}: no network of dynaslim",
-            errors.HfHubHTTPError: f"the hub says: {_first_line(error)}",
+            errors.HfHubHTTPError: f"the hub says: {first_line(error)}",
             errors.LocalTokenNotFoundError: "log in first (hf auth login) or give a token",
         }
         for kinds, reason in reasons.items():
@@ -186,8 +186,4 @@ def plain_hub_errors(name: str) -> Iterator[None]:
         # the library under the hub's differs by its version, and so do its errors
         if type(error).__module__.partition(".")[0] not in ("httpx", "requests"):
             raise
-        raise HubError(f"{name}: the hub is not reached: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubError(f"{name}: the hub is not reached: {first_line(error)}") from None

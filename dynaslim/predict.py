@@ -17,7 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
@@ -95,24 +95,6 @@ class Unreadable:
 
 Row = Prediction | Unreadable
 Rows = Generator[Row, None, None]
-
-
-class RoutedEngine(Protocol):
-    """What `predict` runs: `Engine`, or anything else with these."""
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        """By number."""
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How pictures are prepared."""
-
-    def __call__(self, x: Any, *, budget: Any = None, hold: Any = False) -> Any:
-        """Normalised images (B, C, S, S) -> `RoutedOutput`."""
-
-    def route_of(self, indices: Any) -> Any:
-        """The route of a row of `RoutedOutput.routes`."""
 
 
 # -- which files ----------------------------------------------------------------------------------
@@ -202,7 +184,7 @@ def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Eng
 
 
 def predict(
-    engine: RoutedEngine,
+    engine: Engine,
     files: Sequence[str | Path],
     *,
     batch_size: int = BATCH_SIZE,
@@ -242,7 +224,7 @@ def check_numbers(batch_size: int, workers: int | None) -> None:
 
 
 def _predict(
-    engine: RoutedEngine,
+    engine: Engine,
     files: Sequence[str | Path],
     preprocessing: Preprocessing,
     batch_size: int,
@@ -260,7 +242,7 @@ def _predict(
             yield from rows
 
 
-def route_names(engine: RoutedEngine) -> Callable[[Any], str]:
+def route_names(engine: Engine) -> Callable[[Any], str]:
     """From a row of `RoutedOutput.routes` to the name of its route, each made once."""
     names: dict[tuple[int, ...], str] = {}
 
@@ -325,7 +307,7 @@ def picture_of(content: bytes, preprocessing: Preprocessing, name: str) -> Pictu
 
 
 def answers_for(
-    engine: RoutedEngine,
+    engine: Engine,
     batch: Sequence[Picture | Unreadable],
     preprocessing: Preprocessing,
     options: Mapping[str, Any],
@@ -343,40 +325,43 @@ def answers_for(
     if broken_B.any():
         where = pictures[int(broken_B.argmax())].file
         raise DataError(f"{where}: the network's output for it is not finite")
-    labels_B = logits_BN.argmax(1)
+    names, answers = engine.class_names, []
+    for picture, best, row_G, madds, escalated, mirrored in zip(
+        pictures,
+        likeliest(logits_BN, top_k),
+        output.routes,
+        output.madds,
+        output.escalated,
+        output.mirrored,
+        strict=True,
+    ):
+        top = tuple((n, None if names is None else names[n], p) for n, p in best)
+        answers.append(
+            Prediction(
+                picture.file,
+                *top[0],
+                route_name(row_G),
+                float(madds),
+                bool(escalated),
+                bool(mirrored),
+                top if top_k > 1 else (),
+            )
+        )
+    return answers
+
+
+def likeliest(logits_BN: np.ndarray, top_k: int) -> list[list[tuple[int, float]]]:
+    """The likeliest classes of each row with their softmax, in order; equal ones by number."""
+    # one more than top_k: argpartition picks arbitrarily among equal values at its boundary
+    count = min(top_k + 1, logits_BN.shape[1])
+    some_BK = np.sort(np.argpartition(-logits_BN, count - 1, axis=1)[:, :count], axis=1)
+    by_logit_BK = np.argsort(-np.take_along_axis(logits_BN, some_BK, 1), axis=1, kind="stable")
+    order_BK = np.take_along_axis(some_BK, by_logit_BK, 1)[:, :top_k]
     odds_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
-    confidence_B = 1 / odds_BN.sum(1)
-    names = engine.class_names
-    # in the order of the server's, equals by number
-    best_BK = np.argsort(-logits_BN, axis=1, kind="stable")[:, : top_k if top_k > 1 else 0]
-    odds_BK = np.take_along_axis(odds_BN, best_BK, 1) * confidence_B[:, None]
-    tops = [
-        tuple((n, None if names is None else names[n], p) for n, p in zip(best, odds, strict=True))
-        for best, odds in zip(best_BK.tolist(), odds_BK.tolist(), strict=True)
-    ]
+    best_BK = np.take_along_axis(odds_BN, order_BK, 1) / odds_BN.sum(1, keepdims=True)
     return [
-        Prediction(
-            picture.file,
-            int(label),
-            None if names is None else names[label],
-            float(confidence),
-            route_name(row_G),
-            float(madds),
-            bool(escalated),
-            bool(mirrored),
-            top,
-        )
-        for picture, label, confidence, row_G, madds, escalated, mirrored, top in zip(
-            pictures,
-            labels_B,
-            confidence_B,
-            output.routes,
-            output.madds,
-            output.escalated,
-            output.mirrored,
-            tops,
-            strict=True,
-        )
+        list(zip(order, best, strict=True))
+        for order, best in zip(order_BK.tolist(), best_BK.tolist(), strict=True)
     ]
 
 
@@ -419,18 +404,16 @@ class Summary:
             }
             for route, (images, madds) in self._routes.items()
         ]
+        beside_the_curve = {}
+        if self.expected_madds is not None:
+            beside_the_curve = {
+                "expected_madds": self.expected_madds,
+                "cost_ratio": self.spending.ratio if self.predicted else None,
+                "unlike_curve": self.spending.differs,
+            }
         return {
             "predicted": self.predicted,
             "mean_madds": total / self.predicted if self.predicted else None,
-            **self._beside_the_curve(),
+            **beside_the_curve,
             "routes": sorted(routes, key=lambda entry: (entry["mean_madds"], entry["route"])),
-        }
-
-    def _beside_the_curve(self) -> dict[str, Any]:
-        if self.expected_madds is None:
-            return {}
-        return {
-            "expected_madds": self.expected_madds,
-            "cost_ratio": self.spending.ratio if self.predicted else None,
-            "unlike_curve": self.spending.differs,
         }

@@ -19,14 +19,13 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim.errors import DataError, DynaslimError, check
+from dynaslim.errors import DataError, DynaslimError, check, first_line
 from dynaslim.model_names import find_model
 from dynaslim.predict import (
     BATCH_SIZE,
     Budget,
-    RoutedEngine,
     Rows,
     check_numbers,
     name_of,
@@ -34,6 +33,9 @@ from dynaslim.predict import (
     predict,
 )
 from dynaslim.runtime.libraries import require
+
+if TYPE_CHECKING:
+    from dynaslim.runtime.engine import Engine
 
 PIECE_BATCHES: Final = 4
 """Batches of a piece: enough for pictures to be decoded while the engine runs."""
@@ -56,7 +58,7 @@ def predict_ray(
     batch_size: int = BATCH_SIZE,
     workers: int | None = None,
     cache_dir: str | Path | None = "auto",
-    make_engine: Callable[[], RoutedEngine] | None = None,
+    make_engine: Callable[[], Engine] | None = None,
 ) -> Rows:
     """As `dynaslim.predict.predict`, by `workers` actors with one core and one engine each.
 
@@ -90,7 +92,7 @@ def _predict(
     ray: Any,
     data: Any,
     files: Sequence[str | Path],
-    make_engine: Callable[[], RoutedEngine],
+    make_engine: Callable[[], Engine],
     batch_size: int,
     budget: Budget,
     hold: bool,
@@ -120,7 +122,7 @@ def _predict(
             except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
                 raise DataError(
                     f"a worker of the cluster died, and at {RETRIES} retries again: "
-                    f"{str(error).splitlines()[0]}"
+                    f"{first_line(error)}"
                 ) from None
 
 
@@ -179,7 +181,7 @@ class _Worker:
 
     def __init__(
         self,
-        make_engine: Callable[[], RoutedEngine],
+        make_engine: Callable[[], Engine],
         batch_size: int,
         budget: Budget,
         hold: bool,
@@ -187,7 +189,7 @@ class _Worker:
         self._make_engine = make_engine
         # `hold` is of every piece: the mean of all is then under the budget too
         self._options: dict[str, Any] = {"batch_size": batch_size, "budget": budget, "hold": hold}
-        self._engine: RoutedEngine | None = None
+        self._engine: Engine | None = None
 
     def __call__(self, piece: Any) -> Any:
         """A table of one piece -> a table of its first number and pickled rows, or an error."""
@@ -224,7 +226,7 @@ def _cluster(ray: Any, workers: int | None) -> Generator[None, None, None]:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except (OSError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise DataError(f"RAY_ADDRESS {address}: Ray does not start: {reason}") from None
     try:
         yield

@@ -19,7 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -29,7 +29,6 @@ from dynaslim.errors import check
 from dynaslim.predict import (
     Picture,
     Prediction,
-    RoutedEngine,
     Unreadable,
     answers_for,
     picture_of,
@@ -37,7 +36,10 @@ from dynaslim.predict import (
     route_names,
 )
 from dynaslim.runtime.adaptive import BudgetControl, Throughput, levels
-from dynaslim.runtime.budget import BudgetCurve, parse_budget
+from dynaslim.runtime.budget import parse_budget
+
+if TYPE_CHECKING:
+    from dynaslim.runtime.engine import Engine
 
 MOST_WAITING: Final = 256
 """Frames in the queue."""
@@ -53,14 +55,6 @@ _RECENT_NS: Final = 1_000_000_000
 """A folder that was changed so lately may have changed again without a new time stamp."""
 _BIN: Final = math.log(1.01)
 """Width of a bin of latencies, in logarithms."""
-
-
-class StreamEngine(RoutedEngine, Protocol):
-    """What `Stream` runs: `Engine`, or anything else with these."""
-
-    @property
-    def curve(self) -> BudgetCurve | None:
-        """The curve that budgets are looked up on."""
 
 
 @dataclass(frozen=True)
@@ -361,7 +355,7 @@ class Stream:
     one. Costs are means: a frame that escalates takes longer than its budget says.
     """
 
-    def __init__(self, engine: StreamEngine, options: StreamOptions | None = None) -> None:
+    def __init__(self, engine: Engine, options: StreamOptions | None = None) -> None:
         """Check the options against the engine.
 
         Raises:

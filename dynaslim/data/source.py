@@ -18,7 +18,7 @@ from torch import Tensor
 from dynaslim.data.layout import check_hub_name, class_folders, pick_split, tables_of
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.distributed import rank, world_size
-from dynaslim.errors import DataError
+from dynaslim.errors import DataError, first_line
 
 
 class Entry(NamedTuple):
@@ -138,7 +138,7 @@ class ImageSource:
         try:
             yield from dataset
         except Exception as error:  # network and format problems, of many kinds
-            raise DataError(f"{self.name}: reading stopped: {_first_line(error)}") from error
+            raise DataError(f"{self.name}: reading stopped: {first_line(error)}") from error
 
     def _row(self, row: int) -> str:
         return f"{self.name} [{self.split}] row {row}"
@@ -241,7 +241,7 @@ def _open_tables(path: str, split: str, tables: list[str], streaming: bool) -> A
     except Exception as error:  # datasets lets through what its readers raise, of many kinds
         if "corresponds to no data" in str(error):
             raise DataError(f"{path}: split {split} is empty") from None
-        raise DataError(f"{path}: cannot be read as parquet: {_first_line(error)}") from None
+        raise DataError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
 
 
 def _open_hub(name: str, streaming: bool) -> Mapping[str, Any]:
@@ -254,7 +254,7 @@ def _open_hub(name: str, streaming: bool) -> Mapping[str, Any]:
     except Exception as error:  # network, access and format problems, of many kinds
         raise DataError(
             f"{name}: no such file or folder, and not to be had as a data set from the hub: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from None
     return loaded
 
@@ -279,7 +279,7 @@ def _rows_of(name: str, tables: Sequence[str]) -> int:
     try:
         return sum(pyarrow.parquet.read_metadata(table).num_rows for table in tables)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{name}: cannot be read as parquet: {_first_line(error)}") from None
+        raise DataError(f"{name}: cannot be read as parquet: {first_line(error)}") from None
 
 
 def _pick_columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
@@ -307,9 +307,3 @@ def _class_names(name: str, dataset: Any, column: str) -> tuple[str, ...]:
         raise DataError(f"{name}: a stream's label column must name its classes, {label} does not")
     highest = max((label for label in dataset[column] if label is not None), default=-1)
     return tuple(map(str, range(highest + 1)))
-
-
-def _first_line(error: Exception) -> str:
-    """The message of another library's error, in one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -22,6 +22,7 @@ from starlette.routing import Route
 from dynaslim.errors import check
 from dynaslim.model_names import find_model
 from dynaslim.runtime.cache import usable_cores
+from dynaslim.runtime.engine import Engine
 from dynaslim.serve import repository, tracing
 from dynaslim.serve.endpoint import ByModel, no_such_model
 from dynaslim.serve.http import (
@@ -36,7 +37,6 @@ from dynaslim.serve.http import (
     unauthorised,
 )
 from dynaslim.serve.inference import EXTENSIONS, InferEndpoint, check_version, describe
-from dynaslim.serve.model_info import ServedEngine
 from dynaslim.serve.options import ServeOptions
 from dynaslim.serve.pages import File, find_samples, interface_page, web_files
 from dynaslim.serve.predict import PredictEndpoint, model_named
@@ -66,7 +66,7 @@ from dynaslim.serve.schemas import (
 from dynaslim.serve.service import ServedModel, Service, Source
 from dynaslim.version import __version__
 
-Model = ServedEngine | str | Path
+Model = Engine | str | Path
 ASGIApp = Callable[[dict[str, Any], Receive, Send], Awaitable[None]]
 PREDICT: Final = "/v1/predict"
 _MODEL: Final = "/v2/models/{name}"
@@ -97,7 +97,7 @@ def create_app(
     """
     options = ServeOptions() if options is None else options
 
-    def open_model(path: str | Path) -> ServedEngine:
+    def open_model(path: str | Path) -> Engine:
         from dynaslim.predict import open_engine
 
         return open_engine(

@@ -19,15 +19,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
 from dynaslim.errors import DataError, DynaslimError, UsageError, check
+from dynaslim.predict import likeliest
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
 from dynaslim.runtime.adaptive import Throughput
-from dynaslim.runtime.budget import BudgetCurve
-from dynaslim.serve.budgets import Budgets, Escalate, Setting
+from dynaslim.runtime.engine import Engine, Escalate
+from dynaslim.serve.budgets import Budgets, Setting
 from dynaslim.serve.options import ServeOptions
 
 LEAST_ROWS: Final = 4
@@ -53,23 +54,6 @@ class DeadlineError(DynaslimError):
 
 class StoppingError(DynaslimError):
     """The batcher accepts no more images."""
-
-
-class BatchEngine(Protocol):
-    """What a batcher needs of an engine; `Engine` has it."""
-
-    @property
-    def preprocessing(self) -> Preprocessing | None:
-        """How images are prepared."""
-
-    @property
-    def curve(self) -> BudgetCurve | None:
-        """The curve that budgets are looked up on."""
-
-    def __call__(
-        self, x: Any, *, budget: Any = None, escalate: Any = "auto", hold: Any = False
-    ) -> Any:
-        """Normalised images (B, C, S, S) -> `RoutedOutput`."""
 
 
 class Answer(NamedTuple):
@@ -159,18 +143,10 @@ def answers_of(output: Any, top_k: int) -> list[Answer]:
     logits_BN = np.asarray(output.logits, np.float64)
     if not np.isfinite(logits_BN).all():
         raise DataError("the network's output is not finite; its weights are damaged")
-    # one more than top_k: argpartition picks arbitrarily among equal values at its boundary
-    count = min(top_k + 1, logits_BN.shape[1])
-    some_BK = np.sort(np.argpartition(-logits_BN, count - 1, axis=1)[:, :count], axis=1)
-    by_logit_BK = np.argsort(-np.take_along_axis(logits_BN, some_BK, 1), axis=1, kind="stable")
-    order_BK = np.take_along_axis(some_BK, by_logit_BK, 1)[:, :top_k]
-    shifted_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
-    best_BK = np.take_along_axis(shifted_BN, order_BK, 1) / shifted_BN.sum(1, keepdims=True)
     return [
-        Answer(list(zip(order, best, strict=True)), tuple(choices), *rest)
-        for order, best, choices, *rest in zip(
-            order_BK.tolist(),
-            best_BK.tolist(),
+        Answer(top, tuple(choices), *rest)
+        for top, choices, *rest in zip(
+            likeliest(logits_BN, top_k),
             np.asarray(output.routes).tolist(),
             np.asarray(output.madds).tolist(),
             np.asarray(output.escalated).tolist(),
@@ -221,7 +197,7 @@ class Batcher:
 
     def __init__(
         self,
-        engine: BatchEngine,
+        engine: Engine,
         options: ServeOptions | None = None,
         *,
         on_batch: Callable[[BatchReport], None] | None = None,

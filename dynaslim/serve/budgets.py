@@ -10,9 +10,8 @@ from typing import NamedTuple
 from dynaslim.errors import UsageError, check
 from dynaslim.runtime.adaptive import BudgetControl, levels
 from dynaslim.runtime.budget import ROUNDING, BudgetCurve, BudgetPoint
+from dynaslim.runtime.engine import Escalate
 from dynaslim.serve.options import ServeOptions
-
-Escalate = str | float | None
 
 
 class Setting(NamedTuple):

@@ -6,9 +6,9 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -16,13 +16,13 @@ from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.runtime.adaptive import share_text
+from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.latency import profile, time_variant
 from dynaslim.runtime.router import Decide
-from dynaslim.serve.batcher import BatchEngine
 from dynaslim.serve.options import ServeOptions
 
 if TYPE_CHECKING:
-    from dynaslim.serve.schemas import BudgetRange, Model, SampleLink
+    from dynaslim.serve.schemas import BudgetRange, Model, SampleLink, Stage
 
 MOST_ROUTES: Final = 64
 """Up to this number, all routes are listed, and timed one by one."""
@@ -34,29 +34,6 @@ _STEADY: Final = 0.9
 _SPREAD: Final = 2.0
 """Nor where the quartiles of a route's times differ by more than this factor."""
 _PROFILE_ROUNDS: Final = 3
-
-
-class ServedEngine(BatchEngine, Protocol):
-    """What a server needs of an engine; `Engine` has it."""
-
-    @property
-    def spec(self) -> AnySpec:
-        """The network's architecture."""
-
-    @property
-    def class_names(self) -> Sequence[str] | None:
-        """Names of the classes by number."""
-
-    @property
-    def backend(self) -> str:
-        """The backend's name."""
-
-    @property
-    def router(self) -> Any:
-        """Runs batches; used to time routes."""
-
-    def warm_up(self, image_size: int | None = None) -> None:
-        """Compile all programs."""
 
 
 class RouteInfo:
@@ -76,7 +53,7 @@ class RouteInfo:
 class ModelInfo:
     """The routes of a model by their choices, looked up on demand."""
 
-    def __init__(self, engine: ServedEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         assert engine.preprocessing is not None, "checked by the batcher"
         self._engine = engine
         self.spec = engine.spec
@@ -209,7 +186,7 @@ class ModelInfo:
             "num_classes": spec.num_classes,
             "image_size_px": self.side,
             "in_channels": spec.in_channels,
-            "stages": _stages(spec),
+            "stages": list(_stages(spec)),
             "routes": [
                 {
                     "route": route.name,
@@ -259,40 +236,29 @@ def _always(path: Sequence[int]) -> Decide:
     return lambda gate, _, rows: np.full(len(rows), path[gate], np.int64)
 
 
-def _stages(spec: AnySpec) -> list[Any]:
+def _stages(spec: AnySpec) -> Iterator[Stage]:
     """Stages as the page draws them; of a converted network its segments, widths in percent; of a
     cascade one, whose widths are the numbers of its rungs.
     """
-    if isinstance(spec, CascadeSpec):
-        numbers = list(range(1, len(spec.rungs) + 1))
-        return [
-            {
-                "name": "network",
-                "widths": numbers,
-                "gated": True,
-                "blocks": 1,
-                "largest": numbers[-1],
-            }
-        ]
-    if isinstance(spec, GraphSpec):
-        sizes = [sum(node.segment == number for node in spec.nodes) for number in spec.segments]
-        return [
-            {
-                "name": f"segment {number}" if number else "trunk",
-                "widths": list(spec.percents) if number else [100],
-                "gated": number > 0,
-                "blocks": size,
-                "largest": 100,
-            }
-            for number, size in enumerate(sizes)
-        ]
-    return [
-        {
-            "name": "stem" if number == 0 else f"stage {number}",
-            "widths": list(stage.widths),
-            "gated": stage.gate is not None,
-            "blocks": stage.blocks,
-            "largest": stage.widths[-1],
+
+    def stage(name: str, widths: Iterable[int], *, gated: bool, blocks: int = 1) -> Stage:
+        listed = list(widths)
+        return {
+            "name": name,
+            "widths": listed,
+            "gated": gated,
+            "blocks": blocks,
+            "largest": listed[-1],
         }
-        for number, stage in enumerate(spec.stages)
-    ]
+
+    if isinstance(spec, CascadeSpec):
+        yield stage("network", range(1, len(spec.rungs) + 1), gated=True)
+    elif isinstance(spec, GraphSpec):
+        for number in spec.segments:
+            blocks = sum(node.segment == number for node in spec.nodes)
+            name, widths = (f"segment {number}", spec.percents) if number else ("trunk", (100,))
+            yield stage(name, widths, gated=number > 0, blocks=blocks)
+    else:
+        for number, one in enumerate(spec.stages):
+            name = f"stage {number}" if number else "stem"
+            yield stage(name, one.widths, gated=one.gate is not None, blocks=one.blocks)

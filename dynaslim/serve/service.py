@@ -20,10 +20,11 @@ from PIL import Image
 from dynaslim.errors import UsageError, check
 from dynaslim.runtime.adaptive import LEAST_BATCHES
 from dynaslim.runtime.cache import usable_cores
+from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.spending import Spending
 from dynaslim.serve.batcher import Batcher, BatchReport, StoppingError, Turns
 from dynaslim.serve.decoding import BYTES_PER_PIXEL, Decoder, DecodingPool
-from dynaslim.serve.model_info import ModelInfo, ServedEngine
+from dynaslim.serve.model_info import ModelInfo
 from dynaslim.serve.options import MEGABYTE, ServeOptions
 
 State = Literal["new", "starting", "ready", "failed", "unloading"]
@@ -48,7 +49,7 @@ class ServedModel:
     """One model: its engine, queue, costs, state and metrics."""
 
     def __init__(
-        self, service: Service, name: str, engine: ServedEngine, path: Path | None = None
+        self, service: Service, name: str, engine: Engine, path: Path | None = None
     ) -> None:
         """Check the server's options against the model; nothing is compiled yet.
 
@@ -124,7 +125,7 @@ class ServedModel:
         return float("nan") if point is None else point.share
 
 
-Source = tuple[str | None, ServedEngine, Path | None]
+Source = tuple[str | None, Engine, Path | None]
 """A model's name, if it was given one, its engine, and its file or folder."""
 
 
@@ -135,7 +136,7 @@ class Service:
         self,
         sources: Sequence[Source],
         options: ServeOptions,
-        open_model: Callable[[Path], ServedEngine],
+        open_model: Callable[[Path], Engine],
         places: int = 1,
     ) -> None:
         """Up to `places` batches run at once; `open_model` is for models that are loaded later.
