@@ -76,12 +76,13 @@ except metadata.PackageNotFoundError:  # source code that is not installed
 def examine(*, quick: bool = False, timeout_s: float = 120.0) -> Values:
     """Check the installation; JSON values. `ok` is False if there are `problems`.
 
-    `quick` leaves out the backend that compiles for half a minute, and looks libraries up without
+    `quick` leaves out the backend that compiles for half a minute, looks libraries up without
     importing them, and runs the other backends in one process. `timeout_s` limits each process in
     which backends run.
     """
-    libraries, results = [], dict[str, Values]()
-    tried = [name for name in BACKENDS if _why_not_tried(name, quick) is None]
+    libraries = []
+    results = {name: left_out for name in BACKENDS if (left_out := _left_out(name, quick))}
+    tried = [name for name in BACKENDS if name not in results]
     runs = [tried] if quick else [[name] for name in tried]
     with progress("examining", len(LIBRARIES) + len(runs)) as bar:
         for library in LIBRARIES:
@@ -95,7 +96,7 @@ def examine(*, quick: bool = False, timeout_s: float = 120.0) -> Values:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "libraries": libraries,
-        "backends": [_backend(name, quick, results.get(name, {})) for name in BACKENDS],
+        "backends": [_backend(name, results[name]) for name in BACKENDS],
         "cache": describe_cache(),
     }
     problems = list(_problems(found))
@@ -136,7 +137,7 @@ def run_backends(names: list[str], seconds: float) -> dict[str, Values]:
     if why is None:
         return dict(json.loads(out.splitlines()[-1]))
     if len(names) == 1:
-        return {names[0]: {"error": why}}
+        return {names[0]: {"status": "broken", "why": why}}
     return {name: run_backends([name], seconds)[name] for name in names}
 
 
@@ -148,7 +149,7 @@ def _run_backend(name: str) -> Values:
         try:
             torch.cuda.init()  # type: ignore[no-untyped-call]
         except (RuntimeError, AssertionError) as error:  # no GPU, no driver, or a build for CPUs
-            return {"unusable": str(error).strip().splitlines()[0]}
+            return {"status": "unusable", "why": str(error).strip().splitlines()[0]}
 
     from dynaslim.nn import SlimNet
     from dynaslim.runtime.engine import Engine
@@ -179,7 +180,7 @@ def _run_backend(name: str) -> Values:
 
 def _library(library: Library, quick: bool) -> Values:
     status, version, error = "missing", None, None
-    install: str | None = f"pip install {library.name}"
+    install = f"pip install {library.name}"
     if installed(library.module):
         with suppress(metadata.PackageNotFoundError):
             version = metadata.version(library.name)
@@ -199,35 +200,27 @@ def _library(library: Library, quick: bool) -> Values:
     }
 
 
-def _why_not_tried(name: str, quick: bool) -> tuple[str, str, str | None] | None:
-    """Status, reason and install command of a backend that cannot be tried; None if it can."""
+def _left_out(name: str, quick: bool) -> Values:
+    """The result of a backend that cannot be tried; empty if it can."""
     missing = [library for library in ("torch", *NEEDS.get(name, ())) if not installed(library)]
     if missing:
-        line = f"pip install {' '.join(missing)}"
-        return "missing", f"{' and '.join(missing)} not installed", line
+        why, install = f"{' and '.join(missing)} not installed", f"pip install {' '.join(missing)}"
+        return {"status": "missing", "why": why, "install": install}
     if name == "inductor":
         compilers = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++"]
         if not any(map(shutil.which, compilers)):
-            return "missing", "no C++ compiler", "apt-get install g++ (or set CXX)"
+            install = "apt-get install g++ (or set CXX)"
+            return {"status": "missing", "why": "no C++ compiler", "install": install}
         if quick:
-            return "not tried", "it compiles for half a minute, and --quick was given", None
-    return None
+            why = "it compiles for half a minute, and --quick was given"
+            return {"status": "not tried", "why": why}
+    return {}
 
 
-def _backend(name: str, quick: bool, result: Values) -> Values:
-    status, why, install = _why_not_tried(name, quick) or ("works", None, None)
-    for kind, key in (("unusable", "unusable"), ("broken", "error")):
-        if key in result:
-            status, why = kind, result[key]
-    return {
-        "name": name,
-        "status": status,
-        "precisions": list(SUPPORTED[name]),
-        "ready_s": result.get("ready_s"),
-        "ms": result.get("ms"),
-        "why": why,
-        "install": install,
-    }
+def _backend(name: str, result: Values) -> Values:
+    unknown = dict.fromkeys(("ready_s", "ms", "why", "install"))
+    precisions = list(SUPPORTED[name])
+    return {"name": name, "status": "works", "precisions": precisions, **unknown, **result}
 
 
 def describe_cache() -> Values:

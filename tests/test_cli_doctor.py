@@ -244,7 +244,8 @@ def _assert_ends(pid):
 def test_why_there_is_no_gpu(monkeypatch):
     _only(monkeypatch, NUMPY, backends=("cudagraph",))
     why = "Torch not compiled with CUDA enabled"
-    monkeypatch.setattr(doctor, "run_backends", lambda *_: {"cudagraph": {"unusable": why}})
+    result = {"status": "unusable", "why": why}
+    monkeypatch.setattr(doctor, "run_backends", lambda *_: {"cudagraph": result})
     found = doctor.examine()
     [backend] = found["backends"]
     assert (backend["status"], backend["why"], backend["ms"]) == ("unusable", why, None)
