@@ -19,10 +19,10 @@ from dynaslim.data.layout import MINI
 from dynaslim.evaluation import Evaluation, evaluate
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.progress import progress
-from dynaslim.recipes import GateRecipe, SupernetRecipe
+from dynaslim.recipes import DemoOptions, GateRecipe, SupernetRecipe
 from dynaslim.report.charts import evaluation_figure
 from dynaslim.runs.context import note_if_busy
-from dynaslim.runs.folder import METRICS, environment
+from dynaslim.runs.folder import METRICS, environment, write_json
 from dynaslim.runtime.budget_search import fit_curve
 from dynaslim.runtime.calibrate_budget import Outcome, answer_images, simulate
 from dynaslim.train import fit_gate_to_images, train_supernet
@@ -79,14 +79,7 @@ class Demo:
         }
 
 
-def run_demo(
-    out: Path,
-    *,
-    epochs: int,
-    target: float,
-    seed: int,
-    train_images: int | None = None,
-) -> Demo:
+def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None) -> Demo:
     """Train, evaluate and save in folder `out`; `train_images` takes only the first so many.
 
     Raises:
@@ -94,7 +87,8 @@ def run_demo(
         OSError: if the folder cannot be written; found out before training.
     """
     # in few epochs a teacher learns too late: all widths learn faster from labels
-    stage1 = SupernetRecipe(model=MODEL, epochs=epochs, seed=seed, target="labels")
+    target, seed = options.target, options.seed
+    stage1 = SupernetRecipe(model=MODEL, epochs=options.epochs, seed=seed, target="labels")
     stage2 = GateRecipe(targets=target, seed=seed)
     out.mkdir(parents=True, exist_ok=True)
     note_if_busy()
@@ -120,7 +114,8 @@ def run_demo(
             bar.advance(note=f"loss largest {losses.largest:.2f}, smallest {losses.smallest:.2f}")
             step = next(steps)
             if step % LOG_EVERY == 0:
-                lines.append(_line(step, losses))
+                line = {"kind": "train", "step": step, **losses._asdict()}
+                lines.append(json.dumps(line).encode() + b"\n")
 
         net = train_supernet(live, train, preprocessing, stage1, on_step=supernet_note)
     with progress("stage II: gate", len(train) // stage2.batch_size) as bar:
@@ -146,23 +141,12 @@ def run_demo(
     write_atomic(files["picture"], picture)
     done = Demo(result, (target, outcome), time.monotonic() - start, files)
     write_atomic(out / METRICS, b"".join(lines))  # for the curves of `dynaslim report`
-    write_atomic(
-        files["results"], _json({**done.to_dict(), "recipe": recipe, "environment": environment()})
-    )
+    results = {**done.to_dict(), "recipe": recipe, "environment": environment()}
+    write_json(files["results"], results)
     return done
-
-
-def _line(step: int, losses: SupernetLosses) -> bytes:
-    """A line of the metrics file, as runs write them."""
-    line = {"kind": "train", "step": step, **losses._asdict()}
-    return json.dumps(line).encode() + b"\n"
 
 
 def _load(split: str, preprocessing: Preprocessing) -> ImageDataset:
     source = open_source(MINI, split)
     with progress(f"reading {split} images", len(source)) as bar:
         return load_images(source, preprocessing, on_image=bar.advance)
-
-
-def _json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()

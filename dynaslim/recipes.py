@@ -581,6 +581,18 @@ class ReportOptions:
 
 
 @dataclass(frozen=True)
+class DemoOptions:
+    """How the demo's network is trained."""
+
+    epochs: int = 6
+    """Passes over the 9,000 images in stage I (the supernet)."""
+    target: float = 0.5
+    """Mean cost that the gate of stage II aims at, as a share of the widest route's."""
+    seed: int = 0
+    """Of everything random: the same seed and number of threads give the same numbers."""
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """How a run uses the machine; nothing here changes the numbers of a single process."""
 

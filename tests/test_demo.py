@@ -15,13 +15,14 @@ from dynaslim.data import load_images, open_source
 from dynaslim.data.layout import MINI
 from dynaslim.data.transforms import normalise
 from dynaslim.demo import README_TOP1, run_demo
+from dynaslim.recipes import DemoOptions
 from dynaslim.runs.context import busy
 
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return run_demo(out, epochs=5, target=0.5, seed=0, train_images=1280), out
+    return run_demo(out, DemoOptions(epochs=5), train_images=1280), out
 
 
 def test_what_was_saved_in_a_sentence(done):
@@ -120,7 +121,7 @@ def test_a_busy_machine_is_told_of():
 
 def test_same_seed_same_numbers(done, tmp_path):
     demo, out = done
-    again = run_demo(tmp_path, epochs=5, target=0.5, seed=0, train_images=1280)
+    again = run_demo(tmp_path, DemoOptions(epochs=5), train_images=1280)
     assert again.evaluation.to_dict() == demo.evaluation.to_dict()
     assert (tmp_path / "accuracy.png").read_bytes() == (out / "accuracy.png").read_bytes()
     weights = read(out / "checkpoint.safetensors").net.state_dict()
@@ -130,5 +131,5 @@ def test_same_seed_same_numbers(done, tmp_path):
 
 def test_other_seed_other_numbers(done, tmp_path):
     demo, _ = done
-    other = run_demo(tmp_path, epochs=1, target=0.5, seed=1, train_images=1280)
+    other = run_demo(tmp_path, DemoOptions(epochs=1, seed=1), train_images=1280)
     assert other.evaluation.to_dict() != demo.evaluation.to_dict()

@@ -14,7 +14,7 @@ from dynaslim.model_names import checkpoint_file
 from dynaslim.predict import open_engine
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.export import export_package
-from dynaslim.serve.options import ServeOptions
+from dynaslim.serve.options import ProcessOptions, ServeOptions
 
 NAMES = ("bird", "ship", "cat", "frog", "deer")
 
@@ -97,9 +97,9 @@ def test_verbs_that_take_more_than_checkpoints_know_the_name(here, trained, caps
     assert cli.run(argv) != 0
     assert "photos" in capsys.readouterr().err, "not the name, the images are at fault"
     names = []
-    monkeypatch.setattr("dynaslim.serve.server.serve", lambda m, _, **__: names.extend(m) or 0)
+    monkeypatch.setattr("dynaslim.serve.server.serve", lambda m, *_, **__: names.extend(m) or 0)
     for model in ("cifar10", "./cifar10"):
-        assert serving.serve((model,), options=ServeOptions()) == 0
+        assert serving.serve((model,), process=ProcessOptions(), options=ServeOptions()) == 0
     assert names == ["cifar10=cifar10", "./cifar10"]
 
 

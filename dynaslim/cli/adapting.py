@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim.cli.output import fail, new_table, print_json, say
+from dynaslim.cli.output import fail, new_table, print_json, say, say_files
 from dynaslim.model_names import checkpoint_file
 from dynaslim.recipes import AdaptOptions, RunOptions
 from dynaslim.shipped import PRETRAINED
 
 if TYPE_CHECKING:
     from dynaslim.report.data import ReportData
+
+SHOWN: Final = ("kind", "name", "top1", "interval", "madds", "ms", "weights")
+"""Fields of a mode in the JSON."""
 
 
 def adapt(
@@ -50,7 +53,9 @@ def adapt(
     if json:
         print_json(
             {
-                "modes": [_plain(mode) for mode in done.data.modes],
+                "modes": [
+                    {name: getattr(mode, name) for name in SHOWN} for mode in done.data.modes
+                ],
                 "verdict": done.verdict,
                 "files": {name: str(path) for name, path in done.files.items()},
             }
@@ -58,21 +63,8 @@ def adapt(
         return 0
     say(_table(done.data))
     say(done.verdict)
-    for name, path in done.files.items():
-        say(f"{name:<11} {path}")
+    say_files(done.files)
     return 0
-
-
-def _plain(mode: Any) -> dict[str, Any]:
-    return {
-        "kind": mode.kind,
-        "name": mode.name,
-        "top1": mode.top1,
-        "interval": mode.interval,
-        "madds": mode.madds,
-        "ms": mode.ms,
-        "weights": mode.weights,
-    }
 
 
 def _table(data: ReportData) -> Any:

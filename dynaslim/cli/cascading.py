@@ -12,6 +12,7 @@ from dynaslim.cli.measure import (
     measure_curve,
     points_table,
     say_measured,
+    trained_rows,
 )
 from dynaslim.cli.output import new_table, print_json, printable, say
 from dynaslim.errors import DataError, check
@@ -19,7 +20,6 @@ from dynaslim.model_names import find_model
 
 if TYPE_CHECKING:
     from dynaslim.cascade_spec import CascadeSpec
-    from dynaslim.data.images import ImageDataset
 
 BUDGET: Final = "drop=0.5"
 
@@ -82,7 +82,7 @@ def cascade(
     assert source is not None
     if loaded.class_names is None:
         loaded = replace(loaded, class_names=source.class_names)
-    seen = _trained_on(opened, files)
+    seen = int(trained_rows(opened, *files).sum())
     if seen:
         overlap = f"{seen} of these {len(opened)} images are ones that a network was trained on"
         if not force:
@@ -122,14 +122,6 @@ def cascade(
     say(points_table(f"by default {BUDGET}", {"": point}, spec, timed=False))
     say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
     say(f"{out}: a package of {len(spec.rungs)} networks for {spec.image_size_px} px images")
-
-
-def _trained_on(opened: ImageDataset, files: list[Path]) -> int:
-    """The number of images that a network was trained on, as far as its run records them."""
-    from dynaslim.runs.folder import trained_on
-
-    known = frozenset[str]().union(*map(trained_on, files))
-    return sum(digest in known for digest in opened.digests()) if known else 0
 
 
 def _rungs_table(spec: CascadeSpec, ranked: list[dict[str, float]]) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cascade_spec import CascadeSpec
@@ -18,7 +17,9 @@ from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
 from dynaslim.zoo import ZOO, get_spec
 
 if TYPE_CHECKING:
+    from dynaslim.checkpoint import Checkpoint
     from dynaslim.preprocessing import Preprocessing
+    from dynaslim.runtime.package import Package
 
 FEW: Final = 24
 """Forms of segments up to this number are shown one by one; of more, a range per segment."""
@@ -89,7 +90,8 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
     if isinstance(spec, GraphSpec):
         summary = _describe_converted(spec, size)
     elif isinstance(spec, CascadeSpec):
-        summary = _describe_cascade(spec)
+        rungs = list(map(asdict, spec.rungs))
+        summary = {**_describe_size(spec, spec.image_size_px), "rungs": rungs}
     else:
         summary = _describe_spec(spec, size)
     if json:
@@ -111,56 +113,40 @@ def _open(model: str) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
     found = find_model(model)
     if found.kind == "architecture":
         return get_spec(model), None, {}
-    return (_open_package if found.kind == "package" else _open_checkpoint)(found.path)
+    from dynaslim.runtime.package import file_digest, open_package
 
+    held: Checkpoint | Package
+    if found.kind == "package":
+        held = open_package(found.path)
+        spec, manifest = held.spec, held.manifest
+        own = {
+            "folder": str(found.path),
+            "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
+            "sha256": held.source.key,
+            "precision": held.source.precision,
+            "metrics": dict(manifest.get("metrics") or {}),
+            "notes": dict(manifest.get("notes") or {}),
+            "versions": dict(manifest.get("versions") or {}),
+            "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
+        }
+    else:
+        from dynaslim.checkpoint import read
 
-def _open_checkpoint(file: Path) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
-    from dynaslim.checkpoint import read
-    from dynaslim.runtime.package import file_digest
-
-    held = read(file)
-    return (
-        held.net.spec,
-        held.preprocessing,
-        {
-            "checkpoint": {
-                "file": str(file),
-                "bytes": file.stat().st_size,
-                "sha256": file_digest(file),
-                "class_names": None if held.class_names is None else list(held.class_names),
-                "preprocessing": held.preprocessing and held.preprocessing.to_dict(),
-                "metrics": dict(held.metrics),
-                "recipe": dict(held.recipe),
-                "budget": held.budget and dict(held.budget),
-            }
-        },
-    )
-
-
-def _open_package(path: Path) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
-    from dynaslim.runtime.package import open_package
-
-    held = open_package(path)
-    manifest = held.manifest
-    return (
-        held.spec,
-        held.preprocessing,
-        {
-            "package": {
-                "folder": str(path),
-                "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-                "sha256": held.source.key,
-                "precision": held.source.precision,
-                "class_names": None if held.class_names is None else list(held.class_names),
-                "preprocessing": held.preprocessing and held.preprocessing.to_dict(),
-                "metrics": dict(manifest.get("metrics") or {}),
-                "notes": dict(manifest.get("notes") or {}),
-                "versions": dict(manifest.get("versions") or {}),
-                "files": {name: entry["bytes"] for name, entry in manifest["files"].items()},
-                "budget": held.budget and dict(held.budget),
-            }
-        },
-    )
+        held = read(found.path)
+        spec = held.net.spec
+        own = {
+            "file": str(found.path),
+            "bytes": found.path.stat().st_size,
+            "sha256": file_digest(found.path),
+            "metrics": dict(held.metrics),
+            "recipe": dict(held.recipe),
+        }
+    shared = {
+        "class_names": None if held.class_names is None else list(held.class_names),
+        "preprocessing": held.preprocessing and held.preprocessing.to_dict(),
+        "budget": held.budget and dict(held.budget),
+    }
+    return spec, held.preprocessing, {found.kind: {**own, **shared}}
 
 
 # -- as plain values ------------------------------------------------------------------------------
@@ -233,11 +219,6 @@ def _print_converted(summary: Mapping[str, Any]) -> None:
         f"narrowest route saves {summary['elastic_share']:.0%} of the multiply-adds"
     )
     say(_routes_table(summary))
-
-
-def _describe_cascade(spec: CascadeSpec) -> dict[str, Any]:
-    """A cascade of whole networks and their costs, as JSON values."""
-    return {**_describe_size(spec, spec.image_size_px), "rungs": list(map(asdict, spec.rungs))}
 
 
 def _print_cascade(summary: Mapping[str, Any]) -> None:

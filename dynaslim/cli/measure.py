@@ -174,15 +174,9 @@ def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[
 
     Of a set without splits those are left out, if no split was given.
     """
-    import torch
-
     from dynaslim.data.layout import WHOLE
-    from dynaslim.runs.folder import trained_on
 
-    seen = trained_on(checkpoint)
-    if not seen:
-        return images, ""
-    known = torch.tensor([digest in seen for digest in images.digests()], dtype=torch.bool)
+    known = trained_rows(images, checkpoint)
     count, total = int(known.sum()), len(images)
     if not count:
         return images, ""
@@ -195,6 +189,18 @@ def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[
     return images, (
         f"the network was trained on {count} of these {total} images: expect less elsewhere"
     )
+
+
+def trained_rows(images: ImageDataset, *files: Path) -> torch.Tensor:
+    """(N,) bool: whether a network in these files was trained on an image, as runs record it."""
+    import torch
+
+    from dynaslim.runs.folder import trained_on
+
+    seen = frozenset[str]().union(*map(trained_on, files))
+    if not seen:
+        return torch.zeros(len(images), dtype=torch.bool)
+    return torch.tensor([digest in seen for digest in images.digests()], dtype=torch.bool)
 
 
 def calibrate(

@@ -134,6 +134,12 @@ def say_skipped(lines: Sequence[str]) -> None:
         say(line)
 
 
+def say_files(files: Mapping[str, object]) -> None:
+    """Print the files of a run, a line for each."""
+    for label, path in files.items():
+        say(f"{label:<11} {path}")
+
+
 def new_table(*columns: str) -> Any:
     """A table whose first column is text and whose others are numbers."""
     from rich import box

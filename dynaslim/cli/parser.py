@@ -300,13 +300,6 @@ def _action(parser: VerbParser, key: str) -> argparse.Action | None:
     return next((a for a in parser._actions if key in (a.dest, *a.option_strings)), None)
 
 
-def _named(parser: VerbParser, key: str) -> str:
-    action = _action(parser, key)
-    if action is None:
-        return key
-    return flag_of(action) if action.option_strings else action.dest.upper()
-
-
 def _placeholder(action: argparse.Action) -> str:
     """A required argument as in the usage line."""
     metavar = metavar_of(action)
@@ -316,7 +309,9 @@ def _placeholder(action: argparse.Action) -> str:
 def _wrong_value(parser: VerbParser, key: str, why: str) -> str:
     """Why a value was refused, in one line; jsonargparse's messages have several."""
     action = _action(parser, key)
-    name = key if action is None else _named(parser, key)
+    name = key
+    if action is not None:
+        name = flag_of(action) if action.option_strings else action.dest.upper()
     value = re.search(r"(?:Got value|Given value): (.*)$", why)
     if action is None or value is None:
         return f"{name}: {why[0].lower()}{why[1:].rstrip('.')}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,34 @@ from dynaslim.cli.output import (
     routes_table,
     saving,
     say,
+    say_files,
     say_skipped,
 )
 from dynaslim.model_names import checkpoint_file
-from dynaslim.recipes import GateRecipe, RunOptions, SupernetRecipe
+from dynaslim.recipes import DemoOptions, GateRecipe, RunOptions, SupernetRecipe
 from dynaslim.zoo import get_spec
 
 
-def demo(
-    *,
-    out: Path = Path("runs/demo"),
-    epochs: int = 6,
-    target: float = 0.5,
-    seed: int = 0,
-    json: bool = False,
-) -> None:
+def demo(*, out: Path = Path("runs/demo"), options: DemoOptions, json: bool = False) -> None:
     """Train a small network in both stages on real images, evaluate it and show the savings.
 
     Args:
         out: Folder for the checkpoint, the results and the picture.
-        epochs: Passes over the 9,000 images in stage I (the supernet).
-        target: Mean cost that the gate of stage II aims at, as a share of the widest route's.
-        seed: Of everything random: the same seed and number of threads give the same numbers.
+        options: How the network is trained.
         json: Print one JSON object.
     """
     from dynaslim.demo import run_demo
 
-    done = run_demo(out, epochs=epochs, target=target, seed=seed)
+    done = run_demo(out, options)
     if json:
         print_json(done.to_dict())
         return
     say(evaluation_table(done.evaluation, done.budgeted))
     say(saving(done.evaluation, done.budgeted))
-    if (epochs, target, seed) == (6, 0.5, 0):
+    if options == DemoOptions():
         say(done.beside_readme())
     say("")
-    _print_files(done.files)
+    say_files(done.files)
 
 
 def train_supernet(
@@ -127,7 +119,9 @@ def _run_and_show(
         results = run()
     except Stopped as stopped:
         return fail(f"{stopped}; go on with the same command and --resume", stopped.exit_code)
-    if is_quiet_process():
+    # of several processes only the first prints; their group is closed by now, but torchrun's
+    # variables are still set
+    if int(os.environ.get("RANK", 0)) > 0:
         return 0
     if json:
         print_json(results)
@@ -136,16 +130,5 @@ def _run_and_show(
     say("{} images trained on, {} held out, {} skipped".format(*images))
     say_skipped(results["skipped"])
     show(results)
-    _print_files(results["files"])
+    say_files(results["files"])
     return 0
-
-
-def _print_files(files: Mapping[str, object]) -> None:
-    for label, path in files.items():
-        say(f"{label:<11} {path}")
-
-
-def is_quiet_process() -> bool:
-    """Whether another process of this run prints: only the first of several does."""
-    # the process group is closed by now; torchrun's variables are still set
-    return int(os.environ.get("RANK", 0)) > 0

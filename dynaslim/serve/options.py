@@ -154,6 +154,31 @@ class ServeOptions:
         return shares[0], shares[1]
 
 
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Where a server listens, what runs its models, and how it stops."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for all: set a token then."""
+    port: int = 8000
+    """Port to listen at; 0 takes a free one."""
+    backend: str = "auto"
+    """What runs the networks; auto takes the fastest that is installed."""
+    workers: int | None = None
+    """Cores that a batch runs on. Default: all."""
+    drain_s: float = 30.0
+    """Seconds to answer what was accepted when the server is told to stop."""
+    no_cache: bool = False
+    """Keep no compiled programs on disk, and read none."""
+
+    def __post_init__(self) -> None:
+        check(self.drain_s >= 0, f"--drain-s {self.drain_s:g}: must be at least 0")
+        check(
+            self.workers is None or self.workers >= 1,
+            f"--workers {self.workers}: must be at least 1",
+        )
+
+
 def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 

@@ -22,7 +22,7 @@ from PIL import _imaging
 
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.runtime.libraries import installed, require
-from dynaslim.serve.options import ServeOptions
+from dynaslim.serve.options import ProcessOptions, ServeOptions
 
 if TYPE_CHECKING:
     from dynaslim.serve.service import Service
@@ -41,13 +41,8 @@ _TICK_S: Final = 0.02
 def serve(
     models: Sequence[str | Path],
     options: ServeOptions,
+    process: ProcessOptions,
     *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    backend: str = "auto",
-    workers: int | None = None,
-    cache_dir: str | Path | None = "auto",
-    drain_s: float = 30.0,
     tell: Callable[[str], None] = print,
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code.
@@ -64,7 +59,7 @@ def serve(
     from dynaslim.serve.app import create_app
 
     started = time.perf_counter()
-    listener = bind(host, port)
+    listener = bind(process.host, process.port)
     try:
         url = _url(listener)
         if options.token is None and not _is_loopback(listener):
@@ -72,7 +67,13 @@ def serve(
                 f"dynaslim: warning: whoever reaches {url} can use it; set DYNASLIM_TOKEN\n"
             )
         _quiet()
-        app = create_app(models, options, backend=backend, workers=workers, cache_dir=cache_dir)
+        app = create_app(
+            models,
+            options,
+            backend=process.backend,
+            workers=process.workers,
+            cache_dir=None if process.no_cache else "auto",
+        )
         service: Service = app.state.service
         for model in service.models.values():
             curve = model.engine.curve
@@ -102,7 +103,7 @@ def serve(
         handlers = {number: signal.getsignal(number) for number in _STOPPING}
         try:
             return asyncio.run(
-                _run(uvicorn.Server(config), service, listener, drain_s=drain_s, ready=ready)
+                _run(uvicorn.Server(config), service, listener, process.drain_s, ready)
             )
         finally:
             for number, handler in handlers.items():
@@ -175,7 +176,6 @@ async def _run(
     server: Any,
     service: Service,
     listener: socket.socket,
-    *,
     drain_s: float,
     ready: Callable[[], None],
 ) -> int:
