@@ -95,19 +95,25 @@ class ClassMetrics:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Metrics:
+    """The totals of an evaluation, as training stores them in a checkpoint too."""
+
+    images: int
+    """Images evaluated."""
+    routes: tuple[RouteMetrics, ...]
+    dynamic: DynamicMetrics | None
+    per_class: tuple[ClassMetrics, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation(Metrics):
     """What `evaluate` measured; tensors are per evaluated image, in the set's order, on the CPU.
 
     Those of one mode are of the dynamic mode; without it, along the widest route evaluated.
     """
 
-    images: int
-    """Images evaluated."""
     skipped: int
     """Images that could not be read; they are in no result."""
-    routes: tuple[RouteMetrics, ...]
-    dynamic: DynamicMetrics | None
-    per_class: tuple[ClassMetrics, ...]
     predictions: Tensor
     """(N,) int64 class."""
     choices: Tensor
@@ -180,8 +186,11 @@ def evaluate(
     gated = dynamic and bool(spec.gates)
     run = (*chosen, cheapest) if not chosen or (gated and cheapest not in chosen) else chosen
     modes = _Modes(checkpoint, run, preprocessing, gated=gated, views=views, bf16=bf16)
-    answers = _answer_all(modes, images, batch_size, on_batch)
-    return _summary(modes, chosen, images, answers)
+    own = _everyone(lambda: list(_own_answers(modes, images, batch_size, on_batch)))
+    parts = [part for process in own for part in process]
+    if not parts:
+        raise DataError(f"{images.name or 'data'}: none of its {len(images)} images can be read")
+    return _summary(modes, chosen, images, _Answers.join(parts))
 
 
 def write_table(path: str | Path, evaluation: Evaluation, images: ImageDataset) -> Path:
@@ -448,28 +457,6 @@ def view(x_BCSS: Tensor, number: int) -> Tensor:
     # a negative pad crops: rows taken off one side are added as zeros on the other
     moved = F.pad(x_BCSS, (right, -right, down, -down)) if down or right else x_BCSS
     return moved.flip(3) if number % 2 else moved
-
-
-def _answer_all(
-    modes: _Modes,
-    images: ImageDataset,
-    batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
-) -> _Answers:
-    """The whole table, on every process; `on_batch` hears of the images of this one's batches.
-
-    Raises:
-        DataError: if no image can be read.
-        DynaslimError: if the network's output is not finite, or another process failed.
-    """
-
-    def own_batches() -> list[_Answers]:
-        return list(_own_answers(modes, images, batch_size, on_batch))
-
-    parts = [part for process in _everyone(own_batches) for part in process]
-    if not parts:
-        raise DataError(f"{images.name or 'data'}: none of its {len(images)} images can be read")
-    return _Answers.join(parts)
 
 
 def _own_answers(

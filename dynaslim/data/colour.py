@@ -110,25 +110,9 @@ def _autocontrast(x_BCSS: Tensor, _amount_B: Tensor) -> Tensor:
     return torch.where(span > 0, (x_BCSS - low) / span.clamp(min=1e-6), x_BCSS)
 
 
-def _equalize(x_BCSS: Tensor, _amount_B: Tensor) -> Tensor:
-    out: Tensor = equalize(x_BCSS)
-    return out
-
-
 def _solarize(x_BCSS: Tensor, amount_B: Tensor) -> Tensor:
     """Invert what is above a threshold that falls from 1 to 0."""
     return torch.where(x_BCSS > 1 - amount_B.abs().view(-1, 1, 1, 1), 1 - x_BCSS, x_BCSS)
-
-
-def _posterize(x_BCSS: Tensor, amount_B: Tensor) -> Tensor:
-    """Keep 8 to 4 bits."""
-    out: Tensor = posterize(x_BCSS, 8 - (4 * amount_B.abs()).round().int())
-    return out
-
-
-def _sharpness(x_BCSS: Tensor, factor_B: Tensor) -> Tensor:
-    out: Tensor = sharpness(x_BCSS, factor_B)
-    return out
 
 
 def _both_ways(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
@@ -138,10 +122,11 @@ def _both_ways(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, 
 
 _PIXELS: Final[tuple[Callable[[Tensor, Tensor], Tensor], ...]] = (
     _autocontrast,
-    _equalize,
+    lambda x_BCSS, _: equalize(x_BCSS),
     _solarize,
-    _posterize,
-    _both_ways(_sharpness),
+    # 8 to 4 bits
+    lambda x_BCSS, amount_B: posterize(x_BCSS, 8 - (4 * amount_B.abs()).round().int()),
+    _both_ways(sharpness),
     _both_ways(_brightness),
     _both_ways(_contrast),
     _both_ways(_saturation),

@@ -406,16 +406,21 @@ class HeldOut(NamedTuple):
     """What `holdout` takes; None for the whole split."""
 
 
+def data_recipes(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The data of the stages of a checkpoint's recipe that name images, the last stage first."""
+    for stage in (recipe.get("gate"), recipe.get("supernet")):
+        data = stage.get("data") if isinstance(stage, Mapping) else None
+        if isinstance(data, Mapping) and isinstance(data.get("path"), str):
+            yield data
+
+
 def held_out(recipe: Mapping[str, Any]) -> list[HeldOut | None]:
     """What the stages of a checkpoint's recipe held out, the last stage first.
 
     None for a stage that held nothing out; stages that name no images are left out.
     """
     found: list[HeldOut | None] = []
-    for stage in (recipe.get("gate"), recipe.get("supernet")):
-        data = stage.get("data") if isinstance(stage, Mapping) else None
-        if not isinstance(data, Mapping) or not isinstance(data.get("path"), str):
-            continue
+    for data in data_recipes(recipe):
         path, split, share = data["path"], data.get("split"), data.get("val_share")
         if not path:
             continue

@@ -60,14 +60,57 @@ def from_official(path: str | Path, ema: bool = False) -> SlimNet:
         CheckpointError: if the file cannot be read, holds pickled objects other than tensors and
             a Namespace, lacks the requested weights, or is not a DS-MBNet.
     """
-    return net_from_official(read_official(path, ema=ema), path)
+    state = read_official(path, ema=ema)
+    try:
+        num_classes = state["classifier.weight"].shape[0]
+        choices = state["blocks.3.first_block.gate.gate.0.weight"].shape[0]
+    except (KeyError, IndexError):
+        raise CheckpointError(
+            f"{path}: not a released DS-MBNet: it lacks classifier.weight or the slimming head "
+            f"blocks.3.first_block.gate.gate.0.weight"
+        ) from None
+    spec = get_spec("ds_mbnet", num_classes=num_classes)
+    if not 1 <= choices <= spec.num_widths:
+        raise CheckpointError(
+            f"{path}: its gate has {choices} choices, DS-MBNet has {spec.num_widths} widths"
+        )
+    net = SlimNet(spec.with_choices(range(choices))).eval()
+    unread = set(state)
+
+    def take(key: str, into: Tensor) -> None:
+        if key not in state:
+            raise CheckpointError(f"{path}: not a released DS-MBNet: it has no {key}")
+        value = state[key]
+        # 1x1 convolutions of the gates are linear layers here
+        flat = value[..., 0, 0] if value.ndim == into.ndim + 2 else value
+        if flat.shape != into.shape:
+            got, needed = tuple(value.shape), tuple(into.shape)
+            raise CheckpointError(f"{path}: {key} has shape {got}, DS-MBNet needs {needed}")
+        into.copy_(flat)
+        unread.discard(key)
+
+    with torch.no_grad():
+        for name, module in net.named_modules():
+            released = _released_name(name)
+            if name.endswith(".conv"):
+                take(f"{released}.weight", net.tensor(f"{name}.weight"))
+            elif isinstance(module, SlimBatchNorm2d):
+                _take_batch_norm(take, f"{released}.aux_bn", module)
+            elif isinstance(module, Gate):
+                for ours, theirs in _GATE.items():
+                    if (parameter := getattr(module, ours)) is not None:
+                        take(f"{released}.{theirs}", parameter)
+        take("classifier.weight", net.tensor("classifier.weight"))
+        take("classifier.bias", net.tensor("classifier.bias"))
+    if unread:
+        raise CheckpointError(f"{path}: not a released DS-MBNet: unknown tensor {min(unread)}")
+    return net
 
 
 def import_official(path: str | Path, *, ema: bool = False) -> Checkpoint:
     """As `from_official`, with the preprocessing that the release uses on ImageNet at 224 px."""
-    net = from_official(path, ema)
     return Checkpoint(
-        net=net,
+        net=from_official(path, ema),
         preprocessing=Preprocessing(image_size_px=224, crop_fraction=0.875),
         recipe={"imported_from": Path(path).name, "weights": "ema" if ema else "live"},
     )
@@ -137,54 +180,6 @@ def _pickled_names(source: Path) -> list[str]:
     except Exception:  # pickletools and zipfile raise many kinds for damage; keep what was found
         return names
     return names
-
-
-def net_from_official(state: Mapping[str, Tensor], source: str | Path) -> SlimNet:
-    """Build the network from a released state dict; `source` is named in errors."""
-    try:
-        num_classes = state["classifier.weight"].shape[0]
-        choices = state["blocks.3.first_block.gate.gate.0.weight"].shape[0]
-    except (KeyError, IndexError):
-        raise CheckpointError(
-            f"{source}: not a released DS-MBNet: it lacks classifier.weight or the slimming head "
-            f"blocks.3.first_block.gate.gate.0.weight"
-        ) from None
-    spec = get_spec("ds_mbnet", num_classes=num_classes)
-    if not 1 <= choices <= spec.num_widths:
-        raise CheckpointError(
-            f"{source}: its gate has {choices} choices, DS-MBNet has {spec.num_widths} widths"
-        )
-    net = SlimNet(spec.with_choices(range(choices))).eval()
-    unread = set(state)
-
-    def take(key: str, into: Tensor) -> None:
-        if key not in state:
-            raise CheckpointError(f"{source}: not a released DS-MBNet: it has no {key}")
-        value = state[key]
-        # 1x1 convolutions of the gates are linear layers here
-        flat = value[..., 0, 0] if value.ndim == into.ndim + 2 else value
-        if flat.shape != into.shape:
-            got, needed = tuple(value.shape), tuple(into.shape)
-            raise CheckpointError(f"{source}: {key} has shape {got}, DS-MBNet needs {needed}")
-        into.copy_(flat)
-        unread.discard(key)
-
-    with torch.no_grad():
-        for name, module in net.named_modules():
-            released = _released_name(name)
-            if name.endswith(".conv"):
-                take(f"{released}.weight", net.tensor(f"{name}.weight"))
-            elif isinstance(module, SlimBatchNorm2d):
-                _take_batch_norm(take, f"{released}.aux_bn", module)
-            elif isinstance(module, Gate):
-                for ours, theirs in _GATE.items():
-                    if (parameter := getattr(module, ours)) is not None:
-                        take(f"{released}.{theirs}", parameter)
-        take("classifier.weight", net.tensor("classifier.weight"))
-        take("classifier.bias", net.tensor("classifier.bias"))
-    if unread:
-        raise CheckpointError(f"{source}: not a released DS-MBNet: unknown tensor {min(unread)}")
-    return net
 
 
 def _take_batch_norm(take: Callable[[str, Tensor], None], prefix: str, bn: SlimBatchNorm2d) -> None:

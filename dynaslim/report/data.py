@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from dynaslim.cost import madds, params, program_params
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError
-from dynaslim.evaluation import Evaluation, RouteMetrics, RouteShare, evaluate
+from dynaslim.evaluation import Evaluation, Metrics, RouteMetrics, RouteShare, evaluate
 from dynaslim.model_names import run_or_checkpoint
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
@@ -34,7 +34,6 @@ from dynaslim.report.inputs import (
     NoImagesError,
     ReportImages,
     RunInfo,
-    StoredMetrics,
     open_images,
     read_baselines,
     read_run,
@@ -63,9 +62,6 @@ _BUDGETS: Final = 8
 AS_ACCURATE: Final = 0.005
 """Top-1 that a mode may be below a baseline and count as about as accurate."""
 _NOISY: Final = 0.3
-
-Metrics = Evaluation | StoredMetrics
-"""`images`, `routes`, `dynamic` and `per_class`, measured anew or as training stored them."""
 
 
 # -- what was measured ----------------------------------------------------------------------------
@@ -344,8 +340,16 @@ def gather(path: str | Path, options: ReportOptions) -> ReportData:
     models = [model, *(other for other in run.gated if other is not model)]
     details = None
     if images is not None:
-        evaluation, details = _evaluate(model, images, options)
-        others = [_evaluate_gate(other, images, options) for other in models[1:]]
+        net, pre = model.checkpoint.net, model.checkpoint.preprocessing
+        assert pre is not None
+        routes = net.spec.routes
+        if model.has_trained_gates:
+            routes = tuple(dict.fromkeys((*routes, net.spec.widest_choice)))
+        evaluation = _evaluate(model, images, options, routes)
+        details = measure_details(
+            net, images.images, pre, evaluation, batch_size=options.batch_size
+        )
+        others = [_evaluate(other, images, options, ()) for other in models[1:]]
         metrics: list[Metrics | None] = [evaluation, *others]
         notes += _notes_on_images(images, evaluation)
     else:
@@ -407,16 +411,14 @@ def _engine(options: ReportOptions, model: Model, notes: list[str]) -> Engine | 
 
 
 def _evaluate(
-    model: Model, images: ReportImages, options: ReportOptions
-) -> tuple[Evaluation, Details]:
-    """The uniform routes, the widest choice and the dynamic mode; and the details of each image."""
-    net, pre = model.checkpoint.net, model.checkpoint.preprocessing
+    model: Model, images: ReportImages, options: ReportOptions, routes: Sequence[Route]
+) -> Evaluation:
+    """Routes, and the dynamic mode of a model with trained gates."""
+    pre = model.checkpoint.preprocessing
     assert pre is not None
-    routes = net.spec.routes
-    if model.has_trained_gates:
-        routes = tuple(dict.fromkeys((*routes, net.spec.widest_choice)))
-    with progress("evaluating", len(images.images)) as bar:
-        evaluation = evaluate(
+    model.checkpoint.net.to(options.device)
+    with progress(f"evaluating {model.file.name}", len(images.images)) as bar:
+        return evaluate(
             model.checkpoint,
             images.images,
             pre,
@@ -424,31 +426,6 @@ def _evaluate(
             routes=routes,
             on_batch=bar.advance,
             dynamic=model.has_trained_gates,
-        )
-    with progress("measuring confidence", evaluation.images) as bar:
-        details = measure_details(
-            net,
-            images.images,
-            pre,
-            evaluation,
-            batch_size=options.batch_size,
-            on_batch=bar.advance,
-        )
-    return evaluation, details
-
-
-def _evaluate_gate(model: Model, images: ReportImages, options: ReportOptions) -> Evaluation:
-    """The dynamic mode of another model of the run."""
-    pre = model.checkpoint.preprocessing
-    assert pre is not None
-    with progress(f"evaluating {model.label}", len(images.images)) as bar:
-        return evaluate(
-            model.checkpoint.net.to(options.device),
-            images.images,
-            pre,
-            batch_size=options.batch_size,
-            routes=(),
-            on_batch=bar.advance,
         )
 
 
@@ -472,7 +449,6 @@ def measure_details(
     evaluation: Evaluation,
     *,
     batch_size: int,
-    on_batch: Callable[[int], None] | None = None,
 ) -> Details:
     """Run the evaluated images again, along the routes that they took and along the widest."""
     spec, device = net.spec, net.device
@@ -481,20 +457,20 @@ def measure_details(
     gates: list[Tensor] = []
     right: list[Tensor] = []
     done = 0
-    for pixels_BCSS, labels_B in images.batches(batch_size, evaluation.rows):
-        x_BCSS = normalise(pixels_BCSS.to(device), preprocessing)
-        rows = slice(done, done + len(labels_B))
-        done = rows.stop
-        widest_BN = net(x_BCSS, widest).float().cpu()
-        if evaluation.dynamic is None:
-            logits_BN, chosen_GB = widest_BN, torch.empty(0, len(labels_B))
-        else:
-            logits_BN, chosen_GB = _run_paths(net, x_BCSS, evaluation.choices[rows])
-        margin.append(torch.from_numpy(margins(logits_BN.numpy())))
-        gates.append(chosen_GB)
-        right.append(widest_BN.argmax(1) == evaluation.labels[rows])
-        if on_batch is not None:
-            on_batch(len(labels_B))
+    with progress("measuring confidence", evaluation.images) as bar:
+        for pixels_BCSS, labels_B in images.batches(batch_size, evaluation.rows):
+            x_BCSS = normalise(pixels_BCSS.to(device), preprocessing)
+            rows = slice(done, done + len(labels_B))
+            done = rows.stop
+            widest_BN = net(x_BCSS, widest).float().cpu()
+            if evaluation.dynamic is None:
+                logits_BN, chosen_GB = widest_BN, torch.empty(0, len(labels_B))
+            else:
+                logits_BN, chosen_GB = _run_paths(net, x_BCSS, evaluation.choices[rows])
+            margin.append(torch.from_numpy(margins(logits_BN.numpy())))
+            gates.append(chosen_GB)
+            right.append(widest_BN.argmax(1) == evaluation.labels[rows])
+            bar.advance(len(labels_B))
     return Details(torch.cat(margin), torch.cat(gates, 1), torch.cat(right))
 
 

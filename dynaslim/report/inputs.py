@@ -19,12 +19,12 @@ import torch
 from dynaslim._files import parse_json, validated
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import Checkpoint, read
-from dynaslim.data.images import HeldOut, ImageDataset, held_out
+from dynaslim.data.images import HeldOut, ImageDataset, data_recipes, held_out
 from dynaslim.data.images import open_images as open_for
 from dynaslim.data.layout import MINI, WHOLE
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.errors import CheckpointError, DataError, UsageError, check
-from dynaslim.evaluation import ClassMetrics, DynamicMetrics, RouteMetrics
+from dynaslim.evaluation import Metrics
 from dynaslim.model_names import MANIFEST, is_package, run_checkpoints
 from dynaslim.runs.folder import METRICS, read_metrics
 from dynaslim.runtime.program_net import read_model
@@ -272,14 +272,6 @@ def open_images(
         raise NoImagesError(f"the run's images cannot be read ({error})") from None
 
 
-def _data_recipes(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The data of both stages, the last stage first."""
-    for stage in (recipe.get("gate"), recipe.get("supernet")):
-        data = stage.get("data") if isinstance(stage, Mapping) else None
-        if isinstance(data, Mapping) and isinstance(data.get("path"), str):
-            yield data
-
-
 def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
     """The data set that ships, for a network that the demo trained on it."""
     stages = [checkpoint.recipe.get(stage) for stage in ("supernet", "gate")]
@@ -306,7 +298,7 @@ def _open(checkpoint: Checkpoint, which: HeldOut, limit: int | None) -> ReportIm
 
 
 def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:
-    for data in _data_recipes(recipe):
+    for data in data_recipes(recipe):
         path = Path(data["path"] or MINI)
         same = path.exists() and path.resolve() == Path(source.name).resolve()
         if same and source.split in (data.get("split"), WHOLE):
@@ -317,20 +309,10 @@ def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:
 # -- stored metrics -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StoredMetrics:
-    """The metrics that training stored in a checkpoint; the fields are those of `Evaluation`."""
-
-    images: int
-    routes: tuple[RouteMetrics, ...]
-    dynamic: DynamicMetrics | None
-    per_class: tuple[ClassMetrics, ...]
-
-
-def stored_metrics(metrics: Mapping[str, Any], spec: NetSpec) -> StoredMetrics | None:
+def stored_metrics(metrics: Mapping[str, Any], spec: NetSpec) -> Metrics | None:
     """Read `Evaluation.to_dict` from a checkpoint's metrics; None if it is of another form."""
     try:
-        found = msgspec.convert(metrics.get("val", metrics), StoredMetrics)
+        found = msgspec.convert(metrics.get("val", metrics), Metrics)
         shares = found.dynamic.route_shares if found.dynamic else ()
         for widths in [one.widths for one in found.routes] + [one.widths for one in shares]:
             spec.coerce_route(widths)
