@@ -289,7 +289,7 @@ def test_compiled_by_torch(compiled, tmp_path):
     first, folder = compiled
     assert sorted(first.counts.compiled) == sorted(form.name for form in segment_variants(SMALL))
     out = first(x)
-    assert len({tuple(row) for row in out.routes.tolist()}) > 2
+    assert len({tuple(row) for row in out.routes.tolist()}) > 1, "the test needs several routes"
     assert_rows_close(out.logits, _expected(net, x, out))
     for workers in (1, 2):
         again = Engine(net, backend="inductor", cache_dir=folder, workers=workers)
