@@ -142,7 +142,7 @@ def as_tensor(*contents):
     tensor = b"".join(struct.pack("<I", len(one)) + one for one in contents)
     sent = {"name": "image", "datatype": "BYTES", "shape": [len(contents)]}
     sent["parameters"] = {"binary_data_size": len(tensor)}
-    head = json.dumps({"inputs": [sent]}).encoded()
+    head = json.dumps({"inputs": [sent]}).encode()
     return {
         "content": head + tensor,
         "headers": {"inference-header-content-length": str(len(head))},
@@ -220,7 +220,7 @@ def test_requests_at_random_to_the_repository(loaded):
     """Names and bodies that are damaged, with the token and without."""
     rng = np.random.default_rng(0)
     names = ("none", "%00", "..", "%2e%2e%2fone", "one%ff", "a" * 999)
-    good = json.dumps({"parameters": {"unload_dependents": False}}).encoded()
+    good = json.dumps({"parameters": {"unload_dependents": False}}).encode()
     statuses = set()
     for turn in range(400):
         content = bytearray(good if turn % 2 else rng.bytes(int(rng.integers(0, 200))))
