@@ -49,3 +49,18 @@ def small_disk(tmp_path):
     yield folder
     # lazily: a library may still have one of its files mapped
     subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser without a window, with a made-up camera."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install 'dynaslim[dev]'")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip("needs a browser: apt-get install chromium")
+    flags = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with sync_api.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=path, args=flags)
+        yield browser
+        browser.close()

@@ -1,11 +1,10 @@
 """Images to evaluate on, and what the processes of tests/test_evaluation_processes.py run."""
 
 import dataclasses
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from helpers import lively, micro_spec, noise
+from helpers import join, leave, lively, micro_spec, noise
 
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import normalise
@@ -96,20 +95,14 @@ def failures():
     }
 
 
-def worker(rank: int, folder: str) -> None:
+def worker(rank: int, port: int, folder: str) -> None:
     """One of two gloo processes: every case alone, then all of them together."""
     torch.set_num_threads(1)
     alone = {
         name: evaluate(net, images, PRE, **options)
         for name, (net, images, options) in cases().items()
     }
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=(Path(folder) / "meeting").as_uri(),
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=120),
-    )
+    join(rank, port)
     done = []
     together = {
         name: evaluate(net, images, PRE, on_batch=done.append, **options)
@@ -122,5 +115,4 @@ def worker(rank: int, folder: str) -> None:
         except Exception as error:
             raised[name] = (type(error).__name__, str(error))
     torch.save((alone, together, done, raised), Path(folder) / f"{rank}.pt")
-    torch.distributed.barrier()  # who leaves first would cut the other's last exchange off
-    torch.distributed.destroy_process_group()
+    leave()

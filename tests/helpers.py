@@ -13,6 +13,7 @@ from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -40,6 +41,17 @@ needs_shared = pytest.mark.skipif(
 )
 
 ZOO_NAMES = sorted(ZOO)
+
+
+METRICS = {
+    "images": 40,
+    "routes": [
+        {"widths": [4, 4, 6], "madds": 11786, "top1": 0.5},
+        {"widths": [4, 12, 10], "madds": 16932, "top1": 0.625},
+    ],
+    "dynamic": {"mean_madds": 14000.4, "top1": 0.6},
+}
+"""As an evaluation of the micro network leaves them in a checkpoint."""
 
 
 def micro_spec(**changes: object) -> NetSpec:
@@ -161,25 +173,33 @@ def for_backends(*names: str) -> pytest.MarkDecorator:
     )
 
 
+def encoded(image: Any, kind: str = "PNG", **options: Any) -> bytes:
+    """The file of an image, or of its pixels (height, width[, 3])."""
+    buffer = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
 def png(seed: int = 0, size: tuple[int, int] = (28, 28), mode: str = "L") -> bytes:
     """An encoded picture of noise."""
     rng = np.random.default_rng(seed)
     shape = (size[1], size[0]) if mode == "L" else (size[1], size[0], 3)
-    buffer = io.BytesIO()
-    Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8), mode).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(rng.integers(0, 256, shape, dtype=np.uint8))
 
 
 def bright_pngs(count: int) -> list[bytes]:
     """Pictures of 16 px whose class, of four in turn, is their brightness."""
     rng = np.random.default_rng(0)
-    images = []
-    for n in range(count):
-        buffer = io.BytesIO()
-        pixels = rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-        images.append(buffer.getvalue())
-    return images
+    pixels = [rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60 for n in range(count)]
+    return [encoded(one.astype(np.uint8)) for one in pixels]
+
+
+def write_levels(folder: Path, count: int, name: str = "level") -> None:
+    """The pictures of `bright_pngs`, in a folder for each class."""
+    for n, picture in enumerate(bright_pngs(count)):
+        (folder / f"{name} {n % 4}").mkdir(parents=True, exist_ok=True)
+        (folder / f"{name} {n % 4}" / f"{n:03}.png").write_bytes(picture)
 
 
 def run_ok(capsys, *argv: object) -> str:
@@ -206,16 +226,39 @@ def fails(capsys, argv: Sequence[object], code: int, message: str, notes=False) 
         assert out == ""
 
 
-def start_dynaslim(argv: list[str], threads: str = "1", **options: object) -> subprocess.Popen[str]:
+def start_dynaslim(
+    argv: list[str],
+    threads: str = "1",
+    run: Sequence[str] = ("-m", "dynaslim"),
+    **options: object,
+) -> subprocess.Popen[str]:
     """The command line in a process of its own, to be watched, signalled and killed."""
     return subprocess.Popen(
-        [sys.executable, "-m", "dynaslim", *argv],
+        [sys.executable, *run, *argv],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": threads},
         **options,
     )
+
+
+def run_python(script: str, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """A script in a Python of its own; fails if that does."""
+    command = [sys.executable, "-c", script, *map(str, argv)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def wait_for_steps(process: subprocess.Popen[str], metrics: Path, steps: int) -> None:
+    """Wait until a training has written so many steps into its metrics."""
+
+    def there() -> bool:
+        assert process.poll() is None, process.communicate()[1]
+        return metrics.exists() and metrics.read_text().count('"train"') >= steps
+
+    until(there, 120)
 
 
 def spawn_two(worker: Callable[..., None], *args: object, seconds: float = 120) -> None:
@@ -229,6 +272,24 @@ def spawn_two(worker: Callable[..., None], *args: object, seconds: float = 120) 
             pytest.fail("the two processes did not end")
 
 
+def until(condition: Callable[[], object], seconds: float = 20) -> None:
+    """Wait for a condition; fails if it does not hold in time."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.002)
+
+
+def ready(client: Any, path: str = "/readyz") -> None:
+    """Wait until a server is ready."""
+    until(lambda: client.get(path).status_code == 200)
+
+
+def form(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
+    """The files of a multipart request."""
+    return [("images", (f"{n}.png", image)) for n, image in enumerate(images)]
+
+
 def free_port() -> int:
     """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
@@ -238,30 +299,47 @@ def free_port() -> int:
 
 
 def write_parquet(
-    folder: Path, images: list[bytes], classes: int | Sequence[str], split: str = "test"
+    folder: Path,
+    images: Sequence[bytes | None],
+    classes: int | Sequence[str] | None,
+    split: str = "test",
+    labels: Sequence[int | None] | None = None,
 ) -> Path:
-    """A parquet file of images with rising labels, as the hub has them; classes or their names."""
-    names = [f"class {n}" for n in range(classes)] if isinstance(classes, int) else list(classes)
-    features = datasets.Features(
-        {"image": datasets.Image(decode=True), "label": datasets.ClassLabel(names=names)}
-    )
+    """A parquet file of images as the hub has them; classes or their names, None for plain numbers.
+
+    Without `labels` they rise.
+    """
+    names = [f"class {n}" for n in range(classes)] if isinstance(classes, int) else classes
+    label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=list(names))
     rows = {
-        "image": [{"bytes": image, "path": None} for image in images],
-        "label": [n % len(names) for n in range(len(images))],
+        "image": [image and {"bytes": image, "path": None} for image in images],
+        "label": [n % len(names) for n in range(len(images))] if labels is None else labels,
     }
+    features = datasets.Features({"image": datasets.Image(decode=True), "label": label})
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{split}.parquet"
     datasets.Dataset.from_dict(rows, features=features).to_parquet(path)
     return path
 
 
-def ddp_worker(rank: int, port: int, folder: str) -> None:
-    """One of two gloo processes: gradients of its half of a batch, averaged by DDP."""
+def join(rank: int, port: int) -> None:
+    """Become one of two processes of a gloo group."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group(
-        "gloo", rank=rank, world_size=2, timeout=timedelta(seconds=60)
+        "gloo", rank=rank, world_size=2, timeout=timedelta(seconds=120)
     )
     torch.set_num_threads(1)
+
+
+def leave() -> None:
+    """Leave it together: who goes first would cut the other's last exchange off."""
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def ddp_worker(rank: int, port: int, folder: str) -> None:
+    """One of two gloo processes: gradients of its half of a batch, averaged by DDP."""
+    join(rank, port)
     spec = micro_spec()
     net = lively(spec)
     for parameter in net.slimming_parameters():
@@ -272,8 +350,7 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
         wrapped(x, route).square().mean().backward()
     if rank == 0:
         torch.save([p.grad for p in net.parameters()], f"{folder}/grads.pt")
-    torch.distributed.barrier()  # who leaves first would cut the other's last exchange off
-    torch.distributed.destroy_process_group()
+    leave()
 
 
 def toy_images(count=96, classes=5, seed=0):
@@ -286,12 +363,12 @@ def toy_images(count=96, classes=5, seed=0):
 
 
 @contextmanager
-def running(package, *flags, script="from dynaslim import cli; cli.main()"):
+def running(package, *flags, script="from dynaslim import cli; cli.main()", backend="onnxruntime"):
     """A server process of one or several models that is ready; yields it and its address."""
     models = map(str, package if isinstance(package, list) else [package])
     command = [sys.executable, "-c", script, "serve", *models, "--port", "0", *flags]
     process = subprocess.Popen(
-        [*command, "--backend", "onnxruntime", "--workers", "1"],
+        [*command, "--backend", backend, "--workers", "1"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -329,3 +406,53 @@ def forced_curve(spec: NetSpec, side: int) -> BudgetCurve:
         points=points,
         gate_points=points,
     )
+
+
+# how many texts of a page there are, and the lowest contrast of any with what is painted behind it,
+# as WCAG counts it
+CONTRAST = """left_out => {
+  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
+  const rgba = colour => {
+    canvas.clearRect(0, 0, 1, 1);
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
+    return [r, g, b, a / 255];
+  };
+  const over = (top, below) => top.slice(0, 3).map((v, i) => v * top[3] + below[i] * (1 - top[3]));
+  const light = colour => {
+    const [r, g, b] = colour.map(v => v / 255)
+      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const behind = element => {
+    const layers = [];
+    for (let e = element; e; e = e.parentElement)
+      layers.unshift(rgba(getComputedStyle(e).backgroundColor));
+    return layers.reduce((below, top) => over(top, below), [255, 255, 255]);
+  };
+  const ratio = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05);
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const element = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !element.checkVisibility()) continue;
+    if (!element.getClientRects().length) continue;
+    if (element.closest(`title, style, noscript${left_out}`)) continue;
+    const style = getComputedStyle(element);
+    let below = behind(element);
+    const share = element.closest("g.in");
+    if (share) {  // on a bar of the same route
+      const bar = share.closest("svg").querySelector(`.part.${share.classList[1]} path`);
+      const fill = getComputedStyle(bar).fill;
+      if (fill.startsWith("url")) continue;
+      below = rgba(fill);
+    }
+    const colour = over(rgba(element.closest("svg") ? style.fill : style.color), below);
+    found.push([ratio(colour, below), element.outerHTML.slice(0, 120)]);
+  }
+  return [found.length, ...found.sort((a, b) => a[0] - b[0])[0]];
+}"""

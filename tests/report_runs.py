@@ -1,11 +1,9 @@
 """What the tests of reports share: runs made by hand, and what a reader sees of a page."""
 
-import io
 from html.parser import HTMLParser
 
 import torch
-from helpers import lively, micro_spec, noise, write_parquet
-from PIL import Image
+from helpers import encoded, lively, micro_spec, noise, write_parquet
 
 from dynaslim.data import open_source
 from dynaslim.data.images import ImageDataset, holdout
@@ -28,12 +26,7 @@ def write_images(folder, split, count, names, channels=3, size=16):
     """A parquet file of noise of many kinds, which gates tell apart; labels come in turn."""
     levels = noise(micro_spec(in_channels=channels), count, image_size=size) * 32 + 128
     pixels = levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).squeeze(3).numpy()
-    pictures = []
-    for one in pixels:
-        buffer = io.BytesIO()
-        Image.fromarray(one).save(buffer, "PNG")
-        pictures.append(buffer.getvalue())
-    write_parquet(folder, pictures, names, split)
+    write_parquet(folder, list(map(encoded, pixels)), names, split)
 
 
 def recipes(data, *, target=None, gated=True, supernet=""):

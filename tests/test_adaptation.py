@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from convertible import NETWORKS, trained
-from helpers import bright_pngs, lively, write_parquet
+from helpers import bright_pngs, lively, run_ok, write_parquet
 
 from dynaslim import cli
 from dynaslim.adaptation import _gains_or_widest, adapt
@@ -159,8 +159,7 @@ def test_several_sizes_become_a_cascade(data, tmp_path, capsys):
     out = tmp_path / "run"
     argv = _argv(data, out, "--sizes", "16,32", "--epochs", "1", "--backend", "onnxruntime")
     del argv[argv.index("--image-size") : argv.index("--image-size") + 2]
-    assert cli.run([*argv, "--json"]) == 0
-    shown = json.loads(capsys.readouterr().out)
+    shown = json.loads(run_ok(capsys, *argv, "--json"))
     made = open_package(out / "package")
     assert {rung.image_size_px for rung in made.source.spec.rungs} == {16, 32}
     assert made.preprocessing.image_size_px == 32

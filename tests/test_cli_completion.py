@@ -7,11 +7,11 @@ import select
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from functools import cache
 
 import pytest
+from helpers import run_ok, run_python
 
 from dynaslim import cli
 from dynaslim.cli.parser import flags, make_parser
@@ -182,11 +182,8 @@ def test_the_script_needs_no_torch(capsys):
         "import sys; from dynaslim import cli; code = cli.run(['completion', 'bash']); "
         "assert not {'torch', 'numpy'} & set(sys.modules); sys.exit(code)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip().endswith("dynaslim")
-    assert cli.run(["completion", "--help"]) == 0
-    told = capsys.readouterr().out
+    assert run_python(code).stdout.rstrip().endswith("dynaslim")
+    told = run_ok(capsys, "completion", "--help")
     assert '\n    eval "$(dynaslim completion bash)"\n' in told
     assert "\n    dynaslim completion fish | source\n" in told
 

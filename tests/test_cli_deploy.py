@@ -1,15 +1,13 @@
 """The verbs profile, bench and export, as a person and as a script meet them."""
 
-import io
 import json
 
 import numpy as np
 import onnxruntime
 import pytest
-from helpers import fails, lively, micro_spec, png, run_ok, write_parquet
-from PIL import Image
+from helpers import encoded, fails, lively, micro_spec, png, run_ok, write_parquet
 
-from dynaslim import Engine, cli
+from dynaslim import Engine
 from dynaslim.bench.models import calibration_batches
 from dynaslim.bench.routed import bench_routed, mixed, observed
 from dynaslim.checkpoint import Checkpoint, read, save
@@ -26,10 +24,7 @@ def _pictures(count):
     rng = np.random.default_rng(0)
     for _ in range(count):
         rough = rng.standard_normal((16, 16, 3)) * rng.uniform(0, 80)
-        buffer = io.BytesIO()
-        pixels = (rng.uniform(0, 255, 3) + rough).clip(0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-        yield buffer.getvalue()
+        yield encoded((rng.uniform(0, 255, 3) + rough).clip(0, 255).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +168,7 @@ def test_a_package_is_profiled_and_not_benched(micro, tmp_path, capsys):
     message = f"{package}: a package has no programs of whole routes to compare with; bench the"
     fails(capsys, ["bench", package, *argv], 2, message)
     capsys.readouterr()
-    assert cli.run(["help", "bench"]) == 0
-    assert "package" not in capsys.readouterr().out
+    assert "package" not in run_ok(capsys, "help", "bench")
 
 
 def test_export_in_int8(micro, tmp_path, capsys):

@@ -5,12 +5,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from helpers import start_dynaslim
+from helpers import run_ok, start_dynaslim, until
 
 from dynaslim import cli, doctor
 from dynaslim.doctor import Library
@@ -73,8 +72,7 @@ def test_backends_run(monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnx")
     _only(monkeypatch, NUMPY, backends=("eager", "inductor", "onnxruntime", "cudagraph"))
-    assert cli.run(["doctor", "--quick", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(run_ok(capsys, "doctor", "--quick", "--json"))
     assert found["ok"] is True
     assert found["problems"] == []
     backends = {one["name"]: one for one in found["backends"]}
@@ -207,10 +205,7 @@ def test_a_backend_that_gives_no_answer(monkeypatch):
 def test_ctrl_c_ends_all_of_it(fakes):
     child = _stuck(fakes / "torch.py")
     started = start_dynaslim(["doctor"], stdin=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not child.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    until(child.exists, 60)
     started.send_signal(signal.SIGINT)
     _, err = started.communicate(timeout=60)
     assert started.returncode == 130
@@ -234,11 +229,8 @@ def _stuck(module):
 
 
 def _assert_ends(pid):
-    deadline = time.monotonic() + 30
     stat = Path("/proc", pid.read_text(), "stat")
-    while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z":
-        assert time.monotonic() < deadline, "a process outlives its parent"
-        time.sleep(0.01)
+    until(lambda: not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z", 30)
 
 
 def test_why_there_is_no_gpu(monkeypatch):

@@ -130,12 +130,6 @@ def test_expected_cost_has_the_gradient_of_switching():
     assert (second.grad[0, 2] - second.grad[0, 0]).item() == by_second[2] - by_second[0]
 
 
-def test_too_small_an_image():
-    spec = get_spec("ds_mbnet")
-    with pytest.raises(UsageError, match="16x16 px"):
-        madds(spec, spec.smallest, 16)
-
-
 # -- tables in files -------------------------------------------------------------------------------
 
 

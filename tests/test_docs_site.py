@@ -9,7 +9,6 @@ import threading
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,7 +17,6 @@ from docs_blocks import ROOT
 import dynaslim
 from dynaslim.cli import VERBS
 
-CHROMIUM = Path("/usr/bin/chromium")
 FETCHING = {
     "audio": "src", "embed": "src", "iframe": "src", "img": "src", "link": "href", "object": "data",
     "script": "src", "source": "src", "track": "src", "use": "href", "video": "src",
@@ -77,31 +75,24 @@ def test_a_page_that_loads_something_would_be_found():
     assert _Fetched(text).urls == ["https://a/b.css", "//d/e.png"]
 
 
-@pytest.mark.skipif(
-    not CHROMIUM.exists() or find_spec("playwright") is None, reason="no chromium to open pages in"
-)
-def test_a_browser_asks_nobody_else(site):
+def test_a_browser_asks_nobody_else(site, browser):
     """Scripts may load more than the pages say: a search, on a small screen."""
-    from playwright.sync_api import sync_playwright
-
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Quiet", (_Quiet,), {"root": str(site)}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_port}/"
     asked, errors = [], []
     try:
-        with sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 390, "height": 800})
-            page.on("request", lambda request: asked.append(request.url))
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            for name in ("concepts/", "reference/runtime/"):
-                page.goto(here + name, wait_until="networkidle")
-                wide = page.evaluate("document.documentElement.scrollWidth")
-                assert wide <= 390, f"{name}: {wide} px wide"
-            page.click("label.md-header__button[for=__search]")
-            page.locator(".md-search__input").press_sequentially("escalation")
-            page.wait_for_selector(".md-search-result__item")
-            browser.close()
+        page = browser.new_page(viewport={"width": 390, "height": 800})
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        for name in ("concepts/", "reference/runtime/"):
+            page.goto(here + name, wait_until="networkidle")
+            wide = page.evaluate("document.documentElement.scrollWidth")
+            assert wide <= 390, f"{name}: {wide} px wide"
+        page.click("label.md-header__button[for=__search]")
+        page.locator(".md-search__input").press_sequentially("escalation")
+        page.wait_for_selector(".md-search-result__item")
+        page.close()
     finally:
         server.shutdown()
         server.server_close()

@@ -5,7 +5,7 @@ import dataclasses
 import evaluation_workers
 import pytest
 import torch
-from helpers import spawn_two
+from helpers import free_port, spawn_two
 from torch import Tensor
 
 
@@ -13,7 +13,7 @@ from torch import Tensor
 def results(tmp_path_factory):
     """What each of two processes measured: alone, together, the batches it ran, the errors."""
     folder = tmp_path_factory.mktemp("processes")
-    spawn_two(evaluation_workers.worker, str(folder), seconds=300)
+    spawn_two(evaluation_workers.worker, free_port(), str(folder), seconds=300)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

@@ -21,7 +21,7 @@ import httpx
 import pytest
 from convertible import trained
 from docs_blocks import ROOT, run_script
-from helpers import bright_pngs, free_port, lively, micro_spec
+from helpers import free_port, lively, micro_spec, write_levels
 
 import dynaslim
 from dynaslim.checkpoint import Checkpoint, read, save
@@ -45,10 +45,7 @@ def need(name):
 @pytest.fixture
 def folder(tmp_path, monkeypatch, one_thread):
     """Pictures of four classes by brightness, in a folder for each class."""
-    for n, picture in enumerate(bright_pngs(48)):
-        place = tmp_path / "photos" / f"level {n % 4}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{n:02}.png").write_bytes(picture)
+    write_levels(tmp_path / "photos", 48)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -71,10 +68,7 @@ def test_an_example_without_arguments_says_what_it_takes(path):
 
 def test_adapt_photos(tmp_path, monkeypatch, capsys, one_thread):
     """With a stand-in for timm, which gives a small network."""
-    for n, picture in enumerate(bright_pngs(268)):
-        place = tmp_path / "photos" / f"level {n % 4}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{n:03}.png").write_bytes(picture)
+    write_levels(tmp_path / "photos", 268)
     prepared = {"input_size": (3, 16, 16), "mean": (0.5,) * 3, "std": (0.2,) * 3, "crop_pct": 1.0}
     timm = types.SimpleNamespace(
         create_model=lambda name, pretrained: trained(name),
@@ -122,12 +116,16 @@ def test_add_zoo_entry(folder, capsys):
     assert dynaslim.create_model("mine.yaml").spec == spec
 
 
+def _micro(folder):
+    names = tuple(f"class {n}" for n in range(5))
+    made = Checkpoint(lively(micro_spec()), names, Preprocessing(16))
+    return save(folder / "micro.safetensors", made)
+
+
 @pytest.fixture
 def classifier(folder, monkeypatch):
     """The example's class on a small network, its engine's calls written down."""
-    names = tuple(f"class {n}" for n in range(5))
-    path = folder / "micro.safetensors"
-    save(path, Checkpoint(lively(micro_spec()), names, Preprocessing(16)))
+    path = _micro(folder)
     calls = []
     real = Engine.__call__
 
@@ -227,12 +225,11 @@ def first_answer(made, url, **request):
 @pytest.fixture
 def told(folder):
     """A model, pictures, and what `predict` answers."""
-    names = tuple(f"class {n}" for n in range(5))
-    save(folder / "m.safetensors", Checkpoint(lively(micro_spec()), names, Preprocessing(16)))
+    path = _micro(folder)
     files = sorted(map(str, folder.glob("photos/*/*.png")))[::6]
-    engine = Engine.from_checkpoint(folder / "m.safetensors", backend="eager")
+    engine = Engine.from_checkpoint(path, backend="eager")
     rows = list(dynaslim.predict.predict(engine, files))
-    return str(folder / "m.safetensors"), files, [(r.label, r.route, r.madds) for r in rows]
+    return str(path), files, [(r.label, r.route, r.madds) for r in rows]
 
 
 def short(answer):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
+from helpers import run_ok
 
-from dynaslim import cli, imagenet, shipped
+from dynaslim import imagenet, shipped
 from dynaslim.conversion import efficientnet_lite
 from dynaslim.conversion.efficientnet_lite import VARIANTS, EfficientNetLite
 from dynaslim.conversion.source import load_source
@@ -56,8 +57,7 @@ def test_the_cascade_is_made_once_and_predicts(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DYNASLIM_CACHE", str(tmp_path))
     pictures = [str(shipped.PICTURES / f"{name}.png") for name in ("ship", "cat")]
     argv = ["predict", "--model", "imagenet", *pictures, "--json", "--backend", "onnxruntime"]
-    assert cli.run(argv) == 0
-    rows = json.loads(capsys.readouterr().out)["images"]
+    rows = json.loads(run_ok(capsys, *argv))["images"]
     assert len(rows) == 2
     folder = find_model("imagenet").path
     made = open_package(folder)

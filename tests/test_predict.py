@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from helpers import lively, micro_spec, png
+from helpers import encoded, fails, lively, micro_spec, png
 from PIL import Image
 
 from dynaslim import cli, predict_tables
@@ -22,7 +21,7 @@ from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cost import CostTable
 from dynaslim.data.decode import decode_image
 from dynaslim.data.transforms import normalise
-from dynaslim.errors import CheckpointError, DataError, UsageError
+from dynaslim.errors import DataError, UsageError
 from dynaslim.predict import (
     AHEAD,
     Prediction,
@@ -77,9 +76,7 @@ class FakeEngine:
 
 def grey(level, size=8):
     """A PNG of one shade, 0..255."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (size, size), (level,) * 3).save(buffer, "PNG")
-    return buffer.getvalue()
+    return encoded(Image.new("RGB", (size, size), (level,) * 3))
 
 
 def write(path, content):
@@ -117,16 +114,6 @@ def test_numpy_normalises_as_torch_does(preprocessing):
     assert np.array_equal(pixels, before)
 
 
-def test_engine_is_given_the_pixels_that_evaluate_gives(tmp_path):
-    files = [write(tmp_path / f"{n}.png", png(n, (31, 20 + n), "RGB")) for n in range(3)]
-    engine = FakeEngine()
-    list(predict(engine, files, batch_size=2))
-    pixels = [decode_image(f.read_bytes(), engine.preprocessing, "") for f in files]
-    expected = normalise(torch.from_numpy(np.stack(pixels)), engine.preprocessing).numpy()
-    assert [len(batch) for batch in engine.batches] == [2, 1]
-    assert np.array_equal(np.concatenate(engine.batches), expected)
-
-
 # -- files ----------------------------------------------------------------------------------------
 
 
@@ -155,14 +142,11 @@ def test_a_folder_is_its_images_sorted(tree):
     assert _found("tree") == IN_TREE
     assert _found(tree / "a") == IN_TREE[:2]
     assert [str(file) for file in find_images(["tree/a"])] == ["tree/a/deep/y.webp", "tree/a/z.JPG"]
-
-
-def test_a_file_is_taken_whatever_it_is_called(tree):
-    assert _found("tree/d.bin", "tree/c[1].png", "tree/gone.png") == [
-        "d.bin",
-        "c[1].png",
-        "gone.png",
-    ]
+    # a file is taken whatever it is called, and once, where it was named first
+    odd = ["d.bin", "c[1].png", "gone.png"]
+    assert _found(*(f"tree/{name}" for name in odd)) == odd
+    named = ["tree/b.png", "tree", "./tree//b.png", tree / "a.png", "tree/a/../b.png"]
+    assert _found(*named) == ["b.png", *(file for file in IN_TREE if file != "b.png")]
 
 
 @pytest.mark.parametrize(
@@ -187,12 +171,6 @@ def test_patterns_may_begin_at_the_root(tree):
     assert find_images([f"{tree}/**/y.*"]) == [tree / "a" / "deep" / "y.webp"]
     with pytest.raises(UsageError, match=r"tree/a\*\*: "):
         find_images(["tree/a**"])
-
-
-def test_a_file_named_twice_is_taken_once_where_it_was_first(tree):
-    named = ["tree/b.png", "tree", "./tree//b.png", tree / "a.png", "tree/a/../b.png", "tree/*.png"]
-    assert _found(*named[:1]) == ["b.png"]
-    assert _found(*named[:5]) == ["b.png", *(file for file in IN_TREE if file != "b.png")]
 
 
 @pytest.mark.parametrize(
@@ -388,15 +366,6 @@ def test_closing_early_stops_the_threads(shades, monkeypatch):
 
 
 # -- models ---------------------------------------------------------------------------------------
-
-
-def test_models_that_no_engine_is_made_of(micro, tmp_path):
-    assert open_engine(micro, "eager").class_names == tuple("abcde")
-    with pytest.raises(CheckpointError, match=r"is a folder without a checkpoint; .* package"):
-        open_engine(tmp_path)
-    bare = save(tmp_path / "bare.safetensors", Checkpoint(lively(micro_spec())))
-    with pytest.raises(CheckpointError, match=r"bare.safetensors: does not say how"):
-        open_engine(bare, "eager")
 
 
 def test_a_package_needs_neither_torch_nor_datasets(micro, tmp_path, capsys):
@@ -599,9 +568,8 @@ def test_a_budget_is_held_over_all_files(fake, shades, capsys):
     assert len(fake.holds) == 3
     assert len({id(hold) for hold in fake.holds}) == 1
     assert isinstance(fake.holds[0], Ledger)
-    code, _, err = _run(capsys, "m", *shades, "--hold")
-    assert code == 2
-    assert "--hold: give the budget that is to hold with --budget" in err
+    message = "--hold: give the budget that is to hold with --budget"
+    fails(capsys, ["predict", "m", *shades, "--hold"], 2, message)
     with pytest.raises(UsageError, match="hold: give the budget"):
         predict(fake, shades, hold=True)
 
@@ -674,9 +642,7 @@ def test_the_likeliest_classes(micro, shades, capsys, tmp_path):
     assert image["top"][1]["class_name"] in out
     assert f"{image['top'][1]['confidence']:.1%}" in out
     for flags in (("--top-k", "0"), ("--top-k", "2", "--parquet", tmp_path / "rows.parquet")):
-        code, out, err = _run(capsys, micro, shades[0], *flags)
-        assert (code, out, len(err.splitlines())) == (2, "", 1)
-        assert f"--top-k {flags[1]}: " in err
+        fails(capsys, ["predict", micro, shades[0], *flags], 2, f"--top-k {flags[1]}: ")
 
 
 def test_json_stays_on_its_stream_beside_a_bar(fake, tmp_path, capsys, monkeypatch):
@@ -746,37 +712,35 @@ def test_names_that_are_no_text(fake, tmp_path, capsys):
 
 
 def test_what_is_refused_before_any_work(fake, shades, tmp_path, capsys):
-    taken = [
-        (["m", shades[0], "nowhere.png"], "nowhere.png: no such file or folder"),
-        (["m", tmp_path / "*.jpg"], "matches no image"),
-        (["m", shades[0], "--parquet", tmp_path], "is a folder; name a file to write"),
-        (["m", shades[0], "--batch-size", "0"], "--batch-size 0: must be between 1 and 65,536"),
-        (["m", shades[0], "--batch-size", str(1 << 64)], "must be between 1 and 65,536"),
-        (["m", shades[0], "--workers", "0"], "--workers 0: must be at least 1"),
-        (["m", shades[0], "--engine", "ray", "--parquet", shades[1]], "is a file; name a folder"),
-        (["m", shades[0], "--engine", "ray", "--parquet", shades[0].parent], "is not empty"),
-    ]
-    for argv, message in taken:
-        code, out, err = _run(capsys, *argv)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), err
-        assert message in err
-    assert _run(capsys, "m")[0] == 2
-    assert _run(capsys, "m", shades[0], "--engine", "rays")[0] == 2
+    def refused(message, *argv):
+        fails(capsys, ["predict", "m", *argv], 2, message)
+
+    one = shades[0]
+    refused("nowhere.png: no such file or folder", one, "nowhere.png")
+    refused("matches no image", tmp_path / "*.jpg")
+    refused("is a folder; name a file to write", one, "--parquet", tmp_path)
+    refused("--batch-size 0: must be between 1 and 65,536", one, "--batch-size", "0")
+    refused("must be between 1 and 65,536", one, "--batch-size", 1 << 64)
+    refused("--workers 0: must be at least 1", one, "--workers", "0")
+    refused("is a file; name a folder", one, "--engine", "ray", "--parquet", shades[1])
+    refused("is not empty", one, "--engine", "ray", "--parquet", one.parent)
+    refused("rays", one, "--engine", "rays")
+    refused("m")
     assert fake.opened == []
     assert fake.batches == []
 
 
 def test_models_that_cannot_be_run(micro, shades, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    for argv, code, message in [
-        ([tmp_path / "no.safetensors"], 1, "no.safetensors: no such file"),
-        ([tmp_path / "empty"], 1, "is a folder without a checkpoint"),
-        ([micro, "--backend", "nonsense"], 2, "backend 'nonsense': choose from auto"),
-        ([micro, "--backend", "eager", "--budget", "x"], 2, "budget 'x'"),
-    ]:
-        got, out, err = _run(capsys, argv[0], shades[0], *argv[1:])
-        assert (got, out, len(err.splitlines())) == (code, "", 1), err
-        assert message in err
+    bare = save(tmp_path / "bare.safetensors", Checkpoint(lively(micro_spec())))
+    for code, message, *argv in (
+        (1, "no.safetensors: no such file", tmp_path / "no.safetensors"),
+        (1, "is a folder without a checkpoint; ", tmp_path / "empty"),
+        (1, "bare.safetensors: does not say how", bare, "--backend", "eager"),
+        (2, "backend 'nonsense': choose from auto", micro, "--backend", "nonsense"),
+        (2, "budget 'x'", micro, "--backend", "eager", "--budget", "x"),
+    ):
+        fails(capsys, ["predict", argv[0], shades[0], *argv[1:]], code, message)
 
 
 def test_interrupted_in_the_middle(fake, shades, tmp_path, capsys, monkeypatch):

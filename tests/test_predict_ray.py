@@ -1,4 +1,3 @@
-import io
 import json
 import logging
 import os
@@ -15,8 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from helpers import free_port, lively, micro_spec, start_dynaslim
-from PIL import Image
+from helpers import encoded, free_port, lively, micro_spec, start_dynaslim
 
 from dynaslim import cli, predict_ray
 from dynaslim.checkpoint import Checkpoint, read, save
@@ -59,9 +57,8 @@ def folder(tmp_path_factory):
     (folder / "images").mkdir()
     for n in range(40):
         pixels = np.clip(n * 5 + rng.normal(0, n % 7 * 6 + 1, (16, 16, 3)), 0, 255)
-        buffer = io.BytesIO()
-        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
-        content = {3: b"", 17: b"words", 38: buffer.getvalue()[:200]}.get(n, buffer.getvalue())
+        picture = encoded(pixels.astype(np.uint8))
+        content = {3: b"", 17: b"words", 38: picture[:200]}.get(n, picture)
         (folder / "images" / f"{n:02}.png").write_bytes(content)
     net = lively(micro_spec(), image_size=16)
     checkpoint = Checkpoint(net, tuple("abcde"), Preprocessing(16, std=(0.02,) * 3))

@@ -16,10 +16,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import forced_curve, lively, micro_spec
-from PIL import Image
+from helpers import encoded, fails, forced_curve, lively, micro_spec
 
-from dynaslim import cli, predict_stream
+from dynaslim import predict_stream
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import UsageError
 from dynaslim.predict import Unreadable
@@ -42,9 +41,7 @@ from dynaslim.spec import Route
 def jpeg(level, size=32, **options):
     """A JPEG of one shade, 0..255, with some noise."""
     noise = np.random.default_rng(level).normal(level, 2, (size, size, 3)).clip(0, 255)
-    buffer = io.BytesIO()
-    Image.fromarray(noise.astype(np.uint8)).save(buffer, "JPEG", **options)
-    return buffer.getvalue()
+    return encoded(noise.astype(np.uint8), "JPEG", **options)
 
 
 def with_thumbnail(level):
@@ -303,11 +300,7 @@ def test_a_small_thing_that_appears_is_seen():
     plain = np.full((64, 64, 3), 100, np.uint8)
     spot = plain.copy()
     spot[8:16, 40:48] = 220  # 1.6 % of the picture
-    frames = []
-    for pixels in (plain, plain, spot, spot):
-        buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "PNG")
-        frames.append(buffer.getvalue())
+    frames = list(map(encoded, (plain, plain, spot, spot)))
     rows, _, _ = _answered([0, 1, 2, 3], frames=frames, same_frame=30.0)
     assert [row.same for row in rows] == [False, True, False, True]
 
@@ -467,20 +460,13 @@ def test_what_is_refused(argv, message, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     flag = message.partition(":")[0].split()
     extra = flag if flag[0] in ("--latency-ms", "--same-frame") else []
-    code = cli.run(["predict", *argv, "--stream", *extra])
-    out, err = capsys.readouterr()
-    assert (code, out, len(err.splitlines())) == (2, "", 1), err
-    assert message in err
+    fails(capsys, ["predict", *argv, "--stream", *extra], 2, message)
 
 
 def test_what_needs_a_stream_or_a_curve(capsys, tmp_path):
     (tmp_path / "a.jpg").write_bytes(jpeg(3))
     for flag in ("--latency-ms", "--same-frame"):
-        code = cli.run(["predict", str(tmp_path), flag, "5"])
-        assert (code, capsys.readouterr().err.strip()) == (
-            2,
-            f"dynaslim: {flag} 5.0: give --stream with it",
-        )
+        fails(capsys, ["predict", tmp_path, flag, "5"], 2, f"{flag} 5.0: give --stream with it")
     engine = SlowEngine(SimpleNamespace(now=0.0))
     engine.curve = None
     for options in ({"latency_ms": 50}, {"budget": "0.5"}):

@@ -5,10 +5,21 @@ import pytest
 import yaml
 
 from dynaslim.errors import UsageError
-from dynaslim.recipes import GateRecipe, SupernetRecipe, load_recipe, recipe_from_dict
+from dynaslim.recipes import (
+    AugmentRecipe,
+    DataRecipe,
+    ExpectedRecipe,
+    GateRecipe,
+    OptimRecipe,
+    SgsRecipe,
+    SupernetRecipe,
+    load_recipe,
+    recipe_from_dict,
+)
 from dynaslim.zoo import get_spec
 
 ROOT = Path(__file__).parents[1]
+FROZEN = {"dropout": 0.0, "target": "labels", "trunk_views": 1}  # the trunk
 FILES = sorted((ROOT / "recipes").glob("*.yaml"))
 
 
@@ -93,3 +104,41 @@ def test_a_nested_group_keeps_its_parents_defaults():
 @pytest.mark.parametrize("value", [0.4, "0.4", (0.4,), [0.4], "0.4,"])
 def test_targets_are_numbers_however_written(value):
     assert GateRecipe(targets=value).targets == (0.4,)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "message"),
+    [
+        (SupernetRecipe, {"epochs": 0}, "epochs 0"),
+        (SupernetRecipe, {"batch_size": 1}, "batch_size 1: BN needs at least 2"),
+        (SupernetRecipe, {"dropout": 1.0}, "dropout 1.0"),
+        (SupernetRecipe, {"ema_decay": 1.0}, "ema_decay 1.0"),
+        (
+            SupernetRecipe,
+            {"target": "labels", "label_weight": 0.5},
+            "label_weight and label_warmup",
+        ),
+        (SupernetRecipe, {"label_warmup": 2}, "label_warmup 2"),
+        (SupernetRecipe, {"label_weight": -1}, "label_weight -1"),
+        (SupernetRecipe, {**FROZEN, "augment": AugmentRecipe(mixup=0.2)}, "need the images"),
+        (SupernetRecipe, {**FROZEN, "compile": True}, "leave one of the two out"),
+        (SupernetRecipe, {"patience": 0}, "patience 0"),
+        (SupernetRecipe, {"trunk_views": -1}, "trunk_views -1"),
+        (OptimRecipe, {"lr": 0.0}, "lr 0.0"),
+        (OptimRecipe, {"accumulate": 0}, "accumulate 0"),
+        (OptimRecipe, {"clip_norm": 0.0}, "clip_norm 0.0"),
+        (OptimRecipe, {"warmup_share": 1.0}, "warmup_share 1.0"),
+        (SgsRecipe, {"tau": 0.0}, "tau 0.0"),
+        (SgsRecipe, {"easy_share": 1.0}, "easy_share 1.0"),
+        (SgsRecipe, {"cost_scale": 0.0}, "cost_scale 0.0"),
+        (GateRecipe, {"targets": "0.4,x"}, "targets 0.4,x: expected numbers such as 0.4,0.6,0.8"),
+        (GateRecipe, {"targets": (0.4, 1.2)}, "each above 0, at most 1"),
+        (GateRecipe, {"augment": AugmentRecipe(mixup=0.2)}, "no route of its own"),
+        (DataRecipe, {"load": "stream"}, "a stream holds nothing back"),
+        (DataRecipe, {"mean": (0.5,)}, "give both or neither"),
+        (ExpectedRecipe, {"views": 0}, "views 0"),
+    ],
+)
+def test_recipes_check_themselves(recipe, change, message):
+    with pytest.raises(UsageError, match=message):
+        recipe(**change)

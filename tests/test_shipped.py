@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import lively, micro_spec, png
+from helpers import fails, lively, micro_spec, png, run_ok
 
 import dynaslim
 from dynaslim import cli, shipped
@@ -132,8 +132,7 @@ def test_predict_by_name_by_flag_by_file_or_by_none_of_them(here, trained, argv,
 
 def test_pictures_to_try_come_with_it(capsys):
     """Drawings, of which it takes most for what they are; `models` says where they are."""
-    assert cli.run(["models"]) == 0
-    told = capsys.readouterr().out
+    told = run_ok(capsys, "models")
     assert str(shipped.PICTURES) in told
     code, out, err = _run(capsys, str(shipped.PICTURES), "--json")
     assert (code, err) == (0, "")
@@ -170,9 +169,7 @@ def test_predict_refuses_what_is_not_clear(here, trained, capsys):
         ([str(trained)], "is taken for the model; name image files, folders or patterns"),
         (["nowhere.png"], "nowhere.png: no such file or folder"),
     ]:
-        code, out, err = _run(capsys, *argv)
-        assert (code, out, len(err.splitlines())) == (2, "", 1), err
-        assert message in err
+        fails(capsys, ["predict", *argv], 2, message)
     for argv in (["--model", "cifar10", "cifar10"], ["./cifar10"]):
         code, out, _ = _run(capsys, *argv, "--json")
         assert code == 0

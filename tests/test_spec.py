@@ -194,11 +194,6 @@ def test_from_dict_names_what_is_wrong():
         NetSpec.from_dict({"name": "x", "stages": [{"widths": ["wide"]}]})
 
 
-def test_unknown_model_gets_a_suggestion():
-    with pytest.raises(UsageError, match=r"'ds_mbnt' is unknown: did you mean ds_mbnet\?"):
-        get_spec("ds_mbnt")
-
-
 def test_image_below_total_stride():
     with pytest.raises(UsageError, match="31x64 px: ds_mbnet divides it by 32"):
         get_spec("ds_mbnet").check_image_size(31, 64)

@@ -1,12 +1,10 @@
 """What the processes of the distributed training tests run; spawned, so importable by name."""
 
-import os
 import random
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from helpers import lively, micro_spec, noise
+from helpers import join, leave, lively, micro_spec, noise
 
 from dynaslim.cost import CostTable
 from dynaslim.recipes import SgsRecipe
@@ -16,19 +14,6 @@ from dynaslim.train.step import gate_step, supernet_step
 from dynaslim.train.teacher import make_teacher
 
 ROWS = 12
-
-
-def join(rank, processes, port):
-    """Become one of the processes of a gloo group."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=processes, timeout=timedelta(seconds=60))
-    torch.set_num_threads(1)
-
-
-def leave():
-    """Leave it together: who goes first would cut the others' last exchange off."""
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def one_step(rows):
@@ -52,9 +37,20 @@ def one_step(rows):
     return losses, grads, net.state_dict()
 
 
-def step_worker(rank, port, folder):
+def worker(rank, port, folder, run):
+    """One of two gloo processes; saves what `run(rank)` gives."""
+    join(rank, port)
+    torch.save(run(rank), f"{folder}/{rank}.pt")
+    leave()
+
+
+def half(rank):
+    """The rows of a process."""
+    return slice(rank * ROWS // 2, (rank + 1) * ROWS // 2)
+
+
+def step(rank):
     """Half a batch each; counts the messages."""
-    join(rank, 2, port)
     reduce, sizes = dist.all_reduce, []
 
     def counted(tensor, *args, **kwargs):
@@ -62,10 +58,7 @@ def step_worker(rank, port, folder):
         return reduce(tensor, *args, **kwargs)
 
     dist.all_reduce = counted
-    half = ROWS // 2
-    losses, grads, state = one_step(slice(rank * half, (rank + 1) * half))
-    torch.save((losses, grads, state, sizes), f"{folder}/{rank}.pt")
-    leave()
+    return *one_step(half(rank)), sizes
 
 
 def gate_step_of(rows, gumbel):
@@ -90,28 +83,21 @@ def gate_step_of(rows, gumbel):
     return losses, [head.grad for head in heads]
 
 
-def gate_worker(rank, port, folder):
+def gate_steps(rank):
     """Half a batch each, with noise and without."""
-    join(rank, 2, port)
-    half = ROWS // 2
-    own = slice(rank * half, (rank + 1) * half)
-    torch.save([gate_step_of(own, gumbel) for gumbel in (False, True)], f"{folder}/{rank}.pt")
-    leave()
+    return [gate_step_of(half(rank), gumbel) for gumbel in (False, True)]
 
 
-def calibration_worker(rank, port, folder):
+def calibration(rank):
     """Every second batch each."""
-    join(rank, 2, port)
     net = lively(micro_spec(), image_size=16)
     batches = [noise(net.spec, 8, image_size=16, seed=s) for s in range(5)]
     recalibrate(net, batches[rank::2])
-    torch.save(net.state_dict(), f"{folder}/{rank}.pt")
-    leave()
+    return net.state_dict()
 
 
-def nan_worker(rank, port, folder):
+def not_finite(rank):
     """A loss that is not finite in one process alone stops both."""
-    join(rank, 2, port)
     net = lively(micro_spec(), image_size=16)
     teacher = make_teacher(net, 0.5)
     x = noise(net.spec, 4, image_size=16)
@@ -130,8 +116,6 @@ def nan_worker(rank, port, folder):
             generator=None,
             step=4,
         )
-        said = ""
     except ValueError as error:
-        said = str(error)
-    torch.save(said, f"{folder}/{rank}.pt")
-    leave()
+        return str(error)
+    return ""

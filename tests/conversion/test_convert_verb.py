@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import bright_pngs, write_parquet
+from helpers import bright_pngs, fails, run_ok, write_parquet
 
 import dynaslim
 from dynaslim import cli
@@ -33,47 +33,32 @@ def model(tmp_path):
     return f"module:{file}:make"
 
 
-def run(capsys, *argv):
-    code = cli.run([str(part) for part in argv])
-    return code, capsys.readouterr()
-
-
 def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
     data = write_parquet(tmp_path / "data", bright_pngs(120), 4, split="train")
     converted = tmp_path / "converted.safetensors"
-    code, shown = run(
-        capsys, "convert", model, converted, "--image-size", 16, "--data", data, "--json"
-    )
-    assert code == 0, shown.err
-    told = json.loads(shown.out)
+    argv = ["convert", model, converted, "--image-size", 16, "--data", data, "--json"]
+    told = json.loads(run_ok(capsys, *argv))
     assert told["sorted_by"] == "activation"
     assert told["relative_error"] < 1e-5
     assert [route["widths"] for route in told["routes"]] == [[100, p] for p in (25, 50, 75, 100)]
 
-    code, shown = run(capsys, "info", converted)
-    assert code == 0
-    assert "make, converted" in shown.out
-    assert "100-25" in shown.out
+    shown = run_ok(capsys, "info", converted)
+    assert "make, converted" in shown
+    assert "100-25" in shown
 
     stage_one = ["train", "supernet", "--init", converted, "--data.path", data, "--epochs", 2]
     stage_one += ["--data.image_size_px", 16, "--batch_size", 20, "--out", tmp_path / "run"]
-    code, shown = run(capsys, *stage_one, "--data.val_share", 0.2, "--calibration_batches", 2)
-    assert code == 0, shown.err
+    run_ok(capsys, *stage_one, "--data.val_share", 0.2, "--calibration_batches", 2)
     trained = dynaslim.read(tmp_path / "run" / "last.safetensors")
     assert str(trained.net.spec.smallest) == "100-25"
     assert len(trained.class_names) == 4
 
     stage_two = ["train", "gate", "--supernet", tmp_path / "run" / "last.safetensors"]
     stage_two += ["--data.path", data, "--data.val_share", 0.2, "--batch_size", 20]
-    code, shown = run(
-        capsys, *stage_two, "--epochs", 1, "--targets", 0.8, "--out", tmp_path / "gate"
-    )
-    assert code == 0, shown.err
+    run_ok(capsys, *stage_two, "--epochs", 1, "--targets", 0.8, "--out", tmp_path / "gate")
     gated = next((tmp_path / "gate").glob("gate_*.safetensors"))
-    code, shown = run(capsys, "evaluate", gated, "--data", data, "--split", "train", "--json")
-    assert code == 0, shown.err
-    code, shown = run(capsys, "export", gated, tmp_path / "package")
-    assert code == 0, shown.err
+    run_ok(capsys, "evaluate", gated, "--data", data, "--split", "train", "--json")
+    run_ok(capsys, "export", gated, tmp_path / "package")
     x = torch.randn(6, 3, 16, 16)
     net = dynaslim.read(gated).net
     engine = dynaslim.Engine.from_package(tmp_path / "package")
@@ -108,22 +93,20 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
 )
 def test_mistakes_are_one_line(model, tmp_path, capsys, argv, message):
     named = [model if part == "MODEL" else part for part in argv]
-    code, shown = run(capsys, "convert", named[0], tmp_path / "out.safetensors", *named[1:])
-    assert code != 0
-    assert message in shown.err
-    assert len(shown.err.strip().splitlines()) == 1
+    argv = ["convert", named[0], tmp_path / "out.safetensors", *named[1:]]
+    fails(capsys, argv, 2, message)
     assert not (tmp_path / "out.safetensors").exists()
 
 
 def test_weights_that_do_not_fit_are_named(model, tmp_path, capsys):
     file, out = tmp_path / "weights.pth", tmp_path / "out.safetensors"
     torch.save({"0.0.weight": torch.zeros(16, 3, 3, 1), "other": torch.zeros(3)}, file)
-    code, shown = run(capsys, "convert", model, out, "--weights", file, "--json")
-    assert code == 2
-    assert "missing 0.1.bias" in shown.err
-    assert "unexpected other" in shown.err
-    told = json.loads(shown.out)
-    assert told["error"] in shown.err
+    assert cli.run(["convert", model, str(out), "--weights", str(file), "--json"]) == 2
+    told, err = capsys.readouterr()
+    assert "missing 0.1.bias" in err
+    assert "unexpected other" in err
+    told = json.loads(told)
+    assert told["error"] in err
     assert (told["unexpected"], told["other_shape"]) == (["other"], ["0.0.weight"])
     assert len(told["missing"]) == 25
 
@@ -135,10 +118,9 @@ def test_a_refusal_is_data(tmp_path, capsys):
         more.write("\n\nclass Sorts(nn.Module):\n    def forward(self, x):\n")
         more.write("        return x.mean((2, 3)).sort(1).values\n")
     out = tmp_path / "out.safetensors"
-    argv = ["convert", f"module:{file}:sorts", out, "--image-size", 16, "--json"]
-    code, shown = run(capsys, *argv)
-    assert code == 2
-    assert json.loads(shown.out) == {
+    argv = ["convert", f"module:{file}:sorts", str(out), "--image-size", "16", "--json"]
+    assert cli.run(argv) == 2
+    assert json.loads(capsys.readouterr().out) == {
         "error": "1: sort: not an operation that can be converted",
         "module": "1",
         "operation": "sort",
@@ -149,9 +131,7 @@ def test_a_refusal_is_data(tmp_path, capsys):
 def test_a_network_of_several_sizes(model, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     argv = ["convert", model, out, "--image-size", 16, "--other-sizes", "24,32", "--json"]
-    code, shown = run(capsys, *argv, "--importance", "weight")
-    assert code == 0, shown.err
-    told = json.loads(shown.out)
+    told = json.loads(run_ok(capsys, *argv, "--importance", "weight"))
     assert told["other_sizes_px"] == [24, 32]
     assert told["sorted_by"] == "weight"
     assert dynaslim.read(out).net.at_size(24, 24).spec.usual_image_size == 24

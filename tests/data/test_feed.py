@@ -1,4 +1,5 @@
 import multiprocessing
+from dataclasses import replace
 from itertools import islice
 
 import datasets
@@ -229,11 +230,9 @@ def test_shares_of_a_stream_that_differ_in_size(tmp_path, monkeypatch):
 
 
 def test_a_stream_that_ends_early_on_a_process(tmp_path, monkeypatch):
-    import dataclasses
-
     path = _tables(tmp_path, (8, 8))
     for _ in _as_processes(monkeypatch, 2):
-        stream = dataclasses.replace(open_stream(path), num_images=None)
+        stream = replace(open_stream(path), num_images=None)
         feed = StreamFeed(stream, GREY, PLAIN, BATCH, 0, num_images=40)
         with pytest.raises(DataError, match="ended after 8 images, where 20 were to be"):
             list(feed.batches(0, 10))
@@ -362,22 +361,14 @@ def test_files_that_go_missing_count_as_corrupt(tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_wrong_label_is_an_error_and_not_corrupt(tmp_path, kind):
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
-    )
-    rows = {
-        "image": [{"bytes": png(n), "path": None} for n in range(8)],
-        "label": [0, 1, -1, 0, 1, 0, 1, 0],
-    }
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "train.parquet")
+    labels = [0, 1, -1, 0, 1, 0, 1, 0]
+    write_parquet(tmp_path, [png(n) for n in range(8)], "ab", "train", labels)
     with pytest.raises(DataError, match="label -1 is none of the 2 classes"):
         list(_feed(kind, tmp_path, limit=1.0).batches(0, 2))
 
 
 def test_a_stream_that_ends_early(tmp_path):
-    import dataclasses
-
-    stream = dataclasses.replace(open_stream(_table(tmp_path), "train"), num_images=None)
+    stream = replace(open_stream(_table(tmp_path), "train"), num_images=None)
     with pytest.raises(UsageError, match=r"give --data\.stream_images"):
         StreamFeed(stream, GREY, PLAIN, BATCH, 0)
     feed = StreamFeed(stream, GREY, PLAIN, BATCH, 0, num_images=30)
@@ -437,7 +428,7 @@ def test_a_stream_from_the_hub(tmp_path, monkeypatch):
     )
     with pytest.raises(UsageError, match="owner/many: does not say how many images it has"):
         _open(recipe)
-    training = _open(_changed(recipe, stream_images=COUNT))
+    training = _open(replace(recipe, stream_images=COUNT))
     assert asked[0] == ("owner/many", {"streaming": True})
     _same(training.feed.batches(0, 7), _feed("stream", path).batches(0, 7))
     ((x, labels),) = training.validation.batches(8)
@@ -474,17 +465,11 @@ def _open(recipe, augment=PLAIN, **changes):
     return open_training(recipe, augment, **options)
 
 
-def _changed(recipe, **changes):
-    import dataclasses
-
-    return dataclasses.replace(recipe, **changes)
-
-
 @pytest.mark.parametrize("store", STORES)
 def test_training_from_memory_and_from_disk_agree(tmp_path, store):
     path = str(store(tmp_path, 40))
     recipe = DataRecipe(path, image_size_px=SIZE, mean=(0.5,), std=(0.25,))
-    memory, disk = _open(recipe), _open(_changed(recipe, load="disk"))
+    memory, disk = _open(recipe), _open(replace(recipe, load="disk"))
     _same(memory.feed.batches(0, 20), disk.feed.batches(0, 20))
     _same(memory.validation.batches(3), disk.validation.batches(3))
     assert len(memory.validation) == len(disk.validation) == 4
@@ -503,7 +488,7 @@ def test_training_with_a_split_to_choose_by(tmp_path):
     write_parquet(path, [png(n) for n in range(50, 56)], 3, "validation")
     recipe = DataRecipe(str(path), image_size_px=SIZE, val_split="test")
     for load in KINDS:
-        training = _open(_changed(recipe, load=load))
+        training = _open(replace(recipe, load=load))
         assert training.feed.steps_per_epoch == 5
         assert len(training.validation) == 6
         if load == "memory":
@@ -515,20 +500,15 @@ def test_training_with_a_split_to_choose_by(tmp_path):
     write_parquet(path, [png(n) for n in range(6)], 2, "validation")
     for load in KINDS:
         with pytest.raises(DataError, match="has 2 classes, the training split has 3"):
-            _open(_changed(recipe, load=load))
+            _open(replace(recipe, load=load))
 
 
 def test_classes_of_the_other_split_are_renumbered(tmp_path):
-    for split, names in (("train", ["a", "b"]), ("test", ["b", "a"])):
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(names=names)}
-        )
-        rows = {"image": [{"bytes": png(n), "path": None} for n in range(4)], "label": [0, 1] * 2}
-        table = datasets.Dataset.from_dict(rows, features=features)
-        table.to_parquet(tmp_path / f"{split}.parquet")
+    for split, names in (("train", "ab"), ("test", "ba")):
+        write_parquet(tmp_path, [png(n) for n in range(4)], names, split)
     recipe = DataRecipe(str(tmp_path), image_size_px=SIZE, val_split="test")
     for load in KINDS:
-        training = _open(_changed(recipe, load=load))
+        training = _open(replace(recipe, load=load))
         assert training.validation.class_names == ("a", "b")
         assert torch.cat([y for _, y in training.validation.batches(3)]).tolist() == [1, 0, 1, 0]
 
@@ -613,5 +593,5 @@ def test_an_image_that_does_not_decode_moves_none_between_training_and_choosing(
     )
     names = [name for name, row in zip(whole.where, whole.rows, strict=True) if row in held_back]
     for load in ("memory", "disk"):
-        validation = _open(_changed(recipe, load=load)).validation
+        validation = _open(replace(recipe, load=load)).validation
         assert [name for name in validation.where if name in whole.where] == names, load

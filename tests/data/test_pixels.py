@@ -3,7 +3,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from helpers import png
+from helpers import encoded, png
 from PIL import Image, ImageOps
 
 from dynaslim.data.decode import decode_image, jpeg_scale, random_crop
@@ -21,9 +21,8 @@ def test_pixels_of_the_right_size_are_untouched():
 def test_shorter_side_then_centre_crop():
     wide = Image.new("RGB", (60, 20))
     wide.paste((255, 0, 0), (20, 0, 40, 20))  # the middle third is red
-    buffer = io.BytesIO()
-    wide.save(buffer, "PNG")
-    pixels = decode_image(buffer.getvalue(), Preprocessing(20), "x")
+    content = encoded(wide)
+    pixels = decode_image(content, Preprocessing(20), "x")
     assert pixels.shape == (3, 20, 20)
     assert (pixels[0] == 255).all()
     assert (pixels[1:] == 0).all()
@@ -32,10 +31,9 @@ def test_shorter_side_then_centre_crop():
 def test_crop_fraction_cuts_the_border():
     framed = Image.new("L", (40, 40), 255)
     framed.paste(0, (5, 5, 35, 35))
-    buffer = io.BytesIO()
-    framed.save(buffer, "PNG")
+    content = encoded(framed)
     grey = Preprocessing(30, mean=(0.5,), std=(0.5,), crop_fraction=0.75)
-    assert (decode_image(buffer.getvalue(), grey, "x") == 0).all()
+    assert (decode_image(content, grey, "x") == 0).all()
 
 
 def test_grey_and_colour_channels():
@@ -46,16 +44,14 @@ def test_grey_and_colour_channels():
 
 def test_sixteen_bits_are_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
-    buffer = io.BytesIO()
-    Image.fromarray(ramp).save(buffer, "PNG")
-    pixels = decode_image(buffer.getvalue(), Preprocessing(32), "x")
+    content = encoded(ramp)
+    pixels = decode_image(content, Preprocessing(32), "x")
     assert np.abs(pixels[0].astype(float) - ramp / 257).max() <= 1
 
 
 def test_a_long_thin_picture_does_not_fill_the_memory():
-    buffer = io.BytesIO()
-    Image.new("L", (1, 60_000), 7).save(buffer, "PNG")
-    assert (decode_image(buffer.getvalue(), Preprocessing(224), "x") == 7).all()
+    content = encoded(Image.new("L", (1, 60_000), 7))
+    assert (decode_image(content, Preprocessing(224), "x") == 7).all()
 
 
 def test_exif_orientation_is_followed():
@@ -63,9 +59,8 @@ def test_exif_orientation_is_followed():
     image.paste((255, 255, 255), (0, 0, 20, 10))  # white above
     exif = Image.Exif()
     exif[0x0112] = 3  # stored upside down
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", exif=exif)
-    pixels = decode_image(buffer.getvalue(), Preprocessing(20), "x")
+    content = encoded(image, exif=exif)
+    pixels = decode_image(content, Preprocessing(20), "x")
     assert pixels[0, 0, 0] == 0
     assert pixels[0, -1, 0] == 255
 
@@ -77,9 +72,7 @@ def test_a_large_jpeg_is_decoded_at_reduced_size(orientation, crop, monkeypatch)
     image = Image.fromarray(smooth).resize((1600, 1200), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    as_jpeg, as_png = io.BytesIO(), io.BytesIO()
-    image.save(as_jpeg, "JPEG", exif=exif, quality=95)
-    image.save(as_png, "PNG", exif=exif)
+    files = encoded(image, "JPEG", exif=exif, quality=95), encoded(image, exif=exif)
     sizes, transpose = [], ImageOps.exif_transpose
 
     def spy(opened, **options):
@@ -87,10 +80,7 @@ def test_a_large_jpeg_is_decoded_at_reduced_size(orientation, crop, monkeypatch)
         return transpose(opened, **options)
 
     monkeypatch.setattr(ImageOps, "exif_transpose", spy)
-    reduced, full = (
-        decode_image(one.getvalue(), Preprocessing(32), "x", crop).astype(int)
-        for one in (as_jpeg, as_png)
-    )
+    reduced, full = (decode_image(one, Preprocessing(32), "x", crop).astype(int) for one in files)
     assert sizes[0][0] <= 400
     assert sizes[1] == (1600, 1200)
     assert np.abs(reduced - full).mean() < 1.5

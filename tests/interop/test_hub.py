@@ -5,8 +5,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
-from helpers import lively, micro_spec, noise
+from helpers import METRICS, lively, micro_spec, noise, run_python
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -31,14 +29,6 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 
 NAMES = tuple(f"class {n}" for n in range(5))
-METRICS = {
-    "images": 40,
-    "routes": [
-        {"widths": [4, 4, 6], "madds": 11786, "top1": 0.5},
-        {"widths": [4, 12, 10], "madds": 16932, "top1": 0.625},
-    ],
-    "dynamic": {"mean_madds": 14000.4, "top1": 0.6},
-}
 RECIPE = {
     "supernet": {"epochs": 3, "data": {"path": "/home/someone/sets/shapes"}},
     "gate": {"targets": (0.4, 0.6), "supernet": "../runs/last.safetensors"},
@@ -389,7 +379,7 @@ def test_networks_stay_as_light_as_they_were(checkpoint, tmp_path):
         f"net.save_pretrained({str(tmp_path / 'folder')!r})\n"
         "assert 'huggingface_hub' in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    run_python(script)
     net = SlimNet.from_pretrained(tmp_path / "folder")
     assert set(vars(net)) == set(vars(SlimNet(net.spec)))
     _same_network(pickle.loads(pickle.dumps(net)), checkpoint.net)

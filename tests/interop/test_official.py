@@ -5,11 +5,11 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from helpers import SHARED, needs_shared
+from helpers import SHARED, needs_shared, run_ok
 from released_file import released_state, write_released
 from torch.nn import functional as F
 
-from dynaslim import Engine, cli, from_official, load
+from dynaslim import Engine, from_official, load
 from dynaslim.errors import CheckpointError
 from dynaslim.nn import argmax_one_hot
 
@@ -130,10 +130,9 @@ def test_averaged_weights_are_the_other_ones(official):
 def test_import_from_the_command_line(official, tmp_path, capsys):
     path, reference = official
     out = tmp_path / "ds_mbnet.safetensors"
-    assert cli.run(["import-official", str(path), str(out), "--ema"]) == 0
-    assert "ds_mbnet, 10 classes, gate choices (0, 1, 2, 3)" in capsys.readouterr().out
-    assert cli.run(["import-official", str(path), str(out), "--ema", "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    argv = ["import-official", path, out, "--ema"]
+    assert "ds_mbnet, 10 classes, gate choices (0, 1, 2, 3)" in run_ok(capsys, *argv)
+    told = json.loads(run_ok(capsys, *argv, "--json"))
     assert told == {
         "out": str(out),
         "model": "ds_mbnet",
@@ -226,23 +225,23 @@ def test_files_that_are_no_released_checkpoint(official, tmp_path):
     bad = tmp_path / "bad.pth.tar"
     with pytest.raises(CheckpointError, match=r"none.pth: no such file"):
         from_official(tmp_path / "none.pth")
-    bad.write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match="not a readable torch checkpoint"):
-        from_official(bad)
-    bad.write_bytes(path.read_bytes()[:100_000])
-    with pytest.raises(CheckpointError, match="truncated, damaged or of another format"):
-        from_official(bad)
+    for content, message in (
+        (b"not a checkpoint", "not a readable torch checkpoint"),
+        (path.read_bytes()[:100_000], "truncated, damaged or of another format"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(CheckpointError, match=message):
+            from_official(bad)
     with pytest.raises(CheckpointError, match=r"has no state_dict_ema \(it has: state_dict\)"):
         from_official(_saved(bad, state), ema=True)
-    with pytest.raises(CheckpointError, match="values that are not tensors"):
-        from_official(_saved(bad, {"x": 1}))
-    with pytest.raises(CheckpointError, match="not a released DS-MBNet: it lacks"):
-        from_official(_saved(bad, {"x": torch.zeros(1)}))
-    missing = {k: v for k, v in state.items() if k != "blocks.1.first_block.conv_pw.weight"}
-    with pytest.raises(CheckpointError, match=r"it has no blocks.1.first_block.conv_pw.weight"):
-        from_official(_saved(bad, missing))
-    with pytest.raises(CheckpointError, match="unknown tensor extra"):
-        from_official(_saved(bad, {**state, "extra": torch.zeros(1)}))
+    lacking = "blocks.1.first_block.conv_pw.weight"
     key = "blocks.3.first_block.bn2.aux_bn.2.running_mean"
-    with pytest.raises(CheckpointError, match=rf"{key} has shape \(5,\), DS-MBNet needs \(288,\)"):
-        from_official(_saved(bad, {**state, key: torch.zeros(5)}))
+    for tensors, message in (
+        ({"x": 1}, "values that are not tensors"),
+        ({"x": torch.zeros(1)}, "not a released DS-MBNet: it lacks"),
+        ({k: v for k, v in state.items() if k != lacking}, f"it has no {lacking}"),
+        ({**state, "extra": torch.zeros(1)}, "unknown tensor extra"),
+        ({**state, key: torch.zeros(5)}, rf"{key} has shape \(5,\), DS-MBNet needs \(288,\)"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            from_official(_saved(bad, tensors))

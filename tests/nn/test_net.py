@@ -1,8 +1,20 @@
+import copy
 import itertools
 
 import pytest
 import torch
-from helpers import ZOO_NAMES, ddp_worker, free_port, lively, micro_spec, noise, spawn_two
+from helpers import (
+    ZOO_NAMES,
+    assert_rows_close,
+    ddp_worker,
+    free_port,
+    lively,
+    lively_net,
+    micro_spec,
+    noise,
+    row_by_row,
+    spawn_two,
+)
 from torch import nn
 
 from dynaslim.errors import UsageError
@@ -22,38 +34,30 @@ def forced(spec, indices):
     return choose
 
 
-@pytest.mark.parametrize("name", ZOO_NAMES)
-def test_gated_equals_static_for_every_route(name):
-    """One row per route of the routing space in one gated batch, against each route alone."""
-    spec = ZOO[name].replace(num_classes=10)
-    net = lively(spec)
-    combinations = list(itertools.product(*(gate.choices for gate in spec.gates)))
-    x = noise(spec, len(combinations))
+def assert_gated_equals_static(net, combinations):
+    """One row per combination of the gates' choices in one gated batch, against each alone."""
+    x = noise(net.spec, len(combinations))
+    routes = [net.spec.route_at(c) for c in combinations]
     with torch.inference_mode():
-        gated = net.forward_gated(x, forced(spec, combinations)).logits
-        static = torch.cat(
-            [net(x[b : b + 1], spec.route_at(c)) for b, c in enumerate(combinations)]
-        )
-    scale = static.abs().max()
-    torch.testing.assert_close(gated / scale, static / scale, atol=2e-5, rtol=0)
+        gated = net.forward_gated(x, forced(net.spec, combinations)).logits
+    static = row_by_row(net, x, routes)
+    assert_rows_close(gated, static)
     # the comparison means something: routes give different answers to the same image
     with torch.inference_mode():
-        answers = torch.cat([net(x[:1], route) for route in spec.routes])
-    assert (answers[0] - answers[1:]).abs().amax(1).min() > 1e-3 * scale
+        answers = torch.cat([net(x[:1], route) for route in net.spec.routes])
+    assert (answers[0] - answers[1:]).abs().amax(1).min() > 1e-3 * static.abs().max()
 
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
-def test_gated_equals_static_for_all_widths_when_all_are_choices(name):
-    """Also widths that the default routing space leaves out."""
-    spec = ZOO[name].with_choices(range(ZOO[name].num_widths)).replace(num_classes=10)
-    net = lively(spec)
-    uniform = [(k,) * len(spec.gates) for k in range(spec.num_widths)]
-    x = noise(spec, len(uniform))
-    with torch.inference_mode():
-        gated = net.forward_gated(x, forced(spec, uniform)).logits
-        static = torch.cat([net(x[b : b + 1], spec.routes[b]) for b in range(len(uniform))])
-    scale = static.abs().max()
-    torch.testing.assert_close(gated / scale, static / scale, atol=2e-5, rtol=0)
+def test_gated_equals_static(name):
+    """Along every route of the routing space, and at widths that it leaves out."""
+    net = lively_net(name)
+    combinations = list(itertools.product(*(gate.choices for gate in net.spec.gates)))
+    assert_gated_equals_static(net, combinations)
+    spec = net.spec.with_choices(range(net.spec.num_widths))
+    assert_gated_equals_static(
+        lively(spec), [(k,) * len(spec.gates) for k in range(spec.num_widths)]
+    )
 
 
 def test_gated_equals_static_with_a_single_width_behind_the_gate():
@@ -67,19 +71,14 @@ def test_gated_equals_static_with_a_single_width_behind_the_gate():
         num_classes=4,
     )
     net = lively(spec)
-    x = noise(spec, 3)
-    with torch.inference_mode():
-        gated = net.forward_gated(x, forced(spec, [(0,), (1,), (2,)])).logits
-        static = torch.cat([net(x[b : b + 1], spec.routes[b]) for b in range(3)])
-    torch.testing.assert_close(gated, static, atol=1e-5, rtol=1e-4)
-    head = net.stages[2][0].body.bn
-    assert head.running_mean.shape == (3, 12)
+    assert_gated_equals_static(net, [(0,), (1,), (2,)])
+    assert net.stages[2][0].body.bn.running_mean.shape == (3, 12)
 
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
 def test_no_state_between_calls(name):
-    spec = ZOO[name].replace(num_classes=10)
-    net = lively(spec)
+    net = lively_net(name)
+    spec = net.spec
     x = noise(spec, 2)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     with torch.inference_mode():
@@ -94,8 +93,8 @@ def test_no_state_between_calls(name):
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
 def test_forward_many_equals_one_by_one(name):
-    spec = ZOO[name].replace(num_classes=10)
-    net = lively(spec)
+    net = lively_net(name)
+    spec = net.spec
     x = noise(spec, 2)
     routes = (spec.largest, *spec.routes[::3], spec.smallest)
     with torch.inference_mode():
@@ -119,8 +118,8 @@ def test_forward_many_has_the_gradients_of_separate_passes():
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
 def test_gated_forward_is_differentiable_through_its_gates(name):
-    spec = ZOO[name].replace(num_classes=10)
-    net = lively(spec)
+    net = copy.deepcopy(lively_net(name))
+    spec = net.spec
     net.requires_grad_(False)
     for head in net.slimming_parameters():
         head.requires_grad_(True)
@@ -162,8 +161,8 @@ def test_builds_and_runs_on_meta(name):
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
 def test_bfloat16_is_close_to_float32(name):
-    spec = ZOO[name].replace(num_classes=10)
-    net = lively(spec)
+    net = copy.deepcopy(lively_net(name))
+    spec = net.spec
     x = noise(spec, 4)
     with torch.inference_mode():
         exact = net(x, spec.routes[1])
@@ -178,15 +177,14 @@ def test_bfloat16_is_close_to_float32(name):
 
 @pytest.mark.parametrize("name", ZOO_NAMES)
 def test_channels_last(name):
-    spec = ZOO[name].replace(num_classes=10)
-    net = lively(spec)
+    net = copy.deepcopy(lively_net(name))
+    spec = net.spec
     x = noise(spec, 2)
     with torch.inference_mode():
         expected = net(x, spec.routes[1])
         net = net.to(memory_format=torch.channels_last)
         out = net(x.to(memory_format=torch.channels_last), spec.routes[1])
-    scale = expected.abs().max()
-    torch.testing.assert_close(out / scale, expected / scale, atol=2e-5, rtol=0)
+    assert_rows_close(out, expected)
 
 
 def _count_graphs():

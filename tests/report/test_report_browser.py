@@ -1,73 +1,12 @@
 """Reports in a real browser: on a desk, on a phone, in the dark and on paper."""
 
 import re
-import shutil
 
 import pytest
+from helpers import CONTRAST
 from report_runs import Page
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="needs pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no browser here: apt-get install chromium"
-)
-
 WIDTHS = {"desk": 1280, "phone": 390}
-
-# the lowest contrast of any text with what is painted behind it, as WCAG counts it
-CONTRAST = """() => {
-  const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
-  const rgba = colour => {
-    canvas.clearRect(0, 0, 1, 1);
-    canvas.fillStyle = colour;
-    canvas.fillRect(0, 0, 1, 1);
-    const [r, g, b, a] = canvas.getImageData(0, 0, 1, 1).data;
-    return [r, g, b, a / 255];
-  };
-  const over = (top, below) => top.slice(0, 3).map((v, i) => v * top[3] + below[i] * (1 - top[3]));
-  const light = colour => {
-    const [r, g, b] = colour.map(v => v / 255)
-      .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = element => {
-    const layers = [];
-    for (let e = element; e; e = e.parentElement)
-      layers.unshift(rgba(getComputedStyle(e).backgroundColor));
-    return layers.reduce((below, top) => over(top, below), [255, 255, 255]);
-  };
-  const ratio = (a, b) => {
-    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
-    return (x + 0.05) / (y + 0.05);
-  };
-  const found = [];
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    if (!walker.currentNode.data.trim() || !element.getClientRects().length) continue;
-    if (element.closest("title, style")) continue;
-    const style = getComputedStyle(element);
-    let below = behind(element);
-    const share = element.closest("g.in");
-    if (share) {  // on a bar of the same route
-      const bar = share.closest("svg").querySelector(`.part.${share.classList[1]} path`);
-      const fill = getComputedStyle(bar).fill;
-      if (fill.startsWith("url")) continue;
-      below = rgba(fill);
-    }
-    const colour = over(rgba(element.closest("svg") ? style.fill : style.color), below);
-    found.push([ratio(colour, below), element.outerHTML.slice(0, 120)]);
-  }
-  return [found.length, ...found.sort((a, b) => a[0] - b[0])[0]];
-}"""
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +81,7 @@ def test_charts_can_be_read_on_a_phone(opened):
 def test_all_text_stands_out(opened, scheme):
     page = opened(WIDTHS["desk"], scheme)
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true })")
-    texts, lowest, where = page.evaluate(CONTRAST)
+    texts, lowest, where = page.evaluate(CONTRAST, "")
     assert texts > 300
     assert lowest >= 4.5, f"{lowest:.2f} in {where}"
     background = page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import fails, lively, lively_net, micro_spec
+from helpers import fails, lively, lively_net, micro_spec, run_ok
 from report_runs import (
     HOSTILE,
     PRE,
@@ -457,14 +457,12 @@ def test_folders_that_hold_no_run(tmp_path, capsys, gate_run):
 
 def test_verb(tmp_path, capsys, gate_run, monkeypatch):
     argv = ["report", str(gate_run), "--rounds", "0"]
-    assert cli.run([*argv, "-o", str(tmp_path / "new" / "a.html"), "--json"]) == 0
-    made = json.loads(capsys.readouterr().out)
+    made = json.loads(run_ok(capsys, *argv, "-o", str(tmp_path / "new" / "a.html"), "--json"))
     page = (tmp_path / "new" / "a.html").read_text(encoding="utf-8")
     assert made["out"] == str(tmp_path / "new" / "a.html")
     assert made["headline"] in Page(page).text
     monkeypatch.chdir(tmp_path)
-    assert cli.run([*argv, "--title", "Parts & <line> 4"]) == 0
-    out = capsys.readouterr().out
+    out = run_ok(capsys, *argv, "--title", "Parts & <line> 4")
     assert out.endswith(f"report.html: {made['headline']}\n")
     page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert "Parts & <line> 4" in page.text

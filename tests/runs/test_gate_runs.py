@@ -3,12 +3,20 @@
 import json
 import re
 import signal
-import time
 from functools import partial
 
 import pytest
 import torch
-from helpers import bright_pngs, fails, lively, start_dynaslim, write_parquet
+from helpers import (
+    bright_pngs,
+    fails,
+    lively,
+    run_ok,
+    start_dynaslim,
+    until,
+    wait_for_steps,
+    write_parquet,
+)
 from safetensors.torch import load_file
 
 from dynaslim import cli
@@ -50,8 +58,7 @@ def _results(out):
 
 def test_a_sweep_writes_one_gate_per_target(data, tmp_path, capsys):
     out = tmp_path / "run"
-    assert cli.run(_argv(data, out, "--targets", "0.4,0.8", "--json")) == 0
-    results = json.loads(capsys.readouterr().out)
+    results = json.loads(run_ok(capsys, *_argv(data, out, "--targets", "0.4,0.8", "--json")))
     assert results == _results(out)
     supernet = load_file(data / "supernet.safetensors")
     shares = []
@@ -71,8 +78,7 @@ def test_a_sweep_writes_one_gate_per_target(data, tmp_path, capsys):
     assert shares[0] <= shares[1]
     assert len(results["routes"]) == 4
     # a person's table has them too
-    assert cli.run(_argv(data, out, "--targets", "0.4,0.8", "--resume")) == 0
-    printed = capsys.readouterr().out
+    printed = run_ok(capsys, *_argv(data, out, "--targets", "0.4,0.8", "--resume"))
     assert re.search(r"dynamic, target 0.4 .*M .*%", printed)
 
 
@@ -105,12 +111,10 @@ def test_killed_at_any_moment_it_ends_bit_equal(data, tmp_path, objective):
     assert total == (32 if objective == "sgs" else 0)
     for steps in (3, 20) if objective == "sgs" else (0,):  # in the first gate, in the second
         process = start(out)
-        deadline = time.monotonic() + 120
-        told = out / "metrics.jsonl" if objective == "sgs" else out / "gate_0.50.safetensors"
-        while not told.exists() or (steps and len(told.read_text().splitlines()) < steps):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        if steps:
+            wait_for_steps(process, out / "metrics.jsonl", steps)
+        else:
+            until((out / "gate_0.50.safetensors").exists, 120)
         process.send_signal(signal.SIGKILL)
         process.communicate()
     last = start(out)
@@ -147,40 +151,42 @@ def test_close_targets_have_files_of_their_own(data, tmp_path):
 @pytest.mark.parametrize("objective", ["sgs", "expected"])
 def test_nothing_held_out(data, tmp_path, capsys, objective):
     argv = _argv(data, tmp_path / "run", "--objective", objective, "--epochs", "1")
-    assert cli.run([*argv, "--data.val-share", "0"]) == 0
-    assert "not measured: no image held out" in capsys.readouterr().out
+    assert "not measured: no image held out" in run_ok(capsys, *argv, "--data.val-share", "0")
 
 
 _fails = partial(fails, notes=True)
 
 
 def test_mistakes_get_one_line(data, tmp_path, capsys):
-    def out():
-        return tmp_path / f"run{len(list(tmp_path.iterdir()))}"
-
-    no_supernet = [a for a in _argv(data, out()) if "supernet" not in a]
+    out = tmp_path / "run"
+    no_supernet = [a for a in _argv(data, out) if "supernet" not in a]
     _fails(capsys, no_supernet, 2, "name the trained supernet: --supernet CHECKPOINT")
-    _fails(capsys, _argv(data, out(), "--supernet", "nowhere"), 1, "nowhere: no such file")
-    _fails(capsys, _argv(data, out(), "--targets", "0.01"), 2, "target .* out of reach")
-    _fails(capsys, _argv(data, out(), "--targets", "1.5"), 2, "each above 0, at most 1")
-    _fails(capsys, _argv(data, out(), "--cost-table", "nowhere"), 2, "nowhere: cannot be read")
-    both = ["--objective", "sgs", "--targets", "0.5", "--sgs.cost-scale", "1e6"]
-    _fails(capsys, _argv(data, out(), *both), 2, "both are the scale of the cost term")
-    _fails(capsys, _argv(data, out(), "--choices", "0,9"), 2, "9")
-    _fails(capsys, _argv(data, out(), "--choices", "0;1;2"), 2, "1 gates, but 3 sets")
-    _fails(capsys, _argv(data, out(), "--optim.accumulate", "2"), 2, "trained on whole batches")
+    _fails(capsys, _argv(data, out, "--supernet", "nowhere"), 1, "nowhere: no such file")
     spec = get_spec("ds_mbnet_tiny", num_classes=4)
     other_size = write_cost_table(tmp_path / "32.json", CostTable.from_madds(spec, 32), spec, 32)
-    _fails(capsys, _argv(data, out(), "--cost-table", str(other_size)), 2, "32x32 px, not 16x16")
-    _fails(capsys, _argv(data, out(), "--augment.mixup", "0.2"), 2, "no route of its own")
+    both = ["--objective", "sgs", "--targets", "0.5", "--sgs.cost-scale", "1e6"]
+    for number, (message, *flags) in enumerate(
+        (
+            ("target .* out of reach", "--targets", "0.01"),
+            ("each above 0, at most 1", "--targets", "1.5"),
+            ("nowhere: cannot be read", "--cost-table", "nowhere"),
+            ("both are the scale of the cost term", *both),
+            ("9", "--choices", "0,9"),
+            ("1 gates, but 3 sets", "--choices", "0;1;2"),
+            ("trained on whole batches", "--optim.accumulate", "2"),
+            ("32x32 px, not 16x16", "--cost-table", str(other_size)),
+            ("no route of its own", "--augment.mixup", "0.2"),
+        )
+    ):
+        _fails(capsys, _argv(data, tmp_path / f"run{number}", *flags), 2, message)
 
     plain = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=4)
     save(tmp_path / "plain.safetensors", Checkpoint(lively(plain), preprocessing=Preprocessing(16)))
-    argv = _argv(data, out(), "--supernet", str(tmp_path / "plain.safetensors"))
+    argv = _argv(data, tmp_path / "plain", "--supernet", str(tmp_path / "plain.safetensors"))
     _fails(capsys, argv, 2, "plain has no gates to train")
     other = lively(get_spec("ds_mbnet_tiny", num_classes=4), image_size=16)
     names = ("a", "b", "c", "d")
     checkpoint = Checkpoint(other, class_names=names, preprocessing=Preprocessing(16))
     save(tmp_path / "other.safetensors", checkpoint)
-    argv = _argv(data, out(), "--supernet", str(tmp_path / "other.safetensors"))
+    argv = _argv(data, tmp_path / "other", "--supernet", str(tmp_path / "other.safetensors"))
     _fails(capsys, argv, 1, "its classes are not those of")

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import assert_rows_close, bright_pngs, lively, micro_spec, noise, write_parquet
+from helpers import (
+    assert_rows_close,
+    bright_pngs,
+    lively,
+    micro_spec,
+    noise,
+    write_levels,
+    write_parquet,
+)
 
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save, with_classes
@@ -148,17 +156,15 @@ def test_what_a_run_says_of_its_images_and_classifier(folder, tmp_path, capsys):
 def test_images_trained_on_are_told_from_others(folder, tmp_path, capsys):
     """A set without splits: what training held out is measured, by the content of the files."""
     images = tmp_path / "images"
-    for n, picture in enumerate([*bright_pngs(64), b"no picture"]):
-        place = images / f"class {n % 4}"
-        place.mkdir(parents=True, exist_ok=True)
-        (place / f"{n:02}.png").write_bytes(picture)
+    write_levels(images, 64, "class")
+    (images / "class 0" / "064.png").write_bytes(b"no picture")
     recipe = _recipe(folder, "same")
     data = DataRecipe(str(images), image_size_px=16, val_share=0.25)
     run_supernet(replace(recipe, data=data), tmp_path / "run")
     # the held-out quarter of 65 files, of which one does not decode
     assert "49 images to train on, 15 held out, 1 skipped" in (told := capsys.readouterr().err)
     assert "skipped: " in told
-    assert "class 0/64.png: not an image" in told
+    assert "class 0/064.png: not an image" in told
     digests = (tmp_path / "run" / "trained_on.txt").read_text().split()
     assert len(digests) == 49
     moved = shutil.copytree(images, tmp_path / "elsewhere")

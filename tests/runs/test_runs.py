@@ -4,15 +4,22 @@ import json
 import re
 import resource
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import bright_pngs, fails, png, start_dynaslim, write_parquet
-from PIL import Image
+from helpers import (
+    bright_pngs,
+    encoded,
+    fails,
+    png,
+    run_ok,
+    start_dynaslim,
+    wait_for_steps,
+    write_parquet,
+)
 from safetensors.torch import load_file
 
 from dynaslim import cli
@@ -48,14 +55,6 @@ def _run(argv, **options):
 def _steps_told(out):
     file = out / "metrics.jsonl"
     return file.read_text().count('"train"') if file.exists() else 0
-
-
-def _wait_for_steps(process, out, steps):
-    deadline = time.monotonic() + 120
-    while _steps_told(out) < steps:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +125,7 @@ def test_killed_at_any_moment_it_ends_bit_equal(straight, data, tmp_path):
     out = tmp_path / "run"
     for steps in (1, 7, 8, 19):  # at the start, before and at an evaluation, late
         process = start_dynaslim(_argv(data, out, "--resume"))
-        _wait_for_steps(process, out, steps)
+        wait_for_steps(process, out / "metrics.jsonl", steps)
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
@@ -146,7 +145,7 @@ def test_sigterm_finishes_the_step_and_saves(straight, data, tmp_path):
     argv = _argv(data, out, "--resume")
     argv[argv.index("--save-every-s") + 1] = "1000"
     process = start_dynaslim(argv)
-    _wait_for_steps(process, out, 3)
+    wait_for_steps(process, out / "metrics.jsonl", 3)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143
@@ -163,7 +162,7 @@ def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
     out = tmp_path / "run"
     process = start_dynaslim(_argv(data, out))
     try:
-        _wait_for_steps(process, out, 3)
+        wait_for_steps(process, out / "metrics.jsonl", 3)
         told = _steps_told(out)
         _fails(capsys, _argv(data, out, "--resume"), 2, "another process trains in this folder")
         assert process.poll() is None, "it was refused while the first one ran"
@@ -178,7 +177,7 @@ def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
 def test_a_full_disk_is_an_error_that_leaves_the_last_snapshot(straight, data, tmp_path):
     out = tmp_path / "run"
     process = start_dynaslim(_argv(data, out))
-    _wait_for_steps(process, out, 5)
+    wait_for_steps(process, out / "metrics.jsonl", 5)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     before = (out / "snapshot.safetensors").read_bytes()
@@ -228,25 +227,19 @@ def test_folders_are_not_mixed_up(straight, data, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["steps"] == STEPS
 
 
-def test_a_changed_recipe_can_be_forced(data, tmp_path, capsys):
-    out = tmp_path / "run"
-    assert cli.run(_argv(data, out, "--epochs", "1")) == 0
-    assert cli.run(_argv(data, out, "--epochs", "2", "--resume", "--force", "--json")) == 0
-    assert json.loads(capsys.readouterr().out.split("\n{", 1)[1].join(["{", ""]))["steps"] == 16
-
-
 def test_mistakes_get_one_line(data, tmp_path, capsys):
     out = str(tmp_path / "run")
     start = ["train", "supernet", "--out", out]
-    _fails(capsys, start, 2, "name the images: --data.path PATH")
-    _fails(capsys, [*start, "--data.path", "/no/such"], 1, "/no/such: no such file or folder")
-    _fails(capsys, _argv(data, out, "--model", "ds_nothing"), 2, "ds_nothing")
-    _fails(capsys, _argv(data, out, "--batch-size", "512"), 1, "128 images do not fill one batch")
-    _fails(capsys, _argv(data, out, "--epochs", "0"), 2, "epochs 0: must be at least 1")
-    _fails(
-        capsys, _argv(data, out, "--epoch-count", "3"), 2, "no --epoch-count, did you mean --epochs"
-    )
-    _fails(capsys, _argv(data, out, "--device", "abacus"), 2, "--device abacus: choose")
+    for code, message, argv in (
+        (2, "name the images: --data.path PATH", start),
+        (1, "/no/such: no such file or folder", [*start, "--data.path", "/no/such"]),
+        (2, "ds_nothing", _argv(data, out, "--model", "ds_nothing")),
+        (1, "128 images do not fill one batch", _argv(data, out, "--batch-size", "512")),
+        (2, "epochs 0: must be at least 1", _argv(data, out, "--epochs", "0")),
+        (2, "no --epoch-count, did you mean --epochs", _argv(data, out, "--epoch-count", "3")),
+        (2, "--device abacus: choose", _argv(data, out, "--device", "abacus")),
+    ):
+        _fails(capsys, argv, code, message)
     file = tmp_path / "file"
     file.write_text("")
     _fails(capsys, _argv(data, file), 1, "file")
@@ -265,22 +258,11 @@ def test_snapshots_of_other_kinds_are_refused(straight, data, tmp_path, capsys):
     _fails(capsys, _argv(data, out, "--resume"), 1, "not a snapshot of a training run")
 
 
-@pytest.mark.parametrize("change", ["adamw", "bf16", "channels_first", "mixed", "accumulate"])
-def test_variants_train(data, tmp_path, change):
+def test_halves_and_channels_first_train(data, tmp_path):
     out = tmp_path / "run"
-    flags = {
-        "adamw": ["--optim.name", "adamw", "--optim.lr", "0.002", "--optim.clip-norm", "1.0"],
-        "bf16": ["--bf16", "true"],
-        "channels_first": ["--channels-last", "false"],
-        "mixed": [
-            *("--augment.mixup", "0.2", "--augment.cutmix", "1.0"),
-            *("--augment.randaugment-ops", "2", "--augment.erasing", "0.5"),
-        ],
-        "accumulate": ["--optim.accumulate", "2"],
-    }[change]
+    flags = ["--bf16", "true", "--channels-last", "false"]
     assert cli.run(_argv(data, out, "--epochs", "1", *flags)) == 0
-    results = json.loads((out / "results.json").read_text())
-    assert results["steps"] == 8
+    assert json.loads((out / "results.json").read_text())["steps"] == 8
 
 
 def test_a_disk_that_is_full_from_the_start_is_one_line(data, tmp_path):
@@ -309,6 +291,7 @@ def test_forced_changes_of_the_optimizer_take_effect(data, tmp_path):
     assert cli.run(_argv(data, out, "--epochs", "1")) == 0
     flags = ["--optim.weight-decay", "0.03", "--optim.momentum", "0.5", "--optim.lr", "0.2"]
     assert cli.run(_argv(data, out, "--epochs", "2", *flags, "--resume", "--force")) == 0
+    assert json.loads((out / "results.json").read_text())["steps"] == 16
     groups = read_snapshot(out / "snapshot.safetensors")["state"]["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.03, 0.0]
     assert {group["momentum"] for group in groups} == {0.5}
@@ -325,13 +308,14 @@ def test_a_set_that_is_not_divided_cannot_be_its_own_judge(data, tmp_path, capsy
 def test_every_variant_resumes_bit_equal(data, tmp_path):
     """Parts of batches, mixtures, another optimizer, all at once."""
     flags = ["--optim.name", "adamw", "--optim.lr", "0.002", "--optim.accumulate", "2"]
+    flags += ["--optim.clip-norm", "1.0"]
     flags += ["--augment.mixup", "0.2", "--augment.cutmix", "1", "--augment.erasing", "0.5"]
     flags += ["--augment.randaugment-ops", "1", "--augment.jitter", "0.1", "--epochs", "2"]
     straight, out = tmp_path / "straight", tmp_path / "run"
     assert cli.run(_argv(data, straight, *flags)) == 0
     threads = str(torch.get_num_threads())
     process = start_dynaslim(_argv(data, out, *flags), threads=threads)
-    _wait_for_steps(process, out, 5)
+    wait_for_steps(process, out / "metrics.jsonl", 5)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert cli.run(_argv(data, out, *flags, "--resume")) == 0
@@ -347,7 +331,7 @@ def test_sets_that_are_not_in_memory(data, tmp_path, load):
     code, _, err = _run(_argv(data, straight, *flags))
     assert code == 0, err
     process = start_dynaslim(_argv(data, out, *flags))
-    _wait_for_steps(process, out, 11)  # in the second epoch
+    wait_for_steps(process, out / "metrics.jsonl", 11)  # in the second epoch
     process.send_signal(signal.SIGKILL)
     process.communicate()
     code, _, err = _run(_argv(data, out, *flags))
@@ -368,7 +352,7 @@ def test_imagenet_recipes_run_on_a_folder_of_its_layout(tmp_path, capsys):
             folder.mkdir(parents=True)
             for n in range(count):
                 pixels = rng.integers(0, 256, (50 + n, 70, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{name}_{n}.JPEG", "JPEG")
+                (folder / f"{name}_{n}.JPEG").write_bytes(encoded(pixels, "JPEG"))
     broken = data / "train" / "n01440764" / "n01440764_3.JPEG"
     broken.write_bytes(broken.read_bytes()[:200])
     recipes = Path(__file__).parents[2] / "recipes"
@@ -377,8 +361,7 @@ def test_imagenet_recipes_run_on_a_folder_of_its_layout(tmp_path, capsys):
     out = tmp_path / "supernet"
     argv = ["train", "supernet", "--config", str(recipes / "imagenet_ds_mbnet_supernet.yaml")]
     argv += [*small, "--out", str(out), "--data.image-size-px", "64", "--json"]
-    assert cli.run(argv) == 0
-    results = json.loads(capsys.readouterr().out)
+    results = json.loads(run_ok(capsys, *argv))
     assert results["steps"] == 3
     assert results["val_images"] == 6
     assert len(results["skipped"]) == 1

@@ -1,10 +1,8 @@
 """What runs the forms: fixed sizes, precisions, programs on disk, and which backend is taken."""
 
-import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from helpers import (
     micro_spec,
     noise,
     row_by_row,
+    run_python,
 )
 from torch import nn
 
@@ -182,24 +181,6 @@ def test_graphs_need_a_library_too(monkeypatch, backend):
 
 
 @for_backends("onnxruntime", "openvino")
-def test_programs_are_found_again(backend, tmp_path):
-    net, x = lively_net("micro"), noise(micro_spec(), 33)
-    first = Engine(net, backend=backend, cache_dir=tmp_path, workers=2)
-    before = first(x)
-    assert len(first.counts.compiled) >= 6
-    assert len(set(first.counts.compiled)) == len(first.counts.compiled)
-    files = _files(tmp_path)
-    second = Engine(net, backend=backend, cache_dir=tmp_path, workers=2)
-    after = second(x)
-    assert second.counts.compiled == []
-    assert len(second.counts.cached) >= 6
-    assert after.routes.tolist() == before.routes.tolist()
-    assert_rows_close(after.logits, before.logits)
-    assert _files(tmp_path) == files
-    assert not [path for path in files if path.suffix == ".tmp"]
-
-
-@for_backends("onnxruntime", "openvino")
 def test_programs_of_other_weights_lie_elsewhere(backend, tmp_path):
     net, other = lively_net("micro"), lively(micro_spec())
     x = noise(net.spec, 7)
@@ -266,8 +247,7 @@ SMALL = NetSpec(
     "small",
     (
         StageSpec((4,), block="conv", stride=2),
-        StageSpec((4, 6), gate=GateSpec((0, 1))),
-        StageSpec((4, 6), gate=GateSpec((0, 1))),
+        StageSpec((4, 6, 8), gate=GateSpec((0, 1, 2))),
     ),
     num_classes=3,
     reduction=1.0,
@@ -288,7 +268,7 @@ print(json.dumps(result))
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """An engine that compiled all it can need; for all tests, as that takes a minute."""
+    """An engine that compiled all it can need; for all tests, as that takes half a minute."""
     folder = tmp_path_factory.mktemp("compiled")
     engine = Engine(lively(SMALL), backend="inductor", cache_dir=folder, workers=2)
     engine.warm_up(32)
@@ -298,16 +278,9 @@ def compiled(tmp_path_factory):
 def _in_another_process(tmp_path, net, x, folder, *backends):
     dynaslim.save(tmp_path / "net.safetensors", Checkpoint(net))
     np.save(tmp_path / "x.npy", x.numpy())
-    ran = subprocess.run(
-        [sys.executable, "-c", SCRIPT, "net.safetensors", folder, "x.npy", *backends],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert ran.returncode == 0, ran.stderr
-    return json.loads(ran.stdout)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    argv = ("net.safetensors", folder, "x.npy", *backends)
+    return json.loads(run_python(SCRIPT, *argv, cwd=tmp_path, env=env).stdout)
 
 
 @needs_compiler
@@ -316,7 +289,7 @@ def test_compiled_by_torch(compiled, tmp_path):
     first, folder = compiled
     assert sorted(first.counts.compiled) == sorted(form.name for form in segment_variants(SMALL))
     out = first(x)
-    assert len({tuple(row) for row in out.routes.tolist()}) > 2
+    assert len({tuple(row) for row in out.routes.tolist()}) > 1, "the test needs several routes"
     assert_rows_close(out.logits, _expected(net, x, out))
     for workers in (1, 2):
         again = Engine(net, backend="inductor", cache_dir=folder, workers=workers)
@@ -341,11 +314,11 @@ def test_any_mix_of_routes_compiled_by_torch(compiled):
     """One path for all rows, each its own, buckets that nobody is in, two callers at once."""
     engine, _ = compiled
     net, x = lively(SMALL), noise(SMALL, 7)
-    paths = np.array(list(itertools.product((0, 1), (0, 1))))
+    paths = np.arange(3)[:, None]
     answers = {tuple(path): row_by_row(net, x, [SMALL.route_at(path)] * 7) for path in paths}
     mixes = [np.tile(path, (7, 1)) for path in paths]
-    mixes += [paths, paths[::-1], paths[[0, 3, 0, 0, 3]], paths[[1, 1, 2, 1, 1, 1, 1]]]
-    mixes += [paths[np.random.default_rng(0).integers(0, 4, rows)] for rows in (1, 3, 5, 7)]
+    mixes += [paths, paths[::-1], paths[[0, 2, 0, 0, 2]], paths[[1, 1, 2, 1, 1, 1, 1]]]
+    mixes += [paths[np.random.default_rng(0).integers(0, 3, rows)] for rows in (1, 3, 5, 7)]
 
     def call(order):
         for options in mixes[::order]:
@@ -409,10 +382,13 @@ def test_programs_are_found_by_another_process(tmp_path):
     for backend in backends:
         engine = Engine(net, backend=backend, cache_dir=tmp_path / "cache", workers=2)
         mine[backend] = engine(x)
-        assert engine.counts.compiled
+        assert len(engine.counts.compiled) >= 6
+    files = _files(tmp_path / "cache")
+    assert not [path for path in files if path.suffix == ".tmp"]
     theirs = _in_another_process(tmp_path, net, x, tmp_path / "cache", *backends)
     for backend, (compiled, routes, logits) in theirs.items():
         assert compiled == [], backend
+        assert _files(tmp_path / "cache") == files
         assert routes == mine[backend].routes.tolist()
         assert_rows_close(torch.tensor(logits), mine[backend].logits)
 
@@ -437,14 +413,8 @@ def test_signals_reach_a_process_whose_engine_ended_in_another_thread(backend, t
     net = lively_net("micro")
     dynaslim.save(tmp_path / "net.safetensors", Checkpoint(net))
     np.save(tmp_path / "x.npy", noise(net.spec, 2).numpy())
-    ran = subprocess.run(
-        [sys.executable, "-c", ENDS_ELSEWHERE, "net.safetensors", "x.npy"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (ran.returncode, ran.stdout.strip()) == (0, "handled"), ran.stderr
+    ran = run_python(ENDS_ELSEWHERE, "net.safetensors", "x.npy", cwd=tmp_path)
+    assert ran.stdout.strip() == "handled"
 
 
 # -- the fastest of those installed ---------------------------------------------------------------

@@ -3,12 +3,10 @@
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from helpers import micro_spec
+from helpers import micro_spec, run_python
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -40,7 +38,7 @@ def test_needs_no_torch():
         "import sys, dynaslim.runtime.budget, dynaslim.runtime.escalation; "
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True)
+    run_python(script)
 
 
 # -- decisions ------------------------------------------------------------------------------------
@@ -453,12 +451,9 @@ def _without(path):
         (_without(["points", 1, "tau"]), r"points\[1\]: has no 'tau'"),
         (_with(["points", 1, "more"], 1), "unknown key 'more'"),
         (_with(["points"], []), "points has no point"),
-        (_with(["points"], {}), "points {}: expected array, got object"),
-        (_with(["points", 0], 3), r"points\[0\] 3: expected object, got int"),
         (_with(["points", 0, "shift"], "1"), r"points\[0\].shift '1': expected float, got str"),
         (_with(["points", 0, "shift"], math.inf), "points 0: shift inf must be a finite"),
         (_with(["points", 0, "top1"], 1.1), r"points\[0\].top1 1.1: expected float <= 1"),
-        (_with(["points", 0, "top1"], True), r"points\[0\].top1 True: expected float"),
         (_with(["points", 0, "top1_selecting"], 2), "top1_selecting 2"),
         (_with(["points", 0, "madds"], -1), "madds -1: expected float >= 0"),
         (_with(["points", 0, "madds"], math.nan), "madds nan"),
@@ -468,12 +463,10 @@ def _without(path):
         (_with(["points", 1, "escalate_to"], None), "points 1: tau and escalate_to"),
         (_with(["points", 1, "tau_then"], 0.5), "points 1: tau_then and escalate_then"),
         (_with(["points", 1, "escalate_then"], [1]), "points 1: tau_then and escalate_then"),
-        (_with(["points", 1, "escalate_then"], ["1"]), r"escalate_then\[0\] '1': expected int"),
         (
             lambda data: data["points"][0].update(tau_then=0.5, escalate_then=[1, 2]),
             "points 0: escalate_then without escalate_to",
         ),
-        (_with(["points", 1, "escalate_to"], [1, 0.5]), r"escalate_to\[1\] 0.5: expected int"),
         (_with(["points", 1, "escalate_to"], [1, -1]), r"escalate_to\[1\] -1: expected int >= 0"),
         (_with(["gate_points", 1], _curve().to_dict()["points"][1]), "gate_points 1: escalates"),
         (
@@ -482,13 +475,7 @@ def _without(path):
         ),
         (_with(["points", 1, "tau_mirror"], 0.5), "points 1: tau_mirror and mirror_along"),
         (_with(["points", 1, "mirror_along"], [1, 2]), "points 1: tau_mirror and mirror_along"),
-        (_with(["points", 1, "mirror_along"], 3), "mirror_along 3: expected array"),
-        (
-            lambda data: data["points"][3].update(tau_mirror="x", mirror_along=[1, 2]),
-            r"points\[3\].tau_mirror 'x': expected float",
-        ),
         (_with(["images"], 0), "images 0: expected int >= 1"),
-        (_with(["images"], 10.5), "images 10.5: expected int"),
         (_with(["reporting_images"], 0), "reporting_images 0"),
         (_with(["image_size_px"], None), "image_size_px None"),
         (_with(["widest_madds"], 0), "widest_madds must be above 0"),

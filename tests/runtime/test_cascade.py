@@ -1,24 +1,34 @@
 """Cascades of whole networks: answers, costs, thresholds, packages, and what is refused."""
 
-import base64
 import copy
 import json
 import re
-import urllib.request
 from dataclasses import replace
 
+import httpx
 import numpy as np
 import onnx
 import pytest
 import torch
-from helpers import assert_rows_close, for_backends, lively_net, running, write_parquet
+from helpers import (
+    assert_rows_close,
+    encoded,
+    fails,
+    for_backends,
+    form,
+    lively_net,
+    run_ok,
+    running,
+    write_parquet,
+)
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynaslim import Checkpoint, Engine, Preprocessing, Rung, cascade, cli, evaluate, madds, params
+from dynaslim import Checkpoint, Engine, Preprocessing, Rung, cascade, evaluate, madds, params
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import save
+from dynaslim.data import open_source
 from dynaslim.data.images import ImageDataset
 from dynaslim.errors import CheckpointError, DynaslimWarning, UsageError
 from dynaslim.runtime.calibrate_budget import answer_paths
@@ -353,25 +363,25 @@ def _refused(*rungs):
 
 def test_networks_that_make_no_cascade(tmp_path):
     small, _, large = _rungs()
-    assert "at least two networks" in _refused(small)
     other = Rung(_module(24), GIVEN, ("x", "b", "c", "d", "e"), "other")
-    assert "other: has no class 'a', which another rung has" in _refused(small, other)
-    assert "7 classes, small 5" in _refused(small, Rung(_module(24, classes=7), GIVEN))
-    assert "costs as much as the rung before it" in _refused(large, large)
-    assert "training mode; call model.eval() first" in _refused(small, Rung(Small(8), GIVEN))
-    assert "rung of type Small" in _refused(small, _module(24))
-    assert "4 class names do not fit 5" in _refused(small, Rung(_module(8), GIVEN, NAMES[:4]))
     grey = Preprocessing(40, (0.5,), (0.5,))
-    assert "does not run on 2 images of 40x40" in _refused(small, Rung(_module(8), grey))
     tiny = Rung(nn.Sequential(nn.Conv2d(3, 8, 9), nn.Flatten(), nn.LazyLinear(5)).eval(), GIVEN)
     tiny.model(torch.zeros(1, 3, 40, 40))
-    assert "does not run on 2 images of 8x8 px" in _refused(
-        large, replace(tiny, preprocessing=Preprocessing(8))
-    )
-    assert "not scores (rows, classes)" in _refused(small, Rung(nn.Conv2d(3, 8, 3).eval(), GIVEN))
-    assert "does not say how images are prepared" in _refused(
-        small, Checkpoint(lively_net("micro"))
-    )
+    tiny = replace(tiny, preprocessing=Preprocessing(8))
+    for message, *rungs in (
+        ("at least two networks", small),
+        ("other: has no class 'a', which another rung has", small, other),
+        ("7 classes, small 5", small, Rung(_module(24, classes=7), GIVEN)),
+        ("costs as much as the rung before it", large, large),
+        ("training mode; call model.eval() first", small, Rung(Small(8), GIVEN)),
+        ("rung of type Small", small, _module(24)),
+        ("4 class names do not fit 5", small, Rung(_module(8), GIVEN, NAMES[:4])),
+        ("does not run on 2 images of 40x40", small, Rung(_module(8), grey)),
+        ("does not run on 2 images of 8x8 px", large, tiny),
+        ("not scores (rows, classes)", small, Rung(nn.Conv2d(3, 8, 3).eval(), GIVEN)),
+        ("does not say how images are prepared", small, Checkpoint(lively_net("micro"))),
+    ):
+        assert message in _refused(*rungs)
     engine = Engine(cascade([small, large]), backend="eager", workers=1)
     with pytest.raises(UsageError, match="image size 16x16 px: cascade takes 40x40 px"):
         engine(torch.zeros(1, 3, 16, 16))
@@ -403,16 +413,6 @@ def test_onnx_files_that_make_no_rung(tmp_path):
 # -- the command line -----------------------------------------------------------------------------
 
 
-def _png(x):
-    from io import BytesIO
-
-    from PIL import Image
-
-    buffer = BytesIO()
-    Image.fromarray((x.permute(1, 2, 0).clamp(0, 1) * 255).byte().numpy()).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Two ONNX classifiers of brightness, a checkpoint of five classes, and pictures for them."""
@@ -422,25 +422,16 @@ def files(tmp_path_factory):
     net = lively_net("micro")
     names = tuple(f"class {n}" for n in range(5))
     save(folder / "run" / "net.safetensors", Checkpoint(net, names, PLAIN))
-    pictures = [_png(x) for x in _bright(200, 0)[0]]
+    pixels = (_bright(200, 0)[0].permute(0, 2, 3, 1).clamp(0, 1) * 255).byte().numpy()
+    pictures = list(map(encoded, pixels))
     return folder, write_parquet(folder / "data", pictures, 5), pictures
-
-
-def _run(capsys, *argv, code=0):
-    assert cli.run([str(a) for a in argv]) == code
-    out, err = capsys.readouterr()
-    if code:
-        assert len(err.strip().splitlines()) == 1
-        assert out == ""
-        return err
-    return out
 
 
 def test_from_the_command_line_to_the_server(capsys, files, tmp_path):
     folder, data, pictures = files
     out, plain = tmp_path / "ladder", ("--mean", "[0,0,0]", "--std", "[1,1,1]")
     rungs = (folder / "small.onnx", folder / "large.onnx")
-    told = json.loads(_run(capsys, "cascade", *rungs, out, "--data", data, *plain, "--json"))
+    told = json.loads(run_ok(capsys, "cascade", *rungs, out, "--data", data, *plain, "--json"))
     assert [rung["name"] for rung in told["rungs"]] == ["small.onnx", "large.onnx"]
     assert told["rungs"][0]["top1"] < told["rungs"][1]["top1"] - 0.1
     assert told["images"] == 200
@@ -449,39 +440,34 @@ def test_from_the_command_line_to_the_server(capsys, files, tmp_path):
     }  # fmt: skip
     assert told["default"]["budget"] == "drop=0.5"
     assert open_package(out).manifest["notes"]["risk_coverage"] == told["risk_coverage"]
-    shown = _run(capsys, "cascade", *rungs, out, "--data", data, *plain)
+    shown = run_ok(capsys, "cascade", *rungs, out, "--data", data, *plain)
     assert re.search(r"1 +small.onnx +16 +", shown)
     assert "by default drop=0.5" in shown
-    assert "a cascade of 2 networks, 5 classes" in _run(capsys, "info", out)
-    assert json.loads(_run(capsys, "info", out, "--json"))["rungs"][0]["image_size_px"] == 16
+    assert "a cascade of 2 networks, 5 classes" in run_ok(capsys, "info", out)
+    assert json.loads(run_ok(capsys, "info", out, "--json"))["rungs"][0]["image_size_px"] == 16
 
     (tmp_path / "x.png").write_bytes(pictures[3])
-    row = json.loads(_run(capsys, "predict", out, tmp_path / "x.png", "--json"))["images"][0]
+    row = json.loads(run_ok(capsys, "predict", out, tmp_path / "x.png", "--json"))["images"][0]
     assert row["route"] in ("1", "2")
     assert row["class_name"] == "class 3" or row["route"] == "1"
-    found = json.loads(_run(capsys, "evaluate", out, "--data", data, "--json"))
+    found = json.loads(run_ok(capsys, "evaluate", out, "--data", data, "--json"))
     assert found["dynamic"]["mean_madds"] == pytest.approx(told["default"]["madds"])
     args = ("calibrate-budget", out, "--data", data, "--split", "test", "--json")
-    again = json.loads(_run(capsys, *args))
+    again = json.loads(run_ok(capsys, *args))
     assert again["curve"] == told["curve"]
-    err = _run(capsys, *args, "--out", tmp_path / "x", code=2)
-    assert "a package gets the curve itself" in err
+    refused = [*args, "--out", tmp_path / "x"]
+    fails(capsys, refused, 2, "a package gets the curve itself")
     page = tmp_path / "r.html"
-    _run(capsys, "report", out, "-o", page, "--data", data, "--rounds", "2", "--no-cache")
+    run_ok(capsys, "report", out, "-o", page, "--data", data, "--rounds", "2", "--no-cache")
     text = page.read_text()
     assert "Route 1 is small.onnx, for 16 px." in text
     assert "Risk-coverage areas on the images of its budget curve: errors" in text
 
     with running(out) as (_, url):
-        body = json.dumps({"images": [{"data": base64.b64encode(pictures[3]).decode()}]}).encode()
-        headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{url}/v1/predict", body, headers)
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            served = json.loads(answer.read())
+        served = httpx.post(f"{url}/v1/predict", files=form(pictures[3]), timeout=30).json()
         (answer,) = served["results"]
         assert (answer["route"], answer["top"][0]["class"]) == (row["route"], row["class_name"])
-        with urllib.request.urlopen(f"{url}/v1/models", timeout=30) as answer:
-            models = json.loads(answer.read())
+        models = httpx.get(f"{url}/v1/models", timeout=30).json()
     assert [route["route"] for route in models["models"][0]["routes"]] == ["1", "2"]
 
 
@@ -489,26 +475,18 @@ def test_mistakes_on_the_command_line(capsys, files, tmp_path):
     folder, data, _ = files
     net, large = folder / "run" / "net.safetensors", folder / "large.onnx"
     asked = ("--data", data)
-    err = _run(capsys, "cascade", net, tmp_path / "x", *asked, code=2)
-    assert "a cascade needs at least two networks" in err
-    err = _run(capsys, "cascade", net, large, tmp_path, *asked, "--device", "cuda", code=2)
-    assert "a cascade is measured on the CPU" in err
-    err = _run(capsys, "cascade", net, large, folder, *asked, code=2)
-    assert "is there and no package" in err
-    err = _run(capsys, "cascade", f"{net}@1-2-3", large, tmp_path / "x", *asked, code=2)
-    assert "stage 0 allows" in err
+    for message, *argv in (
+        ("a cascade needs at least two networks", net, tmp_path / "x"),
+        ("a cascade is measured on the CPU", net, large, tmp_path, "--device", "cuda"),
+        ("is there and no package", net, large, folder),
+        ("stage 0 allows", f"{net}@1-2-3", large, tmp_path / "x"),
+    ):
+        fails(capsys, ["cascade", *argv, *asked], 2, message)
     # held-out images must not be ones that a network learned from
-    opened = ImageDataset.of(*_source(data))
+    opened = ImageDataset.of(open_source(str(data), "test"), PLAIN)
     seen = list(opened.digests())[:7]
     (net.parent / "trained_on.txt").write_text("\n".join(seen))
-    err = _run(capsys, "cascade", large, net, tmp_path / "x", *asked, code=1)
-    assert "7 of these 200 images are ones that a network was trained on" in err
-    args = ("cascade", large, net, tmp_path / "x", *asked, "--force", "--json")
-    assert json.loads(_run(capsys, *args))["trained_on"] == 7
+    argv = ["cascade", large, net, tmp_path / "x", *asked]
+    fails(capsys, argv, 1, "7 of these 200 images are ones that a network was trained on")
+    assert json.loads(run_ok(capsys, *argv, "--force", "--json"))["trained_on"] == 7
     (net.parent / "trained_on.txt").unlink()
-
-
-def _source(data):
-    from dynaslim.data import open_source
-
-    return open_source(str(data), "test"), PLAIN

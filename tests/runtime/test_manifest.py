@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import lively_net, micro_spec, noise, png
+from helpers import lively_net, micro_spec, noise
 
-from dynaslim import Checkpoint, Engine, Preprocessing, cli
+from dynaslim import Checkpoint, Engine, Preprocessing
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
@@ -81,7 +81,8 @@ def copied(package, tmp_path):
 
 def _refused(folder, text):
     """The one line with which a package of this manifest is refused; None if it is accepted."""
-    (folder / MANIFEST).write_text(text, encoding="utf-8", errors="surrogatepass")
+    text = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
+    (folder / MANIFEST).write_bytes(text)
     try:
         open_package(folder)
     except PackageError as error:
@@ -197,6 +198,10 @@ def test_values_that_cannot_be_are_refused_with_a_hash_that_fits(copied):
     assert tried > 500
 
 
+def _prepared(**changes):
+    return {"preprocessing": {**PREPARED.to_dict(), **changes}}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -218,33 +223,21 @@ def test_values_that_cannot_be_are_refused_with_a_hash_that_fits(copied):
         ({"budget": {}}, "manifest.json: budget curve: has no 'image_size_px'"),
         ({"budget": 3}, "budget 3: expected object | null, got int"),
         ({"more": 1}, "unknown field more"),
+        (_prepared(mean=[2**63, 0, 0]), "mean .*: must be that of values in 0..1"),
+        (_prepared(mean=["0.5", 0, 0]), r"preprocessing.mean\[0\] '0.5': expected float, got str"),
+        (_prepared(mean=[True, 0, 0]), "expected float, got bool"),
+        (_prepared(std=[0, 0, 0]), "std .*: must be positive"),
+        (_prepared(std=[1e-40] * 3), "std .*: must be positive"),
+        (_prepared(mean=[0.5], std=[0.5]), "preprocessing: is for 1 channels, micro takes 3"),
+        (_prepared(image_size_px=0), "image_size_px 0"),
+        (_prepared(image_size_px=1 << 40), "image_size_px 1099511627776: must be"),
+        (_prepared(image_size_px=1), "image size 1x1 px: micro divides it by 4"),
+        (_prepared(crop_fraction=2), "crop_fraction 2.0: must be above 0 and at most 1"),
     ],
 )
 def test_a_manifest_that_is_not_valid(copied, change, message):
     manifest = json.loads((copied / MANIFEST).read_text())
     told = _refused(copied, json.dumps(_hashed({**manifest, **change})))
-    assert re.search(message, told), told
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"mean": [2**63, 0, 0]}, "mean .*: must be that of values in 0..1"),
-        ({"mean": ["0.5", 0, 0]}, r"preprocessing.mean\[0\] '0.5': expected float, got str"),
-        ({"mean": [True, 0, 0]}, "expected float, got bool"),
-        ({"std": [0, 0, 0]}, "std .*: must be positive"),
-        ({"std": [1e-40] * 3}, "std .*: must be positive"),
-        ({"mean": [0.5], "std": [0.5]}, "preprocessing: is for 1 channels, micro takes 3"),
-        ({"image_size_px": 0}, "image_size_px 0"),
-        ({"image_size_px": 1 << 40}, "image_size_px 1099511627776: must be"),
-        ({"image_size_px": 1}, "image size 1x1 px: micro divides it by 4"),
-        ({"crop_fraction": 2}, "crop_fraction 2.0: must be above 0 and at most 1"),
-    ],
-)
-def test_a_preparation_that_cannot_be(copied, change, message):
-    manifest = json.loads((copied / MANIFEST).read_text())
-    manifest["preprocessing"] |= change
-    told = _refused(copied, json.dumps(_hashed(manifest)))
     assert re.search(message, told), told
 
 
@@ -262,16 +255,11 @@ def test_a_preparation_that_cannot_be(copied, change, message):
         ("{", "not JSON"),
         ("[]", "not the manifest of a dynaslim package"),
         ('"' + "x" * MOST_BYTES + '"', "larger than 16 MB, which no manifest is"),
+        (b'\xff\xfe{"x": 1}', "not JSON: 'utf-8' codec can't decode"),
     ],
 )
 def test_hostile_text(copied, text, message):
     assert message in _refused(copied, text)
-
-
-def test_bytes_that_are_no_text(copied):
-    (copied / MANIFEST).write_bytes(b'\xff\xfe{"x": 1}')
-    with pytest.raises(PackageError, match="not JSON: 'utf-8' codec can't decode"):
-        open_package(copied)
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "more.onnx"])
@@ -387,10 +375,3 @@ def test_weights_inside_are_those_that_were_outside(package):
             np.testing.assert_array_equal(
                 onnx.numpy_helper.to_array(ours), onnx.numpy_helper.to_array(theirs)
             )
-
-
-def test_a_person_is_told_in_a_line(copied, capsys):
-    (copied.parent / "a.png").write_bytes(png(0, (32, 32), "RGB"))
-    (copied / MANIFEST).write_text("[" * 100_000)
-    assert cli.run(["predict", str(copied), str(copied.parent / "a.png")]) == 1
-    assert capsys.readouterr().err == f"dynaslim: {copied / MANIFEST}: nested too deeply\n"

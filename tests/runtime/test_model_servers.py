@@ -92,13 +92,6 @@ def test_a_repository_of_several_models(checkpoint, tmp_path):
     assert not list(tmp_path.parent.glob(f".{tmp_path.name}.*")), "nothing is left behind"
 
 
-def test_onnx_runtime_runs_the_same_file(checkpoint, images, expected, tmp_path):
-    export_ovms(checkpoint, tmp_path)
-    session = onnxruntime.InferenceSession(tmp_path / "micro" / "1" / "model.onnx")
-    _, choices = row_by_row(lambda x: session.run(None, {"x": x}), images)
-    assert choices.tolist() == expected.routes.tolist()
-
-
 # -- Triton ---------------------------------------------------------------------------------------
 
 

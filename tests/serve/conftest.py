@@ -1,16 +1,13 @@
 """A small package to serve, with a budget curve, and servers of it."""
 
-import io
 import math
 import threading
-import time
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import uvicorn
-from helpers import forced_curve, lively, micro_spec
-from PIL import Image
+from helpers import encoded, forced_curve, lively, micro_spec, ready, until
 from starlette.testclient import TestClient
 
 from dynaslim.checkpoint import Checkpoint
@@ -81,10 +78,7 @@ def pictures():
     made = []
     for n in range(8):
         rough = rng.standard_normal((20 + n, 24, 3)) * rng.uniform(0, 80)
-        buffer = io.BytesIO()
-        pixels = (rng.uniform(0, 255, 3) + rough).clip(0, 255).astype(np.uint8)
-        Image.fromarray(pixels).save(buffer, "PNG")
-        made.append(buffer.getvalue())
+        made.append(encoded((rng.uniform(0, 255, 3) + rough).clip(0, 255).astype(np.uint8)))
     return made
 
 
@@ -100,6 +94,13 @@ class Held:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
+    def hold(self):
+        """Forget former calls, and let none pass from here on."""
+        self.calls.clear()
+        while self.entered.acquire(blocking=False):
+            pass
+        self.open.clear()
+
     def __call__(self, x, **arguments):
         self.calls.append((len(x), arguments))
         self.entered.release()
@@ -109,7 +110,7 @@ class Held:
 
 @pytest.fixture
 def held(engine):
-    """An engine that is open; close it by `held.open.clear()`."""
+    """An engine that is open; close it by `held.hold()`."""
     made = Held(engine)
     made.open.set()
     yield made
@@ -119,10 +120,7 @@ def held(engine):
 @contextmanager
 def _ready(app):
     with TestClient(app, raise_server_exceptions=False) as client:
-        end = time.monotonic() + 20
-        while client.get("/readyz").status_code != 200:
-            assert time.monotonic() < end, app.state.service.state
-            time.sleep(0.01)
+        ready(client)
         yield client
 
 
@@ -145,10 +143,7 @@ def live():
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
         thread = threading.Thread(target=server.run)
         thread.start()
-        end = time.monotonic() + 20
-        while not (server.started and app.state.service.state == "ready"):
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: server.started and app.state.service.state == "ready")
         try:
             yield server.servers[0].sockets[0].getsockname()[1]
         finally:

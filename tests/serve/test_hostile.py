@@ -1,14 +1,13 @@
 """Pictures of all kinds, and such as are made to do harm: answered as `predict` does, or 4xx."""
 
-import io
 import json
 import shutil
 import struct
 import zlib
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from helpers import encoded, ready
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -18,12 +17,6 @@ from dynaslim.serve import ServeOptions, create_app
 INFER = "/v2/models/micro/infer"
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (24, 30, 3), dtype=np.uint8)
-
-
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
 
 
 def rgb():
@@ -43,55 +36,55 @@ def bomb_png(width, height):
 
 def many_scans():
     """A progressive JPEG with one of its scans over and over."""
-    content = encode(rgb(), "JPEG", progressive=True)
+    content = encoded(rgb(), "JPEG", progressive=True)
     start = content.rindex(b"\xff\xda")
     return content[:start] + content[start:-2] * 500 + content[-2:]
 
 
 def animated(kind):
     frames = [Image.new("RGB", (20, 20), color) for color in ("red", "green", "blue")]
-    return encode(frames[0], kind, save_all=True, append_images=frames[1:])
+    return encoded(frames[0], kind, save_all=True, append_images=frames[1:])
 
 
 def upright():
     """Turned by its EXIF tag."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    return encode(rgb(), "JPEG", exif=exif)
+    return encoded(rgb(), "JPEG", exif=exif)
 
 
 TAKEN = {
-    "png": lambda: encode(rgb(), "PNG"),
-    "jpeg": lambda: encode(rgb(), "JPEG"),
-    "progressive jpeg": lambda: encode(rgb(), "JPEG", progressive=True),
-    "cmyk jpeg": lambda: encode(rgb().convert("CMYK"), "JPEG"),
-    "grey jpeg": lambda: encode(rgb().convert("L"), "JPEG"),
+    "png": lambda: encoded(rgb(), "PNG"),
+    "jpeg": lambda: encoded(rgb(), "JPEG"),
+    "progressive jpeg": lambda: encoded(rgb(), "JPEG", progressive=True),
+    "cmyk jpeg": lambda: encoded(rgb().convert("CMYK"), "JPEG"),
+    "grey jpeg": lambda: encoded(rgb().convert("L"), "JPEG"),
     "turned jpeg": upright,
     "jpeg of several pictures": lambda: animated("MPO"),
-    "palette png": lambda: encode(rgb().convert("P"), "PNG"),
-    "transparent png": lambda: encode(rgb().convert("RGBA"), "PNG"),
-    "one bit png": lambda: encode(rgb().convert("1"), "PNG"),
-    "sixteen bit png": lambda: encode(
+    "palette png": lambda: encoded(rgb().convert("P"), "PNG"),
+    "transparent png": lambda: encoded(rgb().convert("RGBA"), "PNG"),
+    "one bit png": lambda: encoded(rgb().convert("1"), "PNG"),
+    "sixteen bit png": lambda: encoded(
         Image.fromarray(PIXELS[:, :, 0].astype(np.uint16) * 257), "PNG"
     ),
     "animated gif": lambda: animated("GIF"),
     "animated webp": lambda: animated("WEBP"),
     "animated png": lambda: animated("PNG"),
-    "bmp": lambda: encode(rgb(), "BMP"),
-    "tiff": lambda: encode(rgb(), "TIFF"),
+    "bmp": lambda: encoded(rgb(), "BMP"),
+    "tiff": lambda: encoded(rgb(), "TIFF"),
     "tiff of several pages": lambda: animated("TIFF"),
-    "float tiff": lambda: encode(Image.fromarray(PIXELS[:, :, 0].astype(np.float32)), "TIFF"),
-    "ppm": lambda: encode(rgb(), "PPM"),
-    "one pixel": lambda: encode(Image.new("RGB", (1, 1)), "PNG"),
-    "long and thin": lambda: encode(Image.new("L", (60_000, 1)), "PNG"),
+    "float tiff": lambda: encoded(Image.fromarray(PIXELS[:, :, 0].astype(np.float32)), "TIFF"),
+    "ppm": lambda: encoded(rgb(), "PPM"),
+    "one pixel": lambda: encoded(Image.new("RGB", (1, 1)), "PNG"),
+    "long and thin": lambda: encoded(Image.new("L", (60_000, 1)), "PNG"),
 }
 REFUSED = {
     "no picture": (415, "image_type", lambda: b"hello"),
     "empty": (400, "image_unreadable", lambda: b""),
     "html": (415, "image_type", lambda: b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
-    "pdf": (415, "image_type", lambda: encode(rgb(), "PDF")),
-    "ico": (415, "image_type", lambda: encode(rgb(), "ICO")),
-    "postscript": (415, "image_type", lambda: encode(rgb(), "EPS")),
+    "pdf": (415, "image_type", lambda: encoded(rgb(), "PDF")),
+    "ico": (415, "image_type", lambda: encoded(rgb(), "ICO")),
+    "postscript": (415, "image_type", lambda: encoded(rgb(), "EPS")),
     "zeros": (415, "image_type", lambda: bytes(1000)),
     "wave file": (400, "image_unreadable", lambda: b"RIFF\x24\0\0\0WAVEfmt " + bytes(100)),
     "cut off png": (400, "image_unreadable", lambda: TAKEN["png"]()[:-300]),
@@ -117,17 +110,10 @@ REFUSED = {
 }
 
 
-@contextmanager
-def client_of(engine):
-    with TestClient(create_app(engine, ServeOptions(max_pixels=1_000_000))) as client:
-        while client.get("/readyz").status_code != 200:
-            pass
-        yield client
-
-
 @pytest.fixture(scope="module")
 def client(engine):
-    with client_of(engine) as made:
+    with TestClient(create_app(engine, ServeOptions(max_pixels=1_000_000))) as made:
+        ready(made)
         yield made
 
 
@@ -144,6 +130,11 @@ def test_taken_as_predict_takes_them(client, engine, name, tmp_path):
     assert result["top"][0]["index"] == row.label
     assert result["top"][0]["probability"] == pytest.approx(row.confidence, abs=1e-5)
     assert result["route"] == row.route
+    response = client.post(INFER, **as_tensor(content))
+    assert response.status_code == 200, response.text
+    outputs = {one["name"]: one["data"] for one in response.json()["outputs"]}
+    assert outputs["label"] == [entry["index"] for entry in result["top"]]
+    assert outputs["route"] == [row.route]
 
 
 def as_tensor(*contents):
@@ -158,41 +149,21 @@ def as_tensor(*contents):
     }
 
 
-@pytest.mark.parametrize("name", TAKEN)
-def test_taken_as_tensors_too(client, name):
-    content = TAKEN[name]()
-    (expected,) = client.post("/v1/predict", files=[("images", content)]).json()["results"]
-    response = client.post(INFER, **as_tensor(content))
-    assert response.status_code == 200, response.text
-    outputs = {one["name"]: one["data"] for one in response.json()["outputs"]}
-    assert outputs["label"] == [entry["index"] for entry in expected["top"]]
-    assert outputs["route"] == [expected["route"]]
-
-
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_as_tensors_too(client, name):
-    status, _, make = REFUSED[name]
-    good = TAKEN["png"]()
-    response = client.post(INFER, **as_tensor(good, make(), good))
-    assert response.status_code == status, response.text
-    assert response.json()["error"].startswith("image 1: ")
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_refused(client, name):
+def test_refused(client, engine, tmp_path, name):
     status, code, make = REFUSED[name]
+    if name == "many scans":  # a picture that could be decoded
+        (tmp_path / "file").write_bytes(make())
+        assert not isinstance(next(iter(predict(engine, [tmp_path / "file"]))), Unreadable)
     good = TAKEN["png"]()
     files = [("images", ("0.png", good)), ("images", ("1.png", make())), ("images", ("2", good))]
     response = client.post("/v1/predict", files=files)
     assert (response.status_code, response.json()["error"]["code"]) == (status, code), response.text
     assert response.json()["error"]["image"] == 1
     assert "\n" not in response.text
-
-
-def test_many_scans_would_be_taken_if_they_were_few(engine, tmp_path):
-    """The test's picture is one that could be decoded."""
-    (tmp_path / "file").write_bytes(many_scans())
-    assert not isinstance(next(iter(predict(engine, [tmp_path / "file"]))), Unreadable)
+    response = client.post(INFER, **as_tensor(good, make(), good))
+    assert response.status_code == status, response.text
+    assert response.json()["error"].startswith("image 1: ")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
@@ -231,13 +202,12 @@ def loaded(engine, package, tmp_path_factory):
     options = ServeOptions(max_pixels=1_000_000, model_folder=folder, admin_token="admin")
     app = create_app(engine, options, backend="onnxruntime", workers=1)
     with TestClient(app, raise_server_exceptions=False) as made:
-        while made.get("/readyz").status_code != 200:
-            pass
+        ready(made)
         assert made.post(f"{REPOSITORY}/one/load", headers=ADMIN).status_code == 200
         yield made
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", ["no picture", "empty", "just too large", "many scans"])
 def test_refused_by_a_model_that_was_loaded(loaded, name):
     status, _, make = REFUSED[name]
     answer = loaded.post("/v2/models/one/infer", **as_tensor(make()))

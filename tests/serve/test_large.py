@@ -1,6 +1,5 @@
 """Large pictures beside others: who waits for whom, how much memory they take, and what stops."""
 
-import io
 import os
 import re
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from helpers import running
+from helpers import encoded, run_python, running, until
 from PIL import Image
 
 from dynaslim.data.decode import decode_image
@@ -34,15 +33,9 @@ PRE = Preprocessing(16)
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 
 
-def encode(image, kind, **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
 def huge(mode, kind, width=WIDTH, height=HEIGHT, **options):
     """A file of few bytes that takes many to decode."""
-    return encode(Image.new(mode, (width, height)), kind, **options)
+    return encoded(Image.new(mode, (width, height)), kind, **options)
 
 
 @pytest.fixture
@@ -72,13 +65,6 @@ def processes(monkeypatch):
     return made
 
 
-def until(condition, seconds=20):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 LITTLE = DecodingCost(1, 0)
 
 
@@ -100,7 +86,7 @@ FILES = {
     "png": lambda w, h: huge("RGB", "PNG", w, h),
     "transparent png": lambda w, h: huge("RGBA", "PNG", w, h),
     "one bit png": lambda w, h: huge("1", "PNG", w, h),
-    "sixteen bit png": lambda w, h: encode(Image.new("I;16", (w, h)), "PNG"),
+    "sixteen bit png": lambda w, h: encoded(Image.new("I;16", (w, h)), "PNG"),
     "gif": lambda w, h: huge("P", "GIF", w, h),
     "jpeg": lambda w, h: huge("RGB", "JPEG", w, h),
     "progressive jpeg": lambda w, h: huge("RGB", "JPEG", w, h, progressive=True, subsampling=0),
@@ -134,9 +120,8 @@ def test_memory_is_reckoned_as_what_it_takes_at_most(name, tmp_path):
     cost = Decoder(PRE, 50_000_000).cost(content)
     assert cost.work >= 10_000_000
     files = [str(tmp_path / "file"), str(tmp_path / "small")]
-    run = subprocess.run([sys.executable, "-c", PEAK, *files], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) <= cost.memory + 4_000_000  # what Pillow takes for any picture
+    peak = int(run_python(PEAK, *files).stdout)
+    assert peak <= cost.memory + 4_000_000  # what Pillow takes for any picture
 
 
 def test_what_takes_more_memory_than_there_is():
@@ -152,13 +137,13 @@ def test_what_takes_more_memory_than_there_is():
 def test_what_is_large():
     decoder = Decoder(PRE, 50_000_000)
     rough = Image.effect_noise((900, 900), 50)
-    scans = encode(rough, "JPEG", progressive=True)
+    scans = encoded(rough, "JPEG", progressive=True)
     start = scans.rindex(b"\xff\xda")
     many = scans[:start] + scans[start:-2] * 60 + scans[-2:]
-    assert not decoder.cost(encode(rough, "PNG")).large
+    assert not decoder.cost(encoded(rough, "PNG")).large
     assert not decoder.cost(scans).large
     assert decoder.cost(many).large, "each scan takes its time"
-    assert decoder.cost(encode(rough, "WEBP")).large, "Python's lock is kept all the time"
+    assert decoder.cost(encoded(rough, "WEBP")).large, "Python's lock is kept all the time"
     assert decoder.cost(huge("1", "PNG", 1001, 1000)).work > LARGE
 
 
@@ -170,7 +155,7 @@ def test_what_is_large():
 )
 def test_a_large_picture_is_answered_as_predict_does(serve, engine, kind, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
-    content = encode(Image.fromarray(noise).resize((1400, 1050)), kind[0], **kind[1])
+    content = encoded(Image.fromarray(noise).resize((1400, 1050)), kind[0], **kind[1])
     (tmp_path / "file").write_bytes(content)
     (row,) = predict(engine, [tmp_path / "file"])
     with serve(deadline_ms=60_000) as client:
@@ -199,26 +184,19 @@ def test_a_process_keeps_to_its_memory(pictures_of, processes):
 
 def test_a_process_that_dies_fails_its_picture_alone(pictures_of, processes):
     pictures = pictures_of()
-    small = encode(Image.new("RGB", (20, 20)), "PNG")
+    small = encoded(Image.new("RGB", (20, 20)), "PNG")
     assert isinstance(decoded(pictures, small), np.ndarray)
-    done, results = threading.Event(), []
-    content = huge("RGB", "PNG")
-    cost = DecodingCost(1, 10**9)
-    pictures.put(
-        DecodingTask(
-            cost, content, PRE, lambda: True, lambda one: (results.append(one), done.set())
-        )
-    )
-    until(lambda: not pictures._tasks)  # the process has it
-    processes[0].kill()
-    assert done.wait(30)
-    assert isinstance(results[0], ImageError)
+    with ThreadPoolExecutor(1) as pool:
+        dying = pool.submit(decoded, pictures, huge("RGB", "PNG"), DecodingCost(1, 10**9))
+        until(lambda: pictures._free < 10**9 and not pictures._tasks)  # the process has it
+        processes[0].kill()
+        assert isinstance(dying.result(), ImageError)
     assert isinstance(decoded(pictures, small), np.ndarray)
 
 
 def test_the_smallest_that_there_is_memory_for_comes_first(pictures_of):
     pictures, order, done = pictures_of(memory=100), [], threading.Event()
-    small = encode(Image.new("RGB", (20, 20)), "PNG")
+    small = encoded(Image.new("RGB", (20, 20)), "PNG")
     gate = threading.Event()
 
     def put(name, work, memory, deliver=order.append):
@@ -252,7 +230,7 @@ def test_who_is_not_waited_for_any_more_is_not_decoded(serve, processes):
 def test_memory_goes_back(pictures_of, processes, monkeypatch):
     monkeypatch.setattr(decoding, "IDLE_S", 0.1)
     pictures = pictures_of()
-    content = encode(Image.new("RGB", (20, 20)), "PNG")
+    content = encoded(Image.new("RGB", (20, 20)), "PNG")
     for turn in (1, 2):
         assert isinstance(decoded(pictures, content), np.ndarray)
         until(lambda: processes[-1].poll() is not None)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from helpers import form, until
 
 from dynaslim.serve import ServeOptions, create_app
 from dynaslim.serve.endpoint import Lag
@@ -24,9 +25,8 @@ def start(held, live):
     def run(**options):
         app = create_app(held, ServeOptions(**options))
         with live(app) as port:
-            held.calls.clear()
-            while held.entered.acquire(blocking=False):
-                pass
+            held.hold()
+            held.open.set()
             try:
                 yield f"http://127.0.0.1:{port}", app.state.service
             finally:
@@ -36,19 +36,12 @@ def start(held, live):
 
 
 def ask(url, picture, query="", images=1, **options):
-    files = [("images", (f"{n}.png", picture)) for n in range(images)]
+    files = form(*[picture] * images)
     return httpx.post(f"{url}/v1/predict{query}", files=files, timeout=20, **options)
 
 
 def code(response):
     return response.status_code, response.json()["error"]["code"]
-
-
-def until(condition):
-    end = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 def counted(service, name):
@@ -85,19 +78,6 @@ def test_a_full_queue_is_429(start, held, pictures, background):
         assert counted(service, 'dynaslim_rejected_total{reason="busy"}') == 2
         until(lambda: counted(service, 'dynaslim_requests_total{code="429"}') == 2)
     assert max(rows for rows, _ in held.calls) == 2
-
-
-def test_images_of_several_requests_share_a_batch(start, held, pictures, background):
-    with start() as (url, service):
-        held.open.clear()
-        first = background.submit(ask, url, pictures[0])
-        assert held.entered.acquire(timeout=10)
-        rest = [background.submit(ask, url, pictures[n], images=n) for n in (1, 2, 3)]
-        until(lambda: service.models["micro"].batcher.waiting == 6)
-        held.open.set()
-        assert first.result().json()["batch_size"] == 1
-        assert {f.result().json()["batch_size"] for f in rest} == {6}
-    assert [rows for rows, _ in held.calls] == [1, 6]
 
 
 @pytest.mark.parametrize(
@@ -247,17 +227,6 @@ def test_a_large_body_without_a_length_is_refused_while_it_is_read(start, connec
         until(lambda: counted(service, 'dynaslim_requests_total{code="413"}') == 1)
         assert sent < 4000 * len(piece), "the rest is not read"
         assert service.buffers.held == 0
-
-
-def test_a_client_that_sends_a_little_too_much_reads_why(start, pictures):
-    """Its body is read to the end, though not kept, so that it comes to read the answer."""
-    with start(max_body_mb=0.1) as (url, _), httpx.Client() as client:
-        for content in (bytes(150_000), iter([bytes(50_000)] * 3)):
-            headers = {"content-type": "application/json"}
-            response = client.post(f"{url}/v1/predict", content=content, headers=headers)
-            assert code(response) == (413, "body_too_large")
-        files = [("images", ("x", pictures[0]))]
-        assert client.post(f"{url}/v1/predict", files=files).status_code == 200
 
 
 @pytest.mark.parametrize("chunked", [True, False])

@@ -59,12 +59,6 @@ def test_adaptive_budget(engine):
         _budgets(engine, adaptive_budget=f"0.01:{lowest.share + 1e-4:.4f}")
 
 
-@pytest.mark.parametrize("options", [{"budget": "0.5"}, {"adaptive_budget": "0.5"}])
-def test_budgets_need_a_curve(options):
-    with pytest.raises(UsageError, match="no budget curve; measure one with"):
-        Budgets(None, ServeOptions(**options), 0.0)
-
-
 def test_a_batcher_lowers_the_budget_when_its_queue_grows(engine):
     """The wait is what the engine's own speed and the queue make it."""
     clock = SimpleNamespace(now=0.0)

@@ -11,10 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
-from helpers import free_port, running
+from helpers import form, ready, running, until
 from starlette.testclient import TestClient
 
-from dynaslim import cli
 from dynaslim import predict as predicting
 from dynaslim.errors import UsageError
 from dynaslim.runtime.engine import Engine
@@ -24,17 +23,6 @@ from dynaslim.serve.repository import find_in_folder
 
 ADMIN = {"authorization": "Bearer admin"}
 INDEX = "/v2/repository/index"
-
-
-def until(condition):
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
-
-
-def form(picture):
-    return [("images", ("x.png", picture))]
 
 
 @pytest.fixture(autouse=True)
@@ -74,7 +62,7 @@ def administered(engine, folder, open_engine):
     """A server of `micro` that may load the models of the folder; yields its client."""
     options = ServeOptions(model_folder=folder, admin_token="admin")
     with TestClient(create_app(engine, options), raise_server_exceptions=False) as client:
-        until(lambda: client.get("/readyz").status_code == 200)
+        ready(client)
         yield client
 
 
@@ -93,7 +81,7 @@ def states(client, headers=ADMIN):
 def test_several_models(engine, package, plain_package, pictures, open_engine):
     sources = [engine, f"b={plain_package}", f"c={package}"]
     with TestClient(create_app(sources)) as client:
-        until(lambda: client.get("/v2/health/ready").status_code == 200)
+        ready(client, "/v2/health/ready")
         models = client.get("/v1/models").json()["models"]
         assert [(one["name"], one["classes"] is None) for one in models] == [
             ("micro", False), ("b", True), ("c", False),
@@ -130,6 +118,7 @@ def test_several_models(engine, package, plain_package, pictures, open_engine):
 
 
 def test_names(engine, package, plain_package, tmp_path, open_engine):
+    before = threading.enumerate()
     for sources, options, message in (
         ([package, plain_package], {}, "model micro: there are two of that name"),
         ([f"a={package}", f"a={plain_package}"], {}, "model a: there are two of that name"),
@@ -148,7 +137,8 @@ def test_names(engine, package, plain_package, tmp_path, open_engine):
     ):
         with pytest.raises(UsageError, match=message):
             ServeOptions(**options)
-    assert not [one for one in threading.enumerate() if one.name == "dynaslim-batcher"]
+    started = set(threading.enumerate()) - set(before)
+    assert not [one for one in started if one.name == "dynaslim-batcher"], "queues were left open"
 
 
 def test_an_equals_sign_in_a_path(package, tmp_path, open_engine):
@@ -158,20 +148,13 @@ def test_an_equals_sign_in_a_path(package, tmp_path, open_engine):
     app.state.service.close()
 
 
-def test_models_of_the_command_line(package, plain_package, monkeypatch, capsys):
+def test_models_of_the_command_line(package, plain_package):
     with running([package, f"plain={plain_package}"]) as (process, url):
-        ready = httpx.get(f"{url}/v1/models").json()["models"]
-        assert [one["name"] for one in ready] == ["micro", "plain"]
+        served = httpx.get(f"{url}/v1/models").json()["models"]
+        assert [one["name"] for one in served] == ["micro", "plain"]
         process.terminate()
         out, err = process.communicate(timeout=30)
     assert (process.returncode, out, err) == (0, "", "")
-    argv = ["serve", str(package), str(plain_package), "--port", str(free_port())]
-    assert cli.run([*argv, "--backend", "onnxruntime"]) == 2
-    out, err = capsys.readouterr()
-    assert (out, err) == (
-        "",
-        "dynaslim: model micro: there are two of that name; write NAME=PATH\n",
-    )
 
 
 # -- the cores ------------------------------------------------------------------------------------
@@ -410,9 +393,7 @@ def test_unload_answers_what_it_has_accepted(held, live, pictures, folder):
     with live(app) as port, ThreadPoolExecutor(8) as pool:
         url = f"http://127.0.0.1:{port}"
         model = app.state.service.models["micro"]
-        while held.entered.acquire(blocking=False):
-            pass
-        held.open.clear()
+        held.hold()
         asked = [
             pool.submit(httpx.post, f"{url}/v1/predict", files=form(one), timeout=20)
             for one in pictures[:4]
@@ -543,7 +524,7 @@ def test_spans_of_a_request(engine, pictures, monkeypatch):
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
     with TestClient(create_app(engine)) as client:
-        until(lambda: client.get("/readyz").status_code == 200)
+        ready(client)
         before = time.time_ns()
         assert client.post("/v1/predict", files=form(pictures[0])).status_code == 200
         assert client.post("/v2/models/micro/infer", json={}).status_code == 422

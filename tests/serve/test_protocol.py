@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from helpers import ready, until
 from starlette.testclient import TestClient
 
 from dynaslim.data.decode import decode_image
@@ -164,8 +165,7 @@ def test_triton_s_client_raises_what_the_server_writes(triton, pictures):
 def client(engine):
     options = ServeOptions(max_images=4, max_body_mb=0.2)
     with TestClient(create_app(engine, options), raise_server_exceptions=False) as made:
-        while made.get("/v2/health/ready").status_code != 200:
-            pass
+        ready(made, "/v2/health/ready")
         yield made
 
 
@@ -343,8 +343,7 @@ def test_the_protocol_before_it_is_ready_and_when_it_stops(engine, pictures):
     client = TestClient(app)  # not entered: nothing has started
     answer = client.post(INFER, json=asked(images(pictures[0])))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
-    while not client.get("/v2/health/ready").json()["ready"]:
-        pass
+    ready(client, "/v2/health/ready")
     app.state.service.stop()
     for path in ("/v2/health/ready", "/v2/models/micro/ready"):
         answer = client.get(path)
@@ -362,10 +361,7 @@ def test_tensors_and_files_share_batches(held, live, tensors, pictures):
     app = create_app(held, ServeOptions(deadline_ms=60_000))
     with live(app) as port, ThreadPoolExecutor(4) as pool:
         url = f"http://127.0.0.1:{port}{INFER}"
-        held.calls.clear()
-        while held.entered.acquire(blocking=False):
-            pass
-        held.open.clear()
+        held.hold()
         first = pool.submit(httpx.post, url, json=asked(images(pictures[0])), timeout=20)
         assert held.entered.acquire(timeout=10)
         sent = [
@@ -374,8 +370,7 @@ def test_tensors_and_files_share_batches(held, live, tensors, pictures):
             asked({**X, "shape": [3, 3, 16, 16], "data": x[5:8].ravel().tolist()}),
         ]
         rest = [pool.submit(httpx.post, url, json=one, timeout=20) for one in sent]
-        while app.state.service.models["micro"].batcher.waiting < 7:
-            pass
+        until(lambda: app.state.service.models["micro"].batcher.waiting == 7)
         held.open.set()
         found = [one.result().json()["outputs"] for one in (first, *rest)]
     assert [rows for rows, _ in held.calls] == [1, 7]

@@ -1,6 +1,5 @@
 """`dynaslim serve` as a process: how it starts, how it stops, what it needs."""
 
-import io
 import json
 import signal
 import socket
@@ -10,10 +9,9 @@ from collections import Counter
 
 import httpx
 import pytest
-from helpers import free_port, running
+from helpers import encoded, fails, free_port, running, until
 from PIL import Image
 
-from dynaslim import cli
 from dynaslim.serve import server
 
 # a finder that refuses what a server of a package must not need, then the command line
@@ -85,10 +83,7 @@ def test_a_signal_under_load_loses_no_accepted_request(package, pictures, number
         threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 20
-        while min(answered) < 3:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        until(lambda: min(answered) >= 3)
         process.send_signal(number)
         time.sleep(0.005)
         stopping.set()
@@ -130,10 +125,7 @@ def test_a_stop_resets_no_new_connection(package, pictures):
         threads = [threading.Thread(target=client) for _ in range(24)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 20
-        while outcomes[b"200"] < 200:
-            assert time.monotonic() < end, outcomes
-            time.sleep(0.01)
+        until(lambda: outcomes[b"200"] >= 200)
         process.terminate()
         for thread in threads:
             thread.join(20)
@@ -175,9 +167,7 @@ def test_a_second_signal_stops_at_once(package, pictures):
         thread.start()
         time.sleep(0.5)
         process.terminate()
-        end = time.monotonic() + 5
-        while httpx.get(f"{url}/readyz").status_code != 503:
-            assert time.monotonic() < end
+        until(lambda: httpx.get(f"{url}/readyz").status_code == 503, 5)
         began = time.monotonic()
         process.terminate()
         assert ended(process)[0] == 128 + signal.SIGTERM
@@ -189,9 +179,8 @@ def damaged_tiffs():
     """Such as libtiff has something to say about."""
     made = []
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
-        buffer = io.BytesIO()
-        Image.effect_noise((64, 64), 50).save(buffer, "TIFF", compression=compression)
-        made.append(bytearray(buffer.getvalue()))
+        picture = Image.effect_noise((64, 64), 50)
+        made.append(bytearray(encoded(picture, "TIFF", compression=compression)))
         made[-1][2000:2400] = bytes(400)
     return [bytes(one) for one in made]
 
@@ -226,43 +215,28 @@ def test_a_process_s_token_log_and_warning(package, pictures, monkeypatch):
 # -- one line for each mistake --------------------------------------------------------------------
 
 
-def fails(capsys, *argv):
-    """Exit code and the one line of a command that does not start."""
-    returned = cli.run(["serve", *map(str, argv)])
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert len(err.splitlines()) == 1, err
-    return returned, err
+def test_mistakes(package, plain_package, tmp_path, capsys, monkeypatch):
+    def refused(code, message, *argv):
+        fails(capsys, ["serve", *argv], code, message)
 
-
-def test_mistakes(package, plain_package, tmp_path, capsys):
     port = free_port()
     with server.bind("127.0.0.1", port) as taken:
         taken.listen()
-        returned, line = fails(capsys, package, "--port", port)
-        assert (returned, f"port {port} of 127.0.0.1: is in use" in line) == (1, True)
-    assert fails(capsys, package, "--port", 70_000)[0] == 2
-    returned, line = fails(capsys, package, "--host", "no.such.host.invalid")
-    assert (returned, "--host no.such.host.invalid" in line) == (2, True)
-    assert fails(capsys, package, "--max-batch", 0)[0] == 2
-    assert fails(capsys, package, "--drain-s", -1)[0] == 2
-    assert fails(capsys, package, "--workers", 0)[0] == 2
-    returned, line = fails(capsys, package, "--port", 0, "--backend", "abacus")
-    assert (returned, "backend 'abacus': choose from" in line) == (2, True)
-    returned, line = fails(
-        capsys, plain_package, "--port", 0, "--adaptive-budget", 0.5, "--backend", "onnxruntime"
-    )
-    assert (returned, "has no budget curve" in line) == (2, True)
+        refused(1, f"port {port} of 127.0.0.1: is in use", package, "--port", port)
     (tmp_path / "manifest.json").write_text("{")
-    returned, line = fails(capsys, tmp_path, "--port", 0)
-    assert (returned, "not JSON" in line) == (1, True)
-
-
-def test_a_missing_library(package, capsys, monkeypatch):
+    refused(1, "not JSON", tmp_path, "--port", 0)
+    for message, *argv in (
+        ("--port 70000", package, "--port", 70_000),
+        ("--host no.such.host.invalid", package, "--host", "no.such.host.invalid"),
+        ("--max-batch 0", package, "--max-batch", 0),
+        ("--drain-s -1", package, "--drain-s", -1),
+        ("--workers 0", package, "--workers", 0),
+        ("backend 'abacus': choose from", package, "--port", 0, "--backend", "abacus"),
+        ("has no budget curve", plain_package, "--port", 0, "--adaptive-budget", 0.5),
+    ):
+        refused(2, message, *argv)
     monkeypatch.setattr(server, "installed", lambda library: library != "uvicorn")
-    returned, line = fails(capsys, package, "--port", 0)
-    assert returned == 2
-    assert "uvicorn not installed: pip install 'dynaslim[serve]'" in line
+    refused(2, "uvicorn not installed: pip install 'dynaslim[serve]'", package, "--port", 0)
 
 
 def test_a_model_that_does_not_start(package, capsys, monkeypatch):
@@ -273,7 +247,6 @@ def test_a_model_that_does_not_start(package, capsys, monkeypatch):
 
     monkeypatch.setattr(Engine, "warm_up", broken)
     handlers = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    returned, line = fails(capsys, package, "--port", 0, "--backend", "onnxruntime")
-    assert returned == 1
-    assert line == "dynaslim: the model does not start: no such kernel\n"
+    argv = ["serve", package, "--port", 0, "--backend", "onnxruntime"]
+    fails(capsys, argv, 1, "dynaslim: the model does not start: no such kernel\n")
     assert handlers == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))

@@ -1,31 +1,35 @@
 """Two gloo processes do what one does: spawned for real."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
 import train_workers
-from helpers import free_port, lively, micro_spec, noise, png, spawn_two, write_parquet
+from helpers import (
+    free_port,
+    lively,
+    micro_spec,
+    noise,
+    png,
+    spawn_two,
+    start_dynaslim,
+    wait_for_steps,
+    write_parquet,
+)
 
 from dynaslim.checkpoint import read
 from dynaslim.runs.folder import read_snapshot
 from dynaslim.train import recalibrate
 
 
-def _spawn(worker, folder):
-    spawn_two(worker, free_port(), str(folder))
+def _spawn(run, folder):
+    spawn_two(train_workers.worker, free_port(), str(folder), run)
     return [torch.load(f"{folder}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 def test_half_batches_give_the_gradients_of_the_whole(tmp_path):
     losses, grads, state = train_workers.one_step(slice(None))
-    for their_losses, their_grads, their_state, sizes in _spawn(
-        train_workers.step_worker, tmp_path
-    ):
+    for their_losses, their_grads, their_state, sizes in _spawn(train_workers.step, tmp_path):
         assert their_losses.largest == pytest.approx(losses.largest, abs=1e-6)
         assert their_losses.randoms == pytest.approx(losses.randoms, abs=1e-6)
         assert their_losses.smallest == pytest.approx(losses.smallest, abs=1e-6)
@@ -42,7 +46,7 @@ def test_half_batches_give_the_gradients_of_the_whole(tmp_path):
 def test_half_batches_give_the_gates_the_gradients_of_the_whole(tmp_path):
     """The cost term is a square of a mean, the labels' weights depend on all of them."""
     whole = [train_workers.gate_step_of(slice(None), gumbel) for gumbel in (False, True)]
-    for both in _spawn(train_workers.gate_worker, tmp_path):
+    for both in _spawn(train_workers.gate_steps, tmp_path):
         for (losses, grads), (their_losses, their_grads) in zip(whole, both, strict=True):
             assert their_losses == pytest.approx(losses, rel=1e-5)
             for ours, theirs in zip(grads, their_grads, strict=True):
@@ -52,27 +56,27 @@ def test_half_batches_give_the_gates_the_gradients_of_the_whole(tmp_path):
 def test_recalibration_averages_over_all_batches(tmp_path):
     net = lively(micro_spec(), image_size=16)
     recalibrate(net, [noise(net.spec, 8, image_size=16, seed=s) for s in range(5)])
-    for state in _spawn(train_workers.calibration_worker, tmp_path):
+    for state in _spawn(train_workers.calibration, tmp_path):
         for name, value in net.state_dict().items():
             if "running" in name:
                 torch.testing.assert_close(state[name], value, atol=1e-5, rtol=1e-5)
 
 
 def test_a_loss_that_is_not_finite_stops_all(tmp_path):
-    for said in _spawn(train_workers.nan_worker, tmp_path):
+    for said in _spawn(train_workers.not_finite, tmp_path):
         assert said.startswith("step 4: the loss of the largest network is nan")
 
 
+TORCHRUN = (
+    *("-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "dynaslim"),
+)
+
+
 def _torchrun(argv):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0"]
-    return subprocess.run(
-        [*command, "-m", "dynaslim", *argv],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = start_dynaslim(argv, run=TORCHRUN)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
 
 
 def test_a_run_of_two_processes(tmp_path):
@@ -82,47 +86,30 @@ def test_a_run_of_two_processes(tmp_path):
     argv = ["train", "supernet", "--data.path", str(data), "--out", str(out), "--json"]
     argv += ["--batch-size", "32", "--data.image-size-px", "16", "--calibration-batches", "2"]
     argv += ["--data.val-share", "0.14", "--optim.lr", "0.05"]
-    done = _torchrun([*argv, "--epochs", "2"])
-    assert done.returncode == 0, done.stderr
-    results = json.loads(done.stdout)  # of the first process alone
+    code, stdout, err = _torchrun([*argv, "--epochs", "2"])
+    assert code == 0, err
+    results = json.loads(stdout)  # of the first process alone
     assert results["steps"] == 2 * (64 // 32)
     assert results["val"]["last"]["images"] == 11, "an uneven last batch"
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "val"] == [2, 4]
     assert json.loads((out / "environment.json").read_text())[0]["processes"] == 2
     assert read(out / "last.safetensors").net.spec.name == "ds_mbnet_tiny"
-    again = _torchrun([*argv, "--epochs", "3", "--resume", "--force"])
-    assert again.returncode == 0, again.stderr
-    assert json.loads(again.stdout)["steps"] == 6
-    uneven = _torchrun([*argv, "--epochs", "1", "--batch-size", "31", "--out", str(out) + "2"])
-    assert uneven.returncode != 0
-    assert "batch_size 31: cannot be divided evenly among 2 processes" in uneven.stderr
+    code, stdout, err = _torchrun([*argv, "--epochs", "3", "--resume", "--force"])
+    assert code == 0, err
+    assert json.loads(stdout)["steps"] == 6
 
 
-@pytest.mark.parametrize("load", ["memory", "disk"])
-def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path, load):
+def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
     """Of a process group that the signal reaches as a whole, decoding workers too."""
     data, out = tmp_path / "data", tmp_path / "run"
     write_parquet(data, [png(n, mode="RGB") for n in range(64)], 4, "train")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "-m", "dynaslim"]
-    command += ["train", "supernet", "--data.path", str(data), "--out", str(out)]
-    command += ["--batch-size", "16", "--data.image-size-px", "16", "--data.val-share", "0"]
-    command += ["--epochs", "500", "--log-every", "1", "--save-every-s", "1000"]
-    command += ["--data.load", load, "--workers", "1"]
-    process = subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    argv = ["train", "supernet", "--data.path", str(data), "--out", str(out)]
+    argv += ["--batch-size", "16", "--data.image-size-px", "16", "--data.val-share", "0"]
+    argv += ["--epochs", "500", "--log-every", "1", "--save-every-s", "1000"]
+    process = start_dynaslim([*argv, "--data.load", "disk", "--workers", "1"], run=TORCHRUN)
     told = out / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not told.exists() or told.read_text().count("\n") < 6:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for_steps(process, told, 6)
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0

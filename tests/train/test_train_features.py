@@ -10,7 +10,7 @@ from helpers import noise, toy_images
 from dynaslim.conversion import convert
 from dynaslim.data.feed import ImageFeed
 from dynaslim.data.transforms import Augment
-from dynaslim.errors import TrainingError, UsageError
+from dynaslim.errors import TrainingError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import AugmentRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.train.features import trunk_features
@@ -103,20 +103,6 @@ def test_features_that_float16_cannot_hold_are_refused():
     batches = augmented_views(feed, Augment(PLAIN, PREPARED), torch.device("cpu"), 1, 0)
     with pytest.raises(TrainingError, match="not finite in float16"):
         trunk_features(net, batches, (1, 3), 0)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"augment": AugmentRecipe(mixup=0.2)}, "mixup and cutmix need the images"),
-        ({"compile": True}, "leave one of the two out"),
-        ({"patience": 0}, "patience 0"),
-        ({"trunk_views": -1}, "trunk_views -1"),
-    ],
-)
-def test_recipes_that_make_no_sense(changes, message):
-    with pytest.raises(UsageError, match=message):
-        _recipe(**changes)
 
 
 def test_the_largest_alone_is_trained_as_any_network():

@@ -32,12 +32,6 @@ def test_ensemble_target_is_the_mean_of_probabilities():
     torch.testing.assert_close(ensemble_target([a, b]), torch.tensor([[0.375, 0.625]]))
 
 
-@pytest.mark.parametrize("choices", [2, 4])
-def test_sgs_targets_are_the_ends(choices):
-    easy = torch.tensor([True, False])
-    assert sgs_target(easy, choices).tolist() == [0, choices - 1]
-
-
 def test_sgs_loss_takes_logits_once():
     """By hand: probabilities (1/4, 3/4); an easy row wants the first, a hard row the last."""
     logits = torch.tensor([[0.0, math.log(3.0)]] * 2)

@@ -90,12 +90,3 @@ def test_the_labels_hand_over_to_the_teacher():
     assert handover[0] == labels[0]
     assert handover[0] != ensemble[0]
     assert handover[3].smallest != labels[3].smallest
-
-
-def test_labels_alone_take_nothing_beside_them():
-    with pytest.raises(UsageError, match="target labels: label_weight and label_warmup"):
-        SupernetRecipe(target="labels", label_weight=0.5)
-    with pytest.raises(UsageError, match="label_warmup 2"):
-        SupernetRecipe(label_warmup=2)
-    with pytest.raises(UsageError, match="label_weight -1"):
-        SupernetRecipe(label_weight=-1)
