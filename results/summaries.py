@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from results.cells import HERE, all_cells
-from results.plan import SGS, TEACHING
+from results.plan import SGS, TEACHING, tried_rates
 from results.policies import uniform_line
 
 DYNAMIC: Final = ("both", "escalation", "gate")
@@ -318,13 +318,14 @@ def gates_ms() -> dict[str, Any]:
 
 def rates() -> dict[str, Any]:
     """Held-out top-1, mean over the routes, of every way of teaching at every learning rate."""
-    found: dict[str, Any] = {}
-    for name in ("cifar10", "targets", "quick"):
-        for cell in all_cells(f"rates_{name}"):
-            variant, _, lr = cell["variant"].partition("_lr")
-            rows = found.setdefault(name, {}).setdefault(variant, {})
-            rows[lr] = statistics.fmean(cell["held_out"]["top1"])
-    return found
+    return {
+        name: {
+            way: {f"{rate:g}": spread(top1) for rate, top1 in sorted(values.items())}
+            for way, values in tried.items()
+        }
+        for name in ("cifar10", "targets", "quick")
+        if (tried := tried_rates(name))
+    }
 
 
 # -- repeating -------------------------------------------------------------------------------------
