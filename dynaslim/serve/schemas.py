@@ -244,6 +244,8 @@ class InferRequest(BaseModel):
     model_config = _STRICT
 
     id: str | SkipJsonSchema[None] = None
+    model_name: str | SkipJsonSchema[None] = None
+    """Not in the protocol, but KServe's client sends it; the path names the model."""
     parameters: InferParameters = Field(default_factory=dict, validate_default=True)
     inputs: Annotated[list[InferInput], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[InferOutput], Field(max_length=16)] = []

@@ -1,5 +1,8 @@
-"""The Open Inference Protocol, by Triton's own client where it is installed, and byte for byte."""
+"""The Open Inference Protocol, by the clients of Triton and KServe where they are installed, and
+byte for byte.
+"""
 
+import asyncio
 import base64
 import json
 import struct
@@ -43,6 +46,34 @@ def tensors(engine, pictures):
     pixels = np.stack([decode_image(one, engine.preprocessing, "a picture") for one in pictures])
     x = normalise_pixels(pixels, engine.preprocessing)
     return pixels, x, engine(x)
+
+
+# -- KServe's client ------------------------------------------------------------------------------
+
+
+def test_the_head_may_name_the_model_as_kserve_s_client_does(client, pictures):
+    body = {"id": None, "model_name": "micro", "inputs": [images(pictures[0])]}
+    assert client.post(INFER, json=body).status_code == 200
+    assert client.post(INFER, json={**body, "model": "micro"}).status_code == 422
+
+
+@pytest.mark.parametrize("as_binary", [False, True])
+def test_kserve_s_client(engine, live, tensors, as_binary):
+    kserve = pytest.importorskip("kserve", reason="kserve is not installed")
+    _, x, expected = tensors
+    tensor = kserve.InferInput("x", list(x.shape), "FP32")
+    tensor.set_data_from_numpy(np.asarray(x), binary_data=as_binary)
+
+    async def infer(url):
+        client = kserve.InferenceRESTClient(kserve.RESTConfig(protocol="v2"))
+        assert await client.is_model_ready(url, "micro")
+        request = kserve.InferRequest("micro", [tensor])
+        return await client.infer(url, request, model_name="micro")
+
+    with live(create_app(engine, ServeOptions(token=None))) as port:
+        answer = asyncio.run(infer(f"http://127.0.0.1:{port}"))
+    assert [output.name for output in answer.outputs] == NAMES
+    np.testing.assert_allclose(answer.outputs[0].as_numpy(), expected.logits, rtol=1e-5, atol=1e-6)
 
 
 # -- Triton's client ------------------------------------------------------------------------------
