@@ -377,12 +377,12 @@ class Stream:
         self._costs = [0.0]
         if options.budget is not None or self._bound_s is not None:
             curve = engine.curve
-            asked = f"budget {options.budget!r}"
+            setting = f"budget {options.budget!r}"
             if self._bound_s is not None:
-                asked = f"--latency-ms {options.latency_ms:g}"
+                setting = f"--latency-ms {options.latency_ms:g}"
             check(
                 curve is not None,
-                f"{asked}: the network has no budget curve; measure one with: "
+                f"{setting}: the network has no budget curve; measure one with: "
                 f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT",
             )
             assert curve is not None
@@ -539,17 +539,17 @@ class StreamSummary:
 
     def line(self, waiting: Waiting) -> str:
         """One line for a person."""
-        told = [f"{waiting.count} frames: {self.answered} answered"]
+        parts = [f"{waiting.count} frames: {self.answered} answered"]
         if self.same:
-            told[0] += f" ({self.same} as the one before)"
-        told.append(f"{waiting.dropped} dropped")
-        told.append(f"{self.broken} broken")
+            parts[0] += f" ({self.same} as the one before)"
+        parts.append(f"{waiting.dropped} dropped")
+        parts.append(f"{self.broken} broken")
         if self.answered:
             p50, p99 = self.latency_ms(0.5), self.latency_ms(0.99)
-            told.append(f"latency p50 {p50:.1f} ms, p99 {p99:.1f} ms")
+            parts.append(f"latency p50 {p50:.1f} ms, p99 {p99:.1f} ms")
         if self._budgets:
-            told.append(f"mean budget {self._mean_budget()}")
-        return ", ".join(told)
+            parts.append(f"mean budget {self._mean_budget()}")
+        return ", ".join(parts)
 
     def _mean_budget(self) -> str:
         if len(self._budgets) == 1:

@@ -243,7 +243,6 @@ RATES: Final = (0.1, 0.2, 0.4)
 """Learning rates that each way of teaching is tried at."""
 
 
-@cache
 def tried_rates(experiment: str) -> dict[str, dict[float, list[float]]]:
     """By variant and learning rate, held-out top-1 of every seed, mean over the routes.
 
@@ -257,6 +256,7 @@ def tried_rates(experiment: str) -> dict[str, dict[float, list[float]]]:
     return found
 
 
+@cache
 def best_rate(experiment: str, variant: str) -> float:
     """The learning rate of a variant that held-out images chose; 0.2 where nothing was tried.
 

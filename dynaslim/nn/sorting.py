@@ -95,7 +95,7 @@ def sort_channels(
     power = dict.fromkeys(readers.values(), torch.ones((), device=net.device))
     if rule == "activation":
         power = _powers(net, readers, batches)
-        check(bool(power), "images: there are none to sort channels by")
+        check(bool(power), "images: at least one is needed to sort channels by")
     for group in channel_groups(net):
         scores = torch.zeros(group.units, dtype=torch.float64)
         for name, total in power.items():

@@ -325,7 +325,7 @@ class Router:
         self._running.add(caller)
         try:
             if (
-                len(self._running) >= max(2, self.backend.workers)
+                1 < self.backend.workers <= len(self._running)
                 and sum(item.rows for item in items) <= self.backend.own_core_rows
             ):
                 for item in items:
@@ -337,6 +337,7 @@ class Router:
             self._running.discard(caller)
 
     def _divided(self, items: Sequence[WorkItem]) -> None:
+        """As `plan_step` divides them."""
         if len(items) == 1 and items[0].rows == 1:  # planning would take as long as a small network
             self._piece(items[0], _ROW, self.program(items[0].sized, wide=True))
             return

@@ -151,5 +151,5 @@ def test_importance_is_summed_over_the_layers_that_read_a_channel():
 
 def test_by_activations_there_must_be_images():
     net = lively(micro_spec())
-    with pytest.raises(UsageError, match="images: there are none to sort channels by"):
+    with pytest.raises(UsageError, match="images: at least one is needed to sort channels by"):
         sort_channels(net, [])

@@ -518,11 +518,15 @@ def test_arguments_of_calls_do_not_mix(name):
     assert len({tuple(map(tuple, one.routes.tolist())) for one in alone}) > 2
 
 
-@pytest.mark.parametrize(("rows", "own_core"), [(1, True), (3, False)])
-def test_small_calls_keep_to_their_core_while_every_core_has_a_caller(rows, own_core, monkeypatch):
+@pytest.mark.parametrize(
+    ("rows", "workers", "own_core"), [(1, 2, True), (3, 2, False), (1, 1, False)]
+)
+def test_small_calls_keep_to_their_core_while_every_core_has_a_caller(
+    rows, workers, own_core, monkeypatch
+):
     """By ONNX Runtime, whose threads wait for each other by spinning."""
     net = lively_net("micro")
-    engine = Engine(net, backend="onnxruntime", workers=2)
+    engine = Engine(net, backend="onnxruntime", workers=workers)
     x = noise(net.spec, rows)
     alone, seen = engine(x), []
     backend, first = engine._router.backend, threading.Event()
