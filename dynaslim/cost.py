@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -24,7 +24,16 @@ from dynaslim._files import validated
 from dynaslim.blocks import graph_of
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import check
-from dynaslim.graph import IMAGE, AnySpec, GraphSpec, kept_count, references
+from dynaslim.graph import (
+    IMAGE,
+    AnySpec,
+    GraphSpec,
+    Node,
+    Operations,
+    Units,
+    kept_count,
+    references,
+)
 from dynaslim.spec import NetSpec, Route
 
 if TYPE_CHECKING:
@@ -82,8 +91,17 @@ def segment_cost(
     if isinstance(spec, GraphSpec):
         spec = spec.at_size(*size)
         form = spec.costs[segment, before, choice]
-        gate = spec.gate_madds(segment, form.out[0]) if segment < len(spec.gates) else 0
-        return SegmentCost(form.madds - gate, 0, gate, form.params, 0, form.out, form.peak)
+        gate = spec.gate_madds(segment, before, choice)
+        graph, units = graph_of(spec), spec.units(segment, before, choice)
+        own = [
+            name for node in spec.nodes if node.segment == segment for name in _weights(graph, node)
+        ]
+        params = _values(graph, own, units)
+        head = 0
+        if segment < len(spec.gates):
+            parts = ("reduce_weight", "reduce_bias", "slimming_weight")
+            head = _values(graph, [f"{graph.gates[segment]}.{part}" for part in parts], units)
+        return SegmentCost(form.madds - gate, 0, gate, params, head, form.out, form.peak)
     spec.check_image_size(*size)
     if isinstance(spec, CascadeSpec):
         image = (spec.in_channels, *size)
@@ -118,8 +136,7 @@ def segment_cost(
 
     for node in (node for node in graph.nodes if node.segment == segment):
         shape = shapes[next(node.inputs())]
-        read = [value for key, value in references(node.args) if key == "tensor"]
-        weights = [shape_of(name) for name in read if graph.tensors[name].kind == "weight"]
+        weights = list(map(shape_of, _weights(graph, node)))
         kind = node.op.partition(".")[0]
         if kind == "gate":
             attention(node.name)
@@ -142,6 +159,18 @@ def segment_cost(
         attention(graph.gates[segment])
         head = linear(shape_of(f"{graph.gates[segment]}.slimming_weight"))
     return SegmentCost(madds, pool_adds, head, params, head, shape, peak)
+
+
+def _weights(graph: Operations, node: Node) -> list[str]:
+    """Names of the trained parameters that an operation reads."""
+    read = (name for key, name in references((node.args, node.kwargs)) if key == "tensor")
+    return [name for name in read if graph.tensors[name].kind == "weight"]
+
+
+def _values(graph: Operations, names: Iterable[str], units: Units) -> int:
+    """Values that are left of parameters, each counted once."""
+    axes = (graph.tensors[name].axes for name in dict.fromkeys(names))
+    return sum(math.prod(kept_count(axis, units) for axis in own) for own in axes)
 
 
 def route_costs(spec: AnySpec, route: Route, image_size: ImageSize) -> list[SegmentCost]:

@@ -3,7 +3,8 @@
 Words: a *unit* is what is cut together, such as channel 7 of a residual stream in all layers that
 read or write it; a *group* is a run of units of which the first so many are kept; an *axis* of a
 tensor says of which group and unit each of its positions is. A *segment* is what lies between two
-gates; one tensor crosses each gate.
+gates; one tensor crosses each gate. Where a model needs several there, or one that is not a feature
+map, its operations make one of them before the gate and take it apart behind it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Self
 
@@ -112,6 +113,15 @@ def references(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(frozen=True)
+class GateInput:
+    """The feature map, (B, C, H, W), whose means over pixels a gate reads."""
+
+    node: str
+    axis: Axis
+    """Its channels."""
+
+
+@dataclass(frozen=True)
 class Operations:
     """The operations of a network and its groups of channels."""
 
@@ -124,6 +134,14 @@ class Operations:
     cut_axes: tuple[Axis, ...]
     """Channels of what crosses each gate, (B, C, H, W)."""
     output: str
+    gate_inputs: tuple[GateInput, ...] = field(default=(), kw_only=True)
+    """What each gate reads; empty where it is what crosses them."""
+
+    def gate_input(self, number: int) -> GateInput:
+        """What a gate reads."""
+        if self.gate_inputs:
+            return self.gate_inputs[number]
+        return GateInput(self.cuts[number], self.cut_axes[number])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -155,7 +173,6 @@ class FormCost:
     before: int
     choice: int
     madds: int
-    params: int
     out: tuple[int, int, int]
     """Channels, height, width of what leaves it; (classes, 1, 1) at the end."""
     peak: int
@@ -170,6 +187,8 @@ class OtherSize:
     nodes: tuple[Node, ...]
     """Operations that differ between any of the sizes."""
     forms: tuple[FormCost, ...]
+    cut_axes: tuple[Axis, ...] = ()
+    """Of what crosses the gates; empty where it is as for the network's own size."""
 
 
 @dataclass(frozen=True)
@@ -297,12 +316,14 @@ class GraphSpec(Routed, Operations):
             self.image_size,
             tuple(node for node in self.nodes if node.name in changed),
             self.forms,
+            self.cut_axes,
         )
         return dataclasses.replace(
             self,
             image_size=own.image_size,
             nodes=tuple(changed.get(node.name, node) for node in self.nodes),
             forms=own.forms,
+            cut_axes=own.cut_axes or self.cut_axes,
             other_sizes=(mine, *(other for other in self.other_sizes if other is not own)),
         )
 
@@ -339,13 +360,7 @@ class GraphSpec(Routed, Operations):
         axis = self.tensors[f"{self.classifier}.weight"].axes[1]
         inside = kept_count(axis, self.units(form.segment, form.before, form.choice))
         more = (classes - self.num_classes) * inside
-        has_bias = f"{self.classifier}.bias" in self.tensors
-        return dataclasses.replace(
-            form,
-            madds=form.madds + more,
-            params=form.params + more + (classes - self.num_classes) * has_bias,
-            out=(classes, 1, 1),
-        )
+        return dataclasses.replace(form, madds=form.madds + more, out=(classes, 1, 1))
 
     def with_choices(self, *choices: Sequence[int]) -> GraphSpec:
         """A copy with another routing space: one sequence of width indices per gate, or for all."""
@@ -362,20 +377,28 @@ class GraphSpec(Routed, Operations):
         Raises:
             UsageError: for unknown or missing fields, or values of another type.
         """
-        return validated(data["graph"], cls, "not a converted network")
+        graph = dict(data["graph"])
+        for part in (graph, *graph.get("other_sizes", ())):
+            for form in part.get("forms", ()):
+                form.pop("params", None)  # of earlier files: counted by `cost` now
+        return validated(graph, cls, "not a converted network")
 
     @cached_property
     def graph(self) -> Graph:
         """The operations, with gates that choose and scale nothing."""
         tensors = dict(self.tensors)
         hidden: Axis = ((WHOLE, 0, self.hidden, 1),)
-        for number, (axis, gate) in enumerate(zip(self.cut_axes, self.gates, strict=True)):
+        for number, gate in enumerate(self.gates):
+            axis = self.gate_input(number).axis
             choices: Axis = ((WHOLE, 0, len(gate.choices), 1),)
             tensors[f"gates.{number}.reduce_weight"] = TensorSpec((hidden, axis), "weight")
             tensors[f"gates.{number}.reduce_bias"] = TensorSpec((hidden,), "weight")
             tensors[f"gates.{number}.slimming_weight"] = TensorSpec((choices, hidden), "weight")
         gates = tuple(f"gates.{number}" for number in range(len(self.gates)))
-        return Graph(self.groups, tensors, self.nodes, self.cuts, self.cut_axes, self.output, gates)
+        return Graph(
+            *(self.groups, tensors, self.nodes, self.cuts, self.cut_axes, self.output, gates),
+            gate_inputs=self.gate_inputs,
+        )
 
     # -- costs --------------------------------------------------------------------------------
 
@@ -389,9 +412,12 @@ class GraphSpec(Routed, Operations):
         before = indices[segment - 1] if segment > 1 else 0
         return self.costs[segment, before, indices[segment] if segment else 0]
 
-    def gate_madds(self, number: int, channels: int) -> int:
-        """What the gate that a segment ends in costs."""
-        return self.hidden * (channels + len(self.gates[number].choices))
+    def gate_madds(self, segment: int, before: int, choice: int) -> int:
+        """What the gate costs that a segment ends in, if it ends in one."""
+        if segment == len(self.gates):
+            return 0
+        channels = kept_count(self.gate_input(segment).axis, self.units(segment, before, choice))
+        return self.hidden * (channels + len(self.gates[segment].choices))
 
     def elastic_share(self) -> float:
         """Part of the multiply-adds that is gone at the narrowest width."""

@@ -223,7 +223,55 @@ class Token(nn.Module):
         return y[:, 1:].transpose(1, 2).reshape(x.shape)
 
 
+class Branches(nn.Module):
+    """Feature maps of several sizes from the image to the classifier."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.stems = nn.ModuleList(_conv(3, 16, stride=n % 2 + 1) for n in range(number))
+        self.bodies = nn.ModuleList(_conv(16, 48) for _ in range(number))
+        self.head = nn.Linear(48 * number, 5)
+
+    def forward(self, x):
+        maps = [stem(x) for stem in self.stems]
+        maps = [body(x).mean((2, 3)) for body, x in zip(self.bodies, maps, strict=True)]
+        return self.head(torch.cat(maps, 1))
+
+
+class Channels(nn.Module):
+    """Two linear layers on the channels of tokens, with a shortcut."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 64),
+            nn.Linear(64, width),
+        )
+
+    def forward(self, x):
+        return x + self.down(F.gelu(self.up(self.norm(x + x.mean(1, keepdim=True)))))
+
+
+class Tokens(nn.Module):
+    """Patches of an image and a class token."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.layers = nn.Sequential(*(Channels(width) for _ in range(3)))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1)
+        return self.head(self.layers(x)[:, 0])
+
+
 NETWORKS = {
+    "branches": lambda: Branches(2),
+    "tokens": lambda: Tokens(48),
     "sized": lambda: Plain(_conv(16, 48, stride=2), Sized(48), _conv(48, 48)),
     "mixer": lambda: Plain(_conv(16, 48, stride=2), Mixer(48, 64), _conv(48, 48)),
     "folded": lambda: Plain(_conv(16, 48, stride=2), Folded(48), _conv(48, 48)),

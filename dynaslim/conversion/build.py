@@ -32,6 +32,7 @@ from dynaslim.graph import (
     WHOLE,
     Axis,
     FormCost,
+    GateInput,
     GraphSpec,
     Group,
     Node,
@@ -45,6 +46,8 @@ from dynaslim.nn.program import Step
 from dynaslim.nn.sorting import Importance, sort_channels
 from dynaslim.spec import GateSpec
 
+MOST: Final = 8
+"""Tensors that may cross a gate."""
 TRUNK: Final = 1 / 3
 """Part of the multiply-adds that lies before the gate, by default."""
 MULTIPLE: Final = 8
@@ -108,6 +111,8 @@ class Conversion:
         self.elastic_share = self._elastic_share()
         """Part of the multiply-adds whose layers have at least one side that could be cut."""
         self.position = {node: number for number, node in enumerate(self.captured.nodes)}
+        self.crossing = self._crossing()
+        """By the operations that a gate can be behind: all results that are needed behind them."""
         self.cuts = [node for node in self.captured.nodes if node.name in cuts]
         if not cuts:
             self.cuts = self._cuts(gate_at)
@@ -129,25 +134,37 @@ class Conversion:
         shapes = [value.shape for value in values if isinstance(value, Tensor)]
         return operation_madds(operation(node), shapes, shape_of(node)) // BATCH
 
-    def _crossing(self) -> list[fx.Node]:
-        """Operations after which their result, a feature map, is all that is still needed."""
+    def _crossing(self) -> dict[fx.Node, tuple[fx.Node, ...]]:
         nodes = self.captured.nodes
         last: dict[fx.Node, int] = {}
         for number, node in enumerate(nodes):
             for read in node.all_input_nodes:
                 last[read] = number
-        found, live = [], {self.captured.image}
+        found: dict[fx.Node, tuple[fx.Node, ...]] = {}
+        live = [self.captured.image]
         for number, node in enumerate(nodes):
-            live.add(node)
-            live = {n for n in live if last.get(n, -1) > number}
-            value = self.analysis.values[node]
-            alone = live == {node} and isinstance(value, Value) and value.rows == (1, 0, 0, 0)
-            if alone and value.axis in (None, 1):  # type: ignore[union-attr]
-                found.append(node)
+            live = [n for n in (*live, node) if last.get(n, -1) > number]
+            values = [self.analysis.values.get(n) for n in live]
+            # one row of each for a row of the batch
+            rows = [
+                len(v.shape)
+                if isinstance(v, Value) and v.rows[0] == 1 and not any(v.rows[1:])
+                else 0
+                for v in values
+            ]
+            if live[-1:] == [node] and rows[-1] in (3, 4) and all(rows) and len(rows) <= MOST:
+                found[node] = tuple(live)
         return found
 
+    def _alone(self, node: fx.Node) -> bool:
+        """Whether its result, a feature map, is all that is needed behind it."""
+        value = self.analysis.value(node)
+        return (
+            self.crossing[node] == (node,) and len(value.shape) == 4 and value.axis_of_channels == 1
+        )
+
     def _cuts(self, gate_at: Sequence[str]) -> list[fx.Node]:
-        crossing = self._crossing()
+        places = [list(filter(self._alone, self.crossing)), list(self.crossing)]
         done, total = {}, 0
         for node in self.captured.nodes:
             total += self._madds(node)
@@ -156,23 +173,33 @@ class Conversion:
             cuts = []
             for path in gate_at:
                 inside = [
-                    n for n in crossing if where(n) == path or where(n).startswith(path + ".")
+                    [n for n in nodes if f"{where(n)}.".startswith(f"{path}.")] for nodes in places
                 ]
-                if not inside:
-                    places = list(dict.fromkeys(where(n) for n in crossing if where(n)))
+                if not inside[1]:
+                    names = dict.fromkeys(where(n) for n in self.crossing if where(n))
                     raise UsageError(
-                        f"gate at {path!r}: no single feature map leaves it; a gate can be behind "
-                        f"{', '.join(places[:40])}"
+                        f"gate at {path!r}: there is no such module behind which {MOST} tensors or "
+                        f"fewer are all that is needed; a gate can be behind "
+                        f"{', '.join(list(names)[:40])}"
                     )
-                cuts.append(self._behind(inside[-1], crossing))
+                cuts.append(self._behind((inside[0] or inside[1])[-1]))
             return sorted(cuts, key=self.position.__getitem__)
-        near = [n for n in crossing if 0.1 <= done[n] / max(1, total) <= 0.6] or [
-            n for n in crossing if 0 < done[n] < total
-        ]
-        if not near:
+        parts = ((0.1, 0.6), (1e-9, 1 - 1e-9))
+        near = next(
+            filter(
+                None,
+                (
+                    [n for n in nodes if low <= done[n] / max(1, total) <= high]
+                    for low, high in parts
+                    for nodes in places
+                ),
+            ),
+            None,
+        )
+        if near is None:
             raise UsageError(
-                f"{self.name}: at no place does a single feature map hold all that is needed "
-                f"behind it, so there is no place for a gate"
+                f"{self.name}: at no place are {MOST} tensors or fewer all that is needed behind "
+                f"it, so there is no place for a gate"
             )
 
         elastic = self._elastic_behind(near)
@@ -180,10 +207,10 @@ class Conversion:
         def badness(node: fx.Node) -> float:
             away = abs(done[node] / total - TRUNK)
             # twice the values to hand over are worth as much as a twentieth of the multiply-adds
-            values = math.log2(math.prod(shape_of(node)))
+            values = math.log2(sum(math.prod(shape_of(live)) for live in self.crossing[node]))
             return 0.5 * away + 0.05 * values - elastic[node] / total
 
-        return [self._behind(min(near, key=badness), crossing)]
+        return [self._behind(min(near, key=badness))]
 
     def _layers(self) -> Iterator[tuple[fx.Node, int, list[np.ndarray]]]:
         """Layers: their multiply-adds, and the labels of the channels on each side that has any."""
@@ -220,12 +247,13 @@ class Conversion:
                     found[cut] += madds / 2 * sum(made > at for made in made_at)
         return found
 
-    def _behind(self, node: fx.Node, crossing: Sequence[fx.Node]) -> fx.Node:
+    def _behind(self, node: fx.Node) -> fx.Node:
         """Also what follows an operation on its result alone: normalisation, activation."""
-        nodes, places = self.captured.nodes, set(crossing)
+        nodes = self.captured.nodes
         while self.position[node] + 1 < len(nodes):
             following = nodes[self.position[node] + 1]
-            if following not in places or operation(following) not in POINTWISE | NORMALISING:
+            as_many = len(self.crossing.get(following, ())) == len(self.crossing[node])
+            if not as_many or operation(following) not in POINTWISE | NORMALISING:
                 break
             node = following
         return node
@@ -394,7 +422,10 @@ class Conversion:
             )
             return value
 
+        self.crossed: list[tuple[str, Axis, GateInput]] = []
         for node in self.captured.nodes:
+            if self.segment_of(node) > len(self.crossed):
+                made += self._crossing_nodes(alias)
             if operation(node) in PASSED:
                 alias[node] = alias[node.all_input_nodes[0]]
                 continue
@@ -411,6 +442,52 @@ class Conversion:
                 )
             )
         self.alias = alias
+        return made
+
+    def _crossing_nodes(self, alias: dict[fx.Node, str]) -> list[Node]:
+        """Operations that make one feature map of all that crosses the next gate and take it apart
+        behind it, where that is necessary; `alias` then has the parts.
+        """
+        number = len(self.crossed)
+        cut = self.cuts[number]
+        names = {node: alias[node] for node in self.crossing[cut]}  # copies have one name
+        live = {name: node for node, name in names.items()}
+        value, name = self.analysis.value(cut), names[cut]
+        channels = value.axis_of_channels
+        axis = self.axis(value.along(channels))
+        if len(live) == 1 and len(value.shape) == 4 and channels == 1:
+            self.crossed.append((name, axis, GateInput(name, axis)))
+            return []
+        made: list[Node] = []
+
+        def add(kind: str, op: str, *args: Any, behind: bool = False) -> dict[str, str]:
+            node = Node(f"{cut.name}_{kind}", op, args, {}, number + behind, where(cut))
+            made.append(node)
+            return {"node": node.name}
+
+        read: dict[str, str] = {"node": name}
+        if channels != 1:
+            others = [axis for axis in range(1, len(value.shape)) if axis != channels]
+            read = add("turned", "permute.default", read, [0, channels, *others])
+        for missing in range(len(value.shape), 4):
+            read = add(f"as{missing + 1}d", "unsqueeze.default", read, -1)
+        flat, sizes = [], []
+        values: Axis = ()
+        for at, (part, node) in enumerate(live.items()):
+            own = self.axis(self.analysis.value(node).flat())
+            sizes.append({"axis": own})
+            values += own
+            shape = [{"rows": 1}, sizes[-1], 1, 1]
+            flat.append(add(f"flat{at}", "reshape.default", {"node": part}, shape))
+        packed = add("packed", "cat.default", flat, 1)
+        self.crossed.append((packed["node"], values, GateInput(read["node"], axis)))
+        parts = add("parts", "split_with_sizes.default", packed, sizes, 1, behind=True)
+        behind = {}
+        for at, (part, node) in enumerate(live.items()):
+            one = add(f"one{at}", "getitem", parts, at, behind=True)
+            shape = self._sizes(self.analysis.value(node))
+            behind[part] = add(f"part{at}", "reshape.default", one, shape, behind=True)["node"]
+        alias.update((node, behind[part]) for node, part in names.items())
         return made
 
     def _operation(self, node: fx.Node) -> tuple[str, list[Any], dict[str, Any]]:
@@ -476,14 +553,8 @@ class Conversion:
         check(len(out) == 2, f"{self.name}: gives {out[1:]} for an image, expected class logits")
         channels = int(self.example.shape[1])
         choices = GateSpec(tuple(range(len(self.widths))))
-        cuts = [self.alias[cut] for cut in self.cuts]
-        cut_axes = []
-        for cut in self.cuts:
-            value = self.analysis.value(cut)
-            vector = np.zeros(value.shape[1], np.int64)
-            if value.axis == 1:
-                vector = value.labels.reshape(-1)
-            cut_axes.append(self.axis(vector))
+        cuts, cut_axes, inputs = zip(*self.crossed, strict=True) if self.crossed else ((), (), ())
+        own = tuple(cuts) == tuple(read.node for read in inputs)
         return GraphSpec(
             name=self.name,
             num_classes=out[1],
@@ -493,11 +564,12 @@ class Conversion:
             groups=tuple(self.groups),
             tensors=tensors,
             nodes=tuple(nodes),
-            cuts=tuple(cuts),
-            cut_axes=tuple(cut_axes),
+            cuts=cuts,
+            cut_axes=cut_axes,
             output=self.alias[captured.output],
             gates=tuple(choices for _ in self.cuts),
-            hidden=max(8, min(64, kept_count(cut_axes[0], {}) // 4)),
+            hidden=max(8, min(64, kept_count(inputs[0].axis, {}) // 4)),
+            gate_inputs=() if own else inputs,
             forms=(),
             sorted_by=sorted_by,
         )
@@ -538,7 +610,10 @@ class Conversion:
         }
         others = tuple(
             OtherSize(
-                twin.image_size, tuple(n for n in twin.nodes if n.name in changed), twin.forms
+                twin.image_size,
+                tuple(n for n in twin.nodes if n.name in changed),
+                twin.forms,
+                () if twin.cut_axes == net.spec.cut_axes else twin.cut_axes,
             )
             for twin in twins
         )
@@ -557,7 +632,13 @@ class Conversion:
         height, width = size
         example = nn.functional.interpolate(self.example, size, mode="bilinear")
         other = Conversion(
-            self.model, example, self.widths, (), self.protect, self.name, cuts=net.spec.cuts
+            self.model,
+            example,
+            self.widths,
+            (),
+            self.protect,
+            self.name,
+            cuts=[cut.name for cut in self.cuts],
         )
         spec = other.spec(net.spec.sorted_by)
         reason = f"{self.name}: at {height}x{width} px it is another network"
@@ -600,7 +681,7 @@ def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tens
                 counted = _Counter()
                 try:
                     with torch.no_grad():
-                        out = net.run_segment(segment, into, before, choice, watch=counted)
+                        out = net.run_segment(segment, into, before, choice, watch=counted).out
                 except Exception as error:  # of any operation
                     mine = (node for node in spec.nodes if node.segment == segment)
                     raise refuse_at(
@@ -610,26 +691,21 @@ def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tens
                     ) from None
                 if segment < 2 or before == choice:  # as on the uniform routes
                     inputs[segment, choice] = out
-                madds = counted.madds
-                if segment < len(spec.gates):
-                    madds += spec.gate_madds(segment, out.shape[1])
+                madds = counted.madds + spec.gate_madds(segment, before, choice)
                 last = segment == len(spec.gates)
                 size = (spec.num_classes, 1, 1) if last else (*out.shape[1:4],)
-                paid = (madds, counted.params)
-                yield FormCost(segment, before, choice, *paid, size, counted.peak), into, out
+                yield FormCost(segment, before, choice, madds, size, counted.peak), into, out
 
 
 class _Counter:
-    """Adds up multiply-adds, parameters and the largest feature map of a segment."""
+    """Adds up multiply-adds of a segment, and finds its largest feature map."""
 
     def __init__(self) -> None:
-        self.madds = self.params = self.peak = 0
+        self.madds = self.peak = 0
         self.done: set[str] = set()
 
     def __call__(self, step: Step, args: Sequence[Any], result: Any) -> None:
         self.done.add(step.name)
-        for tensor in (a for a in args[1:] if isinstance(a, Tensor)):
-            self.params += tensor.numel()
         if not isinstance(result, Tensor):
             return
         self.peak = max(self.peak, result.numel())

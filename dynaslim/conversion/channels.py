@@ -106,6 +106,25 @@ class Value:
         assert len(varying) < 2
         return varying[0] if varying else None
 
+    @property
+    def axis_of_channels(self) -> int:
+        """The axis of channels, of which there may be none that differ: of an image (B, C, H, W) or
+        (B, H, W, C), of tokens (B, tokens, C), of features (B, C).
+        """
+        if self.axis is not None:
+            return self.axis
+        last = len(self.shape) == 4 and self.shape[1] == self.shape[2] != self.shape[3]
+        return len(self.shape) - 1 if last or len(self.shape) < 4 else 1
+
+    def along(self, axis: int) -> np.ndarray:
+        """Labels along an axis."""
+        return self.labels.ravel() if axis == self.axis else np.zeros(self.shape[axis], np.int64)
+
+    def flat(self) -> np.ndarray:
+        """Labels of all values of a row."""
+        labels = np.zeros(1, np.int64) if self.axis is None else self.labels[0]
+        return np.broadcast_to(labels, self.shape[1:]).ravel()
+
 
 class Labels:
     """Sets of labels that are cut together (union-find)."""

@@ -50,7 +50,7 @@ def verify_whole(conversion: Conversion, net: SlimNet, out: Tensor) -> float:
         features, before = image.expand(BATCH, -1, -1, -1), 0
         for segment, choice in enumerate(net.spec.segment_indices(route)):
             watch = _watch(own)
-            features = net.run_segment(segment, features, before, choice, watch=watch)
+            features = net.run_segment(segment, features, before, choice, watch=watch).out
             before = choice
         # channels are in another order
         theirs, own = ({k: v.flatten().sort()[0] for k, v in r.items()} for r in (theirs, own))
@@ -108,7 +108,7 @@ def _verify_extracted(net: SlimNet, form: FormCost, source: Tensor, out: Tensor)
     error = apart(_features(plain(source)), out)
     if error > NEAR:
         net, source = copy.deepcopy(net).double(), source.double()
-        plain, out = extract_segment(net, *at), net.run_segment(at[0], source, *at[1:])
+        plain, out = extract_segment(net, *at), net.run_segment(at[0], source, *at[1:]).out
         error = apart(_features(plain(source)), out)
     if not error <= NEAR:
         own: Results = {}
@@ -168,7 +168,8 @@ class Masked:
         nodes = {node.name: node for node in conversion.captured.nodes}
         made: list[Node] = []
         for node in net.spec.nodes:
-            others = _unmixed(conversion, nodes[node.name], node) if node.segment else [node]
+            captured = nodes.get(node.name) if node.segment else None
+            others = [node] if captured is None else _unmixed(conversion, captured, node)
             if not others:
                 return None
             made += others
@@ -195,17 +196,21 @@ class Masked:
         whole = (number, padded, last if number > 1 else 0, last)
         sliced = (number, source, form.before, form.choice)
         if self.mixed:
-            out = self.net.run_segment(*sliced)
+            out = self.net.run_segment(*sliced).out
             if not torch.isfinite(out).all():
                 return False
         end = spec.output if number == len(spec.gates) else spec.cuts[number]
-        error = apart(out, self._kept(end, self.masked.run_segment(*whole), units))
+        error = apart(out, self._kept(end, self.masked.run_segment(*whole).out, units))
         if not error <= NEAR:
             own: Results = {}
             masked: Results = {}
             self.net.run_segment(*sliced, watch=_watch(own))
             self.masked.run_segment(*whole, watch=_watch(masked))
-            kept = {name: self._kept(name, value, units) for name, value in masked.items()}
+            kept = {
+                name: self._kept(name, value, units)
+                for name, value in masked.items()
+                if name in self.nodes
+            }
             raise refuse_at(
                 _first_apart(spec, own, kept),
                 f"{_width(spec, form)} the network differs from the whole one without the others, "
@@ -214,7 +219,10 @@ class Masked:
         return True
 
     def _kept(self, name: str, result: Tensor, units: dict[int, int]) -> Tensor:
-        value = self.conversion.analysis.values.get(self.nodes.get(name))  # type: ignore[arg-type]
+        if name not in self.nodes:  # several tensors in one, or the logits
+            axis = self.spec.cut_axes[self.spec.cuts.index(name)]
+            return result[:, kept_positions(axis, units)]
+        value = self.conversion.analysis.values.get(self.nodes[name])
         if not isinstance(value, Value) or value.axis is None:
             return result
         axis = self.conversion.axis(value.labels.reshape(-1)[: result.shape[value.axis]])

@@ -81,9 +81,14 @@ class Gate(nn.Module):
             scale_BC = 1.0 + torch.tanh(scale_BC)
         return x_BCHW * scale_BC[:, :, None, None]
 
-    def forward(self, x_BCHW: Tensor, *, decide: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The scaled features and, if asked to `decide`, the slimming logits (B, K)."""
+    def forward(
+        self, x_BCHW: Tensor, seen_BCHW: Tensor | None = None, *, decide: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """The scaled features and, if asked to `decide`, the slimming logits (B, K).
+
+        They are those of `seen_BCHW`, where the gate reads other features than it scales.
+        """
         if self.expand_weight is None and not decide:
             return x_BCHW, None
-        hidden_BR = self.hidden(x_BCHW.mean((2, 3)))
+        hidden_BR = self.hidden((x_BCHW if seen_BCHW is None else seen_BCHW).mean((2, 3)))
         return self.attend(x_BCHW, hidden_BR), self.decide(hidden_BR) if decide else None

@@ -60,6 +60,13 @@ class SegmentOutput(NamedTuple):
     gate_logits: Tensor | None
 
 
+class Crossing(NamedTuple):
+    """What a segment gives: what crosses the gate behind it, and what that gate reads."""
+
+    out: Tensor
+    seen: Tensor
+
+
 RunSegment = Callable[[int, Tensor, int, Tensor | None], Tensor]
 """(segment number, x, width index, dropout mask) -> features, as `SlimNet.segment` computes."""
 
@@ -360,7 +367,8 @@ class SlimNet(ElasticNet):
         if key not in self._segments:
             steps = program(self.graph, *key)
             last = {name: number for number, step in enumerate(steps) for name in reads(step)}
-            for kept in (self.graph.output, *self.graph.cuts):
+            inputs = (self.graph.gate_input(n).node for n in range(len(self.graph.cuts)))
+            for kept in (self.graph.output, *self.graph.cuts, *inputs):
                 last.pop(kept, None)
             freed: dict[int, list[str]] = {}
             for name, number in last.items():
@@ -409,7 +417,7 @@ class SlimNet(ElasticNet):
         *,
         soft: SoftWidth | None = None,
         watch: Callable[[Step, Sequence[Any], Any], None] | None = None,
-    ) -> Tensor:
+    ) -> Crossing:
         """A segment's operations on what the one before gives (segment 0: on images).
 
         `soft` are widths that gates chose for every row, `choice` the widest of them. `watch` is
@@ -448,8 +456,9 @@ class SlimNet(ElasticNet):
                 watch(step, args, made)
             for name in freed:
                 results.pop(name, None)
-        out: Tensor = results[graph.cuts[number] if number < len(graph.cuts) else graph.output]
-        return out
+        if number == len(graph.cuts):
+            return Crossing(results[graph.output], results[graph.output])
+        return Crossing(results[graph.cuts[number]], results[graph.gate_input(number).node])
 
     def tensor(self, name: str) -> Tensor:
         """A parameter or buffer by its name."""
@@ -478,10 +487,10 @@ class SlimNet(ElasticNet):
         `decide` asks for the next gate's logits; `dropout_mask` multiplies the pooled features of
         the last segment, (B, C) or broadcastable.
         """
-        x = self._before_gate(number, x, choice, dropout_mask)
+        out, seen = self._before_gate(number, x, choice, dropout_mask)
         if number == len(self.graph.gates):
-            return SegmentOutput(x, None)
-        return SegmentOutput(*self.gate(number)(x, decide=decide))
+            return SegmentOutput(out, None)
+        return SegmentOutput(*self.gate(number)(out, seen, decide=decide))
 
     def segment_hidden(self, number: int, x: Tensor, choice: int) -> tuple[Tensor, Tensor]:
         """As `segment`, with the next gate's hidden features (B, R) in place of its logits.
@@ -489,13 +498,13 @@ class SlimNet(ElasticNet):
         The logits of any slimming head (K, R) are a linear function of them. The last segment has
         no gate behind it.
         """
-        x, gate = self._before_gate(number, x, choice), self.gate(number)
-        hidden_BR = gate.hidden(x.mean((2, 3)))
-        return gate.attend(x, hidden_BR), hidden_BR
+        (out, seen), gate = self._before_gate(number, x, choice), self.gate(number)
+        hidden_BR = gate.hidden(seen.mean((2, 3)))
+        return gate.attend(out, hidden_BR), hidden_BR
 
     def _before_gate(
         self, number: int, x: Tensor, choice: int, dropout_mask: Tensor | None = None
-    ) -> Tensor:
+    ) -> Crossing:
         """A segment's operations up to the next gate."""
         before, channels = 0, x.shape[1]
         if number:
@@ -521,18 +530,21 @@ class SlimNet(ElasticNet):
         self.check_input(x)
         gate_logits: list[Tensor] = []
         gates: list[Tensor] = []
-        options = [_Option(0, None, x)]
+        options = [_Option(0, None, Crossing(x, x))]
         for number in range(self.spec.num_segments):
             options = self._options(number, options, gates[-1] if gates else None)
             if number == len(self.graph.gates):
                 break
             gate = self.gate(number)
             # a gate reads what its row has: the features of the options that it took
-            hidden_BR = gate.hidden(_sum(o._replace(x=o.x.mean((2, 3))) for o in options))
+            hidden_BR = gate.hidden(_sum((o.share_B, o.x.seen.mean((2, 3))) for o in options))
             gate_logits.append(gate.decide(hidden_BR))
             gates.append(choose(gate_logits[-1], number))
-            options = [o._replace(x=gate.attend(o.x, hidden_BR)) for o in options]
-        return GatedOutput(_sum(options), tuple(gate_logits), tuple(gates))
+            options = [
+                o._replace(x=o.x._replace(out=gate.attend(o.x.out, hidden_BR))) for o in options
+            ]
+        logits = _sum((o.share_B, o.x.out) for o in options)
+        return GatedOutput(logits, tuple(gate_logits), tuple(gates))
 
     def _options(
         self, number: int, before: Sequence[_Option], gate_BK: Tensor | None
@@ -546,16 +558,17 @@ class SlimNet(ElasticNet):
             soft = None
             if gate_BK is not None and len(choices) > 1:
                 soft = SoftWidth(gate_BK, choices)
-            x = self.run_segment(number, x, last, choices[-1], soft=soft)
+            x = self.run_segment(number, x.out, last, choices[-1], soft=soft)
             return [_Option(choices[-1], None, x)]
-        return [
-            _Option(
-                choice,
-                None if gate_BK is None else gate_BK[:, at],
-                _sum(o._replace(x=self.run_segment(number, o.x, o.choice, choice)) for o in before),
+        options = []
+        for at, choice in enumerate(choices):
+            made = [self.run_segment(number, o.x.out, o.choice, choice) for o in before]
+            shares = [o.share_B for o in before]
+            x = Crossing(
+                *(_sum(zip(shares, parts, strict=True)) for parts in zip(*made, strict=True))
             )
-            for at, choice in enumerate(choices)
-        ]
+            options.append(_Option(choice, None if gate_BK is None else gate_BK[:, at], x))
+        return options
 
 
 class _Option(NamedTuple):
@@ -563,12 +576,12 @@ class _Option(NamedTuple):
 
     choice: int
     share_B: Tensor | None
-    x: Tensor
+    x: Crossing
 
 
-def _sum(options: Iterable[_Option]) -> Tensor:
-    """The sum of options, each times its rows' shares; narrow ones are filled up with zeros."""
-    parts = [_weighted(x, share_B) for _, share_B, x in options]
+def _sum(options: Iterable[tuple[Tensor | None, Tensor]]) -> Tensor:
+    """The sum of features, each times its rows' shares; narrow ones are filled up with zeros."""
+    parts = [_weighted(x, share_B) for share_B, x in options]
     if len(parts) == 1:
         return parts[0]
     widest = max(part.shape[1] for part in parts)

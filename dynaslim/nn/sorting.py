@@ -148,7 +148,7 @@ def _powers(
     for x in batches:
         before = widest[0]
         for number, index in enumerate(widest):
-            x = net.run_segment(number, x, before, index, watch=watch)
+            x = net.run_segment(number, x, before, index, watch=watch).out
             before = index
             if number < len(net.graph.gates) and net.graph.gates[number] in readers:
                 add(net.graph.gates[number], x.mean((2, 3)), 1)

@@ -8,7 +8,7 @@ compiled or exported like any other module.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,7 +41,7 @@ def extract(net: SlimNet, route: Route, *, shared: Shared | None = None) -> fx.G
     for number, index in enumerate(net.spec.segment_indices(net.spec.coerce_route(route))):
         out = builder.segment(number, before, index)
         if number < net.spec.num_segments - 1:
-            out, _ = builder.gate(graph.gates[number], out, graph.cut_axes[number])
+            out, _ = builder.gate_behind(number, out)
             builder.results[graph.cuts[number]] = out
         before = index
     return builder.finish(out)
@@ -78,8 +78,7 @@ def extract_segment(
     out = builder.segment(number, before, choice)
     if number == spec.num_segments - 1:
         return builder.finish(out)
-    graph = net.graph
-    out, logits = builder.gate(graph.gates[number], out, graph.cut_axes[number], decide)
+    out, logits = builder.gate_behind(number, out, decide)
     return builder.finish((out, logits) if decide else out)
 
 
@@ -121,7 +120,8 @@ class _Builder:
             self.results.setdefault(graph.cuts[number - 1], self.x)
         steps = program(graph, number, before, choice)
         last = graph.cuts[number] if number < len(graph.cuts) else graph.output
-        folded = _folds(steps, last)
+        kept = {last} if last == graph.output else {last, graph.gate_input(number).node}
+        folded = _folds(steps, kept)
         norms = {step.name: step for step in steps if step.name in folded.values()}
         for step in steps:
             if step.name in norms:  # within its convolution
@@ -132,7 +132,8 @@ class _Builder:
                 made = self.folded(step, norms[folded[step.name]])
             elif step.op == "gate":
                 channels = graph.tensors[f"{step.name}.expand_bias"].axes[0]
-                made, _ = self.gate(step.name, self.value(step.args[0]), channels)
+                x = self.value(step.args[0])
+                made, _ = self.gate(step.name, x, x, channels)
             else:
                 # the batch is what is left over: traced, a number of rows would become a constant
                 sizes = step.op == "reshape.default"
@@ -216,10 +217,19 @@ class _Builder:
             **self._kwargs(step.kwargs),
         )
 
-    def gate(
-        self, path: str, x: fx.Node, axis: Axis, decide: bool = False
+    def gate_behind(
+        self, number: int, x: fx.Node, decide: bool = False
     ) -> tuple[fx.Node, fx.Node | None]:
-        """What a gate makes of features (B, C, H, W) with these channels, and its logits (B, K)."""
+        """What the gate behind a segment makes of what crosses it, and its logits (B, K)."""
+        seen, graph = self.net.graph.gate_input(number), self.net.graph
+        return self.gate(graph.gates[number], x, self.results[seen.node], seen.axis, decide)
+
+    def gate(
+        self, path: str, x: fx.Node, seen: fx.Node, axis: Axis, decide: bool = False
+    ) -> tuple[fx.Node, fx.Node | None]:
+        """What a gate makes of x, and its logits (B, K); it reads features (B, C, H, W) with the
+        channels of an axis.
+        """
         gate = self.net.get_submodule(path)
         assert isinstance(gate, Gate)
         channels = kept_count(axis, self.units)
@@ -236,7 +246,7 @@ class _Builder:
             return self.call(F.linear, x, constant("weight", *index), constant("bias", *index[:1]))
 
         every, kept = slice(None), slice(channels)
-        pooled = self.call(torch.mean, x, (2, 3))
+        pooled = self.call(torch.mean, seen, (2, 3))
         hidden = self.call(torch.relu, linear(pooled, "reduce", every, kept))
         logits = linear(hidden, "slimming", every) if decide else None
         if gate.expand_weight is None:
@@ -254,7 +264,7 @@ def _times(rows: int, times: int) -> int:
     return rows * times
 
 
-def _folds(steps: Sequence[Step], last: str) -> dict[str, str]:
+def _folds(steps: Sequence[Step], kept: Collection[str]) -> dict[str, str]:
     """Convolutions that nothing but a batch normalisation reads: name of each, and of that."""
     readers: dict[str, list[Step]] = {}
     for step in steps:
@@ -267,7 +277,7 @@ def _folds(steps: Sequence[Step], last: str) -> dict[str, str]:
             step.op.startswith(("conv1d.", "conv2d."))
             and len(reading) == 1
             and reading[0].norm is not None
-            and step.name != last
+            and step.name not in kept
         ):
             found[step.name] = reading[0].name
     return found

@@ -7,7 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from convertible import NETWORKS, Plain, _conv, trained
+from convertible import NETWORKS, Branches, Plain, _conv, trained
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -90,10 +90,12 @@ def test_narrow_routes_cost_less(name):
     costs = [madds(net.spec, route, 16) for route in net.spec.routes]
     assert costs == sorted(costs)
     assert costs[0] < costs[-1]
-    assert params(net.spec, net.spec.smallest) < params(net.spec)
-    table = CostTable.from_madds(net.spec, 16)
-    head = net.spec.gate_madds(0, net.gates[0].reduce_weight.shape[1])
-    assert table.route_cost((3,)) == costs[-1] + head
+    assert params(net.spec, net.spec.smallest) < params(net.spec, net.spec.largest)
+    assert params(net.spec) == sum(p.numel() for p in net.parameters())
+    gate = net.gates[0]
+    head = sum(weight.numel() for weight in (gate.reduce_weight, gate.slimming_weight))
+    assert params(net.spec) - params(net.spec, net.spec.largest) == head + len(gate.reduce_bias)
+    assert CostTable.from_madds(net.spec, 16).route_cost((3,)) == costs[-1] + head
 
 
 def test_multiply_adds_are_those_of_torch():
@@ -212,7 +214,7 @@ def test_gates_are_put_where_they_are_asked_for():
             assert torch.isfinite(net(x, route)).all()
         expected = model(x)
     assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UsageError, match=r"gate at 'body.7': no single feature map leaves it"):
+    with pytest.raises(UsageError, match=r"gate at 'body.7': there is no .*; .* body.0.0, "):
         convert(model, images(), gate_at=["body.7"])
 
 
@@ -436,20 +438,44 @@ def test_outputs_that_are_no_class_logits_are_refused(answer, message):
         convert(Answering(answer).eval(), images())
 
 
-class Twofold(nn.Module):
-    """Two feature maps from the image to the classifier."""
+def test_several_tensors_cross_a_gate(tmp_path):
+    """In the engine, from a package, for images of two sizes."""
+    model = trained("branches")
+    made = decisive(convert(model, images(), other_sizes=[(20, 20)], gate_at=["stems"]))
+    assert made.spec.cut_axes[0] == ((-1, 0, 16 * 16 * 16, 1), (-1, 0, 16 * 8 * 8, 1))
+    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
+    checkpoint = read(save(tmp_path / "net.safetensors", Checkpoint(net=made, preprocessing=pre)))
+    net, x = checkpoint.net, images(40, seed=4)
+    with torch.no_grad():
+        chosen = net.segment(0, x, 0).gate_logits.argmax(1).tolist()
+        rows = [net(x[i : i + 1], net.spec.routes[k])[0] for i, k in enumerate(chosen)]
+        twin, large = net.at_size(20, 20), images(3, seed=8, side=20)
+        assert torch.allclose(twin(large, net.spec.largest), model(large), rtol=1e-4, atol=1e-5)
+    assert len(set(chosen)) > 1
+    export_package(checkpoint, tmp_path / "package")
+    for engine in (
+        dynaslim.Engine(checkpoint, backend="eager"),
+        dynaslim.Engine.from_package(tmp_path / "package", backend="onnxruntime"),
+        dynaslim.Engine.from_package(tmp_path / "package", backend="openvino"),
+    ):
+        got = torch.as_tensor(engine(x.numpy()).logits)
+        assert torch.allclose(got, torch.stack(rows), rtol=1e-4, atol=1e-5)
 
-    def __init__(self):
-        super().__init__()
-        self.one, self.two, self.head = _conv(3, 16), _conv(3, 16), nn.Linear(32, 5)
 
-    def forward(self, x):
-        return self.head(torch.cat([self.one(x).mean((2, 3)), self.two(x).mean((2, 3))], 1))
+def test_a_gate_reads_the_channels_of_tokens():
+    model, x = trained("tokens"), images(2, seed=5)
+    net = convert(model, x, gate_at=["layers.0"])
+    assert net.spec.gate_input(0).axis == ((-1, 0, 48, 1),)
+    with torch.no_grad():
+        hidden = net.segment_hidden(0, x, 0)[1]
+        tokens = model.patches(x).flatten(2).transpose(1, 2)
+        tokens = torch.cat([model.token.expand(len(x), -1, -1), tokens], 1)
+        expected = net.gates[0].hidden(model.layers[0](tokens).mean(1))
+    assert torch.allclose(hidden, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_gate_where_several_tensors_cross_is_refused():
-    model = Twofold().eval()
-    with pytest.raises(UsageError, match="at no place does a single feature map hold all that is"):
-        convert(model, images())
-    with pytest.raises(UsageError, match="gate at 'one': no single feature map leaves it"):
-        convert(model, images(), gate_at=["one"])
+def test_a_gate_where_too_many_tensors_cross_is_refused():
+    with pytest.raises(UsageError, match="at no place are 8 tensors or fewer all that is needed"):
+        convert(nn.Sequential(nn.Flatten(), nn.Linear(768, 5)).eval(), images())
+    with pytest.raises(UsageError, match=r"gate at 'bodies': there is no .* 8 tensors or fewer"):
+        convert(Branches(9).eval(), images(), gate_at=["bodies"])

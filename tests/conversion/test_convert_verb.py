@@ -81,7 +81,7 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
         (["MODEL", "--widths", "0.5,1,2"], "expected shares that rise to 1"),
         (["MODEL", "--widths", "half"], "widths half: expected numbers"),
         (["MODEL", "--weights", "nothing.pth"], "weights nothing.pth: no such file"),
-        (["MODEL", "--gate-at", "9"], "gate at '9': no single feature map leaves it"),
+        (["MODEL", "--gate-at", "9"], "gate at '9': there is no such module"),
         (["MODEL", "--protect", "head"], "protect 'head': the model has no such module"),
         (["MODEL", "--other-sizes", "16,big"], "--other-sizes 16,big: expected sides in pixels"),
         (
