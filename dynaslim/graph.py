@@ -249,6 +249,12 @@ class GraphSpec(Routed, Operations):
         return 0 if name is None else kept_count(self.tensors[f"{name}.weight"].axes[1], {})
 
     @property
+    def places(self) -> tuple[str, ...]:
+        """Modules that the gates are behind, or operations that are in none."""
+        paths = {node.name: node.path for node in self.nodes}
+        return tuple(paths[cut] or cut for cut in self.cuts)
+
+    @property
     def classifier(self) -> str | None:
         """Name of the linear layer that gives the logits, if one does."""
         last = self.nodes[-1]

@@ -196,6 +196,7 @@ def test_sorting_a_converted_network_is_converting_it_with_images(name):
         narrow, wanted = net(x, net.spec.smallest), expected(x, net.spec.smallest)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(narrow, wanted, rtol=1e-4, atol=1e-4)
+    assert net.spec.sorted_by == expected.spec.sorted_by == "activation"
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def _converted(model: str, out: Path, options: ConvertOptions) -> dict[str, Any]
         "image_size_px": side,
         "other_sizes_px": sides,
         "params": params(spec),
-        "gates_behind": list(spec.cuts),
+        "gates_behind": list(spec.places),
         "groups": len(spec.groups),
         "sorted_by": spec.sorted_by,
         "routes": [

@@ -192,8 +192,8 @@ def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
         "operations": len(spec.nodes),
         "sorted_by": spec.sorted_by,
         "gates": [
-            {"behind": cut, "choices": list(gate.choices)}
-            for cut, gate in zip(spec.cuts, spec.gates, strict=True)
+            {"behind": place, "choices": list(gate.choices)}
+            for place, gate in zip(spec.places, spec.gates, strict=True)
         ],
         "groups": [
             {"units": group.units, "segment": group.segment, "widths": list(group.widths)}

@@ -525,7 +525,7 @@ class Conversion:
 
     # -- all together -------------------------------------------------------------------------
 
-    def spec(self, sorted_by: str) -> GraphSpec:
+    def spec(self) -> GraphSpec:
         """The network without its weights and costs."""
         captured = self.captured
         nodes = self._nodes()
@@ -571,7 +571,6 @@ class Conversion:
             hidden=max(8, min(64, kept_count(inputs[0].axis, {}) // 4)),
             gate_inputs=() if own else inputs,
             forms=(),
-            sorted_by=sorted_by,
         )
 
     def whole(self) -> dict[str, str]:
@@ -597,7 +596,7 @@ class Conversion:
         rule = importance or ("bn" if images is None else "activation")
         check(rule in rules, f"importance {rule!r}: expected one of {', '.join(rules)}")
         check(rule != "activation" or images is not None, "importance activation: needs images")
-        net = SlimNet(self.spec("statistics" if rule == "bn" else rule))
+        net = SlimNet(self.spec())
         load_weights(net, self.captured.tensors)
         sort_channels(net.eval(), images or (), rule)
         self._verify(net)
@@ -640,7 +639,7 @@ class Conversion:
             self.name,
             cuts=[cut.name for cut in self.cuts],
         )
-        spec = other.spec(net.spec.sorted_by)
+        spec = other.spec()
         reason = f"{self.name}: at {height}x{width} px it is another network"
         pairs = itertools.zip_longest(spec.nodes, net.spec.nodes)
         for its, own in pairs:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dynaslim.distributed import average_
 from dynaslim.errors import check
-from dynaslim.graph import WHOLE, Axis, Group
+from dynaslim.graph import WHOLE, Axis, GraphSpec, Group
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.nn.program import Step
 from dynaslim.spec import GateSpec, NetSpec
@@ -106,6 +106,8 @@ def sort_channels(
         if rule == "bn":
             scores *= _rms_of_norms(net, group)
         group.reorder(scores.argsort(descending=True, stable=True))
+    if isinstance(net.spec, GraphSpec):
+        net.spec = replace(net.spec, sorted_by="statistics" if rule == "bn" else rule)
 
 
 _GROUPS: Final = 6

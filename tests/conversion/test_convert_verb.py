@@ -40,11 +40,15 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
     told = json.loads(run_ok(capsys, *argv))
     assert told["sorted_by"] == "activation"
     assert told["relative_error"] < 1e-5
+    (place,) = told["gates_behind"]  # as --gate-at takes it
+    again = ["convert", model, tmp_path / "again.safetensors", "--image-size", 16, "--json"]
+    assert json.loads(run_ok(capsys, *again, "--gate-at", place))["gates_behind"] == [place]
     assert [route["widths"] for route in told["routes"]] == [[100, p] for p in (25, 50, 75, 100)]
 
     shown = run_ok(capsys, "info", converted)
     assert "make, converted" in shown
     assert "100-25" in shown
+    assert f"gate 0, behind {place}: " in shown
 
     stage_one = ["train", "supernet", "--init", converted, "--data.path", data, "--epochs", 2]
     stage_one += ["--data.image_size_px", 16, "--batch_size", 20, "--out", tmp_path / "run"]
