@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaslim._files import write_atomic
+from dynaslim._memory import keep_freed_memory
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
@@ -180,6 +181,7 @@ def evaluate(
     check(batch_size >= 1, f"batch_size {batch_size}: must be at least 1")
     check(not net.training, "evaluate uses running statistics: call net.eval() first")
     images.check_fits(preprocessing, spec.num_classes)
+    keep_freed_memory()
     chosen = tuple(spec.routes if routes is None else routes)
     # the gates' cheapest route labels images easy or hard for them, so they always need it
     cheapest = spec.cheapest_choice

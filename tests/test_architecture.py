@@ -13,8 +13,8 @@ PACKAGE = Path(dynaslim.__file__).parent
 
 # each may import only itself and what stands before it
 ROOMS = [
-    "version", "errors", "_files", "distributed", "progress", "preprocessing", "seeds", "spec",
-    "cascade_spec", "graph", "blocks", "shipped",
+    "version", "errors", "_files", "_memory", "distributed", "progress", "preprocessing", "seeds",
+    "spec", "cascade_spec", "graph", "blocks", "shipped",
     "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint", "data",
     "runtime", "conversion", "predict",
     "predict_tables", "predict_ray", "predict_stream", "evaluation",

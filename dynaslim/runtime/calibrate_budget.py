@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from dynaslim._memory import keep_freed_memory
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset
@@ -134,6 +135,7 @@ def answer_images(
 ) -> PathAnswers:
     """`answer_paths` of a checkpoint on images that can be read, with a progress bar."""
     assert checkpoint.preprocessing is not None
+    keep_freed_memory()
     with progress("running every path", len(images)) as bar:
         return answer_paths(
             checkpoint.net,
