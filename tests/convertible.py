@@ -210,6 +210,22 @@ class Windows(nn.Module):
             return x + self.out(x * mask)
 
 
+class Repeated(nn.Module):
+    """Means of an image, repeated for each of its four windows, as in GCViT."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x):
+        rows, channels, height, width = x.shape
+        y = x.reshape(rows, channels, 2, height // 2, 2, width // 2).permute(0, 2, 4, 1, 3, 5)
+        y = y.reshape(rows * 4, channels, height // 2, width // 2)
+        y = torch.tanh(y + x.mean((2, 3), keepdim=True).repeat_interleave(4, 0).type_as(y))
+        y = y.reshape(rows, 2, 2, channels, height // 2, width // 2).permute(0, 3, 1, 4, 2, 5)
+        return x + self.out(y.reshape(x.shape))
+
+
 class Token(nn.Module):
     """A class token among the pixels."""
 
@@ -277,6 +293,7 @@ NETWORKS = {
     "folded": lambda: Plain(_conv(16, 48, stride=2), Folded(48), _conv(48, 48)),
     "cascade": lambda: Plain(_conv(16, 48, stride=2), Cascade(48), _conv(48, 48)),
     "windows": lambda: Plain(_conv(16, 48, stride=2), Windows(48), _conv(48, 48)),
+    "repeated": lambda: Plain(_conv(16, 48, stride=2), Repeated(48), _conv(48, 48)),
     "token": lambda: Plain(_conv(16, 48, stride=2), Token(48), _conv(48, 48)),
     "residual": lambda: Plain(_conv(16, 48, stride=2), Shortcut(48), Shortcut(48)),
     "attention": lambda: Plain(_conv(16, 48, stride=2), Attention(48), Shortcut(48)),

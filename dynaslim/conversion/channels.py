@@ -36,7 +36,7 @@ _ROW: Final = 1 << 40
 PASSED: Final = frozenset(
     """
     contiguous clone alias detach lift_fresh_copy dropout feature_dropout alpha_dropout to
-    _to_copy positive
+    _to_copy type_as positive
     """.split()  # noqa: SIM905
 )
 """Operations that change nothing in evaluation mode."""
@@ -56,7 +56,7 @@ MOVING: Final = frozenset(
     """
     view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice
     select narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack
-    expand expand_as repeat roll flip pixel_shuffle pixel_unshuffle channel_shuffle unfold
+    expand expand_as repeat repeat_interleave roll flip pixel_shuffle pixel_unshuffle channel_shuffle unfold
     movedim swapaxes view_as reshape_as index
     """.split()  # noqa: SIM905
 )
