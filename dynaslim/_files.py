@@ -192,6 +192,10 @@ def _in_plain_words(message: str, data: Any) -> str:
     return f"{place}: {problem}" if place else problem
 
 
+LATER: Final = {"later": True}
+"""`metadata` of a dataclass's field that earlier files do not have."""
+
+
 def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
     """Raise `UsageError` for keys that are no fields: dataclasses are made regardless of them."""
     if isinstance(made, list | tuple):
@@ -199,8 +203,11 @@ def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
             _check_keys(one, other, what, whole)
         return
     names: Sequence[str] | None = getattr(made, "__struct_fields__", None)
+    later: set[str] = set()
     if dataclasses.is_dataclass(made):
-        names = [field.name for field in dataclasses.fields(made)]
+        fields = dataclasses.fields(made)
+        names = [field.name for field in fields]
+        later = {field.name for field in fields if field.metadata == LATER}
     if names is None:
         return
     for key in data:
@@ -209,7 +216,7 @@ def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
     for name in names:
         if name in data:
             _check_keys(data[name], getattr(made, name), what, whole)
-        elif whole:
+        elif whole and name not in later:
             raise UsageError(f"{what}: has no {name!r}")
 
 

@@ -1,7 +1,8 @@
 """A cascade of whole networks as frozen data: its rungs, and what each costs. No torch here.
 
-A cascade is a network of one gate behind an empty trunk. The options of the gate are the *rungs*,
-the cheapest first. All images run on the first one; those that are unsure escalate to another.
+A cascade is a network of one gate behind a trunk, which is empty unless rungs have layers in
+common. The options of the gate are the *rungs*, the cheapest first. All images run on the first
+one; those that are unsure escalate to another.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dynaslim._files import validated
+from dynaslim._files import LATER, validated
 from dynaslim.errors import check
 from dynaslim.spec import GateSpec, Route, Routed
 
@@ -33,6 +34,19 @@ class RungSpec:
 
 
 @dataclass(frozen=True)
+class TrunkSpec:
+    """Layers that the first rung has in common with others. They run once for every image."""
+
+    rungs: tuple[int, ...]
+    """Indices of those rungs."""
+    madds: int
+    params: int
+    peak: int
+    values: int
+    """Of what leaves it for an image: its features, and the image itself for other rungs."""
+
+
+@dataclass(frozen=True)
 class CascadeSpec(Routed):
     """A cascade: what `NetSpec` is for a network of the zoo.
 
@@ -45,6 +59,8 @@ class CascadeSpec(Routed):
     image_size_px: int
     """Side of the images that it takes: that of the rung with the largest."""
     rungs: tuple[RungSpec, ...]
+    trunk: TrunkSpec | None = field(default=None, metadata=LATER)
+    """None where every rung runs whole."""
 
     def __post_init__(self) -> None:
         check(len(self.rungs) >= 2, f"{self.name}: a cascade needs at least two networks")
@@ -58,6 +74,12 @@ class CascadeSpec(Routed):
             check(
                 one.madds < other.madds,
                 f"{self.name}: {other.name} must cost more than {one.name}, which comes before it",
+            )
+        if self.trunk is not None:
+            among = set(self.trunk.rungs) <= set(range(len(self.rungs)))
+            check(
+                among and self.trunk.rungs[:1] == (0,) and self.trunk.madds < self.rungs[0].madds,
+                f"{self.name}: its trunk cannot be right",
             )
 
     @cached_property
@@ -100,6 +122,13 @@ class CascadeSpec(Routed):
             f"route {route}: {self.name} takes the number of a rung, 1 to {len(self.rungs)}",
         )
         return 0, route.widths[0] - 1
+
+    def behind_trunk(self, number: int) -> tuple[int, int]:
+        """Multiply-adds and parameters of a rung, of one that has the trunk behind it."""
+        rung, trunk = self.rungs[number], self.trunk
+        if trunk is None or number not in trunk.rungs:
+            return rung.madds, rung.params
+        return rung.madds - trunk.madds, rung.params - trunk.params
 
     def rung(self, route: Route) -> RungSpec:
         """The rung of a route."""

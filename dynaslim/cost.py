@@ -16,7 +16,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -104,12 +104,15 @@ def segment_cost(
         return SegmentCost(form.madds - gate, 0, gate, params, head, form.out, form.peak)
     spec.check_image_size(*size)
     if isinstance(spec, CascadeSpec):
-        image = (spec.in_channels, *size)
-        if segment == 0:
+        image, trunk = (spec.in_channels, *size), spec.trunk
+        if segment == 0 and trunk is None:
             return SegmentCost(0, 0, 0, 0, 0, image, math.prod(image))
-        rung = spec.rungs[choice]
+        if segment == 0 and trunk is not None:
+            leaving = (trunk.values, 1, 1)
+            return SegmentCost(trunk.madds, 0, 0, trunk.params, 0, leaving, trunk.peak)
         out = (spec.num_classes, 1, 1)
-        return SegmentCost(rung.madds, 0, 0, rung.params, 0, out, rung.peak)
+        madds, params = spec.behind_trunk(choice)
+        return SegmentCost(madds, 0, 0, params, 0, out, spec.rungs[choice].peak)
     graph = graph_of(spec)
     units = graph.units(segment, before, choice)
     source, shape = IMAGE, (spec.in_channels, *size)
@@ -177,6 +180,8 @@ def route_costs(spec: AnySpec, route: Route, image_size: ImageSize) -> list[Segm
     """The costs of the segments on a route."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     indices = spec.segment_indices(route)
+    if isinstance(spec, CascadeSpec):  # alone, a rung needs no other's trunk
+        spec = replace(spec, trunk=None)
     path = itertools.pairwise((indices[0], *indices))
     return [segment_cost(spec, number, a, b, size) for number, (a, b) in enumerate(path)]
 
@@ -207,7 +212,8 @@ def madds(
 def params(spec: AnySpec, route: Route | str | Sequence[int] | None = None) -> int:
     """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
     if isinstance(spec, CascadeSpec) and route is None:
-        return sum(rung.params for rung in spec.rungs)
+        trunk = 0 if spec.trunk is None else spec.trunk.params
+        return trunk + sum(spec.behind_trunk(number)[1] for number in range(len(spec.rungs)))
     size = _any_size(spec)
     costs = route_costs(spec, spec.largest if route is None else spec.coerce_route(route), size)
     return sum(cost.params + (route is None) * cost.head_params for cost in costs)

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dynaslim._files import write_atomic
-from dynaslim._memory import keep_freed_memory
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
@@ -161,7 +160,8 @@ def evaluate(
     The dynamic mode is the gates' own decision. Of a cascade's checkpoint it is what its budget
     curve has for at most 0.5 points less than the last rung; without a curve all stay on the first.
     `routes` default to the uniform routes. `on_batch` is called with the images done by each batch
-    of this process. Without `dynamic` the gates are left alone, as if there were none. Pixels go to
+    of this process, which are smaller than `batch_size` for large images on a processor. Without
+    `dynamic` the gates are left alone, as if there were none. Pixels go to
     the network's device; `bf16` runs it under autocast, with losses in float32. With several
     `views` (see `view`) a mode's probabilities are the mean over them: every view takes its own
     route, the one recorded is that of the image itself, MAdds add up.
@@ -181,7 +181,7 @@ def evaluate(
     check(batch_size >= 1, f"batch_size {batch_size}: must be at least 1")
     check(not net.training, "evaluate uses running statistics: call net.eval() first")
     images.check_fits(preprocessing, spec.num_classes)
-    keep_freed_memory()
+    batch_size = net.rows_at_once(preprocessing.image_size_px, batch_size)
     chosen = tuple(spec.routes if routes is None else routes)
     # the gates' cheapest route labels images easy or hard for them, so they always need it
     cheapest = spec.cheapest_choice

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Self
 
-from dynaslim._files import validated
+from dynaslim._files import LATER, validated
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import UsageError, check
 from dynaslim.spec import GateSpec, NetSpec, Route, Routed
@@ -134,7 +134,7 @@ class Operations:
     cut_axes: tuple[Axis, ...]
     """Channels of what crosses each gate, (B, C, H, W)."""
     output: str
-    gate_inputs: tuple[GateInput, ...] = field(default=(), kw_only=True)
+    gate_inputs: tuple[GateInput, ...] = field(default=(), kw_only=True, metadata=LATER)
     """What each gate reads; empty where it is what crosses them."""
 
     def gate_input(self, number: int) -> GateInput:
@@ -187,7 +187,7 @@ class OtherSize:
     nodes: tuple[Node, ...]
     """Operations that differ between any of the sizes."""
     forms: tuple[FormCost, ...]
-    cut_axes: tuple[Axis, ...] = ()
+    cut_axes: tuple[Axis, ...] = field(default=(), metadata=LATER)
     """Of what crosses the gates; empty where it is as for the network's own size."""
 
 
@@ -383,11 +383,7 @@ class GraphSpec(Routed, Operations):
         Raises:
             UsageError: for unknown or missing fields, or values of another type.
         """
-        graph = dict(data["graph"])
-        for part in (graph, *graph.get("other_sizes", ())):
-            for form in part.get("forms", ()):
-                form.pop("params", None)  # of earlier files: counted by `cost` now
-        return validated(graph, cls, "not a converted network")
+        return validated(without_params(data["graph"]), cls, "not a converted network")
 
     @cached_property
     def graph(self) -> Graph:
@@ -435,6 +431,23 @@ class GraphSpec(Routed, Operations):
     def segments(self) -> range:
         """Numbers of the segments."""
         return range(self.num_segments)
+
+
+def without_params(graph: Any) -> Any:
+    """A converted network as plain values, without the counts that earlier files have."""
+    if not isinstance(graph, Mapping):
+        return graph
+    made = dict(graph)
+    if isinstance(made.get("forms"), list):
+        made["forms"] = [
+            {key: value for key, value in form.items() if key != "params"}
+            if isinstance(form, Mapping)
+            else form
+            for form in made["forms"]
+        ]
+    if isinstance(made.get("other_sizes"), list):
+        made["other_sizes"] = list(map(without_params, made["other_sizes"]))
+    return made
 
 
 AnySpec = NetSpec | GraphSpec | CascadeSpec

@@ -56,7 +56,8 @@ MOVING: Final = frozenset(
     """
     view reshape _unsafe_view flatten unflatten unsqueeze squeeze permute transpose t slice
     select narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack
-    expand expand_as repeat repeat_interleave roll flip pixel_shuffle pixel_unshuffle channel_shuffle unfold
+    expand expand_as repeat repeat_interleave roll flip pixel_shuffle pixel_unshuffle
+    channel_shuffle unfold
     movedim swapaxes view_as reshape_as index
     """.split()  # noqa: SIM905
 )

@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dynaslim._memory import LARGE
 from dynaslim.blocks import graph_of
+from dynaslim.cost import route_costs
 from dynaslim.graph import IMAGE, WHOLE, AnySpec, Graph, GraphSpec, Node, TensorSpec, kept_count
 from dynaslim.nn.functional import SoftWidth
 from dynaslim.nn.gate import Gate
@@ -172,6 +174,17 @@ class ElasticNet(nn.Module, ABC):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.parameters()).device
+
+    def rows_at_once(self, image_size_px: int, most: int) -> int:
+        """Rows of a forward pass without gradients, at most `most`.
+
+        On a processor feature maps, of float32, are to stay below the size from which memory is
+        slow (`dynaslim._memory`).
+        """
+        if self.device.type != "cpu":
+            return most
+        costs = route_costs(self.spec, self.spec.largest, image_size_px)
+        return max(1, min(most, LARGE // (4 * max(cost.peak for cost in costs))))
 
     def check_input(self, x: Tensor) -> None:
         """Raise `ValueError` unless x is a batch of images that the network takes."""

@@ -457,6 +457,7 @@ def measure_details(
     gates: list[Tensor] = []
     right: list[Tensor] = []
     done = 0
+    batch_size = net.rows_at_once(preprocessing.image_size_px, batch_size)
     with progress("measuring confidence", evaluation.images) as bar:
         for pixels_BCSS, labels_B in images.batches(batch_size, evaluation.rows):
             x_BCSS = normalise(pixels_BCSS.to(device), preprocessing)

@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 
 from dynaslim._files import write_atomic
-from dynaslim._memory import keep_freed_memory
 from dynaslim.data.feed import Training, open_training
 from dynaslim.data.skipped import report_lines
 from dynaslim.distributed import gather, largest, rank, world_size
@@ -149,7 +148,6 @@ def launched(device: str) -> Iterator[torch.device]:
         raise UsageError(f"device {device}: {' '.join(str(error).split())}") from None
     fabric.launch()
     if fabric.device.type == "cpu":
-        keep_freed_memory()
         note_if_busy()
     try:
         yield fabric.device

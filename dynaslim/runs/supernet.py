@@ -10,6 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from dynaslim._memory import keep_freed_memory
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save, with_classes
 from dynaslim.distributed import rank, world_size
 from dynaslim.errors import UsageError, check
@@ -220,6 +221,8 @@ class _SupernetRun:
                 self._validate()  # stopped after the step and before this
                 callbacks.restart_clock()
             for losses in () if self._has_ended() else training:
+                if training.step == first + 1 and self.context.device.type == "cpu":
+                    keep_freed_memory()
                 middle = " ".join(f"{loss:.2f}" for loss in losses.randoms)
                 callbacks.after_step(
                     training.step,

@@ -23,7 +23,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dynaslim._memory import keep_freed_memory
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset
@@ -135,11 +134,12 @@ def answer_images(
 ) -> PathAnswers:
     """`answer_paths` of a checkpoint on images that can be read, with a progress bar."""
     assert checkpoint.preprocessing is not None
-    keep_freed_memory()
+    pre = checkpoint.preprocessing
+    rows = checkpoint.net.rows_at_once(pre.image_size_px, batch_size)
     with progress("running every path", len(images)) as bar:
         return answer_paths(
             checkpoint.net,
-            readable_batches(images, checkpoint.preprocessing, batch_size),
+            readable_batches(images, pre, rows),
             mirror=checkpoint.mirror,
             on_batch=bar.advance,
             on_answers=on_answers,

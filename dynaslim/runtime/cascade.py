@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import math
 import re
 import warnings
@@ -19,13 +20,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from dynaslim.cascade_spec import CascadeSpec, RungSpec
+from dynaslim.cascade_spec import CascadeSpec, RungSpec, TrunkSpec
 from dynaslim.checkpoint import Checkpoint, read
-from dynaslim.cost import madds, params, route_costs
+from dynaslim.cost import madds, params, route_costs, segment_cost
 from dynaslim.errors import DynaslimWarning, UsageError, check
 from dynaslim.model_names import find_model, is_hub_address
+from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.cascade_source import CascadeSource, RungProgram, resize_madds
+from dynaslim.runtime.cascade_source import CascadeSource, Parts, RungProgram, resize_madds
+from dynaslim.runtime.extract import extract, extract_segment
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.onnx_graph import INPUT, LOGITS, to_onnx
@@ -97,22 +100,47 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
         )
     names = next((one.class_names for one in opened if one.class_names is not None), None)
     given = _largest(opened)
-    spec = CascadeSpec(
-        name,
-        first.num_classes,
-        given.channels,
-        given.image_size_px,
-        tuple(
-            RungSpec(one.name, one.preprocessing.image_size_px, cost, one.params, one.peak)
-            for one, cost in zip(opened, costs, strict=True)
-        ),
+    rungs = tuple(
+        RungSpec(one.name, one.preprocessing.image_size_px, cost, one.params, one.peak)
+        for one, cost in zip(opened, costs, strict=True)
     )
+    size = (given.channels, given.image_size_px)
+    spec = CascadeSpec(name, first.num_classes, *size, rungs, _trunk(opened, given))
+    behind = [spec.behind_trunk(number)[0] for number in range(len(rungs))]
+    if any(after <= before for before, after in itertools.pairwise(behind)):
+        spec = replace(spec, trunk=None)  # the options of a gate rise in cost
     programs = [replace(one, order=_order(one, names, first)) for one in opened]
     return ProgramCheckpoint(
         ProgramNet(CascadeSource(spec, given, programs)),
         class_names=names,
         preprocessing=given,
         may_mirror=all(one.mirror for one in opened),
+    )
+
+
+def _trunk(opened: Sequence[RungProgram], given: Preprocessing) -> TrunkSpec | None:
+    """What the first rung has in common with others: the trunk of their network."""
+    first, own = opened[0], opened[0].parts
+    if own is None:
+        return None
+    sharing = [
+        number
+        for number, one in enumerate(opened)
+        if one.parts is not None
+        and (one.parts.key, one.preprocessing) == (own.key, first.preprocessing)
+    ]
+    if len(sharing) < 2:
+        return None
+    sizes = (given.channels, given.image_size_px, first.preprocessing.image_size_px)
+    values = math.prod(own.cost.out)
+    if len(sharing) < len(opened):
+        values += given.channels * given.image_size_px**2
+    return TrunkSpec(
+        tuple(sharing),
+        own.cost.madds + own.cost.pool_adds + resize_madds(*sizes),
+        own.cost.params,
+        max(own.cost.peak, values),
+        values,
     )
 
 
@@ -211,6 +239,21 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
         lambda: require("onnx").load_from_string(source.onnx(variant)),
         f"{source.key} {taken}",
         mirror=checkpoint.mirror,
+        parts=_parts(net, taken, side, source.key),
+    )
+
+
+def _parts(net: ElasticNet, route: Route, side: int, key: str) -> Parts | None:
+    """A route's trunk apart, if it is the one that the network's other routes have."""
+    spec = net.spec
+    assert isinstance(net, SlimNet)
+    if not spec.gates or spec.segment_indices(route)[0] != 0:
+        return None
+    return Parts(
+        key,
+        extract_segment(net, 0, 0, 0, decide=False),
+        extract(net, route, behind_trunk=True),
+        segment_cost(spec, 0, 0, 0, (side, side)),
     )
 
 

@@ -1,6 +1,7 @@
-"""Variants of a cascade: an empty trunk, and a whole network for every rung.
+"""Variants of a cascade: its trunk, and a network for every rung.
 
-A rung's variant takes the cascade's images. It resizes them to the rung's size, normalises them as
+A rung's variant takes the cascade's images, or behind a trunk its features, and the image where it
+needs it. It resizes them to the rung's size, normalises them as
 the rung expects, runs the network, and puts its classes in the cascade's order. All of that is
 within its torch module and its ONNX graph, so that every backend runs the same.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,12 +23,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynaslim.cascade_spec import CascadeSpec
-from dynaslim.cost import CostTable
+from dynaslim.cost import CostTable, SegmentCost
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import option_costs
 from dynaslim.runtime.libraries import require
-from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, INPUT, IR_VERSION, LOGITS, OPSET
+from dynaslim.runtime.onnx_graph import (
+    FEATURES,
+    GATE_LOGITS,
+    INPUT,
+    IR_VERSION,
+    LOGITS,
+    OPSET,
+    to_onnx,
+)
 from dynaslim.runtime.variants import Precision, RouteVariant, Variant
 
 BANDS: Final = 8
@@ -95,6 +105,22 @@ class RungProgram:
     """Whether a mirror image is of the same class."""
     order: tuple[int, ...] | None = None
     """The rung's class for each class of the cascade; None if they are the same."""
+    parts: Parts | None = None
+    """Its trunk apart, for a route of a network that has one."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A network as a trunk, which other routes of it have too, and what is behind."""
+
+    key: str
+    """Of the network."""
+    trunk: nn.Module
+    """Normalised images to features."""
+    tail: nn.Module
+    """Features to logits."""
+    cost: SegmentCost
+    """Of the trunk."""
 
 
 class _Trunk(nn.Module):
@@ -110,28 +136,69 @@ class _Trunk(nn.Module):
         return x.clone(), self.logits.expand(x.shape[0], -1)
 
 
+class _SharedTrunk(_Trunk):
+    """Hands on features, and the images if need be, as channels of one pixel."""
+
+    def __init__(
+        self, logits_K: np.ndarray, network: nn.Module, prepare: nn.Module, with_images: bool
+    ) -> None:
+        super().__init__(logits_K)
+        self.network, self.prepare, self.with_images = network, prepare, with_images
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [self.network(self.prepare(x)).flatten(1)]
+        if self.with_images:
+            parts.append(x.flatten(1))
+        return torch.cat(parts, 1)[:, :, None, None], self.logits.expand(x.shape[0], -1)
+
+
+class _Part(nn.Module):
+    """Features or images, out of what a trunk hands on."""
+
+    def __init__(self, first: int, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.first, self.shape = first, shape
+
+    def forward(self, x: Tensor) -> Tensor:
+        taken = x[:, self.first : self.first + math.prod(self.shape)]
+        return taken.reshape(-1, *self.shape)
+
+
 class _RungModule(nn.Module):
-    """A rung's network behind the preparation of its images."""
+    """A rung's network behind the preparation of what it takes."""
+
+    order: Tensor
+
+    def __init__(self, network: nn.Module, prepare: nn.Module, rung: RungProgram) -> None:
+        super().__init__()
+        self.network, self.prepare = network, prepare
+        self.probabilities, self.sorts = rung.probabilities, rung.order is not None
+        if rung.order is not None:
+            self.register_buffer("order", torch.tensor(rung.order))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.network(self.prepare(x))
+        if self.probabilities:
+            logits = logits.clamp_min(_LEAST).log()
+        return logits.index_select(1, self.order) if self.sorts else logits
+
+
+class _Preparation(nn.Module):
+    """Images as a rung takes them, out of the cascade's."""
 
     scale: Tensor
     shift: Tensor
-    order: Tensor
 
     def __init__(self, rung: RungProgram, given: Preprocessing) -> None:
         super().__init__()
-        assert rung.module is not None
-        self.network = rung.module
-        self.probabilities = rung.probabilities
         resize, affine = _preparation(rung, given)
         self.bands = [] if resize is None else [(low, high) for low, high, _ in resize.bands]
         for number, (*_, weight) in enumerate(() if resize is None else resize.bands):
             self.register_buffer(f"band{number}", weight)
-        self.normalises, self.sorts = affine is not None, rung.order is not None
+        self.normalises = affine is not None
         if affine is not None:  # a buffer of None is not exported
             self.register_buffer("scale", affine[0])
             self.register_buffer("shift", affine[1])
-        if rung.order is not None:
-            self.register_buffer("order", torch.tensor(rung.order))
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bands:
@@ -139,12 +206,7 @@ class _RungModule(nn.Module):
             bands = [(a, b, w) for (a, b), w in zip(self.bands, weights, strict=True)]
             x = torch.cat([w @ x[:, :, a:b] for a, b, w in bands], 2)
             x = torch.cat([x[..., a:b] @ w.T for a, b, w in bands], 3)
-        if self.normalises:
-            x = x * self.scale + self.shift
-        logits: Tensor = self.network(x)
-        if self.probabilities:
-            logits = logits.clamp_min(_LEAST).log()
-        return logits.index_select(1, self.order) if self.sorts else logits
+        return x * self.scale + self.shift if self.normalises else x
 
 
 _LEAST: Final = 1e-30
@@ -182,7 +244,7 @@ class CascadeSource:
         self.precision: Precision = precision
         self._preprocessing = preprocessing
         self._rungs = tuple(rungs)
-        self._modules: dict[int, _RungModule] = {}
+        self._modules: dict[tuple[int | None, bool], nn.Module] = {}
 
     @property
     def has_modules(self) -> bool:
@@ -228,24 +290,57 @@ class CascadeSource:
 
     def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
         """As `VariantSource.module`."""
-        number = _rung_of(self.spec, variant)
-        if number is None:
-            return _Trunk(self._gate_logits).eval().to(self.device)
-        if self._rungs[number].module is None:
-            raise UsageError(
-                f"{self.spec.rungs[number].name}: is an ONNX model, which runs on onnxruntime and "
-                f"openvino"
-            )
-        if number not in self._modules:
-            made = _RungModule(self._rungs[number], self._preprocessing).eval()
-            self._modules[number] = made.to(self.device)
-        module = self._modules[number]
+        key = (_rung_of(self.spec, variant), self._behind_trunk(variant))
+        if key not in self._modules:
+            self._modules[key] = self._made(*key).eval().to(self.device)
+        module = self._modules[key]
         return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
+
+    def _behind_trunk(self, variant: Variant) -> bool:
+        """Whether a variant takes what a trunk hands on."""
+        return self.spec.trunk is not None and not variant.takes_images
+
+    def _made(self, number: int | None, behind_trunk: bool) -> nn.Module:
+        trunk = self.spec.trunk
+        if trunk is None and number is None:
+            return _Trunk(self._gate_logits)
+        rung = self._rungs[number or 0]
+        prepare: nn.Module = _Preparation(rung, self._preprocessing)
+        if trunk is not None and number is None:
+            assert rung.parts is not None
+            others = len(trunk.rungs) < len(self._rungs)
+            return _SharedTrunk(self._gate_logits, rung.parts.trunk, prepare, others)
+        if behind_trunk and trunk is not None and number in trunk.rungs:
+            assert rung.parts is not None
+            return _RungModule(rung.parts.tail, _Part(0, rung.parts.cost.out), rung)
+        if rung.module is None:
+            raise UsageError(
+                f"{rung.name}: is an ONNX model, which runs on onnxruntime and openvino"
+            )
+        if behind_trunk:
+            prepare = nn.Sequential(_Part(self._first_pixel, self._image), prepare)
+        return _RungModule(rung.module, prepare, rung)
+
+    @property
+    def _image(self) -> tuple[int, int, int]:
+        return self.spec.in_channels, self.spec.image_size_px, self.spec.image_size_px
+
+    @property
+    def _first_pixel(self) -> int:
+        """Where the image begins in what a trunk hands on."""
+        assert self.spec.trunk is not None
+        return self.spec.trunk.values - math.prod(self._image)
 
     def onnx(self, variant: Variant) -> bytes:
         """As `VariantSource.onnx`."""
-        number = _rung_of(self.spec, variant)
-        model = self._trunk_model() if number is None else self._rung_model(number)
+        number, trunk = _rung_of(self.spec, variant), self.spec.trunk
+        behind_trunk = self._behind_trunk(variant)
+        if trunk is not None and (number is None or (behind_trunk and number in trunk.rungs)):
+            row = self._image if number is None else (trunk.values, 1, 1)
+            outputs = (FEATURES, GATE_LOGITS) if number is None else (LOGITS,)
+            module = copy.deepcopy(self.module(variant)).cpu()
+            return to_onnx(module, torch.zeros(2, *row), outputs, variant.name, any_size=False)
+        model = self._trunk_model() if number is None else self._rung_model(number, behind_trunk)
         require("onnx").checker.check_model(model)
         content: bytes = model.SerializeToString()
         return content
@@ -253,8 +348,7 @@ class CascadeSource:
     def _trunk_model(self) -> Any:
         onnx, logits_K = require("onnx"), self._gate_logits
         helper, floats = onnx.helper, onnx.TensorProto.FLOAT
-        side = self.spec.image_size_px
-        image = ["batch", self.spec.in_channels, side, side]
+        image = ["batch", *self._image]
         constants = {
             "logits": logits_K[None],
             "options": np.array([len(logits_K)], np.int64),
@@ -281,7 +375,7 @@ class CascadeSource:
         model.ir_version = IR_VERSION
         return model
 
-    def _rung_model(self, number: int) -> Any:
+    def _rung_model(self, number: int, behind_trunk: bool) -> Any:
         """The rung's model with the preparation of its images before it, and its classes' order.
 
         Of the operations added there is one variant for all versions that models are written in.
@@ -305,6 +399,14 @@ class CascadeSource:
 
         resize, affine = _preparation(rung, self._preprocessing)
         x = INPUT
+        row: Sequence[int] = self._image
+        if behind_trunk and self.spec.trunk is not None:
+            row = (self.spec.trunk.values, 1, 1)
+            where = {"first": self._first_pixel, "last": row[0], "axis": 1}
+            names = [constant(np.array([at], np.int64), f"image_{k}") for k, at in where.items()]
+            values = node(front, "Slice", [x, *names], "image_values")
+            shape = constant(np.array([-1, *self._image], np.int64), "image_shape")
+            x = node(front, "Reshape", [values, shape], "image")
         for axis in (2, 3) if resize is not None else ():
             assert resize is not None
             parts = []
@@ -336,11 +438,10 @@ class CascadeSource:
         graph.node.extend(nodes)
         inputs = [i for i in graph.input if i.name != own_input]
         del graph.input[:]
-        side = self._preprocessing.image_size_px
-        image = ["batch", self.spec.in_channels, side, side]
-        graph.input.extend([helper.make_tensor_value_info(INPUT, floats, image), *inputs])
-        row = ["batch", self.spec.num_classes]
-        graph.output.append(helper.make_tensor_value_info(LOGITS, floats, row))
+        taken = helper.make_tensor_value_info(INPUT, floats, ["batch", *row])
+        graph.input.extend([taken, *inputs])
+        given = ["batch", self.spec.num_classes]
+        graph.output.append(helper.make_tensor_value_info(LOGITS, floats, given))
         graph.name = self.spec.rungs[number].name
         return model
 

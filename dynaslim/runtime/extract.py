@@ -28,9 +28,12 @@ Shared = dict[Any, nn.Parameter]
 """Weights of plain modules, by what they were made of."""
 
 
-def extract(net: SlimNet, route: Route, *, shared: Shared | None = None) -> fx.GraphModule:
+def extract(
+    net: SlimNet, route: Route, *, behind_trunk: bool = False, shared: Shared | None = None
+) -> fx.GraphModule:
     """The sub-network along a route as a plain module: images (B, C, H, W) -> logits (B, classes).
 
+    With `behind_trunk` it takes what segment 0 gives, and is what lies behind that.
     Equal to `net(x, route)` to float tolerance, on a copy of the weights, in evaluation mode.
 
     Raises:
@@ -39,6 +42,9 @@ def extract(net: SlimNet, route: Route, *, shared: Shared | None = None) -> fx.G
     """
     builder, graph, before = _Builder(net, shared), net.graph, 0
     for number, index in enumerate(net.spec.segment_indices(net.spec.coerce_route(route))):
+        if behind_trunk and number == 0:
+            before = index
+            continue
         out = builder.segment(number, before, index)
         if number < net.spec.num_segments - 1:
             out, _ = builder.gate_behind(number, out)

@@ -20,7 +20,7 @@ import msgspec
 from dynaslim._files import parse_json, validated, write_atomic
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import DynaslimError, UsageError, check
-from dynaslim.graph import AnySpec, GraphSpec
+from dynaslim.graph import AnySpec, GraphSpec, without_params
 from dynaslim.model_names import MANIFEST
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
@@ -265,6 +265,7 @@ def _checked_manifest(manifest: Any) -> _Manifest:
         cascade = validated(held, _CascadeManifest, "not valid", whole=True)
         return msgspec.structs.replace(cascade, spec=cascade.spec.cascade)
     if isinstance(spec, dict) and "graph" in spec:
+        held["spec"] = {**spec, "graph": without_params(spec["graph"])}
         found = validated(held, _ConvertedManifest, "not valid", whole=True)
         return msgspec.structs.replace(found, spec=found.spec.graph)
     return validated(held, _NetManifest, "not valid", whole=True)

@@ -88,6 +88,9 @@ def trunk_features(
     net.eval()
     kept: dict[str, Tensor] = {}
 
+    def trunk(x: Tensor) -> Tensor:
+        return net.segment(0, x, 0, decide=False).features.half()
+
     def keep(name: str, number: int, part: Tensor) -> None:
         view, at = divmod(number, shape[1])
         if name not in kept:
@@ -98,7 +101,8 @@ def trunk_features(
 
     try:
         for number, (x, labels_B) in enumerate(batches):
-            features = net.segment(0, x, 0, decide=False).features.half()
+            rows = net.rows_at_once(x.shape[-1], len(x))
+            features = torch.cat(list(map(trunk, torch.split(x, rows))))
             if not torch.isfinite(features).all():
                 raise TrainingError(
                     "trunk_views: the trunk's features are not finite in float16; set it to 0"

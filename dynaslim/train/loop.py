@@ -211,15 +211,16 @@ class SupernetTraining(_Training[SupernetLosses]):
     def recalibrate(
         self, net: ElasticNet, batches: int, *, on_batch: Callable[[], None] | None = None
     ) -> ElasticNet:
-        """Take a network's BN statistics anew from `batches` augmented training batches."""
+        """Take the trained routes' BN statistics anew from `batches` augmented batches."""
+        routes = (net.spec.largest,) if self.recipe.routes == "largest" else None
         if self.features is None:
             fresh = calibration_batches(self.feed, self.augment, self.device, batches, self._seed)
-            recalibrate(net, fresh, on_batch=on_batch)
+            recalibrate(net, fresh, routes, on_batch=on_batch)
         else:
             count = min(batches, self.feed.steps_per_epoch)
             kept = self.features.batches(0, count, self.feed.batch_size, "calibrate")
             on_device = (batch.x.to(self.device) for batch in kept)
-            recalibrate(net, on_device, after_trunk=True, on_batch=on_batch)
+            recalibrate(net, on_device, routes, after_trunk=True, on_batch=on_batch)
         return net
 
     def _batches(self) -> Iterator[Batch]:

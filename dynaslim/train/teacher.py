@@ -104,7 +104,12 @@ class OutsideTeacher:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, N) of normalised images, classes in the order of the images'."""
-        logits: Tensor = self.net(x * self._scale + self._shift, self.route).float()
+        # by statistics of the batch, rows are to stay together
+        rows = len(x) if self.net.training else self.net.rows_at_once(x.shape[-1], len(x))
+        parts = (
+            self.net(part * self._scale + self._shift, self.route) for part in torch.split(x, rows)
+        )
+        logits = torch.cat(list(parts)).float()
         return logits if self._order is None else logits[:, self._order]
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import re
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynaslim import Checkpoint, Engine, Preprocessing, Rung, cascade, evaluate, madds, params
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import save
+from dynaslim.cost import segment_cost
 from dynaslim.data import open_source
 from dynaslim.data.images import ImageDataset
 from dynaslim.errors import CheckpointError, DynaslimWarning, UsageError
@@ -232,6 +234,57 @@ def test_two_sizes_of_one_network_in_the_order_of_their_cost():
     assert_rows_close(one, net(x, net.spec.smallest))
     told = {"gate": {"augment": {"mirror": True}}}
     assert cascade([replace(one, recipe=told) for one in (small, large)]).mirror
+
+
+@for_backends("eager", "onnxruntime", "openvino")
+@pytest.mark.parametrize("with_others", [False, True])
+def test_routes_of_one_network_share_their_trunk(backend, with_others, tmp_path):
+    _, zoo, large = _rungs()
+    spec = zoo.net.spec
+    routes = (spec.smallest, spec.routes[1], spec.widest_choice)
+    made = cascade([*((zoo, route) for route in routes), *([large] if with_others else [])])
+    trunk, side = made.net.spec.trunk, made.preprocessing.image_size_px
+    features = segment_cost(spec, 0, 0, 0, (24, 24))
+    assert trunk.rungs == (0, 1, 2)
+    assert trunk.madds == features.madds + features.pool_adds + resize_madds(3, side, 24)
+    assert trunk.values == math.prod(features.out) + with_others * 3 * 40 * 40
+    costs = [madds(made.net.spec, str(n + 1), side) for n in range(len(made.net.spec.rungs))]
+    own = resize_madds(3, side, 24)
+    assert costs[:3] == [madds(spec, route, 24) + own for route in routes]
+    x = torch.randn(33, 3, side, side, generator=torch.Generator().manual_seed(0))
+    expected = [made.net.source.module(RouteVariant(route))(x) for route in made.net.spec.routes]
+    if with_others:
+        zoo_alone, large_alone = _by_hand([zoo, large], x, made.class_names)
+        assert_rows_close(expected[3], large_alone)
+        assert_rows_close(expected[2], zoo_alone)
+    export_package(made, tmp_path / "package")
+    tau = float(np.median(margins(expected[0].detach().numpy())))
+    engines = [Engine(made, backend=backend, workers=1, cache_dir=None)]
+    if backend != "eager":
+        options = {"backend": backend, "workers": 1, "cache_dir": None}
+        engines.append(Engine.from_package(tmp_path / "package", **options))
+    for engine in engines:
+        out = engine(x, escalate=tau)
+        went = out.routes.flatten()
+        assert len(set(went.tolist())) > 2
+        for number, logits in enumerate(expected):
+            assert_rows_close(engine.static(str(number + 1))(x), logits)
+            assert_rows_close(out.logits[went == number], logits[went == number])
+        # the trunk once, and all rungs on the way behind it
+        behind = np.cumsum([made.net.spec.behind_trunk(n)[0] for n in range(len(costs))])
+        assert out.madds.tolist() == [trunk.madds + behind[n] for n in went.tolist()]
+
+
+def test_a_trunk_is_shared_only_where_it_saves():
+    _, zoo, large = _rungs()
+    twin = replace(zoo, preprocessing=Preprocessing(32))
+    assert cascade([(zoo, zoo.net.spec.smallest), twin]).net.spec.trunk is None  # another size
+    assert cascade([zoo, large]).net.spec.trunk is None
+    other = copy.deepcopy(zoo.net)
+    with torch.no_grad():
+        other.classifier.weight.mul_(2)
+    one = replace(zoo, net=other)
+    assert cascade([(zoo, zoo.net.spec.smallest), one]).net.spec.trunk is None
 
 
 # -- packages and ONNX ----------------------------------------------------------------------------
