@@ -251,8 +251,8 @@ def _parts(net: ElasticNet, route: Route, side: int, key: str) -> Parts | None:
         return None
     return Parts(
         key,
-        extract_segment(net, 0, 0, 0, decide=False),
-        extract(net, route, behind_trunk=True),
+        partial(extract_segment, net, 0, 0, 0, decide=False),
+        partial(extract, net, route, behind_trunk=True),
         segment_cost(spec, 0, 0, 0, (side, side)),
     )
 

@@ -115,10 +115,10 @@ class Parts:
 
     key: str
     """Of the network."""
-    trunk: nn.Module
-    """Normalised images to features."""
-    tail: nn.Module
-    """Features to logits."""
+    trunk: Callable[[], nn.Module]
+    """Makes what gives features of normalised images."""
+    tail: Callable[[], nn.Module]
+    """Makes what gives logits of features."""
     cost: SegmentCost
     """Of the trunk."""
 
@@ -309,10 +309,10 @@ class CascadeSource:
         if trunk is not None and number is None:
             assert rung.parts is not None
             others = len(trunk.rungs) < len(self._rungs)
-            return _SharedTrunk(self._gate_logits, rung.parts.trunk, prepare, others)
+            return _SharedTrunk(self._gate_logits, rung.parts.trunk(), prepare, others)
         if behind_trunk and trunk is not None and number in trunk.rungs:
             assert rung.parts is not None
-            return _RungModule(rung.parts.tail, _Part(0, rung.parts.cost.out), rung)
+            return _RungModule(rung.parts.tail(), _Part(0, rung.parts.cost.out), rung)
         if rung.module is None:
             raise UsageError(
                 f"{rung.name}: is an ONNX model, which runs on onnxruntime and openvino"
