@@ -6,7 +6,7 @@ compared with: same images, epochs, optimizer and averaging; one width, the labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -237,6 +237,12 @@ TEACHING: Final[dict[str, dict[str, Any]]] = {
 }
 """What the sub-networks of a supernet learn: `ensemble` is the paper's way, `both` adds the labels,
 `handover` goes from the labels over to the teacher."""
+DECAYS: Final[dict[str, dict[str, Any]]] = {
+    f"{way}_ema{decay:g}": {**TEACHING[way], "ema_decay": decay}
+    for way in ("both", "ensemble")
+    for decay in (0.8, 0.9)
+}
+"""With another decay of the averaged network, the teacher; it is to be short in a short training."""
 RECIPE: Final = "both"
 """How the networks of the recipe that ships are taught."""
 RATES: Final = (0.1, 0.2, 0.4)
@@ -262,13 +268,23 @@ def best_rate(experiment: str, variant: str) -> float:
 
     Of the rates that were tried with the most seeds, the one of the highest mean.
     """
-    tried = tried_rates(experiment).get(variant, {})
-    return max(tried, key=lambda rate: (len(tried[rate]), fmean(tried[rate])), default=0.2)
+    return best_settings(experiment, (variant,))[1]
+
+
+def best_settings(experiment: str, variants: Sequence[str]) -> tuple[str, float]:
+    """Of several variants the one that held-out images chose, and its learning rate."""
+    tried = tried_rates(experiment)
+    found = [
+        (len(seeds), fmean(seeds), variant, rate)
+        for variant in variants
+        for rate, seeds in tried.get(variant, {}).items()
+    ]
+    return max(found)[2:] if found else (variants[0], 0.2)
 
 
 def rates_quick(_: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES) -> list[Job]:
     """Every way of teaching at every rate on the images that ship."""
-    return _rates("rates_quick", [mini(seed) for seed in seeds], TEACHING, rates)
+    return _rates("rates_quick", [mini(seed) for seed in seeds], TEACHING | DECAYS, rates)
 
 
 def rates_targets(
@@ -283,7 +299,7 @@ def rates_cifar10(
 ) -> list[Job]:
     """Ways of teaching and networks trained alone on CIFAR-10; the first seed only."""
     recipe = cifar10(folder, seeds[0])
-    ways = ("both", "labels", "ensemble", "distillation")
+    ways = {way: TEACHING[way] for way in ("both", "labels", "ensemble", "distillation")}
     return _rates("rates_cifar10", [recipe], ways, rates) + [
         _static("rates_cifar10", f"static{k}_lr{lr:g}", recipe, k, lr)
         for lr in rates
@@ -294,18 +310,18 @@ def rates_cifar10(
 def _rates(
     experiment: str,
     recipes: Sequence[SupernetRecipe],
-    ways: Iterable[str],
+    ways: Mapping[str, Mapping[str, Any]],
     rates: Sequence[float],
 ) -> list[Job]:
     return [
         Job(
             Cell(experiment, f"{way}_lr{lr:g}", recipe.seed),
             "supernet",
-            replace(at_rate(recipe, lr), **UNTAUGHT | TEACHING[way]),
+            replace(at_rate(recipe, lr), **UNTAUGHT | dict(fields)),
         )
         for recipe in recipes
         for lr in rates
-        for way in ways
+        for way, fields in ways.items()
     ]
 
 
@@ -317,15 +333,20 @@ def at_rate(recipe: SupernetRecipe, lr: float) -> SupernetRecipe:
 def _targets(
     experiment: str, recipe: Callable[[int], SupernetRecipe], seeds: Sequence[int]
 ) -> list[Job]:
-    return [
-        Job(
-            Cell(experiment, variant, seed),
-            "supernet",
-            replace(at_rate(recipe(seed), best_rate(experiment, variant)), **UNTAUGHT | fields),
-        )
-        for seed in seeds
-        for variant, fields in TEACHING.items()
-    ]
+    jobs = []
+    for variant in TEACHING:
+        others = [way for way in DECAYS if way.startswith(f"{variant}_ema")]
+        way, rate = best_settings(experiment, (variant, *others))
+        fields = (TEACHING | DECAYS)[way]
+        jobs += [
+            Job(
+                Cell(experiment, variant, seed),
+                "supernet",
+                replace(at_rate(recipe(seed), rate), **UNTAUGHT | fields),
+            )
+            for seed in seeds
+        ]
+    return jobs
 
 
 GATES: Final[dict[str, dict[str, Any]]] = {
