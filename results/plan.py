@@ -242,7 +242,7 @@ DECAYS: Final[dict[str, dict[str, Any]]] = {
     for way in ("both", "ensemble")
     for decay in (0.8, 0.9)
 }
-"""With another decay of the averaged network, the teacher; it is to be short in a short training."""
+"""With another decay of the averaged network: a short training needs a teacher of short memory."""
 RECIPE: Final = "both"
 """How the networks of the recipe that ships are taught."""
 RATES: Final = (0.1, 0.2, 0.4)
