@@ -8,6 +8,7 @@ forward pass of 64 rows.
 from __future__ import annotations
 
 import ctypes
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
@@ -19,22 +20,42 @@ _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_MAX: Final = -4
 
 
-def keep_freed_memory() -> bool:
-    """Keep memory that is freed for the next tensor, for the rest of the process.
+class FreedMemory:
+    """Keeps memory that is freed for the next tensor, for the rest of the process.
 
-    For trainings: call it after a step. A process takes up to 1.5 times as much memory then; where
-    twice of what it has taken so far is not available, or where another C library or allocator is
-    used, nothing changes, and the answer is False.
+    For trainings: `after_step` is to be called after each step. The process then takes at most
+    about twice what it took in the first. Where that much is not available, or another C library
+    is used, nothing changes.
     """
-    with suppress(OSError, AttributeError, TypeError, ValueError):
-        import resource
 
-        taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
-        library = ctypes.CDLL(None)
-        if library.gnu_get_libc_version and _available() > 2 * taken:
-            never = library.mallopt(_M_TRIM_THRESHOLD, -1)
-            return bool(never and library.mallopt(_M_MMAP_MAX, 0))
-    return False
+    def __init__(self) -> None:
+        self.limit: int | None = None
+        """Bytes beyond which free memory is given back; 0 where nothing is kept."""
+
+    def after_step(self) -> None:
+        """Begin to keep memory, or give back what is more than the limit."""
+        with suppress(OSError, AttributeError, ImportError, ValueError):
+            if self.limit is None:
+                self.limit = 0
+                self.limit = _keep()
+            elif self.limit and _resident() > self.limit:
+                ctypes.CDLL(None).malloc_trim(0)
+
+
+def _keep() -> int:
+    import resource  # not on all systems
+
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    library = ctypes.CDLL(None)
+    if not library.gnu_get_libc_version or _available() < 2 * taken:
+        return 0
+    never = library.mallopt(_M_TRIM_THRESHOLD, -1)
+    return 2 * taken if never and library.mallopt(_M_MMAP_MAX, 0) else 0
+
+
+def _resident() -> int:
+    """Bytes that this process has in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _available() -> int:

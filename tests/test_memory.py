@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-FAULTS = """
-import resource, sys, torch
+STEPS = """
+import resource, torch
 from dynaslim import _memory
 
 def faults():
@@ -19,17 +19,26 @@ def faults():
 before = faults()
 available = _memory._available()
 _memory._available = lambda: 1 << 28
-short = _memory.keep_freed_memory()
+short = _memory.FreedMemory()
+short.after_step()
 _memory._available = lambda: available
-kept = _memory.keep_freed_memory()
+memory = _memory.FreedMemory()
+memory.after_step()
 faults()
-print(before, faults(), short, kept)
+print(before, faults(), short.limit, memory.limit)
+big = torch.ones(memory.limit // 4 + (1 << 26))
+del big
+above = _memory._resident()
+memory.after_step()
+print(above, _memory._resident())
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_large_tensors_take_memory_that_is_there():
-    run = [sys.executable, "-c", FAULTS]
+    run = [sys.executable, "-c", STEPS]
     told = subprocess.run(run, capture_output=True, check=True, text=True).stdout.split()
-    assert int(told[1]) < int(told[0]) / 10
-    assert told[2:] == ["False", "True"]  # nothing changes where memory is short
+    before, after, short, limit, above, trimmed = map(int, told)
+    assert after < before / 10
+    assert short == 0  # nothing changes where memory is short
+    assert above > limit > trimmed

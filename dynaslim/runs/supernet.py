@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from dynaslim._memory import keep_freed_memory
+from dynaslim._memory import FreedMemory
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save, with_classes
 from dynaslim.distributed import rank, world_size
 from dynaslim.errors import UsageError, check
@@ -214,15 +214,15 @@ class _SupernetRun:
         if self._has_ended() and (done := self.context.results()) is not None:
             return done
         every = recipe.val_epochs * training.feed.steps_per_epoch
-        first = training.step
+        first, memory = training.step, FreedMemory()
         with progress("stage I: supernet", training.total, done=training.step) as bar:
             callbacks = Callbacks(self.context, self._state, bar, recipe.batch_size)
             if training.step and self._is_due(every):
                 self._validate()  # stopped after the step and before this
                 callbacks.restart_clock()
             for losses in () if self._has_ended() else training:
-                if training.step == first + 1 and self.context.device.type == "cpu":
-                    keep_freed_memory()
+                if self.context.device.type == "cpu":
+                    memory.after_step()
                 middle = " ".join(f"{loss:.2f}" for loss in losses.randoms)
                 callbacks.after_step(
                     training.step,
