@@ -192,8 +192,8 @@ def _in_plain_words(message: str, data: Any) -> str:
     return f"{place}: {problem}" if place else problem
 
 
-LATER: Final = {"later": True}
-"""`metadata` of a dataclass's field that earlier files do not have."""
+NOT_IN_OLD_FILES: Final = {"not_in_old_files": True}
+"""`metadata` of a dataclass's field that files of earlier versions do not have."""
 
 
 def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
@@ -207,7 +207,7 @@ def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
     if dataclasses.is_dataclass(made):
         fields = dataclasses.fields(made)
         names = [field.name for field in fields]
-        later = {field.name for field in fields if field.metadata == LATER}
+        later = {field.name for field in fields if field.metadata == NOT_IN_OLD_FILES}
     if names is None:
         return
     for key in data:

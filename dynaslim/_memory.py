@@ -28,7 +28,9 @@ class FreedMemory:
     is used, nothing changes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, processes: int = 1) -> None:
+        """`processes` are those of the run on this machine."""
+        self.processes = processes
         self.limit: int | None = None
         """Bytes beyond which free memory is given back; 0 where nothing is kept."""
 
@@ -37,17 +39,17 @@ class FreedMemory:
         with suppress(OSError, AttributeError, ImportError, ValueError):
             if self.limit is None:
                 self.limit = 0
-                self.limit = _keep()
+                self.limit = _keep(_available() // self.processes)
             elif self.limit and _resident() > self.limit:
                 ctypes.CDLL(None).malloc_trim(0)
 
 
-def _keep() -> int:
+def _keep(available: int) -> int:
     import resource  # not on all systems
 
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     library = ctypes.CDLL(None)
-    if not library.gnu_get_libc_version or _available() < 2 * taken:
+    if not library.gnu_get_libc_version or available < 2 * taken:
         return 0
     never = library.mallopt(_M_TRIM_THRESHOLD, -1)
     return 2 * taken if never and library.mallopt(_M_MMAP_MAX, 0) else 0

@@ -268,7 +268,8 @@ class _Adaptation:
 
         def look() -> None:
             with torch.no_grad():
-                net.segment(0, x, 0, decide=False)
+                for part in torch.split(x, net.rows_at_once(side, rows)):
+                    net.segment(0, part, 0, decide=False)
 
         def timed(work: Callable[[], None]) -> float:
             work()

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from dynaslim._files import LATER, validated
+from dynaslim._files import NOT_IN_OLD_FILES, validated
 from dynaslim.errors import check
 from dynaslim.spec import GateSpec, Route, Routed
 
@@ -59,7 +59,7 @@ class CascadeSpec(Routed):
     image_size_px: int
     """Side of the images that it takes: that of the rung with the largest."""
     rungs: tuple[RungSpec, ...]
-    trunk: TrunkSpec | None = field(default=None, metadata=LATER)
+    trunk: TrunkSpec | None = field(default=None, metadata=NOT_IN_OLD_FILES)
     """None where every rung runs whole."""
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class CascadeSpec(Routed):
             among = set(self.trunk.rungs) <= set(range(len(self.rungs)))
             check(
                 among and self.trunk.rungs[:1] == (0,) and self.trunk.madds < self.rungs[0].madds,
-                f"{self.name}: its trunk cannot be right",
+                f"{self.name}: its trunk is not one of the first rung's, or costs more than that",
             )
 
     @cached_property

@@ -160,8 +160,8 @@ def evaluate(
     The dynamic mode is the gates' own decision. Of a cascade's checkpoint it is what its budget
     curve has for at most 0.5 points less than the last rung; without a curve all stay on the first.
     `routes` default to the uniform routes. `on_batch` is called with the images done by each batch
-    of this process, which are smaller than `batch_size` for large images on a processor. Without
-    `dynamic` the gates are left alone, as if there were none. Pixels go to
+    of this process. Batches are smaller than `batch_size` where a processor runs large images.
+    Without `dynamic` the gates are left alone, as if there were none. Pixels go to
     the network's device; `bf16` runs it under autocast, with losses in float32. With several
     `views` (see `view`) a mode's probabilities are the mean over them: every view takes its own
     route, the one recorded is that of the image itself, MAdds add up.

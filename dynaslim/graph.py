@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Final, Self
 
-from dynaslim._files import LATER, validated
+from dynaslim._files import NOT_IN_OLD_FILES, validated
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import UsageError, check
 from dynaslim.spec import GateSpec, NetSpec, Route, Routed
@@ -25,6 +25,8 @@ WHOLE: Final = -1
 """The group of positions that are never cut."""
 IMAGE: Final = "image"
 """The name of the network's input."""
+PACKED: Final = "_packed"
+"""Ends the name of an operation that puts several tensors into one, behind that of the last."""
 
 Run = tuple[int, int, int, int]
 """Group, first unit, number of units, positions of each unit, one after the other."""
@@ -134,7 +136,7 @@ class Operations:
     cut_axes: tuple[Axis, ...]
     """Channels of what crosses each gate, (B, C, H, W)."""
     output: str
-    gate_inputs: tuple[GateInput, ...] = field(default=(), kw_only=True, metadata=LATER)
+    gate_inputs: tuple[GateInput, ...] = field(default=(), kw_only=True, metadata=NOT_IN_OLD_FILES)
     """What each gate reads; empty where it is what crosses them."""
 
     def gate_input(self, number: int) -> GateInput:
@@ -187,7 +189,7 @@ class OtherSize:
     nodes: tuple[Node, ...]
     """Operations that differ between any of the sizes."""
     forms: tuple[FormCost, ...]
-    cut_axes: tuple[Axis, ...] = field(default=(), metadata=LATER)
+    cut_axes: tuple[Axis, ...] = field(default=(), metadata=NOT_IN_OLD_FILES)
     """Of what crosses the gates; empty where it is as for the network's own size."""
 
 
@@ -252,7 +254,7 @@ class GraphSpec(Routed, Operations):
     def places(self) -> tuple[str, ...]:
         """Modules that the gates are behind, or operations that are in none."""
         paths = {node.name: node.path for node in self.nodes}
-        return tuple(paths[cut] or cut for cut in self.cuts)
+        return tuple(paths[cut] or cut.removesuffix(PACKED) for cut in self.cuts)
 
     @property
     def classifier(self) -> str | None:
@@ -434,7 +436,7 @@ class GraphSpec(Routed, Operations):
 
 
 def without_params(graph: Any) -> Any:
-    """A converted network as plain values, without the counts that earlier files have."""
+    """A converted network, or another size of it, without the counts that earlier files have."""
     if not isinstance(graph, Mapping):
         return graph
     made = dict(graph)

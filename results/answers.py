@@ -168,7 +168,7 @@ def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) 
     names = (*_ARRAYS, *(("mirrored_NC",) if checkpoint.mirror else ()))
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
     for x, labels in readable_batches(images, pre, batch_size):
-        before, gate = net.run_segment(0, x, 0, 0), net.gate(0)
+        before, gate = net.run_segment(0, x, 0, 0).out, net.gate(0)
         mean_BC = before.mean((2, 3))
         scaled, gate_logits = gate(before, decide=True)
         assert gate_logits is not None

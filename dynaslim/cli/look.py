@@ -91,7 +91,8 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
         summary = _describe_converted(spec, size)
     elif isinstance(spec, CascadeSpec):
         rungs = list(map(asdict, spec.rungs))
-        summary = {**_describe_size(spec, spec.image_size_px), "rungs": rungs}
+        trunk = None if spec.trunk is None else asdict(spec.trunk)
+        summary = {**_describe_size(spec, spec.image_size_px), "rungs": rungs, "trunk": trunk}
     else:
         summary = _describe_spec(spec, size)
     if json:
@@ -238,6 +239,9 @@ def _print_cascade(summary: Mapping[str, Any]) -> None:
             f"{rung['madds'] / summary['rungs'][-1]['madds']:.3f}",
         )
     say(table)
+    if summary["trunk"] is not None:
+        shared = ", ".join(str(number + 1) for number in summary["trunk"]["rungs"])
+        say(f"rungs {shared} share a trunk of {_millions(summary['trunk']['madds'])} multiply-adds")
 
 
 def _describe_route(spec: AnySpec, route: Route, image_size_px: int) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from dynaslim.cost import operation_madds
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import (
     IMAGE,
+    PACKED,
     WHOLE,
     Axis,
     FormCost,
@@ -46,7 +47,7 @@ from dynaslim.nn.program import Step
 from dynaslim.nn.sorting import Importance, sort_channels
 from dynaslim.spec import GateSpec
 
-MOST: Final = 8
+MOST_TENSORS: Final = 8
 """Tensors that may cross a gate."""
 TRUNK: Final = 1 / 3
 """Part of the multiply-adds that lies before the gate, by default."""
@@ -152,7 +153,12 @@ class Conversion:
                 else 0
                 for v in values
             ]
-            if live[-1:] == [node] and rows[-1] in (3, 4) and all(rows) and len(rows) <= MOST:
+            if (
+                live[-1:] == [node]
+                and rows[-1] in (3, 4)
+                and all(rows)
+                and len(rows) <= MOST_TENSORS
+            ):
                 found[node] = tuple(live)
         return found
 
@@ -178,11 +184,12 @@ class Conversion:
                 if not inside[1]:
                     names = dict.fromkeys(where(n) for n in self.crossing if where(n))
                     raise UsageError(
-                        f"gate at {path!r}: there is no such module behind which {MOST} tensors or "
-                        f"fewer are all that is needed; a gate can be behind "
+                        f"gate at {path!r}: there is no such module behind which {MOST_TENSORS} "
+                        f"tensors or fewer are all that is needed; a gate can be behind "
                         f"{', '.join(list(names)[:40])}"
                     )
                 cuts.append(self._behind((inside[0] or inside[1])[-1]))
+            check(len(set(cuts)) == len(cuts), f"gate_at {list(gate_at)}: two gates at one place")
             return sorted(cuts, key=self.position.__getitem__)
         parts = ((0.1, 0.6), (1e-9, 1 - 1e-9))
         near = next(
@@ -198,8 +205,8 @@ class Conversion:
         )
         if near is None:
             raise UsageError(
-                f"{self.name}: at no place are {MOST} tensors or fewer all that is needed behind "
-                f"it, so there is no place for a gate"
+                f"{self.name}: at no place are {MOST_TENSORS} tensors or fewer all that is needed "
+                f"behind it, so there is no place for a gate"
             )
 
         elastic = self._elastic_behind(near)
@@ -253,7 +260,11 @@ class Conversion:
         while self.position[node] + 1 < len(nodes):
             following = nodes[self.position[node] + 1]
             as_many = len(self.crossing.get(following, ())) == len(self.crossing[node])
-            if not as_many or operation(following) not in POINTWISE | NORMALISING:
+            if (
+                not as_many
+                or node not in following.all_input_nodes
+                or operation(following) not in POINTWISE | NORMALISING
+            ):
                 break
             node = following
         return node
@@ -280,15 +291,11 @@ class Conversion:
             segment = self.segment_of(node)
             for root in np.unique(labels.roots(made)).tolist():
                 segments.setdefault(root, set()).add(segment)
-        for node in self.captured.nodes:  # nor may channels cross two gates
-            segment = self.segment_of(node)
-            if segment < 2:
-                continue
-            value = self.analysis.values[node]
-            for part in value if isinstance(value, list) else [value]:
-                for root in np.unique(labels.roots(part.labels)).tolist():
+        for number, cut in enumerate(self.cuts):  # nor may channels cross two gates
+            for node in self.crossing[cut]:
+                for root in np.unique(labels.roots(self.analysis.value(node).labels)).tolist():
                     made_in = segments.get(root)
-                    if made_in and segment > max(made_in) + 1:
+                    if made_in and number > max(made_in):
                         made_in.add(0)
         self.segments: dict[int, int] = {}
         whole = []
@@ -461,16 +468,16 @@ class Conversion:
         made: list[Node] = []
 
         def add(kind: str, op: str, *args: Any, behind: bool = False) -> dict[str, str]:
-            node = Node(f"{cut.name}_{kind}", op, args, {}, number + behind, where(cut))
+            node = Node(f"{cut.name}{kind}", op, args, {}, number + behind, where(cut))
             made.append(node)
             return {"node": node.name}
 
         read: dict[str, str] = {"node": name}
         if channels != 1:
             others = [axis for axis in range(1, len(value.shape)) if axis != channels]
-            read = add("turned", "permute.default", read, [0, channels, *others])
+            read = add("_turned", "permute.default", read, [0, channels, *others])
         for missing in range(len(value.shape), 4):
-            read = add(f"as{missing + 1}d", "unsqueeze.default", read, -1)
+            read = add(f"_as{missing + 1}d", "unsqueeze.default", read, -1)
         flat, sizes = [], []
         values: Axis = ()
         for at, (part, node) in enumerate(live.items()):
@@ -478,15 +485,15 @@ class Conversion:
             sizes.append({"axis": own})
             values += own
             shape = [{"rows": 1}, sizes[-1], 1, 1]
-            flat.append(add(f"flat{at}", "reshape.default", {"node": part}, shape))
-        packed = add("packed", "cat.default", flat, 1)
+            flat.append(add(f"_flat{at}", "reshape.default", {"node": part}, shape))
+        packed = add(PACKED, "cat.default", flat, 1)
         self.crossed.append((packed["node"], values, GateInput(read["node"], axis)))
-        parts = add("parts", "split_with_sizes.default", packed, sizes, 1, behind=True)
+        parts = add("_parts", "split_with_sizes.default", packed, sizes, 1, behind=True)
         behind = {}
         for at, (part, node) in enumerate(live.items()):
-            one = add(f"one{at}", "getitem", parts, at, behind=True)
+            one = add(f"_one{at}", "getitem", parts, at, behind=True)
             shape = self._sizes(self.analysis.value(node))
-            behind[part] = add(f"part{at}", "reshape.default", one, shape, behind=True)["node"]
+            behind[part] = add(f"_part{at}", "reshape.default", one, shape, behind=True)["node"]
         alias.update((node, behind[part]) for node, part in names.items())
         return made
 
@@ -553,7 +560,7 @@ class Conversion:
         check(len(out) == 2, f"{self.name}: gives {out[1:]} for an image, expected class logits")
         channels = int(self.example.shape[1])
         choices = GateSpec(tuple(range(len(self.widths))))
-        cuts, cut_axes, inputs = zip(*self.crossed, strict=True) if self.crossed else ((), (), ())
+        cuts, cut_axes, inputs = zip(*self.crossed, strict=True)
         own = tuple(cuts) == tuple(read.node for read in inputs)
         return GraphSpec(
             name=self.name,
@@ -612,7 +619,7 @@ class Conversion:
                 twin.image_size,
                 tuple(n for n in twin.nodes if n.name in changed),
                 twin.forms,
-                () if twin.cut_axes == net.spec.cut_axes else twin.cut_axes,
+                twin.cut_axes if twin.gate_inputs else (),
             )
             for twin in twins
         )

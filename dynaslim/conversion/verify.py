@@ -219,7 +219,7 @@ class Masked:
         return True
 
     def _kept(self, name: str, result: Tensor, units: dict[int, int]) -> Tensor:
-        if name not in self.nodes:  # several tensors in one, or the logits
+        if name not in self.nodes:  # several tensors in one
             axis = self.spec.cut_axes[self.spec.cuts.index(name)]
             return result[:, kept_positions(axis, units)]
         value = self.conversion.analysis.values.get(self.nodes[name])

@@ -181,9 +181,10 @@ class ElasticNet(nn.Module, ABC):
         On a processor feature maps, of float32, are to stay below the size from which memory is
         slow (`dynaslim._memory`).
         """
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.plain_backend != "eager":
             return most
-        costs = route_costs(self.spec, self.spec.largest, image_size_px)
+        routes = (self.spec.smallest, self.spec.largest)
+        costs = (cost for route in routes for cost in route_costs(self.spec, route, image_size_px))
         return max(1, min(most, LARGE // (4 * max(cost.peak for cost in costs))))
 
     def check_input(self, x: Tensor) -> None:

@@ -214,7 +214,7 @@ class _SupernetRun:
         if self._has_ended() and (done := self.context.results()) is not None:
             return done
         every = recipe.val_epochs * training.feed.steps_per_epoch
-        first, memory = training.step, FreedMemory()
+        first, memory = training.step, FreedMemory(world_size())
         with progress("stage I: supernet", training.total, done=training.step) as bar:
             callbacks = Callbacks(self.context, self._state, bar, recipe.batch_size)
             if training.step and self._is_due(every):

@@ -25,10 +25,8 @@ from dynaslim.checkpoint import Checkpoint, read
 from dynaslim.cost import madds, params, route_costs, segment_cost
 from dynaslim.errors import DynaslimWarning, UsageError, check
 from dynaslim.model_names import find_model, is_hub_address
-from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.cascade_source import CascadeSource, Parts, RungProgram, resize_madds
-from dynaslim.runtime.extract import extract, extract_segment
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.onnx_graph import INPUT, LOGITS, to_onnx
@@ -239,20 +237,19 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
         lambda: require("onnx").load_from_string(source.onnx(variant)),
         f"{source.key} {taken}",
         mirror=checkpoint.mirror,
-        parts=_parts(net, taken, side, source.key),
+        parts=_parts(source, taken, side),
     )
 
 
-def _parts(net: ElasticNet, route: Route, side: int, key: str) -> Parts | None:
+def _parts(source: NetworkSource, route: Route, side: int) -> Parts | None:
     """A route's trunk apart, if it is the one that the network's other routes have."""
-    spec = net.spec
-    assert isinstance(net, SlimNet)
+    spec = source.spec
     if not spec.gates or spec.segment_indices(route)[0] != 0:
         return None
     return Parts(
-        key,
-        partial(extract_segment, net, 0, 0, 0, decide=False),
-        partial(extract, net, route, behind_trunk=True),
+        source.key,
+        source.trunk,
+        partial(source.tail, route),
         segment_cost(spec, 0, 0, 0, (side, side)),
     )
 

@@ -14,7 +14,7 @@ from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.runtime.extract import Shared, extract, extract_segment
 from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, LOGITS, to_onnx
 from dynaslim.runtime.variants import Precision, RouteVariant, Variant
-from dynaslim.spec import NetSpec
+from dynaslim.spec import NetSpec, Route
 
 
 class NetworkSource:
@@ -65,6 +65,18 @@ class NetworkSource:
             if isinstance(variant, RouteVariant):
                 return extract(self._net, variant.route, shared=shared).to(dtype)
             return extract_segment(self._net, *variant, shared=shared).to(dtype)
+
+    def trunk(self) -> nn.Module:
+        """Segment 0 without its gate's logits."""
+        with self._lock:
+            shared = self._shared.setdefault(torch.float32, {})
+            return extract_segment(self._net, 0, 0, 0, decide=False, shared=shared)
+
+    def tail(self, route: Route) -> nn.Module:
+        """What is behind segment 0 along a route."""
+        with self._lock:
+            shared = self._shared.setdefault(torch.float32, {})
+            return extract(self._net, route, behind_trunk=True, shared=shared)
 
     def onnx(self, variant: Variant) -> bytes:
         """As `VariantSource.onnx`."""

@@ -216,6 +216,31 @@ def test_gates_are_put_where_they_are_asked_for():
     assert torch.allclose(whole, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(UsageError, match=r"gate at 'body.7': there is no .*; .* body.0.0, "):
         convert(model, images(), gate_at=["body.7"])
+    with pytest.raises(UsageError, match=r"gate_at \['body.0', 'body.0'\]: two gates at one place"):
+        convert(model, images(), gate_at=["body.0", "body.0"])
+
+
+class Skipping(nn.Module):
+    """What is made behind one gate is read by a layer behind the next but one."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = _conv(3, 16), _conv(16, 24), _conv(24, 24)
+        self.three, self.last, self.head = _conv(24, 24), _conv(24, 24), nn.Linear(48, 5)
+
+    def forward(self, x):
+        one = self.one(self.stem(x))
+        three = self.three(self.two(one))
+        return self.head(torch.cat([self.last(one), three], 1).mean((2, 3)))
+
+
+def test_channels_that_cross_two_gates_stay_whole():
+    net = convert(Skipping().eval(), images(), gate_at=["stem", "one", "two", "three"])
+    assert all(run[0] == -1 for run in net.spec.tensors["one.0.weight"].axes[0])
+    assert any(run[0] != -1 for run in net.spec.tensors["two.0.weight"].axes[0])
+    with torch.no_grad():
+        for route in (net.spec.smallest, "100-25-100-25-100", net.spec.largest):
+            assert torch.isfinite(net(images(2), route)).all()
 
 
 def test_what_is_protected_stays_whole():
@@ -441,7 +466,8 @@ def test_outputs_that_are_no_class_logits_are_refused(answer, message):
 def test_several_tensors_cross_a_gate(tmp_path):
     """In the engine, from a package, for images of two sizes."""
     model = trained("branches")
-    made = decisive(convert(model, images(), other_sizes=[(20, 20)], gate_at=["stems"]))
+    others = [(20, 20), (8, 32)]
+    made = decisive(convert(model, images(), other_sizes=others, gate_at=["stems"]))
     assert made.spec.cut_axes[0] == ((-1, 0, 16 * 16 * 16, 1), (-1, 0, 16 * 8 * 8, 1))
     pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
     checkpoint = read(save(tmp_path / "net.safetensors", Checkpoint(net=made, preprocessing=pre)))
@@ -451,6 +477,8 @@ def test_several_tensors_cross_a_gate(tmp_path):
         rows = [net(x[i : i + 1], net.spec.routes[k])[0] for i, k in enumerate(chosen)]
         twin, large = net.at_size(20, 20), images(3, seed=8, side=20)
         assert torch.allclose(twin(large, net.spec.largest), model(large), rtol=1e-4, atol=1e-5)
+        back = twin.at_size(8, 32).at_size(16, 16)
+        assert torch.allclose(back(x, net.spec.largest), model(x), rtol=1e-4, atol=1e-5)
     assert len(set(chosen)) > 1
     export_package(checkpoint, tmp_path / "package")
     for engine in (

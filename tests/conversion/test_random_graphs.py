@@ -98,9 +98,10 @@ def test_a_random_network_is_one_network(seed):
         model(x)
     widths = random.Random(seed).choice([(0.25, 0.5, 1.0), (0.5, 1.0), (0.3, 0.6, 0.8, 1.0)])
     conversion = Conversion(model.eval(), x[:2], widths)
-    if seed % 2:  # two gates anywhere, also where several tensors cross
-        places = list(conversion.crossing)
-        cuts = [node.name for node in random.Random(seed).sample(places[2:-2], 2)]
+    if seed % 2:  # several gates anywhere, also where several tensors cross
+        places = list(conversion.crossing)[2:-2]
+        count = 2 if seed % 4 == 1 else 4
+        cuts = [node.name for node in random.Random(seed).sample(places, count)]
         conversion = Conversion(model, x[:2], widths, cuts=cuts)
     net = conversion.net([x])  # compares with the model at full width
     assert conversion.error <= 1e-5

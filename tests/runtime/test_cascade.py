@@ -238,7 +238,7 @@ def test_two_sizes_of_one_network_in_the_order_of_their_cost():
 
 @for_backends("eager", "onnxruntime", "openvino")
 @pytest.mark.parametrize("with_others", [False, True])
-def test_routes_of_one_network_share_their_trunk(backend, with_others, tmp_path):
+def test_routes_of_one_network_share_their_trunk(backend, with_others, tmp_path, capsys):
     _, zoo, large = _rungs()
     spec = zoo.net.spec
     routes = (spec.smallest, spec.routes[1], spec.widest_choice)
@@ -258,6 +258,8 @@ def test_routes_of_one_network_share_their_trunk(backend, with_others, tmp_path)
         assert_rows_close(expected[3], large_alone)
         assert_rows_close(expected[2], zoo_alone)
     export_package(made, tmp_path / "package")
+    shown = run_ok(capsys, "info", tmp_path / "package")
+    assert "rungs 1, 2, 3 share a trunk of " in shown
     taus = [float(np.median(margins(logits.detach().numpy()))) for logits in expected[:2]]
     engines = [Engine(made, backend=backend, workers=1, cache_dir=None)]
     if backend != "eager":
@@ -277,6 +279,18 @@ def test_routes_of_one_network_share_their_trunk(backend, with_others, tmp_path)
             assert_rows_close(out.logits, rows)
             assert out.madds.tolist() == [trunk.madds + behind[n] for n in went.tolist()]
         assert {0, 1, 2} <= reached
+
+
+def test_a_trunk_is_that_of_the_rungs_whatever_becomes_of_their_network():
+    _, zoo, _ = _rungs()
+    made, x = cascade([(zoo, zoo.net.spec.smallest), zoo]), torch.randn(3, 3, 24, 24)
+    with torch.no_grad():
+        expected = zoo.net(x, zoo.net.spec.widest_choice)
+        for weight in zoo.net.train().parameters():
+            weight.zero_()
+    assert_rows_close(
+        Engine(made, backend="eager", cache_dir=None)(x, escalate=1.1).logits, expected
+    )
 
 
 def test_a_trunk_is_shared_only_where_it_saves():
