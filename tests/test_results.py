@@ -343,6 +343,21 @@ def test_learning_rates_are_those_that_the_held_out_images_chose():
     assert plan.best_rate("cifar10", "another way") == 0.2
 
 
+def test_an_average_of_another_decay_is_used_where_the_held_out_images_chose_it():
+    tried = plan.tried_rates("quick")
+    ways = ["both", *(way for way in plan.DECAYS if way.startswith("both_ema"))]
+    means = {
+        (way, rate): np.mean(top1)
+        for way in ways
+        for rate, top1 in tried[way].items()
+        if len(top1) == 3
+    }
+    chosen = plan.best_settings("quick", ways)
+    assert means[chosen] == max(means.values())
+    recipe = next(job.recipe for job in plan.jobs_of("quick", None, (0,), ["both"]))
+    assert (recipe.ema_decay, recipe.optim.lr) == (plan.DECAYS[chosen[0]]["ema_decay"], chosen[1])
+
+
 def test_the_recipe_that_ships_is_the_one_that_is_measured():
     shipped = plan.cifar10(None, 0, epochs=None)
     (longer, *_) = plan.longer(None, [0])
