@@ -11,7 +11,7 @@ import ctypes
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 LARGE: Final = 1 << 25
 """Bytes of the largest tensor that glibc keeps memory for."""
@@ -40,7 +40,7 @@ class FreedMemory:
             if self.limit is None:
                 self.limit = 0
                 self.limit = _keep(_available() // self.processes)
-            elif self.limit and _resident() > self.limit:
+            elif self.limit and process_bytes("resident") > self.limit:
                 ctypes.CDLL(None).malloc_trim(0)
 
 
@@ -55,9 +55,14 @@ def _keep(available: int) -> int:
     return 2 * taken if never and library.mallopt(_M_MMAP_MAX, 0) else 0
 
 
-def _resident() -> int:
-    """Bytes that this process has in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def process_bytes(kind: Literal["address space", "resident"]) -> int:
+    """Bytes of this process's address space, or of what of it is in memory.
+
+    Raises:
+        OSError: where /proc is missing.
+    """
+    pages = Path("/proc/self/statm").read_text().split()
+    return int(pages[kind == "resident"]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _available() -> int:

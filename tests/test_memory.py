@@ -28,9 +28,9 @@ faults()
 print(before, faults(), short.limit, memory.limit)
 big = torch.ones(memory.limit // 4 + (1 << 26))
 del big
-above = _memory._resident()
+above = _memory.process_bytes("resident")
 memory.after_step()
-print(above, _memory._resident())
+print(above, _memory.process_bytes("resident"))
 """
 
 

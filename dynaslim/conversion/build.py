@@ -145,20 +145,11 @@ class Conversion:
         live = [self.captured.image]
         for number, node in enumerate(nodes):
             live = [n for n in (*live, node) if last.get(n, -1) > number]
+            if live[-1:] != [node] or len(live) > MOST_TENSORS:
+                continue
             values = [self.analysis.values.get(n) for n in live]
-            # one row of each for a row of the batch
-            rows = [
-                len(v.shape)
-                if isinstance(v, Value) and v.rows[0] == 1 and not any(v.rows[1:])
-                else 0
-                for v in values
-            ]
-            if (
-                live[-1:] == [node]
-                and rows[-1] in (3, 4)
-                and all(rows)
-                and len(rows) <= MOST_TENSORS
-            ):
+            by_rows = all(isinstance(v, Value) and v.has_batch_axis for v in values)
+            if by_rows and len(shape_of(node)) in (3, 4):
                 found[node] = tuple(live)
         return found
 

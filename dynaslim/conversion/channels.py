@@ -108,6 +108,11 @@ class Value:
         return varying[0] if varying else None
 
     @property
+    def has_batch_axis(self) -> bool:
+        """Whether its first axis is the rows of the batch, and no other has any."""
+        return self.rows[:1] == (1,) and not any(self.rows[1:])
+
+    @property
     def axis_of_channels(self) -> int:
         """The axis of channels, of which there may be none that differ: of an image (B, C, H, W) or
         (B, H, W, C), of tokens (B, tokens, C), of features (B, C).

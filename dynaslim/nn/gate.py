@@ -84,9 +84,9 @@ class Gate(nn.Module):
     def forward(
         self, x_BCHW: Tensor, seen_BCHW: Tensor | None = None, *, decide: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The scaled features and, if asked to `decide`, the slimming logits (B, K).
+        """The scaled features, and with `decide` the slimming logits (B, K).
 
-        They are those of `seen_BCHW`, where the gate reads other features than it scales.
+        The hidden layer reads `seen_BCHW`, or the features themselves if that is None.
         """
         if self.expand_weight is None and not decide:
             return x_BCHW, None

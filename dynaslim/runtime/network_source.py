@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import threading
+from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,23 +62,28 @@ class NetworkSource:
 
     def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
         """As `VariantSource.module`."""
-        with self._lock:  # variants share weights, those of one type
-            shared = self._shared.setdefault(dtype, {})
-            if isinstance(variant, RouteVariant):
-                return extract(self._net, variant.route, shared=shared).to(dtype)
-            return extract_segment(self._net, *variant, shared=shared).to(dtype)
+        if isinstance(variant, RouteVariant):
+            return self._extracted(extract, variant.route, dtype=dtype)
+        return self._extracted(extract_segment, *variant, dtype=dtype)
 
     def trunk(self) -> nn.Module:
         """Segment 0 without its gate's logits."""
-        with self._lock:
-            shared = self._shared.setdefault(torch.float32, {})
-            return extract_segment(self._net, 0, 0, 0, decide=False, shared=shared)
+        return self._extracted(extract_segment, 0, 0, 0, decide=False)
 
     def tail(self, route: Route) -> nn.Module:
         """What is behind segment 0 along a route."""
-        with self._lock:
-            shared = self._shared.setdefault(torch.float32, {})
-            return extract(self._net, route, behind_trunk=True, shared=shared)
+        return self._extracted(extract, route, behind_trunk=True)
+
+    def _extracted(
+        self,
+        cut_out: Callable[..., nn.Module],
+        *args: Any,
+        dtype: torch.dtype = torch.float32,
+        **named: Any,
+    ) -> nn.Module:
+        with self._lock:  # modules share weights, those of one type
+            shared = self._shared.setdefault(dtype, {})
+            return cut_out(self._net, *args, shared=shared, **named).to(dtype)
 
     def onnx(self, variant: Variant) -> bytes:
         """As `VariantSource.onnx`."""

@@ -25,6 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
+from dynaslim._memory import process_bytes
 from dynaslim.data.decode import decode_image, jpeg_scale
 from dynaslim.data.skipped import CorruptImageError
 from dynaslim.preprocessing import Preprocessing
@@ -323,7 +324,9 @@ class _Process:
 def main() -> None:
     """Decode images from the pipe until the server closes it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the server ends this one
-    start = _address_space()
+    start = 0
+    with suppress(OSError):  # /proc is missing
+        start = process_bytes("address space")
     with Connection(int(sys.argv[1])) as connection, suppress(EOFError, OSError):
         while True:
             memory, how = json.loads(connection.recv_bytes())
@@ -340,15 +343,6 @@ def _decoded(content: bytes, preprocessing: Preprocessing) -> bytes:
         if isinstance(error.__context__, MemoryError):
             return _NO_MEMORY
         return _DAMAGED + error.reason.encode("utf-8", "replace")
-
-
-def _address_space() -> int:
-    """Bytes of this process's address space; 0 where /proc is missing."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:
-        return 0
 
 
 def _limit_address_space(most: int) -> None:

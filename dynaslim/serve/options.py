@@ -167,7 +167,7 @@ class ProcessOptions:
     workers: int | None = None
     """Cores that a batch runs on. Default: all."""
     drain_s: float = 30.0
-    """Seconds to answer what was accepted when the server is told to stop."""
+    """Seconds that accepted requests have to finish in after the server gets a stop signal."""
     no_cache: bool = False
     """Keep no compiled programs on disk, and read none."""
 

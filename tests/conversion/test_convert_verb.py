@@ -37,13 +37,13 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
     data = write_parquet(tmp_path / "data", bright_pngs(120), 4, split="train")
     converted = tmp_path / "converted.safetensors"
     argv = ["convert", model, converted, "--image-size", 16, "--data", data, "--json"]
-    told = json.loads(run_ok(capsys, *argv))
-    assert told["sorted_by"] == "activation"
-    assert told["relative_error"] < 1e-5
-    (place,) = told["gates_behind"]  # as --gate-at takes it
+    result = json.loads(run_ok(capsys, *argv))
+    assert result["sorted_by"] == "activation"
+    assert result["relative_error"] < 1e-5
+    (place,) = result["gates_behind"]  # as --gate-at takes it
     again = ["convert", model, tmp_path / "again.safetensors", "--image-size", 16, "--json"]
     assert json.loads(run_ok(capsys, *again, "--gate-at", place))["gates_behind"] == [place]
-    assert [route["widths"] for route in told["routes"]] == [[100, p] for p in (25, 50, 75, 100)]
+    assert [route["widths"] for route in result["routes"]] == [[100, p] for p in (25, 50, 75, 100)]
 
     shown = run_ok(capsys, "info", converted)
     assert "make, converted" in shown
@@ -106,13 +106,13 @@ def test_weights_that_do_not_fit_are_named(model, tmp_path, capsys):
     file, out = tmp_path / "weights.pth", tmp_path / "out.safetensors"
     torch.save({"0.0.weight": torch.zeros(16, 3, 3, 1), "other": torch.zeros(3)}, file)
     assert cli.run(["convert", model, str(out), "--weights", str(file), "--json"]) == 2
-    told, err = capsys.readouterr()
+    result, err = capsys.readouterr()
     assert "missing 0.1.bias" in err
     assert "unexpected other" in err
-    told = json.loads(told)
-    assert told["error"] in err
-    assert (told["unexpected"], told["other_shape"]) == (["other"], ["0.0.weight"])
-    assert len(told["missing"]) == 25
+    result = json.loads(result)
+    assert result["error"] in err
+    assert (result["unexpected"], result["other_shape"]) == (["other"], ["0.0.weight"])
+    assert len(result["missing"]) == 25
 
 
 def test_a_refusal_is_data(tmp_path, capsys):
@@ -135,9 +135,9 @@ def test_a_refusal_is_data(tmp_path, capsys):
 def test_a_network_of_several_sizes(model, tmp_path, capsys):
     out = tmp_path / "out.safetensors"
     argv = ["convert", model, out, "--image-size", 16, "--other-sizes", "24,32", "--json"]
-    told = json.loads(run_ok(capsys, *argv, "--importance", "weight"))
-    assert told["other_sizes_px"] == [24, 32]
-    assert told["sorted_by"] == "weight"
+    result = json.loads(run_ok(capsys, *argv, "--importance", "weight"))
+    assert result["other_sizes_px"] == [24, 32]
+    assert result["sorted_by"] == "weight"
     assert dynaslim.read(out).net.at_size(24, 24).spec.usual_image_size == 24
 
 
