@@ -199,11 +199,11 @@ def _taught(
     seeds: Sequence[int],
     epochs: int | None = EPOCHS,
 ) -> list[Job]:
-    """Supernets of the recipe taught in a way at that way's own rate, and their gates."""
+    """Supernets of the recipe taught in a way at that way's own rate and decay, and their gates."""
     jobs = []
     for seed in seeds:
-        recipe = replace(cifar10(folder, seed, epochs), **UNTAUGHT | TEACHING[way])
-        jobs += _supernet_and_gates(experiment, at_rate(recipe, best_rate("cifar10", way)))
+        recipe = at_best("cifar10", cifar10(folder, seed, epochs), way)
+        jobs += _supernet_and_gates(experiment, recipe)
     return jobs
 
 
@@ -226,7 +226,8 @@ def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
     return _targets("quick", mini, seeds)
 
 
-UNTAUGHT: Final[dict[str, Any]] = {"label_weight": 0.0, "label_warmup": 0.0}
+UNTAUGHT: Final[dict[str, Any]] = {"label_weight": 0.0, "label_warmup": 0.0, "ema_decay": 0.997}
+"""Fields of the teaching where a way does not set them."""
 TEACHING: Final[dict[str, dict[str, Any]]] = {
     "labels": {"target": "labels"},
     "ensemble": {"target": "ensemble"},
@@ -237,12 +238,9 @@ TEACHING: Final[dict[str, dict[str, Any]]] = {
 }
 """What the sub-networks of a supernet learn: `ensemble` is the paper's way, `both` adds the labels,
 `handover` goes from the labels over to the teacher."""
-DECAYS: Final[dict[str, dict[str, Any]]] = {
-    f"{way}_ema{decay:g}": {**TEACHING[way], "ema_decay": decay}
-    for way in ("both", "ensemble")
-    for decay in (0.8, 0.9)
-}
-"""With another decay of the averaged network: a short training needs a teacher of short memory."""
+DECAYS: Final = {"quick": (0.8, 0.9), "cifar10": (0.98,)}
+"""By experiment, decays of the averaged network that are tried instead of the recipe's: a short
+training needs a teacher of short memory."""
 RECIPE: Final = "both"
 """How the networks of the recipe that ships are taught."""
 RATES: Final = (0.1, 0.2, 0.4)
@@ -271,6 +269,23 @@ def best_rate(experiment: str, variant: str) -> float:
     return best_settings(experiment, (variant,))[1]
 
 
+def ways_of(experiment: str) -> dict[str, dict[str, Any]]:
+    """Ways of teaching, those by an average with every decay that an experiment tries."""
+    return TEACHING | {
+        f"{way}_ema{decay:g}": {**TEACHING[way], "ema_decay": decay}
+        for way in ("both", "ensemble")
+        for decay in DECAYS.get(experiment, ())
+    }
+
+
+def at_best(experiment: str, recipe: SupernetRecipe, way: str) -> SupernetRecipe:
+    """The recipe taught in a way, at the decay and rate that held-out images chose for it."""
+    ways = ways_of(experiment)
+    others = [other for other in ways if other.startswith(f"{way}_ema")]
+    chosen, rate = best_settings(experiment, (way, *others))
+    return replace(at_rate(recipe, rate), **UNTAUGHT | ways[chosen])
+
+
 def best_settings(experiment: str, variants: Sequence[str]) -> tuple[str, float]:
     """Of several variants the one that held-out images chose, and its learning rate."""
     tried = tried_rates(experiment)
@@ -284,7 +299,7 @@ def best_settings(experiment: str, variants: Sequence[str]) -> tuple[str, float]
 
 def rates_quick(_: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES) -> list[Job]:
     """Every way of teaching at every rate on the images that ship."""
-    return _rates("rates_quick", [mini(seed) for seed in seeds], TEACHING | DECAYS, rates)
+    return _rates("rates_quick", [mini(seed) for seed in seeds], ways_of("quick"), rates)
 
 
 def rates_targets(
@@ -299,7 +314,8 @@ def rates_cifar10(
 ) -> list[Job]:
     """Ways of teaching and networks trained alone on CIFAR-10; the first seed only."""
     recipe = cifar10(folder, seeds[0])
-    ways = {way: TEACHING[way] for way in ("both", "labels", "ensemble", "distillation")}
+    left_out = ("bootstrap", "handover")
+    ways = {way: fields for way, fields in ways_of("cifar10").items() if way not in left_out}
     return _rates("rates_cifar10", [recipe], ways, rates) + [
         _static("rates_cifar10", f"static{k}_lr{lr:g}", recipe, k, lr)
         for lr in rates
@@ -333,20 +349,11 @@ def at_rate(recipe: SupernetRecipe, lr: float) -> SupernetRecipe:
 def _targets(
     experiment: str, recipe: Callable[[int], SupernetRecipe], seeds: Sequence[int]
 ) -> list[Job]:
-    jobs = []
-    for variant in TEACHING:
-        others = [way for way in DECAYS if way.startswith(f"{variant}_ema")]
-        way, rate = best_settings(experiment, (variant, *others))
-        fields = (TEACHING | DECAYS)[way]
-        jobs += [
-            Job(
-                Cell(experiment, variant, seed),
-                "supernet",
-                replace(at_rate(recipe(seed), rate), **UNTAUGHT | fields),
-            )
-            for seed in seeds
-        ]
-    return jobs
+    return [
+        Job(Cell(experiment, way, seed), "supernet", at_best(experiment, recipe(seed), way))
+        for way in TEACHING
+        for seed in seeds
+    ]
 
 
 GATES: Final[dict[str, dict[str, Any]]] = {

@@ -345,7 +345,7 @@ def test_learning_rates_are_those_that_the_held_out_images_chose():
 
 def test_an_average_of_another_decay_is_used_where_the_held_out_images_chose_it():
     tried = plan.tried_rates("quick")
-    ways = ["both", *(way for way in plan.DECAYS if way.startswith("both_ema"))]
+    ways = [way for way in plan.ways_of("quick") if way.split("_")[0] == "both"]
     means = {
         (way, rate): np.mean(top1)
         for way in ways
@@ -355,7 +355,10 @@ def test_an_average_of_another_decay_is_used_where_the_held_out_images_chose_it(
     chosen = plan.best_settings("quick", ways)
     assert means[chosen] == max(means.values())
     recipe = next(job.recipe for job in plan.jobs_of("quick", None, (0,), ["both"]))
-    assert (recipe.ema_decay, recipe.optim.lr) == (plan.DECAYS[chosen[0]]["ema_decay"], chosen[1])
+    assert (recipe.ema_decay, recipe.optim.lr) == (
+        plan.ways_of("quick")[chosen[0]]["ema_decay"],
+        chosen[1],
+    )
 
 
 def test_the_recipe_that_ships_is_the_one_that_is_measured():
