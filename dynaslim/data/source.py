@@ -186,6 +186,9 @@ def open_source(path: str | Path, split: str = "test", *, streaming: bool = Fals
     """
     name, local = str(path), Path(path)
     datasets.disable_progress_bars()
+    if datasets.config.PYARROW_VERSION.major > 24:
+        # older ones need it: seconds of waiting for their threads after each pass over a stream
+        datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     tables = tables_of(local) if local.exists() else {}
     if tables:
         chosen = pick_split(name, split, list(tables))
