@@ -17,8 +17,8 @@ trial: $(READY)  ## the package, built and tried as a user and an attacker would
 
 # heads are fitted on arrays of megabytes: kept by the process rather than given back and faulted in
 # again each time, that takes 3 minutes a seed instead of more than 14
-JUDGED := headline labels ensemble longer longer_labels targets gates quick
-RESULTS := rates_quick rates_targets rates_cifar10 $(JUDGED) distillation
+JUDGED := headline labels ensemble sgs longer longer_labels quick
+RESULTS := rates_quick rates_cifar10 $(JUDGED) distillation
 results: export MALLOC_MMAP_THRESHOLD_ = 2147483648
 results: export MALLOC_TRIM_THRESHOLD_ = 8589934592
 results: $(READY)  ## all numbers of docs/results.md anew; DATA=FOLDER has the images, else the hub (5 hours on 2 cores)
@@ -26,9 +26,9 @@ results: $(READY)  ## all numbers of docs/results.md anew; DATA=FOLDER has the i
 	$(BIN)/python -m results.run $(JUDGED) --judge $(FROM)
 	$(BIN)/python -m results.run $(JUDGED) --judge --test $(FROM)
 	$(BIN)/python -m results.measure_ms $(FROM)
-	$(BIN)/python -m results.run gates_ms --jobs 2 $(FROM)
-	$(BIN)/python -m results.run gates_ms --judge $(FROM)
-	$(BIN)/python -m results.run gates_ms --judge --test $(FROM)
+	$(BIN)/python -m results.run gates --jobs 2 $(FROM)
+	$(BIN)/python -m results.run gates --judge $(FROM)
+	$(BIN)/python -m results.run gates --judge --test $(FROM)
 	$(BIN)/python -m results.table
 
 results-gpu: $(READY)  ## Imagenette too, on a machine with a GPU (its part takes minutes there)

@@ -158,44 +158,25 @@ def _gated(judging: Table) -> dict[str, Any]:
     }
 
 
-# -- Fashion-MNIST ---------------------------------------------------------------------------------
-
-
-def targets(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """Top-1 of the routes by what they learnt."""
-    return _targets("targets", plan.fashion(folder, seed), seed, test)
+# -- ablations -------------------------------------------------------------------------------------
 
 
 def quick(_: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """The same on the images that ship."""
-    return _targets("quick", plan.mini(seed), seed, test)
-
-
-def _targets(experiment: str, recipe: SupernetRecipe, seed: int, test: bool) -> dict[str, Any]:
+    """Top-1 of the routes by what they learnt, on the images that ship."""
     found = {}
     for target in plan.TEACHING:
-        cell = Cell(experiment, target, seed)
+        cell = Cell("quick", target, seed)
         if _is_trained(cell):
-            found[target] = pair_of(cell, recipe, test)[1].top1_R
+            found[target] = pair_of(cell, plan.mini(seed), test)[1].top1_R
     return {"top1": found}
 
 
 def gates(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """Objectives of the gate, features that it could read, and every way to spend compute."""
-    recipe = plan.fashion(folder, seed)
-    supernet = Cell("targets", "ensemble", seed)
+    """Features that a gate could read; gates trained on multiply-adds and on milliseconds."""
+    supernet, recipe = Cell("headline", "supernet", seed), plan.cifar10(folder, seed)
     pair = pair_of(supernet, recipe, test)
-    expected = Cell("gates", "expected", seed)
-    middle = f"gate_{plan.TARGETS[1]:.2f}.safetensors"
-    found = compare(*_with_gate(pair, expected.run / middle))
-    found["objectives"] = {
-        variant: _gate_rows(pair, Cell("gates", variant, seed))
-        for variant in plan.GATES
-        if Cell("gates", variant, seed).run.exists()
-    }
     train = table_of(supernet, recipe, "train")
-    found["features"] = features(train, *pair)
-    return found
+    return {"features": features(train, *pair), **_by_ms(pair, seed)}
 
 
 def features(train: Table, choosing: Table, judging: Table) -> dict[str, list[dict[str, Any]]]:
@@ -230,21 +211,16 @@ def _features(table: Table, name: str) -> Any:
     return np.concatenate([table.mean_NF, table.deviation_NF], 1)
 
 
-# -- by milliseconds -------------------------------------------------------------------------------
-
-
-def gates_ms(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
+def _by_ms(pair: Pair, seed: int) -> dict[str, Any]:
     """Gates trained on multiply-adds and on milliseconds, both judged by milliseconds."""
-    recipe = plan.fashion(folder, seed)
-    pair = pair_of(Cell("targets", "ensemble", seed), recipe, test)
     spec, side = pair[0].spec, pair[0].image_size_px
     table = read_cost_table(HERE.parent / plan.LATENCY, spec, image_size=side)
     ms = [table.route_cost((k,)) for k in range(len(pair[1].costs_R))]
-    found: dict[str, Any] = {"ms": ms, "top1": pair[1].top1_R, "trained_on": {}}
-    for name, experiment in (("madds", "gates"), ("ms", "gates_ms")):
+    found: dict[str, Any] = {"ms": ms, "trained_on": {}}
+    cells = {"madds": Cell("headline", "gates", seed), "ms": Cell("gates", "ms", seed)}
+    for name, cell in cells.items():
         rows = []
-        gate_files = Cell(experiment, "expected", seed).run.glob("gate_*.safetensors")
-        for file in sorted(gate_files):
+        for file in sorted(cell.run.glob("gate_*.safetensors")):
             judging = _with_gate(pair, file)[1]
             option_N = judging.gate_logits_NR.argmax(1)
             got = policies.gated(judging.correct_NR, ms, option_N)
@@ -270,10 +246,8 @@ JUDGED: Final[Mapping[str, Any]] = {
     "longer": partial(_trained_on, "longer"),
     "longer_labels": partial(_trained_on, "longer_labels"),
     "imagenette": imagenette,
-    "targets": targets,
     "quick": quick,
     "gates": gates,
-    "gates_ms": gates_ms,
 }
 
 

@@ -45,7 +45,7 @@ EXPERIMENTS: Final = tuple(BATCHES)
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m results.measure_ms", description=__doc__)
-    parser.add_argument("--data", help="folder with cifar10, fashion_mnist, ...; else the hub")
+    parser.add_argument("--data", help="folder with cifar10, imagenette; else the hub")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--only", default=",".join((*SUPERNETS, "tables")), help="or imagenette")
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_tables(folder: str | None, seed: int) -> None:
     """Milliseconds of every segment of the network of the gate ablation."""
-    cell, recipe = Cell("targets", "ensemble", seed), plan.fashion(folder, seed)
+    cell, recipe = Cell("headline", "supernet", seed), plan.cifar10(folder, seed)
     # the backend that routes pictures of this size fastest
     engine = Engine.from_checkpoint(cell.run / "last.safetensors", backend="onnxruntime")
     note = {"backend": engine.backend, **hardware()}

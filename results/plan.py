@@ -6,7 +6,7 @@ compared with: same images, epochs, optimizer and averaging; one width, the labe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -18,7 +18,6 @@ from dynaslim.errors import UsageError
 from dynaslim.recipes import (
     AugmentRecipe,
     DataRecipe,
-    ExpectedRecipe,
     GateRecipe,
     OptimRecipe,
     SgsRecipe,
@@ -35,12 +34,11 @@ TARGETS: Final = (0.35, 0.5, 0.7)
 """Mean costs that gates are trained for, as shares of the widest route's."""
 HUB: Final = {
     "cifar10": "uoft-cs/cifar10",
-    "fashion_mnist": "zalando-datasets/fashion_mnist",
     "imagenette": "frgfm/imagenette",
 }
 """Where the images come from unless a folder is given."""
 SMALL: Final = "results/nets/resnet8_small.yaml"
-LATENCY: Final = "results/latency/resnet8_small.json"
+LATENCY: Final = "results/latency/ds_resnet8_cifar.json"
 
 
 @dataclass(frozen=True)
@@ -90,22 +88,17 @@ def cifar10(folder: str | None, seed: int, epochs: int | None = EPOCHS) -> Super
     return replace(recipe, seed=seed, data=data, epochs=epochs or recipe.epochs)
 
 
-def fashion(folder: str | None, seed: int) -> SupernetRecipe:
-    """Two minutes on one core."""
+def mini(seed: int) -> SupernetRecipe:
+    """A minute and a half on two cores; the images ship with the package."""
     return SupernetRecipe(
         model=SMALL,
-        epochs=2,
+        epochs=5,
         bf16=True,
         seed=seed,
         optim=OptimRecipe(lr=0.2, weight_decay=5e-4),
-        data=_data(folder, "fashion_mnist", image_size_px=28),
+        data=DataRecipe(path=str(MINI), image_size_px=28),
         augment=AugmentRecipe(shift_px=2),
     )
-
-
-def mini(seed: int) -> SupernetRecipe:
-    """A minute and a half on two cores; the images ship with the package."""
-    return replace(fashion(None, seed), epochs=5, data=DataRecipe(path=str(MINI), image_size_px=28))
 
 
 def gate(supernet: SupernetRecipe, **fields: Any) -> GateRecipe:
@@ -216,14 +209,13 @@ def _supernet_and_gates(experiment: str, recipe: SupernetRecipe) -> list[Job]:
     ]
 
 
-def targets(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """Fashion-MNIST: what the sub-networks of a supernet learn."""
-    return _targets("targets", lambda seed: fashion(folder, seed), seeds)
-
-
 def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
-    """The same on the images that ship with the package, to be repeated by anyone."""
-    return _targets("quick", mini, seeds)
+    """What the sub-networks learn, on the images that ship: to be repeated by anyone."""
+    return [
+        Job(Cell("quick", way, seed), "supernet", at_best("quick", mini(seed), way))
+        for way in TEACHING
+        for seed in seeds
+    ]
 
 
 UNTAUGHT: Final[dict[str, Any]] = {"label_weight": 0.0, "label_warmup": 0.0, "ema_decay": 0.997}
@@ -302,13 +294,6 @@ def rates_quick(_: str | None, seeds: Sequence[int], rates: Sequence[float] = RA
     return _rates("rates_quick", [mini(seed) for seed in seeds], ways_of("quick"), rates)
 
 
-def rates_targets(
-    folder: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES
-) -> list[Job]:
-    """The same on Fashion-MNIST; the first seed only."""
-    return _rates("rates_targets", [fashion(folder, seeds[0])], TEACHING, rates)
-
-
 def rates_cifar10(
     folder: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES
 ) -> list[Job]:
@@ -346,53 +331,14 @@ def at_rate(recipe: SupernetRecipe, lr: float) -> SupernetRecipe:
     return replace(recipe, optim=replace(recipe.optim, lr=lr))
 
 
-def _targets(
-    experiment: str, recipe: Callable[[int], SupernetRecipe], seeds: Sequence[int]
-) -> list[Job]:
-    return [
-        Job(Cell(experiment, way, seed), "supernet", at_best(experiment, recipe(seed), way))
-        for way in TEACHING
-        for seed in seeds
-    ]
-
-
-GATES: Final[dict[str, dict[str, Any]]] = {
-    "expected": {},
-    "sgs_paper": {"objective": "sgs", "targets": ()},
-    "sgs_try_best": {"objective": "sgs"},
-    "sgs_balanced": {
-        "objective": "sgs",
-        "sgs": SGS["balanced"],
-    },
-    "sgs_give_up": {"objective": "sgs", "sgs": SgsRecipe(hard="give_up")},
-    "sgs_no_gumbel": {"objective": "sgs", "sgs": SgsRecipe(gumbel=False)},
-    "both": {"expected": ExpectedRecipe(sgs_weight=0.2)},
-}
-"""Objectives of the gate; `sgs_paper` has the paper's weights and scale of the cost."""
-
-
 def gates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """Fashion-MNIST: what the gate minimises, on the supernets of `targets`."""
+    """CIFAR-10: the gates of `headline`, trained on measured milliseconds: `measure_ms` first."""
     return [
         Job(
-            Cell("gates", variant, seed),
+            Cell("gates", "ms", seed),
             "gate",
-            gate(fashion(folder, seed), **{"epochs": 1, **fields}),
-            needs=Cell("targets", "ensemble", seed),
-        )
-        for seed in seeds
-        for variant, fields in GATES.items()
-    ]
-
-
-def gates_ms(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """The same gates, trained on measured milliseconds: `measure_ms` first."""
-    return [
-        Job(
-            Cell("gates_ms", "expected", seed),
-            "gate",
-            gate(fashion(folder, seed), cost_table=LATENCY),
-            needs=Cell("targets", "ensemble", seed),
+            gate(cifar10(folder, seed), cost_table=LATENCY),
+            needs=Cell("headline", "supernet", seed),
         )
         for seed in seeds
     ]
@@ -411,7 +357,6 @@ def imagenette(folder: str | None, seeds: Sequence[int]) -> list[Job]:
 
 SEARCHES: Final = {
     "rates_quick": rates_quick,
-    "rates_targets": rates_targets,
     "rates_cifar10": rates_cifar10,
 }
 """Searches of the learning rate."""
@@ -423,9 +368,7 @@ EXPERIMENTS: Final = {
     "sgs": sgs,
     "longer": longer,
     "longer_labels": longer_labels,
-    "targets": targets,
     "gates": gates,
-    "gates_ms": gates_ms,
     "quick": quick,
     **SEARCHES,
     "imagenette": imagenette,

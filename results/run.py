@@ -1,4 +1,4 @@
-"""Runs experiments: `python -m results.run headline targets gates --data FOLDER --jobs 2`.
+"""Runs experiments: `python -m results.run headline labels gates --data FOLDER --jobs 2`.
 
 Jobs whose cell is there are passed over, so the same line goes on after any interruption. With
 `--jobs 2` two networks are trained side by side on one core each, which is faster than one on two.
@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m results.run", description=__doc__)
     parser.add_argument("experiments", nargs="+", help=f"of {', '.join(EXPERIMENTS)}")
-    parser.add_argument("--data", help="folder with cifar10, fashion_mnist, ...; else the hub")
+    parser.add_argument("--data", help="folder with cifar10, imagenette; else the hub")
     parser.add_argument("--seeds", default="0,1,2", help="such as 0,1,2")
     parser.add_argument("--only", default="", help="variants, such as supernet,static0")
     parser.add_argument("--rates", default="0.1,0.2,0.4", help="learning rates that rates_... try")

@@ -266,25 +266,27 @@ def targets(name: str) -> dict[str, Any]:
 
 
 def gates() -> dict[str, Any]:
-    """Fashion-MNIST: ways, objectives and features."""
+    """What a gate can read; gates trained on multiply-adds and on milliseconds."""
     split, cells = compared("gates")
     if not cells:
         return {}
     first = next(iter(cells.values()))
-    found: dict[str, Any] = {
-        "split": split,
-        "images": first["images"],
-        "seeds": sorted(cells),
-        "shares": first["shares"],
-        "madds": first["madds"],
-        "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in range(len(first["madds"]))],
-        **_oracle(cells),
-        "ways": _ways(cells),
-        "main": MAIN,
+    found: dict[str, Any] = {"split": split, "seeds": sorted(cells), "trained_on": {}}
+    found["features"] = {
+        name: _gates([cell["features"][name] for cell in cells.values()])
+        for name in first["features"]
     }
-    for part in ("objectives", "features"):
-        names = [n for n in first[part] if all(n in cell[part] for cell in cells.values())]
-        found[part] = {n: _gates([cell[part][n] for cell in cells.values()]) for n in names}
+    for name in first["trained_on"]:
+        lists = [cell["trained_on"][name] for cell in cells.values()]
+        found["trained_on"][name] = [
+            {
+                "target": rows[0]["target"],
+                **{
+                    key: spread([r[key] for r in rows]) for key in ("share", "top1", "over_uniform")
+                },
+            }
+            for rows in zip(*lists, strict=True)
+        ]
     return found
 
 
@@ -297,25 +299,6 @@ def sgs() -> dict[str, Any]:
     return {"split": split, "seeds": sorted(cells), "ways": ways}
 
 
-def gates_ms() -> dict[str, Any]:
-    """Gates trained on multiply-adds and on milliseconds."""
-    split, cells = compared("gates_ms")
-    if not cells:
-        return {}
-    found: dict[str, Any] = {"split": split, "seeds": sorted(cells), "trained_on": {}}
-    for name in ("madds", "ms"):
-        lists = [cell["trained_on"][name] for cell in cells.values()]
-        found["trained_on"][name] = [
-            {
-                "target": rows[0]["target"],
-                **{k: spread([r[k] for r in rows]) for k in ("ms", "share", "top1")},
-                "over_uniform": spread([r["over_uniform"] for r in rows]),
-            }
-            for rows in zip(*lists, strict=True)
-        ]
-    return found
-
-
 def rates() -> dict[str, Any]:
     """Held-out top-1, mean over the routes, of every way of teaching at every learning rate."""
     return {
@@ -323,7 +306,7 @@ def rates() -> dict[str, Any]:
             way: {f"{rate:g}": spread(top1) for rate, top1 in sorted(values.items())}
             for way, values in tried.items()
         }
-        for name in ("cifar10", "targets", "quick")
+        for name in ("cifar10", "quick")
         if (tried := tried_rates(name))
     }
 

@@ -64,9 +64,7 @@ def make() -> dict[Path, bytes]:
         "cifar10_longer_labels": summaries.supernets("longer_labels"),
         "sgs": summaries.sgs(),
         "imagenette": summaries.supernets("imagenette"),
-        "targets": summaries.targets("targets"),
         "gates": summaries.gates(),
-        "gates_ms": summaries.gates_ms(),
         "rates": summaries.rates(),
         "quick": summaries.targets("quick"),
     }

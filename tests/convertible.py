@@ -210,6 +210,19 @@ class Windows(nn.Module):
             return x + self.out(x * mask)
 
 
+class Reordered(nn.Module):
+    """Columns and channels in an order that was learnt, as in CondenseNet."""
+
+    def __init__(self, width):
+        super().__init__()
+        order = torch.Generator().manual_seed(0)
+        self.register_buffer("columns", torch.randperm(8, generator=order))
+        self.register_buffer("channels", torch.randint(width, (width,), generator=order))
+
+    def forward(self, x):
+        return x.index_select(3, self.columns).index_select(1, self.channels)
+
+
 class Repeated(nn.Module):
     """Means of an image, repeated for each of its four windows, as in GCViT."""
 
@@ -293,6 +306,7 @@ NETWORKS = {
     "folded": lambda: Plain(_conv(16, 48, stride=2), Folded(48), _conv(48, 48)),
     "cascade": lambda: Plain(_conv(16, 48, stride=2), Cascade(48), _conv(48, 48)),
     "windows": lambda: Plain(_conv(16, 48, stride=2), Windows(48), _conv(48, 48)),
+    "reordered": lambda: Plain(_conv(16, 48, stride=2), Reordered(48), _conv(48, 48)),
     "repeated": lambda: Plain(_conv(16, 48, stride=2), Repeated(48), _conv(48, 48)),
     "token": lambda: Plain(_conv(16, 48, stride=2), Token(48), _conv(48, 48)),
     "residual": lambda: Plain(_conv(16, 48, stride=2), Shortcut(48), Shortcut(48)),

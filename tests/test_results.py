@@ -13,7 +13,8 @@ from helpers import bright_pngs, lively_net, write_parquet
 
 import dynaslim
 from dynaslim.checkpoint import Checkpoint
-from dynaslim.cost import madds
+from dynaslim.cost import CostTable, madds
+from dynaslim.cost_file import write_cost_table
 from dynaslim.data import ImageDataset
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import UsageError
@@ -294,7 +295,7 @@ def test_heads_find_what_tells_the_routes_apart(monkeypatch, one_thread):
 def test_every_experiment_has_jobs_with_cells_of_their_own(experiment):
     jobs = plan.jobs_of(experiment, None, (0, 1, 2))
     assert len({str(job.cell) for job in jobs}) == len(jobs)
-    first_alone = experiment in ("rates_targets", "rates_cifar10")
+    first_alone = experiment == "rates_cifar10"
     assert {job.cell.seed for job in jobs} == ({0} if first_alone else {0, 1, 2})
     for job in jobs:
         assert job.recipe.seed == job.cell.seed
@@ -407,7 +408,7 @@ def toy(tmp_path, monkeypatch):
         )
 
     monkeypatch.setattr(plan, "cifar10", recipe)
-    monkeypatch.setattr(plan, "fashion", recipe)
+    monkeypatch.setattr(plan, "LATENCY", str(tmp_path / "latency.json"))
     monkeypatch.setattr(cells, "CELLS", tmp_path / "cells")
     monkeypatch.setattr(cells, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(judging, "RUNS", tmp_path / "runs")
@@ -439,21 +440,23 @@ def test_headline_from_training_to_cell(toy, one_thread, capsys):
     assert [g["target"] for g in found["test"]["gates"]] == list(plan.TARGETS)
 
 
-def test_gates_of_every_objective_and_feature(toy, one_thread, monkeypatch):
-    monkeypatch.setattr(plan, "GATES", {k: plan.GATES[k] for k in ("expected", "sgs_balanced")})
+def test_gates_by_milliseconds_and_of_every_feature(toy, one_thread, monkeypatch):
     monkeypatch.setattr(heads, "BISECTIONS", 1)
-    for job in plan.jobs_of("targets", None, [0], ["ensemble"]):
+    for job in plan.jobs_of("headline", None, [0], ["supernet", "gates"]):
         training.run(job)
-    for job in plan.jobs_of("gates", None, [0]):
-        training.run(job)
+    spec = dynaslim.read(cells.Cell("headline", "gates", 0).run / "gate_0.50.safetensors").net.spec
+    as_if_ms = replace(CostTable.from_madds(spec, 16), unit="ms")
+    write_cost_table(plan.LATENCY, as_if_ms, spec, 16)
+    (job,) = plan.jobs_of("gates", None, [0])
+    training.run(job)
     (compared,) = judging.judge("gates", None, [0], test=False)
     found = compared.read()["held_out"]
-    assert set(found["objectives"]) == {"expected", "sgs_balanced"}
     assert set(found["features"]) == {
         name + more for name in judging.FEATURES for more in ("", ", hidden layer")
     }
-    for rows in (*found["objectives"].values(), *found["features"].values()):
+    for rows in (*found["trained_on"].values(), *found["features"].values()):
         assert [row["target"] for row in rows] == list(plan.TARGETS)
+    assert set(found["trained_on"]) == {"madds", "ms"}
 
 
 def test_a_gate_without_its_supernet_says_so(toy):

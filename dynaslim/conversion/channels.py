@@ -58,7 +58,7 @@ MOVING: Final = frozenset(
     select narrow split split_with_sizes chunk unbind getitem cat concat concatenate stack
     expand expand_as repeat repeat_interleave roll flip pixel_shuffle pixel_unshuffle
     channel_shuffle unfold
-    movedim swapaxes view_as reshape_as index
+    movedim swapaxes view_as reshape_as index index_select
     """.split()  # noqa: SIM905
 )
 SPATIAL: Final = frozenset(
@@ -486,7 +486,7 @@ class Analysis:
         if value.axis is None:
             return
         dims = len(value.shape)
-        if kind in ("select", "unbind", "unfold"):
+        if kind in ("select", "unbind", "unfold", "index_select"):
             picked = given.get("dim", given.get("dimension", 0)) % dims == value.axis
         elif kind == "slice":
             along = given["dim"] % dims == value.axis
