@@ -1,9 +1,9 @@
 """Variants of a cascade: its trunk, and a network for every rung.
 
-A rung's variant takes the cascade's images, or behind a trunk its features, and the image where it
-needs it. It resizes them to the rung's size, normalises them as
-the rung expects, runs the network, and puts its classes in the cascade's order. All of that is
-within its torch module and its ONNX graph, so that every backend runs the same.
+A rung's variant takes the cascade's images, or what the trunk hands on. It resizes images to the
+rung's size, normalises them as the rung expects, runs the network, and puts its classes in the
+cascade's order. All of that is within its torch module and its ONNX graph, so that every backend
+runs the same.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ from dynaslim.runtime.onnx_graph import (
     FEATURES,
     GATE_LOGITS,
     INPUT,
-    IR_VERSION,
     LOGITS,
-    OPSET,
     to_onnx,
 )
 from dynaslim.runtime.variants import Precision, RouteVariant, Variant
@@ -335,45 +333,15 @@ class CascadeSource:
         """As `VariantSource.onnx`."""
         number, trunk = _rung_of(self.spec, variant), self.spec.trunk
         behind_trunk = self._behind_trunk(variant)
-        if trunk is not None and (number is None or (behind_trunk and number in trunk.rungs)):
-            row = self._image if number is None else (trunk.values, 1, 1)
+        if number is None or (trunk is not None and behind_trunk and number in trunk.rungs):
+            row = self._image if number is None or trunk is None else (trunk.values, 1, 1)
             outputs = (FEATURES, GATE_LOGITS) if number is None else (LOGITS,)
             module = copy.deepcopy(self.module(variant)).cpu()
             return to_onnx(module, torch.zeros(2, *row), outputs, variant.name, any_size=False)
-        model = self._trunk_model() if number is None else self._rung_model(number, behind_trunk)
+        model = self._rung_model(number, behind_trunk)
         require("onnx").checker.check_model(model)
         content: bytes = model.SerializeToString()
         return content
-
-    def _trunk_model(self) -> Any:
-        onnx, logits_K = require("onnx"), self._gate_logits
-        helper, floats = onnx.helper, onnx.TensorProto.FLOAT
-        image = ["batch", *self._image]
-        constants = {
-            "logits": logits_K[None],
-            "options": np.array([len(logits_K)], np.int64),
-        }
-        nodes = [
-            helper.make_node("Identity", [INPUT], [FEATURES], name="images"),
-            helper.make_node("Shape", [INPUT], ["rows"], name="rows", start=0, end=1),
-            helper.make_node("Concat", ["rows", "options"], ["shape"], name="shape", axis=0),
-            helper.make_node("Expand", ["logits", "shape"], [GATE_LOGITS], name="gate"),
-        ]
-        graph = helper.make_graph(
-            nodes,
-            "trunk",
-            [helper.make_tensor_value_info(INPUT, floats, image)],
-            [
-                helper.make_tensor_value_info(FEATURES, floats, image),
-                helper.make_tensor_value_info(GATE_LOGITS, floats, ["batch", len(logits_K)]),
-            ],
-            initializer=[onnx.numpy_helper.from_array(v, k) for k, v in constants.items()],
-        )
-        model = helper.make_model(
-            graph, opset_imports=[helper.make_opsetid("", OPSET)], producer_name="dynaslim"
-        )
-        model.ir_version = IR_VERSION
-        return model
 
     def _rung_model(self, number: int, behind_trunk: bool) -> Any:
         """The rung's model with the preparation of its images before it, and its classes' order.
