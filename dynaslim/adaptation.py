@@ -8,7 +8,7 @@
 3. `supernet`: stage I from those weights, taught by the original and by the labels.
 4. `gate`: a gate, and budgets measured on the images held out; `gate.safetensors` is the result.
    With several image sizes there are a supernet for each smaller one in its place, and `package`, a
-   cascade of the routes of all sizes that are worth their cost, with its budgets.
+   cascade of the original and the routes of all sizes that are worth their cost, with its budgets.
 5. `report.html`: the result beside the original.
 
 The trunk before the first gate keeps its weights: its features are computed once for a few views of
@@ -301,7 +301,7 @@ class _Adaptation:
         original = self._original()
         supernet = self._supernet(original)
         smaller = [self._at_size(side, original, supernet) for side in self.options.sides[:-1]]
-        result = self._cascade([*smaller, supernet]) if smaller else self._gate(supernet)
+        result = self._cascade([*smaller, supernet, original]) if smaller else self._gate(supernet)
         data, verdict = self._report(original, result)
         files = {
             "package" if smaller else "checkpoint": result,
@@ -396,23 +396,27 @@ class _Adaptation:
         )
         return self._trained(recipe, f"supernet_{side}")
 
-    def _cascade(self, supernets: list[Path]) -> Path:
-        """A package of the routes that are worth their cost, with budgets from held-out images."""
+    def _cascade(self, networks: list[Path]) -> Path:
+        """A package of the routes that are worth their cost, with budgets from held-out images.
+
+        The original is among them: its route costs as much as the widest of the largest size.
+        """
         result = self.out / PACKAGE
         if is_package(result):
             return result
         candidates = []
-        for path in supernets:
-            checkpoint = read(path)
-            for route in checkpoint.metrics["val"]["routes"]:
+        for checkpoint in map(read, networks):
+            # a network that had the classes already was not evaluated
+            for route in checkpoint.metrics.get("val", {}).get("routes", ()):
                 taken = Route(tuple(route["widths"]))
                 candidates.append((route["madds"], route["top1"], checkpoint, taken))
-        candidates.sort(key=lambda one: one[0])
-        rungs, best = [], -1.0
+        candidates.sort(key=lambda one: (one[0], -one[1]))
+        dearest = candidates[-1][0]
+        rungs, best, last = [], -1.0, 0
         for cost, top1, checkpoint, route in candidates:
-            if top1 > best or cost == candidates[-1][0]:  # the last is the original's twin
+            if top1 > best or cost == dearest > last:
                 rungs.append((checkpoint, route))
-                best = max(best, top1)
+                best, last = max(best, top1), cost
         check(len(rungs) > 1, "sizes: no route for smaller images costs less; leave them out")
         made = cascade(rungs, name=self.start.net.spec.name)
         curve = self._curve(made)
