@@ -192,11 +192,17 @@ def _taught(
     seeds: Sequence[int],
     epochs: int | None = EPOCHS,
 ) -> list[Job]:
-    """Supernets of the recipe taught in a way at that way's own rate and decay, and their gates."""
+    """Supernets of the recipe taught in a way at that way's own rate and decay, and their gates.
+
+    Decays were tried in few epochs: in all of them the recipe's own is used.
+    """
     jobs = []
     for seed in seeds:
-        recipe = at_best("cifar10", cifar10(folder, seed, epochs), way)
-        jobs += _supernet_and_gates(experiment, recipe)
+        recipe = cifar10(folder, seed, epochs)
+        best = at_best("cifar10", recipe, way)
+        if epochs is None:
+            best = replace(best, ema_decay=recipe.ema_decay)
+        jobs += _supernet_and_gates(experiment, best)
     return jobs
 
 
