@@ -26,7 +26,7 @@ from dynaslim.conversion.capture import (
 from dynaslim.conversion.channels import FIXED, NORMALISING, PASSED, POINTWISE, Analysis, Value
 from dynaslim.conversion.verify import refuse_at, verify_whole, verify_widths
 from dynaslim.cost import operation_madds
-from dynaslim.errors import UsageError, check
+from dynaslim.errors import UsageError, check, first_line
 from dynaslim.graph import (
     IMAGE,
     PACKED,
@@ -684,7 +684,7 @@ def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tens
                     raise refuse_at(
                         next(node for node in mine if node.name not in counted.done),
                         f"does not run at {spec.percents[choice]} % of the channels: "
-                        f"{str(error).splitlines()[0]}",
+                        f"{first_line(error)}",
                     ) from None
                 if segment < 2 or before == choice:  # as on the uniform routes
                     inputs[segment, choice] = out

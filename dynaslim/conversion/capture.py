@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from dynaslim.errors import ConversionError, UsageError, check
+from dynaslim.errors import ConversionError, UsageError, check, first_line
 
 CALL: Final = "call_function"
 BATCH: Final = 7
@@ -119,7 +119,7 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
             answer = model(example[:1])
     except Exception as error:  # whatever the user's code raises
         reason = f"does not run on an example of shape {tuple(example.shape)}"
-        raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
+        raise ConversionError(_module(model, error), "", f"{reason}: {first_line(error)}") from None
     outputs = Outputs.of(answer)
     x = example[:1].expand(BATCH, -1, -1, -1).contiguous()
     try:
@@ -129,12 +129,8 @@ def capture(model: nn.Module, example: Tensor) -> Captured:
         reason = "cannot be captured by torch.export"
         if "DataDependent" in type(error).__name__:
             reason = "which operations run depends on values of the image; it " + reason
-        raise ConversionError(_module(model, error), "", f"{reason}: {_first(error)}") from None
+        raise ConversionError(_module(model, error), "", f"{reason}: {first_line(error)}") from None
     return _flat(program, outputs)
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _module(model: nn.Module, error: Exception) -> str:

@@ -25,7 +25,7 @@ from dynaslim.conversion.capture import (
     shape_of,
     where,
 )
-from dynaslim.errors import ConversionError
+from dynaslim.errors import ConversionError, first_line
 
 FIXED: Final = 0
 """The label of what is never cut."""
@@ -257,8 +257,9 @@ class Analysis:
                 except ConversionError:
                     raise
                 except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-                    reason = str(error).partition("\n")[0]
-                    raise refuse(node, f"its channels cannot be followed: {reason}") from None
+                    raise refuse(
+                        node, f"its channels cannot be followed: {first_line(error)}"
+                    ) from None
         raise refuse(node, "not an operation that can be converted")
 
     def _rules(self) -> Sequence[tuple[frozenset[str], Callable[[fx.Node], Value | list[Value]]]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dynaslim.conversion import efficientnet_lite
 from dynaslim.conversion.build import Conversion
 from dynaslim.conversion.efficientnet_lite import CLASSES, VARIANTS, EfficientNetLite, pretrained
-from dynaslim.errors import UsageError, check
+from dynaslim.errors import UsageError, check, first_line
 from dynaslim.preprocessing import Preprocessing
 
 KINDS = (*VARIANTS, "timm:NAME", "torchvision:NAME", "module:FILE.py:FUNCTION")
@@ -135,7 +135,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of several libraries
         raise UsageError(
-            f"weights {file}: not readable as weights alone: {str(error).splitlines()[0]}"
+            f"weights {file}: not readable as weights alone: {first_line(error)}"
         ) from None
     for key in ("state_dict", "model"):
         if isinstance(found, dict) and isinstance(found.get(key), dict):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from dynaslim._files import write_atomic
-from dynaslim.errors import DynaslimWarning
+from dynaslim.errors import DynaslimWarning, first_line
 from dynaslim.version import __version__
 
 VARIABLE = "DYNASLIM_CACHE"
@@ -127,7 +127,7 @@ class Cache:
         self._writable = False
         found = why_not_writable(self.folder)
         if found is None:
-            found = (str(why).strip() or type(why).__name__).splitlines()[0]
+            found = first_line(why)
             with suppress(OSError):
                 free_mb = shutil.disk_usage(self.folder).free / 1e6
                 found = f"a program could not be written, {free_mb:.1f} MB are free ({found})"

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynaslim.cascade_spec import CascadeSpec, RungSpec, TrunkSpec
 from dynaslim.checkpoint import Checkpoint, read
 from dynaslim.cost import madds, params, route_costs, segment_cost
-from dynaslim.errors import DynaslimWarning, UsageError, check
+from dynaslim.errors import DynaslimWarning, UsageError, check, first_line
 from dynaslim.model_names import find_model, is_hub_address
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.cascade_source import CascadeSource, Parts, RungProgram, resize_madds
@@ -304,8 +304,9 @@ def _example(pre: Preprocessing) -> Tensor:
 
 def _cannot_run(name: str, pre: Preprocessing, error: Exception) -> UsageError:
     side = pre.image_size_px
-    why = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UsageError(f"{name}: does not run on {_ROWS} images of {side}x{side} px: {why:.200}")
+    return UsageError(
+        f"{name}: does not run on {_ROWS} images of {side}x{side} px: {first_line(error):.200}"
+    )
 
 
 def _check_scores(name: str, scores: Tensor, rung: Rung) -> None:
@@ -374,7 +375,7 @@ def _load(file: Path) -> Any:
     try:
         return onnx.load(file)
     except Exception as error:  # of protocol buffers, or of a file beside it
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        why = first_line(error)
         raise UsageError(f"{file}: not readable as ONNX: {why:.200}") from None
 
 

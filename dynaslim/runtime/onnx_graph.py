@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 from torch import Tensor, nn
 
-from dynaslim.errors import UsageError, check
+from dynaslim.errors import UsageError, check, first_line
 from dynaslim.runtime.libraries import require
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def to_onnx(
                 dynamo=False,
             )
     except Exception as error:
-        raise UsageError(f"{name}: no ONNX form: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"{name}: no ONNX form: {first_line(error)}") from None
     model = onnx.load_from_string(buffer.getvalue())
     model.graph.name, model.ir_version = name, IR_VERSION
     _give_weights_back(model.graph)

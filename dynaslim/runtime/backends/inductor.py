@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dynaslim.errors import DynaslimError
+from dynaslim.errors import DynaslimError, first_line
 from dynaslim.runtime.backends import Program, Resources
 from dynaslim.runtime.backends.eager import EagerBackend, ModuleProgram
 from dynaslim.runtime.cache import why_not_writable
@@ -94,7 +94,7 @@ def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> None:
             exported, package_path=str(path), inductor_configs=_CONFIGS
         )
     except Exception as error:  # of many kinds, a missing C++ compiler among them
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DynaslimError(
-            f"inductor: a segment does not compile ({first}); it needs a C++ compiler such as g++"
+            f"inductor: a segment does not compile ({first_line(error)}); it needs a C++ compiler "
+            f"such as g++"
         ) from error
