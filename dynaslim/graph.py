@@ -240,7 +240,7 @@ class GraphSpec(Routed, Operations):
         return len(self.percents) if self.gates else 1
 
     @property
-    def teacher_apart(self) -> bool:
+    def has_separate_teacher(self) -> bool:
         """Always False: the widest route is the whole network."""
         return False
 

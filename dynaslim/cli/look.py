@@ -13,7 +13,7 @@ from dynaslim.cost import madds, params, segment_cost
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST, find_model
 from dynaslim.shipped import IMAGENET, PICTURES, PRETRAINED, names
-from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
+from dynaslim.spec import GATE_AT_ENTRANCE, TEACHER_INDEX, NetSpec, Route
 from dynaslim.zoo import ZOO, get_spec
 
 if TYPE_CHECKING:
@@ -265,7 +265,7 @@ def _stage(spec: NetSpec, number: int) -> dict[str, Any]:
         "expansion": stage.expansion,
         "max_pool": stage.max_pool,
         "widths": sorted({spec.width(number, index).channels for index in routed}),
-        "largest_width": spec.width(number, LARGEST).channels,
+        "largest_width": spec.width(number, TEACHER_INDEX).channels,
         "gate": governing if stage.gate is not None else None,
         "governed_by": governing,
     }
