@@ -331,7 +331,7 @@ def test_committed_cells_are_what_the_plan_asks_for():
     jobs = [job for name in plan.EXPERIMENTS for job in plan.jobs_of(name, None, range(3))]
     for job in jobs:
         found = job.cell.read()
-        assert found is None or found["asked_sha256"] == cells.digest(job.settings()), job.cell
+        assert found is None or found["settings_sha256"] == cells.digest(job.settings()), job.cell
 
 
 def test_learning_rates_are_those_that_the_held_out_images_chose():
@@ -423,7 +423,7 @@ def test_headline_from_training_to_cell(toy, one_thread, capsys):
         assert job.cell.is_done(job.settings())
     cell = jobs[0].cell.read()
     assert len(cell["held_out"]["top1"]) == len(cell["madds"]) == 4
-    assert not re.search(r"/data/|tmp", json.dumps(cell["asked"]["recipe"]["data"]))
+    assert not re.search(r"/data/|tmp", json.dumps(cell["settings"]["recipe"]["data"]))
     static = plan.Cell("headline", "static3", 0).read()
     assert static["madds"] == cell["madds"][3:]
     assert static["held_out"]["top1"][0] > 0.3, "four classes"
