@@ -209,7 +209,7 @@ class NetSpec(Routed):
 
     Stages before the first gate are the *trunk*; they keep their first width on every route.
     Stages from a gate to the next are governed by it: they share its width index, unless they
-    have one width only. `attention_at` says which blocks have an attention head: all, or the
+    have one width only. `attention_at` selects which blocks have an attention head: all, or the
     gated ones. The hidden width of a gate is `round(reduction * largest input width of its block)`.
 
     Raises:
@@ -435,7 +435,7 @@ class NetSpec(Routed):
 
     @property
     def usual_image_size(self) -> int:
-        """The side in pixels that an architecture is meant for, where nothing else says."""
+        """The side in pixels that an architecture is meant for, where none is given."""
         return 224 if self.total_stride >= 32 else 32
 
     def check_image_size(self, height: int, width: int) -> None:

@@ -240,7 +240,7 @@ class ElasticNet(nn.Module, ABC):
 
         Segments that routes share from the images on (the trunk above all) run once, with equal
         results and gradients. In training mode BN's running statistics there take one update.
-        `run_segment` stands in for this network's own `segment`, compiled say. With `after_trunk`,
+        `run_segment` stands in for this network's own `segment`, e.g. compiled. With `after_trunk`,
         x is what segment 0 gives for the images, (B, C, H, W), and segment 0 does not run.
 
         Raises:

@@ -1,4 +1,4 @@
-"""What a call's budget, escalation and cap ask of the router.
+"""A call's budget, escalation and cap as decisions of the router.
 
 Suffixes: B rows, G gates, K options of a gate, N classes.
 """
