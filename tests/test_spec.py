@@ -63,7 +63,7 @@ def test_four_gates_combine():
 def test_teacher_has_its_own_statistics_only_off_the_routes():
     mbnet, resnet = get_spec("ds_mbnet"), get_spec("ds_resnet50")
     assert mbnet.segment_indices(mbnet.largest) == (TEACHER_INDEX, TEACHER_INDEX)
-    assert mbnet.num_slots(0) == 2  # the stem's two widths are told apart anyway
+    assert mbnet.num_slots(0) == 2  # the stem's two widths are separate anyway
     assert mbnet.num_slots(4) == 15
     assert mbnet.width(4, TEACHER_INDEX) == (640, 14)
     assert mbnet.width(4, 13) == (640, 13)

@@ -74,7 +74,7 @@ def test_groups_are_all_there_is_and_do_not_overlap(pair):
 def _with_dead_channels(spec, wide):
     """A wide network in which as many channels are alive as the smallest route has, anywhere.
 
-    Dead ones have the larger filters and columns, so that no norm of weights tells them.
+    Dead ones have the larger filters and columns, so that no norm of weights finds them.
     """
     net = copy.deepcopy(wide)
     norms = [m for m in SlimNet(spec, device="meta").modules() if isinstance(m, SlimBatchNorm2d)]

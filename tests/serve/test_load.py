@@ -44,7 +44,7 @@ def test_adaptive_budget(engine):
     assert budgets.current.point == middle
     assert budgets.in_use(own).requested == "1"
     assert budgets.in_use(own).used == f"{math.ceil(middle.share * 1e4) / 1e4:g}"
-    assert budgets.in_use(capped) == capped, "never more than a request asks for"
+    assert budgets.in_use(capped) == capped, "never more than a request sets"
     budgets.observe(9.0, 2.0)
     assert budgets.current.point == budgets.in_use(capped).point == lowest
     assert budgets.in_use(budgets.setting(None, 0.5)).escalate == 0.5

@@ -298,7 +298,7 @@ def test_cost_term_pushes_towards_cheap_routes():
     assert means[100.0] < 0.8 * means[0.0]
 
 
-def test_sgs_learns_to_tell_easy_from_hard():
+def test_sgs_learns_to_separate_easy_from_hard():
     """Brightness decides both the class and whether the smallest route is right."""
     spec = micro_spec()
     torch.manual_seed(0)
