@@ -297,13 +297,13 @@ def large_pictures():
                 stopped.set()
             for task in tasks:
                 task.result()
-        times = f"p99 {1000 * quiet:.0f} ms, beside them {1000 * beside:.0f} ms"
+        latencies = f"p99 {1000 * quiet:.0f} ms, beside them {1000 * beside:.0f} ms"
         expect(set(statuses) == {200}, f"ordinary requests: {dict(statuses)}")
         expect(set(codes) <= {200, 413, 429, 504}, f"large pictures: {dict(codes)}")
         # the clients share the cores: below a quarter of a second it is their noise
-        expect(beside < max(4 * quiet, 0.25), times)
+        expect(beside < max(4 * quiet, 0.25), latencies)
         expect(highest[0] < 900e6, f"{highest[0] / 1e6:.0f} MB of memory")
-        return f"{times}; at most {highest[0] / 1e6:.0f} MB"
+        return f"{latencies}; at most {highest[0] / 1e6:.0f} MB"
 
 
 def links():
