@@ -4,7 +4,7 @@
 
 Networks with random weights are written to a temporary folder; each server is a
 process of its own, its clients (serve_client.py) are another, on the same machine: what the clients
-take of its cores is told beside each number (`client_cpu_share`, of one core). Throughput is
+take of its cores is given beside each number (`client_cpu_share`, of one core). Throughput is
 measured in rounds in which the arms take turns: the server as it is, the same with batches of one,
 and batches of one on one core, which small networks run faster. Takes about six minutes, and less
 than one with --quick, whose numbers are good for nothing but to see that it runs.
@@ -58,7 +58,7 @@ DEADLINE_MS = 2000.0
 
 @dataclass
 class Case:
-    """A network and what it is asked."""
+    """A network and the requests sent to it."""
 
     model: str
     side: int
@@ -182,7 +182,7 @@ def bodies(case: Case, kind: str) -> dict[str, Any]:
 
 
 def plan(case: Case, port: int, kind: str = "form", **options: Any) -> str:
-    """What the clients are told."""
+    """The clients' instructions."""
     made = bodies(case, kind)
     made["requests"] = [body.decode("latin-1") for body in made["requests"]]
     return json.dumps({"port": port, **made, **options})
@@ -387,7 +387,7 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
         "refused": sum(statuses.values()) - statuses[200],
         "made_up_from_the_document": made_up,
         "codes": {str(code): n for code, n in sorted(statuses.items())},
-        # 504 is what a request gets that asks for an answer within a millisecond
+        # 504 is the reply to a request whose deadline is a millisecond
         "server_errors": sum(n for code, n in statuses.items() if code >= 500 and code != 504),
         "rss_mb": [before, half, server.rss_mb()],
         "alive": server.alive() and good == 200,
@@ -403,7 +403,7 @@ def encoded(kind: str) -> bytes:
 
 
 def drain(model: Path, case: Case) -> dict[str, Any]:
-    """SIGTERM while clients ask without a pause."""
+    """SIGTERM while clients send requests without a pause."""
     server = Server(model, flags=[])
     clients = start_clients(
         plan(case, server.port, seconds=20, clients=32, settle_s=0, until_stopped=True)
@@ -414,7 +414,7 @@ def drain(model: Path, case: Case) -> dict[str, Any]:
     return {
         "exit_code": code,
         "answered": found["codes"].get("200", 0),
-        "told_that_it_stops": found["codes"].get("503", 0),
+        "refused_with_503": found["codes"].get("503", 0),
         "cut_off": found["cut_off"],
     }
 

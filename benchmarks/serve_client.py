@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass
 class Plan:
-    """What to ask for, how often and how long."""
+    """Which requests to send, how often and how long."""
 
     port: int
     requests: list[str]
@@ -26,7 +26,7 @@ class Plan:
     content_type: str
     seconds: float
     clients: int = 0
-    """Closed loop: so many clients, each waiting for its answer before it asks again."""
+    """Closed loop: so many clients, each waiting for its answer before its next request."""
     rate: float = 0.0
     """Open loop: requests per second, at random (Poisson), whether others are answered or not."""
     path: str = "/v1/predict"
@@ -35,10 +35,10 @@ class Plan:
     settle_s: float = 0.5
     """Answers of the first so many seconds do not count."""
     connections: int = 512
-    """Open loop: most at once; a request that finds none free is not sent, which is told."""
+    """Open loop: most at once; a request that finds none free is not sent, and is counted."""
     patience_s: float = 20.0
     until_stopped: bool = False
-    """Closed loop: a client ends when it is told that the server stops."""
+    """Closed loop: a client ends at the reply that the server stops."""
     seed: int = 0
 
 
@@ -60,7 +60,7 @@ class Connection(asyncio.Protocol):
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result((0, b""))  # cut off without an answer
 
-    def ask(self, request: bytes) -> asyncio.Future[tuple[int, bytes]]:
+    def send(self, request: bytes) -> asyncio.Future[tuple[int, bytes]]:
         """Status and body to come; status 0 where the connection ends before."""
         self.waiter = asyncio.get_running_loop().create_future()
         if not self.open:
@@ -119,29 +119,29 @@ class Clients:
         _, made = await loop.create_connection(Connection, "127.0.0.1", self.plan.port)
         return made
 
-    async def ask(self, connection: Connection, number: int, began: float) -> int:
+    async def request(self, connection: Connection, number: int, began: float) -> int:
         """One request; `began` is when it was due."""
-        asked = time.perf_counter()
-        status, body = await connection.ask(self.requests[number % len(self.requests)])
+        sent = time.perf_counter()
+        status, body = await connection.send(self.requests[number % len(self.requests)])
         now = time.perf_counter()
         if began >= self.begin:
             self.codes[status] += 1
             if status == 200:
                 self.latencies.append(now - began)
-                self.sent.append(now - asked)
+                self.sent.append(now - sent)
                 _, found, rest = body.rpartition(b'"batch_size":')
                 if found:  # not in the Open Inference Protocol
                     self.engine_batches.append(int(rest[: rest.index(b",")]))
         return status
 
     async def closed(self) -> None:
-        """Each client asks again when it has its answer."""
+        """Each client sends a request when the one before is answered."""
 
         async def one(number: int) -> None:
-            """Ask until the end, or until the server stops."""
+            """Send until the end, or until the server stops."""
             connection = await self.connect()
             while (now := time.perf_counter()) < self.end:
-                status = await self.ask(connection, number, now)
+                status = await self.request(connection, number, now)
                 number += self.plan.clients
                 if self.plan.until_stopped and status in (0, 503):
                     break
@@ -170,7 +170,7 @@ class Clients:
                 else:
                     self.connections += 1
                     connection = await self.connect()
-                await self.ask(connection, number, due)
+                await self.request(connection, number, due)
                 self.idle.append(connection)
             except OSError:
                 self.codes[0] += 1

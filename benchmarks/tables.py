@@ -1,6 +1,6 @@
 """Writes the tables of docs/performance.md and docs/adapt.md from the results beside this script.
 
-    python benchmarks/tables.py           # --check says whether the pages have what the results say
+    python benchmarks/tables.py           # --check compares the pages with the results
 
 A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what stands there is replaced.
 """

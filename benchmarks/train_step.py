@@ -12,7 +12,7 @@ default memory format and in channels_last:
 Ratios are those of the recipes' default, channels_last: to the faster of the two ideals, and of the
 naive way as one writes it down, in the default format (and, beside it, in channels_last).
 `ideal` has no optimizer and no averaged network to update. The naive way is spared the reductions
-of its four passes, which cost nothing on one process, and asks the teacher once for each of its
+of its four passes, which cost nothing on one process, and runs the teacher once for each of its
 three predictions. Memory is the peak of a step's tensors with all that lives between steps, and the
 resident memory of the process, which has malloc's holes in it; three processes each, sorted.
 

@@ -159,7 +159,7 @@ def is_shown(character: str) -> bool:
 
 
 def validated(data: Any, kind: type[T], what: str, *, whole: bool = False) -> T:
-    """Plain values as a dataclass or `msgspec.Struct`: each of the type that its field says.
+    """Plain values as a dataclass or `msgspec.Struct`: each of the type of its field.
 
     Nothing is converted but whole numbers to fractions and lists to tuples. `whole` data have all
     keys; else fields that are missing have their defaults.
@@ -179,7 +179,7 @@ def validated(data: Any, kind: type[T], what: str, *, whole: bool = False) -> T:
 
 
 def _in_plain_words(message: str, data: Any) -> str:
-    """The library's message, with the value that it does not tell."""
+    """The library's message, with the value, which it lacks."""
     problem, _, place = message.replace("`", "").partition(" - at $")
     place = place.removeprefix(".")
     problem = re.sub(r"^Object missing required field (\w+)$", r"has no '\1'", problem)

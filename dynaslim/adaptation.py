@@ -165,8 +165,8 @@ class _Adaptation:
         self.views = options.views
         if self.views is None:
             # a largest network with a trunk of its own has to be trained as a whole
-            apart = self.start.net.spec.teacher_apart
-            self.views = 0 if apart else max(2, min(8, -(-8_000 // self.images)))
+            separate = self.start.net.spec.has_separate_teacher
+            self.views = 0 if separate else max(2, min(8, -(-8_000 // self.images)))
         self.epochs = options.epochs or 0
 
     # -- the start ------------------------------------------------------------------------------

@@ -98,7 +98,7 @@ class CascadeSpec(Routed):
         return self.routes[-1]
 
     @property
-    def teacher_apart(self) -> bool:
+    def has_separate_teacher(self) -> bool:
         """Always False."""
         return False
 

@@ -52,7 +52,7 @@ class Checkpoint:
 
     @property
     def mirror(self) -> bool:
-        """Whether a mirror image is of the same class, as far as the recipe says.
+        """Whether a mirror image is of the same class by the recipe.
 
         `augment.mirror` of every stage that it has; False where it has none.
         """
@@ -186,7 +186,7 @@ def read_prepared(path: str | Path) -> tuple[Checkpoint, Preprocessing]:
     """A checkpoint that can be given pictures, and how they are prepared for it.
 
     Raises:
-        CheckpointError: as `read`, and if it does not say how.
+        CheckpointError: as `read`, and if it has no preprocessing.
     """
     checkpoint = read(path)
     if checkpoint.preprocessing is None:

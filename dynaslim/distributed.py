@@ -1,7 +1,7 @@
-"""What processes of one run tell each other, where torch.distributed has been started.
+"""What processes of one run exchange, where torch.distributed has been started.
 
-Alone, every function is the identity: callers need not ask. Who starts the processes (torchrun
-through Fabric) is not known here.
+Alone, every function is the identity: callers need no condition. How the processes are started
+(torchrun through Fabric) is not part of this module.
 """
 
 from __future__ import annotations

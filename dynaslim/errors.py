@@ -4,7 +4,7 @@ from typing import Any
 
 
 class DynaslimError(ValueError):
-    """Something given to dynaslim is wrong; the message says what and what would be right.
+    """Something given to dynaslim is wrong; the message names it and what would be right.
 
     The command line prints the message without a traceback and leaves with `exit_code`.
     """
@@ -14,7 +14,7 @@ class DynaslimError(ValueError):
     def __init__(self, message: str = "", **details: Any) -> None:
         super().__init__(message)
         self.details = details
-        """What the message says, as data."""
+        """The contents of the message, as data."""
 
 
 class UsageError(DynaslimError):
@@ -33,11 +33,11 @@ class ConversionError(UsageError):
 
 
 class CheckpointError(DynaslimError):
-    """A checkpoint cannot be read, or is not what it says it is."""
+    """A checkpoint cannot be read, or is not of the kind it claims to be."""
 
 
 class HubError(DynaslimError):
-    """The hub cannot be reached, does not have what is asked for, or does not allow it."""
+    """The hub cannot be reached, does not have what is requested, or does not allow it."""
 
 
 class DataError(DynaslimError):
@@ -49,7 +49,7 @@ class TrainingError(DynaslimError):
 
 
 class DynaslimWarning(UserWarning):
-    """Something is wrong that costs no answer; the message says what and what would be right."""
+    """Something is wrong that costs no answer; the message names it and what would be right."""
 
 
 def first_line(error: BaseException) -> str:

@@ -66,7 +66,7 @@ class DynamicMetrics:
     """The dynamic mode on the whole set.
 
     `mean_madds` per image has the slimming heads in it. `gate_accuracy` is how often a gate's
-    choice is the one that sandwich gate sparsification asks for: the first where the smallest
+    choice is the target of sandwich gate sparsification: the first where the smallest
     route is right, else the last (mean over gates).
     """
 
@@ -306,8 +306,8 @@ def _means(answers: _Answers, mode: int) -> dict[str, float]:
 def _gate_accuracy(spec: AnySpec, answers: _Answers, easy_N: Tensor) -> float:
     hits = 0
     for gate, picked_N in zip(spec.gates, answers.choices_GN, strict=True):
-        asked_N = torch.where(easy_N, gate.choices[0], gate.choices[-1])
-        hits += int((picked_N == asked_N).sum())
+        target_N = torch.where(easy_N, gate.choices[0], gate.choices[-1])
+        hits += int((picked_N == target_N).sum())
     return hits / answers.choices_GN.numel()
 
 
@@ -332,7 +332,7 @@ def _per_class(
     madds_N: Tensor,
     counts_KR: Tensor,
 ) -> tuple[ClassMetrics, ...]:
-    """Every class; counts_KR says how many of its images took each route."""
+    """Every class; counts_KR are its images by the route they took."""
     classes = len(counts_KR)
     images_K = torch.bincount(labels_N, minlength=classes).tolist()
     right_K = torch.bincount(labels_N[predictions_N == labels_N], minlength=classes).tolist()
@@ -495,8 +495,8 @@ def _everyone(work: Callable[[], T]) -> list[T]:
     except Exception as error:
         # a stranger's exception may not survive the journey to the other processes
         ours = isinstance(error, DynaslimError)
-        told = f"process {rank()}: {type(error).__name__}: {error}"
-        gather(error if ours else DynaslimError(told))
+        message = f"process {rank()}: {type(error).__name__}: {error}"
+        gather(error if ours else DynaslimError(message))
         raise
     results = gather(own)
     for result in results:

@@ -2,7 +2,7 @@
 
 Words: a *unit* is what is cut together, such as channel 7 of a residual stream in all layers that
 read or write it; a *group* is a run of units of which the first so many are kept; an *axis* of a
-tensor says of which group and unit each of its positions is. A *segment* is what lies between two
+tensor gives the group and unit of each of its positions. A *segment* is what lies between two
 gates; one tensor crosses each gate. Where a model needs several there, or one that is not a feature
 map, its operations make one of them before the gate and take it apart behind it.
 """
@@ -240,7 +240,7 @@ class GraphSpec(Routed, Operations):
         return len(self.percents) if self.gates else 1
 
     @property
-    def teacher_apart(self) -> bool:
+    def has_separate_teacher(self) -> bool:
         """Always False: the widest route is the whole network."""
         return False
 

@@ -8,8 +8,8 @@
     imagenet                    a package that is made at its first use (`MADE`)
     ds_mbnet, net.yaml          an architecture of the zoo, or the file of one
 
-A file or a package of that name comes before a network that ships; another folder, of images say,
-does not. No torch here.
+A file or a package of that name comes before a network that ships; another folder, such as one of
+images, does not. No torch here.
 """
 
 from __future__ import annotations

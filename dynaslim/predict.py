@@ -171,7 +171,7 @@ def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Eng
 
     Raises:
         UsageError: as `Engine`.
-        CheckpointError: if it cannot be read, or does not say how images are prepared.
+        CheckpointError: if it cannot be read, or has no preprocessing.
     """
     found = find_model(model, ("checkpoint", "package"))
     from dynaslim.runtime.engine import Engine  # after what can be refused without it

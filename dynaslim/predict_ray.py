@@ -235,9 +235,9 @@ def _cluster(ray: Any, workers: int | None) -> Generator[None, None, None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raise `DataError` if nobody listens there; Ray itself tries for minutes."""
+    """Raise `DataError` if nothing listens there; Ray itself tries for minutes."""
     host, colon, port = address.partition("://")[2 if "://" in address else 0].rpartition(":")
-    if not colon or not port.isdecimal():  # such as auto: Ray knows where
+    if not colon or not port.isdecimal():  # such as auto: Ray finds it
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
@@ -249,7 +249,7 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def _quiet_logs() -> Generator[None, None, None]:
-    """Keep Ray Data from writing to stderr while inside, unless RAY_DATA_LOG_LEVEL asks for it."""
+    """Keep Ray Data from writing to stderr while inside, unless RAY_DATA_LOG_LEVEL is set."""
     logger = logging.getLogger("ray.data")
     before = logger.level
     if "RAY_DATA_LOG_LEVEL" not in os.environ:

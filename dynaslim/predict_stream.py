@@ -316,7 +316,7 @@ def watch_folder(folder: Path, waiting: Waiting) -> None:
                     continue
                 try:
                     size = os.stat(folder / name).st_size
-                except OSError:  # gone, or a link to nothing: reading it says which
+                except OSError:  # gone, or a link to nothing: reading it shows which
                     size = -1
                 before, arrived = growing.get(name, (None, waiting.clock()))
                 growing[name] = (size, arrived)
@@ -352,14 +352,14 @@ class Stream:
 
     What a multiply-add takes is learnt from the frames (`Throughput`). The budget moves along the
     curve as that of a server does (`BudgetControl`); a frame that would still be late gets a lower
-    one. Costs are means: a frame that escalates takes longer than its budget says.
+    one. Costs are means: a frame that escalates takes longer than its budget.
     """
 
     def __init__(self, engine: Engine, options: StreamOptions | None = None) -> None:
         """Check the options against the engine.
 
         Raises:
-            UsageError: if it does not say how images are prepared, or has no curve for a budget or
+            UsageError: if it has no preprocessing, or no curve for a budget or
                 a bound.
         """
         options = StreamOptions() if options is None else options

@@ -25,7 +25,7 @@ BlockKind = Literal["conv", "depthwise_separable", "inverted_residual", "basic",
 Activation = Literal["relu", "relu6", "silu"]
 Attention = Literal["sigmoid", "one_plus_tanh"]
 
-LARGEST: Final = -1
+TEACHER_INDEX: Final = -1
 """Width index of the teacher: the last width of every stage, trunk included."""
 
 _MOST: Final = 1 << 20
@@ -209,7 +209,7 @@ class NetSpec(Routed):
 
     Stages before the first gate are the *trunk*; they keep their first width on every route.
     Stages from a gate to the next are governed by it: they share its width index, unless they
-    have one width only. `attention_at` says which blocks have an attention head: all, or the
+    have one width only. `attention_at` selects which blocks have an attention head: all, or the
     gated ones. The hidden width of a gate is `round(reduction * largest input width of its block)`.
 
     Raises:
@@ -332,7 +332,7 @@ class NetSpec(Routed):
     # -- widths -------------------------------------------------------------------------------
 
     @cached_property
-    def teacher_apart(self) -> bool:
+    def has_separate_teacher(self) -> bool:
         """Whether the largest sub-network lies off every route (its trunk is wider than theirs)."""
         return any(
             self.gate_of(s) is None and len(stage.widths) > 1 for s, stage in enumerate(self.stages)
@@ -348,12 +348,12 @@ class NetSpec(Routed):
         # a single width behind a gate is fed by as many widths as the gate has
         slots = self.num_widths if governed else len(self.stages[stage].widths)
         shared = governed or slots == 1
-        return slots + (1 if self.teacher_apart and shared else 0)
+        return slots + (1 if self.has_separate_teacher and shared else 0)
 
     def width(self, stage: int, index: int) -> Width:
-        """The width of a stage for a width index of its gate (`LARGEST` for the teacher)."""
+        """The width of a stage for a width index of its gate (`TEACHER_INDEX` for the teacher)."""
         widths = self.stages[stage].widths
-        if index == LARGEST:
+        if index == TEACHER_INDEX:
             return Width(widths[-1], self.num_slots(stage) - 1)
         if self.gate_of(stage) is None:
             index = 0
@@ -387,14 +387,14 @@ class NetSpec(Routed):
     def segment_indices(self, route: Route) -> tuple[int, ...]:
         """Width index that each segment takes on a route: the trunk's, then one behind each gate.
 
-        The trunk has index 0 on every route; a teacher that lies off the routes is `LARGEST`
+        The trunk has index 0 on every route; a teacher that lies off the routes is `TEACHER_INDEX`
         in all segments.
 
         Raises:
             UsageError: if the route is none of this network's; the message names the stage.
         """
-        if self.teacher_apart and route == self.largest:
-            return (LARGEST,) * self.num_segments
+        if self.has_separate_teacher and route == self.largest:
+            return (TEACHER_INDEX,) * self.num_segments
         label = f"route {route.widths}"
         if len(route.widths) != len(self.stages):
             raise UsageError(
@@ -435,7 +435,7 @@ class NetSpec(Routed):
 
     @property
     def usual_image_size(self) -> int:
-        """The side in pixels that an architecture is meant for, where nothing else says."""
+        """The side in pixels that an architecture is meant for, where none is given."""
         return 224 if self.total_stride >= 32 else 32
 
     def check_image_size(self, height: int, width: int) -> None:

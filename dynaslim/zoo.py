@@ -180,7 +180,7 @@ ZOO: Final = MappingProxyType({spec.name: spec for spec in (entry() for entry in
 
 
 def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:
-    """The spec of a zoo entry or of a spec file, with another number of classes if asked.
+    """The spec of a zoo entry or of a spec file, with another number of classes if given.
 
     Raises:
         UsageError: for an unknown name (the message lists the known ones), a file that holds no
@@ -217,16 +217,16 @@ def write_spec(path: str | Path, spec: NetSpec) -> Path:
     if not is_spec_file(str(path)):
         raise UsageError(f"{path}: a spec file is called {' or '.join(SPEC_SUFFIXES)}")
     # flow style None puts the innermost lists, the widths, on one line
-    text = yaml.safe_dump(_told(spec), sort_keys=False, default_flow_style=None, width=100)
+    text = yaml.safe_dump(_non_defaults(spec), sort_keys=False, default_flow_style=None, width=100)
     return write_atomic(path, text.encode())
 
 
-def _told(part: Any) -> Any:
+def _non_defaults(part: Any) -> Any:
     """Plain values of a spec or of a part of one, but not those that are defaults."""
     if dataclasses.is_dataclass(part):
         fields = ((f, getattr(part, f.name)) for f in dataclasses.fields(part))
-        return {f.name: _told(value) for f, value in fields if value != f.default}
-    return [_told(item) for item in part] if isinstance(part, tuple) else part
+        return {f.name: _non_defaults(value) for f, value in fields if value != f.default}
+    return [_non_defaults(item) for item in part] if isinstance(part, tuple) else part
 
 
 def _read_spec(path: str) -> NetSpec:

@@ -1,10 +1,10 @@
-"""An engine inside a service of your own: many threads ask, one engine answers in batches.
+"""An engine inside a service of your own: many threads send images, one engine answers in batches.
 
     python examples/embed_engine.py MODEL IMAGES...
 
-MODEL is a checkpoint or an exported package (which needs no torch). Every image is asked for by a
+MODEL is a checkpoint or an exported package (which needs no torch). Every image is sent by a
 thread of its own, as the requests of a web server would be. `Classifier` is the part to take over:
-a thread collects what is asked for within some milliseconds into one batch, which costs much less
+a thread collects the images of some milliseconds into one batch, which costs much less
 than its images one by one. While more than a batch is waiting, it moves the gates towards cheaper
 routes; a checkpoint with a budget curve could take `budget=0.5` there instead.
 """
@@ -25,31 +25,31 @@ from dynaslim.preprocessing import normalise_pixels
 
 
 class Classifier:
-    """`ask` from any thread; the answer is (class, route), or the error that came instead."""
+    """`classify` from any thread; the answer is (class, route), or the error that came instead."""
 
     def __init__(self, model: str, *, most: int = 32, wait_ms: float = 5) -> None:
         self.engine = open_engine(model)
         self.engine.warm_up()  # compile before the first request, not in it
         self.most, self.wait_s = most, wait_ms / 1000
-        self._asked: queue.Queue[tuple[np.ndarray, Future]] = queue.Queue()
+        self._queue: queue.Queue[tuple[np.ndarray, Future]] = queue.Queue()
         threading.Thread(target=self._work, daemon=True).start()
 
-    def ask(self, content: bytes, name: str) -> tuple[str | int, str]:
+    def classify(self, content: bytes, name: str) -> tuple[str | int, str]:
         """The answer for an encoded image; raises `DataError` for bytes that are none."""
         answer: Future = Future()
-        # decoded here, in the thread that asks: many threads decode while one engine works
-        self._asked.put((decode_image(content, self.engine.preprocessing, name), answer))
+        # decoded here, in the calling thread: many threads decode while one engine works
+        self._queue.put((decode_image(content, self.engine.preprocessing, name), answer))
         return answer.result()
 
     def _work(self) -> None:
         while True:
-            batch, until = [self._asked.get()], time.monotonic() + self.wait_s
+            batch, until = [self._queue.get()], time.monotonic() + self.wait_s
             with suppress(queue.Empty):
                 while len(batch) < self.most:
-                    batch.append(self._asked.get(timeout=max(0, until - time.monotonic())))
+                    batch.append(self._queue.get(timeout=max(0, until - time.monotonic())))
             try:
                 results = self._answer(np.stack([image for image, _ in batch]))
-            except Exception as error:  # those who asked are to know; the next batch is served
+            except Exception as error:  # raised in the callers; the next batch is served
                 for _, answer in batch:
                     answer.set_exception(error)
             else:
@@ -57,7 +57,7 @@ class Classifier:
                     answer.set_result(result)
 
     def _answer(self, pixels: np.ndarray) -> list[tuple[str | int, str]]:
-        is_busy = self._asked.qsize() > self.most
+        is_busy = self._queue.qsize() > self.most
         x = normalise_pixels(pixels, self.engine.preprocessing)
         logits, routes, _ = self.engine(x, shift=1.0 if is_busy else 0.0)
         names = self.engine.class_names or range(logits.shape[1])
@@ -70,7 +70,7 @@ class Classifier:
 def main(model: str, files: list[str]) -> None:
     classifier = Classifier(model)
     with ThreadPoolExecutor(16) as threads:
-        answers = threads.map(lambda file: classifier.ask(Path(file).read_bytes(), file), files)
+        answers = threads.map(lambda f: classifier.classify(Path(f).read_bytes(), f), files)
         for file, (label, route) in zip(files, answers, strict=True):
             print(f"{file}  {label}  {route}")
 

@@ -34,8 +34,8 @@ class Classifier(litserve.LitAPI):
     def batch(self, inputs: list) -> list:
         return [one for (one,) in inputs]
 
-    def predict(self, asked: list) -> list[dict]:
-        answers = [one.result().answers[0] for one in asked]
+    def predict(self, futures: list) -> list[dict]:
+        answers = [one.result().answers[0] for one in futures]
         route = self.engine.route_of
         return [{"top": a.top, "route": str(route(a.choices)), "madds": a.madds} for a in answers]
 

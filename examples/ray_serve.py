@@ -29,11 +29,11 @@ class Classifier:
 
     async def __call__(self, request: Request) -> JSONResponse:
         try:
-            return JSONResponse(await self.ask(await request.body(), **request.query_params))
+            return JSONResponse(await self.classify(await request.body(), **request.query_params))
         except (DynaslimError, TypeError) as error:  # an image, a budget, another parameter
             return JSONResponse({"error": str(error)}, 400)
 
-    async def ask(self, content: bytes, budget: str | None = None) -> dict:
+    async def classify(self, content: bytes, budget: str | None = None) -> dict:
         pixels = decode_image(content, self.engine.preprocessing, "image")
         future = self.batcher.submit([pixels], budget=budget)
         answer = (await asyncio.wrap_future(future)).answers[0]
@@ -44,7 +44,7 @@ class Classifier:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit("usage: ray_serve.py MODEL [IMAGES...]")
-    ask = serve.run(Classifier.bind(str(Path(sys.argv[1]).absolute()))).ask.remote
-    for one in [ask(Path(file).read_bytes()) for file in sys.argv[2:]]:
+    classify = serve.run(Classifier.bind(str(Path(sys.argv[1]).absolute()))).classify.remote
+    for one in [classify(Path(file).read_bytes()) for file in sys.argv[2:]]:
         print(one.result())
     serve.shutdown() if sys.argv[2:] else serve.run_forever()

@@ -54,17 +54,17 @@ class Cell:
             "experiment": self.experiment,
             "variant": self.variant,
             "seed": self.seed,
-            "asked_sha256": digest(made_by),
+            "settings_sha256": digest(made_by),
             "written": time.strftime("%Y-%m-%d"),
             "environment": hardware(),
-            "asked": _without_places(made_by),
+            "settings": _without_places(made_by),
         }
         write_json(self.path, {**head, **values})
 
     def is_done(self, made_by: Mapping[str, Any]) -> bool:
         """Whether its file was made by these settings."""
         found = self.read()
-        return found is not None and found["asked_sha256"] == digest(made_by)
+        return found is not None and found["settings_sha256"] == digest(made_by)
 
 
 def digest(made_by: Mapping[str, Any]) -> str:

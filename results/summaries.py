@@ -201,7 +201,7 @@ def _ms(cells: Mapping[int, Any], times: Mapping[int, dict[str, Any]]) -> dict[s
 
 
 def goals(found: Mapping[str, Any]) -> dict[str, Any]:
-    """For every budget of the main way what the goals ask for; and whether they are met."""
+    """For every budget of the main way what the goals require; and whether they are met."""
     widest, main = found["routes"][-1]["mean"], found["main"]
     rows = []
     for number, share in enumerate(found["shares"]):

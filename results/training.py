@@ -17,7 +17,7 @@ from results.plan import Job, static_spec
 
 
 def run(job: Job) -> None:
-    """Train what a job asks for, going on where it was interrupted, and write its cell."""
+    """Train the networks of a job, going on where it was interrupted, and write its cell."""
     if job.kind == "gate":
         values = _gates(job)
     else:

@@ -40,9 +40,9 @@ class SkippedError(Exception):
     """Why a point cannot be tried here."""
 
 
-def expect(holds, told):
+def expect(holds, message):
     if not holds:
-        raise FailedError(str(told).strip()[-600:])
+        raise FailedError(str(message).strip()[-600:])
 
 
 # -- what is needed -------------------------------------------------------------------------------
@@ -62,9 +62,9 @@ def run(*argv, code=0, seconds=150, **env):
 
 def refused(*argv, code=1, **env):
     """The one line of a command that fails."""
-    told = run(*argv, code=code, **env)[1]
-    expect(len(told.splitlines()) == 1, f"{argv[0]}: more than a line: {told}")
-    return told
+    message = run(*argv, code=code, **env)[1]
+    expect(len(message.splitlines()) == 1, f"{argv[0]}: more than a line: {message}")
+    return message
 
 
 def drawn(folder, each, classes=10, seed=0):
@@ -143,7 +143,7 @@ def served(model, *flags, **env):
             expect(found, f"serve did not start: {errors.read()}")
             yield process, int(found[1])
             errors.seek(0)
-            expect("Traceback" not in (told := errors.read()), f"serve: traceback: {told}")
+            expect("Traceback" not in (printed := errors.read()), f"serve: traceback: {printed}")
         finally:
             killer.cancel()
             process.kill()
@@ -211,8 +211,8 @@ def cache():
     with disk("ro") as folder:
         for backend in ("auto", "onnxruntime", "openvino"):
             goes_on(folder / "cache", "Read-only file system", "--backend", backend)
-        told = run("doctor", "--quick", DYNASLIM_CACHE=str(folder))[0]
-        expect("Read-only file system" in told, f"doctor: {told}")
+        printed = run("doctor", "--quick", DYNASLIM_CACHE=str(folder))[0]
+        expect("Read-only file system" in printed, f"doctor: {printed}")
         with served("cifar10", DYNASLIM_CACHE=str(folder)) as (_, port):
             expect(post(port, file.read_bytes())[0] == 200, "the server does not answer")
     with disk("full", full=True) as folder:
@@ -222,7 +222,7 @@ def cache():
 
 
 def budget():
-    """Budgets: what other pictures cost is told, --hold holds, the reachable range is named."""
+    """Budgets: what other pictures cost is reported, --hold holds, the reachable range is named."""
     folder = WORK / "unlike"
     folder.mkdir()
     chance = random.Random(1)
@@ -231,14 +231,14 @@ def budget():
 
     def cost(*flags):
         out, err = run("predict", folder, "--json", *flags)
-        told = json.loads(out)
-        return sum(image["madds"] for image in told["images"]) / len(told["images"]), told, err
+        found = json.loads(out)
+        return sum(image["madds"] for image in found["images"]) / len(found["images"]), found, err
 
     curve = json.loads(run("info", "cifar10", "--json")[0])["checkpoint"]["budget"]
     widest = curve["widest_madds"] * (1 + 1e-6)
-    mean, told, _ = cost("--budget", "0.5")
-    expect(told["unlike_curve"] is True, f"not told: {told['cost_ratio']}")
-    expect(abs(told["cost_ratio"] - mean / told["expected_madds"]) < 1e-6, told["cost_ratio"])
+    mean, found, _ = cost("--budget", "0.5")
+    expect(found["unlike_curve"] is True, f"not reported: {found['cost_ratio']}")
+    expect(abs(found["cost_ratio"] - mean / found["expected_madds"]) < 1e-6, found["cost_ratio"])
     for share in ("0.3", "1"):
         held = cost("--budget", share, "--hold")[0]
         expect(held <= float(share) * widest, f"--hold: {held} of {widest}")
@@ -246,14 +246,14 @@ def budget():
 
 
 def few_images():
-    """Budget curves: too few images are refused, few are told, intervals are kept."""
+    """Budget curves: too few images are refused, few are reported, intervals are kept."""
     out = WORK / "curve.safetensors"
     few = drawn(WORK / "fifteen", 2)
     calibrate = ("calibrate-budget", "cifar10", "--out", out, "--data")
-    told = refused(*calibrate, few, "--split", "whole")
-    expect("too few" in told and not out.exists(), told)
-    told, _ = run(*calibrate, once(pictures), "--split", "whole")
-    expect("few images" in told and "±" in told, told)
+    message = refused(*calibrate, few, "--split", "whole")
+    expect("too few" in message and not out.exists(), message)
+    printed, _ = run(*calibrate, once(pictures), "--split", "whole")
+    expect("few images" in printed and "±" in printed, printed)
     points = json.loads(run("info", out, "--json")[0])["checkpoint"]["budget"]["points"]
     expect(all(len(point["top1_interval"]) == 2 for point in points), "no intervals")
 
@@ -297,13 +297,13 @@ def large_pictures():
                 stopped.set()
             for task in tasks:
                 task.result()
-        told = f"p99 {1000 * quiet:.0f} ms, beside them {1000 * beside:.0f} ms"
+        latencies = f"p99 {1000 * quiet:.0f} ms, beside them {1000 * beside:.0f} ms"
         expect(set(statuses) == {200}, f"ordinary requests: {dict(statuses)}")
         expect(set(codes) <= {200, 413, 429, 504}, f"large pictures: {dict(codes)}")
         # the clients share the cores: below a quarter of a second it is their noise
-        expect(beside < max(4 * quiet, 0.25), told)
+        expect(beside < max(4 * quiet, 0.25), latencies)
         expect(highest[0] < 900e6, f"{highest[0] / 1e6:.0f} MB of memory")
-        return f"{told}; at most {highest[0] / 1e6:.0f} MB"
+        return f"{latencies}; at most {highest[0] / 1e6:.0f} MB"
 
 
 def links():
@@ -317,8 +317,8 @@ def links():
         (snapshot / file.name).symlink_to(f"../../blobs/{blob.name}")
 
     def answers(model, backend):
-        told = json.loads(run("predict", model, DRAWINGS[0], "--json", "--backend", backend)[0])
-        return [(image["class_name"], image["route"]) for image in told["images"]]
+        results = json.loads(run("predict", model, DRAWINGS[0], "--json", "--backend", backend)[0])
+        return [(image["class_name"], image["route"]) for image in results["images"]]
 
     for backend in ("onnxruntime", "openvino"):
         expect(answers(snapshot, backend) == answers(once(package), backend), backend)
@@ -339,7 +339,7 @@ def damaged():
 
 
 def own_data():
-    """Own pictures: skipped files, the new classifier and images trained on are told."""
+    """Own pictures: skipped files, the new classifier and images trained on are reported."""
     folder = drawn(WORK / "own", 40, classes=2)
     damage(folder, 1)
     out, err = run(
@@ -349,10 +349,10 @@ def own_data():
     )  # fmt: skip
     expect("1 skipped" in out + err and "broken0.png" in out + err, f"train: {out} {err}")
     expect("started anew" in out + err, f"train: {out} {err}")
-    told, _ = run("evaluate", WORK / "run", "--data", folder)
-    expect("which training held out" in told, told)
-    told, _ = run("evaluate", WORK / "run", "--data", folder, "--split", "whole")
-    expect("was trained on" in told, told)
+    printed, _ = run("evaluate", WORK / "run", "--data", folder)
+    expect("which training held out" in printed, printed)
+    printed, _ = run("evaluate", WORK / "run", "--data", folder, "--split", "whole")
+    expect("was trained on" in printed, printed)
 
 
 def mistakes():
@@ -477,8 +477,8 @@ def manifest():
     ]
     for number, content in enumerate(hostile):
         refuse(content, f"hostile {number}")
-        told = refused("predict", folder, DRAWINGS[0])
-        expect(told.startswith(f"dynaslim: {folder}"), told)
+        message = refused("predict", folder, DRAWINGS[0])
+        expect(message.startswith(f"dynaslim: {folder}"), message)
     file.write_text(text)
     open_package(folder)
     expect(not accepted, f"{len(accepted)} of {tried} accepted, such as {accepted[:3]}")
@@ -494,20 +494,20 @@ POINTS = {
 def main():
     os.environ["DYNASLIM_CACHE"] = str(WORK / "cache")
     expect(str(WORK) in dynaslim.__file__, f"{dynaslim.__file__} is not the package built")
-    asked = [int(number) for number in sys.argv[1:]] or POINTS
+    chosen = [int(number) for number in sys.argv[1:]] or POINTS
     failed = False
-    for number in asked:
+    for number in chosen:
         point = POINTS[number]
-        began, told, state = time.monotonic(), None, "ok"
+        began, message, state = time.monotonic(), None, "ok"
         try:
-            told = point()
+            message = point()
         except SkippedError as why:
-            state, told = "ok", f"in part: {why}"
+            state, message = "ok", f"in part: {why}"
         except Exception as error:
             state, failed = "FAILED", True
-            told = str(error) if isinstance(error, FailedError) else repr(error)
+            message = str(error) if isinstance(error, FailedError) else repr(error)
         seconds = f"{time.monotonic() - began:.0f} s"
-        why = " ".join(str(told).split()) if told else ""
+        why = " ".join(str(message).split()) if message else ""
         print(
             f"{state} {number} {point.__doc__[:-1]} ({seconds})" + (f": {why}" if why else ""),
             flush=True,

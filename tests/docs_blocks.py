@@ -1,7 +1,7 @@
 """The commands and Python of the documents, taken out of them and run as a reader would.
 
 A block is a fence, or in README.md lines indented by four spaces that begin with a command. A block
-that is not to be run says so in the source, in a comment right before it:
+that is not to be run is marked in the source by a comment right before it:
 
     <!-- not run: why -->
 
@@ -87,7 +87,7 @@ class Block:
     language: str
     text: str
     title: str | None
-    """The file that a fence says it is."""
+    """The file that a fence shows."""
     excuse: str | None
     """Why it is not run."""
 
@@ -145,17 +145,17 @@ class Servers:
         self.stop()
         self._port = free_port()
         self._process = start_dynaslim([*shortened(argv), "--port", str(self._port)])
-        told = self._process.stdout.readline()  # when it is ready; empty where the process ends
-        if f":{self._port}" not in told:
+        line = self._process.stdout.readline()  # when it is ready; empty where the process ends
+        if f":{self._port}" not in line:
             process, self._process = self._process, None
             process.kill()
-            raise AssertionError(f"{told}{process.communicate()[1]}")
+            raise AssertionError(f"{line}{process.communicate()[1]}")
 
     def here(self, text: str) -> str:
         """A text of a page with the server's port for the usual one."""
         return text.replace("8000", str(self._port)) if self._process is not None else text
 
-    def ask(self, line: str) -> None:
+    def request(self, line: str) -> None:
         """Run a line with curl in it; an answer that is an error fails."""
         if shutil.which("curl") is None:
             pytest.skip("curl is not installed")
@@ -168,8 +168,8 @@ class Servers:
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(signal.SIGINT)
-            _, said = process.communicate(timeout=60)
-            assert process.returncode == 0, said
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 0, errors
 
 
 def run_command(line: str, servers: Servers) -> None:
@@ -178,7 +178,7 @@ def run_command(line: str, servers: Servers) -> None:
         case ["dynaslim", "serve", *argv]:
             servers.start(["serve", *argv])
         case ["curl", *_]:
-            servers.ask(line)
+            servers.request(line)
         case ["dynaslim", *argv]:
             argv = shortened(argv)
             code = cli.run(argv)
@@ -247,11 +247,11 @@ def check_flags(line: str, monkeypatch) -> None:
         return None
 
     monkeypatch.setitem(cli.VERBS, verb, real._replace(run=run))
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
         code = cli.run([{"R": RECIPES.get(verb, "R")}.get(word, word) for word in argv])
     monkeypatch.setitem(cli.VERBS, verb, real)
-    assert code == 0, f"{line}: {said.getvalue()}"
+    assert code == 0, f"{line}: {errors.getvalue()}"
 
 
 def run_python(block: Block, namespace: dict[str, object], servers: Servers) -> str:

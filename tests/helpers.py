@@ -152,7 +152,7 @@ def assert_rows_close(made: object, expected: object, tolerance: float = 2e-5) -
 
 
 def forced(engine: Engine, x: torch.Tensor, options_BG: np.ndarray) -> Routed:
-    """Run rows along chosen options, whatever the gates say."""
+    """Run rows along chosen options, whatever the gates choose."""
     images = engine.router.backend.arrays.images(x)
     return engine.router.routed(images, lambda gate, _, rows: options_BG[rows, gate], None)
 

@@ -23,7 +23,7 @@ SHARE = 0.25
 
 
 def write_images(folder, split, count, names, channels=3, size=16):
-    """A parquet file of noise of many kinds, which gates tell apart; labels come in turn."""
+    """A parquet file of noise of many kinds, which gates can distinguish; labels come in turn."""
     levels = noise(micro_spec(in_channels=channels), count, image_size=size) * 32 + 128
     pixels = levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).squeeze(3).numpy()
     write_parquet(folder, list(map(encoded, pixels)), names, split)

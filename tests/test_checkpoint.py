@@ -35,7 +35,7 @@ def saved(tmp_path):
 def test_saved_equals_loaded(name, tmp_path):
     net = lively(ZOO[name].replace(num_classes=10))
     path = save(tmp_path / "net.safetensors", Checkpoint(net))
-    again = load(path)  # nobody says what model it is
+    again = load(path)  # without the name of its model
     assert again.spec == net.spec
     assert not again.training
     assert all(p.requires_grad for p in again.parameters())

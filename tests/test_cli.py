@@ -97,8 +97,8 @@ def test_every_verb_has_help_and_needs_no_torch_for_it():
         "    print('END')\n"
     )
     helps = run_python(script).stdout.split("END\n")[:-1]
-    for verb, told in zip(cli.VERBS.values(), helps, strict=True):
-        assert verb.example in _unfolded(told)
+    for verb, text in zip(cli.VERBS.values(), helps, strict=True):
+        assert verb.example in _unfolded(text)
 
 
 # -- looking --------------------------------------------------------------------------------------
@@ -166,9 +166,9 @@ def test_info_and_models_for_a_person(name, capsys):
     assert len(re.findall("^gate ", out, re.MULTILINE)) == len(ZOO[name].gates)
     assert max(map(len, out.splitlines())) <= 120
     assert name in run_ok(capsys, "models")
-    told = json.loads(run_ok(capsys, "models", "--json"))
-    assert told["shipped"] == ["cifar10"]
-    rows = {row["model"]: row for row in told["models"]}
+    printed = json.loads(run_ok(capsys, "models", "--json"))
+    assert printed["shipped"] == ["cifar10"]
+    rows = {row["model"]: row for row in printed["models"]}
     row = rows[name]
     for kind, route in (("cheapest", ZOO[name].smallest), ("widest", ZOO[name].routes[-1])):
         assert row[f"{kind}_madds"] == madds(ZOO[name], route, row["image_size_px"])
@@ -206,7 +206,7 @@ def test_info_of_a_checkpoint(micro, capsys):
     assert re.search("^measured +nothing$", out, re.MULTILINE)
 
 
-def test_info_of_a_checkpoint_that_knows_more(micro, tmp_path, capsys):
+def test_info_of_a_checkpoint_with_more_metadata(micro, tmp_path, capsys):
     path, folder = micro
     write_parquet(folder, [png(n) for n in range(100)], 5)  # fewer are refused
     argv = ["calibrate-budget", str(path), "--data", str(folder), "--split", "test"]
@@ -221,9 +221,9 @@ def test_info_of_a_checkpoint_that_knows_more(micro, tmp_path, capsys):
     capsys.readouterr()
     out = run_ok(capsys, "info", str(path))
     assert re.search("^classes +5: class 0, class 1,", out, re.MULTILINE)
-    told = "top-1 on 40 held-out images: dynamic 60.00% at 0.01 M MAdds; routes 50.00% to 62.50%"
+    line = "top-1 on 40 held-out images: dynamic 60.00% at 0.01 M MAdds; routes 50.00% to 62.50%"
     assert out.count("measured") == 1
-    assert told in out
+    assert line in out
     assert re.search("^recipe +supernet", out, re.MULTILINE)
     assert re.search(r"^budget +0\.70 to 1 of the widest route's cost, ", out, re.MULTILINE)
     held = _info(capsys, path)["checkpoint"]
@@ -279,7 +279,7 @@ def test_evaluate(micro, capsys):
     assert "4-4-6" in out
 
 
-def test_mistakes_are_told_before_torch_is_imported(micro, tmp_path):
+def test_mistakes_are_reported_before_torch_is_imported(micro, tmp_path):
     path, folder = map(str, micro)
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "a.png").write_bytes(png())
@@ -386,9 +386,9 @@ def test_evaluate_views_table_and_unreadable_images(micro, tmp_path, capsys):
     argv = ["evaluate", str(path), "--data", str(data), "--table", str(table), "--json"]
     fails(capsys, [*argv, "--corrupt-limit", "0"], 1, "[test] row 19: not an image that can be")
     assert not table.exists()
-    told = run_ok(capsys, *argv[:4], "--corrupt-limit", "0.1")
-    assert ": 19 images, 1 skipped\nskipped: " in told
-    assert "[test] row 19: not an image that can be decoded" in told
+    printed = run_ok(capsys, *argv[:4], "--corrupt-limit", "0.1")
+    assert ": 19 images, 1 skipped\nskipped: " in printed
+    assert "[test] row 19: not an image that can be decoded" in printed
     result = json.loads(run_ok(capsys, *argv, "--corrupt-limit", "0.1", "--views", "2"))
     assert result["images"] == 19
     assert len(result["unreadable"]) == 1
@@ -416,8 +416,8 @@ def test_calibrate_makes_damaged_statistics_good(micro, tmp_path, capsys):
     out = tmp_path / "good.safetensors"
     argv = ["calibrate", str(damaged), str(out), "--data", str(data), "--split", "test"]
     assert "2 batches of 10 images" in run_ok(capsys, *argv, "--batch-size", "10")
-    told = json.loads(run_ok(capsys, *argv, "--batch-size", "10", "--json"))
-    assert told == {"out": str(out), "batches": 2, "batch_size": 10, "left_out": []}
+    printed = json.loads(run_ok(capsys, *argv, "--batch-size", "10", "--json"))
+    assert printed == {"out": str(out), "batches": 2, "batch_size": 10, "left_out": []}
     good = read(out)
     for name, buffer in good.net.named_buffers():
         if name.endswith("running_var"):
@@ -443,9 +443,9 @@ def test_flags_of_a_recipe_are_spelled_either_way(tmp_path):
     assert recipe.optim.warmup_share == 0.2
     assert given["options"].save_every_s == 1
     assert given["out"] == Path("x")
-    told = parser.format_help()
-    assert "--batch-size N" in told
-    assert "--batch_size" not in told
+    help_text = parser.format_help()
+    assert "--batch-size N" in help_text
+    assert "--batch_size" not in help_text
     config = tmp_path / "recipe.yaml"
     config.write_text("batch_size: 5\noptim: {lr: 0.5}\n")
     _, given = _parse("train gate", "--out", "x", "--config", str(config), "--optim.lr", "0.25")
@@ -460,16 +460,16 @@ def test_a_recipe_is_printed_and_read_back(capsys, tmp_path):
     assert given["recipe"].optim.lr == 0.5
 
 
-def test_help_shows_defaults_that_say_something():
+def test_help_shows_defaults_that_are_informative():
     parser, _ = _parse("train gate", "--out", "x")
-    told = " ".join(parser.format_help().split())
-    assert "--seed N Of everything random in the stage. (default: 0)" in told
-    assert "--bf16 {true,false} bfloat16 autocast of the forward passes. (default: false)" in told
+    text = " ".join(parser.format_help().split())
+    assert "--seed N Of everything random in the stage. (default: 0)" in text
+    assert "--bf16 {true,false} bfloat16 autocast of the forward passes. (default: false)" in text
     assert (
-        "--resume Go on where the run in the folder stopped; starts it if there is none. " in told
+        "--resume Go on where the run in the folder stopped; starts it if there is none. " in text
     )
-    assert "None)" not in told
-    assert "<class" not in told
+    assert "None)" not in text
+    assert "<class" not in text
 
 
 EVALUATE = ["evaluate", "M", "--data"]
@@ -564,7 +564,7 @@ def test_a_wrong_command_line_gets_one_line(
     write_parquet(tmp_path / "seven", [png()] * 7, 7)
     if "bare.safetensors" in argv:
         save(tmp_path / "bare.safetensors", Checkpoint(lively(micro_spec())))
-    capsys.readouterr()  # what writing them told
+    capsys.readouterr()  # what writing them printed
     fails(capsys, argv, code, message)
     assert not (tmp_path / "out").exists()
 
@@ -575,7 +575,7 @@ MODELS = {"model", "models", "checkpoint", "file", "run"}
 
 
 def _required(verb, folder, model):
-    """A command line that gives a verb what it asks for, its model being `model`."""
+    """A command line with what a verb requires, its model being `model`."""
     own = {"out": folder / "out", "data": folder / "data", "shell": "bash"}
     argv = verb.split()
     for action in make_parser(verb, cli.VERBS[verb].run, "")._actions:

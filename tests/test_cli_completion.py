@@ -1,4 +1,4 @@
-"""Completion by the shells themselves: the script is run, and asked what it would complete."""
+"""Completion by the shells themselves: the script is run, and its completions are checked."""
 
 import os
 import pty
@@ -41,15 +41,15 @@ def files(tmp_path):
 def _bash(folder, *lines):
     """What bash offers for each line, whose last word is being completed."""
     (folder / "completion.bash").write_text(_script("bash"))
-    asked = []
+    commands = []
     for line in lines:
         words = [shlex.quote(word) for word in line.split(" ")]
-        asked.append(
+        commands.append(
             f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; COMPREPLY=(); "
             '_shtab_dynaslim; printf "%s\\n" "${COMPREPLY[@]}"; echo END'
         )
     done = subprocess.run(
-        ["bash", "--norc", "-c", "\n".join(["source completion.bash", *asked])],
+        ["bash", "--norc", "-c", "\n".join(["source completion.bash", *commands])],
         capture_output=True,
         text=True,
         cwd=folder,
@@ -95,7 +95,7 @@ def test_bash(files, line, expected):
 
 
 @needs_bash
-def test_bash_knows_every_flag_of_every_verb(files):
+def test_bash_completes_every_flag_of_every_verb(files):
     offered = _bash(files, *(f"dynaslim {verb} --" for verb in cli.VERBS))
     for (name, verb), found in zip(cli.VERBS.items(), offered, strict=True):
         own = {f for a in flags(make_parser(name, verb.run, "")) for f in a.option_strings}
@@ -163,9 +163,9 @@ def test_fish(files):
         "dynaslim predict --engine ": {"local", "ray"},
         "dynaslim predict --eng": {"--engine"},
     }
-    asked = "; ".join(f"complete -C {shlex.quote(line)}; echo END" for line in lines)
+    commands = "; ".join(f"complete -C {shlex.quote(line)}; echo END" for line in lines)
     done = subprocess.run(
-        ["fish", "--no-config", "-c", f"source completion.fish; {asked}"],
+        ["fish", "--no-config", "-c", f"source completion.fish; {commands}"],
         capture_output=True,
         text=True,
         cwd=files,
@@ -183,9 +183,9 @@ def test_the_script_needs_no_torch(capsys):
         "assert not {'torch', 'numpy'} & set(sys.modules); sys.exit(code)"
     )
     assert run_python(code).stdout.rstrip().endswith("dynaslim")
-    told = run_ok(capsys, "completion", "--help")
-    assert '\n    eval "$(dynaslim completion bash)"\n' in told
-    assert "\n    dynaslim completion fish | source\n" in told
+    help_text = run_ok(capsys, "completion", "--help")
+    assert '\n    eval "$(dynaslim completion bash)"\n' in help_text
+    assert "\n    dynaslim completion fish | source\n" in help_text
 
 
 def test_values_are_those_that_there_are():

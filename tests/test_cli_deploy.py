@@ -42,15 +42,15 @@ def test_profile_writes_a_table_that_training_and_merging_read(micro, tmp_path, 
     path, _ = micro
     argv = ["profile", path, tmp_path / "t.json", "--backend", "onnxruntime", "--batch-size", "6"]
     out = run_ok(capsys, *argv, "--rounds", "3", "--json")
-    told = json.loads(out)
+    printed = json.loads(out)
     spec = read(path).net.spec
     table = read_cost_table(tmp_path / "t.json", spec, image_size=16)
     latency = LatencyTable.read(tmp_path / "t.json", spec)
     assert table.unit == "ms"
-    assert latency.rows == (1, 2, 4, 6) == tuple(told["rows"])
-    assert table.segments[0][0][0] == pytest.approx(told["ms"]["segment0_0_0"][-1] / 6)
-    assert told["note"]["backend"] == "onnxruntime"
-    assert told["note"]["processor"]
+    assert latency.rows == (1, 2, 4, 6) == tuple(printed["rows"])
+    assert table.segments[0][0][0] == pytest.approx(printed["ms"]["segment0_0_0"][-1] / 6)
+    assert printed["note"]["backend"] == "onnxruntime"
+    assert printed["note"]["processor"]
     assert "segment2_2_1" in run_ok(capsys, *argv, "--rounds", "1")
     engine = Engine.from_checkpoint(
         path, backend="eager", latency=tmp_path / "t.json", merge=True, cache_dir=None
@@ -63,9 +63,9 @@ def test_bench_of_a_mix(capsys):
         capsys, "bench", "ds_mbnet_tiny", "--backend", "onnxruntime,eager", "--batch-size", "10",
         "--mix", "0.55,0.2,0.1,0.15", "--rounds", "3", "--json",
     )  # fmt: skip
-    told = json.loads(out)
-    assert set(told["backends"]) == {"onnxruntime", "eager"}
-    for result in told["backends"].values():
+    printed = json.loads(out)
+    assert set(printed["backends"]) == {"onnxruntime", "eager"}
+    for result in printed["backends"].values():
         assert result["rows"] == [6, 2, 1, 1]
         assert len(result["routes"]) == 4
         best = [result["best_static_ms"][route]["median"] for route in result["routes"]]
@@ -81,13 +81,13 @@ def test_bench_of_a_mix(capsys):
 
 def test_bench_of_what_the_gates_choose(micro, capsys):
     path, data = micro
-    told = json.loads(
+    printed = json.loads(
         run_ok(
             capsys, "bench", path, "--backend", "onnxruntime", "--batch-size", "16",
             "--mix", "real", "--data", data, "--rounds", "2", "--json",
         )
     )  # fmt: skip
-    result = told["backends"]["onnxruntime"]
+    result = printed["backends"]["onnxruntime"]
     assert sum(result["rows"]) == 16
     assert sum(result["shares"]) == pytest.approx(1)
     assert len(result["routes"]) > 1, "the test needs images that differ"
@@ -100,13 +100,13 @@ def test_bench_of_one_image_and_for_a_person(capsys):
     )  # fmt: skip
     assert "ratio" in out
     assert "in pieces of" in out
-    told = json.loads(
+    printed = json.loads(
         run_ok(
             capsys, "bench", "ds_mbnet_tiny", "--backend", "onnxruntime", "--batch-size", "1",
             "--rounds", "2", "--json",
         )
     )  # fmt: skip
-    result = told["backends"]["onnxruntime"]
+    result = printed["backends"]["onnxruntime"]
     assert set(result["routed_over_static"]) == set(result["routes"])
     assert result["shares"] == [0.55, 0.2, 0.1, 0.15]
 
@@ -153,9 +153,9 @@ def test_the_ideal_is_the_sum_of_static_times(monkeypatch, micro):
 
 
 def test_export_of_a_package(micro, tmp_path, capsys):
-    told = json.loads(run_ok(capsys, "export", micro[0], tmp_path / "p", "--json"))
-    assert told["forms"] == 9
-    assert told["parity"] < 1e-4
+    printed = json.loads(run_ok(capsys, "export", micro[0], tmp_path / "p", "--json"))
+    assert printed["forms"] == 9
+    assert printed["parity"] < 1e-4
     assert open_package(tmp_path / "p").preprocessing == Preprocessing(16)
     assert "9 segment forms" in run_ok(capsys, "export", micro[0], tmp_path / "p")
 
@@ -177,12 +177,12 @@ def test_export_in_int8(micro, tmp_path, capsys):
         capsys, "export", path, tmp_path / "p8", "--precision", "int8", "--calibration", data,
         "--calibration-images", "40", "--json",
     )  # fmt: skip
-    told = json.loads(out)
-    assert told["precision"] == "int8"
-    assert told["accuracy"]["images"] == 40
+    printed = json.loads(out)
+    assert printed["precision"] == "int8"
+    assert printed["accuracy"]["images"] == 40
     package = open_package(tmp_path / "p8")
     assert package.source.precision == "int8"
-    assert package.manifest["notes"]["accuracy"] == told["accuracy"]
+    assert package.manifest["notes"]["accuracy"] == printed["accuracy"]
     engine = Engine.from_package(tmp_path / "p8", backend="openvino", cache_dir=None)
     assert engine(np.zeros((2, 3, 16, 16), np.float32)).logits.shape == (2, 5)
 

@@ -115,7 +115,7 @@ def in_image(site, script, *argv, **options):
     return [sys.executable, "-I", "-S", "-c", code, *argv]
 
 
-def test_it_serves_a_package_and_knows_whether_it_is_healthy(image, tmp_path):
+def test_it_serves_a_package_and_checks_its_health(image, tmp_path):
     checkpoint = Checkpoint(lively(micro_spec(), image_size=16), None, Preprocessing(16))
     export_package(checkpoint, tmp_path / "package")
     port = str(free_port())
@@ -157,9 +157,9 @@ def test_docker_builds_it(tmp_path):
     tag = f"dynaslim-test:{time.time_ns()}"
     subprocess.run([docker, "build", "--tag", tag, ROOT], check=True)
     try:
-        told = subprocess.run(
+        done = subprocess.run(
             [docker, "run", "--rm", tag, "--version"], capture_output=True, text=True, check=True
         )
-        assert told.stdout.startswith("dynaslim ")
+        assert done.stdout.startswith("dynaslim ")
     finally:
         subprocess.run([docker, "rmi", tag], check=True)

@@ -133,7 +133,7 @@ def test_expected_cost_has_the_gradient_of_switching():
 # -- tables in files -------------------------------------------------------------------------------
 
 
-def test_a_table_knows_its_widest_route():
+def test_the_widest_route_of_a_table():
     spec = micro_spec()
     table = CostTable.from_madds(spec, 32)
     assert table.widest_cost == madds(spec, spec.widest_choice, 32, slimming_heads=True)

@@ -28,18 +28,18 @@ def done(tmp_path_factory):
 
 def test_what_was_saved_in_a_sentence(done):
     evaluation = done[0].evaluation
-    told = re.fullmatch(
+    sentence = re.fullmatch(
         r"Against the widest route the gate saves (\d+)% of the multiply-adds, for ([\d.]+) points "
         r"of top-1 (less|more)\.",
         saving(evaluation),
     )
     widest = evaluation.routes[-1]
-    assert int(told[1]) == round(100 * (1 - evaluation.dynamic.mean_madds / widest.madds))
-    change = float(told[2]) * (1 if told[3] == "more" else -1)
+    assert int(sentence[1]) == round(100 * (1 - evaluation.dynamic.mean_madds / widest.madds))
+    change = float(sentence[2]) * (1 if sentence[3] == "more" else -1)
     assert change == pytest.approx(100 * (evaluation.dynamic.top1 - widest.top1), abs=0.006)
 
 
-def test_demo_learns_and_writes_what_it_says(done):
+def test_demo_learns_and_writes_what_it_reports(done):
     demo, out = done
     assert sorted(path.name for path in out.iterdir()) == [
         "accuracy.png",
@@ -73,7 +73,7 @@ def test_saved_checkpoint_gives_the_same_numbers(done, capsys):
     assert read(checkpoint).metrics == expected
 
 
-def test_the_budget_gives_what_the_demo_says(done):
+def test_the_budget_gives_what_the_demo_reports(done):
     """The checkpoint brings its curve, and the engine does with it what was printed."""
     demo, out = done
     checkpoint = read(out / "checkpoint.safetensors")
@@ -81,14 +81,14 @@ def test_the_budget_gives_what_the_demo_says(done):
     engine = Engine(checkpoint, backend="eager", cache_dir=None)
     x = normalise(test.images_NCSS, checkpoint.preprocessing)
     given = engine(x, budget=0.5)
-    told = json.loads((out / "results.json").read_text())["budget"]
-    assert told["asked"] == 0.5
-    assert float(given.madds.mean()) == pytest.approx(told["mean_madds"], rel=1e-3)
+    reported = json.loads((out / "results.json").read_text())["budget"]
+    assert reported["asked"] == 0.5
+    assert float(given.madds.mean()) == pytest.approx(reported["mean_madds"], rel=1e-3)
     top1 = float((given.logits.argmax(1) == test.labels_N).float().mean())
-    assert top1 == pytest.approx(told["top1"], abs=0.001), "a rounding may move an image or two"
+    assert top1 == pytest.approx(reported["top1"], abs=0.001), "a rounding may move an image or two"
     table, words = io.StringIO(), saving(demo.evaluation, demo.budgeted)
     Console(file=table, width=120).print(evaluation_table(demo.evaluation, demo.budgeted))
-    assert f"{told['top1']:.2%}" in table.getvalue().split("dynamic (budget 0.5)")[1]
+    assert f"{reported['top1']:.2%}" in table.getvalue().split("dynamic (budget 0.5)")[1]
     assert re.search(
         r"\nA budget of 0\.5 saves \d+%, for [\d.]+ points (less|more): \d+% of the images "
         r"escalated",
@@ -96,12 +96,12 @@ def test_the_budget_gives_what_the_demo_says(done):
     )
 
 
-def test_it_says_how_far_it_is_from_the_readme(done):
+def test_it_reports_how_far_it_is_from_the_readme(done):
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     shown = [float(top1) for top1 in re.findall(r"M +([\d.]+)%", readme)]
     assert [round(100 * top1, 2) for top1 in README_TOP1.values()] == shown[3:6]
-    told = done[0].beside_readme()
-    apart = [float(points) for points in re.findall(r"[+-]\d+\.\d\d", told)]
+    sentence = done[0].beside_readme()
+    apart = [float(points) for points in re.findall(r"[+-]\d+\.\d\d", sentence)]
     evaluation = done[0].evaluation
     own = (evaluation.routes[-1].top1, evaluation.dynamic.top1, done[0].budgeted[1].top1)
     assert apart == pytest.approx(
@@ -109,13 +109,13 @@ def test_it_says_how_far_it_is_from_the_readme(done):
     )
 
 
-def test_a_busy_machine_is_told_of():
+def test_a_busy_machine_is_reported():
     assert busy(0.3, 2, 2) is None
     assert busy(9.0, 2, 1) is None, "one thread waits for no other"
     assert busy(3.0, 64, 64) is None
-    told = busy(7.94, 2, 2)
-    assert "load 7.9 on 2 cores" in told
-    assert told.endswith("OMP_NUM_THREADS=1")
+    message = busy(7.94, 2, 2)
+    assert "load 7.9 on 2 cores" in message
+    assert message.endswith("OMP_NUM_THREADS=1")
     assert busy(40.0, 64, 64).endswith("OMP_NUM_THREADS=24")
 
 

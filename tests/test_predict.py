@@ -53,7 +53,7 @@ class FakeEngine:
     curve = None
 
     def __init__(self):
-        self.batches, self.budgets, self.asked, self.holds = [], [], [], []
+        self.batches, self.budgets, self.named, self.holds = [], [], [], []
 
     def __call__(self, x, *, budget=None, hold=False):
         self.batches.append(x)
@@ -70,7 +70,7 @@ class FakeEngine:
         )
 
     def route_of(self, row):
-        self.asked.append(tuple(row))
+        self.named.append(tuple(row))
         return Route((4, 8 + 4 * int(row[0])))
 
 
@@ -205,7 +205,7 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tree, monkeypatch):
 # -- rows -----------------------------------------------------------------------------------------
 
 
-def test_rows_say_what_the_engine_says(shades):
+def test_rows_have_the_answers_of_the_engine(shades):
     engine = FakeEngine()
     rows = list(predict(engine, shades, batch_size=3, budget="4.5ms", workers=2))
     assert [row.file for row in rows] == [str(file) for file in shades]
@@ -217,7 +217,7 @@ def test_rows_say_what_the_engine_says(shades):
     assert [row.mirrored for row in rows] == [False] * 6 + [True] * 2
     assert rows[0].confidence == pytest.approx(np.exp(3) / (np.exp(3) + 3))
     assert engine.budgets == ["4.5ms"] * 3
-    assert len(engine.asked) == 2  # once for each route
+    assert len(engine.named) == 2  # once for each route
     assert list(rows[0].to_dict()) == COLUMNS
 
 
@@ -284,7 +284,7 @@ def test_numbers_are_checked_at_once(wrong):
         predict(FakeEngine(), [], **wrong)
 
 
-def test_an_engine_must_say_how_images_are_prepared():
+def test_an_engine_must_have_a_preprocessing():
     engine = FakeEngine()
     engine.preprocessing = None
     with pytest.raises(UsageError, match="preprocessing"):
@@ -369,7 +369,7 @@ def test_closing_early_stops_the_threads(shades, monkeypatch):
 
 
 def test_a_package_needs_neither_torch_nor_datasets(micro, tmp_path, capsys):
-    """In a process where they cannot be imported, the command says what it says of a checkpoint."""
+    """In a process where they cannot be imported, the answers are those of the checkpoint."""
     pytest.importorskip("onnxruntime")
     for n in range(60):  # more than are shown one by one
         write(tmp_path / "images" / f"{n:02}.png", grey(n * 4))
@@ -485,7 +485,7 @@ def test_totals_are_by_route(tmp_path):
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A fake engine in place of every model; `opened` is how it was asked for."""
+    """A fake engine in place of every model; `opened` are the arguments it was opened with."""
     engine = FakeEngine()
     engine.opened = []
 
@@ -529,12 +529,12 @@ def _with_curve(engine):
     engine.curve = BudgetCurve(8, 1000, 2e6, None, 0.9, 1e6, None, 0.7, points, points)
 
 
-def test_costs_are_told_beside_those_of_the_curve(fake, shades, capsys):
+def test_costs_are_reported_beside_those_of_the_curve(fake, shades, capsys):
     _with_curve(fake)
     code, out, err = _run(capsys, "m", *shades, "--budget", "0.61")
     assert (code, err) == (0, "")
-    told = "budget 0.61: 1.25 times the 1.20 M of the images that it was measured on"
-    assert told in out.replace("\n", " ")
+    line = "budget 0.61: 1.25 times the 1.20 M of the images that it was measured on"
+    assert line in out.replace("\n", " ")
     assert "unlike" not in out
     bright = [write(shades[0].with_name(f"bright{n}.png"), grey(255)) for n in range(40)]
     code, out, err = _run(capsys, "m", *bright, "--budget", "0.61")
@@ -548,7 +548,7 @@ def test_costs_are_told_beside_those_of_the_curve(fake, shades, capsys):
     assert "cost_ratio" not in json.loads(out)
 
 
-def test_budgets_out_of_reach_are_told(fake, shades, capsys):
+def test_budgets_out_of_reach_are_reported(fake, shades, capsys):
     _with_curve(fake)
     code, _, err = _run(capsys, "m", shades[0], "--budget", "0.3")
     assert code == 0
@@ -583,11 +583,11 @@ def test_a_held_budget_is_the_same_in_one_batch_or_many(micro, shades):
     point = BudgetPoint(-1e6, None, None, share * widest, share, None, 0.9, 0.0)
     assert np.mean([r.madds for r in predict(engine, shades, budget=point)]) == widest
     for batch_size in (1, 3, 8):
-        asked = {"budget": point, "hold": True, "batch_size": batch_size}
-        rows = [row.madds for row in predict(engine, shades, **asked)]
+        arguments = {"budget": point, "hold": True, "batch_size": batch_size}
+        rows = [row.madds for row in predict(engine, shades, **arguments)]
         means = np.cumsum(rows) / np.arange(1, 9)
         assert means[batch_size - 1 :: batch_size].max() <= share * widest
-        assert [row.madds for row in predict(engine, shades, **asked)] == rows
+        assert [row.madds for row in predict(engine, shades, **arguments)] == rows
         assert np.mean(rows) > cheapest
 
 
@@ -657,7 +657,7 @@ def test_json_stays_on_its_stream_beside_a_bar(fake, tmp_path, capsys, monkeypat
     assert "predicting" in err
 
 
-def test_what_the_model_is_asked_for(fake, shades, capsys):
+def test_the_arguments_of_the_model(fake, shades, capsys):
     argv = ["m", shades[0], "--backend", "openvino", "--budget", "4.5ms", "--batch-size", "5"]
     assert _run(capsys, *argv)[0] == 0
     assert fake.budgets == ["4.5ms"]

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 
 
 class Steps:
-    """A quick engine without torch: ten steps of brightness; what `trouble` says happens first."""
+    """A quick engine without torch: ten steps of brightness; `trouble` is called first."""
 
     preprocessing = Preprocessing(16)
     class_names = None
@@ -185,7 +185,7 @@ def test_what_kills_every_worker_ends_in_one_line(cluster, folder, tmp_path):
         _steps(folder, tmp_path, trouble)
 
 
-def test_what_an_engine_refuses_is_said_as_here(cluster, folder, tmp_path):
+def test_what_an_engine_refuses_is_reported_as_here(cluster, folder, tmp_path):
     def trouble(level, budget):
         raise UsageError(f"budget {budget}: too small")
 

@@ -118,7 +118,7 @@ def _curve(shares):
 
 
 class SlowEngine:
-    """Takes 50 ms for the widest route and its share for a cheaper budget; tells brightness."""
+    """Takes 50 ms for the widest route, its share for a cheaper budget; answers by brightness."""
 
     preprocessing = Preprocessing(8, mean=(0.5,) * 3, std=(0.25,) * 3)
     class_names = ("dark", "dim", "fair", "bright")

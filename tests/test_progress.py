@@ -39,7 +39,7 @@ def test_a_bar_with_the_time_left_on_a_terminal():
     try:
         while part := os.read(ours, 4096):
             shown += part
-    except OSError:  # how Linux says that the other end has been closed
+    except OSError:  # on Linux the other end has been closed
         pass
     os.close(ours)
     assert process.wait() == 0

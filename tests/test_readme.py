@@ -47,8 +47,8 @@ def test_local_links_lead_somewhere():
     ("version", "message"),
     [("3.9", "Python 3.9, dynaslim needs 3.11 or newer"), (None, "no .*python found")],
 )
-def test_set_up_says_in_one_line_what_is_missing(tmp_path, version, message):
-    """A stand-in interpreter that says it is old, and one that is not there."""
+def test_set_up_names_in_one_line_what_is_missing(tmp_path, version, message):
+    """A stand-in interpreter that reports an old version, and one that is not there."""
     python = tmp_path / "python"
     if version:
         python.write_text(

@@ -81,7 +81,7 @@ def _flags(values, prefix=""):
         ("a: [1,\n", "not YAML"),
     ],
 )
-def test_bad_files_say_what_is_wrong(tmp_path, text, message):
+def test_errors_of_bad_files_name_the_cause(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message) as caught:

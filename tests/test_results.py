@@ -78,7 +78,7 @@ def test_the_oracle_takes_the_cheapest_that_is_right():
     assert found == pytest.approx(((1 + 1 + 1 + 2 + 4 + 1) / 6, 5 / 6, 0))
 
 
-def test_a_gate_sends_every_image_where_it_says():
+def test_a_gate_sends_every_image_to_its_choice():
     found = policies.gated(RIGHT, COSTS, np.array([0, 1, 1, 1, 2, 0]))
     assert found == pytest.approx(((1 + 2 + 2 + 2 + 4 + 1) / 6, 4 / 6, 0))
 
@@ -270,7 +270,7 @@ def test_a_cascade_of_one_network_pays_its_trunk_twice():
     assert whole.cost == pytest.approx(kept.cost + 0.3 * table.trunk, rel=1e-3)
 
 
-def test_heads_find_what_tells_the_routes_apart(monkeypatch, one_thread):
+def test_heads_find_what_distinguishes_the_routes(monkeypatch, one_thread):
     """Hard images gain by width: a head that sees how hard they are beats the uniform line."""
     monkeypatch.setattr(heads, "BISECTIONS", 5)
     table = _table(1500)
@@ -319,19 +319,19 @@ def test_rates_to_try_are_named(capsys):
     assert job.recipe.optim.lr == 0.3
 
 
-def test_where_the_images_lie_is_no_part_of_what_was_asked():
+def test_where_the_images_lie_is_no_part_of_the_settings():
     here, there = (plan.cifar10(folder, 0).to_dict() for folder in (None, "elsewhere"))
     assert here != there
     assert cells.digest(here) == cells.digest(there)
     assert cells.digest(here) != cells.digest(plan.cifar10(None, 1).to_dict())
 
 
-def test_committed_cells_are_what_the_plan_asks_for():
-    """A recipe that was changed after its numbers were made would tell of other networks."""
+def test_committed_cells_are_of_the_settings_in_the_plan():
+    """A recipe that was changed after its numbers were made would be of other networks."""
     jobs = [job for name in plan.EXPERIMENTS for job in plan.jobs_of(name, None, range(3))]
     for job in jobs:
         found = job.cell.read()
-        assert found is None or found["asked_sha256"] == cells.digest(job.settings()), job.cell
+        assert found is None or found["settings_sha256"] == cells.digest(job.settings()), job.cell
 
 
 def test_learning_rates_are_those_that_the_held_out_images_chose():
@@ -423,7 +423,7 @@ def test_headline_from_training_to_cell(toy, one_thread, capsys):
         assert job.cell.is_done(job.settings())
     cell = jobs[0].cell.read()
     assert len(cell["held_out"]["top1"]) == len(cell["madds"]) == 4
-    assert not re.search(r"/data/|tmp", json.dumps(cell["asked"]["recipe"]["data"]))
+    assert not re.search(r"/data/|tmp", json.dumps(cell["settings"]["recipe"]["data"]))
     static = plan.Cell("headline", "static3", 0).read()
     assert static["madds"] == cell["madds"][3:]
     assert static["held_out"]["top1"][0] > 0.3, "four classes"
@@ -459,7 +459,7 @@ def test_gates_by_milliseconds_and_of_every_feature(toy, one_thread, monkeypatch
     assert set(found["trained_on"]) == {"madds", "ms"}
 
 
-def test_a_gate_without_its_supernet_says_so(toy):
+def test_a_gate_without_its_supernet_is_refused(toy):
     (job,) = plan.jobs_of("headline", None, [0], ["gates"])
     with pytest.raises(UsageError, match="needs headline/supernet_s0, which is not trained yet"):
         training.run(job)
@@ -535,7 +535,7 @@ def test_one_seed_that_was_not_tested_keeps_the_test_split_shut(written):
     assert summaries.supernets("headline")["seeds"] == [3]
 
 
-def test_the_page_has_what_the_summaries_say(written, capsys):
+def test_the_page_has_what_is_in_the_summaries(written, capsys):
     (written / "results" / "notes.md").write_text("A note of a person.\n")
     assert table.main([]) == 0
     assert table.main(["--check"]) == 0

@@ -53,7 +53,7 @@ def test_names_lead_to_files(here, trained):
             checkpoint_file(name)
 
 
-def test_what_ships_says_so_and_has_a_card():
+def test_what_ships_is_listed_and_has_a_card():
     """Of the package's own folder: a name, a card of that name, and a default among them."""
     names = shipped.names()
     assert not names or shipped.DEFAULT in names
@@ -131,9 +131,9 @@ def test_predict_by_name_by_flag_by_file_or_by_none_of_them(here, trained, argv,
 
 
 def test_pictures_to_try_come_with_it(capsys):
-    """Drawings, of which it takes most for what they are; `models` says where they are."""
-    told = run_ok(capsys, "models")
-    assert str(shipped.PICTURES) in told
+    """Drawings, of which it takes most for what they are; `models` prints where they are."""
+    printed = run_ok(capsys, "models")
+    assert str(shipped.PICTURES) in printed
     code, out, err = _run(capsys, str(shipped.PICTURES), "--json")
     assert (code, err) == (0, "")
     images = json.loads(out)["images"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dynaslim.errors import UsageError
-from dynaslim.spec import LARGEST, GateSpec, NetSpec, Route, StageSpec
+from dynaslim.spec import TEACHER_INDEX, GateSpec, NetSpec, Route, StageSpec
 from dynaslim.zoo import ZOO, get_spec
 
 
@@ -57,15 +57,15 @@ def test_four_gates_combine():
     assert len(spec.gates) == 4
     assert len(set(spec.routing_space)) == 4**4
     assert spec.largest == spec.routes[-1]
-    assert not spec.teacher_apart
+    assert not spec.has_separate_teacher
 
 
 def test_teacher_has_its_own_statistics_only_off_the_routes():
     mbnet, resnet = get_spec("ds_mbnet"), get_spec("ds_resnet50")
-    assert mbnet.segment_indices(mbnet.largest) == (LARGEST, LARGEST)
-    assert mbnet.num_slots(0) == 2  # the stem's two widths are told apart anyway
+    assert mbnet.segment_indices(mbnet.largest) == (TEACHER_INDEX, TEACHER_INDEX)
+    assert mbnet.num_slots(0) == 2  # the stem's two widths are separate anyway
     assert mbnet.num_slots(4) == 15
-    assert mbnet.width(4, LARGEST) == (640, 14)
+    assert mbnet.width(4, TEACHER_INDEX) == (640, 14)
     assert mbnet.width(4, 13) == (640, 13)
     assert resnet.num_slots(1) == 4
 

@@ -39,11 +39,11 @@ def test_written_by_hand(tmp_path):
 
 def test_info_of_a_file_is_that_of_the_entry(tmp_path, capsys):
     path = write_spec(tmp_path / "again.yaml", ZOO["ds_mbnet_tiny"])
-    told = []
+    printed = []
     for model in (str(path), "ds_mbnet_tiny"):
         assert cli.run(["info", model, "--json"]) == 0
-        told.append(json.loads(capsys.readouterr().out))
-    assert told[0] == told[1]
+        printed.append(json.loads(capsys.readouterr().out))
+    assert printed[0] == printed[1]
 
 
 def test_profile_takes_a_file(tmp_path, capsys):
@@ -69,7 +69,7 @@ def test_profile_takes_a_file(tmp_path, capsys):
         ("name: a\nwidth: 3\nstages: [{widths: [4], block: conv}]\n", "width"),
     ],
 )
-def test_bad_files_say_what_is_wrong(tmp_path, text, message):
+def test_errors_of_bad_files_name_the_cause(tmp_path, text, message):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(UsageError, match=message) as caught:

@@ -31,7 +31,7 @@ from dynaslim.cli import (
     setup,
     training,
 )
-from dynaslim.cli.output import fail, help_columns, say, shell_lines
+from dynaslim.cli.output import echo, fail, help_columns, shell_lines
 from dynaslim.errors import DynaslimError, DynaslimWarning
 from dynaslim.model_names import MADE
 from dynaslim.shipped import IMAGENET
@@ -174,10 +174,10 @@ def _dispatch(argv: list[str]) -> int:
     if len(argv) > 1 and argv[0] == "help":
         argv = [*argv[1:], "--help"]
     if not argv or argv[0] in ("-h", "--help", "help"):
-        say(_help(), end="")
+        echo(_help(), end="")
         return 0 if argv else 2
     if argv[0] == "--version":
-        say(f"dynaslim {__version__}")
+        echo(f"dynaslim {__version__}")
         return 0
     name, rest = argv[0], argv[1:]
     if rest and f"{name} {rest[0]}" in VERBS:  # verbs of two words
@@ -206,7 +206,7 @@ def _no_such_verb(name: str, rest: list[str]) -> int:
     if longer and (not rest or rest[0] in ("-h", "--help")):
         if not rest:
             return fail(f"{name}: name a stage, as in dynaslim {' or dynaslim '.join(longer)}", 2)
-        say("\n\n".join(_verb_help(verb) for verb in longer))
+        echo("\n\n".join(_verb_help(verb) for verb in longer))
         return 0
     if name.startswith("-"):
         return fail(f"{name}: flags follow the verb, as in dynaslim models --json", 2)

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim.cli.output import fail, new_table, print_json, say, say_files
+from dynaslim.cli.output import echo, fail, new_table, print_files, print_json
 from dynaslim.model_names import checkpoint_file
 from dynaslim.recipes import AdaptOptions, RunOptions
 from dynaslim.shipped import PRETRAINED
@@ -61,9 +61,9 @@ def adapt(
             }
         )
         return 0
-    say(_table(done.data))
-    say(done.verdict)
-    say_files(done.files)
+    echo(_table(done.data))
+    echo(done.verdict)
+    print_files(done.files)
     return 0
 
 

@@ -11,10 +11,10 @@ from dynaslim.cli.measure import (
     curve_table,
     measure_curve,
     points_table,
-    say_measured,
+    print_measured,
     trained_rows,
 )
-from dynaslim.cli.output import new_table, print_json, printable, say
+from dynaslim.cli.output import echo, new_table, print_json, printable
 from dynaslim.errors import DataError, check
 from dynaslim.model_names import find_model
 
@@ -113,15 +113,15 @@ def cascade(
             }
         )
         return
-    say_measured(str(out), opened, curve)
+    print_measured(str(out), opened, curve)
     if seen:
-        say(f"{overlap}: expect less than these numbers elsewhere")
-    say(_rungs_table(spec, ranked))
-    say("signals: area under the risk-coverage curve, lower is better; the margin is used")
-    say(curve_table(curve, spec, uniform))
-    say(points_table(f"by default {BUDGET}", {"": point}, spec, timed=False))
-    say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
-    say(f"{out}: a package of {len(spec.rungs)} networks for {spec.image_size_px} px images")
+        echo(f"{overlap}: expect less than these numbers elsewhere")
+    echo(_rungs_table(spec, ranked))
+    echo("signals: area under the risk-coverage curve, lower is better; the margin is used")
+    echo(curve_table(curve, spec, uniform))
+    echo(points_table(f"by default {BUDGET}", {"": point}, spec, timed=False))
+    echo(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
+    echo(f"{out}: a package of {len(spec.rungs)} networks for {spec.image_size_px} px images")
 
 
 def _rungs_table(spec: CascadeSpec, ranked: list[dict[str, float]]) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from dynaslim._files import check_writable
-from dynaslim.cli.output import errors_as_data, print_json, say
+from dynaslim.cli.output import echo, errors_as_data, print_json
 from dynaslim.errors import check
 from dynaslim.recipes import parse_names, parse_shares
 
@@ -64,24 +64,24 @@ def convert(model: str, out: Path, *, options: ConvertOptions, json: bool = Fals
     if json:
         print_json(shown)
         return
-    say(
+    echo(
         f"{out}: {shown['model']}, {shown['params'] / 1e6:.2f} M parameters, "
         f"{shown['num_classes']} classes"
     )
-    say(
+    echo(
         f"gate behind {', '.join(shown['gates_behind'])}; {shown['groups']} groups of channels, "
         f"sorted by {shown['sorted_by']}"
     )
     most = shown["routes"][-1]["madds"]
     for route in shown["routes"]:
         name, madds = "-".join(map(str, route["widths"])), route["madds"]
-        say(f"route {name}: {madds / 1e6:.1f} M multiply-adds, {madds / most:.0%}")
+        echo(f"route {name}: {madds / 1e6:.1f} M multiply-adds, {madds / most:.0%}")
     for place, reason in shown["whole"].items():
-        say(f"whole: {place}: {reason}")
+        echo(f"whole: {place}: {reason}")
     for output in shown["outputs_left_out"]:
-        say(f"left out: the model's output {output}")
+        echo(f"left out: the model's output {output}")
     error = shown["relative_error"]
-    say(f"at full width it answers as the model does, to {error:.0e} of the largest")
+    echo(f"at full width it answers as the model does, to {error:.0e} of the largest")
 
 
 def _converted(model: str, out: Path, options: ConvertOptions) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim._files import check_writable
-from dynaslim.cli.output import new_table, print_json, say
+from dynaslim.cli.output import echo, new_table, print_json
 from dynaslim.errors import CheckpointError, UsageError, check
 from dynaslim.model_names import checkpoint_file, find_model, is_package
 from dynaslim.spec import Route
@@ -74,9 +74,9 @@ def profile(
     for form in forms:
         times = table.ms[form.name]
         rows.add_row(form.name, *[f"{t:.2f}" for t in times], f"{times[-1] / table.rows[-1]:.3f}")
-    say(f"{engine.spec.name} at {side} px on {engine.backend}: milliseconds by rows")
-    say(rows)
-    say(f"{out}: use it with train gate --cost-table, calibrate-budget --table")
+    echo(f"{engine.spec.name} at {side} px on {engine.backend}: milliseconds by rows")
+    echo(rows)
+    echo(f"{out}: use it with train gate --cost-table, calibrate-budget --table")
 
 
 def bench(
@@ -172,11 +172,11 @@ def bench(
             }
         )
         return
-    say(f"{model} at {side} px, batch {batch_size}: medians of {rounds} interleaved rounds, ms")
+    echo(f"{model} at {side} px, batch {batch_size}: medians of {rounds} interleaved rounds, ms")
     for result in results:
-        say(_bench_table(result))
+        echo(_bench_table(result))
         ratio = result["ratio_to_ideal"]
-        say(
+        echo(
             f"{result['backend']}: routed {result['routed_ms']['median']:.1f} ms, ideal "
             f"{result['ideal_ms']['median']:.1f} ms, ratio {ratio['median']:.3f} "
             f"({ratio['q1']:.3f} to {ratio['q3']:.3f}); "
@@ -311,10 +311,10 @@ def export(
     if json:
         print_json({"out": str(out), **result})
         return
-    say(f"{line}; largest difference to the network {result['parity']:.1e} of its largest value")
+    echo(f"{line}; largest difference to the network {result['parity']:.1e} of its largest value")
     if "accuracy" in result:
         report = result["accuracy"]
-        say(
+        echo(
             f"int8 on {report['images']} images: top-1 {report['quantised']['top1']:.2%}, in fp32 "
             f"{report['reference']['top1']:.2%}; the same route for {report['same_route']:.1%}"
         )
@@ -363,4 +363,4 @@ def import_official(file: Path, out: Path, *, ema: bool = False, json: bool = Fa
         result = {"out": str(out), "model": spec.name, "num_classes": spec.num_classes}
         print_json({**result, "choices": list(choices)})
         return
-    say(f"{out}: {spec.name}, {spec.num_classes} classes, gate choices {choices}")
+    echo(f"{out}: {spec.name}, {spec.num_classes} classes, gate choices {choices}")

@@ -8,12 +8,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from dynaslim.cascade_spec import CascadeSpec
-from dynaslim.cli.output import new_table, print_json, printable, say
+from dynaslim.cli.output import echo, new_table, print_json, printable
 from dynaslim.cost import madds, params, segment_cost
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST, find_model
 from dynaslim.shipped import IMAGENET, PICTURES, PRETRAINED, names
-from dynaslim.spec import GATE_AT_ENTRANCE, LARGEST, NetSpec, Route
+from dynaslim.spec import GATE_AT_ENTRANCE, TEACHER_INDEX, NetSpec, Route
 from dynaslim.zoo import ZOO, get_spec
 
 if TYPE_CHECKING:
@@ -68,10 +68,10 @@ def models(*, json: bool = False) -> None:
             str(row["gates"]),
             str(row["gated_routes"]),
         )
-    say(table)
-    say("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
-    say(f"networks that ship: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
-    say(f"with pip install 'dynaslim[imagenet]': {', '.join(extra)}")
+    echo(table)
+    echo("cheapest, widest: multiply-adds along a route; dynaslim info MODEL shows more")
+    echo(f"networks that ship: {', '.join(names())}; to try it: dynaslim predict {PICTURES}")
+    echo(f"with pip install 'dynaslim[imagenet]': {', '.join(extra)}")
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:
@@ -99,8 +99,8 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
         print_json({**summary, **contents})
         return
     for kind, holds in contents.items():
-        say("\n".join(_contents_lines(kind, holds)))
-        say("" if holds["budget"] is None else _budget_table(holds["budget"]))
+        echo("\n".join(_contents_lines(kind, holds)))
+        echo("" if holds["budget"] is None else _budget_table(holds["budget"]))
     if isinstance(spec, GraphSpec):
         _print_converted(summary)
     elif isinstance(spec, CascadeSpec):
@@ -209,22 +209,22 @@ def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
 
 def _print_converted(summary: Mapping[str, Any]) -> None:
     size = summary["image_size_px"]
-    say(
+    echo(
         f"{summary['model']}, converted: {_millions(summary['params'])} parameters, "
         f"{summary['num_classes']} classes; costs at {size}x{size} px"
     )
     for number, gate in enumerate(summary["gates"]):
-        say(f"gate {number}, behind {gate['behind']}: width indices {_few(gate['choices'], 12)}")
-    say(
+        echo(f"gate {number}, behind {gate['behind']}: width indices {_few(gate['choices'], 12)}")
+    echo(
         f"{len(summary['groups'])} groups of channels, sorted by {summary['sorted_by']}; the "
         f"narrowest route saves {summary['elastic_share']:.0%} of the multiply-adds"
     )
-    say(_routes_table(summary))
+    echo(_routes_table(summary))
 
 
 def _print_cascade(summary: Mapping[str, Any]) -> None:
     size = summary["image_size_px"]
-    say(
+    echo(
         f"{summary['model']}: a cascade of {len(summary['rungs'])} networks, "
         f"{summary['num_classes']} classes, images of {size}x{size} px"
     )
@@ -238,10 +238,12 @@ def _print_cascade(summary: Mapping[str, Any]) -> None:
             _millions(rung["params"]),
             f"{rung['madds'] / summary['rungs'][-1]['madds']:.3f}",
         )
-    say(table)
+    echo(table)
     if summary["trunk"] is not None:
         shared = ", ".join(str(number + 1) for number in summary["trunk"]["rungs"])
-        say(f"rungs {shared} share a trunk of {_millions(summary['trunk']['madds'])} multiply-adds")
+        echo(
+            f"rungs {shared} share a trunk of {_millions(summary['trunk']['madds'])} multiply-adds"
+        )
 
 
 def _describe_route(spec: AnySpec, route: Route, image_size_px: int) -> dict[str, Any]:
@@ -265,7 +267,7 @@ def _stage(spec: NetSpec, number: int) -> dict[str, Any]:
         "expansion": stage.expansion,
         "max_pool": stage.max_pool,
         "widths": sorted({spec.width(number, index).channels for index in routed}),
-        "largest_width": spec.width(number, LARGEST).channels,
+        "largest_width": spec.width(number, TEACHER_INDEX).channels,
         "gate": governing if stage.gate is not None else None,
         "governed_by": governing,
     }
@@ -377,23 +379,23 @@ def _budget_table(budget: Mapping[str, Any]) -> Any:
 
 def _print_architecture(summary: Mapping[str, Any]) -> None:
     size = summary["image_size_px"]
-    say(
+    echo(
         f"{summary['model']}: {_millions(summary['params'])} parameters, "
         f"{summary['num_classes']} classes, {summary['in_channels']} input channels; "
         f"costs at {size}x{size} px"
     )
-    say(_stages_table(summary))
+    echo(_stages_table(summary))
     for number, gate in enumerate(summary["gates"]):
         place = gate["at"] + ("" if gate["at"] == "entrance" else " convolution")
-        say(
+        echo(
             f"gate {number}, stage {gate['stage']}, {place}: picks {_few(gate['widths'], 12)} "
             f"(width indices {_few(gate['choices'], 12)})"
         )
-    say(_segments_table(summary))
-    say(_routes_table(summary))
+    echo(_segments_table(summary))
+    echo(_routes_table(summary))
     space = summary["routing_space"]
     if summary["gates"]:
-        say(
+        echo(
             f"the gates choose among {space['size']} routes, "
             f"{_millions(space['cheapest']['madds'])} to {_millions(space['widest']['madds'])} "
             f"MAdds; segments include the heads of their gates, routes do not"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 from dynaslim._files import check_writable
 from dynaslim.cli.output import (
     class_table,
+    echo,
     evaluation_table,
     new_table,
     print_json,
-    say,
-    say_skipped,
+    print_skipped,
 )
 from dynaslim.errors import DataError, UsageError, check
 from dynaslim.graph import AnySpec
@@ -155,18 +155,18 @@ def evaluate(
             }
         )
         return
-    say(
+    echo(
         f"{checkpoint} on {source.name} [{source.split}]: {result.images} images, "
         f"{result.skipped} skipped"
     )
-    say_skipped(opened.skipped.lines)
+    print_skipped(opened.skipped.lines)
     if note:
-        say(note)
-    say(evaluation_table(result))
+        echo(note)
+    echo(evaluation_table(result))
     if len(result.per_class) <= MOST_CLASSES:
-        say(class_table(result))
+        echo(class_table(result))
     if table is not None:
-        say(f"{table}: a line for every image")
+        echo(f"{table}: a line for every image")
 
 
 def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[ImageDataset, str]:
@@ -250,11 +250,11 @@ def calibrate(
             {"out": str(out), "batches": count, "batch_size": feed.batch_size, "left_out": left_out}
         )
         return
-    say(
+    echo(
         f"{out}: BN statistics of every route from {count} batches of {feed.batch_size} images, "
         f"{feed.skipped.count} skipped"
     )
-    say_skipped(feed.skipped.lines)
+    print_skipped(feed.skipped.lines)
 
 
 def calibrate_budget(
@@ -346,18 +346,18 @@ def calibrate_budget(
         )
         return
     held = "" if held_share is None else ", those that training held out"
-    say_measured(f"{checkpoint}", opened, curve, held)
+    print_measured(f"{checkpoint}", opened, curve, held)
     if note:
-        say(note)
+        echo(note)
     elif split == "train" and held_share is None:
-        say("the gate was trained on this split: expect less than these numbers elsewhere")
+        echo("the gate was trained on this split: expect less than these numbers elsewhere")
     if not loaded.mirror:
-        say("no mirror images: the recipe does not state that they keep their class")
-    say(curve_table(curve, spec, uniform))
+        echo("no mirror images: the recipe does not state that they keep their class")
+    echo(curve_table(curve, spec, uniform))
     if point is not None:
-        say(points_table(f"budget {budget}", {"": point}, spec, timed=latency is not None))
-    say(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
-    say(f"{file if out is None else out}: {len(curve.points)} points of cost and accuracy")
+        echo(points_table(f"budget {budget}", {"": point}, spec, timed=latency is not None))
+    echo(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
+    echo(f"{file if out is None else out}: {len(curve.points)} points of cost and accuracy")
 
 
 def measure_curve(
@@ -387,19 +387,19 @@ def measure_curve(
     return curve, uniform_outcomes(answers, latency=latency, rows=split_rows(len(answers))[1])
 
 
-def say_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str = "") -> None:
+def print_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str = "") -> None:
     """Print which images a curve was measured on."""
     from dynaslim.runtime.budget_search import FEW_IMAGES
 
     source, skipped = opened.source, opened.skipped
     assert source is not None
-    say(
+    echo(
         f"{what} on {source.name} [{source.split}]: {curve.images} images{held}, "
         f"{skipped.count} skipped"
     )
-    say_skipped(skipped.lines)
+    print_skipped(skipped.lines)
     if curve.images < FEW_IMAGES:
-        say(
+        echo(
             f"few images: of less than {FEW_IMAGES:,} the points are hard to tell apart; "
             f"top-1 has its 95% interval"
         )

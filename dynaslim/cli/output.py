@@ -128,16 +128,16 @@ def gates_table(results: Mapping[str, Any]) -> Any:
     return table
 
 
-def say_skipped(lines: Sequence[str]) -> None:
+def print_skipped(lines: Sequence[str]) -> None:
     """Print which images were skipped."""
     for line in report_lines(lines):
-        say(line)
+        echo(line)
 
 
-def say_files(files: Mapping[str, object]) -> None:
+def print_files(files: Mapping[str, object]) -> None:
     """Print the files of a run, a line for each."""
     for label, path in files.items():
-        say(f"{label:<11} {path}")
+        echo(f"{label:<11} {path}")
 
 
 def new_table(*columns: str) -> Any:
@@ -169,7 +169,7 @@ def shell_lines(command: str, columns: int) -> list[str]:
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
-def say(what: Any, end: str = "\n") -> None:
+def echo(what: Any, end: str = "\n") -> None:
     """Print text or a table to standard output."""
     if isinstance(what, str):
         sys.stdout.write(what + end)

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, TextIO
 
-from dynaslim.cli.output import fail, new_table, printable, say
+from dynaslim.cli.output import echo, fail, new_table, printable
 from dynaslim.errors import check
 from dynaslim.model_names import (
     find_model,
@@ -182,7 +182,7 @@ def predict(
     show.end(summary, totals)
     if parquet is not None and not json:
         count = summary.predicted
-        say(f"{parquet}: {count} row{'' if count == 1 else 's'}, one for each image predicted")
+        echo(f"{parquet}: {count} row{'' if count == 1 else 's'}, one for each image predicted")
     if summary.unreadable:
         return fail(f"{len(summary.unreadable)} of {len(files)} images could not be read", 1)
     return 0
@@ -388,33 +388,33 @@ class _Screen:
     def end(self, summary: Summary, totals: dict[str, Any]) -> None:
         """The table, and what it comes to."""
         if self._rows:
-            say(_rows_table(self._rows))
+            echo(_rows_table(self._rows))
         elif summary.predicted:
-            say(_routes_table(totals))
+            echo(_routes_table(totals))
         if not summary.predicted:
-            say("no image could be read")
+            echo("no image could be read")
             return
         images = f"{summary.predicted} image{'' if summary.predicted == 1 else 's'}"
         madds = f"{totals['mean_madds'] / 1e6:.2f} M MAdds on average"
-        say(f"{images}, {madds}, {totals['images_per_s']:.1f} images/s, by {totals['model']}")
+        echo(f"{images}, {madds}, {totals['images_per_s']:.1f} images/s, by {totals['model']}")
         if summary.expected_madds is not None:
-            say(_spent(summary, totals))
+            echo(_spent(summary, totals))
 
 
 def _spent(summary: Summary, totals: dict[str, Any]) -> str:
     """What the images cost beside what the budget promises."""
     expected, spending = summary.expected_madds, summary.spending
     assert expected is not None
-    told = (
+    message = (
         f"budget {totals['budget']}: {spending.ratio:.2f} times the {expected / 1e6:.2f} M of the "
         f"images that it was measured on"
     )
     if not spending.differs:
-        return told
-    told += "; these are unlike them"
+        return message
+    message += "; these are unlike them"
     if spending.ratio > 1 and not totals["hold"]:
-        told += ", and --hold would keep their mean under the budget"
-    return told
+        message += ", and --hold would keep their mean under the budget"
+    return message
 
 
 def _rows_table(rows: list[Prediction]) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from dynaslim._files import check_writable, write_atomic
 from dynaslim.cli.measure import check_device, to_device
-from dynaslim.cli.output import print_json, say
+from dynaslim.cli.output import echo, print_json
 from dynaslim.model_names import run_or_checkpoint
 from dynaslim.recipes import ReportOptions
 
@@ -40,5 +40,5 @@ def report(
         print_json({"out": str(out), **made.summary})
         return
     for note in made.summary["notes"]:
-        say(note)
-    say(f"{out}: {made.summary['headline']}")
+        echo(note)
+    echo(f"{out}: {made.summary['headline']}")

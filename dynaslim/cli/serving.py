@@ -27,7 +27,7 @@ def serve(
         process: Where the server listens, and what runs its models.
         options: Limits and behaviour.
     """
-    from dynaslim.cli.output import say
+    from dynaslim.cli.output import echo
     from dynaslim.serve.server import serve as run
 
     if options.token is None:
@@ -35,9 +35,9 @@ def serve(
     if options.admin_token is None:
         options = replace(options, admin_token=os.environ.get("DYNASLIM_ADMIN_TOKEN"))
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         try:
-            say(line)
+            echo(line)
             sys.stdout.flush()  # the reader of a pipe may wait for this line
         except BrokenPipeError:  # serve even if nobody reads it
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -46,5 +46,5 @@ def serve(
         [f"{model}={model}" if model in names() else model for model in models or [DEFAULT]],
         options,
         process,
-        tell=tell,
+        report=report,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from dynaslim.cli.output import new_table, print_json, say
+from dynaslim.cli.output import echo, new_table, print_json
 from dynaslim.errors import check
 from dynaslim.shipped import names
 from dynaslim.zoo import ZOO
@@ -32,12 +32,12 @@ def doctor(*, quick: bool = False, timeout: float = 120.0, json: bool = False) -
     if json:
         print_json(found)
         return 0 if found["ok"] else 1
-    say(f"dynaslim {found['dynaslim']}, Python {found['python']}, {found['system']}")
+    echo(f"dynaslim {found['dynaslim']}, Python {found['python']}, {found['system']}")
     table = new_table("library", "version", "", "extra")
     table.columns[2].justify = table.columns[3].justify = "left"
     for one in found["libraries"]:
         table.add_row(one["name"], one["version"] or "", one["status"], ", ".join(one["extras"]))
-    say(table)
+    echo(table)
     table = new_table("backend", "", "precisions", "ready in", "then")
     table.add_column("why not", overflow="fold")
     table.columns[1].justify = table.columns[2].justify = "left"
@@ -50,17 +50,17 @@ def doctor(*, quick: bool = False, timeout: float = 120.0, json: bool = False) -
             "" if one["ms"] is None else f"{one['ms']:.1f} ms",
             ": ".join(part for part in (one["why"], one["install"]) if part),
         )
-    say(table)
+    echo(table)
     cache = found["cache"]
     state = "writable" if cache["writable"] else f"not writable: {cache['error']}"
-    say(f"cache      {cache['folder'] or 'nowhere'}: {state}")
-    say("machine    python -m torch.utils.collect_env\n")
+    echo(f"cache      {cache['folder'] or 'nowhere'}: {state}")
+    echo("machine    python -m torch.utils.collect_env\n")
     for line in found["hints"]:
-        say(f"could be better: {line}")
+        echo(f"could be better: {line}")
     for line in found["problems"]:
-        say(f"problem: {line}")
+        echo(f"problem: {line}")
     if found["ok"]:
-        say("everything tried works" if quick else "everything installed works")
+        echo("everything tried works" if quick else "everything installed works")
     return 0 if found["ok"] else 1
 
 
@@ -100,7 +100,7 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
     Args:
         shell: The shell that is to run the script.
     """
-    say(script(shell))
+    echo(script(shell))
 
 
 def script(shell: str) -> str:

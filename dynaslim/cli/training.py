@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from dynaslim.cli.output import (
+    echo,
     evaluation_table,
     fail,
     gates_table,
+    print_files,
     print_json,
+    print_skipped,
     routes_table,
     saving,
-    say,
-    say_files,
-    say_skipped,
 )
 from dynaslim.model_names import checkpoint_file
 from dynaslim.recipes import DemoOptions, GateRecipe, RunOptions, SupernetRecipe
@@ -37,12 +37,12 @@ def demo(*, out: Path = Path("runs/demo"), options: DemoOptions, json: bool = Fa
     if json:
         print_json(done.to_dict())
         return
-    say(evaluation_table(done.evaluation, done.budgeted))
-    say(saving(done.evaluation, done.budgeted))
+    echo(evaluation_table(done.evaluation, done.budgeted))
+    echo(saving(done.evaluation, done.budgeted))
     if options == DemoOptions():
-        say(done.beside_readme())
-    say("")
-    say_files(done.files)
+        echo(done.beside_readme())
+    echo("")
+    print_files(done.files)
 
 
 def train_supernet(
@@ -67,8 +67,8 @@ def train_supernet(
 
     def show(results: dict[str, Any]) -> None:
         for name, result in results["val"].items():
-            say(f"{name}: {result['images']} held-out images")
-            say(routes_table(result))
+            echo(f"{name}: {result['images']} held-out images")
+            echo(routes_table(result))
 
     return _run_and_show(lambda: run_supernet(recipe, out, options), show, json=json)
 
@@ -94,7 +94,7 @@ def train_gate(
 
     return _run_and_show(
         lambda: run_gate(recipe, out, options),
-        lambda results: say(gates_table(results)),
+        lambda results: echo(gates_table(results)),
         json=json,
     )
 
@@ -127,8 +127,8 @@ def _run_and_show(
         print_json(results)
         return 0
     images = (results["train_images"], results["val_images"], len(results["skipped"]))
-    say("{} images trained on, {} held out, {} skipped".format(*images))
-    say_skipped(results["skipped"])
+    echo("{} images trained on, {} held out, {} skipped".format(*images))
+    print_skipped(results["skipped"])
     show(results)
-    say_files(results["files"])
+    print_files(results["files"])
     return 0

@@ -1,6 +1,6 @@
 """A user's `nn.Module` as a flat list of operations: `torch.export`, parameters under their names.
 
-What depends on parameters alone (standardised weights, say) is computed once and becomes a
+What depends on parameters alone (such as standardised weights) is computed once and becomes a
 parameter; operations in place become ordinary ones.
 """
 

@@ -288,7 +288,7 @@ class StreamFeed(Feed):
     Each process reads its own part of the stream (see `ImageSource.shuffled`). The place of an
     image that does not decode is taken by the next one of its batch that does (after the last comes
     the first), so that batches do not depend on what came before. `num_images` is used where the
-    stream does not say how many there are.
+    stream does not give its length.
 
     Raises:
         UsageError: if the number of images is unknown.

@@ -176,8 +176,8 @@ def digest(content: bytes) -> str:
 def open_source(path: str | Path, split: str = "test", *, streaming: bool = False) -> ImageSource:
     """Open a split of a data set; nothing is decoded yet.
 
-    `path` is a parquet file, a folder of parquet files (their names or folders say train, test or
-    validation), a folder of images (`[split/]class/file`) or the name of a data set on the hub.
+    `path` is a parquet file, a folder of parquet files (their names or folders contain train, test
+    or validation), a folder of images (`[split/]class/file`) or the name of a data set on the hub.
     `split` "test" also takes validation; a set that is not divided is taken whole. With `streaming`
     nothing is copied to the disk.
 

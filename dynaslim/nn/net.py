@@ -41,7 +41,7 @@ from dynaslim.nn.program import (
     reads,
     slicer,
 )
-from dynaslim.spec import LARGEST, NetSpec, Route
+from dynaslim.spec import TEACHER_INDEX, NetSpec, Route
 
 Choose = Callable[[Tensor, int], Tensor]
 """Makes a gate of slimming logits: (logits_BK, gate number) -> one-hot (or soft) gate_BK."""
@@ -240,7 +240,7 @@ class ElasticNet(nn.Module, ABC):
 
         Segments that routes share from the images on (the trunk above all) run once, with equal
         results and gradients. In training mode BN's running statistics there take one update.
-        `run_segment` stands in for this network's own `segment`, compiled say. With `after_trunk`,
+        `run_segment` stands in for this network's own `segment`, e.g. compiled. With `after_trunk`,
         x is what segment 0 gives for the images, (B, C, H, W), and segment 0 does not run.
 
         Raises:
@@ -368,7 +368,7 @@ class SlimNet(ElasticNet):
     def _indices_by_channels(self, segment: int) -> dict[int, int]:
         """Width index of a segment by the channels that leave it."""
         axis, found = self.graph.cut_axes[segment], dict[int, int]()
-        for index in (0, LARGEST) if segment == 0 else range(self.spec.num_widths):
+        for index in (0, TEACHER_INDEX) if segment == 0 else range(self.spec.num_widths):
             units = self.graph.units(segment, index if segment > 1 else 0, index)
             found.setdefault(kept_count(axis, units), index)
         return found
@@ -497,9 +497,9 @@ class SlimNet(ElasticNet):
     ) -> SegmentOutput:
         """Run segment `number` on what the one before it returned (segment 0: on images).
 
-        `choice` is the width index of the segment (0 for the trunk, `LARGEST` for the teacher's).
-        `decide` asks for the next gate's logits; `dropout_mask` multiplies the pooled features of
-        the last segment, (B, C) or broadcastable.
+        `choice` is the width index of the segment: 0 for the trunk, `TEACHER_INDEX` for the
+        teacher's. With `decide` the next gate's logits are computed too; `dropout_mask` multiplies
+        the pooled features of the last segment, (B, C) or broadcastable.
         """
         out, seen = self._before_gate(number, x, choice, dropout_mask)
         if number == len(self.graph.gates):

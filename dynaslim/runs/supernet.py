@@ -170,7 +170,7 @@ class _SupernetRun:
         check(world_size() == 1, "trunk_views: runs in one process; leave torchrun out")
         check(bool(net.spec.gates), f"trunk_views: {net.spec.name} has no gate behind a trunk")
         check(
-            not net.spec.teacher_apart,
+            not net.spec.has_separate_teacher,
             f"trunk_views: the largest network of {net.spec.name} has a wider trunk; set it to 0",
         )
         steps = feed.steps_per_epoch

@@ -134,13 +134,13 @@ class Cache:
         _warn(f"{self.folder.parent}: compiled programs are not kept there: {found}")
 
 
-_told: set[str] = set()
+_reported: set[str] = set()
 
 
 def _warn(message: str) -> None:
     """Once in a process: every engine and backend meets the same folder."""
-    if message not in _told:
-        _told.add(message)
+    if message not in _reported:
+        _reported.add(message)
         warnings.warn(
             f"{message}; each start compiles anew. Set {VARIABLE} to another folder, or go without "
             f"(--no-cache, cache_dir=None)",

@@ -350,7 +350,7 @@ def onnx_rung(
     """The rung of an ONNX file, named as for `cascade`; by default normalised as ImageNet's.
 
     Raises:
-        UsageError: if it is no classifier of images of one size; the message says why.
+        UsageError: if it is no classifier of images of one size; the message gives the reason.
     """
     name, size = split_name(text)
     file = Path(name)

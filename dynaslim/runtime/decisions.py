@@ -1,4 +1,4 @@
-"""What a call's budget, escalation and cap ask of the router.
+"""A call's budget, escalation and cap as decisions of the router.
 
 Suffixes: B rows, G gates, K options of a gate, N classes.
 """
@@ -20,7 +20,7 @@ from dynaslim.runtime import budget as budgets
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, PathCosts
 from dynaslim.runtime.escalation import Escalation, EscalationState, Ints, margins
 from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
-from dynaslim.spec import LARGEST, Route
+from dynaslim.spec import TEACHER_INDEX, Route
 
 Budget = float | str | BudgetPoint
 CASCADE_BUDGET: Final = "drop=0.5"
@@ -268,7 +268,7 @@ def _limits(spec: AnySpec, max_route: Route | str | Sequence[int]) -> tuple[int,
     route = spec.coerce_route(max_route)
     limits = []
     for gate, most in zip(spec.gates, spec.segment_indices(route)[1:], strict=True):
-        allowed = [n for n, c in enumerate(gate.choices) if c <= most or most == LARGEST]
+        allowed = [n for n, c in enumerate(gate.choices) if c <= most or most == TEACHER_INDEX]
         check(
             bool(allowed),
             f"max_route {route}: below the cheapest route of the gates, {spec.cheapest_choice}",

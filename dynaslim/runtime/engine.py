@@ -298,7 +298,7 @@ class Engine:
         `budget` is a share of the widest route's multiply-adds (0.6), "250M" of them or "4.5ms" as
         means per image, or "drop=0.3" points of accuracy (see `BudgetCurve.at`); it needs a curve.
         `shift` moves the gates' decisions by hand: positive is cheaper. `escalate` "auto" lets rows
-        escalate, to a wider route or to their mirror image, as the curve says for the budget; a
+        escalate, to a wider route or to their mirror image, as the curve sets for the budget; a
         number lets rows whose margin (likeliest minus next probability) is below it, on top of the
         budget; None never. `max_route` caps the width of every row. A cascade with a curve takes
         "drop=0.5" where neither a budget nor a shift is given, and a number lets its rows go on

@@ -22,7 +22,7 @@ from dynaslim.nn.gate import Gate
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.program import Cut, Read, Rows, Step, cut, overload, program, reads
-from dynaslim.spec import LARGEST, Route
+from dynaslim.spec import TEACHER_INDEX, Route
 
 Shared = dict[Any, nn.Parameter]
 """Weights of plain modules, by what they were made of."""
@@ -78,7 +78,7 @@ def extract_segment(
     spec = net.spec
     check(0 <= number < spec.num_segments, f"segment {number}: {spec.name} has {spec.num_segments}")
     for index in (before, choice):
-        if index != LARGEST and not 0 <= index < spec.num_widths:
+        if index != TEACHER_INDEX and not 0 <= index < spec.num_widths:
             raise UsageError(f"width index {index}: {spec.name} has 0 to {spec.num_widths - 1}")
     builder = _Builder(net, shared)
     out = builder.segment(number, before, choice)

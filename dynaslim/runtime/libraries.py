@@ -1,4 +1,4 @@
-"""Libraries that only some backends need: imported where used; an error says how to install one."""
+"""Libraries that only some backends need: imported where used; errors name how to install one."""
 
 from __future__ import annotations
 

@@ -37,8 +37,7 @@ class EngineOptions:
     latency: LatencyTable | str | Path | None = None
     """A measured table, or its file (`dynaslim profile`)."""
     merge: bool = False
-    """Let small buckets join wider ones where the table says that this is faster: it changes
-    results."""
+    """Let small buckets join wider ones where this is faster by the table: it changes results."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "max_batch", "workers", "rows_per_piece"):

@@ -73,7 +73,7 @@ class ProgramNet(ElasticNet):
         dropout_mask: Tensor | None = None,
     ) -> SegmentOutput:
         """Run segment `number` on what the one before it returned, as `SlimNet.segment`."""
-        # programs differ by the choice before them, which nothing else says
+        # programs differ by the choice before them, which is recorded nowhere else
         before = getattr(x, _CHOICE, 0) if number > 1 else 0
         made = self.program(SegmentVariant(number, before, choice))(x.float())
         if number == len(self.spec.gates):
@@ -117,7 +117,7 @@ class ProgramCheckpoint(Checkpoint):
 
     @property
     def mirror(self) -> bool:
-        """Whether a mirror image is of the same class, as its parts or its manifest say."""
+        """Whether a mirror image is of the same class, by its parts or its manifest."""
         return self.may_mirror
 
 
@@ -147,7 +147,7 @@ def read_prepared(name: str | Path) -> tuple[Checkpoint, Preprocessing, Path]:
     """As `read_model`, of what can be given pictures, and how they are prepared for it.
 
     Raises:
-        CheckpointError: as `read_model`, and if it does not say how.
+        CheckpointError: as `read_model`, and if it has no preprocessing.
     """
     checkpoint, path = read_model(name)
     if checkpoint.preprocessing is None:

@@ -1,7 +1,7 @@
 """A routed network in Triton's Python backend: the class that an exported `model.py` imports.
 
 One request is a batch of images; the requests that Triton hands over together run in one batch of
-the engine, as far as they ask for the same budget. No torch is needed.
+the engine where their budgets are the same. No torch is needed.
 
 Suffixes: B images, C channels, G gates, N classes, S side in pixels.
 """
@@ -25,7 +25,7 @@ _PARAMETERS: Final = ("budget", "escalate")
 
 
 class _Setting(NamedTuple):
-    """What a request may ask for."""
+    """The parameters of a request."""
 
     budget: str | None
     escalate: Any

@@ -496,14 +496,14 @@ class Batcher:
 
     def _run(self) -> None:
         while self._wait():
-            asked = self._clock()
+            ready = self._clock()
             with self._turns:
                 batch = self._take()
                 if batch is None:
                     continue
                 setting, members, pixels = batch
                 try:
-                    self._run_batch(setting, members, pixels, self._clock() - asked)
+                    self._run_batch(setting, members, pixels, self._clock() - ready)
                 except Exception as error:
                     for item in dict.fromkeys(item for item, _ in members):
                         self.fail(item, error)

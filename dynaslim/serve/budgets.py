@@ -20,7 +20,7 @@ class Setting(NamedTuple):
     point: BudgetPoint | None = None
     """None: as trained."""
     escalate: Escalate = "auto"
-    asked: str | None = None
+    requested: str | None = None
     """The budget as the request, or else the server, named it."""
     used: str | None = None
     """The budget that `point` was looked up for."""
@@ -72,22 +72,22 @@ class Budgets:
             or (isinstance(escalate, int | float) and 0 <= escalate <= 1),
             f"escalate {escalate!r}: give auto, never, or a margin from 0 to 1",
         )
-        asked = self._default if budget is None else budget
-        if asked is None:
+        requested = self._default if budget is None else budget
+        if requested is None:
             return Setting(None, escalate)
         if self._curve is None:
             raise UsageError(
-                f"budget {asked!r}: the network has no budget curve; measure one with: "
+                f"budget {requested!r}: the network has no budget curve; measure one with: "
                 f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT"
             )
-        point = self._curve.at(asked, escalate=escalate == "auto")
+        point = self._curve.at(requested, escalate=escalate == "auto")
         lowest = self._curve.points[0].share
         check(
-            not self._hold or self._curve.share_of(asked) >= lowest * (1 - ROUNDING),
-            f"budget {asked}: cannot hold, as every image costs at least {lowest:.3g} of the "
+            not self._hold or self._curve.share_of(requested) >= lowest * (1 - ROUNDING),
+            f"budget {requested}: cannot hold, as every image costs at least {lowest:.3g} of the "
             f"widest route's multiply-adds",
         )
-        return Setting(point, escalate, asked, asked, self._hold)
+        return Setting(point, escalate, requested, requested, self._hold)
 
     def observe(self, wait_s: float, now: float) -> None:
         """Adapt to the expected wait of a row that comes now."""

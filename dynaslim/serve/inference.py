@@ -220,7 +220,7 @@ class InferEndpoint(Endpoint):
         if request.id is not None:
             response["id"] = request.id
         if item.used is not None:
-            response["parameters"] = {"budget": item.setting.asked, "budget_used": item.used}
+            response["parameters"] = {"budget": item.setting.requested, "budget_used": item.used}
         head = encode_json(response)
         if not binary:
             return Reply(len(answers), head, JSON_HEADERS)

@@ -90,7 +90,7 @@ class PredictEndpoint(Endpoint):
         now = time.monotonic()
         return {
             "model": self._model.name,
-            "budget": item.setting.asked,
+            "budget": item.setting.requested,
             "budget_used": item.used,
             "results": [
                 self._result(upload.name, answer)

@@ -43,7 +43,7 @@ def serve(
     options: ServeOptions,
     process: ProcessOptions,
     *,
-    tell: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code.
 
@@ -97,7 +97,7 @@ def serve(
             steady = all(model.info.steady for model in served)
             doubt = "" if steady else "; no times, the machine was too busy"
             names = ", ".join(f"{model.name} by {model.backend}" for model in served)
-            tell(f"{names} at {url} (ready after {seconds:.1f} s{doubt})")
+            report(f"{names} at {url} (ready after {seconds:.1f} s{doubt})")
 
         # asyncio restores the default handlers, not the previous ones
         handlers = {number: signal.getsignal(number) for number in _STOPPING}

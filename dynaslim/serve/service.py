@@ -381,7 +381,7 @@ class Metrics:
 
 
 class _ModelMetrics:
-    """The metrics of all models; with `labelled`, the label `model` tells them apart."""
+    """The metrics of all models; with `labelled`, the label `model` distinguishes them."""
 
     def __init__(self, service: Service, labelled: bool) -> None:
         self._service = service

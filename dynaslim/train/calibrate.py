@@ -31,7 +31,7 @@ def recalibrate(
     During training a width's statistics lag behind weights that other widths keep moving; the
     authors reset and average them anew before evaluation. `batches` are network inputs
     (B, C, H, W); `routes` default to `calibration_routes` of each batch. Widths that none of them
-    runs keep their statistics; so does the trunk where `after_trunk` says that the batches are its
+    runs keep their statistics; so does the trunk where, with `after_trunk`, the batches are its
     features. The network is left in evaluation mode. Where several processes
     run, each brings batches of its own and the averages go over all of them.
 
@@ -85,8 +85,8 @@ def _average_by_updates(norms: Sequence[SlimBatchNorm2d]) -> None:
 def calibration_routes(spec: AnySpec, number: int) -> tuple[Route, ...]:
     """The uniform routes and the largest; where there are several gates, mixed routes too.
 
-    A width behind one gate may be fed by any behind the gate before, which its BN statistics cannot
-    tell apart: they are to be those of all. The mixed routes, as many as there are widths, are
+    A width behind one gate may be fed by any behind the gate before, which its BN statistics do not
+    distinguish: they are to be those of all. The mixed routes, as many as there are widths, are
     drawn for batch `number`: every gate's widths are shuffled, and each route takes one of each.
     """
     routes = (*spec.routes, spec.largest)

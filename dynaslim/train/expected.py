@@ -286,7 +286,7 @@ def fit_to_target(
     images change their path one by one.
 
     The result costs less than the target where a cost weight of 0 does (more would not lower the
-    loss), or where images that no gate can tell apart would have to be parted.
+    loss), or where images that no gate can distinguish would have to be separated.
 
     Raises:
         UsageError: if the target is below the cheapest or above the dearest cached route's cost.

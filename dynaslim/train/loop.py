@@ -128,7 +128,7 @@ class _Training(ABC, Generic[Losses]):
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         factor = self.schedule.lr_lambdas[0](self.step)
         for group, own in zip(self.optimizer.param_groups, ours, strict=True):
-            # what the recipe says now, should it have been changed
+            # the recipe's current values: it may have been changed
             group.update({key: value for key, value in own.items() if key != "params"})
             group["lr"] = group["initial_lr"] * factor
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
@@ -167,12 +167,12 @@ class _Training(ABC, Generic[Losses]):
 class SupernetTraining(_Training[SupernetLosses]):
     """Stage I: trains `net` in place, with an averaged (EMA) network beside it.
 
-    `outside` predicts probabilities for every route to learn, as `recipe.teacher` says. With
+    `outside` predicts probabilities for every route to learn, as set by `recipe.teacher`. With
     `features` the trunk is not trained: they stand in for the images and for `outside`.
 
     Raises:
         TrainingError: if there are fewer images than a batch, or (in a step) a loss is not finite.
-        UsageError: if a batch cannot be run in as many parts as the recipe says.
+        UsageError: if a batch cannot be run in as many parts as the recipe sets.
     """
 
     def __init__(

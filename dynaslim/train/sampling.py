@@ -37,7 +37,7 @@ def sandwich_routes(spec: AnySpec, rng: random.Random, randoms: int = 2) -> Sand
     """
     gates, widths = len(spec.gates), spec.num_widths
     # a combination is a number in base `widths`: 0 is the smallest route, the last the widest
-    between = range(1, widths**gates - (0 if spec.teacher_apart else 1))
+    between = range(1, widths**gates - (0 if spec.has_separate_teacher else 1))
     routes = []
     for number in rng.sample(between, min(randoms, len(between))):
         digits = [number // widths**gate % widths for gate in range(gates)]

@@ -87,7 +87,7 @@ def supernet_step(
 
     Gradients of all passes add up, over `accumulate` parts of the batch one after the other; they
     are averaged over the processes of the run once, with the BN statistics; then the optimizer
-    steps once and the EMA follows. `run_segment` stands in for `net.segment` (compiled, say). With
+    steps once and the EMA follows. `run_segment` stands in for `net.segment` (e.g. compiled). With
     `after_trunk`, x_BCHW are the trunk's features, and the trunk is not trained.
 
     Raises:

@@ -56,7 +56,7 @@ class OutsideTeacher:
     """A trained network that predicts for a supernet's images, along its best route.
 
     `teacher(x)` -> probabilities (B, N), classes in the order of `class_names`; x (B, C, H, W) is
-    normalised as `preprocessing` says.
+    normalised by `preprocessing`.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read.

@@ -201,7 +201,7 @@ def test_channels_are_sorted_by_importance():
         assert (scales[:-3] != 0).all()
 
 
-def test_gates_are_put_where_they_are_asked_for():
+def test_gates_are_put_where_they_are_requested():
     model = trained("residual")
     net = convert(model, images(), gate_at=["body.0", "body.1"])
     assert net.spec.num_segments == 3

@@ -309,7 +309,7 @@ def test_too_many_corrupt_images_are_an_error_that_names_them(tmp_path, workers)
 def test_a_stream_judges_its_corrupt_images_at_the_end_of_the_epoch(tmp_path):
     path = _table(tmp_path, broken=range(0, 22, 4))
     feed = _feed("stream", path, limit=0.1)
-    assert len(list(zip(range(4), feed.batches(0, 6), strict=False))) == 4, "too early to tell"
+    assert len(list(zip(range(4), feed.batches(0, 6), strict=False))) == 4, "too early to judge"
     feed.skipped.check()
     assert feed.skipped.count > 0.1 * feed.skipped.images
     feed = _feed("stream", path, limit=0.1)
@@ -413,12 +413,12 @@ def test_a_stream_whose_reading_fails(tmp_path):
 def test_a_stream_from_the_hub(tmp_path, monkeypatch):
     path = _table(tmp_path)
     write_parquet(path, [png(n) for n in range(4)], 3, "validation")
-    real, asked = datasets.load_dataset, []
+    real, requests = datasets.load_dataset, []
 
     def load_dataset(name, **options):
         if name == "parquet":
             return real(name, **options)
-        asked.append((name, options))
+        requests.append((name, options))
         tables = {s: str(path / f"{s}.parquet") for s in ("train", "validation")}
         return real("parquet", data_files=tables, **options)
 
@@ -429,7 +429,7 @@ def test_a_stream_from_the_hub(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="owner/many: does not say how many images it has"):
         _open(recipe)
     training = _open(replace(recipe, stream_images=COUNT))
-    assert asked[0] == ("owner/many", {"streaming": True})
+    assert requests[0] == ("owner/many", {"streaming": True})
     _same(training.feed.batches(0, 7), _feed("stream", path).batches(0, 7))
     ((x, labels),) = training.validation.batches(8)
     assert labels.tolist() == [0, 1, 2, 0]
@@ -451,7 +451,7 @@ def test_holdout():
     assert torch.equal(again[1], held_back)
     assert not torch.equal(holdout(labels, 0.1, 1)[1], held_back)
     assert len(holdout(labels, 0.0)[1]) == 0
-    # a part of a class's rows that their order does not tell
+    # a part of a class's rows that does not follow from their order
     assert (held_back.diff() != held_back.diff()[0]).any()
 
 

@@ -73,7 +73,7 @@ def test_class_and_file_names_that_sound_like_splits(tmp_path):
     assert len(list(source)) == 8
 
 
-def test_table_names_and_folders_say_the_split(tmp_path):
+def test_the_split_is_read_from_table_names_and_folders(tmp_path):
     write_parquet(tmp_path, [png()] * 3, 1, "mnist_train")
     write_parquet(tmp_path, [png()] * 2, 1, "mnist_test")
     write_parquet(tmp_path / "val", [png()], 1, "0000")
@@ -152,10 +152,10 @@ def test_hub_name_that_cannot_be_had(monkeypatch):
 def test_hub_name_goes_to_the_hub(monkeypatch):
     import datasets
 
-    asked = []
+    requests = []
 
     def load_dataset(name):
-        asked.append(name)
+        requests.append(name)
         features = datasets.Features(
             {"img": datasets.Image(), "fine": datasets.ClassLabel(names=["a", "b"])}
         )
@@ -164,7 +164,7 @@ def test_hub_name_goes_to_the_hub(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     source = open_source("owner/pictures")
-    assert asked == ["owner/pictures"]
+    assert requests == ["owner/pictures"]
     assert next(iter(source)) == Entry("owner/pictures [test] row 0", png(), 1)
 
 

@@ -114,7 +114,7 @@ def test_a_network_alone(checkpoint, tmp_path):
     _same_network(made, net)
     assert Checkpoint.from_pretrained(folder).class_names is None
     folder = made.save_pretrained(
-        tmp_path / "told", class_names=NAMES, preprocessing=Preprocessing(16)
+        tmp_path / "described", class_names=NAMES, preprocessing=Preprocessing(16)
     )
     again = Checkpoint.from_pretrained(str(folder))
     assert (again.class_names, again.preprocessing) == (NAMES, Preprocessing(16))
@@ -160,7 +160,7 @@ def test_the_card(checkpoint, tmp_path):
     assert config["spec"]["name"] == "micro"
 
 
-def test_what_the_card_tells_to_do_works(checkpoint, tmp_path, monkeypatch):
+def test_the_instructions_of_the_card_work(checkpoint, tmp_path, monkeypatch):
     folder = checkpoint.save_pretrained(tmp_path / "micro")
     card = (folder / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
@@ -174,7 +174,7 @@ def test_what_the_card_tells_to_do_works(checkpoint, tmp_path, monkeypatch):
     assert {file for _, file in commands} == {"model.safetensors"}
 
 
-def test_a_card_of_a_network_that_knows_nothing(tmp_path):
+def test_a_card_of_a_network_without_metadata(tmp_path):
     folder = lively(micro_spec(), image_size=16).save_pretrained(tmp_path / "bare")
     header = _header(folder)
     assert header["library_name"] == "dynaslim"
@@ -252,7 +252,7 @@ def test_push(checkpoint, fake_hub, tmp_path):
     _same_network(SlimNet.from_pretrained(tmp_path), checkpoint.net)
 
 
-def test_a_network_is_pushed_with_what_is_told(checkpoint, fake_hub):
+def test_a_network_is_pushed_with_given_metadata(checkpoint, fake_hub):
     checkpoint.net.push_to_hub("user/micro", class_names=NAMES)
     assert json.loads(fake_hub.files["config.json"])["id2label"]["4"] == "class 4"
 
@@ -271,21 +271,21 @@ def test_nothing_is_sent_of_what_cannot_be_saved(checkpoint, fake_hub):
 def test_download(checkpoint, monkeypatch, tmp_path):
     """A repository by name, revision and address, as far as the hub's client."""
     checkpoint.save_pretrained(tmp_path / "there")
-    asked = []
+    requests = []
 
     def hf_hub_download(repo_id, filename, revision=None, **options):
-        asked.append((repo_id, filename, revision))
+        requests.append((repo_id, filename, revision))
         return str(tmp_path / "there" / filename)
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
     made = Checkpoint.from_pretrained("user/micro", revision="v1")
     assert made.class_names == NAMES
-    assert ("user/micro", "model.safetensors", "v1") in asked
-    asked.clear()
+    assert ("user/micro", "model.safetensors", "v1") in requests
+    requests.clear()
     assert dynaslim.load("hf://user/micro@v2").spec == checkpoint.net.spec
     assert dynaslim.read(Path("hf://user/micro")).class_names == NAMES
     assert dynaslim.Engine.from_checkpoint("hf://user/micro", backend="eager").class_names == NAMES
-    assert asked == [
+    assert requests == [
         ("user/micro", "model.safetensors", "v2"),
         ("user/micro", "model.safetensors", None),
         ("user/micro", "model.safetensors", None),
@@ -370,7 +370,7 @@ def test_what_the_hub_refuses(checkpoint, fake_hub, monkeypatch):
 
 
 def test_networks_stay_as_light_as_they_were(checkpoint, tmp_path):
-    """The hub's library is imported when it is asked for, and leaves nothing on a network."""
+    """The hub's library is imported when it is used, and leaves nothing on a network."""
     path = save(tmp_path / "micro.safetensors", checkpoint)
     script = (
         "import sys, dynaslim, dynaslim.nn, dynaslim.checkpoint\n"

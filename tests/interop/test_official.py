@@ -132,8 +132,8 @@ def test_import_from_the_command_line(official, tmp_path, capsys):
     out = tmp_path / "ds_mbnet.safetensors"
     argv = ["import-official", path, out, "--ema"]
     assert "ds_mbnet, 10 classes, gate choices (0, 1, 2, 3)" in run_ok(capsys, *argv)
-    told = json.loads(run_ok(capsys, *argv, "--json"))
-    assert told == {
+    printed = json.loads(run_ok(capsys, *argv, "--json"))
+    assert printed == {
         "out": str(out),
         "model": "ds_mbnet",
         "num_classes": 10,
@@ -185,7 +185,7 @@ def test_crafted_pickle_is_refused_by_name_and_not_run(tmp_path, kind):
     ):
         from_official(path)
     assert not (tmp_path / "executed").exists()
-    # the crafted file does what it says it does, so the test above can fail
+    # the crafted file does run its code, so the test above can fail
     if kind.startswith("protocol"):
         pickle.loads(path.read_bytes())
         assert (tmp_path / "executed").exists()

@@ -10,7 +10,7 @@ from dynaslim.errors import UsageError
 from dynaslim.nn import SlimNet
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.sorting import channel_groups, slimmable, sort_channels, widest_alone
-from dynaslim.spec import LARGEST, StageSpec
+from dynaslim.spec import TEACHER_INDEX, StageSpec
 from dynaslim.zoo import ZOO
 
 
@@ -74,7 +74,7 @@ def test_groups_are_all_there_is_and_do_not_overlap(pair):
 def _with_dead_channels(spec, wide):
     """A wide network in which as many channels are alive as the smallest route has, anywhere.
 
-    Dead ones have the larger filters and columns, so that no norm of weights tells them.
+    Dead ones have the larger filters and columns, so that no norm of weights finds them.
     """
     net = copy.deepcopy(wide)
     norms = [m for m in SlimNet(spec, device="meta").modules() if isinstance(m, SlimBatchNorm2d)]
@@ -132,7 +132,7 @@ def test_importance_is_summed_over_the_layers_that_read_a_channel():
 
     for x in batches:
         with torch.inference_mode():
-            net.run_segment(0, x, 0, LARGEST, watch=record)
+            net.run_segment(0, x, 0, TEACHER_INDEX, watch=record)
 
     def importance(layer):
         weight = net.tensor(f"{layer}.weight").detach()

@@ -138,7 +138,7 @@ def test_details_are_those_of_the_gates_and_of_each_image_alone(evaluation, data
     torch.testing.assert_close(details.margin_N, top[:, 0] - top[:, 1], rtol=1e-4, atol=1e-5)
 
 
-def test_times_are_told_as_measured(page, gate_page):
+def test_times_are_reported_as_measured(page, gate_page):
     rows = {row[0]: row for row in page.rows(["", "MAdds", "of the widest"])}
     summary = gate_page.summary
     assert summary["backend"] == "eager"
@@ -156,7 +156,7 @@ def test_times_are_told_as_measured(page, gate_page):
 # -- the page -------------------------------------------------------------------------------------
 
 
-def test_page_asks_for_nothing_and_runs_nothing(gate_page, page):
+def test_page_requests_nothing_and_runs_nothing(gate_page, page):
     html = gate_page.html
     assert html.startswith("<!doctype html>")
     assert len(html) < 1_000_000

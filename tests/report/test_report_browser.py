@@ -18,7 +18,7 @@ def file(gate_page, tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, file):
-    """Opens the page; requests but for the file itself are refused and told, as are complaints."""
+    """Opens the page; requests but for the file are refused and recorded, as are messages."""
     contexts = []
 
     def open_page(width, scheme="light"):
@@ -27,16 +27,16 @@ def opened(browser, file):
         )
         contexts.append(context)
         page = context.new_page()
-        page.asked, page.said = [], []
+        page.requests, page.messages = [], []
 
         def refuse(route):
-            page.asked.append(route.request.url)
+            page.requests.append(route.request.url)
             route.abort()
 
         context.route(lambda url: url != file.as_uri() and not url.startswith("data:"), refuse)
-        page.on("console", lambda message: page.said.append(message.text))
-        page.on("pageerror", lambda error: page.said.append(str(error)))
-        page.on("dialog", lambda dialog: (page.said.append(dialog.message), dialog.dismiss()))
+        page.on("console", lambda message: page.messages.append(message.text))
+        page.on("pageerror", lambda error: page.messages.append(str(error)))
+        page.on("dialog", lambda dialog: (page.messages.append(dialog.message), dialog.dismiss()))
         page.goto(file.as_uri())
         return page
 
@@ -47,10 +47,10 @@ def opened(browser, file):
 
 @pytest.mark.parametrize("width", WIDTHS.values(), ids=WIDTHS)
 def test_page_alone(opened, width, gate_page):
-    """It asks for nothing and says nothing, all pictures are there, and nothing sticks out."""
+    """It requests nothing and logs nothing, all pictures are there, and nothing sticks out."""
     page = opened(width)
-    assert page.asked == []
-    assert page.said == [], "not a word of a name that would be a script either"
+    assert page.requests == []
+    assert page.messages == [], "not a word of a name that would be a script either"
     pictures = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth])")
     assert len(pictures) == sum(tag == "img" for tag, _ in Page(gate_page.html).elements) > 10
     assert all(done and wide > 0 for done, wide in pictures)

@@ -1,4 +1,4 @@
-"""Every kind of run has a report, or is told in one line why it has none."""
+"""Every kind of run has a report, or one line with the reason why it has none."""
 
 import dataclasses
 import json
@@ -220,7 +220,7 @@ def _stored(tmp_path, data, **changes):
     return save(tmp_path / "gone.safetensors", loaded)
 
 
-def test_without_images_what_was_stored_is_told(gate_run, tmp_path):
+def test_without_images_what_was_stored_is_reported(gate_run, tmp_path):
     file = _stored(tmp_path, gate_run / "gate_0.60.safetensors")
     built = build_report(file, ReportOptions(backend="eager", rounds=2))
     page = Page(built.html)
@@ -394,7 +394,7 @@ def test_baselines_that_are_none(gate_run, tmp_path, content, message):
 # -- folders that are none ------------------------------------------------------------------------
 
 
-def test_damaged_files_beside_the_checkpoint_are_told(tmp_path, data):
+def test_damaged_files_beside_the_checkpoint_are_reported(tmp_path, data):
     run = tmp_path / "run"
     run.mkdir()
     save(run / "gate.safetensors", Checkpoint(make_net(), HOSTILE, PRE, {}, recipes(data)))

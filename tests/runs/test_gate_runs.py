@@ -32,7 +32,7 @@ CLASSES = tuple(f"class {n}" for n in range(4))
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """144 images, of which a ninth is held out, and a supernet whose gates can tell them apart."""
+    """144 images, of which a ninth is held out, and a supernet whose gates can distinguish them."""
     folder = tmp_path_factory.mktemp("data")
     write_parquet(folder / "images", bright_pngs(144), 4, "train")
     net = lively(get_spec("ds_mbnet_tiny", num_classes=4), image_size=16)

@@ -73,7 +73,7 @@ def _recipe(folder, name, *, lr=1e-9, **data):
 
 @pytest.fixture(scope="module")
 def kept(folder, tmp_path_factory):
-    """A run on the classes that its checkpoint knows."""
+    """A run on the classes of its checkpoint."""
     out = tmp_path_factory.mktemp("kept") / "run"
     run_supernet(_recipe(folder, "same"), out)
     return out
@@ -111,7 +111,7 @@ def test_other_classes_train_a_fresh_classifier(folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("known", "asked", "same"),
+    ("known", "requested", "same"),
     [
         (NAMES, NAMES, True),
         (None, NAMES, True),  # imported ones name none: as many are taken for the same
@@ -121,15 +121,15 @@ def test_other_classes_train_a_fresh_classifier(folder, tmp_path):
         (None, NAMES[:3], False),
     ],
 )
-def test_the_classifier_is_kept_for_the_same_classes_alone(known, asked, same):
+def test_the_classifier_is_kept_for_the_same_classes_alone(known, requested, same):
     net = lively(micro_spec(num_classes=4))
-    made = with_classes(Checkpoint(net, class_names=known), asked)
+    made = with_classes(Checkpoint(net, class_names=known), requested)
     assert made is not net
     assert not made.training
-    assert made.spec == net.spec.replace(num_classes=len(asked))
+    assert made.spec == net.spec.replace(num_classes=len(requested))
     theirs = net.state_dict()
     for name, value in made.state_dict().items():
-        expected = theirs[name][: len(asked)] if name.startswith("classifier") else theirs[name]
+        expected = theirs[name][: len(requested)] if name.startswith("classifier") else theirs[name]
         if name == "classifier.weight":
             assert torch.equal(value, expected) == same
         else:  # a bias is zero in the one and in the other
@@ -137,11 +137,11 @@ def test_the_classifier_is_kept_for_the_same_classes_alone(known, asked, same):
         assert value.data_ptr() != theirs[name].data_ptr()
 
 
-def test_what_a_run_says_of_its_images_and_classifier(folder, tmp_path, capsys):
+def test_what_a_run_reports_of_its_images_and_classifier(folder, tmp_path, capsys):
     run_supernet(_recipe(folder, "others", lr=0.01), tmp_path / "others")
-    told = capsys.readouterr().err
-    assert "images: 64 images to train on, 0 held out, 0 skipped" in told
-    assert "others.safetensors: started anew for 4 classes: class 0, class 1" in told
+    printed = capsys.readouterr().err
+    assert "images: 64 images to train on, 0 held out, 0 skipped" in printed
+    assert "others.safetensors: started anew for 4 classes: class 0, class 1" in printed
     results = json.loads((tmp_path / "others" / "results.json").read_text())
     assert (results["classifier"], results["train_images"]) == ("started anew", 64)
     argv = ["train", "supernet", "--out", str(tmp_path / "same"), "--batch-size", "16"]
@@ -153,7 +153,7 @@ def test_what_a_run_says_of_its_images_and_classifier(folder, tmp_path, capsys):
     assert out.startswith("58 images trained on, 6 held out, 0 skipped\n")
 
 
-def test_images_trained_on_are_told_from_others(folder, tmp_path, capsys):
+def test_images_trained_on_are_distinguished_from_others(folder, tmp_path, capsys):
     """A set without splits: what training held out is measured, by the content of the files."""
     images = tmp_path / "images"
     write_levels(images, 64, "class")
@@ -162,9 +162,9 @@ def test_images_trained_on_are_told_from_others(folder, tmp_path, capsys):
     data = DataRecipe(str(images), image_size_px=16, val_share=0.25)
     run_supernet(replace(recipe, data=data), tmp_path / "run")
     # the held-out quarter of 65 files, of which one does not decode
-    assert "49 images to train on, 15 held out, 1 skipped" in (told := capsys.readouterr().err)
-    assert "skipped: " in told
-    assert "class 0/064.png: not an image" in told
+    assert "49 images to train on, 15 held out, 1 skipped" in (printed := capsys.readouterr().err)
+    assert "skipped: " in printed
+    assert "class 0/064.png: not an image" in printed
     digests = (tmp_path / "run" / "trained_on.txt").read_text().split()
     assert len(digests) == 49
     moved = shutil.copytree(images, tmp_path / "elsewhere")
@@ -201,8 +201,8 @@ def test_a_resumed_run_keeps_to_its_start(folder, kept):
     for other in (None, "others"):
         with pytest.raises(ValueError, match=r"init was .* that makes another run"):
             run_supernet(_recipe(folder, other), kept, again)
-    told = json.loads((kept / "results.json").read_text())
-    assert run_supernet(_recipe(folder, "same"), kept, again) == told
+    results = json.loads((kept / "results.json").read_text())
+    assert run_supernet(_recipe(folder, "same"), kept, again) == results
 
 
 def _batch_answers(net, x):
@@ -232,8 +232,8 @@ def test_a_wide_network_is_sorted_and_narrow_routes_calibrated(folder, tmp_path)
 @pytest.mark.parametrize(("name", "kept"), [("wide", True), ("wide_others", False)])
 def test_training_goes_on_from_a_wide_network(folder, tmp_path, monkeypatch, name, kept):
     recipe = _recipe(folder, name)
-    told = run_supernet(recipe, tmp_path / "run")
-    made, wide = read(told["files"]["last_live"]), read(folder / f"{name}.safetensors")
+    results = run_supernet(recipe, tmp_path / "run")
+    made, wide = read(results["files"]["last_live"]), read(folder / f"{name}.safetensors")
     assert made.class_names == NAMES
     assert made.preprocessing == wide.preprocessing
     x = noise(micro_spec(), 8, image_size=16)
@@ -241,18 +241,18 @@ def test_training_goes_on_from_a_wide_network(folder, tmp_path, monkeypatch, nam
     assert ((ours - theirs).abs().max() < 1e-4 * theirs.abs().max()) == kept
     # what a snapshot holds is not made again
     monkeypatch.setattr(supernet, "slimmable", None)
-    assert run_supernet(recipe, tmp_path / "run", RunOptions(resume=True)) == told
+    assert run_supernet(recipe, tmp_path / "run", RunOptions(resume=True)) == results
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("half", "stage 2 has widths (8,), in {} they are (6, 8, 10); .* alone, (10,)"),
         ("mixed", "stage 1 has widths (12,), in {} they are (4, 8, 12); .* alone, (12,)"),
     ],
 )
-def test_widths_that_do_not_fit_are_named(folder, tmp_path, name, said):
-    said = said.replace("(", r"\(").replace(")", r"\)").format(".*micro.yaml")
-    with pytest.raises(UsageError, match=said) as error:
+def test_widths_that_do_not_fit_are_named(folder, tmp_path, name, message):
+    message = message.replace("(", r"\(").replace(")", r"\)").format(".*micro.yaml")
+    with pytest.raises(UsageError, match=message) as error:
         run_supernet(_recipe(folder, name), tmp_path / "run")
     assert "\n" not in str(error.value)

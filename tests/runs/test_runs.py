@@ -52,7 +52,7 @@ def _run(argv, **options):
     return process.returncode, out, err
 
 
-def _steps_told(out):
+def _logged_steps(out):
     file = out / "metrics.jsonl"
     return file.read_text().count('"train"') if file.exists() else 0
 
@@ -74,7 +74,7 @@ def _same_weights(a, b):
         assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
 
 
-def test_a_run_leaves_what_it_says(straight, data):
+def test_a_run_leaves_the_files_it_reports(straight, data):
     out, results, err = straight
     assert {path.name for path in out.iterdir()} == {
         *("recipe.yaml", "environment.json", "metrics.jsonl", "tensorboard", "curves.png"),
@@ -132,10 +132,10 @@ def test_killed_at_any_moment_it_ends_bit_equal(straight, data, tmp_path):
     code, _, err = _run(_argv(data, out, "--resume"))
     assert code == 0, err
     _same_weights(straight[0], out)
-    told = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in told if line["kind"] == "train"]
-    assert steps == list(range(1, STEPS + 1)), "steps made twice are told once"
-    assert [line["step"] for line in told if line["kind"] == "val"] == [8, 16, 24]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, STEPS + 1)), "steps made twice are logged once"
+    assert [line["step"] for line in lines if line["kind"] == "val"] == [8, 16, 24]
     assert len(json.loads((out / "environment.json").read_text())) >= 2
 
 
@@ -152,7 +152,7 @@ def test_sigterm_finishes_the_step_and_saves(straight, data, tmp_path):
     assert err.strip().splitlines()[-1] == (
         "dynaslim: stopped by SIGTERM; go on with the same command and --resume"
     )
-    assert read_snapshot(out / "snapshot.safetensors")["state"]["step"] == _steps_told(out) >= 3
+    assert read_snapshot(out / "snapshot.safetensors")["state"]["step"] == _logged_steps(out) >= 3
     code, _, err = _run(argv)
     assert code == 0, err
     _same_weights(straight[0], out)
@@ -163,10 +163,10 @@ def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys):
     process = start_dynaslim(_argv(data, out))
     try:
         wait_for_steps(process, out / "metrics.jsonl", 3)
-        told = _steps_told(out)
+        logged = _logged_steps(out)
         _fails(capsys, _argv(data, out, "--resume"), 2, "another process trains in this folder")
         assert process.poll() is None, "it was refused while the first one ran"
-        assert _steps_told(out) >= told
+        assert _logged_steps(out) >= logged
         process.kill()  # a process that is killed leaves no lock behind
     finally:
         process.kill()
@@ -204,7 +204,7 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_last_snapshot(data, tmp_
     last = err.strip().splitlines()[-1]
     assert re.match(r"dynaslim: step \d+: the loss of .* is (nan|inf); try a lower learning", last)
     state = read_snapshot(out / "snapshot.safetensors")["state"]
-    assert state["step"] == _steps_told(out)
+    assert state["step"] == _logged_steps(out)
     assert all(torch.isfinite(v).all() for v in state["modules"]["net"].values())
 
 
@@ -222,7 +222,7 @@ def test_folders_are_not_mixed_up(straight, data, tmp_path, capsys):
     gate += ["--supernet", str(out / "last.safetensors")]
     _fails(capsys, gate, 2, "holds a run of stage supernet, this is gate")
     assert (out / "metrics.jsonl").read_bytes() == before
-    # a run that is done says again what came of it
+    # a run that is done reports its results again
     assert cli.run(_argv(data, out, "--resume", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == STEPS
 

@@ -44,7 +44,7 @@ def test_budget_falls_under_load_and_rises_when_it_is_calm():
     assert control.observe(0.0, 1000.0) == 3
     assert control.observe(0.31, 1001.0) == 0, "far too long: the lowest at once"
     assert control.observe(0.5, 1002.0) == 0
-    assert control.observe(0.0, 1002.0 + 3 * CALM_S) == 3, "calm while nobody asked"
+    assert control.observe(0.0, 1002.0 + 3 * CALM_S) == 3, "calm while no request came"
 
 
 def test_it_does_not_swing_under_a_load_that_a_level_cannot_carry():

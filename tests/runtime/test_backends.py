@@ -335,7 +335,7 @@ def test_any_mix_of_routes_compiled_by_torch(compiled):
 
 
 def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):
-    """What compiles is replaced: here it matters only that it is asked."""
+    """The compiler is replaced: here it matters only that it is called."""
     from dynaslim.runtime.backends import inductor
 
     made = []
@@ -363,7 +363,7 @@ def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):
     assert len(_files(tmp_path)) == 1
 
 
-def test_compilation_that_fails_says_what_it_needs(monkeypatch):
+def test_compilation_that_fails_names_what_it_needs(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("no compiler\nand a long story")
 
@@ -447,48 +447,48 @@ def test_auto_measures_once(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """Measurements by hand: which sizes were asked for, and the answers to them."""
-    asked, answers = [], {"eager": 2.0, "onnxruntime": 3.0, "openvino": 4.0}
+    """Measurements by hand: the sizes requested, and the answers to them."""
+    requests, answers = [], {"eager": 2.0, "onnxruntime": 3.0, "openvino": 4.0}
 
     def measure(backends, source, size, rows):
-        asked.append((size, rows))
+        requests.append((size, rows))
         return {backend.name: answers[backend.name] for backend in backends}
 
     monkeypatch.setattr(auto, "measure", measure)
-    return asked, answers
+    return requests, answers
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "{", '{"a": 1}'])
 def test_damaged_notes_are_measured_again(tmp_path, measured, content):
-    asked, _ = measured
+    requests, _ = measured
     net, x = lively_net("micro"), noise(micro_spec(), 5)
     Engine(net, cache_dir=tmp_path)(x)
-    assert asked == [((32, 32), 32)]
+    assert requests == [((32, 32), 32)]
     path = next(tmp_path.rglob("auto.json"))
     path.write_text(content)
     engine = Engine(net, cache_dir=tmp_path)
     assert engine(x).logits.shape == (5, 5)
     assert engine.backend == "eager"
-    assert len(asked) == 2
+    assert len(requests) == 2
     name, ms = next(iter(_notes(tmp_path).items()))
     for bad in ([], {}, {"eager": "fast", "openvino": 1}, {"tpu": 1.0}, 5):
         path.write_text(json.dumps({name: bad}))
         assert Engine(net, cache_dir=tmp_path).backend == "eager"
     path.write_text(json.dumps({name: {**ms, "eager": 99.0}}))
-    count = len(asked)
+    count = len(requests)
     if "openvino" in ms or "onnxruntime" in ms:
         assert Engine(net, cache_dir=tmp_path, image_size=32).backend != "eager"
-    assert len(asked) == count
+    assert len(requests) == count
 
 
 def test_auto_measures_for_the_images_that_come(tmp_path, measured):
-    asked, _ = measured
+    requests, _ = measured
     net = lively_net("micro")
     Engine(net, cache_dir=tmp_path, batch_size=3)(noise(net.spec, 2)[:, :, :20])
     Engine(net, cache_dir=tmp_path, batch_size=3, image_size=48)(noise(net.spec, 2))
     Engine(net, cache_dir=tmp_path, batch_size=3).warm_up(24)
     assert Engine(net, cache_dir=None).backend == "eager"
-    assert asked == [((20, 32), 3), ((48, 48), 3), ((24, 24), 3), ((32, 32), 32)]
+    assert requests == [((20, 32), 3), ((48, 48), 3), ((24, 24), 3), ((32, 32), 32)]
     assert len(_notes(tmp_path)) == 3
 
 

@@ -79,7 +79,7 @@ def test_options_never_grow_with_the_shift(logits, costs, one, other, limit):
 
 @pytest.mark.parametrize("shift", [-0.95, -1.02])
 def test_rounding_does_not_turn_a_decision_back(shift):
-    """Plain argmax goes back to the first option where the shift asks for wider ones."""
+    """Plain argmax goes back to the first option where the shift is for wider ones."""
     naive = (np.array([1e16, 1e16]) - shift * np.array([1.0, 1.1])).argmax()
     assert naive == (1 if shift == -0.95 else 0)
     assert choose(np.array([[1e16, 1e16]]), shift, np.array([1.0, 1.1])).tolist() == [1]
@@ -134,7 +134,7 @@ def test_who_may_escalate():
     )
     assert not may_escalate(table, (1, 2), (1, 2))
     assert not may_escalate(table, (1, 2), (1, 1))
-    # whoever is as wide everywhere stays, even where a table says that it is cheaper
+    # a row that is as wide everywhere stays, even where this is cheaper by a table
     falling = CostTable("ms", (((1.0,),), ((5.0, 2.0),), ((5.0, 4.0, 3.0), (3.0, 2.0, 1.0))))
     assert falling.route_cost((1, 2)) < falling.route_cost((0, 0))
     assert not may_escalate(falling, (1, 2), (0, 0))
@@ -415,13 +415,13 @@ def test_probabilities_are_averaged():
     assert (averaged(one, one).argmax(1) == one.argmax(1)).all()
 
 
-def test_who_is_sure_when_asked_is_done():
-    asked = EscalationState(4)
+def test_rows_whose_margin_is_high_stay():
+    state = EscalationState(4)
     able = np.array([True, True, True, False])
-    first = asked.next(able, np.array([0.1, 0.4, 0.5, 0.1]), 0.5)
+    first = state.next(able, np.array([0.1, 0.4, 0.5, 0.1]), 0.5)
     assert first.tolist() == [True, True, False, False]
     # the last could not go on before; the third was sure, and stays even under a higher tau
-    then = asked.next(np.ones(4, bool), np.array([0.6, 0.9, 0.5, 0.1]), 0.7)
+    then = state.next(np.ones(4, bool), np.array([0.6, 0.9, 0.5, 0.1]), 0.7)
     assert then.tolist() == [True, False, False, True]
 
 

@@ -23,8 +23,8 @@ BACKENDS = ["onnxruntime", "openvino", "auto"]
 
 
 @pytest.fixture(autouse=True)
-def _nothing_told_yet(monkeypatch):
-    monkeypatch.setattr(cache, "_told", set())
+def _no_warnings_yet(monkeypatch):
+    monkeypatch.setattr(cache, "_reported", set())
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def no_folder(tmp_path):
     return tmp_path / "file" / "cache"
 
 
-def _told(caught):
+def _messages(caught):
     return [str(one.message) for one in caught if one.category is DynaslimWarning]
 
 
@@ -49,15 +49,15 @@ def _runs_as_without(backend, cache_dir):
             out = engine(x)
             assert out.routes.tolist() == expected.routes.tolist()
             assert (out.logits - expected.logits).abs().max() < 1e-3 * expected.logits.abs().max()
-    return _told(caught), engine
+    return _messages(caught), engine
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_no_folder_for_programs_is_told_once(backend, no_folder):
-    told, engine = _runs_as_without(backend, no_folder)
-    assert len(told) == 1
-    assert f"{no_folder}: compiled programs are not kept there: " in told[0]
-    assert f"{no_folder.parent} is a file, not a folder; each start compiles anew" in told[0]
+def test_no_folder_for_programs_is_reported_once(backend, no_folder):
+    messages, engine = _runs_as_without(backend, no_folder)
+    assert len(messages) == 1
+    assert f"{no_folder}: compiled programs are not kept there: " in messages[0]
+    assert f"{no_folder.parent} is a file, not a folder; each start compiles anew" in messages[0]
     assert engine.counts.cached == []
 
 
@@ -67,17 +67,17 @@ def test_programs_that_cannot_be_written_though_the_folder_looked_fine(
 ):
     """As on a disk that has room for the first few only."""
     monkeypatch.setattr(cache, "why_not_writable", lambda folder: None)
-    told, _ = _runs_as_without(backend, no_folder)
-    assert len(told) == 1
-    assert "a program could not be written" in told[0] or "not kept there" in told[0]
+    messages, _ = _runs_as_without(backend, no_folder)
+    assert len(messages) == 1
+    assert "a program could not be written" in messages[0] or "not kept there" in messages[0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_programs_on_a_full_disk(backend, small_disk):
     (small_disk / "full").write_bytes(bytes(200 << 10))
-    told, _ = _runs_as_without(backend, small_disk / "cache")
-    assert len(told) == 1
-    assert "the disk is full (No space left on device)" in told[0]
+    messages, _ = _runs_as_without(backend, small_disk / "cache")
+    assert len(messages) == 1
+    assert "the disk is full (No space left on device)" in messages[0]
     assert not [p for p in small_disk.rglob("*") if p.suffix == ".tmp"]
 
 
@@ -86,8 +86,8 @@ def test_programs_that_do_not_fit_leave_nothing_half(backend, small_disk, monkey
     """A folder that has room when it is tried, and none for a program."""
     monkeypatch.setattr(cache, "ROOM", 1)
     (small_disk / "full").write_bytes(bytes(250 << 10))
-    told, _ = _runs_as_without(backend, small_disk / "cache")
-    assert len(told) == 1
+    messages, _ = _runs_as_without(backend, small_disk / "cache")
+    assert len(messages) == 1
     assert not [p for p in small_disk.rglob("*") if p.suffix == ".tmp"]
 
 
@@ -100,7 +100,7 @@ def test_programs_are_read_from_a_folder_that_cannot_be_written(backend, small_d
     assert engine.counts.compiled
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # nothing is missing, so there is nothing to tell
+        warnings.simplefilter("error")  # nothing is missing, so there is nothing to report
         again = Engine(lively_net("micro"), backend=backend, cache_dir=small_disk / "c", workers=2)
         again(x)
     assert again.counts.compiled == []
@@ -155,8 +155,8 @@ def test_a_user_without_a_home(monkeypatch):
 
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.warns(DynaslimWarning, match="are not kept: Could not determine home directory"):
-        told = Engine(lively_net("micro"), backend="eager")(noise(micro_spec(), 2))
-    assert len(told.logits) == 2
+        output = Engine(lively_net("micro"), backend="eager")(noise(micro_spec(), 2))
+    assert len(output.logits) == 2
     found = doctor.describe_cache()
     assert (found["folder"], found["writable"]) == (None, False)
     monkeypatch.setenv("DYNASLIM_CACHE", "/somewhere")
@@ -198,7 +198,7 @@ def test_a_verb_warns_in_a_line_and_goes_on(
     assert lines[0].startswith(f"dynaslim: warning: {no_folder}: compiled programs are not kept")
     if verb == "predict":
         assert json.loads(out)["predicted"] == 1
-    cache._told.clear()
+    cache._reported.clear()
     assert cli.run([*argv, "--no-cache"]) == 0
     assert "warning" not in capsys.readouterr().err
 

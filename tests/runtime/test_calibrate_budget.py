@@ -102,7 +102,7 @@ def _one_row(answers, row, shift, steps, latency=None):
         if done or (own != target if mirror else as_wide or not cheaper):
             continue
         if answers.margins_NP[row, number] >= tau:
-            done = True  # it was asked, and is sure
+            done = True  # its margin is high enough
             continue
         own, number, passes = target, answers.paths.index(target), passes + 1
         right = answers.second_look_N[row] if mirror else answers.correct_NP[row, number]
@@ -148,7 +148,7 @@ def _all_points(curve):
 @pytest.mark.parametrize("looks", [0.0, 0.4])
 @pytest.mark.parametrize("coarse", [False, True])
 @pytest.mark.parametrize("rows", [2, 3, 40, 501])
-def test_points_are_what_simulate_says(rows, coarse, looks, monkeypatch):
+def test_points_are_those_of_simulate(rows, coarse, looks, monkeypatch):
     """The search counts with sorted margins and running sums; `simulate` row by row."""
     monkeypatch.setattr(budget_search, "SMALLEST_GROUP", 2)  # two steps are detours in this network
     answers = _random(rows, coarse=coarse, looks=looks)
@@ -241,8 +241,8 @@ def _mixed(curve):
     return np.mean([point.shift not in ends for point in curve.points])
 
 
-def test_gates_are_asked_where_they_know_something(monkeypatch):
-    """Gates that know nothing would now and then look better than they are; see `NOISE`."""
+def test_gates_are_used_where_they_are_informative(monkeypatch):
+    """Uninformative gates would now and then look better than they are; see `NOISE`."""
     mixed = {"blind": [], "blind, no bar": [], "knowing": []}
     for seed in range(6):
         blind = _random(1000, seed, spec=get_spec("ds_mbnet_tiny"))
@@ -374,7 +374,7 @@ def test_a_second_look_must_be_worth_it(monkeypatch):
     assert kept["worth it"] > 2 * kept["worthless"]
 
 
-def test_reported_accuracy_is_of_images_that_had_no_say():
+def test_reported_accuracy_is_of_images_not_selected_on():
     """Where all is luck, points look better than they are, but only on the selecting half."""
     rng = np.random.default_rng(0)
     answers = _random(400)
@@ -522,7 +522,7 @@ def real():
         net.classifier.weight *= 100  # so that margins differ by more than rounding
     x = noise(SPEC, 61, seed=7)
     with torch.inference_mode():
-        # what the network says of half of the images, on one route or another
+        # the network's answers for half of the images, on one route or another
         labels = torch.stack([net(x, route) for route in SPEC.routes]).argmax(2)
     picked = torch.arange(61) % 3
     labels = labels.gather(0, picked[None])[0]
@@ -594,9 +594,9 @@ def test_a_second_look_is_what_the_curve_promises(real):
     assert len(looks) > 3
     assert curve.points[-1].share > 1
     for point in looks:
-        out, told = engine(x, budget=point), simulate(answers, point.shift, point.escalations)
+        out, found = engine(x, budget=point), simulate(answers, point.shift, point.escalations)
         assert float(out.madds.mean()) == pytest.approx(point.madds)
-        assert float((out.logits.argmax(1) == labels).float().mean()) == pytest.approx(told.top1)
+        assert float((out.logits.argmax(1) == labels).float().mean()) == pytest.approx(found.top1)
         assert float(out.escalated.float().mean()) == pytest.approx(point.escalated)
         assert 0 < out.mirrored.sum() <= out.escalated.sum()
     with pytest.raises(UsageError, match=r"mirror image along .* has not been run"):
@@ -745,9 +745,9 @@ def test_command_takes_what_training_held_back(micro, capsys):
     assert (printed["images"], printed["split"], printed["held_back"]) == (len(held), "train", 0.25)
     curve = BudgetCurve.from_dict(read(path).budget)
     assert BudgetCurve.from_dict(printed["curve"]) == curve
-    asked = {**printed["budget"]}
-    assert asked.pop("asked") == "5ms"
-    assert asked == json.loads(json.dumps(dataclasses.asdict(curve.at("5ms"))))
+    budget = {**printed["budget"]}
+    assert budget.pop("asked") == "5ms"
+    assert budget == json.loads(json.dumps(dataclasses.asdict(curve.at("5ms"))))
     assert curve.widest_ms == pytest.approx(MS.widest_cost)
     assert [route["widths"] for route in printed["routes"]] == [[4, 4, 6], [4, 12, 8], [4, 12, 10]]
     assert [route["ms"] for route in printed["routes"]] == [3.5, 5.5, 10.0]
@@ -816,8 +816,8 @@ def test_images_that_do_not_decode(micro, capsys, tmp_path):
     write_parquet(data, [*(png(n) for n in range(110)), b"no picture"], 5)
     verb = ("calibrate-budget", path, "--data", data, "--split", "test")
     fails(capsys, [*verb, "--corrupt-limit", "0"], 1, "broken")
-    told = run_ok(capsys, *verb)
-    assert "110 images, 1 skipped\nskipped: " in told
+    out = run_ok(capsys, *verb)
+    assert "110 images, 1 skipped\nskipped: " in out
     assert read(path).budget["images"] == 110
     shutil.rmtree(data)
     write_parquet(data, [b"no picture"] * 120, 5)

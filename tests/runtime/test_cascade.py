@@ -232,8 +232,8 @@ def test_two_sizes_of_one_network_in_the_order_of_their_cost():
     x = torch.randn(3, 3, 16, 16)
     one = narrow.net.source.module(RouteVariant(narrow.net.spec.route_at([0]))).network(x)
     assert_rows_close(one, net(x, net.spec.smallest))
-    told = {"gate": {"augment": {"mirror": True}}}
-    assert cascade([replace(one, recipe=told) for one in (small, large)]).mirror
+    recipe = {"gate": {"augment": {"mirror": True}}}
+    assert cascade([replace(one, recipe=recipe) for one in (small, large)]).mirror
 
 
 @for_backends("eager", "onnxruntime", "openvino")
@@ -408,7 +408,7 @@ def test_area_under_the_risk_coverage_curve():
     right = np.array([True, True, False, True])
     assert aurc(np.array([4, 3, 1, 2]), right) == pytest.approx((0 + 0 + 0 + 1 / 4) / 4)
     assert aurc(np.array([1, 2, 4, 3]), right) == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
-    assert aurc(np.zeros(4), right) == pytest.approx(1 / 4)  # knows nothing: the error rate
+    assert aurc(np.zeros(4), right) == pytest.approx(1 / 4)  # a constant signal: the error rate
     table = SignalTable(2)
     logits = np.array([[2, 0, 0], [0, 1, 0.5], [0.2, 0, 0.1]], np.float32)
     for rung in (0, 1):
@@ -500,15 +500,15 @@ def test_from_the_command_line_to_the_server(capsys, files, tmp_path):
     folder, data, pictures = files
     out, plain = tmp_path / "ladder", ("--mean", "[0,0,0]", "--std", "[1,1,1]")
     rungs = (folder / "small.onnx", folder / "large.onnx")
-    told = json.loads(run_ok(capsys, "cascade", *rungs, out, "--data", data, *plain, "--json"))
-    assert [rung["name"] for rung in told["rungs"]] == ["small.onnx", "large.onnx"]
-    assert told["rungs"][0]["top1"] < told["rungs"][1]["top1"] - 0.1
-    assert told["images"] == 200
-    assert set(told["risk_coverage"][1]) == {
+    printed = json.loads(run_ok(capsys, "cascade", *rungs, out, "--data", data, *plain, "--json"))
+    assert [rung["name"] for rung in printed["rungs"]] == ["small.onnx", "large.onnx"]
+    assert printed["rungs"][0]["top1"] < printed["rungs"][1]["top1"] - 0.1
+    assert printed["images"] == 200
+    assert set(printed["risk_coverage"][1]) == {
         "errors", "margin", "probability", "entropy", "agreement",
     }  # fmt: skip
-    assert told["default"]["budget"] == "drop=0.5"
-    assert open_package(out).manifest["notes"]["risk_coverage"] == told["risk_coverage"]
+    assert printed["default"]["budget"] == "drop=0.5"
+    assert open_package(out).manifest["notes"]["risk_coverage"] == printed["risk_coverage"]
     shown = run_ok(capsys, "cascade", *rungs, out, "--data", data, *plain)
     assert re.search(r"1 +small.onnx +16 +", shown)
     assert "by default drop=0.5" in shown
@@ -520,10 +520,10 @@ def test_from_the_command_line_to_the_server(capsys, files, tmp_path):
     assert row["route"] in ("1", "2")
     assert row["class_name"] == "class 3" or row["route"] == "1"
     found = json.loads(run_ok(capsys, "evaluate", out, "--data", data, "--json"))
-    assert found["dynamic"]["mean_madds"] == pytest.approx(told["default"]["madds"])
+    assert found["dynamic"]["mean_madds"] == pytest.approx(printed["default"]["madds"])
     args = ("calibrate-budget", out, "--data", data, "--split", "test", "--json")
     again = json.loads(run_ok(capsys, *args))
-    assert again["curve"] == told["curve"]
+    assert again["curve"] == printed["curve"]
     refused = [*args, "--out", tmp_path / "x"]
     fails(capsys, refused, 2, "a package gets the curve itself")
     page = tmp_path / "r.html"
@@ -543,19 +543,19 @@ def test_from_the_command_line_to_the_server(capsys, files, tmp_path):
 def test_mistakes_on_the_command_line(capsys, files, tmp_path):
     folder, data, _ = files
     net, large = folder / "run" / "net.safetensors", folder / "large.onnx"
-    asked = ("--data", data)
+    data_flags = ("--data", data)
     for message, *argv in (
         ("a cascade needs at least two networks", net, tmp_path / "x"),
         ("a cascade is measured on the CPU", net, large, tmp_path, "--device", "cuda"),
         ("is there and no package", net, large, folder),
         ("stage 0 allows", f"{net}@1-2-3", large, tmp_path / "x"),
     ):
-        fails(capsys, ["cascade", *argv, *asked], 2, message)
+        fails(capsys, ["cascade", *argv, *data_flags], 2, message)
     # held-out images must not be ones that a network learned from
     opened = ImageDataset.of(open_source(str(data), "test"), PLAIN)
     seen = list(opened.digests())[:7]
     (net.parent / "trained_on.txt").write_text("\n".join(seen))
-    argv = ["cascade", large, net, tmp_path / "x", *asked]
+    argv = ["cascade", large, net, tmp_path / "x", *data_flags]
     fails(capsys, argv, 1, "7 of these 200 images are ones that a network was trained on")
     assert json.loads(run_ok(capsys, *argv, "--force", "--json"))["trained_on"] == 7
     (net.parent / "trained_on.txt").unlink()

@@ -1,4 +1,4 @@
-"""CUDA graphs: on a GPU the answers of every row's own network; without one a line that says so."""
+"""CUDA graphs: on a GPU the answers of every row's own network; without one a one-line error."""
 
 import copy
 import threading
@@ -68,7 +68,7 @@ def test_checkpoints_and_zoo_entries_go_to_the_gpu(tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_one_line_says_so():
+def test_without_a_gpu_the_error_is_one_line():
     assert default_device("cudagraph") == "cpu"
     with pytest.raises(UsageError, match="torch sees none here"):
         open_engine("ds_resnet8_cifar", "cudagraph", None, "fp32", 4)

@@ -205,7 +205,7 @@ def test_images_that_no_stride_divides(name):
     assert_rows_close(engine.static(routes[0])(x[:1]), out.logits[:1], 5e-5)
 
 
-# -- what a caller can ask for --------------------------------------------------------------------
+# -- the arguments of a call ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["micro", "ds_mbnet_tiny", "ds_mobilenet_v2", "ds_resnet50"])
@@ -502,16 +502,16 @@ def test_cap_below_all_that_the_gate_can_choose():
 
 @pytest.mark.parametrize("name", ["micro", "ds_resnet_cifar"])
 def test_arguments_of_calls_do_not_mix(name):
-    """What calls ask for is kept between them."""
+    """The arguments of calls are kept between them."""
     x, engine = noise(lively_net(name).spec, 9), engine_of(name, "eager")
     spec = engine.spec
-    asked: list[dict] = [{}, {"shift": -5.0}, {"shift": 2.0}, {"escalate": 0.5}, {"escalate": 1}]
-    asked += [{"max_route": spec.routes[1]}, {"max_route": list(spec.routes[1].widths)}]
-    asked += [{"shift": n / 50} for n in range(70)]
-    alone = [Engine(lively_net(name), backend="eager")(x, **arguments) for arguments in asked[:7]]
+    settings: list[dict] = [{}, {"shift": -5.0}, {"shift": 2.0}, {"escalate": 0.5}, {"escalate": 1}]
+    settings += [{"max_route": spec.routes[1]}, {"max_route": list(spec.routes[1].widths)}]
+    settings += [{"shift": n / 50} for n in range(70)]
+    alone = [Engine(lively_net(name), backend="eager")(x, **setting) for setting in settings[:7]]
     for _ in range(2):
-        for arguments, one in zip(asked, [*alone, *[None] * 70], strict=False):
-            out = engine(x, **arguments)
+        for setting, one in zip(settings, [*alone, *[None] * 70], strict=False):
+            out = engine(x, **setting)
             if one is not None:
                 assert out.routes.tolist() == one.routes.tolist()
                 assert out.madds.tolist() == one.madds.tolist()
@@ -771,7 +771,7 @@ def _last(spec):
 def test_refused_budgets():
     engine, x, _ = with_curve()
     expected = engine(x).logits
-    engine(x, budget=1.0)  # what a call asked for is remembered; True equals 1.0
+    engine(x, budget=1.0)  # the arguments of a call are remembered; True equals 1.0
     for budget, message in (
         ("4.5ms", "has no milliseconds"),
         ("drop=-1", "give a share"),

@@ -6,7 +6,7 @@ from torch import nn
 from dynaslim.cost import params
 from dynaslim.errors import UsageError
 from dynaslim.runtime.extract import extract, extract_segment
-from dynaslim.spec import LARGEST
+from dynaslim.spec import TEACHER_INDEX
 from dynaslim.zoo import get_spec
 
 
@@ -76,6 +76,6 @@ def test_mistakes():
         extract_segment(net, 1, 0, 9)
     with pytest.raises(UsageError, match="route"):
         extract(net, [1, 2, 3])
-    assert extract_segment(net, 0, 0, LARGEST)
+    assert extract_segment(net, 0, 0, TEACHER_INDEX)
     with pytest.raises(RuntimeError, match=r"call net\.eval"):
         extract(net.train(), net.spec.routes[0])

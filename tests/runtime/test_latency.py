@@ -50,7 +50,7 @@ def measured(backend="eager"):
 
 
 def made_up(step_ms):
-    """A table whose steps take what `step_ms(form, rows)` says."""
+    """A table whose steps take `step_ms(form, rows)`."""
     rows = (1, 4, 16, 64)
     ms = {form.name: tuple(float(step_ms(form, n)) for n in rows) for form in FORMS}
     segments = []
@@ -85,7 +85,7 @@ def test_profile_measures_every_form(backend):
                 assert cost == table.ms[SegmentVariant(number, before, after).name][-1] / 6
 
 
-def test_profile_times_what_it_says(monkeypatch):
+def test_profile_times_what_it_reports(monkeypatch):
     """A form that sleeps, by rows: its times, and no other's, show it."""
     import time
 

@@ -237,8 +237,8 @@ def _prepared(**changes):
 )
 def test_a_manifest_that_is_not_valid(copied, change, message):
     manifest = json.loads((copied / MANIFEST).read_text())
-    told = _refused(copied, json.dumps(_hashed({**manifest, **change})))
-    assert re.search(message, told), told
+    refusal = _refused(copied, json.dumps(_hashed({**manifest, **change})))
+    assert re.search(message, refusal), refusal
 
 
 @pytest.mark.parametrize(
@@ -305,8 +305,8 @@ def test_a_package_of_version_1_is_validated_too(tmp_path):
             continue
         if not isinstance(path[-1], int):
             assert _refused(folder, json.dumps(_without(manifest, path))) is not None, path
-        told = _refused(folder, json.dumps(_with(manifest, path, {"x": "\x1b"})))
-        assert told is not None, path
+        refusal = _refused(folder, json.dumps(_with(manifest, path, {"x": "\x1b"})))
+        assert refusal is not None, path
 
 
 # -- behind links ---------------------------------------------------------------------------------

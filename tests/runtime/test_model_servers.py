@@ -29,7 +29,7 @@ def checkpoint():
 
 @pytest.fixture(scope="module")
 def images():
-    """Normalised images (B, C, S, S) that the gates tell apart."""
+    """Normalised images (B, C, S, S) that the gates can distinguish."""
     rng = np.random.default_rng(0)
     rough = rng.standard_normal((12, 3, 16, 16)) * rng.uniform(0, 2, (12, 1, 1, 1))
     return (rough + rng.standard_normal((12, 3, 1, 1))).astype(np.float32)

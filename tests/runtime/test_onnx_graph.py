@@ -19,7 +19,7 @@ def _session(content):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
-    # as written: whether the optimiser is right is not asked here
+    # as written: whether the optimiser is right is not tested here
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
@@ -72,7 +72,7 @@ def test_whole_routes_as_the_network(name):
             assert_rows_close(made, net(x, route), 5e-5)
 
 
-def test_what_a_graph_says_of_itself():
+def test_the_metadata_of_a_graph():
     forms = NetworkSource(lively_net("micro"))
     names = {
         SegmentVariant(0): ["features", "gate_logits"],

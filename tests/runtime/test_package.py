@@ -117,7 +117,7 @@ def test_a_package_answers_as_the_network(name, tmp_path):
         _close(engine.static(route)(x), static)
 
 
-def test_the_manifest_says_what_it_is(tmp_path):
+def test_the_manifest_describes_the_package(tmp_path):
     checkpoint = _checkpoint("micro")
     manifest, errors = export.export_package(checkpoint, tmp_path / "out")
     folder, spec = tmp_path / "out", checkpoint.net.spec
@@ -414,7 +414,7 @@ def test_the_example_runs_a_package_by_onnxruntime_and_numpy_alone(package, tmp_
     assert [" ".join(row[2:]) for row in rows] == [f"class {n}" for n in top]
 
 
-def test_the_example_prepares_a_picture_as_the_package_says(package, tmp_path, capsys):
+def test_the_example_prepares_a_picture_by_the_manifest(package, tmp_path, capsys):
     """A large one, turned by its EXIF tag."""
     folder, checkpoint = package
     rng = np.random.default_rng(5)

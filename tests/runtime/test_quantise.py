@@ -290,13 +290,13 @@ def test_threads(calibration):
     wanted = [*segment_variants(spec), RouteVariant(spec.smallest)] * 2
     found, errors = {}, []
 
-    def ask(form):
+    def request(form):
         try:
             found.setdefault(form, forms.onnx(form))
         except Exception as error:
             errors.append(error)
 
-    threads = [threading.Thread(target=ask, args=(form,)) for form in wanted]
+    threads = [threading.Thread(target=request, args=(form,)) for form in wanted]
     for thread in threads:
         thread.start()
     for thread in threads:

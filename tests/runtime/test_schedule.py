@@ -53,7 +53,7 @@ def test_side_by_side_nobody_waits_long(step, workers):
     plan = plan_step(rows, seconds, caps, workers)
     total = sum(n * s for n, s in zip(rows, seconds, strict=True))
     if plan.wide:
-        # whole pieces, of which there are no more than the caps ask for
+        # whole pieces, of which there are no more than the caps require
         for bucket, (count, cap) in enumerate(zip(rows, caps, strict=True)):
             assert sum(piece.bucket == bucket for piece in plan.pieces) == -(-count // cap)
         return
@@ -124,7 +124,7 @@ def test_row_times_follow_what_is_measured():
     before = time.seconds
     time.add(1, before + 1)
     up = time.seconds - before
-    assert 0 < up < down, "a piece that was held up says little"
+    assert 0 < up < down, "a piece that was held up counts little"
     for _ in range(100):
         time.add(2, 6.0)
     assert time.seconds == pytest.approx(3.0, rel=1e-3)

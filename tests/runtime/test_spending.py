@@ -176,7 +176,7 @@ def _counted(ratios, last=None):
     return spending
 
 
-def test_images_unlike_those_of_the_curve_are_told():
+def test_images_unlike_those_of_the_curve_are_reported():
     rng = np.random.default_rng(0)
     alike = np.where(rng.random(400) < 0.2, 3.0, 0.5)  # a fifth escalates: 1 on average
     assert not _counted(alike).differs
@@ -185,7 +185,7 @@ def test_images_unlike_those_of_the_curve_are_told():
     dear = np.where(rng.random(48) < 0.6, 3.0, 0.5)
     assert _counted(dear).differs
     assert _counted(np.full(40, 0.5)).differs, "much cheaper is no less of a difference"
-    assert not _counted([3.9]).differs, "one image says nothing"
+    assert not _counted([3.9]).differs, "one image is no evidence"
     assert not _counted(np.full(100_000, 1.05)).differs, "small ones are no news"
     nothing = Spending()
     assert math.isnan(nothing.ratio)

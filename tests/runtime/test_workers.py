@@ -86,7 +86,7 @@ def test_first_use_by_many_compiles_once(backend, workers, monkeypatch):
 
     def module(self, form, *args):
         made[form] += 1
-        time.sleep(0.005)  # long enough for all to ask
+        time.sleep(0.005)  # long enough for all to request it
         return plain(self, form, *args)
 
     monkeypatch.setattr(NetworkSource, "module", module)
@@ -353,7 +353,7 @@ def _ends(function, seconds=20):
 
 
 def test_closing_beside_calls():
-    """Work is never left with helpers that were told to go."""
+    """Work is never left with helpers that are to stop."""
     workers, over = _workers(2, own_threads=True), threading.Event()
 
     def close():

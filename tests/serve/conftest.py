@@ -73,7 +73,7 @@ def engine(package):
 
 @pytest.fixture(scope="session")
 def pictures():
-    """Encoded pictures that the gates tell apart."""
+    """Encoded pictures that the gates can distinguish."""
     rng = np.random.default_rng(0)
     made = []
     for n in range(8):
@@ -83,7 +83,7 @@ def pictures():
 
 
 class Held:
-    """An engine that waits for `open` before it answers, and keeps what it was asked."""
+    """An engine that waits for `open` before it answers, and records its calls."""
 
     def __init__(self, engine):
         self._engine = engine
@@ -104,7 +104,7 @@ class Held:
     def __call__(self, x, **arguments):
         self.calls.append((len(x), arguments))
         self.entered.release()
-        assert self.open.wait(20), "nobody opened the engine"
+        assert self.open.wait(20), "the engine was not opened"
         return self._engine(x, **arguments)
 
 

@@ -33,7 +33,7 @@ def as_json(*images):
     return {"images": [{"data": base64.b64encode(image).decode()} for image in images]}
 
 
-def said(response):
+def error_of(response):
     """The error, once it is one of the right shape."""
     body = response.json()
     assert set(body) == {"error"}
@@ -75,7 +75,7 @@ def test_answers_equal_those_of_predict(serve, engine, pictures, tmp_path):
     assert {result["madds_share"] for result in alone} > {1.0}, "of the widest route"
 
 
-def test_an_answer_says_what_it_took(serve, pictures):
+def test_an_answer_has_its_times_and_costs(serve, pictures):
     with serve() as client:
         body = client.post("/v1/predict?top_k=2", files=form(*pictures[:3])).json()
     assert set(body) == {
@@ -119,13 +119,13 @@ def test_budgets_and_escalation(serve, engine, pictures):
     spec = engine.spec
     with serve() as client:
 
-        def ask(query):
+        def post(query):
             response = client.post(f"/v1/predict?{query}", files=form(*pictures))
             assert response.status_code == 200, response.text
             return response.json()
 
-        cheap, wide = ask("budget=0.01"), ask("budget=1&escalate=never")
-        unsure = ask("budget=0.01&escalate=1")
+        cheap, wide = post("budget=0.01"), post("budget=1&escalate=never")
+        unsure = post("budget=0.01&escalate=1")
     assert {r["route"] for r in cheap["results"]} == {str(spec.cheapest_choice)}
     assert (cheap["budget"], cheap["budget_used"]) == ("0.01", "0.01")
     assert {r["route"] for r in wide["results"]} == {str(spec.widest_choice)}
@@ -252,7 +252,7 @@ def part(name='name="images"', content=b"x"):
     ],
 )  # fmt: skip
 def test_bodies_that_are_refused(errors_client, expected, request_):
-    assert said(errors_client.post("/v1/predict", **request_)) == expected
+    assert error_of(errors_client.post("/v1/predict", **request_)) == expected
 
 
 @pytest.fixture(scope="module")
@@ -276,23 +276,23 @@ def errors_client(engine):
 )  # fmt: skip
 def test_parameters_that_are_refused(errors_client, pictures, query):
     response = errors_client.post(f"/v1/predict?{query}", files=form(pictures[0]))
-    assert said(response) == (422, "bad_parameter")
+    assert error_of(response) == (422, "bad_parameter")
 
 
 def test_the_image_at_fault_is_named(errors_client, pictures):
     response = errors_client.post("/v1/predict", files=form(pictures[0], b"GIF89a", pictures[1]))
-    assert said(response) == (400, "image_unreadable")
+    assert error_of(response) == (400, "image_unreadable")
     assert response.json()["error"]["image"] == 1
 
 
 def test_paths_and_methods(errors_client):
     for path in ("/nothing", "/v1/nothing", "/v1/predict/", "/static/..%2f..%2fapp.py", "/v1"):
-        assert said(errors_client.get(path)) == (404, "not_found")
+        assert error_of(errors_client.get(path)) == (404, "not_found")
     response = errors_client.get("/v1/predict")
-    assert said(response) == (405, "method")
+    assert error_of(response) == (405, "method")
     assert response.headers["allow"] == "POST"
-    assert said(errors_client.post("/healthz")) == (405, "method")
-    assert said(errors_client.delete("/")) == (405, "method")
+    assert error_of(errors_client.post("/healthz")) == (405, "method")
+    assert error_of(errors_client.delete("/")) == (405, "method")
 
 
 def test_errors_of_the_engine(serve, engine, pictures, caplog):
@@ -311,7 +311,7 @@ def test_errors_of_the_engine(serve, engine, pictures, caplog):
     with serve(broken) as client:
         broken.fails = True
         response = client.post("/v1/predict", files=form(pictures[0]))
-        assert said(response) == (500, "failed")
+        assert error_of(response) == (500, "failed")
         assert "secret" not in response.text
         assert "secret detail" in caplog.text
         broken.fails = False
@@ -326,9 +326,9 @@ def test_the_framework_s_own_errors_have_the_same_shape(engine):
         raise RuntimeError("secret detail")
 
     client = TestClient(app, raise_server_exceptions=False)
-    assert said(client.get("/own/x")) == (422, "bad_parameter")
+    assert error_of(client.get("/own/x")) == (422, "bad_parameter")
     response = client.get("/own/1")
-    assert said(response) == (500, "failed")
+    assert error_of(response) == (500, "failed")
     assert "secret" not in response.text
 
 
@@ -344,7 +344,7 @@ def test_a_token(serve, pictures):
                             {"authorization": "Basic open sesame"},
                             {"authorization": b"Bearer \xff"}):  # fmt: skip
                 response = client.request(method, path, headers=headers)
-                assert said(response) == (401, "unauthorised")
+                assert error_of(response) == (401, "unauthorised")
                 assert response.headers["www-authenticate"] == "Bearer"
         for path in ("/", "/healthz", "/readyz", "/static/main.js", "/docs", "/openapi.json"):
             assert client.get(path).status_code == 200
@@ -355,7 +355,7 @@ def test_a_token(serve, pictures):
         assert answer.status_code == 200
 
 
-# -- what it says of itself -----------------------------------------------------------------------
+# -- what it reports about itself -----------------------------------------------------------------
 
 
 def test_models(serve, engine):
@@ -397,7 +397,7 @@ def _promising(engine, share):
     return dataclasses.replace(engine.curve, points=(cheapest, greedy, widest))
 
 
-def test_costs_unlike_those_of_the_curve_are_told(serve, engine, pictures):
+def test_costs_unlike_those_of_the_curve_are_reported(serve, engine, pictures):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine, "curve", _promising(engine, 0.72))
         patch.setattr(engine, "_decided", {})
@@ -637,7 +637,7 @@ def test_samples_of_a_folder(serve, pictures, tmp_path):
         response = client.get("/samples/1")
         assert response.content == pictures[1]
         assert response.headers["content-type"] == "image/png"
-        assert said(client.get("/samples/2")) == (404, "not_found")
+        assert error_of(client.get("/samples/2")) == (404, "not_found")
 
 
 def test_samples_that_are_found(tmp_path, pictures):
@@ -691,7 +691,7 @@ def test_a_model_that_does_not_start(engine, pictures):
         answer = client.get("/readyz")
         assert (answer.status_code, answer.json()) == (503, {"status": "failed"})
         response = client.post("/v1/predict", files=form(pictures[0]))
-        assert said(response) == (500, "failed")
+        assert error_of(response) == (500, "failed")
         assert "no such kernel" in response.text
 
 
@@ -701,7 +701,7 @@ def test_before_it_is_ready(held, pictures):
     with TestClient(app) as client:
         assert held.entered.acquire(timeout=20)
         response = client.post("/v1/predict", files=form(pictures[0]))
-        assert said(response) == (503, "starting")
+        assert error_of(response) == (503, "starting")
         assert int(response.headers["retry-after"]) >= 1
         assert client.get("/readyz").status_code == 503
         assert client.get("/healthz").json() == {"status": "alive"}
@@ -709,7 +709,7 @@ def test_before_it_is_ready(held, pictures):
         ready(client)
         assert client.post("/v1/predict", files=form(pictures[0])).status_code == 200
         assert app.state.service.models["micro"].batcher.throughput.seconds_for(1) > 0, (
-            "it knows its speed"
+            "its speed was measured"
         )
 
 
@@ -720,7 +720,7 @@ def test_closing_answers_what_is_still_being_decoded(engine):
     pixels = np.zeros((3, 16, 16), np.uint8)
 
     def decode_first():
-        """As a body with two images does: the second is left to whoever is free."""
+        """As a body with two images does: the second is left to any free thread."""
         gate.wait(20)
         service.decoders.submit(batcher.put, item, 1, pixels)
         batcher.put(item, 0, pixels)

@@ -18,7 +18,7 @@ WAIT_S = 10
 
 
 class Steps:
-    """An engine that answers when it is told to, a batch at a time; class: the first pixel."""
+    """An engine that answers when it is released, a batch at a time; class: the first pixel."""
 
     preprocessing = Preprocessing(4, mean=(0.0,) * 3, std=(1 / 255,) * 3)
     curve = None
@@ -113,8 +113,8 @@ def test_they_wait_only_so_long(steps, how):
     engine, make = steps
     batcher = make(max_wait_ms=20 if how == "time" else 60_000, max_batch=2)
     setting = batcher.budgets.setting(None, "auto")
-    told = []
-    slow = batcher.admit(1, setting, top_k=1, deadline=None, on_done=told.append)
+    finished = []
+    slow = batcher.admit(1, setting, top_k=1, deadline=None, on_done=finished.append)
     future = batcher.submit([pixels(3)])
     if how == "cancelled":
         batcher.cancel(slow)
@@ -125,7 +125,7 @@ def test_they_wait_only_so_long(steps, how):
     assert engine.entered.acquire(timeout=WAIT_S)
     engine.go.release(2)
     assert classes(future) == [3]
-    assert [str(job.error) for job in told] == (["no image"] if how == "failed" else [])
+    assert [str(job.error) for job in finished] == (["no image"] if how == "failed" else [])
     batcher.cancel(slow)
     until(lambda: batcher.waiting == 0)
 
@@ -162,7 +162,7 @@ def busy(engine, batcher, clock, seconds):
     assert engine.entered.acquire(timeout=WAIT_S)
 
 
-def test_retry_after_is_what_the_measured_rate_says(steps):
+def test_retry_after_follows_from_the_measured_rate(steps):
     engine, make = steps
     clock = Clock()
     batcher = make(queue=8, clock=clock)
@@ -245,8 +245,8 @@ def test_what_is_cancelled_is_not_run_and_frees_its_room(steps):
     batcher.submit([pixels(1)])
     assert engine.entered.acquire(timeout=WAIT_S)
     setting = batcher.budgets.setting(None, "auto")
-    told = []
-    job = batcher.admit(2, setting, top_k=1, deadline=None, on_done=told.append)
+    finished = []
+    job = batcher.admit(2, setting, top_k=1, deadline=None, on_done=finished.append)
     batcher.put(job, 0, pixels(2))
     batcher.cancel(job)
     batcher.put(job, 1, pixels(3))  # its decoder could not know
@@ -255,7 +255,7 @@ def test_what_is_cancelled_is_not_run_and_frees_its_room(steps):
     engine.go.release(2)
     assert classes(rest) == [4, 5, 6]
     assert engine.batches == [[1], [4, 5, 6]]
-    assert told == []
+    assert finished == []
 
 
 def test_an_error_of_the_engine_is_its_batch_s_alone(steps):
@@ -299,7 +299,7 @@ def test_requests_of_one_setting_run_together(steps):
     assert [a["escalate"] for a in engine.arguments] == ["auto", "auto", None, 0.5]
 
 
-def test_what_it_cannot_be_asked(steps, engine):
+def test_requests_that_are_refused(steps, engine):
     _, make = steps
     batcher = make()
     for bad in (np.zeros((3, 4, 5), np.uint8), np.zeros((3, 4, 4), np.float64)):
@@ -336,7 +336,7 @@ def test_likeliest_classes():
         answers_of(output, 1)
 
 
-def test_nobody_waits_for_what_takes_long_to_decode(steps):
+def test_no_request_waits_for_what_takes_long_to_decode(steps):
     engine, make = steps
     engine.go.release(100)
     now = [0.0]

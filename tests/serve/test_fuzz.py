@@ -1,4 +1,4 @@
-"""Requests made up from the OpenAPI document, valid and not: it tells the truth about answers."""
+"""Requests made up from the OpenAPI document, valid and not: answers are as documented."""
 
 import pytest
 import schemathesis
@@ -35,7 +35,7 @@ CHECKS = [
     checks.unsupported_method,
     checks.ignored_auth,
 ]
-# what breaks the document may also be too large (too many images are 413), or late as it asked
+# what breaks the document may also be too large (too many images are 413), or late by its deadline
 REJECTED = ["400", "401", "404", "405", "413", "415", "422", "429", "504"]
 CONFIG = schemathesis.Config.from_dict(
     {"checks": {"negative_data_rejection": {"expected-statuses": REJECTED}}}
@@ -58,7 +58,7 @@ def api(engine, live):
 
 
 @pytest.mark.parametrize(("path", "method", "mode"), CASES)
-def test_the_document_tells_the_truth(api, path, method, mode):
+def test_answers_are_as_documented(api, path, method, mode):
     operation = api[path][method]
     statuses = set()
 
@@ -76,7 +76,7 @@ def test_the_document_tells_the_truth(api, path, method, mode):
         statuses.add(answer.status_code)
 
     check()
-    assert all(status < 500 or status == 504 for status in statuses), "504: as it was asked"
+    assert all(status < 500 or status == 504 for status in statuses), "504: by its own deadline"
     if path in POSTED and (mode is GenerationMode.NEGATIVE or "/repository/" not in path):
         assert statuses & {400, 415, 422}
     if mode is GenerationMode.POSITIVE and not path.endswith(("/infer", "/load", "/unload")):

@@ -28,7 +28,7 @@ def chunk(kind, data):
 
 
 def bomb_png(width, height):
-    """A PNG whose head says a size, with hardly any data."""
+    """A PNG whose header names a size, with hardly any data."""
     head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     data = zlib.compress(b"\0" * 1000)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", data) + chunk(b"IEND", b"")

@@ -323,13 +323,13 @@ def test_large_pictures_have_half_of_the_queue(engine, live):
     with live(app) as port, ThreadPoolExecutor(5) as pool:
         url = f"http://127.0.0.1:{port}/v1/predict"
 
-        def ask(content, count=1, query=""):
+        def post(content, count=1, query=""):
             return httpx.post(f"{url}{query}", files=[("images", content)] * count, timeout=20)
 
-        waiting = pool.submit(ask, content, 4, "?deadline_ms=3000")
+        waiting = pool.submit(post, content, 4, "?deadline_ms=3000")
         until(lambda: app.state.service.models["micro"].batcher.waiting == 4)
-        refused = ask(content)
+        refused = post(content)
         assert (refused.status_code, refused.json()["error"]["code"]) == (429, "busy")
-        assert ask(small, 4).status_code == 200
+        assert post(small, 4).status_code == 200
         assert waiting.result().status_code == 504
         assert app.state.service.models["micro"].batcher.waiting == 0

@@ -35,7 +35,7 @@ def start(held, live):
     return run
 
 
-def ask(url, picture, query="", images=1, **options):
+def post(url, picture, query="", images=1, **options):
     files = form(*[picture] * images)
     return httpx.post(f"{url}/v1/predict{query}", files=files, timeout=20, **options)
 
@@ -60,21 +60,21 @@ def background():
 def test_a_full_queue_is_429(start, held, pictures, background):
     with start(queue=4, max_images=4, max_batch=2) as (url, service):
         held.open.clear()
-        running = background.submit(ask, url, pictures[0])
+        running = background.submit(post, url, pictures[0])
         assert held.entered.acquire(timeout=10)
-        waiting = [background.submit(ask, url, pictures[n]) for n in range(3)]
+        waiting = [background.submit(post, url, pictures[n]) for n in range(3)]
         until(lambda: service.models["micro"].batcher.waiting == 3)
-        whole = ask(url, pictures[0], images=2)  # one would fit
+        whole = post(url, pictures[0], images=2)  # one would fit
         assert code(whole) == (429, "busy")
         assert int(whole.headers["retry-after"]) >= 1
-        waiting.append(background.submit(ask, url, pictures[3]))
+        waiting.append(background.submit(post, url, pictures[3]))
         until(lambda: service.models["micro"].batcher.waiting == 4)
-        refused = ask(url, pictures[4])
+        refused = post(url, pictures[4])
         assert code(refused) == (429, "busy")
         assert int(refused.headers["retry-after"]) >= 1
         held.open.set()
         assert [f.result().status_code for f in (running, *waiting)] == [200] * 5
-        assert ask(url, pictures[0]).status_code == 200
+        assert post(url, pictures[0]).status_code == 200
         assert counted(service, 'dynaslim_rejected_total{reason="busy"}') == 2
         until(lambda: counted(service, 'dynaslim_requests_total{code="429"}') == 2)
     assert max(rows for rows, _ in held.calls) == 2
@@ -89,32 +89,32 @@ def test_a_deadline_is_504_and_what_is_late_is_not_run(
     with start(**options) as (url, service):
         held.open.clear()
         began = time.monotonic()
-        running = background.submit(ask, url, pictures[0], query)
+        running = background.submit(post, url, pictures[0], query)
         assert held.entered.acquire(timeout=10)
-        waiting = [background.submit(ask, url, pictures[n], query) for n in range(3)]
+        waiting = [background.submit(post, url, pictures[n], query) for n in range(3)]
         for future in (running, *waiting):
             assert code(future.result()) == (504, "deadline")
-        assert 0.15 <= time.monotonic() - began < 5, "they are told at once, not when it is free"
+        assert 0.15 <= time.monotonic() - began < 5, "answered at once, not when it is free"
         assert service.models["micro"].batcher.waiting == 0
         assert counted(service, "dynaslim_deadline_missed_total") == 4
         held.open.set()
         if not options:
-            assert ask(url, pictures[0]).status_code == 200
+            assert post(url, pictures[0]).status_code == 200
     assert [rows for rows, _ in held.calls[1:]] == ([] if options else [1])
 
 
 def test_time_before_the_server_looks_at_a_request_counts(start, pictures, monkeypatch):
     with start() as (url, service):
-        assert ask(url, pictures[0], "?deadline_ms=1500").status_code == 200
+        assert post(url, pictures[0], "?deadline_ms=1500").status_code == 200
         monkeypatch.setattr(Lag, "request", lambda _: 1.6)
-        assert code(ask(url, pictures[0], "?deadline_ms=1500")) == (504, "deadline")
-        slow = ask(url, pictures[0])
+        assert code(post(url, pictures[0], "?deadline_ms=1500")) == (504, "deadline")
+        slow = post(url, pictures[0])
         assert slow.status_code == 200
         assert slow.json()["timing_ms"]["total"] > 1600
         assert counted(service, "dynaslim_lag_seconds") == 1.6
 
 
-def test_a_loop_knows_how_far_it_is_behind():
+def test_a_loop_measures_how_far_it_is_behind():
     async def measure():
         lag = Lag(asyncio.get_running_loop())
         assert lag.request() == 0
@@ -127,13 +127,13 @@ def test_a_loop_knows_how_far_it_is_behind():
 
     behind, after = asyncio.run(measure())
     assert 0.08 < behind < 1
-    assert after == 0, "it does not stay behind when nobody asks"
+    assert after == 0, "it does not stay behind without requests"
 
 
 def test_who_has_left_is_not_run(start, held, pictures, background):
     with start(deadline_ms=60_000) as (url, service):
         held.open.clear()
-        running = background.submit(ask, url, pictures[0])
+        running = background.submit(post, url, pictures[0])
         assert held.entered.acquire(timeout=10)
         files = [("images", ("x", pictures[1]))] * 3
         with pytest.raises(httpx.ReadTimeout):
@@ -153,7 +153,7 @@ def test_who_leaves_halfway_through_a_body(start, pictures):
             until(lambda: service.buffers.held == 5)
         until(lambda: service.buffers.held == 0)
         assert service.in_flight == 0
-        assert ask(url, pictures[0]).status_code == 200
+        assert post(url, pictures[0]).status_code == 200
 
 
 def head(length=None, extra=""):
@@ -199,7 +199,7 @@ def test_a_large_body_is_refused_by_its_length(start, connect):
         status, body, headers = answer_of(connection)
         assert (status, body["error"]["code"]) == (413, "body_too_large")
         assert b"connection: close" in headers
-        # a client that asks before it sends never sends
+        # a client that waits for 100 Continue never sends
         connection = connect(url)
         connection.sendall(head(length=10**6, extra="Expect: 100-continue\r\n"))
         assert answer_of(connection)[0] == 413
@@ -252,12 +252,12 @@ def test_all_bodies_together_are_bounded(start, connect, pictures):
         slow = connect(url)
         slow.sendall(head(length=99_000) + bytes(98_900))
         until(lambda: service.buffers.held == 98_900)
-        response = ask(url, pictures[0])
+        response = post(url, pictures[0])
         assert code(response) == (429, "busy")
         assert response.headers["retry-after"] == "1"
         slow.close()
         until(lambda: service.buffers.held == 0)
-        assert ask(url, pictures[0]).status_code == 200
+        assert post(url, pictures[0]).status_code == 200
 
 
 def test_a_slow_body_is_408(start, connect):
@@ -285,15 +285,15 @@ def test_requests_behind_each_other_on_one_connection(start, connect, pictures):
 def test_stopping(start, held, pictures, background):
     with start(deadline_ms=60_000) as (url, service):
         held.open.clear()
-        running = background.submit(ask, url, pictures[0])
+        running = background.submit(post, url, pictures[0])
         assert held.entered.acquire(timeout=10)
-        waiting = background.submit(ask, url, pictures[1], images=2)
+        waiting = background.submit(post, url, pictures[1], images=2)
         until(lambda: service.models["micro"].batcher.waiting == 2)
         service.stop()
         ready = httpx.get(f"{url}/readyz")
         assert (ready.status_code, ready.json()) == (503, {"status": "stopping"})
         assert httpx.get(f"{url}/healthz").status_code == 200
-        refused = ask(url, pictures[2])
+        refused = post(url, pictures[2])
         assert code(refused) == (503, "stopping")
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.headers["connection"] == "close"
@@ -305,7 +305,7 @@ def test_stopping(start, held, pictures, background):
 def test_many_clients_at_once(start, held, pictures):
     """Every answer is the one to its own question."""
     with start() as (url, service):
-        alone = [ask(url, picture).json()["results"][0] for picture in pictures]
+        alone = [post(url, picture).json()["results"][0] for picture in pictures]
         wrong = []
 
         def client(number):

@@ -20,14 +20,14 @@ def _budgets(engine, **options):
 def test_fixed_budgets(engine):
     budgets = _budgets(engine)
     own = budgets.setting(None, "auto")
-    assert (own.point, own.asked, own.used) == (None, None, None)
+    assert (own.point, own.requested, own.used) == (None, None, None)
     assert budgets.setting("1", "auto").point == engine.curve.points[-1]
     budgets.observe(1e9, 1.0)
     assert budgets.in_use(own) == own
 
     budgets = _budgets(engine, budget="0.01")
     assert budgets.setting(None, "auto").point == engine.curve.points[0]
-    assert budgets.setting(None, "auto").asked == "0.01"
+    assert budgets.setting(None, "auto").requested == "0.01"
     assert budgets.setting("1", None).point == engine.curve.points[-1]
     with pytest.raises(UsageError, match="give a share"):
         budgets.setting("much", "auto")
@@ -42,9 +42,9 @@ def test_adaptive_budget(engine):
     assert budgets.current.used == "1"
     budgets.observe(0.2, 1.0)
     assert budgets.current.point == middle
-    assert budgets.in_use(own).asked == "1"
+    assert budgets.in_use(own).requested == "1"
     assert budgets.in_use(own).used == f"{math.ceil(middle.share * 1e4) / 1e4:g}"
-    assert budgets.in_use(capped) == capped, "never more than a request asks for"
+    assert budgets.in_use(capped) == capped, "never more than a request sets"
     budgets.observe(9.0, 2.0)
     assert budgets.current.point == budgets.in_use(capped).point == lowest
     assert budgets.in_use(budgets.setting(None, 0.5)).escalate == 0.5

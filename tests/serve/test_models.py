@@ -394,7 +394,7 @@ def test_unload_answers_what_it_has_accepted(held, live, pictures, folder):
         url = f"http://127.0.0.1:{port}"
         model = app.state.service.models["micro"]
         held.hold()
-        asked = [
+        requests = [
             pool.submit(httpx.post, f"{url}/v1/predict", files=form(one), timeout=20)
             for one in pictures[:4]
         ]
@@ -425,7 +425,7 @@ def test_unload_answers_what_it_has_accepted(held, live, pictures, folder):
             assert "micro is being unloaded" in answer.json()["error"]["message"]
             assert not leaving.done()
             held.open.set()
-            assert [one.result().status_code for one in asked] == [200] * 4
+            assert [one.result().status_code for one in requests] == [200] * 4
             assert leaving.result().status_code == 200
         assert httpx.get(f"{url}/v2/health/ready").status_code == 200
         assert httpx.get(f"{url}/v1/models").json() == {"models": []}

@@ -78,7 +78,7 @@ def site(tmp_path_factory):
 def visit(site, browser):
     """Opens the page, and watches: nothing on the console, no other host, no horizontal scrolling.
 
-    Answers that a test provokes are on the console too: `errors=` says which are expected.
+    Answers that a test provokes are on the console too: `errors=` matches the expected ones.
     """
     contexts = []
 
@@ -109,8 +109,8 @@ def _add(page, *files):
     page.set_input_files("#files", list(files))
 
 
-def _ask(site, files, **query):
-    """What the server says about these files."""
+def _predict(site, files, **query):
+    """The server's answers for these files."""
     images = form(*(file["buffer"] for file in files))
     answer = httpx.post(f"{site}v1/predict", params=query, files=images, timeout=20)
     return answer.json()["results"]
@@ -135,7 +135,7 @@ def _fill_gallery(page, files=FILES, there=0):
 def test_a_picture_shows_answer_cost_and_route(site, visit):
     page = visit()
     _add(page, FILES[0])
-    [expected] = _ask(site, FILES[:1])
+    [expected] = _predict(site, FILES[:1])
     expect(page.locator("#detail-title")).to_have_text("picture 0.png")
     rows = page.locator("#classes li")
     expect(rows).to_have_count(5)
@@ -182,7 +182,7 @@ def _altered(page, path, alter):
     ],
     ids=["second answer", "second look", "budget of the server", "unlike the curve"],
 )  # fmt: skip
-def test_what_the_server_tells_is_shown(visit, answer, result, shown, hidden):
+def test_what_the_server_answers_is_shown(visit, answer, result, shown, hidden):
     def timed(models):
         (model,) = models["models"]
         model["steady"], model["widest"]["ms"] = True, 9.4
@@ -201,7 +201,7 @@ def test_what_the_server_tells_is_shown(visit, answer, result, shown, hidden):
     expect(page.locator("#route-note")).not_to_contain_text(hidden)
 
 
-def test_without_steady_times_the_page_shows_none_and_says_so(visit):
+def test_without_steady_times_the_page_shows_none_and_a_note(visit):
     def untimed(answer):
         (model,) = answer["models"]
         model["steady"] = model["widest"]["ms"] = None
@@ -265,7 +265,7 @@ def test_drop_paste_and_camera(visit):
         ("Object.defineProperty(navigator, 'mediaDevices', {value: undefined})", "https"),
     ],
 )  # fmt: skip
-def test_no_camera_is_said(visit, script, message):
+def test_no_camera_is_reported(visit, script, message):
     page = visit(before=lambda page: page.add_init_script(script))
     page.get_by_role("button", name="Camera").click()
     expect(page.get_by_role("dialog").get_by_role("status")).to_contain_text(message)
@@ -288,13 +288,13 @@ def test_the_slider_changes_what_pictures_cost(site, visit):
     low, *_, dearest = _model(site)["budget"]["points"]
     low, dearest = low["budget"], dearest["budget"]
     assert f"budget={low}" in sent.value.url
-    cheap = 100 * np.mean([one["madds_share"] for one in _ask_all(site, budget=low)])
+    cheap = 100 * np.mean([one["madds_share"] for one in _predict_all(site, budget=low)])
     expect(page.locator("#totals-sentence strong")).to_have_text(f"{cheap:.0f}%")
     assert cheap < trained
     expect(page.locator("#budget-promise")).to_contain_text("Expected: ")
     with page.expect_request(lambda request: f"budget={dearest:g}" in request.url):
         page.keyboard.press("End")
-    wide = 100 * np.mean([one["madds_share"] for one in _ask_all(site, budget=dearest)])
+    wide = 100 * np.mean([one["madds_share"] for one in _predict_all(site, budget=dearest)])
     expect(page.locator("#totals-sentence strong")).to_have_text(f"{wide:.0f}%")
     assert wide > cheap
     page.get_by_role("button", name="As trained").click()
@@ -305,9 +305,9 @@ def _model(site):
     return httpx.get(f"{site}v1/models").json()["models"][0]
 
 
-def _ask_all(site, **query):
+def _predict_all(site, **query):
     chunks = range(0, len(FILES), MOST_IMAGES)
-    return [one for at in chunks for one in _ask(site, FILES[at : at + MOST_IMAGES], **query)]
+    return [one for at in chunks for one in _predict(site, FILES[at : at + MOST_IMAGES], **query)]
 
 
 def test_an_overtaken_budget_is_not_shown(visit):
@@ -344,17 +344,17 @@ def test_the_slider_stops_at_every_reachable_budget_and_nowhere_else(site, visit
     points = [point["budget"] for point in _model(site)["budget"]["points"]]
     slider = page.get_by_role("slider", name="Mean cost of a picture")
     slider.focus()
-    told = []
+    values = []
     for key in ("Home", *["ArrowRight"] * (len(points) + 1)):
         page.keyboard.press(key)
-        told.append(slider.get_attribute("aria-valuetext").split(" of the")[0])
-    assert len(set(told)) >= len({f"{100 * budget:.0f}" for budget in points})
-    assert told[-1] == told[-2]
-    assert len(told) == len(points) + 2
-    assert len(set(told)) <= len(points)
+        values.append(slider.get_attribute("aria-valuetext").split(" of the")[0])
+    assert len(set(values)) >= len({f"{100 * budget:.0f}" for budget in points})
+    assert values[-1] == values[-2]
+    assert len(values) == len(points) + 2
+    assert len(set(values)) <= len(points)
 
 
-def test_without_a_curve_the_page_says_why(visit):
+def test_without_a_curve_the_page_shows_why(visit):
     def no_budget(answer):
         answer["models"][0] |= {"budget": None, "classes": None}
 
@@ -374,7 +374,7 @@ def test_many_pictures_are_sorted_and_open(site, visit):
     page.on("request", lambda request: sent.append(request.url) if "predict" in request.url else 0)
     _fill_gallery(page)
     assert len(sent) == 3  # 20 pictures, at most 8 a request
-    results = _ask_all(site)
+    results = _predict_all(site)
     shares = [100 * one["madds_share"] for one in results]
     assert len(set(shares)) > 2, "the pictures must take different routes for a test"
     assert _costs(page) == pytest.approx(sorted(shares), abs=0.51)
@@ -412,14 +412,14 @@ def test_one_broken_file_does_not_spoil_the_others(visit):
     expect(page.locator("#cards .card-cost")).to_have_count(6)
     failed = page.locator("#failed-list li")
     expect(failed).to_have_count(4)
-    told = "\n".join(failed.all_inner_texts())
+    messages = "\n".join(failed.all_inner_texts())
     for name, why in [
         ("broken.png", "type"),
         ("cut off.png", "decoded"),
         ("heavy.png", "1.1 MB is more than the 1.0 MB"),
         ("huge.png", "1000 x 1100"),
     ]:
-        assert re.search(f"{name}: .*{why}", told), told
+        assert re.search(f"{name}: .*{why}", messages), messages
     page.get_by_role("button", name="Remove from the list").click()
     expect(page.locator("#failed")).to_be_hidden()
     _add(page, _file(b"no image", "alone.png"))
@@ -491,7 +491,7 @@ def test_a_server_that_is_gone_loses_nothing(visit):
     expect(page.get_by_role("button", name="Try again")).to_be_hidden()
 
 
-def test_a_busy_server_is_asked_again(visit):
+def test_requests_to_a_busy_server_are_sent_again(visit):
     page = visit(errors="429|503")
     refused = []
 
@@ -510,7 +510,7 @@ def test_a_busy_server_is_asked_again(visit):
     assert refused[1] - refused[0] > 0.9
 
 
-def test_a_token_is_asked_for_and_kept(visit):
+def test_a_token_is_requested_and_kept(visit):
     def guard(route):
         if route.request.headers.get("authorization") == "Bearer secret":
             return route.continue_()
@@ -579,7 +579,7 @@ def test_everything_has_a_name(visit):
         assert re.findall(rf"^ *- (?:{roles})(?::| *$).*", view, re.MULTILINE) == []
         named = re.findall(rf'^ *- \'?(?:{roles}) "((?:[^"\\]|\\.)*)"', view, re.MULTILINE)
         assert len(named) > 10
-        assert [name for name in named if not re.search(r"\w", name)] == []  # a "›" says nothing
+        assert [name for name in named if not re.search(r"\w", name)] == []  # a "›" is no name
         for landmark in ("banner", "main", "contentinfo"):
             assert re.search(rf"^ *- {landmark}", view, re.MULTILINE), view
     assert page.evaluate("document.documentElement.lang") == "en"
@@ -617,7 +617,7 @@ def test_text_stands_out_in_both_themes(visit, scheme):
 
 
 def test_narrow_screens_scroll_down_only(visit):
-    """What sticks out sideways fails in `visit`, here asked in every view."""
+    """What sticks out sideways fails in `visit`, here checked in every view."""
     page = visit(viewport={"width": 320, "height": 740}, has_touch=True)
     sideways = "document.documentElement.scrollWidth - window.innerWidth"
     expect(page.locator("#routes table")).to_be_visible()

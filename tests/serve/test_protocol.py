@@ -22,7 +22,7 @@ INFER = "/v2/models/micro/infer"
 NAMES = ["logits", "label", "confidence", "route", "choices", "madds", "escalated"]
 
 
-def asked(*inputs, **more):
+def query(*inputs, **more):
     return {"inputs": list(inputs), **more}
 
 
@@ -151,10 +151,10 @@ def test_triton_s_client_names_budgets_and_classes(triton, engine, pictures):
     best = http.InferRequestedOutput("logits", class_count=2)
     route = http.InferRequestedOutput("route", binary_data=False)
 
-    def ask(**parameters):
+    def infer(**parameters):
         return client.infer("micro", [sent], outputs=[best, route], parameters=parameters)
 
-    cheap, wide = ask(budget=0.01), ask(budget="1", escalate="never")
+    cheap, wide = infer(budget=0.01), infer(budget="1", escalate="never")
     assert set(cheap.as_numpy("route")) == {str(engine.spec.cheapest_choice)}
     assert cheap.get_response()["parameters"] == {"budget": "0.01", "budget_used": "0.01"}
     assert set(wide.as_numpy("route")) == {str(engine.spec.widest_choice)}
@@ -203,12 +203,12 @@ def client(engine):
 def test_json_and_binary_are_the_same(client, pictures, tensors):
     pixels = tensors[0][:2]
     sent = {"name": "pixels", "datatype": "UINT8", "shape": [2, 3, 16, 16]}
-    flat = client.post(INFER, json=asked({**sent, "data": pixels.ravel().tolist()})).json()
-    nested = client.post(INFER, json=asked({**sent, "data": pixels.tolist()})).json()
+    flat = client.post(INFER, json=query({**sent, "data": pixels.ravel().tolist()})).json()
+    nested = client.post(INFER, json=query({**sent, "data": pixels.tolist()})).json()
     sized = {**sent, "parameters": {"binary_data_size": pixels.size}}
-    raw = client.post(INFER, **binary(asked(sized), pixels.tobytes())).json()
+    raw = client.post(INFER, **binary(query(sized), pixels.tobytes())).json()
     both = client.post(
-        f"{INFER.removesuffix('/infer')}/versions/1/infer", json=asked(images(*pictures[:2]))
+        f"{INFER.removesuffix('/infer')}/versions/1/infer", json=query(images(*pictures[:2]))
     ).json()
     assert flat == nested == raw == both
     assert set(flat) == {"model_name", "model_version", "outputs"}
@@ -218,7 +218,7 @@ def test_json_and_binary_are_the_same(client, pictures, tensors):
         {"name": "choices"},
         {"name": "madds", "parameters": {"binary_data": True}},
     ]
-    answer = client.post(INFER, json=asked(images(*pictures[:2]), outputs=wanted))
+    answer = client.post(INFER, json=query(images(*pictures[:2]), outputs=wanted))
     assert answer.headers["content-type"] == "application/octet-stream"
     length = int(answer.headers["inference-header-content-length"])
     route, choices, madds = json.loads(answer.content[:length])["outputs"]
@@ -235,7 +235,7 @@ def test_a_body_that_is_an_image(client, pictures):
     answer = client.post(
         INFER, content=pictures[0], headers={"inference-header-content-length": "0"}
     )
-    assert answer.json() == client.post(INFER, json=asked(images(pictures[0]))).json()
+    assert answer.json() == client.post(INFER, json=query(images(pictures[0]))).json()
 
 
 def json_length(text):
@@ -257,66 +257,66 @@ SIZE = 3 * 16 * 16
         (400, "not JSON", {"content": b'{"inputs":' + b"[" * 90_000}),
         (422, "inputs: Field required", {"json": {}}),
         (422, "body [", {"json": []}),
-        (422, "inputs.0", {"json": asked(1)}),
-        (422, "inputs []", {"json": asked()}),
-        (422, "inputs", {"json": asked(IMAGE, IMAGE)}),
+        (422, "inputs.0", {"json": query(1)}),
+        (422, "inputs []", {"json": query()}),
+        (422, "inputs", {"json": query(IMAGE, IMAGE)}),
         (422, "inputs.0.name 'picture': Input should be 'image', 'pixels' or 'x'",
-         {"json": asked({**IMAGE, "name": "picture"})}),
-        (422, "datatype BYTES: must be FP32", {"json": asked({**IMAGE, "name": "x", "data": []})}),
-        (422, "inputs.0.datatype 'INT8'", {"json": asked({**IMAGE, "datatype": "INT8"})}),
-        (422, "inputs.0.shape.0 -1", {"json": asked({**IMAGE, "shape": [-1]})}),
+         {"json": query({**IMAGE, "name": "picture"})}),
+        (422, "datatype BYTES: must be FP32", {"json": query({**IMAGE, "name": "x", "data": []})}),
+        (422, "inputs.0.datatype 'INT8'", {"json": query({**IMAGE, "datatype": "INT8"})}),
+        (422, "inputs.0.shape.0 -1", {"json": query({**IMAGE, "shape": [-1]})}),
         (422, "shape [1, 2]: must be [-1]",
-         {"json": asked({**IMAGE, "shape": [1, 2], "data": []})}),
+         {"json": query({**IMAGE, "shape": [1, 2], "data": []})}),
         (422, "shape [1, 16, 16, 3]: must be [-1, 3, 16, 16]",
-         {"json": asked({**X, "shape": [1, 16, 16, 3], "data": []})}),
-        (422, "has no images", {"json": asked({**IMAGE, "shape": [0], "data": []})}),
-        (413, "at most 4 images", {"json": asked({**IMAGE, "shape": [5], "data": ["a"] * 5})}),
-        (413, "at most 4 images", {"json": asked({**X, "shape": [10**12, 3, 16, 16], "data": []})}),
-        (422, "1 images, and shape [2]", {"json": asked({**IMAGE, "shape": [2], "data": [""]})}),
-        (422, "must be images in base64", {"json": asked({**IMAGE, "data": [1]})}),
-        (400, "image 0: data is not base64", {"json": asked({**IMAGE, "data": ["a"]})}),
-        (422, "either data or binary_data_size", {"json": asked(IMAGE)}),
+         {"json": query({**X, "shape": [1, 16, 16, 3], "data": []})}),
+        (422, "has no images", {"json": query({**IMAGE, "shape": [0], "data": []})}),
+        (413, "at most 4 images", {"json": query({**IMAGE, "shape": [5], "data": ["a"] * 5})}),
+        (413, "at most 4 images", {"json": query({**X, "shape": [10**12, 3, 16, 16], "data": []})}),
+        (422, "1 images, and shape [2]", {"json": query({**IMAGE, "shape": [2], "data": [""]})}),
+        (422, "must be images in base64", {"json": query({**IMAGE, "data": [1]})}),
+        (400, "image 0: data is not base64", {"json": query({**IMAGE, "data": ["a"]})}),
+        (422, "either data or binary_data_size", {"json": query(IMAGE)}),
         (422, "inputs.0.parameters.shared_memory_region",
-         {"json": asked({**X, "parameters": {"shared_memory_region": "a"}})}),
-        (422, "768 numbers", {"json": asked({**PIXELS, "data": [0] * 767})}),
-        (422, "768 numbers", {"json": asked({**PIXELS, "data": [0.5] * SIZE})}),
-        (422, "768 numbers", {"json": asked({**PIXELS, "data": ["0"] * SIZE})}),
-        (422, "768 numbers", {"json": asked({**PIXELS, "data": [True] * SIZE})}),
-        (422, "768 numbers", {"json": asked({**PIXELS, "data": [[0], [0, 1]]})}),
-        (422, "768 numbers", {"json": asked({**X, "data": [10**400] + [0] * (SIZE - 1)})}),
-        (422, "from 0 to 255", {"json": asked({**PIXELS, "data": [256] * SIZE})}),
-        (422, "from 0 to 255", {"json": asked({**PIXELS, "data": [-1] * SIZE})}),
+         {"json": query({**X, "parameters": {"shared_memory_region": "a"}})}),
+        (422, "768 numbers", {"json": query({**PIXELS, "data": [0] * 767})}),
+        (422, "768 numbers", {"json": query({**PIXELS, "data": [0.5] * SIZE})}),
+        (422, "768 numbers", {"json": query({**PIXELS, "data": ["0"] * SIZE})}),
+        (422, "768 numbers", {"json": query({**PIXELS, "data": [True] * SIZE})}),
+        (422, "768 numbers", {"json": query({**PIXELS, "data": [[0], [0, 1]]})}),
+        (422, "768 numbers", {"json": query({**X, "data": [10**400] + [0] * (SIZE - 1)})}),
+        (422, "from 0 to 255", {"json": query({**PIXELS, "data": [256] * SIZE})}),
+        (422, "from 0 to 255", {"json": query({**PIXELS, "data": [-1] * SIZE})}),
         (422, "normalised pixels are from -9.7 to 11.9",
-         {"json": asked({**X, "data": [255] * SIZE})}),
-        (422, "normalised", {"content": json.dumps(asked({**X, "data": [float("nan")] * SIZE}))}),
-        (422, "normalised", {"content": json.dumps(asked({**X, "data": [float("inf")] * SIZE}))}),
+         {"json": query({**X, "data": [255] * SIZE})}),
+        (422, "normalised", {"content": json.dumps(query({**X, "data": [float("nan")] * SIZE}))}),
+        (422, "normalised", {"content": json.dumps(query({**X, "data": [float("inf")] * SIZE}))}),
         (413, "more than 200000 bytes", {"content": b"x" * 200_001}),
         (415, "content type text/plain",
          {"content": b"{}", "headers": {"content-type": "text/plain"}}),
-        (422, "output label: classification is for logits", {"json": asked(
+        (422, "output label: classification is for logits", {"json": query(
             {**IMAGE, "data": [""]},
             outputs=[{"name": "label", "parameters": {"classification": 1}}])}),
-        (422, "outputs.0.name 'prob'", {"json": asked(IMAGE, outputs=[{"name": "prob"}])}),
-        (422, "top_k 0: must be", {"json": asked(IMAGE, parameters={"top_k": 0})}),
-        (422, "top_k True: must be", {"json": asked(IMAGE, parameters={"top_k": True})}),
-        (422, "escalate 2: give auto", {"json": asked(IMAGE, parameters={"escalate": 2})}),
+        (422, "outputs.0.name 'prob'", {"json": query(IMAGE, outputs=[{"name": "prob"}])}),
+        (422, "top_k 0: must be", {"json": query(IMAGE, parameters={"top_k": 0})}),
+        (422, "top_k True: must be", {"json": query(IMAGE, parameters={"top_k": True})}),
+        (422, "escalate 2: give auto", {"json": query(IMAGE, parameters={"escalate": 2})}),
         (422, "deadline_ms 1e+09: at most",
-         {"json": asked(IMAGE, parameters={"deadline_ms": 1e9})}),
-        (422, "parameters.topk 1", {"json": asked(IMAGE, parameters={"topk": 1})}),
-        (422, "budget '2': ", {"json": asked({**IMAGE, "data": [""]}, parameters={"budget": 2})}),
+         {"json": query(IMAGE, parameters={"deadline_ms": 1e9})}),
+        (422, "parameters.topk 1", {"json": query(IMAGE, parameters={"topk": 1})}),
+        (422, "budget '2': ", {"json": query({**IMAGE, "data": [""]}, parameters={"budget": 2})}),
         (400, "follow the JSON, and binary_data_size is 9", binary(
-            asked({**IMAGE, "parameters": {"binary_data_size": 9}}), b"12345678")),
-        (400, "3 bytes follow the JSON", binary(asked({**IMAGE, "data": [""]}), b"123")),
+            query({**IMAGE, "parameters": {"binary_data_size": 9}}), b"12345678")),
+        (400, "3 bytes follow the JSON", binary(query({**IMAGE, "data": [""]}), b"123")),
         (422, "767 bytes: shape [1, 3, 16, 16] takes 768", binary(
-            asked({**PIXELS, "parameters": {"binary_data_size": 767}}), bytes(767))),
+            query({**PIXELS, "parameters": {"binary_data_size": 767}}), bytes(767))),
         (422, "length is cut off", binary(
-            asked({**IMAGE, "parameters": {"binary_data_size": 2}}), b"12")),
+            query({**IMAGE, "parameters": {"binary_data_size": 2}}), b"12")),
         (422, "of 4294967295 bytes is cut off", binary(
-            asked({**IMAGE, "parameters": {"binary_data_size": 5}}), b"\xff\xff\xff\xff1")),
+            query({**IMAGE, "parameters": {"binary_data_size": 5}}), b"\xff\xff\xff\xff1")),
         (400, "Content-Length 99", json_length("99")),
         (400, "Content-Length -1", json_length("-1")),
         (400, "Content-Length 9", json_length("9" * 5000)),
-        (422, "normalised", binary(asked({**X, "parameters": {"binary_data_size": 4 * SIZE}}),
+        (422, "normalised", binary(query({**X, "parameters": {"binary_data_size": 4 * SIZE}}),
                                    np.full(SIZE, np.nan, "<f4").tobytes())),
     ],
 )  # fmt: skip
@@ -331,7 +331,7 @@ def test_requests_that_are_refused(client, status, message, request_):
 def test_json_of_too_many_values_is_not_parsed(client, monkeypatch):
     monkeypatch.setattr(inference, "_NUMBERS", 1000)
     tensor = {**PIXELS, "shape": [2, 3, 16, 16], "data": [0] * 2 * SIZE}
-    answer = client.post(INFER, json=asked(tensor))
+    answer = client.post(INFER, json=query(tensor))
     assert answer.status_code == 413
     assert "more than 1000 values; send tensors in binary form" in answer.json()["error"]
 
@@ -362,17 +362,17 @@ def test_the_protocol_s_token(serve, pictures):
             answer = guarded.get(path)
             assert answer.status_code == 401
         assert "asks for a token" in guarded.get("/v2").json()["error"]
-        assert guarded.post(INFER, json=asked(images(pictures[0]))).status_code == 401
+        assert guarded.post(INFER, json=query(images(pictures[0]))).status_code == 401
         for path in ("/v2/health/live", "/v2/health/ready"):
             assert guarded.get(path).status_code == 200
         right = {"authorization": "Bearer secret"}
-        assert guarded.post(INFER, json=asked(images(pictures[0])), headers=right).is_success
+        assert guarded.post(INFER, json=query(images(pictures[0])), headers=right).is_success
 
 
 def test_the_protocol_before_it_is_ready_and_when_it_stops(engine, pictures):
     app = create_app(engine)
     client = TestClient(app)  # not entered: nothing has started
-    answer = client.post(INFER, json=asked(images(pictures[0])))
+    answer = client.post(INFER, json=query(images(pictures[0])))
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "2")
     ready(client, "/v2/health/ready")
     app.state.service.stop()
@@ -381,7 +381,7 @@ def test_the_protocol_before_it_is_ready_and_when_it_stops(engine, pictures):
         assert (answer.status_code, answer.json()["ready"]) == (503, False)
         assert answer.headers["retry-after"] == "2"
     assert client.get("/v2/health/live").status_code == 200
-    assert client.post(INFER, json=asked(images(pictures[0]))).status_code == 503
+    assert client.post(INFER, json=query(images(pictures[0]))).status_code == 503
     app.state.service.close()
 
 
@@ -393,12 +393,12 @@ def test_tensors_and_files_share_batches(held, live, tensors, pictures):
     with live(app) as port, ThreadPoolExecutor(4) as pool:
         url = f"http://127.0.0.1:{port}{INFER}"
         held.hold()
-        first = pool.submit(httpx.post, url, json=asked(images(pictures[0])), timeout=20)
+        first = pool.submit(httpx.post, url, json=query(images(pictures[0])), timeout=20)
         assert held.entered.acquire(timeout=10)
         sent = [
-            asked(images(*pictures[1:3])),
-            asked({**PIXELS, "shape": [2, 3, 16, 16], "data": pixels[3:5].ravel().tolist()}),
-            asked({**X, "shape": [3, 3, 16, 16], "data": x[5:8].ravel().tolist()}),
+            query(images(*pictures[1:3])),
+            query({**PIXELS, "shape": [2, 3, 16, 16], "data": pixels[3:5].ravel().tolist()}),
+            query({**X, "shape": [3, 3, 16, 16], "data": x[5:8].ravel().tolist()}),
         ]
         rest = [pool.submit(httpx.post, url, json=one, timeout=20) for one in sent]
         until(lambda: app.state.service.models["micro"].batcher.waiting == 7)

@@ -56,7 +56,7 @@ def test_a_package_is_served_without_torch(package, pictures):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_under_load_loses_no_accepted_request(package, pictures, number):
-    """Clients ask without a pause; each request that was sent before has its answer."""
+    """Clients send without a pause; each request that was sent before has its answer."""
     sent, answered, refused, cut_off = [0] * 8, [0] * 8, [0] * 8, [0] * 8
     with running(package, "--max-batch", "2", script=SLOW % 0.02) as (process, url):
         stopping = threading.Event()
@@ -64,13 +64,13 @@ def test_a_signal_under_load_loses_no_accepted_request(package, pictures, number
         def client(n):
             with httpx.Client(timeout=20) as mine:
                 while True:
-                    asked_before = not stopping.is_set()
+                    sent_before = not stopping.is_set()
                     sent[n] += 1
                     try:
                         files = [("images", pictures[n])]
                         answer = mine.post(f"{url}/v1/predict", files=files)
                     except httpx.TransportError:
-                        cut_off[n] += asked_before
+                        cut_off[n] += sent_before
                         return
                     if answer.status_code == 200:
                         answered[n] += 1
@@ -91,7 +91,7 @@ def test_a_signal_under_load_loses_no_accepted_request(package, pictures, number
             thread.join(20)
         returned, _, err = ended(process)
     assert sum(cut_off) == 0
-    assert sum(refused) == 8, "the port stays open for a moment, to say that it stops"
+    assert sum(refused) == 8, "the port stays open for a moment, to answer that it stops"
     assert sum(sent) == sum(answered) + sum(refused)
     assert (returned, err) == (0, "")
 
@@ -176,7 +176,7 @@ def test_a_second_signal_stops_at_once(package, pictures):
 
 
 def damaged_tiffs():
-    """Such as libtiff has something to say about."""
+    """Such as libtiff warns about."""
     made = []
     for compression in ("tiff_lzw", "tiff_adobe_deflate", "packbits"):
         picture = Image.effect_noise((64, 64), 50)

@@ -63,8 +63,8 @@ def test_recalibration_averages_over_all_batches(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_all(tmp_path):
-    for said in _spawn(train_workers.not_finite, tmp_path):
-        assert said.startswith("step 4: the loss of the largest network is nan")
+    for message in _spawn(train_workers.not_finite, tmp_path):
+        assert message.startswith("step 4: the loss of the largest network is nan")
 
 
 TORCHRUN = (
@@ -108,13 +108,13 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
     argv += ["--batch-size", "16", "--data.image-size-px", "16", "--data.val-share", "0"]
     argv += ["--epochs", "500", "--log-every", "1", "--save-every-s", "1000"]
     process = start_dynaslim([*argv, "--data.load", "disk", "--workers", "1"], run=TORCHRUN)
-    told = out / "metrics.jsonl"
-    wait_for_steps(process, told, 6)
+    metrics = out / "metrics.jsonl"
+    wait_for_steps(process, metrics, 6)
     process.terminate()
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
     assert "stopped by SIGTERM" in err
     assert "DataLoader worker" not in err
-    lines = told.read_text().splitlines()
+    lines = metrics.read_text().splitlines()
     step = read_snapshot(out / "snapshot.safetensors")["state"]["step"]
     assert step == json.loads(lines[-1])["step"]

@@ -148,14 +148,14 @@ def test_argmax_over_the_cache_is_the_engines_routing():
     assert sum(result.shares) == pytest.approx(1)
 
 
-def test_a_batch_size_changes_nothing_and_every_batch_is_told():
+def test_a_batch_size_changes_nothing_and_every_batch_is_reported():
     net = _net()
     x, labels = _images()
-    told = []
+    calls = []
     batches = [(x[:4], labels[:4]), (x[4:], labels[4:])]
-    cut = cache_routes(net, batches, max_routes=64, seed=0, on_batch=lambda: told.append(1))
+    cut = cache_routes(net, batches, max_routes=64, seed=0, on_batch=lambda: calls.append(1))
     whole = _cached(net, x, labels, batch=len(x))
-    assert len(told) == 2
+    assert len(calls) == 2
     torch.testing.assert_close(cut.losses_NP, whole.losses_NP)
     for a, b in zip(cut.features, whole.features, strict=True):
         torch.testing.assert_close(a, b)
@@ -367,7 +367,7 @@ def test_a_table_of_another_network_is_refused():
 
 
 def _obvious(rows=60):
-    """Feature n tells that route n is the one that is right; all else is alike."""
+    """Feature n marks route n as the one that is right; all else is alike."""
     kind = torch.arange(rows) % 3
     features = F.one_hot(kind, 3).float() + 0.1
     losses = torch.full((rows, 3), 2.0)
@@ -389,15 +389,16 @@ def test_an_obvious_policy_is_learnt():
 
 
 def test_what_a_second_gate_sees_depends_on_the_first():
-    """The right second option is told only behind the first gate's second option."""
+    """The right second option is visible only behind the first gate's second option."""
     rows = 40
     kind = torch.arange(rows) % 2 * 2  # of three options, the ends
     cache = _made_up(SPEC, rows=rows)
-    told = torch.stack([torch.ones(rows, 2), F.one_hot(kind // 2, 2).float()])
+    visible = torch.stack([torch.ones(rows, 2), F.one_hot(kind // 2, 2).float()])
     losses = torch.full((rows, 6), 2.0)
     for p, path in enumerate(cache.paths):
         losses[kind == path[1], p] = 0.1
-    cache = dataclasses.replace(cache, losses_NP=losses, features=(torch.ones(1, rows, 1), told))
+    features = (torch.ones(1, rows, 1), visible)
+    cache = dataclasses.replace(cache, losses_NP=losses, features=features)
     fit = fit_gate(cache, TABLE, cost_weight=0.01, recipe=RECIPE)
     picked = [cache.paths[n] for n in argmax_paths(cache, fit.heads)]
     assert picked == [(1, k) for k in kind.tolist()]
@@ -416,8 +417,8 @@ def test_sparsification_sends_images_to_the_ends(hard):
         recipe=ExpectedRecipe(sgs_weight=1.0),
         sgs=SgsRecipe(hard=hard),
     )
-    asked = torch.tensor([0, 2, 2 if hard == "try_best" else 0])
-    assert torch.equal(argmax_paths(cache, fit.heads), asked[kind])
+    target = torch.tensor([0, 2, 2 if hard == "try_best" else 0])
+    assert torch.equal(argmax_paths(cache, fit.heads), target[kind])
 
 
 @pytest.mark.parametrize("entropy", [0.0, 0.3, 2.0])
@@ -498,7 +499,7 @@ def test_an_objective_that_is_not_finite_is_an_error():
 
 
 def _graded(rows=400, seed=0):
-    """Images from easy to hard, told by noisy features; the wider the route, the better."""
+    """Images from easy to hard, with noisy features of it; the wider the route, the better."""
     generator = torch.Generator().manual_seed(seed)
     hardness = torch.rand(rows, generator=generator)
     seen = torch.stack([hardness, 1 - hardness], 1)
@@ -523,7 +524,7 @@ def test_targets_are_met_and_rise():
 
 
 def test_a_cost_that_jumps_is_still_met():
-    """Two kinds, told apart by little: by cost weight alone all images move together."""
+    """Two kinds, hardly distinguished: by cost weight alone all images move together."""
     generator = torch.Generator().manual_seed(0)
     features = 1 + 0.3 * torch.rand(500, 2, generator=generator)
     losses = torch.tensor([1.0, 0.9, 0.5]).expand(500, 3).contiguous()

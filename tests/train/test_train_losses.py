@@ -60,16 +60,16 @@ def test_cost_loss_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("easy", "hopeless", "asked"),
+    ("easy", "hopeless", "target"),
     [(True, False, 0), (False, False, 1), (False, True, 0), (True, True, 0)],
     ids=["easy", "hard", "given up", "right on the narrowest alone"],
 )
-def test_giving_up_by_hand(easy, hopeless, asked):
-    """Probabilities (1/4, 3/4): the loss tells which end was asked for."""
+def test_giving_up_by_hand(easy, hopeless, target):
+    """Probabilities (1/4, 3/4): the loss shows which end was the target."""
     logits, three = torch.tensor([[0.0, math.log(3.0)]]), torch.tensor([[0.0, 0.0, math.log(2.0)]])
     easy_B, hopeless_B = torch.tensor([easy]), torch.tensor([hopeless])
-    assert sgs_target(easy_B, 4, hopeless_B).tolist() == [3 * asked]
-    two_end, three_end = -math.log([0.25, 0.75][asked]), -math.log([0.25, 0.5][asked])
+    assert sgs_target(easy_B, 4, hopeless_B).tolist() == [3 * target]
+    two_end, three_end = -math.log([0.25, 0.75][target]), -math.log([0.25, 0.5][target])
     loss = sgs_loss([logits], easy_B, hopeless_B=hopeless_B).item()
     assert loss == pytest.approx(two_end)
     loss = sgs_loss([logits, three], easy_B, hopeless_B=hopeless_B).item()

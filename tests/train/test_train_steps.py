@@ -70,7 +70,7 @@ def test_sandwich_has_both_ends_and_distinct_middles():
 
 def test_a_teacher_on_a_route_is_not_its_own_student():
     spec = get_spec("ds_resnet8_cifar")
-    assert not spec.teacher_apart
+    assert not spec.has_separate_teacher
     for seed in range(50):
         routes = sandwich_routes(spec, random.Random(seed))
         assert set(routes.randoms) == set(spec.routes[1:-1])
@@ -298,7 +298,7 @@ def test_cost_term_pushes_towards_cheap_routes():
     assert means[100.0] < 0.8 * means[0.0]
 
 
-def test_sgs_learns_to_tell_easy_from_hard():
+def test_sgs_learns_to_separate_easy_from_hard():
     """Brightness decides both the class and whether the smallest route is right."""
     spec = micro_spec()
     torch.manual_seed(0)
