@@ -122,7 +122,7 @@ class Cache:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def give_up(self, why: object) -> None:
+    def give_up(self, why: BaseException) -> None:
         """Write no more; warn of what is wrong with the folder, or of `why` if that is unknown."""
         self._writable = False
         found = why_not_writable(self.folder)
