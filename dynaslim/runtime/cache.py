@@ -122,12 +122,12 @@ class Cache:
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def give_up(self, why: BaseException) -> None:
+    def give_up(self, why: str | BaseException) -> None:
         """Write no more; warn of what is wrong with the folder, or of `why` if that is unknown."""
         self._writable = False
         found = why_not_writable(self.folder)
         if found is None:
-            found = first_line(why)
+            found = why if isinstance(why, str) else first_line(why)
             with suppress(OSError):
                 free_mb = shutil.disk_usage(self.folder).free / 1e6
                 found = f"a program could not be written, {free_mb:.1f} MB are free ({found})"
