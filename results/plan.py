@@ -25,7 +25,7 @@ from dynaslim.recipes import (
     load_recipe,
 )
 from dynaslim.spec import GateSpec, NetSpec
-from results.cells import HERE, Cell, all_cells
+from results.cells import HERE, Cell, all_cells, digest
 
 _LATER: Final = {"patience": None, "routes": "sandwich", "trunk_views": 0}
 """Fields that are newer than the first cells, and the values that equal their absence."""
@@ -50,12 +50,14 @@ class Job:
     recipe: SupernetRecipe | GateRecipe
     width: int | None = None
     """Of a static network: which width of the recipe's model."""
-    needs: Cell | None = None
+    needs: Job | None = None
     """The supernet that a gate is trained for."""
 
     def settings(self) -> dict[str, Any]:
         """All that decides its numbers, as plain values."""
-        needs = None if self.needs is None else str(self.needs)
+        needs = None
+        if self.needs is not None:
+            needs = {"cell": str(self.needs.cell), "sha256": digest(self.needs.settings())}
         recipe = self.recipe.to_dict()
         for name, default in _LATER.items():
             if recipe.get(name, ()) == default:
@@ -168,7 +170,7 @@ def sgs(folder: str | None, seeds: Sequence[int]) -> list[Job]:
             Cell("sgs", variant, seed),
             "gate",
             gate(cifar10(folder, seed), objective="sgs", targets=(), epochs=2, sgs=way),
-            needs=Cell("ensemble", "supernet", seed),
+            needs=ensemble(folder, [seed])[0],
         )
         for seed in seeds
         for variant, way in SGS.items()
@@ -207,12 +209,9 @@ def _taught(
 
 
 def _supernet_and_gates(experiment: str, recipe: SupernetRecipe) -> list[Job]:
-    supernet = Cell(experiment, "supernet", recipe.seed)
-    gates = Cell(experiment, "gates", recipe.seed)
-    return [
-        Job(supernet, "supernet", recipe),
-        Job(gates, "gate", gate(recipe), needs=supernet),
-    ]
+    supernet = Job(Cell(experiment, "supernet", recipe.seed), "supernet", recipe)
+    gates = Job(Cell(experiment, "gates", recipe.seed), "gate", gate(recipe), needs=supernet)
+    return [supernet, gates]
 
 
 def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
@@ -344,7 +343,7 @@ def gates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
             Cell("gates", "ms", seed),
             "gate",
             gate(cifar10(folder, seed), cost_table=LATENCY),
-            needs=Cell("headline", "supernet", seed),
+            needs=headline(folder, [seed])[0],
         )
         for seed in seeds
     ]

@@ -108,7 +108,7 @@ def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
                     log(f"{job.cell}: {'done' if process.returncode == 0 else 'FAILED'}")
                     if process.returncode:
                         failed.add(str(job.cell))
-            waiting = [job for job in waiting if str(job.needs) not in failed]
+            waiting = [job for job in waiting if not (job.needs and str(job.needs.cell) in failed)]
             ready = [job for job in waiting if _is_ready(job, left)]
             if ready and len(running) < given.jobs:
                 waiting.remove(ready[0])
@@ -124,8 +124,8 @@ def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
 
 def _is_ready(job: Job, left: list[Job]) -> bool:
     """Whether the network that it builds on is trained."""
-    needs = next((other for other in left if other.cell == job.needs), None)
-    return needs is None or needs.cell.is_done(needs.settings())
+    needs = job.needs
+    return needs is None or needs not in left or needs.cell.is_done(needs.settings())
 
 
 def _start(job: Job, given: argparse.Namespace) -> subprocess.Popen[bytes]:

@@ -50,9 +50,9 @@ def _needed(job: Job) -> Path | None:
     """The checkpoint that a job builds on."""
     if job.needs is None:
         return None
-    checkpoint = job.needs.run / "last.safetensors"
+    checkpoint = job.needs.cell.run / "last.safetensors"
     if not checkpoint.exists():
-        raise UsageError(f"{job.cell}: needs {job.needs}, which is not trained yet")
+        raise UsageError(f"{job.cell}: needs {job.needs.cell}, which is not trained yet")
     return checkpoint
 
 

@@ -300,7 +300,7 @@ def test_every_experiment_has_jobs_with_cells_of_their_own(experiment):
     for job in jobs:
         assert job.recipe.seed == job.cell.seed
         json.dumps(job.settings())
-        assert job.needs is None or job.needs.seed == job.cell.seed
+        assert job.needs is None or job.needs.cell.seed == job.cell.seed
 
 
 def test_unknown_names_are_refused():
