@@ -28,7 +28,7 @@ from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.latency import profile
 from results import plan
 from results.answers import images_of
-from results.cells import HERE, Cell
+from results.cells import HERE, Cell, digest
 from results.comparisons import SHARES, escalations_of
 from results.judging import WIDTHS
 
@@ -79,7 +79,7 @@ def write_tables(folder: str | None, seed: int) -> None:
 
 def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, Any]:
     """Milliseconds per image of everything in an experiment's table, by backend."""
-    images_from = plan.jobs_of(name, folder, [seed])[0].recipe.data
+    supernet = plan.jobs_of(name, folder, [seed])[0]
     gates = Cell(name, "gates", seed).run / f"gate_{plan.TARGETS[1]:.2f}.safetensors"
     if not gates.exists():
         raise UsageError(f"{gates}: is not there; run the experiment {name} first")
@@ -89,7 +89,7 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
         raise UsageError(f"compare it first: python -m results.run {name} --judge")
     checkpoint = read(gates)
     assert checkpoint.preprocessing is not None
-    images = images_of(images_from.path, "held_out", checkpoint.preprocessing)
+    images = images_of(supernet.recipe.data.path, "held_out", checkpoint.preprocessing)
     # in an order of its own: the set is sorted by nothing, but neither is this
     order = np.random.default_rng(0).permutation(len(images))[: BATCH * BATCHES[name]]
     x = normalise(images.images_NCSS[order], checkpoint.preprocessing).numpy()
@@ -102,6 +102,7 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
         some = {arm: run for arm, run in arms.items() if arm.startswith(("route", "both"))}
         large[backend] = _timed(some, x, LARGE, rounds, label)
     return {
+        "settings_sha256": digest(supernet.settings()),
         "batch": BATCH,
         "images": len(x),
         "rounds": rounds,

@@ -8,8 +8,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from results.cells import HERE, all_cells
-from results.plan import SGS, TEACHING, tried_rates
+from results.cells import HERE, all_cells, digest
+from results.plan import SGS, TEACHING, jobs_of, tried_rates
 from results.policies import uniform_line
 
 DYNAMIC: Final = ("both", "escalation", "gate")
@@ -129,9 +129,12 @@ def _gates(lists: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]
 
 
 def _times(name: str) -> dict[int, dict[str, Any]]:
+    """By seed, of the networks that the plan has now."""
     found = {}
     for file in sorted((HERE / "ms").glob(f"{name}_s*.json")):
-        found[int(file.stem.removeprefix(f"{name}_s"))] = json.loads(file.read_text())
+        seed, run = int(file.stem.removeprefix(f"{name}_s")), json.loads(file.read_text())
+        if run["settings_sha256"] == digest(jobs_of(name, None, [seed])[0].settings()):
+            found[seed] = run
     return found
 
 

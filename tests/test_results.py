@@ -506,6 +506,7 @@ def written(tmp_path, monkeypatch):
     slow = {name: {**arm, "median": 2 * arm["median"]} for name, arm in times.items()}
     made = {"ms_per_image": {"slow": slow, "fast": times}, "shares": list(comparisons.SHARES)}
     made |= {"hardware": {"cores": 2, "processor": "P"}, "batch": 32, "rounds": 9}
+    made["settings_sha256"] = cells.digest(plan.jobs_of("headline", None, [0])[0].settings())
     (tmp_path / "results" / "ms").mkdir(parents=True)
     (tmp_path / "results" / "ms" / "headline_s0.json").write_text(json.dumps(made))
     return tmp_path
