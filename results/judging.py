@@ -132,25 +132,32 @@ def _is_trained(cell: Cell) -> bool:
     return (cell.run / "last.safetensors").exists()
 
 
-def _gate_rows(pair: Pair, gates: Cell) -> list[dict[str, Any]]:
+def _gate_rows(
+    pair: Pair, gates: Cell, unit: str = "madds", costs_R: Sequence[float] | None = None
+) -> list[dict[str, Any]]:
     """Every gate of a cell as it was trained: no shift, no escalation."""
     rows = []
     for file in sorted(gates.run.glob("gate*.safetensors")):
         _, judging = _with_gate(pair, file)
         _, _, target = file.stem.partition("_")
-        rows.append({"target": float(target) if target else None, **_gated(judging)})
+        row = _gated(judging, unit, costs_R)
+        rows.append({"target": float(target) if target else None, **row})
     return rows
 
 
-def _gated(judging: Table) -> dict[str, Any]:
+def _gated(
+    judging: Table, unit: str = "madds", costs_R: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """Cost and accuracy of a gate; by multiply-adds unless the routes' costs are given."""
+    costs_R = judging.costs_R if costs_R is None else costs_R
     option_N = judging.gate_logits_NR.argmax(1)
-    found = policies.gated(judging.correct_NR, judging.costs_R, option_N)
-    counts = np.bincount(option_N, minlength=len(judging.costs_R))
-    line = policies.uniform_line(judging.costs_R, judging.top1_R, found.cost)
-    target_N = np.where(judging.correct_NR[:, 0], 0, len(judging.costs_R) - 1)
+    found = policies.gated(judging.correct_NR, costs_R, option_N)
+    counts = np.bincount(option_N, minlength=len(costs_R))
+    line = policies.uniform_line(costs_R, judging.top1_R, found.cost)
+    target_N = np.where(judging.correct_NR[:, 0], 0, len(costs_R) - 1)
     return {
-        "madds": found.cost,
-        "share": found.cost / max(judging.costs_R),
+        unit: found.cost,
+        "share": found.cost / max(costs_R),
         "top1": found.top1,
         "over_uniform": found.top1 - line,
         "shares": list(counts / len(option_N)),
@@ -216,26 +223,9 @@ def _by_ms(pair: Pair, seed: int) -> dict[str, Any]:
     spec, side = pair[0].spec, pair[0].image_size_px
     table = read_cost_table(HERE.parent / plan.LATENCY, spec, image_size=side)
     ms = [table.route_cost((k,)) for k in range(len(pair[1].costs_R))]
-    found: dict[str, Any] = {"ms": ms, "trained_on": {}}
     cells = {"madds": Cell("headline", "gates", seed), "ms": Cell("gates", "ms", seed)}
-    for name, cell in cells.items():
-        rows = []
-        for file in sorted(cell.run.glob("gate_*.safetensors")):
-            judging = _with_gate(pair, file)[1]
-            option_N = judging.gate_logits_NR.argmax(1)
-            got = policies.gated(judging.correct_NR, ms, option_N)
-            line = policies.uniform_line(ms, judging.top1_R, got.cost)
-            rows.append(
-                {
-                    "target": float(file.stem.removeprefix("gate_")),
-                    "ms": got.cost,
-                    "share": got.cost / max(ms),
-                    "top1": got.top1,
-                    "over_uniform": got.top1 - line,
-                }
-            )
-        found["trained_on"][name] = rows
-    return found
+    trained_on = {name: _gate_rows(pair, cell, "ms", ms) for name, cell in cells.items()}
+    return {"ms": ms, "trained_on": trained_on}
 
 
 JUDGED: Final[Mapping[str, Any]] = {

@@ -274,22 +274,9 @@ def gates() -> dict[str, Any]:
     if not cells:
         return {}
     first = next(iter(cells.values()))
-    found: dict[str, Any] = {"split": split, "seeds": sorted(cells), "trained_on": {}}
-    found["features"] = {
-        name: _gates([cell["features"][name] for cell in cells.values()])
-        for name in first["features"]
-    }
-    for name in first["trained_on"]:
-        lists = [cell["trained_on"][name] for cell in cells.values()]
-        found["trained_on"][name] = [
-            {
-                "target": rows[0]["target"],
-                **{
-                    key: spread([r[key] for r in rows]) for key in ("share", "top1", "over_uniform")
-                },
-            }
-            for rows in zip(*lists, strict=True)
-        ]
+    found: dict[str, Any] = {"split": split, "seeds": sorted(cells)}
+    for part in ("features", "trained_on"):
+        found[part] = {n: _gates([cell[part][n] for cell in cells.values()]) for n in first[part]}
     return found
 
 
