@@ -186,11 +186,15 @@ class _Adaptation:
                 f"{LEAST_IMAGES}; raise val_share, or bring more images"
             )
 
+    @property
+    def _converted_file(self) -> Path:
+        return self.out / "converted.safetensors"
+
     def _start(
         self, model: str | Path | nn.Module, preprocessing: Preprocessing | None
     ) -> Checkpoint:
         """The network to adapt, with all its widths."""
-        file, options = self.out / "converted.safetensors", self.options
+        file, options = self._converted_file, self.options
         if file.exists():
             return read(file)
         if isinstance(model, nn.Module):
@@ -293,7 +297,7 @@ class _Adaptation:
         started = time.monotonic()
         if not (self.out / _STATE).exists():
             self.out.mkdir(parents=True, exist_ok=True)
-            save(self.out / "converted.safetensors", self.start)
+            save(self._converted_file, self.start)
             if isinstance(self.start.net.spec, NetSpec):
                 write_spec(self.out / "model.yaml", self.start.net.spec)
             write_json(self.out / _STATE, {"started_as": started_as})
@@ -301,7 +305,9 @@ class _Adaptation:
         original = self._original()
         supernet = self._supernet(original)
         smaller = [self._at_size(side, original, supernet) for side in self.options.sides[:-1]]
-        result = self._cascade([*smaller, supernet, original]) if smaller else self._gate(supernet)
+        # measured on the images held out, unless it had the classes and was taken as it is
+        judged = [] if original == self._converted_file else [original]
+        result = self._cascade([*smaller, supernet, *judged]) if smaller else self._gate(supernet)
         data, verdict = self._report(original, result)
         files = {
             "package" if smaller else "checkpoint": result,
@@ -346,7 +352,7 @@ class _Adaptation:
 
     def _original(self) -> Path:
         """The network with the classes of the images, before it becomes slimmable."""
-        start, names = self.out / "converted.safetensors", self.source.class_names
+        start, names = self._converted_file, self.source.class_names
         if self.start.class_names is not None and keeps_classifier(self.start, names):
             note("original: has the classes of the images already, and is taken as it is")
             return start
@@ -365,7 +371,7 @@ class _Adaptation:
     def _supernet(self, original: Path) -> Path:
         """All widths, from the original's weights."""
         start = self.out / "sorted.safetensors"
-        if original == self.out / "converted.safetensors":
+        if original == self._converted_file:
             start = original  # slimmable already: its channels have an order
         elif not start.exists():
             checkpoint = read(original)
@@ -399,21 +405,21 @@ class _Adaptation:
     def _cascade(self, networks: list[Path]) -> Path:
         """A package of the routes that are worth their cost, with budgets from held-out images.
 
-        The original is among them: its route costs as much as the widest of the largest size.
+        The original's route costs as much as the widest of the largest size: the better is taken.
         """
         result = self.out / PACKAGE
         if is_package(result):
             return result
         candidates = []
         for checkpoint in map(read, networks):
-            # a network that had the classes already was not evaluated
-            for route in checkpoint.metrics.get("val", {}).get("routes", ()):
+            for route in checkpoint.metrics["val"]["routes"]:
                 taken = Route(tuple(route["widths"]))
                 candidates.append((route["madds"], route["top1"], checkpoint, taken))
         candidates.sort(key=lambda one: (one[0], -one[1]))
         dearest = candidates[-1][0]
         rungs, best, last = [], -1.0, 0
         for cost, top1, checkpoint, route in candidates:
+            # the dearest is there in any case, once: no other answers as the original does
             if top1 > best or cost == dearest > last:
                 rungs.append((checkpoint, route))
                 best, last = max(best, top1), cost

@@ -97,11 +97,6 @@ class CascadeSpec(Routed):
         """The last rung."""
         return self.routes[-1]
 
-    @property
-    def has_separate_teacher(self) -> bool:
-        """Always False."""
-        return False
-
     def route_at(self, indices: Sequence[int]) -> Route:
         """The route of a rung, given by its index.
 

@@ -240,11 +240,6 @@ class GraphSpec(Routed, Operations):
         return len(self.percents) if self.gates else 1
 
     @property
-    def has_separate_teacher(self) -> bool:
-        """Always False: the widest route is the whole network."""
-        return False
-
-    @property
     def features(self) -> int:
         """Channels of the classifier's input at full width; 0 where it ends in no linear layer."""
         name = self.classifier

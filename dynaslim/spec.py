@@ -119,6 +119,11 @@ class Routed:
         """Segments of the network: the trunk and one behind each gate."""
         return len(self.gates) + 1
 
+    @property
+    def has_separate_teacher(self) -> bool:
+        """Whether the largest sub-network lies off every route; usually it is the widest."""
+        return False
+
     def check_indices(self, indices: Sequence[int]) -> None:
         """Raise `UsageError` unless there is one width index for each gate, each in range."""
         if len(indices) != len(self.gates):

@@ -10,9 +10,10 @@ from convertible import NETWORKS, trained
 from helpers import bright_pngs, lively, run_ok, write_parquet
 
 from dynaslim import cli
-from dynaslim.adaptation import _gains_or_widest, adapt
+from dynaslim.adaptation import _Adaptation, _gains_or_widest, adapt
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.conversion import convert
+from dynaslim.data import open_source
 from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
@@ -172,6 +173,25 @@ def test_several_sizes_become_a_cascade(data, tmp_path, capsys):
     picture = tmp_path / "one.png"
     picture.write_bytes(bright_pngs(1)[0])
     assert cli.run(["predict", str(out / "package"), str(picture), "--json"]) == 0
+
+
+def test_what_a_network_that_came_with_the_classes_was_measured_at_makes_no_rung(
+    data, tmp_path, monkeypatch
+):
+    """Its accuracy is of other images, of another size perhaps."""
+    names = open_source(data, "train").class_names
+    net = lively(get_spec("ds_resnet8_cifar", num_classes=4), image_size=16)
+    checkpoint = Checkpoint(net, names, Preprocessing(16))
+    file, out = save(tmp_path / "zoo.safetensors", checkpoint), tmp_path / "run"
+    given = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(_Adaptation, "_trained", lambda *_: file)
+        patch.setattr(_Adaptation, "_at_size", lambda *_: file.with_name("small"))
+        patch.setattr(_Adaptation, "_cascade", lambda _, networks: given.update(networks=networks))
+        patch.setattr(_Adaptation, "_report", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            adapt(file, data, out, sizes="16,32", val_share=0.4, batch_size=16, epochs=1)
+    assert given["networks"] == [file.with_name("small"), file]
 
 
 def test_minutes_are_planned(data, tmp_path, capsys):
