@@ -257,7 +257,6 @@ def tried_rates(experiment: str) -> dict[str, dict[float, list[float]]]:
     return found
 
 
-@cache
 def best_rate(experiment: str, variant: str) -> float:
     """The learning rate of a variant that held-out images chose; 0.2 where nothing was tried.
 

@@ -263,13 +263,21 @@ def wait_for_steps(process: subprocess.Popen[str], metrics: Path, steps: int) ->
 
 def spawn_two(worker: Callable[..., None], *args: object, seconds: float = 120) -> None:
     """Run `worker(rank, *args)` in two processes; fails if they have not ended in time."""
-    processes = torch.multiprocessing.spawn(worker, args, nprocs=2, join=False)
+    processes = torch.multiprocessing.spawn(_run_and_exit, (worker, *args), nprocs=2, join=False)
     deadline = time.monotonic() + seconds
     while not processes.join(timeout=5):
         if time.monotonic() > deadline:
             for process in processes.processes:
                 process.kill()
             pytest.fail("the two processes did not end")
+
+
+def _run_and_exit(rank: int, worker: Callable[..., None], *args: object) -> None:
+    """Run a worker and exit at once; as an interpreter ends, a thread of gloo may abort it."""
+    worker(rank, *args)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def until(condition: Callable[[], object], seconds: float = 20) -> None:
