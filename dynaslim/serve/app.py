@@ -24,7 +24,7 @@ from dynaslim.model_names import find_model
 from dynaslim.runtime.cache import usable_cores
 from dynaslim.runtime.engine import Engine
 from dynaslim.serve import repository, tracing
-from dynaslim.serve.endpoint import ByModel, no_such_model
+from dynaslim.serve.endpoint import Endpoint, no_such_model
 from dynaslim.serve.http import (
     BodyReader,
     HTTPError,
@@ -36,10 +36,10 @@ from dynaslim.serve.http import (
     path_of,
     unauthorised,
 )
-from dynaslim.serve.inference import EXTENSIONS, InferEndpoint, check_version, describe
+from dynaslim.serve.inference import EXTENSIONS, InferCall, check_version, describe
 from dynaslim.serve.options import ServeOptions
 from dynaslim.serve.pages import File, find_samples, interface_page, web_files
-from dynaslim.serve.predict import PredictEndpoint, model_named
+from dynaslim.serve.predict import PredictCall, model_named
 from dynaslim.serve.schemas import (
     PREDICT_ERRORS,
     RETRY_AFTER,
@@ -203,9 +203,9 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     ) -> None:
         """Results are in the order of the images. Formats are detected from the images' content."""
 
-    by_model = ByModel(service, PredictEndpoint, lambda scope: model_named(scope["query_string"]))
+    endpoint = Endpoint(service, PredictCall, lambda scope: model_named(scope["query_string"]))
     # of two routes with the same path the first one gets the requests; FastAPI documents the other
-    app.router.routes.append(Route(PREDICT, by_model, methods=["POST"]))
+    app.router.routes.append(Route(PREDICT, endpoint, methods=["POST"]))
     app.post(
         PREDICT,
         summary="Classify images.",
@@ -336,7 +336,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         that is 0, the body is one image. Images' formats are detected from their content.
         """
 
-    endpoint = ByModel(service, InferEndpoint, lambda scope: scope["path_params"]["name"])
+    endpoint = Endpoint(service, InferCall, lambda scope: scope["path_params"]["name"])
     for prefix, shown in ((_MODEL, True), (f"{_MODEL}/versions/{{version}}", False)):
         # before the documented one, as for PREDICT
         app.router.routes.append(Route(f"{prefix}/infer", endpoint, methods=["POST"]))

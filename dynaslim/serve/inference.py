@@ -17,16 +17,10 @@ from typing import Any, Final, get_args
 import numpy as np
 from pydantic import ValidationError
 
-from dynaslim.serve.batcher import Answer, WorkItem
-from dynaslim.serve.endpoint import Endpoint, Reply, bad_parameter
-from dynaslim.serve.http import (
-    ANSWER_HEADERS,
-    JSON_HEADERS,
-    BodyReader,
-    HTTPError,
-    Receive,
-    encode_json,
-)
+from dynaslim.predict import Answer
+from dynaslim.serve.batcher import WorkItem
+from dynaslim.serve.endpoint import Call, Reply, bad_parameter
+from dynaslim.serve.http import ANSWER_HEADERS, JSON_HEADERS, BodyReader, HTTPError, encode_json
 from dynaslim.serve.schemas import (
     InferInput,
     InferOutput,
@@ -91,25 +85,18 @@ def check_version(path_params: Mapping[str, str]) -> None:
         raise HTTPError(404, "not_found", f"version {version!r:.60}: there is {VERSION}")
 
 
-class InferEndpoint(Endpoint):
-    """The endpoint of one model."""
+class InferCall(Call):
+    """A request to /v2/models/NAME/infer."""
 
-    def __init__(self, model: ServedModel) -> None:
-        super().__init__(model)
-        self._request = infer_request(self._service.options.deadline_ms)
-
-    async def _respond(
-        self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
-    ) -> Reply:
-        check_version(scope["path_params"])
-        _check_type(reader)
-        limit_ms = self._service.options.deadline_ms
-        body = await self._read(reader, receive, began, limit_ms)
+    async def answer(self) -> Reply:
+        check_version(self._scope["path_params"])
+        _check_type(self._reader)
+        body = await self._read(self._service.options.deadline_ms)
         if len(body) <= _AT_ONCE:
-            request, rows = self._parse(body, reader.json_length)
+            request, rows = self._parse(body)
         else:
             request, rows = await asyncio.get_running_loop().run_in_executor(
-                self._service.decoders, self._parse, body, reader.json_length
+                self._service.decoders, self._parse, body
             )
         del body
         parameters = request.parameters
@@ -118,7 +105,7 @@ class InferEndpoint(Endpoint):
             parameters = parameters.model_copy(update={"deadline_ms": deadline_ms})
         setting, count, start = self._setting(parameters), len(rows), partial(self._start, rows)
         del rows
-        item = await self._run(count, parameters, setting, began, receive, start)
+        item = await self._run(count, parameters, setting, start)
         return self._reply(request, item)
 
     def _start(self, rows: Rows, item: WorkItem) -> None:
@@ -130,7 +117,9 @@ class InferEndpoint(Endpoint):
 
     # -- the request --------------------------------------------------------------------------
 
-    def _parse(self, body: bytes, json_length: bytes | None) -> tuple[InferRequest, Rows]:
+    def _parse(self, body: bytes) -> tuple[InferRequest, Rows]:
+        json_length = self._reader.json_length
+        limited = infer_request(self._service.options.deadline_ms)
         if json_length is None:
             length = len(body)
         elif json_length.isdigit() and len(json_length) < 16 and int(json_length) <= len(body):
@@ -141,7 +130,7 @@ class InferEndpoint(Endpoint):
                 f"number of bytes, at most the body's {len(body)}"
             )
         if not length and json_length is not None:  # a body that is an image and nothing else
-            return self._request(inputs=[_ONE_IMAGE]), [body]
+            return limited(inputs=[_ONE_IMAGE]), [body]
         head = body[:length]
         if head.count(b",") > _NUMBERS:
             raise HTTPError(
@@ -150,7 +139,7 @@ class InferEndpoint(Endpoint):
                 f"the JSON has more than {_NUMBERS} values; send tensors in binary form",
             )
         try:
-            request = self._request.model_validate_json(head)
+            request = limited.model_validate_json(head)
         except ValidationError as error:
             raise invalid_body(error) from None
         (tensor,) = request.inputs
@@ -168,8 +157,7 @@ class InferEndpoint(Endpoint):
 
     def _rows(self, tensor: InferInput, binary: memoryview) -> Rows:
         """The images of an input: files, uint8 or float32 (B, C, S, S)."""
-        pre, most = self._model.engine.preprocessing, self._service.options.max_images
-        assert pre is not None, "checked by the batcher"
+        pre, most = self._model.batcher.preprocessing, self._service.options.max_images
         shape, kind = tensor.shape, DATATYPES[tensor.name]
         if tensor.datatype != kind:
             raise _bad(tensor, f"datatype {tensor.datatype}: must be {kind}")

@@ -15,6 +15,7 @@ import numpy as np
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.graph import AnySpec, GraphSpec
+from dynaslim.predict import preprocessing_of
 from dynaslim.runtime.adaptive import share_text
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.latency import profile, time_variant
@@ -54,10 +55,9 @@ class ModelInfo:
     """The routes of a model by their choices, looked up on demand."""
 
     def __init__(self, engine: Engine) -> None:
-        assert engine.preprocessing is not None, "checked by the batcher"
         self._engine = engine
         self.spec = engine.spec
-        self.side = engine.preprocessing.image_size_px
+        self.side = preprocessing_of(engine).image_size_px
         self._table = CostTable.from_madds(self.spec, self.side)
         self.widest_madds = self._table.widest_cost
         self._ms_table: CostTable | None = None
