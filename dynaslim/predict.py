@@ -91,7 +91,6 @@ class Unreadable:
     reason: str
 
     def to_dict(self) -> dict[str, str]:
-        """Plain JSON values."""
         return {"file": self.file, "reason": self.reason}
 
 
@@ -399,7 +398,6 @@ class Summary:
         self._routes: dict[str, tuple[int, float]] = {}
 
     def add(self, row: Row) -> None:
-        """Count a row."""
         if isinstance(row, Unreadable):
             self.unreadable.append(row)
             return

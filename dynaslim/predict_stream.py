@@ -508,7 +508,6 @@ class StreamSummary:
         self._latencies: Counter[int] = Counter()
 
     def add(self, row: StreamRow | BrokenFrame) -> None:
-        """Count a row."""
         if isinstance(row, BrokenFrame):
             self.broken += 1
             return
@@ -528,7 +527,6 @@ class StreamSummary:
         return math.nan
 
     def line(self, waiting: Waiting) -> str:
-        """One line for a person."""
         parts = [f"{waiting.count} frames: {self.answered} answered"]
         if self.same:
             parts[0] += f" ({self.same} as the one before)"

@@ -234,11 +234,7 @@ class Batcher:
         return item.future
 
     def admit(self, rows: int, setting: Setting, *, top_k: int, deadline: float | None) -> WorkItem:
-        """Reserve room for rows that will be `put`.
-
-        Raises:
-            QueueFullError, StoppingError: as `submit`.
-        """
+        """Reserve room for rows that will be `put`; raises errors as `submit`."""
         with self._changed:
             self._check_room(rows, deadline)
             self._expect(rows)
@@ -280,11 +276,7 @@ class Batcher:
             )
 
     def grow(self, item: WorkItem, rows: int) -> None:
-        """Reserve room for more rows of an item.
-
-        Raises:
-            QueueFullError: if there is none; the item is unchanged.
-        """
+        """Reserve room for more rows of an item; raises `QueueFullError` if there is none."""
         with self._changed:
             if item.done:
                 return
@@ -301,10 +293,8 @@ class Batcher:
             item.pixels += [None] * rows
 
     def postpone(self, item: WorkItem) -> None:
-        """Let no batch wait for one image of an item, and no request be refused because of it.
-
-        Raises:
-            QueueFullError: if such images fill their half of the queue already.
+        """Let no batch wait for one image of an item, and no request be refused because of it;
+        raises `QueueFullError` if such images fill their half of the queue already.
         """
         with self._changed:
             if item.done:

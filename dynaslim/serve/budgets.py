@@ -37,11 +37,8 @@ class Budgets:
     """The budgets of a network, fixed or adaptive."""
 
     def __init__(self, curve: BudgetCurve | None, options: ServeOptions, now: float) -> None:
-        """Check the options against the curve.
-
-        Raises:
-            UsageError: for a budget, fixed or adaptive, without a budget curve, or for a range that
-                holds fewer than two points of the curve.
+        """Raise `UsageError` for a budget, fixed or adaptive, without a curve, or for a range that
+        holds fewer than two points of it.
         """
         self._curve = curve
         self._default = options.budget

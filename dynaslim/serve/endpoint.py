@@ -104,7 +104,6 @@ class Endpoint:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request, and count it."""
         service = self._service
         reader = BodyReader(scope, service.options.body_bytes, service.buffers)
         name = self._name_of(scope)

@@ -6,8 +6,6 @@ Suffixes: B images, C channels, G gates, K likeliest classes, N classes, S side 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,9 +16,17 @@ import numpy as np
 from pydantic import ValidationError
 
 from dynaslim.predict import Answer
+from dynaslim.runtime.triton import OUTPUTS
 from dynaslim.serve.batcher import WorkItem
 from dynaslim.serve.endpoint import Call, Reply, bad_parameter
-from dynaslim.serve.http import ANSWER_HEADERS, JSON_HEADERS, BodyReader, HTTPError, encode_json
+from dynaslim.serve.http import (
+    ANSWER_HEADERS,
+    JSON_HEADERS,
+    BodyReader,
+    HTTPError,
+    decode_base64,
+    encode_json,
+)
 from dynaslim.serve.schemas import (
     InferInput,
     InferOutput,
@@ -38,16 +44,7 @@ VERSION: Final = "1"
 EXTENSIONS: Final = ["binary_tensor_data", "classification", "parameters", "model_repository"]
 DATATYPES: Final = {"image": "BYTES", "pixels": "UINT8", "x": "FP32"}
 _DTYPES: Final = {"UINT8": np.uint8, "FP32": np.float32}
-_OUTPUTS: Final[dict[OutputName, str]] = {
-    "logits": "FP32",
-    "label": "INT64",
-    "confidence": "FP32",
-    "route": "BYTES",
-    "choices": "INT64",
-    "madds": "FP64",
-    "escalated": "BOOL",
-}
-_NUMPY: Final = {"FP32": "<f4", "INT64": "<i8", "FP64": "<f8", "BOOL": "?"}
+_NUMPY: Final = {"FP32": "<f4", "INT64": "<i8", "FP64": "<f8", "BOOL": "?", "BYTES": "O"}
 _AT_ONCE: Final = 1 << 18
 """Bytes up to which a body is parsed without a thread; longer ones would stop the event loop."""
 _NUMBERS: Final = 1_000_000
@@ -73,7 +70,7 @@ def describe(model: ServedModel) -> ModelMetadata:
         ],
         "outputs": [
             {"name": name, "datatype": kind, "shape": shapes.get(name, [-1])}
-            for name, kind in _OUTPUTS.items()
+            for name, kind in OUTPUTS.items()
         ],
     }
 
@@ -228,18 +225,13 @@ class InferCall(Call):
         if count is not None:
             kind, values = "BYTES", [self._classified(answer, count) for answer in answers]
         else:
-            kind, values = _OUTPUTS[name], [self._value(name, answer) for answer in answers]
-        if kind == "BYTES":
-            texts = np.array(values, object)
-            shape, flat = list(texts.shape), texts.ravel().tolist()
-        else:
-            array = np.array(values, _NUMPY[kind])
-            shape, flat = list(array.shape), None
-        tensor: OutputTensor = {"name": name, "datatype": kind, "shape": shape}
+            kind, values = OUTPUTS[name], [self._value(name, answer) for answer in answers]
+        array = np.array(values, _NUMPY[kind])
+        tensor: OutputTensor = {"name": name, "datatype": kind, "shape": list(array.shape)}
         if not as_binary:
-            tensor["data"] = array.ravel().tolist() if flat is None else flat
+            tensor["data"] = array.ravel().tolist()
             return tensor, []
-        content = array.tobytes() if flat is None else b"".join(map(_prefixed, flat))
+        content = b"".join(map(_prefixed, array.flat)) if kind == "BYTES" else array.tobytes()
         tensor["parameters"] = {"binary_data_size": len(content)}
         return tensor, [content]
 
@@ -252,7 +244,7 @@ class InferCall(Call):
             case "confidence":
                 return [probability for _, probability in answer.top]
             case "route":
-                return self._model.info.route(answer.choices).name
+                return self._model.info.route(answer.choices).route
             case "choices":
                 return answer.choices
             case "madds":
@@ -332,11 +324,7 @@ def _decoded(tensor: InferInput, data: list[Any]) -> list[bytes]:
     for number, text in enumerate(flat):
         if not isinstance(text, str):
             raise _bad(tensor, f"data {text!r:.40}: must be images in base64")
-        try:
-            files.append(base64.b64decode(text, validate=True))
-        except (binascii.Error, ValueError) as error:
-            message = f"data is not base64: {error}"
-            raise HTTPError(400, "bad_base64", message, image=number) from None
+        files.append(decode_base64(text, number))
     return files
 
 

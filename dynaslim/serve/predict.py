@@ -100,7 +100,7 @@ class PredictCall(Call):
                 }
                 for index, probability in answer.top
             ],
-            "route": route.name,
+            "route": route.route,
             "widths": route.widths,
             "choices": route.choices,
             "escalated": answer.escalated,
@@ -124,11 +124,7 @@ def model_named(query: bytes) -> str | None:
 
 @lru_cache(256)
 def parse_parameters(model: type[QueryParameters], query: bytes) -> QueryParameters:
-    """The parameters of a URL's query.
-
-    Raises:
-        HTTPError: 422 for a parameter that is unknown, repeated, or has a wrong value.
-    """
+    """The parameters of a URL's query; raises `HTTPError` for one that is not as declared."""
     try:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=100)
     except ValueError:

@@ -53,11 +53,7 @@ class ServedModel:
     def __init__(
         self, service: Service, name: str, engine: Engine, path: Path | None = None
     ) -> None:
-        """Check the server's options against the model; nothing is compiled yet.
-
-        Raises:
-            UsageError: as `Batcher`.
-        """
+        """Check the server's options against the model, as `Batcher`; nothing is compiled yet."""
         self.service = service
         self.name = name
         self.engine = engine
@@ -139,9 +135,7 @@ class Service:
         places: int = 1,
     ) -> None:
         """Up to `places` batches run at once; `open_model` is for models that are loaded later.
-
-        Raises:
-            UsageError: for two models of one name; as `ServedModel`.
+        Raises `UsageError` for two models of one name, and as `ServedModel`.
         """
         several = len(sources) > 1
         check(
@@ -246,10 +240,8 @@ class Service:
             raise model.error or StoppingError("the server is stopping")
 
     def unload(self, name: str) -> None:
-        """Serve a model no more; returns when all that it has accepted is answered.
-
-        Raises:
-            UsageError: if there is no such model.
+        """Serve a model no more, when all that it has accepted is answered; raises `UsageError` if
+        there is no such model.
         """
         with self._one_change(name, "UNLOADING"):
             model = self.models.get(name)
@@ -260,7 +252,6 @@ class Service:
 
     @contextmanager
     def _one_change(self, name: str, what: Literal["LOADING", "UNLOADING"]) -> Iterator[None]:
-        """One after another."""
         with self._changing:
             self.change = name, what
             try:
@@ -377,7 +368,7 @@ class Metrics:
         self._mirrored.inc(int(output.mirrored.sum()))
         # numpy's unique rows would take longer than a small network
         for path, count in Counter(map(tuple, output.routes.tolist())).items():
-            self._images.labels(self._model.info.route(path).name).inc(count)
+            self._images.labels(self._model.info.route(path).route).inc(count)
 
 
 class _ModelMetrics:
