@@ -191,6 +191,14 @@ def _not_ready(body: type) -> dict[int | str, dict[str, Any]]:
     return {503: {"model": body, "description": "Not yet, or no more.", "headers": RETRY_AFTER}}
 
 
+def _is_ready(response: Response, service: Service, served: Service | ServedModel) -> bool:
+    """Whether predictions are accepted; if not, the response is a 503."""
+    service.start()
+    if not served.accepting:
+        response.status_code, response.headers["retry-after"] = 503, "2"
+    return served.accepting
+
+
 def _add_predict(app: FastAPI, service: Service) -> None:
     limited = query_parameters(service.options.deadline_ms)
     json_body, form = limited_bodies(service.options.max_images)
@@ -229,10 +237,7 @@ def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> Non
 
     @app.get("/readyz", summary="Whether predictions are accepted.", responses=_not_ready(Status))
     async def readyz(response: Response) -> Status:
-        service.start()
-        if service.accepting:
-            return {"status": service.state}
-        response.status_code, response.headers["retry-after"] = 503, "2"
+        _is_ready(response, service, service)
         return {"status": "stopping" if service.stopping else service.state}
 
     protected = _protected(service)
@@ -263,12 +268,6 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
     names = [] if service.options.model_folder is not None else list(service.models)
     name_ = Annotated[str, PathParameter(json_schema_extra={"enum": names} if names else None)]
 
-    def is_ready(response: Response, served: Service | ServedModel) -> bool:
-        service.start()
-        if not served.accepting:
-            response.status_code, response.headers["retry-after"] = 503, "2"
-        return served.accepting
-
     @app.get("/v2/health/live", summary="Whether the process is alive.")
     async def live() -> Live:
         return {"live": True}
@@ -279,7 +278,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         responses=_not_ready(Ready),
     )
     async def ready(response: Response) -> Ready:
-        return {"ready": is_ready(response, service)}
+        return {"ready": _is_ready(response, service, service)}
 
     protected = _protected(service, ProtocolError)
 
@@ -310,7 +309,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         responses=_not_ready(ModelReady),
     )
     async def model_ready(response: Response, served: found) -> ModelReady:
-        return {"name": served.name, "ready": is_ready(response, served)}
+        return {"name": served.name, "ready": _is_ready(response, service, served)}
 
     binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 

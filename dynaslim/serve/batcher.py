@@ -205,8 +205,9 @@ class Batcher:
     ) -> Future[WorkItem]:
         """Queue images, each uint8 (C, S, S) as `decode_image` returns them, or float32 normalised.
 
-        The future's result has their `answers` in order. It fails with `DeadlineError` if they have
-        not been run after `deadline_s` seconds, or with the error of the engine.
+        The future's result has their `answers` in order; it cannot be cancelled. It fails with
+        `DeadlineError` if they have not been run after `deadline_s` seconds, or with the error of
+        the engine.
 
         Raises:
             UsageError: for pixels of another shape or not finite, no images, or a budget that the

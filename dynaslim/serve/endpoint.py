@@ -237,24 +237,22 @@ class Call(ABC):
     ) -> WorkItem:
         """Queue rows, `start` handing them in, and wait for their answers."""
         batcher, deadline = self._model.batcher, self._deadline(parameters.deadline_ms)
-        item: WorkItem | None = None
+        top_k = min(parameters.top_k, self._model.engine.spec.num_classes)
         try:
-            top_k = min(parameters.top_k, self._model.engine.spec.num_classes)
             item = batcher.admit(rows, setting, top_k=top_k, deadline=deadline)
-            start(item)
-            async with asyncio.timeout_at(_loop_time(deadline)):
-                await _wait(item, self._receive)
-            if self._service.tracer is not None:
-                tracing.record(self._service.tracer, self._model.name, item)
-            return item
-        except BaseException as error:
-            if item is not None:
-                batcher.cancel(item)
-            if isinstance(error, QueueFullError | StoppingError):
-                raise self._unavailable(error) from None
-            if isinstance(error, DeadlineError | TimeoutError):
-                raise _late(parameters.deadline_ms) from None
-            raise
+            try:
+                start(item)
+                async with asyncio.timeout_at(_loop_time(deadline)):
+                    await _wait(item, self._receive)
+            finally:
+                batcher.cancel(item)  # of no effect once it has its answers
+        except (QueueFullError, StoppingError) as error:
+            raise self._unavailable(error) from None
+        except (DeadlineError, TimeoutError):
+            raise _late(parameters.deadline_ms) from None
+        if self._service.tracer is not None:
+            tracing.record(self._service.tracer, self._model.name, item)
+        return item
 
     def _deadline(self, deadline_ms: float) -> float:
         """The deadline, unless it passed while the request waited for the event loop."""

@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -26,10 +25,6 @@ TYPES: Final = {
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".ico": "image/x-icon",
-    ".webmanifest": "application/manifest+json",
-    ".woff2": "font/woff2",
 }
 """Files with other extensions are not served."""
 PAGE_HEADERS: Final = {
@@ -67,17 +62,13 @@ class File(Response):
 
 
 def web_files() -> dict[str, File]:
-    """The files of the page by their path in its folder."""
-    return dict(_files_in(resources.files("dynaslim.serve") / "web", ""))
-
-
-def _files_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, File]]:
-    for entry in folder.iterdir():
-        name = f"{prefix}{entry.name}"
-        if entry.is_dir():
-            yield from _files_in(entry, f"{name}/")
-        elif (media_type := TYPES.get(f".{entry.name.rpartition('.')[2]}")) is not None:
-            yield name, File(entry.read_bytes(), media_type)
+    """The files of the page by their names."""
+    files = {}
+    for entry in (resources.files("dynaslim.serve") / "web").iterdir():
+        media_type = TYPES.get(Path(entry.name).suffix)
+        if media_type is not None:
+            files[entry.name] = File(entry.read_bytes(), media_type)
+    return files
 
 
 # -- samples --------------------------------------------------------------------------------------
