@@ -15,9 +15,10 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from dynaslim.runtime.spending import Ledger, Spending
 
 if TYPE_CHECKING:
     from dynaslim.runtime.engine import Engine
+    from dynaslim.runtime.options import RoutedOutput
 
 AHEAD: Final = 2
 """Batches that are decoded, or about to be, while the engine works on one."""
@@ -89,7 +91,6 @@ class Unreadable:
     reason: str
 
     def to_dict(self) -> dict[str, str]:
-        """Plain JSON values."""
         return {"file": self.file, "reason": self.reason}
 
 
@@ -183,6 +184,13 @@ def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Eng
     return engine
 
 
+def preprocessing_of(engine: Engine) -> Preprocessing:
+    """How an engine's images are prepared; raises `UsageError` if it does not say."""
+    if engine.preprocessing is None:
+        raise UsageError("the engine does not say how images are prepared (preprocessing)")
+    return engine.preprocessing
+
+
 def predict(
     engine: Engine,
     files: Sequence[str | Path],
@@ -208,13 +216,24 @@ def predict(
     """
     check_numbers(batch_size, workers)
     check(top_k >= 1, f"top_k {top_k}: must be at least 1")
-    if engine.preprocessing is None:
-        raise UsageError("the engine does not say how images are prepared (preprocessing)")
+    preprocessing = preprocessing_of(engine)
     check(budget is not None or not hold, "hold: give the budget that is to hold")
     options: dict[str, Any] = {"budget": budget}
     if hold:
         options["hold"] = Ledger()
-    return _predict(engine, files, engine.preprocessing, batch_size, options, workers, top_k)
+    route_name = route_names(engine)
+    threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
+
+    def rows() -> Rows:
+        with closing(_decoded(files, preprocessing, batch_size, threads)) as batches:
+            for batch in batches:
+                made = answers_for(engine, batch, preprocessing, options, route_name, top_k)
+                answers = iter(made)
+                answered = [one if isinstance(one, Unreadable) else next(answers) for one in batch]
+                del batch  # the pixels are not to be kept while the next are waited for
+                yield from answered
+
+    return rows()
 
 
 def check_numbers(batch_size: int, workers: int | None) -> None:
@@ -223,36 +242,9 @@ def check_numbers(batch_size: int, workers: int | None) -> None:
     check(workers is None or workers >= 1, f"workers {workers}: must be at least 1")
 
 
-def _predict(
-    engine: Engine,
-    files: Sequence[str | Path],
-    preprocessing: Preprocessing,
-    batch_size: int,
-    options: Mapping[str, Any],
-    workers: int | None,
-    top_k: int,
-) -> Rows:
-    route_name = route_names(engine)
-    threads = workers or min(os.cpu_count() or 1, _MOST_WORKERS)
-    with closing(_decoded(files, preprocessing, batch_size, threads)) as batches:
-        for batch in batches:
-            answers = iter(answers_for(engine, batch, preprocessing, options, route_name, top_k))
-            rows = [one if isinstance(one, Unreadable) else next(answers) for one in batch]
-            del batch  # the pixels are not to be kept while the next are waited for
-            yield from rows
-
-
-def route_names(engine: Engine) -> Callable[[Any], str]:
-    """From a row of `RoutedOutput.routes` to the name of its route, each made once."""
-    names: dict[tuple[int, ...], str] = {}
-
-    def name(row_G: Any) -> str:
-        key = tuple(map(int, row_G))
-        if key not in names:
-            names[key] = str(engine.route_of(row_G))
-        return names[key]
-
-    return name
+def route_names(engine: Engine) -> Callable[[tuple[int, ...]], str]:
+    """From the width index behind each gate to the name of the route, each made once."""
+    return cache(lambda choices: str(engine.route_of(choices)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +303,7 @@ def answers_for(
     batch: Sequence[Picture | Unreadable],
     preprocessing: Preprocessing,
     options: Mapping[str, Any],
-    route_name: Callable[[Any], str],
+    route_name: Callable[[tuple[int, ...]], str],
     top_k: int,
 ) -> list[Prediction]:
     """The answers for those of a batch that could be read."""
@@ -320,34 +312,58 @@ def answers_for(
         return []
     pixels_BCSS = np.stack([picture.pixels_CSS for picture in pictures])
     output = engine(normalise_pixels(pixels_BCSS, preprocessing), **options)
-    logits_BN = np.asarray(output.logits, np.float64)
-    broken_B = ~np.isfinite(logits_BN).all(1)
+    broken_B = ~np.isfinite(np.asarray(output.logits)).all(1)
     if broken_B.any():
         where = pictures[int(broken_B.argmax())].file
         raise DataError(f"{where}: the network's output for it is not finite")
-    names, answers = engine.class_names, []
-    for picture, best, row_G, madds, escalated, mirrored in zip(
-        pictures,
-        likeliest(logits_BN, top_k),
-        output.routes,
-        output.madds,
-        output.escalated,
-        output.mirrored,
-        strict=True,
-    ):
-        top = tuple((n, None if names is None else names[n], p) for n, p in best)
-        answers.append(
+    names, predictions = engine.class_names, []
+    for picture, answer in zip(pictures, answers_of(output, top_k), strict=True):
+        top = tuple((n, None if names is None else names[n], p) for n, p in answer.top)
+        predictions.append(
             Prediction(
                 picture.file,
                 *top[0],
-                route_name(row_G),
-                float(madds),
-                bool(escalated),
-                bool(mirrored),
+                route_name(answer.choices),
+                answer.madds,
+                answer.escalated,
+                answer.mirrored,
                 top if top_k > 1 else (),
             )
         )
-    return answers
+    return predictions
+
+
+class Answer(NamedTuple):
+    """The network's answer for one image."""
+
+    top: list[tuple[int, float]]
+    """The likeliest classes and their probabilities, in order."""
+    choices: tuple[int, ...]
+    """The width index behind each gate."""
+    madds: float
+    escalated: bool
+    mirrored: bool
+    logits: np.ndarray
+    """(N,) float64."""
+
+
+def answers_of(output: RoutedOutput, top_k: int) -> list[Answer]:
+    """The rows of an engine's output; raises `DataError` if logits are not finite."""
+    logits_BN = np.asarray(output.logits, np.float64)
+    if not np.isfinite(logits_BN).all():
+        raise DataError("the network's output is not finite; its weights are damaged")
+    return [
+        Answer(top, tuple(choices), *rest)
+        for top, choices, *rest in zip(
+            likeliest(logits_BN, top_k),
+            np.asarray(output.routes).tolist(),
+            np.asarray(output.madds).tolist(),
+            np.asarray(output.escalated).tolist(),
+            np.asarray(output.mirrored).tolist(),
+            logits_BN,
+            strict=True,
+        )
+    ]
 
 
 def likeliest(logits_BN: np.ndarray, top_k: int) -> list[list[tuple[int, float]]]:
@@ -382,7 +398,6 @@ class Summary:
         self._routes: dict[str, tuple[int, float]] = {}
 
     def add(self, row: Row) -> None:
-        """Count a row."""
         if isinstance(row, Unreadable):
             self.unreadable.append(row)
             return

@@ -85,45 +85,37 @@ def predict_ray(
         path = find_model(model, ("checkpoint", "package")).path.absolute()
         chosen = open_engine(path, backend, **options).backend
         make_engine = partial(open_engine, path, chosen, **options)
-    return _predict(ray, data, files, make_engine, batch_size, budget, hold, workers)
+    constructor_args = (make_engine, batch_size, budget, hold)
 
+    def rows() -> Rows:
+        with _cluster(ray, workers):
+            count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+            pieces = cut(files, batch_size, count)
+            if not pieces:
+                return
+            with _quiet_logs():
+                dataset = data.from_items(pieces, override_num_blocks=len(pieces))
+                dataset.context.enable_progress_bars = False
+                dataset.context.print_on_execution_start = False
+                dataset.context.execution_options.preserve_order = True
+                answered = _mapped(
+                    dataset,
+                    _Worker,
+                    fn_constructor_args=constructor_args,
+                    batch_size=1,
+                    batch_format="pyarrow",
+                    compute=data.ActorPoolStrategy(size=count),
+                    num_cpus=1,
+                )
+                try:
+                    yield from _in_order(answered, files)
+                except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
+                    raise DataError(
+                        f"a worker of the cluster died, and at {RETRIES} retries again: "
+                        f"{first_line(error)}"
+                    ) from None
 
-def _predict(
-    ray: Any,
-    data: Any,
-    files: Sequence[str | Path],
-    make_engine: Callable[[], Engine],
-    batch_size: int,
-    budget: Budget,
-    hold: bool,
-    workers: int | None,
-) -> Rows:
-    with _cluster(ray, workers):
-        count = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        pieces = cut(files, batch_size, count)
-        if not pieces:
-            return
-        with _quiet_logs():
-            dataset = data.from_items(pieces, override_num_blocks=len(pieces))
-            dataset.context.enable_progress_bars = False
-            dataset.context.print_on_execution_start = False
-            dataset.context.execution_options.preserve_order = True
-            answered = _mapped(
-                dataset,
-                _Worker,
-                fn_constructor_args=(make_engine, batch_size, budget, hold),
-                batch_size=1,
-                batch_format="pyarrow",
-                compute=data.ActorPoolStrategy(size=count),
-                num_cpus=1,
-            )
-            try:
-                yield from _in_order(answered, files)
-            except (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:
-                raise DataError(
-                    f"a worker of the cluster died, and at {RETRIES} retries again: "
-                    f"{first_line(error)}"
-                ) from None
+    return rows()
 
 
 def cut(files: Sequence[str | Path], batch_size: int, workers: int) -> list[dict[str, Any]]:

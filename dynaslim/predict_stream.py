@@ -32,11 +32,12 @@ from dynaslim.predict import (
     Unreadable,
     answers_for,
     picture_of,
+    preprocessing_of,
     read_picture,
     route_names,
 )
 from dynaslim.runtime.adaptive import BudgetControl, Throughput, levels
-from dynaslim.runtime.budget import parse_budget
+from dynaslim.runtime.budget import needed_curve, parse_budget
 
 if TYPE_CHECKING:
     from dynaslim.runtime.engine import Engine
@@ -363,29 +364,18 @@ class Stream:
                 a bound.
         """
         options = StreamOptions() if options is None else options
-        check(
-            engine.preprocessing is not None,
-            "the engine does not say how images are prepared (preprocessing)",
-        )
-        assert engine.preprocessing is not None
         self._engine = engine
-        self._preprocessing = engine.preprocessing
+        self._preprocessing = preprocessing_of(engine)
         self._bound_s = None if options.latency_ms is None else options.latency_ms / 1e3
         self._same = options.same_frame
         self._route_name = route_names(engine)
         self._levels = [options.budget]
         self._costs = [0.0]
         if options.budget is not None or self._bound_s is not None:
-            curve = engine.curve
             setting = f"budget {options.budget!r}"
             if self._bound_s is not None:
                 setting = f"--latency-ms {options.latency_ms:g}"
-            check(
-                curve is not None,
-                f"{setting}: the network has no budget curve; measure one with: "
-                f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT",
-            )
-            assert curve is not None
+            curve = needed_curve(engine.curve, setting)
             if self._bound_s is not None:
                 high = 1.0 if options.budget is None else curve.share_of(options.budget)
                 self._levels = [*levels(curve, curve.points[0].share, high)]
@@ -518,7 +508,6 @@ class StreamSummary:
         self._latencies: Counter[int] = Counter()
 
     def add(self, row: StreamRow | BrokenFrame) -> None:
-        """Count a row."""
         if isinstance(row, BrokenFrame):
             self.broken += 1
             return
@@ -538,7 +527,6 @@ class StreamSummary:
         return math.nan
 
     def line(self, waiting: Waiting) -> str:
-        """One line for a person."""
         parts = [f"{waiting.count} frames: {self.answered} answered"]
         if self.same:
             parts[0] += f" ({self.same} as the one before)"

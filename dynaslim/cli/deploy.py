@@ -187,11 +187,10 @@ def bench(
 
 def _check_named(model: str, *backends: str) -> None:
     """Raise `DynaslimError` for an unknown model or backend; no torch."""
-    from dynaslim.runtime.backends import BACKENDS
+    from dynaslim.runtime.backends import check_backend
 
     for name in backends:
-        known = ("auto", *BACKENDS)
-        check(name in known, f"backend {name!r}: choose from {', '.join(known)}")
+        check_backend(name)
     find_model(model)
 
 

@@ -85,7 +85,7 @@ def predict(
     from dynaslim.predict_stream import StreamOptions
     from dynaslim.predict_tables import ParquetFile, ParquetParts
     from dynaslim.progress import progress
-    from dynaslim.runtime.backends import BACKENDS
+    from dynaslim.runtime.backends import check_backend
     from dynaslim.runtime.budget import parse_budget
 
     # mistakes are found before torch is imported
@@ -99,8 +99,7 @@ def predict(
         top_k == 1 or (parquet is None and engine == "local"),
         f"--top-k {top_k}: --parquet and --engine ray have the likeliest alone",
     )
-    known = ("auto", *BACKENDS)
-    check(backend in known, f"backend {backend!r}: choose from {', '.join(known)}")
+    check_backend(backend)
     if budget is not None:
         parse_budget(budget)
     check(budget is not None or not hold, "--hold: give the budget that is to hold with --budget")
@@ -189,12 +188,7 @@ def predict(
 
 
 def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
-    """Model and images of a command line.
-
-    Raises:
-        UsageError: if there are no images, there is a model too many, or the first path could be
-            either.
-    """
+    """Model and images of a command line."""
     from dynaslim import shipped
 
     first, *others = paths
@@ -218,10 +212,8 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
 
 
 def _is_model(path: str) -> bool:
-    """Whether a path can be nothing but a model: by its suffix, a package, or a run's folder.
-
-    A run's pictures are no images to predict: whoever names a run means its network.
-    """
+    """Whether a path can be nothing but a model: by its suffix, a package, or a run's folder."""
+    # a run's pictures are no images to predict: whoever names a run means its network
     is_folder = is_package(path) or is_saved_folder(path) or bool(run_checkpoints(path))
     return path.endswith(".safetensors") or is_hub_address(path) or is_folder
 
@@ -242,11 +234,7 @@ def _names_images(path: str) -> bool:
 
 
 def _stream_of(paths: list[str], model: str | None) -> tuple[str, str]:
-    """Model and source of frames of a command line.
-
-    Raises:
-        UsageError: if there is not one source, or it is neither a folder nor -.
-    """
+    """Model and source of frames of a command line."""
     from dynaslim import shipped
 
     *models, source = paths
@@ -343,7 +331,6 @@ class _CsvLines:
         self._started = False
 
     def write(self, row: StreamRow) -> None:
-        """A row."""
         values = row.to_dict()
         if not self._started:
             self._writer.writerow(values)
@@ -361,14 +348,12 @@ class _Json:
         self._started = False
 
     def add(self, row: Prediction) -> None:
-        """A row."""
         # nothing before the first row: what fails at once leaves no half of an object
         self._out.write(",\n    " if self._started else '{\n  "images": [\n    ')
         self._started = True
         self._out.write(json_text.dumps(row.to_dict(), allow_nan=False))
 
     def end(self, summary: Summary, totals: dict[str, Any]) -> None:
-        """The rest of the object."""
         self._out.write("\n  ],\n" if self._started else '{\n  "images": [],\n')
         rest = {"unreadable": [one.to_dict() for one in summary.unreadable], **totals}
         self._out.write(json_text.dumps(rest, indent=2, allow_nan=False).removeprefix("{\n") + "\n")
@@ -381,12 +366,10 @@ class _Screen:
         self._rows: list[Prediction] | None = [] if few else None
 
     def add(self, row: Prediction) -> None:
-        """A row, kept if it is one of a few."""
         if self._rows is not None:
             self._rows.append(row)
 
     def end(self, summary: Summary, totals: dict[str, Any]) -> None:
-        """The table, and what it comes to."""
         if self._rows:
             echo(_rows_table(self._rows))
         elif summary.predicted:

@@ -500,6 +500,16 @@ class BudgetCurve:
 _LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
 
 
+def needed_curve(curve: BudgetCurve | None, setting: str) -> BudgetCurve:
+    """A network's curve; raises `UsageError` if it has none, which names what needs it."""
+    if curve is None:
+        raise UsageError(
+            f"{setting}: the network has no budget curve; measure one with: "
+            f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT"
+        )
+    return curve
+
+
 def _cost(point: BudgetPoint, kind: Kind) -> float:
     if kind == "ms":
         assert point.ms is not None, "a timed curve has ms at every point"

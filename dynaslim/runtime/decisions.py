@@ -17,7 +17,7 @@ from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
 from dynaslim.runtime import budget as budgets
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, PathCosts
+from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, PathCosts, needed_curve
 from dynaslim.runtime.escalation import Escalation, EscalationState, Ints, margins
 from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
 from dynaslim.spec import TEACHER_INDEX, Route
@@ -212,11 +212,7 @@ def make_decisions(
         budget.check_fits(spec, mirror=mirror)
         point = budget
     elif budget is not None:
-        if curve is None:
-            raise UsageError(
-                f"budget {budget!r}: the network has no budget curve; measure one with: "
-                f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT"
-            )
+        curve = needed_curve(curve, f"budget {budget!r}")
         point = curve.at(budget, escalate=escalate == "auto")
     if point is not None:
         shift = point.shift

@@ -25,6 +25,7 @@ from dynaslim.runtime.export import (
     run_onnx,
 )
 from dynaslim.runtime.libraries import require
+from dynaslim.runtime.triton import OUTPUTS
 from dynaslim.runtime.variants import VariantSource
 
 VERSION: Final = "1"
@@ -112,20 +113,12 @@ def export_triton(
 
 def _python_config(checkpoint: Checkpoint, name: str) -> str:
     spec, side = checkpoint.net.spec, image_side(checkpoint)
-    outputs = {
-        "logits": ("FP32", spec.num_classes),
-        "label": ("INT64", 1),
-        "confidence": ("FP32", 1),
-        "route": ("STRING", 1),
-        "choices": ("INT64", len(spec.gates)),
-        "madds": ("FP64", 1),
-        "escalated": ("BOOL", 1),
-    }
+    sizes = {"logits": spec.num_classes, "choices": len(spec.gates)}
     labels = "" if checkpoint.class_names is None else f' label_filename: "{_LABELS}"'
     written = ",\n".join(
-        f'  {{ name: "{output}" data_type: TYPE_{kind} dims: [ {size} ]'
-        f"{labels if output == 'logits' else ''} }}"
-        for output, (kind, size) in outputs.items()
+        f'  {{ name: "{output}" data_type: TYPE_{kind.replace("BYTES", "STRING")} '
+        f"dims: [ {sizes.get(output, 1)} ]{labels if output == 'logits' else ''} }}"
+        for output, kind in OUTPUTS.items()
     )
     x = f"data_type: TYPE_FP32 dims: [ {spec.in_channels}, {side}, {side} ]"
     inputs = f'  {{ name: "x" {x} optional: true }}'
@@ -177,11 +170,7 @@ def _model_name(checkpoint: Checkpoint, name: str | None) -> str:
 
 @contextmanager
 def _new_models(root: Path, names: list[str]) -> Iterator[Path]:
-    """A temporary folder whose folders of these names go into the repository at the end.
-
-    Raises:
-        UsageError: if one of them is there already, or `root` is a file.
-    """
+    """A temporary folder whose folders of these names go into the repository at the end."""
     check(not root.is_file(), f"{root}: is a file; name a folder")
     for name in names:
         there = root / name
@@ -215,10 +204,8 @@ def _with_model(path: Path, name: str) -> dict[str, Any]:
 
 
 def _server_file(checkpoint: Checkpoint) -> tuple[bytes, float]:
-    """The single file without optional inputs and of one image size, and its parity error.
-
-    Servers show a model's inputs to clients, and compile a network of known shapes better.
-    """
+    """The single file without optional inputs and of one image size, and its parity error."""
+    # servers show a model's inputs to clients, and compile a network of known shapes better
     onnx = require("onnx")
     content, error = checked_single_file(checkpoint, None)
     model = onnx.load_from_string(content)

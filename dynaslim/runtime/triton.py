@@ -21,6 +21,16 @@ from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.options import RoutedOutput
 
+OUTPUTS: Final = {
+    "logits": "FP32",
+    "label": "INT64",
+    "confidence": "FP32",
+    "route": "BYTES",
+    "choices": "INT64",
+    "madds": "FP64",
+    "escalated": "BOOL",
+}
+"""Names and datatypes of the outputs, in Triton as in the server's Open Inference Protocol."""
 _PARAMETERS: Final = ("budget", "escalate")
 
 

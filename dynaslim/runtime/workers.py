@@ -230,7 +230,6 @@ class Workspaces:
             return Workspace(self._arrays)
 
     def give_back(self, workspace: Workspace) -> None:
-        """For the next call."""
         self._idle.append(workspace)
 
     def of_thread(self) -> Workspace:

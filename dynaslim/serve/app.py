@@ -24,7 +24,7 @@ from dynaslim.model_names import find_model
 from dynaslim.runtime.cache import usable_cores
 from dynaslim.runtime.engine import Engine
 from dynaslim.serve import repository, tracing
-from dynaslim.serve.endpoint import ByModel, no_such_model
+from dynaslim.serve.endpoint import Endpoint, no_such_model
 from dynaslim.serve.http import (
     BodyReader,
     HTTPError,
@@ -36,10 +36,10 @@ from dynaslim.serve.http import (
     path_of,
     unauthorised,
 )
-from dynaslim.serve.inference import EXTENSIONS, InferEndpoint, check_version, describe
+from dynaslim.serve.inference import EXTENSIONS, InferCall, check_version, describe
 from dynaslim.serve.options import ServeOptions
 from dynaslim.serve.pages import File, find_samples, interface_page, web_files
-from dynaslim.serve.predict import PredictEndpoint, model_named
+from dynaslim.serve.predict import PredictCall, model_named
 from dynaslim.serve.schemas import (
     PREDICT_ERRORS,
     RETRY_AFTER,
@@ -179,23 +179,30 @@ def _named(text: str | Path) -> tuple[str | None, str | Path]:
     return name, path
 
 
-def _protected(service: Service, body: type = ErrorBody) -> dict[str, Any]:
-    """Arguments of a protected route that document its token; `_TokenMiddleware` checks it."""
+def _protected(service: Service, body: type = ErrorBody) -> APIRouter:
+    """A router whose routes document their token; `_TokenMiddleware` checks it."""
     if service.options.token is None:
-        return {"responses": {}}
+        return APIRouter()
     bearer = HTTPBearer(scheme_name="token", auto_error=False)
-    return {"dependencies": [Depends(bearer)], "responses": error_responses(401, body=body)}
+    return APIRouter(dependencies=[Depends(bearer)], responses=error_responses(401, body=body))
 
 
 def _not_ready(body: type) -> dict[int | str, dict[str, Any]]:
     return {503: {"model": body, "description": "Not yet, or no more.", "headers": RETRY_AFTER}}
 
 
+def _is_ready(response: Response, service: Service, served: Service | ServedModel) -> bool:
+    """Whether predictions are accepted; if not, the response is a 503."""
+    service.start()
+    if not served.accepting:
+        response.status_code, response.headers["retry-after"] = 503, "2"
+    return served.accepting
+
+
 def _add_predict(app: FastAPI, service: Service) -> None:
     limited = query_parameters(service.options.deadline_ms)
     json_body, form = limited_bodies(service.options.max_images)
     documented = _protected(service)
-    documented["responses"] |= error_responses(404, *PREDICT_ERRORS)
 
     async def predict(
         parameters: Annotated[limited, Query()],  # type: ignore[valid-type]
@@ -203,21 +210,22 @@ def _add_predict(app: FastAPI, service: Service) -> None:
     ) -> None:
         """Results are in the order of the images. Formats are detected from the images' content."""
 
-    by_model = ByModel(service, PredictEndpoint, lambda scope: model_named(scope["query_string"]))
+    endpoint = Endpoint(service, PredictCall, lambda scope: model_named(scope["query_string"]))
     # of two routes with the same path the first one gets the requests; FastAPI documents the other
-    app.router.routes.append(Route(PREDICT, by_model, methods=["POST"]))
-    app.post(
+    app.router.routes.append(Route(PREDICT, endpoint, methods=["POST"]))
+    documented.post(
         PREDICT,
         summary="Classify images.",
         response_model=Prediction,
         response_description="The network's answer.",
+        responses=error_responses(404, *PREDICT_ERRORS),
         openapi_extra={
             "requestBody": {
                 "content": {"multipart/form-data": {"schema": form.model_json_schema()}}
             }
         },
-        **documented,
     )(predict)
+    app.include_router(documented)
 
 
 def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> None:
@@ -229,30 +237,22 @@ def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> Non
 
     @app.get("/readyz", summary="Whether predictions are accepted.", responses=_not_ready(Status))
     async def readyz(response: Response) -> Status:
-        service.start()
-        if service.accepting:
-            return {"status": service.state}
-        response.status_code, response.headers["retry-after"] = 503, "2"
+        _is_ready(response, service, service)
         return {"status": "stopping" if service.stopping else service.state}
 
     protected = _protected(service)
-    protected["responses"][200] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
 
-    @app.get(
+    @protected.get(
         "/metrics",
         summary="Metrics for Prometheus.",
         response_class=Response,  # has no type, so that errors are documented as JSON
         response_description="In Prometheus' text format.",
-        **protected,
+        responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
         return Response(service.metrics_text(), media_type=prometheus_client.CONTENT_TYPE_LATEST)
 
-    @app.get(
-        "/v1/models",
-        summary="The models with their routes, costs, budgets and limits.",
-        **_protected(service),
-    )
+    @protected.get("/v1/models", summary="The models with their routes, costs, budgets and limits.")
     async def models() -> Models:
         found = [
             (one, samples if one.name == service.first else []) for one in service.models.values()
@@ -260,17 +260,13 @@ def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> Non
         options = service.options
         return {"models": [m.info.describe(m.name, m.backend, options, s) for m, s in found]}
 
+    app.include_router(protected)
+
 
 def _add_protocol(app: FastAPI, service: Service) -> None:
     """Add the routes of the Open Inference Protocol."""
     names = [] if service.options.model_folder is not None else list(service.models)
     name_ = Annotated[str, PathParameter(json_schema_extra={"enum": names} if names else None)]
-
-    def is_ready(response: Response, served: Service | ServedModel) -> bool:
-        service.start()
-        if not served.accepting:
-            response.status_code, response.headers["retry-after"] = 503, "2"
-        return served.accepting
 
     @app.get("/v2/health/live", summary="Whether the process is alive.")
     async def live() -> Live:
@@ -282,13 +278,14 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         responses=_not_ready(Ready),
     )
     async def ready(response: Response) -> Ready:
-        return {"ready": is_ready(response, service)}
+        return {"ready": _is_ready(response, service, service)}
 
-    @app.get(
+    protected = _protected(service, ProtocolError)
+
+    @protected.get(
         "/v2",
         summary="The server.",
         response_description="Its name, its version and the protocol's extensions that it has.",
-        **_protected(service, ProtocolError),
     )
     async def server_metadata() -> ServerMetadata:
         return {"name": "dynaslim", "version": __version__, "extensions": EXTENSIONS}
@@ -312,7 +309,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         responses=_not_ready(ModelReady),
     )
     async def model_ready(response: Response, served: found) -> ModelReady:
-        return {"name": served.name, "ready": is_ready(response, served)}
+        return {"name": served.name, "ready": _is_ready(response, service, served)}
 
     binary = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
@@ -336,13 +333,12 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         that is 0, the body is one image. Images' formats are detected from their content.
         """
 
-    endpoint = ByModel(service, InferEndpoint, lambda scope: scope["path_params"]["name"])
+    endpoint = Endpoint(service, InferCall, lambda scope: scope["path_params"]["name"])
     for prefix, shown in ((_MODEL, True), (f"{_MODEL}/versions/{{version}}", False)):
         # before the documented one, as for PREDICT
         app.router.routes.append(Route(f"{prefix}/infer", endpoint, methods=["POST"]))
-        app.include_router(
-            model, prefix=prefix, include_in_schema=shown, **_protected(service, ProtocolError)
-        )
+        protected.include_router(model, prefix=prefix, include_in_schema=shown)
+    app.include_router(protected)
 
 
 def _add_repository(app: FastAPI, service: Service) -> None:
@@ -358,22 +354,23 @@ def _add_repository(app: FastAPI, service: Service) -> None:
             "responses": error_responses(400, 408, 413, 422, *statuses, body=ProtocolError),
         }
 
-    index = _protected(service, ProtocolError)
-    index["responses"] |= documented(IndexRequest)["responses"]
+    protected = _protected(service, ProtocolError)
+
+    @protected.post(
+        "/v2/repository/index",
+        summary="The models that are served; with the admin token also those that can be loaded.",
+        **documented(IndexRequest),
+    )
+    async def repository_index(request: Request) -> list[IndexEntry]:
+        return await repository.index(service, request)
+
+    app.include_router(protected)
     change = {
         "response_class": Response,
         "response_description": "Done.",
         "dependencies": [Depends(HTTPBearer(scheme_name="admin token", auto_error=False))],
         **documented(ChangeRequest, 401, 403, 404, 503),
     }
-
-    @app.post(
-        "/v2/repository/index",
-        summary="The models that are served; with the admin token also those that can be loaded.",
-        **{**documented(IndexRequest), **index},
-    )
-    async def repository_index(request: Request) -> list[IndexEntry]:
-        return await repository.index(service, request)
 
     @app.post("/v2/repository/models/{name}/load", summary="Load a model of the folder.", **change)
     async def load(name: str, request: Request) -> None:  # noqa: ARG001

@@ -19,15 +19,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import InitVar, dataclass, field
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
-from dynaslim.errors import DataError, DynaslimError, UsageError, check
-from dynaslim.predict import likeliest
+from dynaslim.errors import DynaslimError, check
+from dynaslim.predict import Answer, answers_of, preprocessing_of
 from dynaslim.preprocessing import Preprocessing, normalise_pixels
 from dynaslim.runtime.adaptive import Throughput
 from dynaslim.runtime.engine import Engine, Escalate
+from dynaslim.runtime.options import RoutedOutput
 from dynaslim.serve.budgets import Budgets, Setting
 from dynaslim.serve.options import ServeOptions
 
@@ -56,20 +57,6 @@ class StoppingError(DynaslimError):
     """The batcher accepts no more images."""
 
 
-class Answer(NamedTuple):
-    """The network's answer for one image."""
-
-    top: list[tuple[int, float]]
-    """The likeliest classes and their probabilities, in order."""
-    choices: tuple[int, ...]
-    """The width index behind each gate."""
-    madds: float
-    escalated: bool
-    mirrored: bool
-    logits: np.ndarray
-    """(N,) float64."""
-
-
 @dataclass(slots=True, eq=False)
 class WorkItem:
     """The images of one request; they may run in several batches."""
@@ -78,7 +65,8 @@ class WorkItem:
     setting: Setting
     top_k: int
     deadline: float | None
-    on_done: Callable[[WorkItem], None]
+    future: Future[WorkItem] = field(default_factory=Future)
+    """Has the item as its result once it has all its answers, or its error."""
     answers: list[Answer | None] = field(init=False)
     pixels: list[np.ndarray | None] = field(init=False)
     ready: deque[int] = field(default_factory=deque)
@@ -86,8 +74,6 @@ class WorkItem:
     undecoded: int = field(init=False)
     postponed: int = 0
     """Those of the undecoded rows that no batch waits for."""
-    waiting: int = field(init=False)
-    """Rows in the queue, postponed ones left out."""
     missing: int = field(init=False)
     """Rows without an answer."""
     error: BaseException | None = None
@@ -104,57 +90,25 @@ class WorkItem:
 
     def __post_init__(self, rows: int) -> None:
         self.answers, self.pixels = [None] * rows, [None] * rows
-        self.undecoded = self.waiting = self.missing = rows
+        self.undecoded = self.missing = rows
+        self.future.set_running_or_notify_cancel()  # from now on its holder cannot cancel it
 
     @property
     def done(self) -> bool:
         """Whether it has all its answers, has failed, or was cancelled."""
         return self.missing == 0
 
-
-@dataclass(frozen=True)
-class BatchReport:
-    """One batch, for the metrics."""
-
-    rows: int
-    seconds: float
-    """Time in the engine."""
-    choices: np.ndarray
-    """(B, G) int64."""
-    madds: np.ndarray
-    """(B,)."""
-    escalated: int
-    """Rows that escalated."""
-    mirrored: int
-    """Those of them whose mirror image ran too."""
-    expected_madds: float | None = None
-    """Mean cost of a row at the batch's budget by the curve; None without a budget."""
+    def resolve(self) -> None:
+        """Hand the item over to who waits for it; without the batcher's lock."""
+        if self.error is None:
+            self.future.set_result(self)
+        else:
+            self.future.set_exception(self.error)
 
 
 Batch = tuple[Setting, list[tuple[WorkItem, int]], list[np.ndarray]]
-
-
-def answers_of(output: Any, top_k: int) -> list[Answer]:
-    """The rows of a `RoutedOutput`, each with its likeliest classes.
-
-    Raises:
-        DataError: if logits are not finite.
-    """
-    logits_BN = np.asarray(output.logits, np.float64)
-    if not np.isfinite(logits_BN).all():
-        raise DataError("the network's output is not finite; its weights are damaged")
-    return [
-        Answer(top, tuple(choices), *rest)
-        for top, choices, *rest in zip(
-            likeliest(logits_BN, top_k),
-            np.asarray(output.routes).tolist(),
-            np.asarray(output.madds).tolist(),
-            np.asarray(output.escalated).tolist(),
-            np.asarray(output.mirrored).tolist(),
-            logits_BN,
-            strict=True,
-        )
-    ]
+OnBatch = Callable[[RoutedOutput, Setting, float], None]
+"""Gets what the engine answered for a batch, the batch's setting, and the seconds that it took."""
 
 
 def inputs_of(rows: Sequence[np.ndarray], preprocessing: Preprocessing) -> np.ndarray:
@@ -200,7 +154,7 @@ class Batcher:
         engine: Engine,
         options: ServeOptions | None = None,
         *,
-        on_batch: Callable[[BatchReport], None] | None = None,
+        on_batch: OnBatch | None = None,
         clock: Callable[[], float] = time.monotonic,
         turns: AbstractContextManager[object] | None = None,
     ) -> None:
@@ -210,10 +164,8 @@ class Batcher:
             UsageError: if the engine has no preprocessing, or lacks the options' budgets.
         """
         self.options = ServeOptions() if options is None else options
-        if engine.preprocessing is None:
-            raise UsageError("the engine does not say how images are prepared (preprocessing)")
         self._engine = engine
-        self._preprocessing = engine.preprocessing
+        self.preprocessing = preprocessing_of(engine)
         self._clock = clock
         self.budgets = Budgets(engine.curve, self.options, clock())
         self._on_batch = on_batch
@@ -226,9 +178,9 @@ class Batcher:
         self._ready: deque[WorkItem] = deque()
         """Items with decoded rows, in the order in which they got their first."""
         self._ready_rows = 0
+        """Decoded rows in the queue."""
         self._decoding = 0
-        self._waiting = 0
-        """Rows in the queue, decoded or about to be."""
+        """Rows in the queue that are about to be decoded."""
         self._postponed = 0
         """Rows of large images: in the queue, but no batch waits for them."""
         self._running = 0
@@ -253,8 +205,9 @@ class Batcher:
     ) -> Future[WorkItem]:
         """Queue images, each uint8 (C, S, S) as `decode_image` returns them, or float32 normalised.
 
-        The future's result has their `answers` in order. It fails with `DeadlineError` if they have
-        not been run after `deadline_s` seconds, or with the error of the engine.
+        The future's result has their `answers` in order; it cannot be cancelled. It fails with
+        `DeadlineError` if they have not been run after `deadline_s` seconds, or with the error of
+        the engine.
 
         Raises:
             UsageError: for pixels of another shape or not finite, no images, or a budget that the
@@ -262,7 +215,7 @@ class Batcher:
             QueueFullError: if there is no room, or the wait would be longer than the deadline.
             StoppingError: if the batcher accepts no more images.
         """
-        side, channels = self._preprocessing.image_size_px, self._preprocessing.channels
+        side, channels = self.preprocessing.image_size_px, self.preprocessing.channels
         for one in pixels:
             check(
                 one.dtype in (np.uint8, np.float32) and one.shape == (channels, side, side),
@@ -271,46 +224,28 @@ class Batcher:
             )
             check(one.dtype == np.uint8 or bool(np.isfinite(one).all()), "pixels: must be finite")
         check(bool(pixels), "no images: give at least one")
-        future: Future[WorkItem] = Future()
-
-        def deliver(item: WorkItem) -> None:
-            if item.error is None:
-                future.set_result(item)
-            else:
-                future.set_exception(item.error)
-
         item = self.admit(
             len(pixels),
             self.budgets.setting(budget, escalate),
             top_k=top_k,
             deadline=None if deadline_s is None else self._clock() + deadline_s,
-            on_done=deliver,
         )
         for row, one in enumerate(pixels):
             self.put(item, row, one)
-        return future
+        return item.future
 
-    def admit(
-        self,
-        rows: int,
-        setting: Setting,
-        *,
-        top_k: int,
-        deadline: float | None,
-        on_done: Callable[[WorkItem], None],
-    ) -> WorkItem:
-        """Reserve room for rows that will be `put`; `on_done` is called once, from any thread.
-
-        Raises:
-            QueueFullError, StoppingError: as `submit`.
-        """
+    def admit(self, rows: int, setting: Setting, *, top_k: int, deadline: float | None) -> WorkItem:
+        """Reserve room for rows that will be `put`; raises errors as `submit`."""
         with self._changed:
             self._check_room(rows, deadline)
-            if not self._waiting + self._running:
-                self._busy_since = self._clock()
-            self._waiting += rows
-            self._decoding += rows
-            return WorkItem(rows, setting, top_k, deadline, on_done)
+            self._expect(rows)
+            return WorkItem(rows, setting, top_k, deadline)
+
+    def _expect(self, rows: int) -> None:
+        """Count rows that are about to be decoded."""
+        if not self._unanswered:
+            self._busy_since = self._clock()
+        self._decoding += rows
 
     def check_room(self, deadline: float | None = None) -> None:
         """Raise what `admit` would for one row."""
@@ -327,7 +262,7 @@ class Batcher:
                 f"later",
                 self.throughput.seconds_for(over),
             )
-        ahead = self._waiting + self._running
+        ahead = self._unanswered
         if deadline is None or not ahead:
             return
         # rows come back in whole batches, which rows of other requests fill up
@@ -342,11 +277,7 @@ class Batcher:
             )
 
     def grow(self, item: WorkItem, rows: int) -> None:
-        """Reserve room for more rows of an item.
-
-        Raises:
-            QueueFullError: if there is none; the item is unchanged.
-        """
+        """Reserve room for more rows of an item; raises `QueueFullError` if there is none."""
         with self._changed:
             if item.done:
                 return
@@ -356,19 +287,15 @@ class Batcher:
                     f"the queue has no room for {len(item.answers) + rows} images; try again later",
                     self.throughput.seconds_for(over),
                 )
-            self._waiting += rows
             self._decoding += rows
             item.undecoded += rows
-            item.waiting += rows
             item.missing += rows
             item.answers += [None] * rows
             item.pixels += [None] * rows
 
     def postpone(self, item: WorkItem) -> None:
-        """Let no batch wait for one image of an item, and no request be refused because of it.
-
-        Raises:
-            QueueFullError: if such images fill their half of the queue already.
+        """Let no batch wait for one image of an item, and no request be refused because of it;
+        raises `QueueFullError` if such images fill their half of the queue already.
         """
         with self._changed:
             if item.done:
@@ -377,8 +304,6 @@ class Batcher:
                 raise QueueFullError("too many large images at once; try again later", 0)
             item.postponed += 1
             self._postponed += 1
-            item.waiting -= 1
-            self._waiting -= 1
             self._decoding -= 1
             if self._idle and not self._decoding:
                 self._changed.notify_all()
@@ -391,13 +316,9 @@ class Batcher:
             if item.done:
                 return
             if postponed:  # from now on a row like any other
-                if not self._waiting + self._running:
-                    self._busy_since = self._clock()
+                self._expect(1)
                 item.postponed -= 1
                 self._postponed -= 1
-                item.waiting += 1
-                self._waiting += 1
-                self._decoding += 1
             if not item.ready:
                 self._ready.append(item)
             item.pixels[row] = pixels_CSS
@@ -420,16 +341,15 @@ class Batcher:
             if item.done:
                 return
             self._drop(item, error)
-        item.on_done(item)
+        item.resolve()
 
     def cancel(self, item: WorkItem) -> None:
-        """End an item that nobody waits for any more; `on_done` is not called."""
+        """End an item that nobody waits for any more."""
         with self._changed:
             if not item.done:
                 self._drop(item, None)
 
     def _drop(self, item: WorkItem, error: BaseException | None) -> None:
-        self._waiting -= item.waiting
         self._decoding -= item.undecoded - item.postponed
         self._postponed -= item.postponed
         self._ready_rows -= len(item.ready)
@@ -438,7 +358,7 @@ class Batcher:
             item.ready.clear()
         item.pixels.clear()
         item.error = error
-        item.waiting = item.undecoded = item.postponed = item.missing = 0
+        item.undecoded = item.postponed = item.missing = 0
         if self._idle and not self._decoding:
             self._changed.notify_all()
 
@@ -447,12 +367,17 @@ class Batcher:
     @property
     def waiting(self) -> int:
         """Images in the queue, including those that are being decoded."""
-        return self._waiting + self._postponed
+        return self._decoding + self._ready_rows + self._postponed
+
+    @property
+    def _unanswered(self) -> int:
+        """Rows in the queue or in the engine, postponed ones left out."""
+        return self._decoding + self._ready_rows + self._running
 
     @property
     def expected_wait_s(self) -> float:
         """How long an image that comes now will wait, by the recent throughput."""
-        return self.throughput.seconds_for(self._waiting + self._running)
+        return self.throughput.seconds_for(self._unanswered)
 
     @property
     def budget(self) -> Setting:
@@ -516,34 +441,29 @@ class Batcher:
     def _wait(self) -> bool:
         """Wait until a batch may run; false after `close`."""
         longest = self.options.max_wait_ms / 1000
+        until: float | None = None
         while True:
-            late: list[WorkItem] = []
-            try:
-                with self._changed:
-                    until: float | None = None
-                    while True:
-                        now = self._clock()
-                        late = self._expired(now)
-                        if late:
-                            break
-                        if self._ready:
-                            if (
-                                not self._decoding
-                                or self._ready_rows >= self._batch_rows()
-                                or (until is not None and now >= until)
-                            ):
-                                return True
-                            until = now + longest if until is None else until
-                        elif self._closed and not self.waiting:
-                            return False
-                        else:
-                            until = None
-                        self._idle = True
-                        self._changed.wait(None if until is None else max(0.0, until - now))
-                        self._idle = False
-            finally:
-                for item in late:
-                    item.on_done(item)
+            with self._changed:
+                now = self._clock()
+                late = self._expired(now)
+                if not late:
+                    if self._ready:
+                        if (
+                            not self._decoding
+                            or self._ready_rows >= self._batch_rows()
+                            or (until is not None and now >= until)
+                        ):
+                            return True
+                        until = now + longest if until is None else until
+                    elif self._closed and not self.waiting:
+                        return False
+                    else:
+                        until = None
+                    self._idle = True
+                    self._changed.wait(None if until is None else max(0.0, until - now))
+                    self._idle = False
+            for item in late:
+                item.resolve()
 
     def _expired(self, now: float) -> list[WorkItem]:
         late = [j for j in self._ready if j.deadline is not None and j.deadline <= now]
@@ -558,7 +478,7 @@ class Batcher:
             late = self._expired(now)
             batch = self._pick(now) if self._ready else None
         for item in late:
-            item.on_done(item)
+            item.resolve()
         return batch
 
     def _pick(self, now: float) -> Batch:
@@ -582,7 +502,6 @@ class Batcher:
                 assert one is not None, "a ready row has its pixels"
                 pixels.append(one)
                 item.pixels[row] = None
-                item.waiting -= 1
             item.started = now
             item.used = own.used
             if item.ready:
@@ -590,7 +509,6 @@ class Batcher:
         self._ready.extendleft(reversed(left))
         for item in dict.fromkeys(item for item, _ in members):
             item.batch_size = max(item.batch_size, len(members))
-        self._waiting -= len(members)
         self._ready_rows -= len(members)
         self._running = len(members)
         return setting, members, pixels
@@ -603,7 +521,7 @@ class Batcher:
         waited_s: float,
     ) -> None:
         start = self._clock()
-        x_BCSS = inputs_of(pixels, self._preprocessing)
+        x_BCSS = inputs_of(pixels, self.preprocessing)
         if setting.hold:
             output = self._engine(x_BCSS, budget=setting.used, escalate=setting.escalate, hold=True)
         else:
@@ -622,15 +540,6 @@ class Batcher:
                 if not item.missing:
                     done.append(item)
         for item in done:
-            item.on_done(item)
+            item.resolve()
         if self._on_batch is not None:
-            report = BatchReport(
-                len(members),
-                now - start,
-                np.asarray(output.routes),
-                np.asarray(output.madds),
-                int(np.count_nonzero(output.escalated)),
-                int(np.count_nonzero(output.mirrored)),
-                expected_madds=None if setting.point is None else setting.point.madds,
-            )
-            self._on_batch(report)
+            self._on_batch(output, setting, now - start)

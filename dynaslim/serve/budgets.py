@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from dynaslim.errors import UsageError, check
+from dynaslim.errors import check
 from dynaslim.runtime.adaptive import BudgetControl, levels
-from dynaslim.runtime.budget import ROUNDING, BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget import ROUNDING, BudgetCurve, BudgetPoint, needed_curve
 from dynaslim.runtime.engine import Escalate
 from dynaslim.serve.options import ServeOptions
 
@@ -37,11 +37,8 @@ class Budgets:
     """The budgets of a network, fixed or adaptive."""
 
     def __init__(self, curve: BudgetCurve | None, options: ServeOptions, now: float) -> None:
-        """Check the options against the curve.
-
-        Raises:
-            UsageError: for a budget, fixed or adaptive, without a budget curve, or for a range that
-                holds fewer than two points of the curve.
+        """Raise `UsageError` for a budget, fixed or adaptive, without a curve, or for a range that
+        holds fewer than two points of it.
         """
         self._curve = curve
         self._default = options.budget
@@ -49,12 +46,7 @@ class Budgets:
         self._levels: list[str] = []
         self._control: BudgetControl | None = None
         if options.adaptive_budget is not None:
-            check(
-                curve is not None,
-                f"--adaptive-budget {options.adaptive_budget}: the network has no budget curve; "
-                f"measure one with: dynaslim calibrate-budget CHECKPOINT --data HELD_OUT",
-            )
-            assert curve is not None
+            curve = needed_curve(curve, f"--adaptive-budget {options.adaptive_budget}")
             self._levels = levels(curve, *options.adaptive_range())
             check(
                 len(self._levels) > 1,
@@ -75,15 +67,11 @@ class Budgets:
         requested = self._default if budget is None else budget
         if requested is None:
             return Setting(None, escalate)
-        if self._curve is None:
-            raise UsageError(
-                f"budget {requested!r}: the network has no budget curve; measure one with: "
-                f"dynaslim calibrate-budget CHECKPOINT --data HELD_OUT"
-            )
-        point = self._curve.at(requested, escalate=escalate == "auto")
-        lowest = self._curve.points[0].share
+        curve = needed_curve(self._curve, f"budget {requested!r}")
+        point = curve.at(requested, escalate=escalate == "auto")
+        lowest = curve.points[0].share
         check(
-            not self._hold or self._curve.share_of(requested) >= lowest * (1 - ROUNDING),
+            not self._hold or curve.share_of(requested) >= lowest * (1 - ROUNDING),
             f"budget {requested}: cannot hold, as every image costs at least {lowest:.3g} of the "
             f"widest route's multiply-adds",
         )

@@ -110,11 +110,7 @@ class Decoder:
             raise _damaged(error.reason) from None
 
     def cost(self, content: bytes) -> DecodingCost:
-        """The cost of decoding an image.
-
-        Raises:
-            ImageError: for images that are damaged, too large, or of other formats.
-        """
+        """Raises `ImageError` for images that are damaged, too large, or of other formats."""
         if not content:
             raise ImageError("image_unreadable", "the image is empty")
         try:
@@ -181,8 +177,6 @@ def _damaged(reason: str) -> ImageError:
 
 
 class DecodingTask(NamedTuple):
-    """An image to decode."""
-
     cost: DecodingCost
     content: bytes
     preprocessing: Preprocessing
@@ -210,7 +204,6 @@ class DecodingPool:
             thread.start()
 
     def put(self, task: DecodingTask) -> None:
-        """Queue an image."""
         with self._changed:
             self._tasks.append(task)
             self._tasks.sort(key=lambda task: task.cost.work)
@@ -312,7 +305,6 @@ class _Process:
         return np.frombuffer(rest, np.uint8).reshape(how.channels, side, side)
 
     def end(self) -> None:
-        """Kill the process."""
         self._process.kill()
         self._process.wait()
         self._connection.close()

@@ -1,4 +1,4 @@
-"""What the endpoints that predict have in common, as ASGI applications.
+"""What the routes that predict have in common, as ASGI applications.
 
 FastAPI documents them (`app`), but does not parse their requests: a body is read only if the queue
 has room, within limits and before the deadline, and the rest of a refused body after the answer.
@@ -7,7 +7,6 @@ has room, within limits and before the deadline, and the rest of a refused body 
 from __future__ import annotations
 
 import asyncio
-import functools
 import json
 import logging
 import sys
@@ -88,7 +87,61 @@ def _loop_time(when: float) -> float:
     return asyncio.get_running_loop().time() + when - time.monotonic()
 
 
-# -- the endpoint ---------------------------------------------------------------------------------
+# -- requests -------------------------------------------------------------------------------------
+
+
+class Endpoint:
+    """A route whose requests are predictions by the model that each names."""
+
+    def __init__(
+        self,
+        service: Service,
+        kind: type[Call],
+        name_of: Callable[[dict[str, Any]], str | None],
+    ) -> None:
+        """`name_of` finds the model's name in a scope; None stands for the first model."""
+        self._service, self._kind, self._name_of = service, kind, name_of
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        service = self._service
+        reader = BodyReader(scope, service.options.body_bytes, service.buffers)
+        name = self._name_of(scope)
+        name = service.first if name is None else name
+        model = service.models.get(name)
+        if model is None:
+            if (first := service.models.get(service.first)) is not None:
+                first.metrics.request(404, 0)
+            with suppress(ClientDisconnect):
+                await reader.refuse(no_such_model(service, name), receive, send)
+            return
+        loop = asyncio.get_running_loop()
+        if self._loop is not loop:
+            self._loop, self._lag = loop, Lag(loop)
+        service.lag_s = self._lag.request()
+        began = time.monotonic() - service.lag_s
+        call = self._kind(model, scope, receive, reader, began)
+        status, images = _CLIENT_GONE, 0
+        accepted = model.accepting  # a refused request does not delay the server's stop
+        service.in_flight += accepted
+        try:
+            call.check_accepting()
+            images, body, headers = await call.answer()
+            status = 200
+            await send_bytes(send, 200, body, headers)
+        except HTTPError as error:
+            status = await call.refuse(error, send)
+        except ClientDisconnect:
+            pass
+        except Exception as error:
+            _log.exception("a prediction failed")
+            status = await call.refuse(internal_error(error), send)
+        finally:
+            reader.release()
+            service.in_flight -= accepted
+            model.metrics.request(status, time.monotonic() - began)
+            if service.options.access_log:
+                log_access(scope["path"], status, began, images)
 
 
 class Reply(NamedTuple):
@@ -100,66 +153,40 @@ class Reply(NamedTuple):
     headers: Headers
 
 
-class Endpoint(ABC):
-    """An endpoint of one model."""
+class Call(ABC):
+    """A request for a prediction."""
 
-    def __init__(self, model: ServedModel) -> None:
+    def __init__(
+        self,
+        model: ServedModel,
+        scope: dict[str, Any],
+        receive: Receive,
+        reader: BodyReader,
+        began: float,
+    ) -> None:
+        """`began` is a time of `time.monotonic`."""
         self._model = model
         self._service = model.service
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request, and count it."""
-        service, model = self._service, self._model
-        loop = asyncio.get_running_loop()
-        if self._loop is not loop:
-            self._loop, self._lag = loop, Lag(loop)
-        service.lag_s = self._lag.request()
-        began = time.monotonic() - service.lag_s
-        reader = BodyReader(scope, service.options.body_bytes, service.buffers)
-        status, images = _CLIENT_GONE, 0
-        accepted = model.accepting  # a refused request does not delay the server's stop
-        service.in_flight += accepted
-        try:
-            self._check_accepting()
-            images, body, headers = await self._respond(scope, receive, reader, began)
-            status = 200
-            await send_bytes(send, 200, body, headers)
-        except HTTPError as error:
-            status = await self._refuse(error, reader, receive, send)
-        except ClientDisconnect:
-            pass
-        except Exception as error:
-            _log.exception("a prediction failed")
-            status = await self._refuse(internal_error(error), reader, receive, send)
-        finally:
-            reader.release()
-            service.in_flight -= accepted
-            model.metrics.request(status, time.monotonic() - began)
-            if service.options.access_log:
-                log_access(scope["path"], status, began, images)
+        self._scope = scope
+        self._receive = receive
+        self._reader = reader
+        self._began = began
 
     @abstractmethod
-    async def _respond(
-        self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
-    ) -> Reply:
-        """The answer to a request that began at a time of `time.monotonic`.
+    async def answer(self) -> Reply:
+        """The answer; raises `HTTPError` if the request is refused."""
 
-        Raises:
-            HTTPError: for a request that is refused.
-        """
-
-    async def _refuse(
-        self, error: HTTPError, reader: BodyReader, receive: Receive, send: Send
-    ) -> int:
+    async def refuse(self, error: HTTPError, send: Send) -> int:
+        """Send and count an error; returns the status."""
         self._model.metrics.error(error.status, error.code)
         try:
-            await reader.refuse(error, receive, send, close=self._service.stopping)
+            await self._reader.refuse(error, self._receive, send, close=self._service.stopping)
         except ClientDisconnect:
             return _CLIENT_GONE
         return error.status
 
-    def _check_accepting(self) -> None:
+    def check_accepting(self) -> None:
+        """Raise `HTTPError` if the model accepts no predictions."""
         service, model = self._service, self._model
         if model.accepting:
             return
@@ -189,15 +216,13 @@ class Endpoint(ABC):
         except UsageError as error:
             raise HTTPError(422, "bad_parameter", str(error)) from None
 
-    async def _read(
-        self, reader: BodyReader, receive: Receive, began: float, deadline_ms: float
-    ) -> bytes:
+    async def _read(self, deadline_ms: float) -> bytes:
         """The body, if the queue has room."""
-        deadline = _deadline(began, deadline_ms)
+        deadline = self._deadline(deadline_ms)
         try:
             self._model.batcher.check_room(deadline)
             async with asyncio.timeout_at(_loop_time(deadline)):
-                return await reader.read(receive)
+                return await self._reader.read(self._receive)
         except TimeoutError:
             raise HTTPError(408, "body_late", "the body did not arrive in time") from None
         except (QueueFullError, StoppingError) as error:
@@ -208,36 +233,33 @@ class Endpoint(ABC):
         rows: int,
         parameters: PredictParameters,
         setting: Setting,
-        began: float,
-        receive: Receive,
         start: Callable[[WorkItem], object],
     ) -> WorkItem:
         """Queue rows, `start` handing them in, and wait for their answers."""
-        batcher, deadline = self._model.batcher, _deadline(began, parameters.deadline_ms)
-        item: WorkItem | None = None
+        batcher, deadline = self._model.batcher, self._deadline(parameters.deadline_ms)
+        top_k = min(parameters.top_k, self._model.engine.spec.num_classes)
         try:
-            loop = asyncio.get_running_loop()
-            future: asyncio.Future[WorkItem] = loop.create_future()
-            item = batcher.admit(
-                rows,
-                setting,
-                top_k=min(parameters.top_k, self._model.engine.spec.num_classes),
-                deadline=deadline,
-                on_done=functools.partial(_deliver, loop, future),
-            )
-            start(item)
-            answered = await _wait(future, receive, deadline)
-            if self._service.tracer is not None:
-                tracing.record(self._service.tracer, self._model.name, answered)
-            return answered
-        except BaseException as error:
-            if item is not None:
-                batcher.cancel(item)
-            if isinstance(error, QueueFullError | StoppingError):
-                raise self._unavailable(error) from None
-            if isinstance(error, DeadlineError | TimeoutError):
-                raise _late(parameters.deadline_ms) from None
-            raise
+            item = batcher.admit(rows, setting, top_k=top_k, deadline=deadline)
+            try:
+                start(item)
+                async with asyncio.timeout_at(_loop_time(deadline)):
+                    await _wait(item, self._receive)
+            finally:
+                batcher.cancel(item)  # of no effect once it has its answers
+        except (QueueFullError, StoppingError) as error:
+            raise self._unavailable(error) from None
+        except (DeadlineError, TimeoutError):
+            raise _late(parameters.deadline_ms) from None
+        if self._service.tracer is not None:
+            tracing.record(self._service.tracer, self._model.name, item)
+        return item
+
+    def _deadline(self, deadline_ms: float) -> float:
+        """The deadline, unless it passed while the request waited for the event loop."""
+        deadline = self._began + deadline_ms / 1000
+        if time.monotonic() > deadline:
+            raise _late(deadline_ms)
+        return deadline
 
     # -- in a decoder's thread ----------------------------------------------------------------
 
@@ -252,10 +274,15 @@ class Endpoint(ABC):
                 batcher.put(item, row, decoder(content))
                 return
             batcher.postpone(item)
-            deliver = functools.partial(self._hand_in, item, row)
-            how = decoder.preprocessing
-            task = DecodingTask(cost, content, how, lambda: not item.done, deliver)
-            self._service.large.put(task)
+            self._service.large.put(
+                DecodingTask(
+                    cost,
+                    content,
+                    decoder.preprocessing,
+                    wanted=lambda: not item.done,
+                    deliver=lambda result: self._hand_in(item, row, result),
+                )
+            )
         except Exception as error:
             self._hand_in(item, row, error)
 
@@ -268,37 +295,6 @@ class Endpoint(ABC):
             status = _IMAGE_ERRORS[result.code]
             result = HTTPError(status, result.code, str(result), image=row)
         self._model.batcher.fail(item, result)
-
-
-class ByModel:
-    """An endpoint for all models: hands a request to that of the model which it names."""
-
-    def __init__(
-        self,
-        service: Service,
-        kind: type[Endpoint],
-        name_of: Callable[[dict[str, Any]], str | None],
-    ) -> None:
-        """`name_of` finds the name in a scope; None stands for the first model."""
-        self._service, self._kind, self._name_of = service, kind, name_of
-
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        service = self._service
-        name = self._name_of(scope)
-        name = service.first if name is None else name
-        model = service.models.get(name)
-        if model is None:
-            if (first := service.models.get(service.first)) is not None:
-                first.metrics.request(404, 0)
-            reader = BodyReader(scope, service.options.body_bytes, service.buffers)
-            with suppress(ClientDisconnect):
-                await reader.refuse(no_such_model(service, name), receive, send)
-            return
-        endpoint = model.endpoints.get(self._kind)
-        if endpoint is None:
-            endpoint = model.endpoints[self._kind] = self._kind(model)
-        await endpoint(scope, receive, send)
 
 
 def no_such_model(service: Service, name: str) -> HTTPError:
@@ -317,64 +313,27 @@ def bad_parameter(message: str) -> HTTPError:
     return HTTPError(422, "bad_parameter", message)
 
 
-def _deadline(began: float, deadline_ms: float) -> float:
-    """The deadline by `time.monotonic`, unless it passed while the request waited for the loop."""
-    deadline = began + deadline_ms / 1000
-    if time.monotonic() > deadline:
-        raise _late(deadline_ms)
-    return deadline
-
-
 def _late(deadline_ms: float) -> HTTPError:
     return HTTPError(504, "deadline", f"no answer within {deadline_ms:g} ms")
 
 
-def _deliver(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future[WorkItem], item: WorkItem
-) -> None:
-    """Resolve a future with a finished item, from any thread."""
-
-    def resolve() -> None:
-        if future.done():
-            return
-        if item.error is None:
-            future.set_result(item)
-        else:
-            future.set_exception(item.error)
-
-    with suppress(RuntimeError):  # the loop is closed, and nobody waits
-        loop.call_soon_threadsafe(resolve)
-
-
-async def _wait(future: asyncio.Future[WorkItem], receive: Receive, deadline: float) -> WorkItem:
-    """The item when it is done.
-
-    Raises:
-        TimeoutError: at the deadline.
-        ClientDisconnect: when the client disconnects.
-        Exception: the error of the item.
-    """
-    loop = asyncio.get_running_loop()
-    watch: list[asyncio.Task[None]] = []
-
-    def give_up(error: Exception) -> None:
-        if not future.done():
-            future.set_exception(error)
-
-    async def watch_client() -> None:
-        # after the body, the only message is that the client disconnected
-        if (await receive())["type"] == "http.disconnect":
-            give_up(ClientDisconnect())
-
-    late = loop.call_at(_loop_time(deadline), give_up, TimeoutError())
-    slow = loop.call_later(WATCH_AFTER_S, lambda: watch.append(loop.create_task(watch_client())))
+async def _wait(item: WorkItem, receive: Receive) -> None:
+    """Wait until an item has its answers; raises its error, or `ClientDisconnect`."""
+    answered = asyncio.wrap_future(item.future)
+    gone: asyncio.Future[Any] | None = None
     try:
-        return await future
+        await asyncio.wait([answered], timeout=WATCH_AFTER_S)
+        if not answered.done():
+            # after the body, the only message is that the client disconnected
+            gone = asyncio.ensure_future(receive())
+            await asyncio.wait([answered, gone], return_when=asyncio.FIRST_COMPLETED)
+            if not answered.done():
+                raise ClientDisconnect
+        answered.result()
     finally:
-        late.cancel()
-        slow.cancel()
-        for task in watch:
-            task.cancel()
+        answered.cancel()
+        if gone is not None:
+            gone.cancel()
 
 
 def log_access(path: str, status: int, began: float, images: int = 0) -> None:

@@ -6,8 +6,6 @@ Suffixes: B images, C channels, G gates, K likeliest classes, N classes, S side 
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import math
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,14 +15,16 @@ from typing import Any, Final, get_args
 import numpy as np
 from pydantic import ValidationError
 
-from dynaslim.serve.batcher import Answer, WorkItem
-from dynaslim.serve.endpoint import Endpoint, Reply, bad_parameter
+from dynaslim.predict import Answer
+from dynaslim.runtime.triton import OUTPUTS
+from dynaslim.serve.batcher import WorkItem
+from dynaslim.serve.endpoint import Call, Reply, bad_parameter
 from dynaslim.serve.http import (
     ANSWER_HEADERS,
     JSON_HEADERS,
     BodyReader,
     HTTPError,
-    Receive,
+    decode_base64,
     encode_json,
 )
 from dynaslim.serve.schemas import (
@@ -44,16 +44,7 @@ VERSION: Final = "1"
 EXTENSIONS: Final = ["binary_tensor_data", "classification", "parameters", "model_repository"]
 DATATYPES: Final = {"image": "BYTES", "pixels": "UINT8", "x": "FP32"}
 _DTYPES: Final = {"UINT8": np.uint8, "FP32": np.float32}
-_OUTPUTS: Final[dict[OutputName, str]] = {
-    "logits": "FP32",
-    "label": "INT64",
-    "confidence": "FP32",
-    "route": "BYTES",
-    "choices": "INT64",
-    "madds": "FP64",
-    "escalated": "BOOL",
-}
-_NUMPY: Final = {"FP32": "<f4", "INT64": "<i8", "FP64": "<f8", "BOOL": "?"}
+_NUMPY: Final = {"FP32": "<f4", "INT64": "<i8", "FP64": "<f8", "BOOL": "?", "BYTES": "O"}
 _AT_ONCE: Final = 1 << 18
 """Bytes up to which a body is parsed without a thread; longer ones would stop the event loop."""
 _NUMBERS: Final = 1_000_000
@@ -79,7 +70,7 @@ def describe(model: ServedModel) -> ModelMetadata:
         ],
         "outputs": [
             {"name": name, "datatype": kind, "shape": shapes.get(name, [-1])}
-            for name, kind in _OUTPUTS.items()
+            for name, kind in OUTPUTS.items()
         ],
     }
 
@@ -91,25 +82,18 @@ def check_version(path_params: Mapping[str, str]) -> None:
         raise HTTPError(404, "not_found", f"version {version!r:.60}: there is {VERSION}")
 
 
-class InferEndpoint(Endpoint):
-    """The endpoint of one model."""
+class InferCall(Call):
+    """A request to /v2/models/NAME/infer."""
 
-    def __init__(self, model: ServedModel) -> None:
-        super().__init__(model)
-        self._request = infer_request(self._service.options.deadline_ms)
-
-    async def _respond(
-        self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
-    ) -> Reply:
-        check_version(scope["path_params"])
-        _check_type(reader)
-        limit_ms = self._service.options.deadline_ms
-        body = await self._read(reader, receive, began, limit_ms)
+    async def answer(self) -> Reply:
+        check_version(self._scope["path_params"])
+        _check_type(self._reader)
+        body = await self._read(self._service.options.deadline_ms)
         if len(body) <= _AT_ONCE:
-            request, rows = self._parse(body, reader.json_length)
+            request, rows = self._parse(body)
         else:
             request, rows = await asyncio.get_running_loop().run_in_executor(
-                self._service.decoders, self._parse, body, reader.json_length
+                self._service.decoders, self._parse, body
             )
         del body
         parameters = request.parameters
@@ -118,7 +102,7 @@ class InferEndpoint(Endpoint):
             parameters = parameters.model_copy(update={"deadline_ms": deadline_ms})
         setting, count, start = self._setting(parameters), len(rows), partial(self._start, rows)
         del rows
-        item = await self._run(count, parameters, setting, began, receive, start)
+        item = await self._run(count, parameters, setting, start)
         return self._reply(request, item)
 
     def _start(self, rows: Rows, item: WorkItem) -> None:
@@ -130,7 +114,9 @@ class InferEndpoint(Endpoint):
 
     # -- the request --------------------------------------------------------------------------
 
-    def _parse(self, body: bytes, json_length: bytes | None) -> tuple[InferRequest, Rows]:
+    def _parse(self, body: bytes) -> tuple[InferRequest, Rows]:
+        json_length = self._reader.json_length
+        limited = infer_request(self._service.options.deadline_ms)
         if json_length is None:
             length = len(body)
         elif json_length.isdigit() and len(json_length) < 16 and int(json_length) <= len(body):
@@ -141,7 +127,7 @@ class InferEndpoint(Endpoint):
                 f"number of bytes, at most the body's {len(body)}"
             )
         if not length and json_length is not None:  # a body that is an image and nothing else
-            return self._request(inputs=[_ONE_IMAGE]), [body]
+            return limited(inputs=[_ONE_IMAGE]), [body]
         head = body[:length]
         if head.count(b",") > _NUMBERS:
             raise HTTPError(
@@ -150,7 +136,7 @@ class InferEndpoint(Endpoint):
                 f"the JSON has more than {_NUMBERS} values; send tensors in binary form",
             )
         try:
-            request = self._request.model_validate_json(head)
+            request = limited.model_validate_json(head)
         except ValidationError as error:
             raise invalid_body(error) from None
         (tensor,) = request.inputs
@@ -168,8 +154,7 @@ class InferEndpoint(Endpoint):
 
     def _rows(self, tensor: InferInput, binary: memoryview) -> Rows:
         """The images of an input: files, uint8 or float32 (B, C, S, S)."""
-        pre, most = self._model.engine.preprocessing, self._service.options.max_images
-        assert pre is not None, "checked by the batcher"
+        pre, most = self._model.batcher.preprocessing, self._service.options.max_images
         shape, kind = tensor.shape, DATATYPES[tensor.name]
         if tensor.datatype != kind:
             raise _bad(tensor, f"datatype {tensor.datatype}: must be {kind}")
@@ -240,18 +225,13 @@ class InferEndpoint(Endpoint):
         if count is not None:
             kind, values = "BYTES", [self._classified(answer, count) for answer in answers]
         else:
-            kind, values = _OUTPUTS[name], [self._value(name, answer) for answer in answers]
-        if kind == "BYTES":
-            texts = np.array(values, object)
-            shape, flat = list(texts.shape), texts.ravel().tolist()
-        else:
-            array = np.array(values, _NUMPY[kind])
-            shape, flat = list(array.shape), None
-        tensor: OutputTensor = {"name": name, "datatype": kind, "shape": shape}
+            kind, values = OUTPUTS[name], [self._value(name, answer) for answer in answers]
+        array = np.array(values, _NUMPY[kind])
+        tensor: OutputTensor = {"name": name, "datatype": kind, "shape": list(array.shape)}
         if not as_binary:
-            tensor["data"] = array.ravel().tolist() if flat is None else flat
+            tensor["data"] = array.ravel().tolist()
             return tensor, []
-        content = array.tobytes() if flat is None else b"".join(map(_prefixed, flat))
+        content = b"".join(map(_prefixed, array.flat)) if kind == "BYTES" else array.tobytes()
         tensor["parameters"] = {"binary_data_size": len(content)}
         return tensor, [content]
 
@@ -264,7 +244,7 @@ class InferEndpoint(Endpoint):
             case "confidence":
                 return [probability for _, probability in answer.top]
             case "route":
-                return self._model.info.route(answer.choices).name
+                return self._model.info.route(answer.choices).route
             case "choices":
                 return answer.choices
             case "madds":
@@ -344,11 +324,7 @@ def _decoded(tensor: InferInput, data: list[Any]) -> list[bytes]:
     for number, text in enumerate(flat):
         if not isinstance(text, str):
             raise _bad(tensor, f"data {text!r:.40}: must be images in base64")
-        try:
-            files.append(base64.b64decode(text, validate=True))
-        except (binascii.Error, ValueError) as error:
-            message = f"data is not base64: {error}"
-            raise HTTPError(400, "bad_base64", message, image=number) from None
+        files.append(decode_base64(text, number))
     return files
 
 

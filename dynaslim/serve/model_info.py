@@ -7,14 +7,16 @@ import math
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 import numpy as np
 
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.graph import AnySpec, GraphSpec
+from dynaslim.predict import preprocessing_of
 from dynaslim.runtime.adaptive import share_text
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.latency import profile, time_variant
@@ -22,7 +24,7 @@ from dynaslim.runtime.router import Decide
 from dynaslim.serve.options import ServeOptions
 
 if TYPE_CHECKING:
-    from dynaslim.serve.schemas import BudgetRange, Model, SampleLink, Stage
+    from dynaslim.serve.schemas import BudgetRange, Model, SampleLink, Stage, TimedRoute
 
 MOST_ROUTES: Final = 64
 """Up to this number, all routes are listed, and timed one by one."""
@@ -36,28 +38,26 @@ _SPREAD: Final = 2.0
 _PROFILE_ROUNDS: Final = 3
 
 
+@dataclass
 class RouteInfo:
-    """A route of the gates."""
+    """A route of the gates, with the fields of `schemas.TimedRoute`."""
 
-    def __init__(self, spec: AnySpec, choices: tuple[int, ...], madds: float) -> None:
-        route = spec.route_at(choices)
-        self.name = str(route)
-        self.widths = list(route.widths)
-        self.choices = list(choices)
-        """The width index behind each gate."""
-        self.madds = madds
-        self.ms: float | None = None
-        """Time of a single image, measured at the start; None if times were not steady."""
+    route: str
+    widths: list[int]
+    choices: list[int]
+    """The width index behind each gate."""
+    madds: float
+    ms: float | None = None
+    """Time of a single image, measured at the start; None if times were not steady."""
 
 
 class ModelInfo:
     """The routes of a model by their choices, looked up on demand."""
 
     def __init__(self, engine: Engine) -> None:
-        assert engine.preprocessing is not None, "checked by the batcher"
         self._engine = engine
         self.spec = engine.spec
-        self.side = engine.preprocessing.image_size_px
+        self.side = preprocessing_of(engine).image_size_px
         self._table = CostTable.from_madds(self.spec, self.side)
         self.widest_madds = self._table.widest_cost
         self._ms_table: CostTable | None = None
@@ -72,8 +72,9 @@ class ModelInfo:
         """The route with these width indices."""
         known = self._routes.get(choices)
         if known is None:
-            path = self.spec.path_at(choices)
-            known = RouteInfo(self.spec, choices, self._table.route_cost(path))
+            path, route = self.spec.path_at(choices), self.spec.route_at(choices)
+            cost = self._table.route_cost(path)
+            known = RouteInfo(str(route), list(route.widths), list(choices), cost)
             if self._ms_table is not None:
                 known.ms = self._ms_table.route_cost(path)
             self._routes[choices] = known
@@ -152,7 +153,7 @@ class ModelInfo:
         self._trunk_ms = statistics.median(*time_variant(router, trunk, (1,), MEASURE_ROUNDS, rng))
         x = rng.standard_normal(shape, np.float32)
         images = router.backend.arrays.images(x)
-        times: dict[str, list[float]] = {route.name: [] for route in routes}
+        times: dict[str, list[float]] = {route.route: [] for route in routes}
         end = time.perf_counter() + MEASURE_S
         for turn in range(MEASURE_ROUNDS + 1):
             for route in routes:
@@ -160,12 +161,12 @@ class ModelInfo:
                 start = time.perf_counter()
                 router.routed(images, decide, None)
                 if turn:  # the first round runs with cold caches
-                    times[route.name].append((time.perf_counter() - start) * 1e3)
+                    times[route.route].append((time.perf_counter() - start) * 1e3)
             if turn and time.perf_counter() > end:
                 break
         narrow = True
         for route in routes:
-            low, route.ms, high = map(float, np.quantile(times[route.name], (0.25, 0.5, 0.75)))
+            low, route.ms, high = map(float, np.quantile(times[route.route], (0.25, 0.5, 0.75)))
             narrow &= high <= _SPREAD * low
         return narrow and self._rise()
 
@@ -187,16 +188,7 @@ class ModelInfo:
             "image_size_px": self.side,
             "in_channels": spec.in_channels,
             "stages": list(_stages(spec)),
-            "routes": [
-                {
-                    "route": route.name,
-                    "widths": route.widths,
-                    "choices": route.choices,
-                    "madds": route.madds,
-                    "ms": route.ms,
-                }
-                for route in self.listed
-            ],
+            "routes": [cast("TimedRoute", asdict(route)) for route in self.listed],
             "widest": {"madds": self.widest_madds, "ms": self.widest.ms},
             "steady": self.steady,
             "budget": self.budget_range(),

@@ -5,85 +5,70 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from PIL import Image
+from starlette.datastructures import Headers
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from dynaslim.data.decode import is_image_file
 from dynaslim.errors import DataError, check
 from dynaslim.serve.decoding import FORMATS
-from dynaslim.serve.http import Headers, Receive, Send, send_bytes
 
 TYPES: Final = {
     ".html": "text/html; charset=utf-8",
     ".js": "text/javascript; charset=utf-8",
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
-    ".png": "image/png",
-    ".ico": "image/x-icon",
-    ".webmanifest": "application/manifest+json",
-    ".woff2": "font/woff2",
 }
 """Files with other extensions are not served."""
-PAGE_HEADERS: Final[Headers] = (
-    (
-        b"content-security-policy",
-        b"default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; "
-        b"img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
-        b"manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+PAGE_HEADERS: Final = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; "
+        "img-src 'self' blob: data:; media-src 'self' blob:; connect-src 'self'; "
+        "manifest-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
-    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=()"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-)
+    "permissions-policy": "camera=(self), microphone=(), geolocation=()",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
 MOST_SAMPLES: Final = 24
 _SHIPPED: Final = "dynaslim.data.fashion_mnist_mini"
 
 
-class File:
-    """Constant content, as an ASGI endpoint for GET and HEAD."""
+class File(Response):
+    """Constant content, as an ASGI endpoint for GET and HEAD: 304 if the client has it."""
 
     def __init__(self, content: bytes, media_type: str, *, max_age_s: int = 0) -> None:
-        digest = hashlib.sha256(content).hexdigest()[:32]
-        self._content = content
-        self._etag = f'"{digest}"'.encode()
+        self._etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
         # a new version keeps the name, so clients have to revalidate by the ETag
         cache = f"max-age={max_age_s}" if max_age_s else "no-cache"
-        self._headers = [(b"cache-control", cache.encode()), (b"etag", self._etag), *PAGE_HEADERS]
-        self._type = media_type.encode()
+        headers = {"cache-control": cache, "etag": self._etag, **PAGE_HEADERS}
+        super().__init__(content, headers=headers, media_type=media_type)
+        self._unchanged = Response(status_code=304, headers=headers)
 
-    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
-        """Send the content, or 304 if the client has it."""
-        for name, value in scope["headers"]:
-            if name == b"if-none-match" and self._matches(value):
-                await send({"type": "http.response.start", "status": 304, "headers": self._headers})
-                await send({"type": "http.response.body", "body": b""})
-                return
-        headers = [(b"content-type", self._type), *self._headers]
-        await send_bytes(send, 200, self._content, headers)
-
-    def _matches(self, tags: bytes) -> bool:
-        listed = [tag.strip().removeprefix(b"W/") for tag in tags.split(b",")]
-        return self._etag in listed or listed == [b"*"]
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        tags = ",".join(Headers(scope=scope).getlist("if-none-match")).split(",")
+        listed = [tag.strip().removeprefix("W/") for tag in tags]
+        if self._etag in listed or listed == ["*"]:
+            await self._unchanged(scope, receive, send)
+        else:
+            await super().__call__(scope, receive, send)
 
 
 def web_files() -> dict[str, File]:
-    """The files of the page by their path in its folder."""
-    return dict(_files_in(resources.files("dynaslim.serve") / "web", ""))
-
-
-def _files_in(folder: Traversable, prefix: str) -> Iterator[tuple[str, File]]:
-    for entry in folder.iterdir():
-        name = f"{prefix}{entry.name}"
-        if entry.is_dir():
-            yield from _files_in(entry, f"{name}/")
-        elif (media_type := TYPES.get(f".{entry.name.rpartition('.')[2]}")) is not None:
-            yield name, File(entry.read_bytes(), media_type)
+    """The files of the page by their names."""
+    files = {}
+    for entry in (resources.files("dynaslim.serve") / "web").iterdir():
+        media_type = TYPES.get(Path(entry.name).suffix)
+        if media_type is not None:
+            files[entry.name] = File(entry.read_bytes(), media_type)
+    return files
 
 
 # -- samples --------------------------------------------------------------------------------------

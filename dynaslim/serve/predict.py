@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import time
-from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
 from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 
-from dynaslim.serve.batcher import Answer, WorkItem
-from dynaslim.serve.endpoint import Endpoint, Reply, bad_parameter
-from dynaslim.serve.http import (
-    JSON_HEADERS,
-    BodyReader,
-    Receive,
-    encode_json,
-    form_boundary,
-    parse_body,
-)
+from dynaslim.predict import Answer
+from dynaslim.serve.batcher import WorkItem
+from dynaslim.serve.endpoint import Call, Reply, bad_parameter
+from dynaslim.serve.http import JSON_HEADERS, encode_json, form_boundary, parse_body
 from dynaslim.serve.schemas import (
     Prediction,
     QueryParameters,
@@ -28,64 +19,50 @@ from dynaslim.serve.schemas import (
     Upload,
     query_parameters,
 )
-from dynaslim.serve.service import ServedModel
 
 
-@dataclass
-class _Request:
-    """A prediction that is being made."""
+class PredictCall(Call):
+    """A request to /v1/predict."""
 
-    began: float
-    body_read: float
-    uploads: list[Upload] = field(default_factory=list)
+    _uploads: list[Upload]
+    _body_read: float
 
-
-class PredictEndpoint(Endpoint):
-    """The endpoint of one model."""
-
-    def __init__(self, model: ServedModel) -> None:
-        super().__init__(model)
-        parameters = query_parameters(self._service.options.deadline_ms)
-        self._parameters = lru_cache(256)(functools.partial(parse_parameters, parameters))
-
-    async def _respond(
-        self, scope: dict[str, Any], receive: Receive, reader: BodyReader, began: float
-    ) -> Reply:
-        parameters = self._parameters(scope["query_string"])
-        boundary = form_boundary(reader.type)
+    async def answer(self) -> Reply:
+        limited = query_parameters(self._service.options.deadline_ms)
+        parameters = parse_parameters(limited, self._scope["query_string"])
+        boundary = form_boundary(self._reader.type)
         setting = self._setting(parameters)
-        body = await self._read(reader, receive, began, parameters.deadline_ms)
-        request = _Request(began, time.monotonic())
+        body = await self._read(parameters.deadline_ms)
+        self._body_read = time.monotonic()
 
         def start(item: WorkItem) -> None:
             nonlocal body
-            self._service.decoders.submit(self._start, item, request, body, boundary)
+            self._service.decoders.submit(self._start, item, body, boundary)
             body = b""  # freed as soon as it is parsed
 
-        item = await self._run(1, parameters, setting, began, receive, start)
-        answer = self._prediction(request, item)
-        return Reply(len(request.uploads), encode_json(answer), JSON_HEADERS)
+        item = await self._run(1, parameters, setting, start)
+        return Reply(len(self._uploads), encode_json(self._prediction(item)), JSON_HEADERS)
 
-    def _start(self, item: WorkItem, request: _Request, body: bytes, boundary: bytes) -> None:
+    def _start(self, item: WorkItem, body: bytes, boundary: bytes) -> None:
         """Parse a body, decode its first image, and queue the others for any decoder."""
         service, batcher = self._service, self._model.batcher
         try:
             if item.done:
                 return
-            request.uploads = parse_body(body, boundary, service.options.max_images)
-            others = range(1, len(request.uploads))
+            self._uploads = parse_body(body, boundary, service.options.max_images)
+            others = range(1, len(self._uploads))
             if others:
                 batcher.grow(item, len(others))
             for row in others:
-                service.decoders.submit(self._decode, item, _content(request.uploads[row]), row)
+                service.decoders.submit(self._decode, item, _content(self._uploads[row]), row)
         except Exception as error:
             batcher.fail(item, error)
             return
-        self._decode(item, _content(request.uploads[0]), 0)
+        self._decode(item, _content(self._uploads[0]), 0)
 
     # -- the answer ---------------------------------------------------------------------------
 
-    def _prediction(self, request: _Request, item: WorkItem) -> Prediction:
+    def _prediction(self, item: WorkItem) -> Prediction:
         spending = self._model.spending
         now = time.monotonic()
         return {
@@ -94,13 +71,13 @@ class PredictEndpoint(Endpoint):
             "budget_used": item.used,
             "results": [
                 self._result(upload.name, answer)
-                for upload, answer in zip(request.uploads, item.answers, strict=True)
+                for upload, answer in zip(self._uploads, item.answers, strict=True)
             ],
             "timing_ms": {
-                "decode": _ms(item.decoded - request.body_read),
+                "decode": _ms(item.decoded - self._body_read),
                 "queue": _ms(item.started - item.decoded),
                 "engine": _ms(item.finished - item.started),
-                "total": _ms(now - request.began),
+                "total": _ms(now - self._began),
             },
             "batch_size": item.batch_size,
             "cost_ratio": spending.ratio if spending.images else None,
@@ -123,7 +100,7 @@ class PredictEndpoint(Endpoint):
                 }
                 for index, probability in answer.top
             ],
-            "route": route.name,
+            "route": route.route,
             "widths": route.widths,
             "choices": route.choices,
             "escalated": answer.escalated,
@@ -145,12 +122,9 @@ def model_named(query: bytes) -> str | None:
     return dict(pairs).get("model")
 
 
+@lru_cache(256)
 def parse_parameters(model: type[QueryParameters], query: bytes) -> QueryParameters:
-    """The parameters of a URL's query.
-
-    Raises:
-        HTTPError: 422 for a parameter that is unknown, repeated, or has a wrong value.
-    """
+    """The parameters of a URL's query; raises `HTTPError` for one that is not as declared."""
     try:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=100)
     except ValueError:

@@ -7,8 +7,6 @@ cost nothing.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import re
 from functools import cache
 from typing import Annotated, Any, Final, Literal, NotRequired, TypeVar
@@ -123,16 +121,6 @@ FIELD: Final = "images"
 """The only field of a body."""
 
 
-def _decode_base64(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        # base64 in lines is common; any other character outside of its alphabet is an error
-        return base64.b64decode("".join(value.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise ValueError(f"data is not base64: {' '.join(str(error).split())}") from None
-
-
 class Upload(BaseModel):
     """An image of a request."""
 
@@ -141,9 +129,7 @@ class Upload(BaseModel):
     name: InstanceOf[str] | None = None
     """Returned with the result; any string, also one that is not valid Unicode."""
     data: Annotated[
-        InstanceOf[bytes],
-        BeforeValidator(_decode_base64),
-        WithJsonSchema({"type": "string", "format": "byte", "contentEncoding": "base64"}),
+        bytes, WithJsonSchema({"type": "string", "format": "byte", "contentEncoding": "base64"})
     ]
     """The file, base64-encoded."""
 

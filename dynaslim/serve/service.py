@@ -21,8 +21,10 @@ from dynaslim.errors import UsageError, check
 from dynaslim.runtime.adaptive import LEAST_BATCHES
 from dynaslim.runtime.cache import usable_cores
 from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.options import RoutedOutput
 from dynaslim.runtime.spending import Spending
-from dynaslim.serve.batcher import Batcher, BatchReport, StoppingError, Turns
+from dynaslim.serve.batcher import Batcher, StoppingError, Turns
+from dynaslim.serve.budgets import Setting
 from dynaslim.serve.decoding import BYTES_PER_PIXEL, Decoder, DecodingPool
 from dynaslim.serve.model_info import ModelInfo
 from dynaslim.serve.options import MEGABYTE, ServeOptions
@@ -51,11 +53,7 @@ class ServedModel:
     def __init__(
         self, service: Service, name: str, engine: Engine, path: Path | None = None
     ) -> None:
-        """Check the server's options against the model; nothing is compiled yet.
-
-        Raises:
-            UsageError: as `Batcher`.
-        """
+        """Check the server's options against the model, as `Batcher`; nothing is compiled yet."""
         self.service = service
         self.name = name
         self.engine = engine
@@ -66,16 +64,13 @@ class ServedModel:
         """Bytes of the model's files; NaN for an engine that was made elsewhere."""
         self.spending = Spending(last=RECENT)
         """Costs of recent images with a budget, compared with the curve."""
-        assert engine.preprocessing is not None, "checked by the batcher"
-        self.decoder = Decoder(engine.preprocessing, options.max_pixels)
+        self.decoder = Decoder(self.batcher.preprocessing, options.max_pixels)
         self.state: State = "new"
         self.error: Exception | None = None
         """Set if the state is "failed"."""
         self.backend: str | None = None
         """Set when it is ready."""
         self.metrics = Metrics(self)
-        self.endpoints: dict[type, Any] = {}
-        """Those that answer its requests, made at the first one."""
 
     @property
     def accepting(self) -> bool:
@@ -113,10 +108,10 @@ class ServedModel:
         self.state = "unloading"
         self.batcher.close()
 
-    def _count(self, report: BatchReport) -> None:
-        self.metrics.batch(report)
-        if report.expected_madds is not None:
-            self.spending.add(report.madds.tolist(), report.expected_madds)
+    def _count(self, output: RoutedOutput, setting: Setting, seconds: float) -> None:
+        self.metrics.batch(output, seconds)
+        if setting.point is not None:
+            self.spending.add(output.madds.tolist(), setting.point.madds)
 
     @property
     def budget_share(self) -> float:
@@ -140,9 +135,7 @@ class Service:
         places: int = 1,
     ) -> None:
         """Up to `places` batches run at once; `open_model` is for models that are loaded later.
-
-        Raises:
-            UsageError: for two models of one name; as `ServedModel`.
+        Raises `UsageError` for two models of one name, and as `ServedModel`.
         """
         several = len(sources) > 1
         check(
@@ -247,10 +240,8 @@ class Service:
             raise model.error or StoppingError("the server is stopping")
 
     def unload(self, name: str) -> None:
-        """Serve a model no more; returns when all that it has accepted is answered.
-
-        Raises:
-            UsageError: if there is no such model.
+        """Serve a model no more, when all that it has accepted is answered; raises `UsageError` if
+        there is no such model.
         """
         with self._one_change(name, "UNLOADING"):
             model = self.models.get(name)
@@ -261,7 +252,6 @@ class Service:
 
     @contextmanager
     def _one_change(self, name: str, what: Literal["LOADING", "UNLOADING"]) -> Iterator[None]:
-        """One after another."""
         with self._changing:
             self.change = name, what
             try:
@@ -362,22 +352,23 @@ class Metrics:
         if status == 200:
             self._latency.observe(seconds)
 
-    def batch(self, report: BatchReport) -> None:
-        """Count a batch."""
-        self._batches.observe(report.rows)
-        self._engine.inc(report.seconds)
-        spent = float(report.madds.sum())
+    def batch(self, output: RoutedOutput, seconds: float) -> None:
+        """Count a batch, which took so long in the engine."""
+        rows = len(output.madds)
+        self._batches.observe(rows)
+        self._engine.inc(seconds)
+        spent = float(output.madds.sum())
         self._madds.inc(spent)
         # escalated images may cost more than the widest route; a counter must not fall, so the
         # excess is deducted from what later batches save
-        saved = self._model.info.widest_madds * report.rows - spent - self._owed
+        saved = self._model.info.widest_madds * rows - spent - self._owed
         self._saved.inc(max(0.0, saved))
         self._owed = max(0.0, -saved)
-        self._escalated.inc(report.escalated)
-        self._mirrored.inc(report.mirrored)
+        self._escalated.inc(int(output.escalated.sum()))
+        self._mirrored.inc(int(output.mirrored.sum()))
         # numpy's unique rows would take longer than a small network
-        for path, count in Counter(map(tuple, report.choices.tolist())).items():
-            self._images.labels(self._model.info.route(path).name).inc(count)
+        for path, count in Counter(map(tuple, output.routes.tolist())).items():
+            self._images.labels(self._model.info.route(path).route).inc(count)
 
 
 class _ModelMetrics:

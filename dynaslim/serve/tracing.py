@@ -33,9 +33,11 @@ def instrument(app: Any) -> Any:
 def record(tracer: Any, model: str, item: WorkItem) -> None:
     """Spans of an item that has its answers, below that of its request."""
     offset = time.time() - time.monotonic()
-    names = ("model", "images", "batch_size")
-    values = (model, len(item.answers), item.batch_size)
-    attributes = {f"dynaslim.{name}": value for name, value in zip(names, values, strict=True)}
+    attributes = {
+        "dynaslim.model": model,
+        "dynaslim.images": len(item.answers),
+        "dynaslim.batch_size": item.batch_size,
+    }
     times = [round((t + offset) * 1e9) for t in (item.decoded, item.started, item.finished)]
     for name, start, end in zip(("queue", "engine"), times[:-1], times[1:], strict=True):
         tracer.start_span(name, start_time=start, attributes=attributes).end(max(start, end))

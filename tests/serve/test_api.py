@@ -17,8 +17,8 @@ from dynaslim.data.decode import decode_image
 from dynaslim.errors import UsageError
 from dynaslim.predict import predict
 from dynaslim.preprocessing import normalise_pixels
+from dynaslim.runtime.options import RoutedOutput
 from dynaslim.serve import ServeOptions, create_app, model_info
-from dynaslim.serve.batcher import BatchReport
 from dynaslim.serve.budgets import Budgets
 from dynaslim.serve.model_info import ModelInfo
 from dynaslim.serve.pages import find_samples
@@ -582,7 +582,8 @@ def test_what_dear_batches_cost_is_taken_from_what_others_save(engine):
         ([0.9, 0.9], 1.0),
         ([0.5, 0.2], 2.1),
     ):
-        model.metrics.batch(BatchReport(2, 0.1, choices, widest * np.array(shares), 0, 0))
+        madds, nobody = widest * np.array(shares), np.zeros(2, bool)
+        model.metrics.batch(RoutedOutput(None, choices, madds, nobody, nobody), 0.1)
         counted = float(metric(service.metrics_text().decode(), "dynaslim_madds_saved_total"))
         assert counted / widest == pytest.approx(saved)
     service.close()
@@ -716,7 +717,7 @@ def test_before_it_is_ready(held, pictures):
 def test_closing_answers_what_is_still_being_decoded(engine):
     service = create_app(engine, ServeOptions(decoders=1)).state.service
     batcher = service.models["micro"].batcher
-    gate, done = threading.Event(), []
+    gate = threading.Event()
     pixels = np.zeros((3, 16, 16), np.uint8)
 
     def decode_first():
@@ -726,12 +727,12 @@ def test_closing_answers_what_is_still_being_decoded(engine):
         batcher.put(item, 0, pixels)
 
     setting = batcher.budgets.setting(None, "auto")
-    item = batcher.admit(2, setting, top_k=1, deadline=None, on_done=done.append)
+    item = batcher.admit(2, setting, top_k=1, deadline=None)
     service.decoders.submit(decode_first)
     closing = threading.Thread(target=service.close)
     closing.start()
     gate.set()
     closing.join(20)
     assert not closing.is_alive()
-    assert done == [item]
+    assert item.future.result(0) is item
     assert all(item.answers)

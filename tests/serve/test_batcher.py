@@ -9,9 +9,10 @@ import pytest
 from helpers import until
 
 from dynaslim.errors import DataError, UsageError
+from dynaslim.predict import answers_of
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.serve import Batcher, DeadlineError, QueueFullError, ServeOptions, StoppingError
-from dynaslim.serve.batcher import MARGIN, answers_of
+from dynaslim.serve.batcher import MARGIN
 
 PIXELS = np.zeros((3, 4, 4), np.uint8)
 WAIT_S = 10
@@ -96,16 +97,14 @@ def test_images_wait_for_others_that_are_being_decoded(steps):
     engine, make = steps
     batcher = make(max_wait_ms=60_000)
     setting = batcher.budgets.setting(None, "auto")
-    done = []
-    options = {"top_k": 1, "deadline": None, "on_done": done.append}
-    jobs = [batcher.admit(1, setting, **options) for _ in range(2)]
+    jobs = [batcher.admit(1, setting, top_k=1, deadline=None) for _ in range(2)]
     batcher.put(jobs[0], 0, pixels(1))
     assert not engine.entered.acquire(timeout=0.05)
     batcher.put(jobs[1], 0, pixels(2))
     assert engine.entered.acquire(timeout=WAIT_S)
     assert engine.batches == [[1, 2]]
     engine.go.release()
-    until(lambda: len(done) == 2)
+    assert [job.future.result(WAIT_S) for job in jobs] == jobs
 
 
 @pytest.mark.parametrize("how", ["time", "cancelled", "failed", "full"])
@@ -113,8 +112,7 @@ def test_they_wait_only_so_long(steps, how):
     engine, make = steps
     batcher = make(max_wait_ms=20 if how == "time" else 60_000, max_batch=2)
     setting = batcher.budgets.setting(None, "auto")
-    finished = []
-    slow = batcher.admit(1, setting, top_k=1, deadline=None, on_done=finished.append)
+    slow = batcher.admit(1, setting, top_k=1, deadline=None)
     future = batcher.submit([pixels(3)])
     if how == "cancelled":
         batcher.cancel(slow)
@@ -125,7 +123,9 @@ def test_they_wait_only_so_long(steps, how):
     assert engine.entered.acquire(timeout=WAIT_S)
     engine.go.release(2)
     assert classes(future) == [3]
-    assert [str(job.error) for job in finished] == (["no image"] if how == "failed" else [])
+    assert slow.future.done() == (how == "failed")
+    if how == "failed":
+        assert str(slow.future.exception()) == "no image"
     batcher.cancel(slow)
     until(lambda: batcher.waiting == 0)
 
@@ -245,8 +245,7 @@ def test_what_is_cancelled_is_not_run_and_frees_its_room(steps):
     batcher.submit([pixels(1)])
     assert engine.entered.acquire(timeout=WAIT_S)
     setting = batcher.budgets.setting(None, "auto")
-    finished = []
-    job = batcher.admit(2, setting, top_k=1, deadline=None, on_done=finished.append)
+    job = batcher.admit(2, setting, top_k=1, deadline=None)
     batcher.put(job, 0, pixels(2))
     batcher.cancel(job)
     batcher.put(job, 1, pixels(3))  # its decoder could not know
@@ -255,7 +254,16 @@ def test_what_is_cancelled_is_not_run_and_frees_its_room(steps):
     engine.go.release(2)
     assert classes(rest) == [4, 5, 6]
     assert engine.batches == [[1], [4, 5, 6]]
-    assert finished == []
+    assert not job.future.done()
+
+
+def test_a_future_that_its_holder_cancels_stops_no_other(steps):
+    engine, make = steps
+    batcher = make()
+    first, other = batcher.submit([pixels(1)]), batcher.submit([pixels(2)])
+    assert not first.cancel()
+    engine.go.release(2)
+    assert classes(first) + classes(other) == [1, 2]
 
 
 def test_an_error_of_the_engine_is_its_batch_s_alone(steps):
@@ -341,14 +349,14 @@ def test_no_request_waits_for_what_takes_long_to_decode(steps):
     engine.go.release(100)
     now = [0.0]
     batcher = make(lambda: now[0], queue=4, max_wait_ms=60_000)
-    setting, done = batcher.budgets.setting(None, "auto"), []
-    large = batcher.admit(1, setting, top_k=1, deadline=None, on_done=done.append)
+    setting = batcher.budgets.setting(None, "auto")
+    large = batcher.admit(1, setting, top_k=1, deadline=None)
     batcher.postpone(large)
     assert batcher.waiting == 1, "it has its place in the queue"
     assert batcher.submit([PIXELS]).result(WAIT_S).batch_size == 1
     now[0] = 100.0
     batcher.put(large, 0, PIXELS, postponed=True)
-    until(lambda: done)
+    assert large.future.result(WAIT_S) is large
     assert batcher.waiting == 0
     for _ in range(2):
         batcher.submit([PIXELS]).result(WAIT_S)
@@ -361,7 +369,7 @@ def test_what_takes_long_to_decode_has_half_of_the_queue(steps):
     batcher = make(queue=4)
     setting, jobs = batcher.budgets.setting(None, "auto"), []
     for _ in range(3):
-        jobs.append(batcher.admit(1, setting, top_k=1, deadline=None, on_done=lambda _: None))
+        jobs.append(batcher.admit(1, setting, top_k=1, deadline=None))
         if len(jobs) < 3:
             batcher.postpone(jobs[-1])
     with pytest.raises(QueueFullError, match="too many large images"):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any, Final, Protocol
 
-from dynaslim.errors import UsageError
+from dynaslim.errors import UsageError, check
 from dynaslim.runtime.arrays import Array, Arrays
 from dynaslim.runtime.cache import Cache
 from dynaslim.runtime.libraries import installed, require
@@ -123,6 +123,12 @@ SUPPORTED: Final[dict[str, tuple[Precision, ...]]] = {
 """Precisions of each backend: onnxruntime's CPU kernels have no bfloat16 convolution."""
 
 
+def check_backend(name: str) -> None:
+    """Raise `UsageError` if there is no backend of that name."""
+    known = ("auto", *BACKENDS)
+    check(name in known, f"backend {name!r}: choose from {', '.join(known)}")
+
+
 def make_backend(name: str, source: VariantSource, resources: Resources) -> Backend:
     """A backend for a network's variants.
 
@@ -130,8 +136,7 @@ def make_backend(name: str, source: VariantSource, resources: Resources) -> Back
         UsageError: if there is no such backend, its library is not installed (the message is the
             line that installs it), or it does not have the source's precision.
     """
-    if name not in BACKENDS:
-        raise UsageError(f"backend {name!r}: choose from auto, {', '.join(BACKENDS)}")
+    check_backend(name)
     if name not in FROM_PACKAGE and not source.has_modules:
         raise UsageError(
             f"backend {name} runs no packages: choose from auto, {', '.join(FROM_PACKAGE)}"
