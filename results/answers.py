@@ -28,7 +28,6 @@ from dynaslim.runtime.calibrate_budget import PathAnswers
 from dynaslim.runtime.escalation import averaged, margins
 from dynaslim.spec import NetSpec
 from results.plan import static_spec
-from results.policies import sureness
 
 
 @dataclass(frozen=True)
@@ -84,16 +83,11 @@ class Table:
         return float(CostTable.from_madds(self.spec, self.image_size_px).segments[0][0][0])
 
     @cached_property
-    def sure_NR(self) -> npt.NDArray[np.float64]:
+    def sure_NR(self) -> npt.NDArray[np.float32]:
         """The margin of every route's answer."""
-        return sureness(self.logits_NRC)
-
-    @cached_property
-    def mirrored_correct_N(self) -> npt.NDArray[np.bool_] | None:
-        """Whether the widest route is right about the mirror images."""
-        if self.mirrored_NC is None:
-            return None
-        return np.asarray(self.mirrored_NC.argmax(1) == self.labels_N)
+        shape = self.logits_NRC.shape
+        found: npt.NDArray[np.float32] = margins(self.logits_NRC.reshape(-1, shape[2]))
+        return found.reshape(shape[:2])
 
     def route(self, k: int) -> Table:
         """One route alone, as a network of its own would be."""
@@ -113,13 +107,12 @@ class Table:
     @cached_property
     def paths(self) -> PathAnswers:
         """The same as the runtime's own search for budgets takes it."""
-        shape = self.logits_NRC.shape
         return PathAnswers(
             self.spec,
             self.image_size_px,
             (self.gate_logits_NR[None],),
             self.correct_NR,
-            margins(self.logits_NRC.reshape(-1, shape[2])).reshape(shape[:2]),
+            self.sure_NR,
             None
             if self.mirrored_NC is None
             else averaged(self.logits_NRC[:, -1], self.mirrored_NC).argmax(1) == self.labels_N,

@@ -37,6 +37,11 @@ class Cell:
         """The folder of what was trained for it."""
         return RUNS / self.experiment / f"{self.variant}_s{self.seed}"
 
+    @property
+    def checkpoint(self) -> Path:
+        """The network that was trained for it; of gates there is one for each target instead."""
+        return self.run / "last.safetensors"
+
     def __str__(self) -> str:
         return f"{self.experiment}/{self.variant}_s{self.seed}"
 

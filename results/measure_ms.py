@@ -71,7 +71,7 @@ def write_tables(folder: str | None, seed: int) -> None:
     """Milliseconds of every segment of the network of the gate ablation."""
     cell, recipe = Cell("headline", "supernet", seed), plan.cifar10(folder, seed)
     # the backend that routes pictures of this size fastest
-    engine = Engine.from_checkpoint(cell.run / "last.safetensors", backend="onnxruntime")
+    engine = Engine.from_checkpoint(cell.checkpoint, backend="onnxruntime")
     note = {"backend": engine.backend, **hardware()}
     made = profile(engine.router, recipe.data.image_size_px, BATCH, rounds=15, note=note)
     made.write(HERE.parent / plan.LATENCY, engine.spec)
@@ -154,7 +154,7 @@ def _arms(
         for k, choice in enumerate(gate.choices)
     }
     for k in range(WIDTHS if name != "imagenette" else 0):
-        file = Cell("headline", f"static{k}", seed).run / "last.safetensors"
+        file = Cell("headline", f"static{k}", seed).checkpoint
         if file.exists():
             alone = Engine.from_checkpoint(file, backend=backend)
             arms[f"static{k}"] = alone.static(alone.spec.smallest)
