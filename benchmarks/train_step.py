@@ -50,8 +50,7 @@ from dynaslim.nn import SlimNet
 from dynaslim.runs.folder import environment
 from dynaslim.runtime.engine import Engine
 from dynaslim.spec import GateSpec, Route
-from dynaslim.train.sampling import Sandwich, sandwich_routes
-from dynaslim.train.step import parameter_groups, supernet_step
+from dynaslim.train.step import Sandwich, parameter_groups, sandwich_routes, supernet_step
 from dynaslim.train.teacher import make_teacher
 from dynaslim.zoo import get_spec
 

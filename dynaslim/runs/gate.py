@@ -13,7 +13,7 @@ from torch import Tensor
 from dynaslim.checkpoint import Checkpoint, read_prepared, save
 from dynaslim.cost import CostTable, madds
 from dynaslim.cost_file import read_cost_table
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import readable_batches
 from dynaslim.distributed import rank
 from dynaslim.errors import DataError, check
 from dynaslim.evaluation import Evaluation
@@ -170,8 +170,9 @@ class _GateRun:
         holdout: RouteCache | None = None
         validation = self.data.validation
         if validation is not None:
-            with progress("caching held-out", len(validation)) as bar:
-                holdout = self._cache(self._held_out(bar), None)
+            images = readable_batches(validation, self.data.preprocessing, self.recipe.batch_size)
+            with progress("caching held-out", -(-len(validation) // self.recipe.batch_size)) as bar:
+                holdout = self._cache(images, self.stop.checked(bar.advance))
 
         def fit(target: float | None) -> dict[str, Any]:
             found = fit_to(train, self.table, self.recipe, target, holdout)
@@ -190,15 +191,6 @@ class _GateRun:
                 seed=self.recipe.seed,
                 on_batch=on_batch,
             )
-
-    def _held_out(self, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self.data.validation is not None
-        for pixels, labels in self.data.validation.batches(self.recipe.batch_size):
-            self.stop.check()
-            good = labels >= 0
-            x = normalise(pixels[good].to(self.device), self.data.preprocessing)
-            yield x, labels[good].to(self.device)
-            bar.advance(len(labels))
 
     # -- results ------------------------------------------------------------------------------
 

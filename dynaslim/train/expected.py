@@ -182,15 +182,13 @@ def fit_gate(
     cost_weight: float,
     recipe: ExpectedRecipe,
     sgs: SgsRecipe | None = None,
-    init: Sequence[Tensor] | None = None,
     holdout: RouteCache | None = None,
 ) -> GateFit:
     """Slimming heads that minimise `expected_objective` at a cost weight, by L-BFGS.
 
     Its entropy weight is `recipe.entropy` times the spread of the prices (loss and weighted cost)
-    between the paths; it comes down to that in steps, unless heads to start from are given
-    (`init`). Heads are fitted on features divided by their deviation, which is folded into them at
-    the end. Deterministic, for a given number of threads.
+    between the paths; it comes down to that in steps. Heads are fitted on features divided by their
+    deviation, which is folded into them at the end. Deterministic, for a given number of threads.
 
     Raises:
         UsageError: if the table is not one for this network.
@@ -199,13 +197,9 @@ def fit_gate(
     objective = _Objective(cache, table, cost_weight, recipe.sgs_weight, sgs or SgsRecipe())
     scales, chunks = cache.deviations, cache.chunks()
     scaled = [
-        torch.zeros(len(gate.choices), len(scale_R))
-        if init is None
-        else init[number].detach().float().cpu() * scale_R
-        for number, (gate, scale_R) in enumerate(zip(cache.spec.gates, scales, strict=True))
+        torch.zeros(len(gate.choices), len(scale_R), requires_grad=True)
+        for gate, scale_R in zip(cache.spec.gates, scales, strict=True)
     ]
-    for head in scaled:
-        head.requires_grad_(True)
     entropy_weight = 0.0
 
     def evaluate() -> float:
@@ -224,7 +218,9 @@ def fit_gate(
             raise TrainingError(f"cost weight {cost_weight:g}: the gates' objective is {total}")
         return total
 
-    for entropy in _entropies(recipe.entropy) if init is None else [recipe.entropy]:
+    # falling to the last by factors of about 3; to 0 from where it hardly counts any more
+    falling = [entropy for entropy in (1.0, 0.3, 0.1, 0.03) if entropy > recipe.entropy]
+    for entropy in (*falling, recipe.entropy):
         entropy_weight = entropy * objective.spread
         optimizer = torch.optim.LBFGS(
             scaled,
@@ -234,13 +230,8 @@ def fit_gate(
             line_search_fn="strong_wolfe",
         )
         optimizer.step(evaluate)  # type: ignore[no-untyped-call]
-    heads = [(v.detach() / s) for v, s in zip(scaled, scales, strict=True)]
+    heads = [v.detach() / s for v, s in zip(scaled, scales, strict=True)]
     return _gate_fit(cache, holdout, heads, table, cost_weight)
-
-
-def _entropies(last: float) -> list[float]:
-    """Falling to the last by factors of about 3; to 0 from where it hardly counts any more."""
-    return [entropy for entropy in (1.0, 0.3, 0.1, 0.03) if entropy > last] + [last]
 
 
 def _gate_fit(
@@ -302,9 +293,6 @@ def fit_to_target(
 
     def fit(weight: float) -> GateFit:
         return fit_gate(cache, table, cost_weight=weight, recipe=recipe, sgs=sgs, holdout=holdout)
-
-    def lands(found: GateFit) -> bool:
-        return target_cost * (1 - TARGET_TOLERANCE) <= found.mean_cost <= target_cost
 
     # the two ends: above the target, and at or under it
     wide = fit(0.0)
