@@ -56,7 +56,6 @@ BATCHES: Final = (1, 32)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="such as timm:tf_efficientnet_lite0")
     parser.add_argument("--weights", type=Path, required=True)

@@ -63,7 +63,6 @@ class Together:
         return getattr(self._backend, name)
 
     def program(self, variant: Any, shape: Any, *, wide: bool) -> Any:
-        """As `Backend.program`."""
         program = self._backend.program(variant, shape, wide=self._wide)
 
         def run(x: Any, outs: Any) -> None:
@@ -103,7 +102,6 @@ class Load:
         return lambda: list(self._pool.map(caller, self.options))
 
     def close(self) -> None:
-        """Let the threads go."""
         self._pool.shutdown()
 
 
@@ -113,7 +111,6 @@ def routed_call(router: Router) -> Call:
 
 
 def static_call(router: Router, route: Any) -> Call:
-    """A static network on a batch."""
     return lambda x, _: router.static(x, route)
 
 

@@ -31,7 +31,6 @@ BATCH = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--images", type=int, help="so many, a fixed random choice")

@@ -89,12 +89,10 @@ class CascadeSpec(Routed):
 
     @property
     def num_widths(self) -> int:
-        """Number of rungs."""
         return len(self.rungs)
 
     @property
     def largest(self) -> Route:
-        """The last rung."""
         return self.routes[-1]
 
     def route_at(self, indices: Sequence[int]) -> Route:
@@ -126,7 +124,6 @@ class CascadeSpec(Routed):
         return rung.madds - trunk.madds, rung.params - trunk.params
 
     def rung(self, route: Route) -> RungSpec:
-        """The rung of a route."""
         return self.rungs[self.segment_indices(route)[1]]
 
     @property

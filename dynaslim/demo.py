@@ -63,7 +63,6 @@ class Demo:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         budget, outcome = self.budgeted
         return {
             "model": MODEL,

@@ -294,7 +294,6 @@ def _mean(values_N: Tensor) -> float:
 
 
 def _means(answers: _Answers, mode: int) -> dict[str, float]:
-    """top1, top5 and loss per image of one mode."""
     rank_N = answers.rank_MN[mode]
     return {
         "top1": int((rank_N == 0).sum()) / len(rank_N),

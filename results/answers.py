@@ -55,12 +55,10 @@ class Table:
 
     @cached_property
     def correct_NR(self) -> npt.NDArray[np.bool_]:
-        """Whether each route is right."""
         return np.asarray(self.logits_NRC.argmax(2) == self.labels_N[:, None])
 
     @cached_property
     def top1_R(self) -> list[float]:
-        """Accuracy of every route."""
         return [float(v) for v in self.correct_NR.mean(0)]
 
     @cached_property
@@ -97,11 +95,9 @@ class Table:
 
     @property
     def seen_once(self) -> Table:
-        """The same without mirror images."""
         return replace(self, mirrored_NC=None)
 
     def with_head(self, weight_RF: npt.NDArray[np.float32]) -> Table:
-        """The same network with another slimming head."""
         return replace(self, gate_logits_NR=self.hidden_NF @ weight_RF.T)
 
     @cached_property
@@ -119,16 +115,13 @@ class Table:
         )
 
     def rows(self, rows: npt.NDArray[Any]) -> Table:
-        """Some of the images."""
         return replace(self, **{name: array[rows] for name, array in self._arrays().items()})
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Those that it has."""
         found = {name: getattr(self, name) for name in (*_ARRAYS, "mirrored_NC")}
         return {name: array for name, array in found.items() if array is not None}
 
     def save(self, path: Path) -> None:
-        """Write a file that `Table.read` reads."""
         buffer = io.BytesIO()
         about = json.dumps({"spec": self.spec.to_dict(), "image_size_px": self.image_size_px})
         np.savez(buffer, about=np.array(about), **self._arrays())
@@ -137,7 +130,6 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             names = (*_ARRAYS, *(("mirrored_NC",) if "mirrored_NC" in file else ()))

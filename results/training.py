@@ -42,7 +42,6 @@ def _supernet(job: Job) -> dict[str, Any]:
 
 
 def _needed(job: Job) -> Path | None:
-    """The checkpoint that a job builds on."""
     if job.needs is None:
         return None
     checkpoint = job.needs.cell.checkpoint

@@ -94,7 +94,7 @@ def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbPa
     hints, helps = _types(function), _helps(doc)
     for parameter in inspect.signature(function).parameters.values():
         name, hint = parameter.name, hints[parameter.name]
-        if _has_fields(hint):
+        if dataclasses.is_dataclass(hint):
             if name != "recipe":
                 _add_options(parser, hint)
         elif parameter.kind is parameter.KEYWORD_ONLY:
@@ -136,14 +136,9 @@ def _helps(doc: docstring_parser.Docstring) -> dict[str, str]:
     return {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
 
 
-def _has_fields(hint: Any) -> bool:
-    return dataclasses.is_dataclass(hint)
-
-
 def _add_options(parser: VerbParser, kind: type[Any]) -> None:
-    """A flag for every field of a dataclass."""
     hints, helps = get_type_hints(kind), dict[str, str]()
-    for base in filter(_has_fields, reversed(kind.__mro__)):
+    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
         helps |= _helps(docstring_parser.parse_from_object(base))
     for field in dataclasses.fields(kind):
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
@@ -173,7 +168,7 @@ def arguments(
     parsed.pop("config", None)
     values: dict[str, Any] = vars(parser.instantiate(parsed))
     for name, kind in _types(function).items():
-        if _has_fields(kind):
+        if dataclasses.is_dataclass(kind):
             fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
             values[name] = kind(**fields)
     return values
@@ -229,7 +224,7 @@ def _usage(parser: VerbParser) -> str:
         for action in parser._actions
         if not action.option_strings
     ]
-    needed = [f"{flag_of(a)} {metavar_of(a)}" for a in flags(parser) if a.required]
+    needed = [_placeholder(action) for action in flags(parser) if action.required]
     return " ".join([parser.prog, *given, *needed, "[options]"])
 
 

@@ -164,7 +164,6 @@ class ImageFeed(Feed):
     def batches(
         self, start: int, stop: int, *, purpose: str = "train"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Feed.batches`."""
         steps = _Steps(
             self.images,
             self._scale_min,
@@ -194,7 +193,6 @@ class ImageFeed(Feed):
             yield batch.pixels_BCSS, batch.labels_B
 
     def digests(self) -> Sequence[str]:
-        """As `Feed.digests`."""
         return self.images.digests(_HASHED)
 
 
@@ -428,17 +426,10 @@ class Training:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes, in the order of the labels."""
         return self.feed.class_names
 
     @property
-    def name(self) -> str:
-        """The data set, for messages."""
-        return self.feed.name
-
-    @property
     def held_back(self) -> int:
-        """How many images are held out."""
         return 0 if self.validation is None else len(self.validation)
 
 

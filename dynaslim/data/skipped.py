@@ -46,7 +46,6 @@ class Skipped:
 
     @property
     def count(self) -> int:
-        """Distinct images left out so far."""
         return len(self._lines)
 
     @property
@@ -60,15 +59,12 @@ class Skipped:
         return self.lines[:NAMED]
 
     def add(self, where: str, reason: str) -> None:
-        """Count an image, once."""
         self._lines.setdefault(where, f"{where}: {reason}")
 
     def state(self) -> list[list[str]]:
-        """The counted images, for `load_state` of a resumed run."""
         return [[where, line] for where, line in self._lines.items()]
 
     def load_state(self, state: Iterable[Sequence[str]]) -> None:
-        """Restore the count of a stopped run."""
         for where, line in state:
             self._lines.setdefault(where, line)
 

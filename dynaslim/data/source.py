@@ -70,7 +70,6 @@ class ImageSource:
         return self._entry(columns[self.image_column], columns[self.label_column], self._row(row))
 
     def __iter__(self) -> Iterator[Entry]:
-        """Every image in turn."""
         return map(self.__getitem__, range(len(self)))
 
     def labels(self) -> Tensor:

@@ -76,7 +76,6 @@ class Difference(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -125,7 +124,6 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """Its share of the widest route's cost."""
         return f"budget {self.point.share:.3f}"
 
 
@@ -165,7 +163,6 @@ class Mode:
 
     @property
     def interval(self) -> Interval | None:
-        """The 95% interval of the accuracy."""
         return None if self.images is None else accuracy_interval(self.top1, self.images)
 
 
@@ -204,7 +201,6 @@ class ReportData:
 
     @property
     def spec(self) -> NetSpec:
-        """Of `run.model`."""
         spec: NetSpec = self.run.model.checkpoint.net.spec
         return spec
 

@@ -47,8 +47,6 @@ _MAX_BASELINES: Final = 50
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint of the run."""
-
     file: Path
     checkpoint: Checkpoint
     target: float | None = None

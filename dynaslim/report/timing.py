@@ -53,7 +53,6 @@ class Times:
         return summary(self.ms[mode]) if mode in self.ms else None
 
     def median(self, mode: str) -> float | None:
-        """Median of a mode in ms per image; None if it was not timed."""
         return summary(self.ms[mode])["median"] if mode in self.ms else None
 
     def ratio(self, above: str, below: str) -> float | None:

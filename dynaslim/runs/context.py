@@ -59,7 +59,6 @@ class StopRequest:
         self.number: int | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
         if number == signal.SIGINT and self.number is not None:
             raise KeyboardInterrupt
         self.number = number
@@ -158,8 +157,6 @@ def launched(device: str) -> Iterator[torch.device]:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run's folder, options, stop requests and device."""
-
     folder: RunFolder
     options: RunOptions
     stop: StopRequest
@@ -184,7 +181,7 @@ class RunContext:
             )
         skipped = opened.feed.skipped
         note(
-            f"{opened.name}: {opened.feed.num_images} images to train on, "
+            f"{opened.feed.name}: {opened.feed.num_images} images to train on, "
             f"{opened.held_back} held out, {skipped.count} skipped"
         )
         for line in report_lines(skipped.lines):
@@ -281,7 +278,7 @@ def data_results(data: Training) -> dict[str, Any]:
     held_out = data.validation.skipped.lines if data.validation is not None else ()
     everywhere = gather([*data.feed.skipped.lines, *held_out])
     return {
-        "data": data.name,
+        "data": data.feed.name,
         "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
         "train_images": data.feed.num_images,
         "val_images": data.held_back,

@@ -68,8 +68,6 @@ def with_choices(net: ElasticNet, recipe: GateRecipe) -> ElasticNet:
 
 
 class _GateRun:
-    """The parts of a run, while it lasts."""
-
     def __init__(self, recipe: GateRecipe, context: RunContext) -> None:
         self.recipe, self.context = recipe, context
         self.folder, self.stop, self.device = context.folder, context.stop, context.device
@@ -85,7 +83,7 @@ class _GateRun:
             self.data.class_names,
         ):
             raise DataError(
-                f"{self.data.name}: its classes are not those of {recipe.supernet}: "
+                f"{self.data.feed.name}: its classes are not those of {recipe.supernet}: "
                 f"{', '.join(self.data.class_names)}"
             )
         self.table = (
@@ -107,7 +105,6 @@ class _GateRun:
         self.training: GateTraining | None = None
 
     def run(self) -> dict[str, Any]:
-        """All that is left to do."""
         if self.number == len(self.targets) and (done := self.context.results()) is not None:
             return done
         train = self._train_sgs if self.recipe.objective == "sgs" else self._expected()
@@ -195,7 +192,6 @@ class _GateRun:
     # -- results ------------------------------------------------------------------------------
 
     def _keep(self, target: float | None, extra: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate and save the trained gate."""
         self.net.eval()
         result = self.context.evaluate(
             self.net, self.data, f"gate {self.number + 1} of {len(self.targets)}"

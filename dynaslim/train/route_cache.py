@@ -72,7 +72,6 @@ class RouteCache:
         return tuple(_deviation(features) for features in self.features)
 
     def route(self, path: Path) -> Route:
-        """The route of a path."""
         return self.spec.route_along(path)
 
     def chunks(self) -> list[slice]:

@@ -43,7 +43,6 @@ class Sandwich(NamedTuple):
 
     @property
     def narrow(self) -> tuple[Route, ...]:
-        """All but the largest."""
         return self.randoms if self.smallest is None else (*self.randoms, self.smallest)
 
 

@@ -95,7 +95,6 @@ class OutsideTeacher:
         self.route = theirs.largest
 
     def to(self, device: torch.device) -> OutsideTeacher:
-        """Move it to a device."""
         self.net.to(device)
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         self._order = None if self._order is None else self._order.to(device)
