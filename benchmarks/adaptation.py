@@ -230,9 +230,7 @@ def _cut(
     )
     if method == "taylor":
         model.eval()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        some = images.subset(order[:256].sort().values)
-        for pixels, labels in some.batches(32):
+        for pixels, labels in images.sample(256).batches(32):
             assert original.preprocessing is not None
             x = normalise(pixels, original.preprocessing)
             F.cross_entropy(model(x), labels).backward()

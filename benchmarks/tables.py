@@ -269,11 +269,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
 
 
 def filled(name: str) -> str:
-    """A page with every table as the results have it.
-
-    Raises:
-        SystemExit: if a table has no place on the page, or a place no table.
-    """
+    """A page with every table as the results have it."""
     page = (DOCS / name).read_text()
     made = {one.__name__: one for one in PAGES[name]}
     places = re.findall(r"<!-- table: (\w+) -->", page)

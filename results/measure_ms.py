@@ -126,7 +126,7 @@ def _timed(
         times = interleave(
             {name: partial(_all, arm, batches) for name, arm in arms.items()},
             rounds,
-            lambda: bar.advance(),
+            bar.advance,
         )
     widest = times[max(name for name in times if name.startswith("route"))]
     return {

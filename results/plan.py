@@ -367,11 +367,7 @@ def jobs_of(
     only: Sequence[str] = (),
     rates: Sequence[float] = RATES,
 ) -> list[Job]:
-    """The jobs of an experiment, `only` those of some variants; searches of the rate try `rates`.
-
-    Raises:
-        UsageError: for an experiment or a variant that there is not, and without rates to try.
-    """
+    """The jobs of an experiment, `only` those of some variants; searches of rates try `rates`."""
     if experiment not in EXPERIMENTS:
         raise UsageError(f"experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")
     if folder is not None and not Path(folder).is_dir():

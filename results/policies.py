@@ -38,9 +38,6 @@ def uniform_line(costs_R: Sequence[float], top1_R: Sequence[float], cost: float)
 
     The hull between two routes is what a random choice between them gives. Below the
     cheapest route's cost there is nothing: the cheapest's top-1; above the dearest, the best.
-
-    Raises:
-        ValueError: for lists of different lengths, or none.
     """
     points = sorted(zip(costs_R, top1_R, strict=True))
     if not points:
@@ -63,11 +60,7 @@ def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
 def random_routing(
     costs_R: Sequence[float], top1_R: Sequence[float], shares_R: Sequence[float]
 ) -> Outcome:
-    """What images give on average that are sent along the routes at random, in these shares.
-
-    Raises:
-        ValueError: if the shares are not one for each route, or their sum is not 1.
-    """
+    """What images give on average that are sent along the routes at random, in these shares."""
     if not np.isclose(sum(shares_R), 1):
         raise ValueError(f"shares {list(shares_R)}: must add up to 1")
     parts = list(zip(costs_R, top1_R, shares_R, strict=True))
@@ -116,9 +109,6 @@ def ladder(
     A step goes on from the trunk's features, which were kept: it costs its route less `trunk`.
     `taus` has one threshold for every step but the last. `escalated` counts the second passes
     and all later ones, per image.
-
-    Raises:
-        ValueError: for another number of thresholds.
     """
     if len(taus) != len(steps) - 1:
         raise ValueError(f"{len(steps)} steps need {len(steps) - 1} thresholds, got {len(taus)}")

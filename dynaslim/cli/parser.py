@@ -160,11 +160,7 @@ def _add_flag(parser: VerbParser, name: str, hint: Any, default: Any, text: str)
 def arguments(
     function: Callable[..., Any], parser: VerbParser, parsed: jsonargparse.Namespace
 ) -> dict[str, Any]:
-    """The arguments that the verb's function is called with.
-
-    Raises:
-        UsageError: for values that options refuse.
-    """
+    """The arguments that the verb's function is called with."""
     parsed.pop("config", None)
     values: dict[str, Any] = vars(parser.instantiate(parsed))
     for name, kind in _types(function).items():

@@ -306,13 +306,7 @@ class ReportData:
 
 
 def gather(path: str | Path, options: ReportOptions) -> ReportData:
-    """Read, evaluate and time; progress goes to standard error.
-
-    Raises:
-        UsageError: if there is no run, or an argument makes no sense.
-        CheckpointError: if a checkpoint cannot be read.
-        DataError: if images that were named cannot be read or do not fit the network.
-    """
+    """Read, evaluate and time; progress goes to standard error."""
     baselines = () if options.baselines is None else read_baselines(options.baselines)
     run = read_run(run_or_checkpoint(Path(path)), options.target)
     if options.baselines is None and (run.path / BASELINES).is_file():
@@ -539,7 +533,7 @@ def _times(
             budgets=[budget.point for budget in budgets] if images is not None else [],
             shares=shares,
             rounds=options.rounds,
-            on_round=lambda: bar.advance(),
+            on_round=bar.advance,
         )
 
 

@@ -53,7 +53,8 @@ class Times:
         return summary(self.ms[mode]) if mode in self.ms else None
 
     def median(self, mode: str) -> float | None:
-        return summary(self.ms[mode])["median"] if mode in self.ms else None
+        spread = self.spread(mode)
+        return spread and spread["median"]
 
     def ratio(self, above: str, below: str) -> float | None:
         """Median ratio of two modes in the same round; None if one was not timed."""

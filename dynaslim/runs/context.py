@@ -72,13 +72,12 @@ class StopRequest:
         if self.number is not None:
             raise Stopped(self.number)
 
-    def checked(self, callback: Callable[..., object] | None = None) -> Callable[..., None]:
+    def checked(self, callback: Callable[..., object]) -> Callable[..., None]:
         """A progress callback that calls `check` and then `callback`."""
 
         def call(*done: int) -> None:
             self.check()
-            if callback is not None:
-                callback(*done)
+            callback(*done)
 
         return call
 
@@ -122,11 +121,7 @@ def busy(load: float, cores: int, threads: int) -> str | None:
 
 @contextmanager
 def launched(device: str) -> Iterator[torch.device]:
-    """Join the run's other processes, if torchrun started any; the device to work on.
-
-    Raises:
-        UsageError: if there is no such device.
-    """
+    """Join the run's other processes, if torchrun started any; the device to work on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations at import
         from lightning_fabric import Fabric
@@ -207,22 +202,15 @@ class RunContext:
         """Evaluate on the held-out images, with a bar if there is a label; None without images."""
         if data.validation is None:
             return None
-
-        def evaluated(on_batch: Callable[..., object] | None) -> Evaluation:
-            assert data.validation is not None
+        with progress(label and f"evaluating {label}", len(data.validation)) as bar:
             return evaluate(
                 net,
                 data.validation,
                 data.preprocessing,
                 routes=routes,
-                on_batch=self.stop.checked(on_batch),
+                on_batch=self.stop.checked(bar.advance),
                 dynamic=dynamic,
             )
-
-        if not label:
-            return evaluated(None)
-        with progress(f"evaluating {label}", len(data.validation)) as bar:
-            return evaluated(bar.advance)
 
     def write_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write curves and results on the first process; returns the results."""
@@ -254,11 +242,6 @@ def opened(
     """Join the other processes, handle signals and open the folder, while inside.
 
     `alone_for` names what needs a single process.
-
-    Raises:
-        UsageError: as `RunFolder`, for an unknown device, or for several processes where one is
-            needed.
-        OSError: if the folder cannot be written.
     """
     options = options or RunOptions()
     with launched(options.device) as device, stop_requests() as stop:

@@ -317,9 +317,6 @@ class _SupernetRun:
         )
 
     def _recalibrate(self, net: ElasticNet, batches: int, label: str = "") -> None:
-        if not label:
-            self.training.recalibrate(net, batches, on_batch=self.stop.check)
-            return
         batches = min(batches, self.training.feed.steps_per_epoch)
         with progress(label, batches) as bar:
             self.training.recalibrate(net, batches, on_batch=self.stop.checked(bar.advance))

@@ -119,9 +119,6 @@ def expected_objective(
     Mean over rows of the expected loss, plus `cost_weight` times the expected cost as a share of
     the widest route's, less `entropy_weight` times the entropy (nats) of the paths' probabilities.
     Of `sgs` only `hard` and `easy_share` are used.
-
-    Raises:
-        UsageError: if the table is not one for this network.
     """
     objective = _Objective(cache, table, cost_weight, sgs_weight, sgs or SgsRecipe())
     parts = [objective(heads, rows, entropy_weight) for rows in cache.chunks()]
@@ -374,11 +371,7 @@ def argmax_paths(cache: RouteCache, heads: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -> FitResult:
-    """Mean loss, accuracy, mean cost and route shares of a cache's rows by argmax gates.
-
-    Raises:
-        UsageError: if the table is not one for this network.
-    """
+    """Mean loss, accuracy, mean cost and route shares of a cache's rows by argmax gates."""
     path_N = argmax_paths(cache, heads)
     chosen_N1 = path_N[:, None]
     counts_P = torch.bincount(path_N, minlength=len(cache.paths)).double()
@@ -393,11 +386,7 @@ def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -
 
 @torch.no_grad()
 def apply_heads(net: ElasticNet, heads: Sequence[Tensor]) -> None:
-    """Write slimming heads (K, R), one for each gate, into a network.
-
-    Raises:
-        UsageError: if their number or shapes are not the network's.
-    """
+    """Write slimming heads (K, R), one for each gate, into a network."""
     own = net.slimming_parameters()
     shapes, needed = [tuple(h.shape) for h in heads], [tuple(h.shape) for h in own]
     check(shapes == needed, f"heads of shapes {shapes}: {net.spec.name} needs {needed}")

@@ -98,7 +98,7 @@ def test_cached_losses_are_those_of_the_routes():
     assert cache.paths == tuple(itertools.product(range(2), range(3)))
     assert torch.equal(cache.labels, labels)
     for number, path in enumerate(cache.paths):
-        assert cache.route(path) == SPEC.routing_space[number]
+        assert cache.spec.route_along(path) == SPEC.routing_space[number]
         with torch.no_grad():
             logits = net(x, SPEC.routing_space[number])
         expected = F.cross_entropy(logits, labels, reduction="none")
