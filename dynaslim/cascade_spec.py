@@ -115,9 +115,6 @@ class CascadeSpec(Routed):
             return rung.madds, rung.params
         return rung.madds - trunk.madds, rung.params - trunk.params
 
-    def rung(self, route: Route) -> RungSpec:
-        return self.rungs[self.segment_indices(route)[1]]
-
     @property
     def usual_image_size(self) -> int:
         """The side in pixels of its images."""

@@ -387,7 +387,7 @@ class StreamFeed(Feed):
                     break
                 self.skipped.add(image.where, image.reason)
             else:
-                last = self.skipped.names[-1]
+                last = self.skipped.lines[-1]
                 raise DataError(f"{self.name}: no image of a batch decodes; {last}")
         self.skipped.check()
         return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)

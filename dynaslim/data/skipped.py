@@ -53,11 +53,6 @@ class Skipped:
         """A line `file: reason` for every image left out."""
         return tuple(self._lines.values())
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The first 20 of `lines`."""
-        return self.lines[:NAMED]
-
     def add(self, where: str, reason: str) -> None:
         self._lines.setdefault(where, f"{where}: {reason}")
 
@@ -79,9 +74,9 @@ class Skipped:
         if self.images < self.at_least and not complete:
             return
         if not self.limit:
-            raise DataError(self.names[0])
+            raise DataError(self.lines[0])
         raise DataError(
             f"{self.name}: {self.count} of {self.images} images ({self.count / self.images:.2%}) "
             f"cannot be read, more than the {self.limit:.2%} of corrupt_limit; "
-            f"the first: {'; '.join(self.names[:_IN_MESSAGE])}"
+            f"the first: {'; '.join(self.lines[:_IN_MESSAGE])}"
         )

@@ -426,7 +426,7 @@ def _notes_on_images(images: ReportImages, evaluation: Evaluation) -> list[str]:
             "The network was trained on these images: expect less than these numbers elsewhere."
         )
     if evaluation.skipped:
-        names = "; ".join(images.images.skipped.names[:3])
+        names = "; ".join(images.images.skipped.lines[:3])
         notes.append(f"{text.plural(evaluation.skipped, 'image')} could not be read: {names}.")
     return notes
 

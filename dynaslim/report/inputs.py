@@ -95,7 +95,7 @@ class RunInfo:
 
 
 def read_run(path: Path, target: float | None = None) -> RunInfo:
-    """Read a run's folder or a checkpoint; `target` selects the model, by default the middle one."""
+    """Read a run's folder or a checkpoint; `target` selects the model, default the middle one."""
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; {_EXPECTED}")
     if is_package(path):

@@ -35,8 +35,7 @@ from dynaslim.errors import TrainingError, check
 from dynaslim.nn.net import ElasticNet
 from dynaslim.recipes import ExpectedRecipe, SgsRecipe
 from dynaslim.train.losses import sgs_target, sgs_weights
-from dynaslim.train.route_cache import RouteCache as RouteCache
-from dynaslim.train.route_cache import cache_routes as cache_routes
+from dynaslim.train.route_cache import RouteCache
 
 TARGET_TOLERANCE: Final = 0.002
 """How far under its target, as a share of it, a mean cost may stay without further search."""
@@ -104,29 +103,14 @@ def path_probabilities(
     return _decide(cache, heads, rows).reach[-1].exp().T
 
 
-def expected_objective(
-    cache: RouteCache,
-    heads: Sequence[Tensor],
-    table: CostTable,
-    cost_weight: float,
-    *,
-    entropy_weight: float = 0.0,
-    sgs_weight: float = 0.0,
-    sgs: SgsRecipe | None = None,
-) -> Tensor:
-    """The scalar that `fit_gate` minimises, without its weight decay; differentiable in the heads.
+class ExpectedObjective:
+    """What `fit_gate` minimises, without its weight decay; differentiable in the heads.
 
     Mean over rows of the expected loss, plus `cost_weight` times the expected cost as a share of
     the widest route's, less `entropy_weight` times the entropy (nats) of the paths' probabilities.
-    Of `sgs` only `hard` and `easy_share` are used.
+    A call gives the part of some rows; all parts together are the whole. Of `sgs` only `hard` and
+    `easy_share` are used.
     """
-    objective = _Objective(cache, table, cost_weight, sgs_weight, sgs or SgsRecipe())
-    parts = [objective(heads, rows, entropy_weight) for rows in cache.chunks()]
-    return torch.stack(parts).sum()
-
-
-class _Objective:
-    """The objective's part of some rows; all parts together are the whole."""
 
     def __init__(
         self,
@@ -181,7 +165,7 @@ def fit_gate(
     sgs: SgsRecipe | None = None,
     holdout: RouteCache | None = None,
 ) -> GateFit:
-    """Slimming heads that minimise `expected_objective` at a cost weight, by L-BFGS.
+    """Slimming heads that minimise `ExpectedObjective` at a cost weight, by L-BFGS.
 
     Its entropy weight is `recipe.entropy` times the spread of the prices (loss and weighted cost)
     between the paths; it comes down to that in steps. Heads are fitted on features divided by their
@@ -191,7 +175,7 @@ def fit_gate(
         UsageError: if the table is not one for this network.
         TrainingError: if the objective becomes infinite or not a number.
     """
-    objective = _Objective(cache, table, cost_weight, recipe.sgs_weight, sgs or SgsRecipe())
+    objective = ExpectedObjective(cache, table, cost_weight, recipe.sgs_weight, sgs or SgsRecipe())
     scales, chunks = cache.deviations, cache.chunks()
     scaled = [
         torch.zeros(len(gate.choices), len(scale_R), requires_grad=True)

@@ -16,18 +16,16 @@ from dynaslim.runtime.engine import Engine
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.train import route_cache
 from dynaslim.train.expected import (
-    RouteCache,
+    ExpectedObjective,
     apply_heads,
     argmax_paths,
-    cache_routes,
     evaluate_fit,
-    expected_objective,
     fit_gate,
     fit_to_target,
     path_probabilities,
 )
 from dynaslim.train.losses import sgs_loss
-from dynaslim.train.route_cache import choose_paths
+from dynaslim.train.route_cache import RouteCache, cache_routes, choose_paths
 
 SPEC = micro_spec(reduction=0.25)
 TABLE = CostTable.from_madds(SPEC, 32)
@@ -281,6 +279,13 @@ def test_routes_cached_in_a_sample_are_the_same_routes():
 
 
 # -- the objective ---------------------------------------------------------------------------------
+
+
+def expected_objective(
+    cache, heads, table, cost_weight, *, entropy_weight=0.0, sgs_weight=0.0, sgs=None
+):
+    objective = ExpectedObjective(cache, table, cost_weight, sgs_weight, sgs or SgsRecipe())
+    return sum(objective(heads, rows, entropy_weight) for rows in cache.chunks())
 
 
 def test_expected_objective_by_brute_force(monkeypatch):
