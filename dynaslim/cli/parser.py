@@ -94,7 +94,7 @@ def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbPa
     hints, helps = _types(function), _helps(doc)
     for parameter in inspect.signature(function).parameters.values():
         name, hint = parameter.name, hints[parameter.name]
-        if dataclasses.is_dataclass(hint):
+        if _has_fields(hint):
             if name != "recipe":
                 _add_options(parser, hint)
         elif parameter.kind is parameter.KEYWORD_ONLY:
@@ -136,9 +136,13 @@ def _helps(doc: docstring_parser.Docstring) -> dict[str, str]:
     return {p.arg_name: " ".join((p.description or "").split()) for p in doc.params}
 
 
+def _has_fields(hint: Any) -> bool:
+    return dataclasses.is_dataclass(hint)
+
+
 def _add_options(parser: VerbParser, kind: type[Any]) -> None:
     hints, helps = get_type_hints(kind), dict[str, str]()
-    for base in filter(dataclasses.is_dataclass, reversed(kind.__mro__)):
+    for base in filter(_has_fields, reversed(kind.__mro__)):
         helps |= _helps(docstring_parser.parse_from_object(base))
     for field in dataclasses.fields(kind):
         default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
@@ -164,7 +168,7 @@ def arguments(
     parsed.pop("config", None)
     values: dict[str, Any] = vars(parser.instantiate(parsed))
     for name, kind in _types(function).items():
-        if dataclasses.is_dataclass(kind):
+        if _has_fields(kind):
             fields = {field.name: values.pop(field.name) for field in dataclasses.fields(kind)}
             values[name] = kind(**fields)
     return values

@@ -53,8 +53,7 @@ class Times:
         return summary(self.ms[mode]) if mode in self.ms else None
 
     def median(self, mode: str) -> float | None:
-        spread = self.spread(mode)
-        return spread and spread["median"]
+        return summary(self.ms[mode])["median"] if mode in self.ms else None
 
     def ratio(self, above: str, below: str) -> float | None:
         """Median ratio of two modes in the same round; None if one was not timed."""
