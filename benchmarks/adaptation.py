@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from dynaslim._files import write_atomic
 from dynaslim.adaptation import Adapted, adapt
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.conversion import Conversion
 from dynaslim.conversion.source import load_source
@@ -300,8 +300,8 @@ def _training_step(given: Any, done: Adapted) -> dict[str, Any]:
             one(x).square().mean().backward()
 
     times = interleave({"ours": ours, "plain": theirs}, min(given.rounds, 11))
-    ratios = [a / b for a, b in zip(times["ours"], times["plain"], strict=True)]
-    return {"batch": len(x), "routes": len(net.spec.routes), "ratio_to_plain": summary(ratios)}
+    found = ratio(times["ours"], times["plain"])
+    return {"batch": len(x), "routes": len(net.spec.routes), "ratio_to_plain": found}
 
 
 def _plain(model: nn.Module, net: Any, route: Route) -> nn.Module:

@@ -32,7 +32,7 @@ import numpy as np
 
 from dynaslim.bench.models import random_network
 from dynaslim.bench.routed import Traffic, mixed
-from dynaslim.bench.timing import Arm, hardware, interleave, summary
+from dynaslim.bench.timing import Arm, hardware, interleave, ratio, summary
 from dynaslim.runtime.auto import candidates
 from dynaslim.runtime.auto import measure as measure_auto
 from dynaslim.runtime.backends import Resources, make_backend
@@ -136,15 +136,12 @@ def bench(routers: dict[str, Router], load: Load, rounds: int) -> dict[str, Any]
         for turn in range(rounds)
     ]
 
-    def over(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-        return summary([a / b for a, b in zip(above, below, strict=True)])
-
     return {
         "images_per_s": summary([load.total / ms * 1e3 for ms in times["engine"]]),
-        "ratio_to_ideal": over(ideal, times["engine"]),
+        "ratio_to_ideal": ratio(ideal, times["engine"]),
         "ideal_ways": {str(route): best[route] for route in routes},
         "faster_than_the_engine": {
-            way: over(times["engine"], times[way]) for way in routers if way != "engine"
+            way: ratio(times["engine"], times[way]) for way in routers if way != "engine"
         },
     }
 
@@ -356,8 +353,8 @@ def main() -> None:
             }
             result["measured"].append(run)
             others = ", ".join(
-                f"{way} x{ratio['median']:.2f}"
-                for way, ratio in run["faster_than_the_engine"].items()
+                f"{way} x{faster['median']:.2f}"
+                for way, faster in run["faster_than_the_engine"].items()
             )
             print(
                 f"{name:<12} {callers} callers, batch {batch}: "

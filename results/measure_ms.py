@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 from dynaslim.checkpoint import read
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import DynaslimError, UsageError
@@ -132,7 +132,7 @@ def _timed(
     return {
         name: {
             **{k: v / len(x) for k, v in summary(values).items()},
-            "faster_than_widest": summary([a / b for a, b in zip(widest, values, strict=True)]),
+            "faster_than_widest": ratio(widest, values),
         }
         for name, values in times.items()
     }
