@@ -31,7 +31,7 @@ from torch.nn import functional as F
 
 from dynaslim._files import write_atomic
 from dynaslim.adaptation import Adapted, adapt
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.conversion import Conversion
 from dynaslim.conversion.source import load_source
@@ -56,7 +56,6 @@ BATCHES: Final = (1, 32)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="such as timm:tf_efficientnet_lite0")
     parser.add_argument("--weights", type=Path, required=True)
@@ -231,9 +230,7 @@ def _cut(
     )
     if method == "taylor":
         model.eval()
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        some = images.subset(order[:256].sort().values)
-        for pixels, labels in some.batches(32):
+        for pixels, labels in images.sample(256).batches(32):
             assert original.preprocessing is not None
             x = normalise(pixels, original.preprocessing)
             F.cross_entropy(model(x), labels).backward()
@@ -303,8 +300,8 @@ def _training_step(given: Any, done: Adapted) -> dict[str, Any]:
             one(x).square().mean().backward()
 
     times = interleave({"ours": ours, "plain": theirs}, min(given.rounds, 11))
-    ratios = [a / b for a, b in zip(times["ours"], times["plain"], strict=True)]
-    return {"batch": len(x), "routes": len(net.spec.routes), "ratio_to_plain": summary(ratios)}
+    found = ratio(times["ours"], times["plain"])
+    return {"batch": len(x), "routes": len(net.spec.routes), "ratio_to_plain": found}
 
 
 def _plain(model: nn.Module, net: Any, route: Route) -> nn.Module:

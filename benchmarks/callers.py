@@ -32,7 +32,7 @@ import numpy as np
 
 from dynaslim.bench.models import random_network
 from dynaslim.bench.routed import Traffic, mixed
-from dynaslim.bench.timing import Arm, hardware, interleave, summary
+from dynaslim.bench.timing import Arm, hardware, interleave, ratio, summary
 from dynaslim.runtime.auto import candidates
 from dynaslim.runtime.auto import measure as measure_auto
 from dynaslim.runtime.backends import Resources, make_backend
@@ -63,7 +63,6 @@ class Together:
         return getattr(self._backend, name)
 
     def program(self, variant: Any, shape: Any, *, wide: bool) -> Any:
-        """As `Backend.program`."""
         program = self._backend.program(variant, shape, wide=self._wide)
 
         def run(x: Any, outs: Any) -> None:
@@ -103,7 +102,6 @@ class Load:
         return lambda: list(self._pool.map(caller, self.options))
 
     def close(self) -> None:
-        """Let the threads go."""
         self._pool.shutdown()
 
 
@@ -113,7 +111,6 @@ def routed_call(router: Router) -> Call:
 
 
 def static_call(router: Router, route: Any) -> Call:
-    """A static network on a batch."""
     return lambda x, _: router.static(x, route)
 
 
@@ -139,15 +136,12 @@ def bench(routers: dict[str, Router], load: Load, rounds: int) -> dict[str, Any]
         for turn in range(rounds)
     ]
 
-    def over(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-        return summary([a / b for a, b in zip(above, below, strict=True)])
-
     return {
         "images_per_s": summary([load.total / ms * 1e3 for ms in times["engine"]]),
-        "ratio_to_ideal": over(ideal, times["engine"]),
+        "ratio_to_ideal": ratio(ideal, times["engine"]),
         "ideal_ways": {str(route): best[route] for route in routes},
         "faster_than_the_engine": {
-            way: over(times["engine"], times[way]) for way in routers if way != "engine"
+            way: ratio(times["engine"], times[way]) for way in routers if way != "engine"
         },
     }
 
@@ -359,8 +353,8 @@ def main() -> None:
             }
             result["measured"].append(run)
             others = ", ".join(
-                f"{way} x{ratio['median']:.2f}"
-                for way, ratio in run["faster_than_the_engine"].items()
+                f"{way} x{faster['median']:.2f}"
+                for way, faster in run["faster_than_the_engine"].items()
             )
             print(
                 f"{name:<12} {callers} callers, batch {batch}: "

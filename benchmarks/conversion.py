@@ -38,7 +38,6 @@ MOST = 0.8
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="such as timm:resnet18; default: all of the list")
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -142,7 +141,6 @@ def _runs(model: torch.nn.Module, x: torch.Tensor) -> bool:
 
 
 def tried(name: str) -> dict[str, Any]:
-    """One network converted, or why not."""
     model, x = model_of(name)
     started = time.process_time()
     try:

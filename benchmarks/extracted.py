@@ -22,7 +22,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 
 from dynaslim import extract
 from dynaslim.bench.models import random_network
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 
 
 def fused(network: nn.Module) -> nn.Module:
@@ -62,14 +62,13 @@ def main() -> None:
                 {"extracted": lambda m=ours: m(x), "by_hand": lambda m=by_hand: m(x)},
                 options.rounds,
             )
-        pairs = zip(times["extracted"], times["by_hand"], strict=True)
         routes[str(route)] = {
             "extracted_ms": summary(times["extracted"]),
             "by_hand_ms": summary(times["by_hand"]),
-            "extracted_over_by_hand": summary([a / b for a, b in pairs]),
+            "extracted_over_by_hand": ratio(times["extracted"], times["by_hand"]),
         }
-        ratio = routes[str(route)]["extracted_over_by_hand"]
-        print(f"{route}: {ratio['median']:.3f} ({ratio['q1']:.3f} to {ratio['q3']:.3f})")
+        over = routes[str(route)]["extracted_over_by_hand"]
+        print(f"{route}: {over['median']:.3f} ({over['q1']:.3f} to {over['q3']:.3f})")
     result = {
         "model": "ds_mbnet",
         "batch_size": options.batch_size,

@@ -31,7 +31,6 @@ BATCH = 32
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--images", type=int, help="so many, a fixed random choice")
@@ -41,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert made.preprocessing is not None
     images = ImageDataset.of(open_source(given.data, "test"), made.preprocessing)
     if given.images is not None:
-        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-        images = images.subset(order[: given.images].sort().values)
+        images = images.sample(given.images)
     numbers = torch.tensor(CLASSES)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:

@@ -20,7 +20,7 @@ import torch
 from dynaslim import Engine, read
 from dynaslim.bench.models import calibration_batches, compare_precisions, random_network
 from dynaslim.bench.routed import mixed
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 from dynaslim.runtime.quantise import QuantisedSource
 
 
@@ -72,7 +72,7 @@ def main() -> None:
     for backend in options.backends.split(","):
         for what in (*map(str, ends), "routed"):
             fp32, int8 = (times[f"{backend} {precision} {what}"] for precision in ("fp32", "int8"))
-            ratio = summary([b / a for a, b in zip(fp32, int8, strict=True)])
+            over = ratio(int8, fp32)
             runs.append(
                 {
                     "backend": backend,
@@ -80,12 +80,12 @@ def main() -> None:
                     "batch_size": options.batch_size if what == "routed" else options.static_batch,
                     "fp32_ms": summary(fp32),
                     "int8_ms": summary(int8),
-                    "int8_over_fp32": ratio,
+                    "int8_over_fp32": over,
                 }
             )
             print(
                 f"{backend:<12} {what:<28} {runs[-1]['fp32_ms']['median']:7.1f} ms "
-                f"-> {runs[-1]['int8_ms']['median']:7.1f}, x{ratio['median']:.2f}",
+                f"-> {runs[-1]['int8_ms']['median']:7.1f}, x{over['median']:.2f}",
                 flush=True,
             )
     result: dict[str, Any] = {

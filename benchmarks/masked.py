@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from dynaslim.bench.models import random_network
 from dynaslim.bench.routed import mixed
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 from dynaslim.blocks import gate_hidden
 from dynaslim.runtime.engine import Engine
 from dynaslim.spec import NetSpec
@@ -158,11 +158,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "wide_eager": static_eager,
     }
     times = interleave(arms, options.rounds)
-    faster = {
-        name: summary([a / b for a, b in zip(times[name], times["routed"], strict=True)])
-        for name in arms
-        if name != "routed"
-    }
+    faster = {name: ratio(times[name], times["routed"]) for name in arms if name != "routed"}
     return {
         "model": "ds_mbnet",
         "image_size_px": options.image_size,

@@ -29,7 +29,6 @@ class Attention(nn.Module):
 def conv_bn(
     channels_in: int, channels: int, kernel: int, stride: int, groups: int = 1
 ) -> nn.Module:
-    """Convolution, batch norm, activation."""
     return nn.Sequential(
         nn.Conv2d(channels_in, channels, kernel, stride, kernel // 2, groups=groups, bias=False),
         nn.BatchNorm2d(channels),

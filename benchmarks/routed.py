@@ -38,7 +38,6 @@ print(json.dumps({
 
 
 def bench(backend: str, batch_size: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One process of `dynaslim bench`."""
     command = [
         sys.executable, "-m", "dynaslim", "bench", options.model, "--backend", backend,
         "--batch-size", str(batch_size), "--mix", options.mix, "--rounds", str(options.rounds),

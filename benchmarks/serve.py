@@ -71,7 +71,6 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Of the results."""
         return f"{self.model} at {self.side} px, {self.images} a request"
 
 
@@ -96,7 +95,6 @@ class Server:
         self.port = int(found[1])
 
     def rss_mb(self) -> float:
-        """Resident memory."""
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
@@ -106,11 +104,9 @@ class Server:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def alive(self) -> bool:
-        """Whether it runs."""
         return self.process.poll() is None
 
     def stop(self) -> int:
-        """Its exit code."""
         if self.alive():
             self.process.send_signal(signal.SIGTERM)
         try:
@@ -121,7 +117,6 @@ class Server:
 
 
 def write(case: Case, model: Path) -> None:
-    """The case's network with random weights."""
     net = random_network(case.model, case.side)
     checkpoint = Checkpoint(net, preprocessing=Preprocessing(case.side))
     if case.exported:
@@ -143,7 +138,6 @@ def pictures(side: int, count: int) -> list[bytes]:
 
 
 def form(images: list[bytes]) -> bytes:
-    """A multipart body."""
     head = b'Content-Disposition: form-data; name="images"; filename="a.jpg"\r\n\r\n'
     edge = f"--{BOUNDARY}".encode()
     return b"".join(edge + b"\r\n" + head + one + b"\r\n" for one in images) + edge + b"--\r\n"
@@ -182,14 +176,12 @@ def bodies(case: Case, kind: str) -> dict[str, Any]:
 
 
 def plan(case: Case, port: int, kind: str = "form", **options: Any) -> str:
-    """The clients' instructions."""
     made = bodies(case, kind)
     made["requests"] = [body.decode("latin-1") for body in made["requests"]]
     return json.dumps({"port": port, **made, **options})
 
 
 def start_clients(text: str) -> subprocess.Popen[str]:
-    """Clients at work."""
     made = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("serve_client.py"))],
         stdin=subprocess.PIPE,
@@ -215,7 +207,6 @@ def result_of(clients: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
 
 
 def load(server: Server, case: Case, seconds: float, **options: Any) -> dict[str, Any]:
-    """One period of load."""
     cpu, start = server.cpu_s(), time.perf_counter()
     clients = start_clients(plan(case, server.port, seconds=seconds, **options))
     found = result_of(clients, seconds + 40)
@@ -395,7 +386,6 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
 
 
 def encoded(kind: str) -> bytes:
-    """A good picture."""
     rng = np.random.default_rng(0)
     buffer = io.BytesIO()
     Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(buffer, kind)

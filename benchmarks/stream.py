@@ -55,7 +55,6 @@ def sequence(data: Path, scenes: int, frames: int, speed: float) -> Iterator[tup
 
 
 def answers(engine: Any, frames: list[bytes], same_frame: float | None) -> list[StreamRow]:
-    """The rows of a sequence."""
     waiting = Waiting()
     reading(lambda: all(map(waiting.put, frames)) or None, waiting)
     rows = Stream(engine, StreamOptions(same_frame=same_frame)).answers(waiting)

@@ -23,26 +23,22 @@ POLICIES = ("side by side", "own core")
 
 
 def results(name: str) -> dict[str, Any]:
-    """What a script measured."""
     found: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text())
     return found
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def spread(value: dict[str, float], digits: int, *, bold: bool = False) -> str:
-    """Median and quartiles."""
     median = f"{value['median']:.{digits}f}"
     median = f"**{median}**" if bold else median
     return f"{median} ({value['q1']:.{digits}f} to {value['q3']:.{digits}f})"
 
 
 def machine() -> str:
-    """What was measured on."""
     found = results("routed")["hardware"]
     return (
         f"{found['cores']} cores of {found['processor']}, {found['system']}, "
@@ -273,11 +269,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
 
 
 def filled(name: str) -> str:
-    """A page with every table as the results have it.
-
-    Raises:
-        SystemExit: if a table has no place on the page, or a place no table.
-    """
+    """A page with every table as the results have it."""
     page = (DOCS / name).read_text()
     made = {one.__name__: one for one in PAGES[name]}
     places = re.findall(r"<!-- table: (\w+) -->", page)

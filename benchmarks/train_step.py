@@ -50,8 +50,7 @@ from dynaslim.nn import SlimNet
 from dynaslim.runs.folder import environment
 from dynaslim.runtime.engine import Engine
 from dynaslim.spec import GateSpec, Route
-from dynaslim.train.sampling import Sandwich, sandwich_routes
-from dynaslim.train.step import parameter_groups, supernet_step
+from dynaslim.train.step import Sandwich, parameter_groups, sandwich_routes, supernet_step
 from dynaslim.train.teacher import make_teacher
 from dynaslim.zoo import get_spec
 
@@ -59,13 +58,11 @@ Arm = Callable[[Sandwich, int], None]
 
 
 def sgd(net: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of all arms."""
     groups = parameter_groups(net.parameters(), 1e-4)
     return torch.optim.SGD(groups, lr=0.01, momentum=0.9, nesterov=True)
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """Whether a batch is in that memory format."""
     return not x.is_contiguous()
 
 
@@ -165,7 +162,6 @@ ARMS = {"ours": ours, "ideal": ideal, "naive": naive, "largest_alone": largest_a
 
 
 def make(options: argparse.Namespace) -> tuple[SlimNet, Tensor, Tensor]:
-    """The network and a batch."""
     torch.manual_seed(0)
     net = SlimNet(get_spec(options.model)).train()
     size = options.image_size
@@ -293,7 +289,6 @@ def resident(field: str) -> int:
 
 
 def held_tensors() -> int:
-    """Bytes of all tensors that are alive."""
     storages = {}
     for thing in gc.get_objects():
         if isinstance(thing, Tensor):
@@ -350,7 +345,6 @@ def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="ds_mbnet")
     parser.add_argument("--image-size", type=int, default=128)

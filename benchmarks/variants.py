@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from dynaslim import extract
 from dynaslim.bench.models import random_network
 from dynaslim.bench.routed import mixed
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 from dynaslim.nn import SlimNet
 from dynaslim.runtime.backends import Resources
 from dynaslim.runtime.backends.onnxruntime import OnnxRuntimeBackend
@@ -270,9 +270,9 @@ def main() -> None:
     variants = {}
     for name, values in times.items():
         own = times[name.split(",")[0]]
-        ratio = summary([a / b for a, b in zip(values, own, strict=True)])
-        variants[name] = {"ms": summary(values), "over_the_engine": ratio}
-        print(f"{name:<48} {variants[name]['ms']['median']:7.1f} ms  x{ratio['median']:.3f}")
+        over = ratio(values, own)
+        variants[name] = {"ms": summary(values), "over_the_engine": over}
+        print(f"{name:<48} {variants[name]['ms']['median']:7.1f} ms  x{over['median']:.3f}")
     parts = {
         name: breakdown(routers[name], arms[name], options.rounds)
         for name in ("onnxruntime", "openvino")

@@ -128,7 +128,6 @@ def adapt(
 
 
 def _check_resumed(out: Path, started_as: dict[str, Any], run: RunOptions) -> None:
-    """Raise `UsageError` if a folder holds another run."""
     file = out / _STATE
     if file.exists():
         before = json.loads(file.read_text())["started_as"]
@@ -293,7 +292,6 @@ class _Adaptation:
     # -- the parts ------------------------------------------------------------------------------
 
     def run(self, started_as: dict[str, Any]) -> Adapted:
-        """Run the remaining parts."""
         started = time.monotonic()
         if not (self.out / _STATE).exists():
             self.out.mkdir(parents=True, exist_ok=True)
@@ -369,7 +367,6 @@ class _Adaptation:
         return best if best.exists() else folder / "last.safetensors"
 
     def _supernet(self, original: Path) -> Path:
-        """All widths, from the original's weights."""
         start = self.out / "sorted.safetensors"
         if original == self._converted_file:
             start = original  # slimmable already: its channels have an order
@@ -430,13 +427,11 @@ class _Adaptation:
         return result
 
     def _curve(self, checkpoint: Checkpoint) -> BudgetCurve:
-        """The budgets of a network, on the images held out."""
         options = self.options
         held = open_images(checkpoint, options.data, options.split, share=options.val_share)
         return fit_curve(answer_images(checkpoint, held, 256))
 
     def _gate(self, supernet: Path) -> Path:
-        """A gate, and budgets on the images held out."""
         result, options = self.out / RESULT, self.options
         if result.exists():
             return result

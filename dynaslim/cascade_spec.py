@@ -89,29 +89,19 @@ class CascadeSpec(Routed):
 
     @property
     def num_widths(self) -> int:
-        """Number of rungs."""
         return len(self.rungs)
 
     @property
     def largest(self) -> Route:
-        """The last rung."""
         return self.routes[-1]
 
     def route_at(self, indices: Sequence[int]) -> Route:
-        """The route of a rung, given by its index.
-
-        Raises:
-            UsageError: for a wrong number of indices or one out of range.
-        """
+        """The route of a rung, given by its index."""
         self.check_indices(indices)
         return Route((int(indices[0]) + 1,))
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
-        """0 for the trunk, and the index of the rung.
-
-        Raises:
-            UsageError: if the route is none of this cascade's.
-        """
+        """0 for the trunk, and the index of the rung."""
         check(
             len(route.widths) == 1 and 1 <= route.widths[0] <= len(self.rungs),
             f"route {route}: {self.name} takes the number of a rung, 1 to {len(self.rungs)}",
@@ -124,10 +114,6 @@ class CascadeSpec(Routed):
         if trunk is None or number not in trunk.rungs:
             return rung.madds, rung.params
         return rung.madds - trunk.madds, rung.params - trunk.params
-
-    def rung(self, route: Route) -> RungSpec:
-        """The rung of a route."""
-        return self.rungs[self.segment_indices(route)[1]]
 
     @property
     def usual_image_size(self) -> int:

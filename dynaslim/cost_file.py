@@ -19,8 +19,6 @@ VERSION: Final = 1
 
 @dataclass(frozen=True)
 class _CostFile:
-    """The content of a file."""
-
     format: str
     version: int
     model: str

@@ -63,7 +63,6 @@ class Demo:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
         budget, outcome = self.budgeted
         return {
             "model": MODEL,
@@ -80,12 +79,7 @@ class Demo:
 
 
 def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None) -> Demo:
-    """Train, evaluate and save in folder `out`; `train_images` takes only the first so many.
-
-    Raises:
-        UsageError: for a recipe that makes no sense.
-        OSError: if the folder cannot be written; found out before training.
-    """
+    """Train, evaluate and save in folder `out`; `train_images` takes only the first so many."""
     # in few epochs a teacher learns too late: all widths learn faster from labels
     target, seed = options.target, options.seed
     stage1 = SupernetRecipe(model=MODEL, epochs=options.epochs, seed=seed, target="labels")
@@ -119,9 +113,7 @@ def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None
 
         net = train_supernet(live, train, preprocessing, stage1, on_step=supernet_note)
     with progress("stage II: gate", len(train) // stage2.batch_size) as bar:
-        fit_gate_to_images(
-            net, train, preprocessing, stage2, target=target, on_batch=lambda: bar.advance()
-        )
+        fit_gate_to_images(net, train, preprocessing, stage2, target=target, on_batch=bar.advance)
     with progress("evaluating", len(test)) as bar:
         result = evaluate(net, test, preprocessing, on_batch=bar.advance)
     made = Checkpoint(net, train.class_names, preprocessing, result.to_dict(), recipe)

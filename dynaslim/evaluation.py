@@ -248,7 +248,9 @@ def _summary(
         main = max(range(len(chosen) or 1), key=lambda number: modes.madds(modes.routes[number]))
         madds_N = torch.full_like(answers.madds_N, modes.madds(modes.routes[main]))
         taken, taken_number_N = (modes.routes[main],), torch.zeros_like(answers.rows_N)
-    counts_KR = _count_pairs(answers.labels_N, taken_number_N, spec.num_classes, len(taken))
+    pairs_N = answers.labels_N * len(taken) + taken_number_N
+    counts_KR = torch.bincount(pairs_N, minlength=spec.num_classes * len(taken))
+    counts_KR = counts_KR.view(spec.num_classes, len(taken))
     total = len(answers.rows_N)
     return Evaluation(
         images=total,
@@ -294,7 +296,6 @@ def _mean(values_N: Tensor) -> float:
 
 
 def _means(answers: _Answers, mode: int) -> dict[str, float]:
-    """top1, top5 and loss per image of one mode."""
     rank_N = answers.rank_MN[mode]
     return {
         "top1": int((rank_N == 0).sum()) / len(rank_N),
@@ -317,12 +318,6 @@ def _taken(spec: AnySpec, choices_NG: Tensor) -> tuple[tuple[Route, ...], Tensor
     found = [spec.route_at(row) for row in distinct.tolist()]
     listed = spec.routing_space if len(spec.gates) == 1 else tuple(sorted(found))
     return listed, torch.tensor([listed.index(route) for route in found])[number_N]
-
-
-def _count_pairs(first_N: Tensor, second_N: Tensor, firsts: int, seconds: int) -> Tensor:
-    """How often each pair of values occurs: (firsts, seconds) int64."""
-    pairs_N = first_N * seconds + second_N
-    return torch.bincount(pairs_N, minlength=firsts * seconds).view(firsts, seconds)
 
 
 def _per_class(

@@ -76,10 +76,10 @@ def note(line: str) -> None:
 def progress(label: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
     """Show the progress of a job of `total` steps, of which some are done, while inside.
 
-    `total` None: it is not known how many there are.
-    Of several processes of a run the first alone shows anything.
+    `total` None: it is not known how many there are. Nothing is shown without a label, nor by other
+    processes of a run than the first.
     """
-    if _rank():
+    if not label or _rank():
         yield _Nothing()
         return
     if not sys.stderr.isatty():

@@ -21,7 +21,6 @@ Objective = Literal["expected", "sgs"]
 
 
 def _values(recipe: object, names: Sequence[str]) -> Iterator[tuple[str, float]]:
-    """The named fields that are not None."""
     for name in names:
         value = getattr(recipe, name)
         if value is not None:
@@ -576,7 +575,6 @@ class ReportOptions:
 
     @property
     def cache_dir(self) -> str | None:
-        """As `EngineOptions.cache_dir`."""
         return None if self.no_cache else "auto"
 
 

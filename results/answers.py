@@ -28,7 +28,6 @@ from dynaslim.runtime.calibrate_budget import PathAnswers
 from dynaslim.runtime.escalation import averaged, margins
 from dynaslim.spec import NetSpec
 from results.plan import static_spec
-from results.policies import sureness
 
 
 @dataclass(frozen=True)
@@ -56,12 +55,10 @@ class Table:
 
     @cached_property
     def correct_NR(self) -> npt.NDArray[np.bool_]:
-        """Whether each route is right."""
         return np.asarray(self.logits_NRC.argmax(2) == self.labels_N[:, None])
 
     @cached_property
     def top1_R(self) -> list[float]:
-        """Accuracy of every route."""
         return [float(v) for v in self.correct_NR.mean(0)]
 
     @cached_property
@@ -84,16 +81,11 @@ class Table:
         return float(CostTable.from_madds(self.spec, self.image_size_px).segments[0][0][0])
 
     @cached_property
-    def sure_NR(self) -> npt.NDArray[np.float64]:
+    def sure_NR(self) -> npt.NDArray[np.float32]:
         """The margin of every route's answer."""
-        return sureness(self.logits_NRC)
-
-    @cached_property
-    def mirrored_correct_N(self) -> npt.NDArray[np.bool_] | None:
-        """Whether the widest route is right about the mirror images."""
-        if self.mirrored_NC is None:
-            return None
-        return np.asarray(self.mirrored_NC.argmax(1) == self.labels_N)
+        shape = self.logits_NRC.shape
+        found: npt.NDArray[np.float32] = margins(self.logits_NRC.reshape(-1, shape[2]))
+        return found.reshape(shape[:2])
 
     def route(self, k: int) -> Table:
         """One route alone, as a network of its own would be."""
@@ -103,39 +95,33 @@ class Table:
 
     @property
     def seen_once(self) -> Table:
-        """The same without mirror images."""
         return replace(self, mirrored_NC=None)
 
     def with_head(self, weight_RF: npt.NDArray[np.float32]) -> Table:
-        """The same network with another slimming head."""
         return replace(self, gate_logits_NR=self.hidden_NF @ weight_RF.T)
 
     @cached_property
     def paths(self) -> PathAnswers:
         """The same as the runtime's own search for budgets takes it."""
-        shape = self.logits_NRC.shape
         return PathAnswers(
             self.spec,
             self.image_size_px,
             (self.gate_logits_NR[None],),
             self.correct_NR,
-            margins(self.logits_NRC.reshape(-1, shape[2])).reshape(shape[:2]),
+            self.sure_NR,
             None
             if self.mirrored_NC is None
             else averaged(self.logits_NRC[:, -1], self.mirrored_NC).argmax(1) == self.labels_N,
         )
 
     def rows(self, rows: npt.NDArray[Any]) -> Table:
-        """Some of the images."""
         return replace(self, **{name: array[rows] for name, array in self._arrays().items()})
 
     def _arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Those that it has."""
         found = {name: getattr(self, name) for name in (*_ARRAYS, "mirrored_NC")}
         return {name: array for name, array in found.items() if array is not None}
 
     def save(self, path: Path) -> None:
-        """Write a file that `Table.read` reads."""
         buffer = io.BytesIO()
         about = json.dumps({"spec": self.spec.to_dict(), "image_size_px": self.image_size_px})
         np.savez(buffer, about=np.array(about), **self._arrays())
@@ -144,7 +130,6 @@ class Table:
 
     @classmethod
     def read(cls, path: Path) -> Table:
-        """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as file:
             about = json.loads(str(file["about"]))
             names = (*_ARRAYS, *(("mirrored_NC",) if "mirrored_NC" in file else ()))

@@ -29,19 +29,21 @@ class Cell:
 
     @property
     def path(self) -> Path:
-        """Its file."""
         return CELLS / self.experiment / f"{self.variant}_s{self.seed}.json"
 
     @property
     def run(self) -> Path:
-        """The folder of what was trained for it."""
         return RUNS / self.experiment / f"{self.variant}_s{self.seed}"
+
+    @property
+    def checkpoint(self) -> Path:
+        """The network that was trained for it; of gates there is one for each target instead."""
+        return self.run / "last.safetensors"
 
     def __str__(self) -> str:
         return f"{self.experiment}/{self.variant}_s{self.seed}"
 
     def read(self) -> dict[str, Any] | None:
-        """What is in its file; None if there is none."""
         if not self.path.exists():
             return None
         found: dict[str, Any] = json.loads(self.path.read_text())
@@ -62,7 +64,6 @@ class Cell:
         write_json(self.path, {**head, **values})
 
     def is_done(self, made_by: Mapping[str, Any]) -> bool:
-        """Whether its file was made by these settings."""
         found = self.read()
         return found is not None and found["settings_sha256"] == digest(made_by)
 

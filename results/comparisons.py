@@ -41,17 +41,16 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
     # a budget beyond the curve's last point is an error
     limits = [min(share, max(1.0, dearest)) for share in SHARES]
     settings = {
-        "both": [_plain(curve.at(limit)) for limit in limits],
-        "gate": [_plain(curve.at(limit, escalate=False)) for limit in limits],
-        "escalation": [_plain(point) for point in escalation(choosing)],
+        "both": [_of_point(curve.at(limit)) for limit in limits],
+        "gate": [_of_point(curve.at(limit, escalate=False)) for limit in limits],
+        "escalation": escalation(choosing),
     }
     ways = {name: [_at(judging, point) for point in found] for name, found in settings.items()}
     ways["ladder"] = ladder(choosing, judging)
     ways["cascade_one_network"] = cascade(_alone(choosing), _alone(judging))
     if choosing.mirrored_NC is not None:
         once = fit_curve(choosing.seen_once.paths, split=False)
-        points = [_plain(once.at(min(share, 1.0))) for share in SHARES]
-        ways["seen_once"] = [_at(judging, point) for point in points]
+        ways["seen_once"] = [_at(judging, _of_point(once.at(min(share, 1.0)))) for share in SHARES]
     ways["random"] = [_random(judging, point["shift"]) for point in settings["gate"]]
     return {
         "images": len(judging.labels_N),
@@ -68,19 +67,23 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
 
 def _seen_twice(judging: Table) -> dict[str, float] | None:
     """The oracle's control; None where mirror images are not to be shown."""
-    mirrored_N = judging.mirrored_correct_N
-    if mirrored_N is None:
+    if judging.mirrored_NC is None:
         return None
+    mirrored_N = judging.mirrored_NC.argmax(1) == judging.labels_N
     found = policies.seen_twice(judging.correct_NR[:, -1], mirrored_N, judging.costs_R[-1])
     return found._asdict()
 
 
-def _plain(point: BudgetPoint) -> dict[str, Any]:
+def _setting(shift: float, escalations: Sequence[Escalation]) -> dict[str, Any]:
     steps = [
         {"tau": tau, "target": list(target), **({"mirror": True} if mirror else {})}
-        for tau, target, mirror in point.escalations
+        for tau, target, mirror in escalations
     ]
-    return {"shift": point.shift, "escalations": steps}
+    return {"shift": shift, "escalations": steps}
+
+
+def _of_point(point: BudgetPoint) -> dict[str, Any]:
+    return _setting(point.shift, point.escalations)
 
 
 def escalations_of(setting: Mapping[str, Any]) -> list[Escalation]:
@@ -118,7 +121,7 @@ def _random(judging: Table, shift: float) -> Outcome:
     return policies.random_routing(judging.costs_R, judging.top1_R, list(counts / len(option_N)))
 
 
-def escalation(choosing: Table) -> list[BudgetPoint]:
+def escalation(choosing: Table) -> list[dict[str, Any]]:
     """All images along the cheapest route, the unsure ones on along a wider one; no gate.
 
     For every budget the best target, with the threshold that spends the budget: the threshold of
@@ -126,12 +129,12 @@ def escalation(choosing: Table) -> list[BudgetPoint]:
     """
     costs, found = choosing.costs_R, []
     for limit in _limits(choosing):
-        points = []
+        settings = []
         for target in range(1, len(costs)):
             room = (limit - costs[0]) / (costs[target] - choosing.trunk)
             tau = _spending(choosing.sure_NR[:, 0], room)
-            points.append(_escalate(choosing, target, tau))
-        found.append(max(points, key=lambda point: point.top1))
+            settings.append(_setting(FAR, [Escalation(tau, (target,))]))
+        found.append(max(settings, key=lambda setting: _at(choosing, setting).top1))
     return found
 
 
@@ -139,23 +142,6 @@ def _spending(sure_N: Any, room: float) -> float:
     """The threshold under which at most a share `room` of the images is; any number will do."""
     count = int(min(max(room, 0.0), 1.0) * len(sure_N))
     return policies.threshold_for(sure_N, count / len(sure_N))
-
-
-def _escalate(table: Table, target: int, tau: float) -> BudgetPoint:
-    first_N = np.zeros(len(table.labels_N), np.int64)
-    found = policies.escalated(
-        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, first_N, target, tau
-    )
-    return BudgetPoint(
-        shift=FAR,
-        tau=tau,
-        escalate_to=(target,),
-        madds=found.cost,
-        share=found.cost / max(table.costs_R),
-        ms=None,
-        top1=found.top1,
-        escalated=found.escalated,
-    )
 
 
 def _limits(table: Table) -> list[float]:

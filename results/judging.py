@@ -37,7 +37,7 @@ def _images(data: str, split: str, pre: Preprocessing, share: float) -> ImageDat
 
 def table_of(cell: Cell, recipe: SupernetRecipe, split: str) -> Table:
     """The answers of a cell's network, computed once."""
-    checkpoint = cell.run / "last.safetensors"
+    checkpoint = cell.checkpoint
     file = RUNS / "tables" / f"{str(cell).replace('/', '_')}_{split}.npz"
     network = read(checkpoint)
     if file.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
@@ -76,7 +76,7 @@ def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
     """The supernet with its gates, beside static networks and in-place distillation."""
     found = _beside_statics("headline", folder, seed, test)
     other = Cell("distillation", "supernet", seed)
-    if _is_trained(other):
+    if other.checkpoint.exists():
         pair = pair_of(other, plan.cifar10(folder, seed), test)
         found["distillation_top1"] = pair[1].top1_R
     return found
@@ -89,7 +89,7 @@ def _beside_statics(experiment: str, folder: str | None, seed: int, test: bool) 
     statics = {
         k: pair_of(other, recipe, test)
         for k in range(WIDTHS)
-        if _is_trained(other := Cell("headline", f"static{k}", seed))
+        if (other := Cell("headline", f"static{k}", seed)).checkpoint.exists()
     }
     if len(statics) == WIDTHS:
         found["static_top1"] = [statics[k][1].top1_R[0] for k in range(WIDTHS)]
@@ -126,10 +126,6 @@ def _supernet_and_gates(
     found = compare(*_with_gate(pair, gates.run / middle))
     found["gates"] = _gate_rows(pair, gates)
     return pair, found
-
-
-def _is_trained(cell: Cell) -> bool:
-    return (cell.run / "last.safetensors").exists()
 
 
 def _gate_rows(
@@ -173,7 +169,7 @@ def quick(_: str | None, seed: int, test: bool) -> dict[str, Any]:
     found = {}
     for target in plan.TEACHING:
         cell = Cell("quick", target, seed)
-        if _is_trained(cell):
+        if cell.checkpoint.exists():
             found[target] = pair_of(cell, plan.mini(seed), test)[1].top1_R
     return {"top1": found}
 

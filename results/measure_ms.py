@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware, interleave, ratio, summary
 from dynaslim.checkpoint import read
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import DynaslimError, UsageError
@@ -71,7 +71,7 @@ def write_tables(folder: str | None, seed: int) -> None:
     """Milliseconds of every segment of the network of the gate ablation."""
     cell, recipe = Cell("headline", "supernet", seed), plan.cifar10(folder, seed)
     # the backend that routes pictures of this size fastest
-    engine = Engine.from_checkpoint(cell.run / "last.safetensors", backend="onnxruntime")
+    engine = Engine.from_checkpoint(cell.checkpoint, backend="onnxruntime")
     note = {"backend": engine.backend, **hardware()}
     made = profile(engine.router, recipe.data.image_size_px, BATCH, rounds=15, note=note)
     made.write(HERE.parent / plan.LATENCY, engine.spec)
@@ -126,13 +126,13 @@ def _timed(
         times = interleave(
             {name: partial(_all, arm, batches) for name, arm in arms.items()},
             rounds,
-            lambda: bar.advance(),
+            bar.advance,
         )
     widest = times[max(name for name in times if name.startswith("route"))]
     return {
         name: {
             **{k: v / len(x) for k, v in summary(values).items()},
-            "faster_than_widest": summary([a / b for a, b in zip(widest, values, strict=True)]),
+            "faster_than_widest": ratio(widest, values),
         }
         for name, values in times.items()
     }
@@ -154,7 +154,7 @@ def _arms(
         for k, choice in enumerate(gate.choices)
     }
     for k in range(WIDTHS if name != "imagenette" else 0):
-        file = Cell("headline", f"static{k}", seed).run / "last.safetensors"
+        file = Cell("headline", f"static{k}", seed).checkpoint
         if file.exists():
             alone = Engine.from_checkpoint(file, backend=backend)
             arms[f"static{k}"] = alone.static(alone.spec.smallest)

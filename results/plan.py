@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final, Literal
@@ -129,7 +129,11 @@ def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """CIFAR-10: supernet, gates, and what a user would train instead."""
     statics = [
         _static(
-            "headline", f"static{k}", cifar10(folder, seed), k, best_rate("cifar10", f"static{k}")
+            "headline",
+            f"static{k}",
+            cifar10(folder, seed),
+            k,
+            best_settings("cifar10", (f"static{k}",))[1],
         )
         for seed in seeds
         for k in (3, 2, 1, 0)
@@ -141,16 +145,6 @@ def _static(experiment: str, variant: str, recipe: SupernetRecipe, width: int, l
     """A network trained alone: by the labels, whatever the recipe teaches its routes by."""
     cell = Cell(experiment, variant, recipe.seed)
     return Job(cell, "static", replace(at_rate(recipe, lr), **UNTAUGHT), width=width)
-
-
-def labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: all routes of the supernet taught by the labels."""
-    return _taught("labels", "labels", folder, seeds)
-
-
-def ensemble(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: in-place ensemble bootstrapping, the paper's way."""
-    return _taught("ensemble", "ensemble", folder, seeds)
 
 
 def distillation(folder: str | None, seeds: Sequence[int]) -> list[Job]:
@@ -170,21 +164,11 @@ def sgs(folder: str | None, seeds: Sequence[int]) -> list[Job]:
             Cell("sgs", variant, seed),
             "gate",
             gate(cifar10(folder, seed), objective="sgs", targets=(), epochs=2, sgs=way),
-            needs=ensemble(folder, [seed])[0],
+            needs=_taught("ensemble", "ensemble", folder, [seed])[0],
         )
         for seed in seeds
         for variant, way in SGS.items()
     ]
-
-
-def longer(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: the recipe in full, which is `headline` trained three times as long."""
-    return _taught("longer", RECIPE, folder, seeds, epochs=None)
-
-
-def longer_labels(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: those of `labels`, trained three times as long."""
-    return _taught("longer_labels", "labels", folder, seeds, epochs=None)
 
 
 def _taught(
@@ -257,14 +241,6 @@ def tried_rates(experiment: str) -> dict[str, dict[float, list[float]]]:
     return found
 
 
-def best_rate(experiment: str, variant: str) -> float:
-    """The learning rate of a variant that held-out images chose; 0.2 where nothing was tried.
-
-    Of the rates that were tried with the most seeds, the one of the highest mean.
-    """
-    return best_settings(experiment, (variant,))[1]
-
-
 def ways_of(experiment: str) -> dict[str, dict[str, Any]]:
     """Ways of teaching, those by an average with every decay that an experiment tries."""
     return TEACHING | {
@@ -283,7 +259,10 @@ def at_best(experiment: str, recipe: SupernetRecipe, way: str) -> SupernetRecipe
 
 
 def best_settings(experiment: str, variants: Sequence[str]) -> tuple[str, float]:
-    """Of several variants the one that held-out images chose, and its learning rate."""
+    """Of several variants the one that held-out images chose, and its learning rate.
+
+    Of what was tried with the most seeds, the highest mean; a rate of 0.2 where nothing was tried.
+    """
     tried = tried_rates(experiment)
     found = [
         (len(seeds), fmean(seeds), variant, rate)
@@ -366,17 +345,19 @@ SEARCHES: Final = {
 """Searches of the learning rate."""
 EXPERIMENTS: Final = {
     "headline": headline,
-    "labels": labels,
-    "ensemble": ensemble,
+    "labels": partial(_taught, "labels", "labels"),
+    "ensemble": partial(_taught, "ensemble", "ensemble"),
     "distillation": distillation,
     "sgs": sgs,
-    "longer": longer,
-    "longer_labels": longer_labels,
+    "longer": partial(_taught, "longer", RECIPE, epochs=None),
+    "longer_labels": partial(_taught, "longer_labels", "labels", epochs=None),
     "gates": gates,
     "quick": quick,
     **SEARCHES,
     "imagenette": imagenette,
 }
+"""`labels`: all routes taught by the labels. `ensemble`: the paper's way, in-place ensemble
+bootstrapping. The longer ones are trained for all epochs of the recipe, three times as many."""
 
 
 def jobs_of(
@@ -386,11 +367,7 @@ def jobs_of(
     only: Sequence[str] = (),
     rates: Sequence[float] = RATES,
 ) -> list[Job]:
-    """The jobs of an experiment, `only` those of some variants; searches of the rate try `rates`.
-
-    Raises:
-        UsageError: for an experiment or a variant that there is not, and without rates to try.
-    """
+    """The jobs of an experiment, `only` those of some variants; searches of rates try `rates`."""
     if experiment not in EXPERIMENTS:
         raise UsageError(f"experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")
     if folder is not None and not Path(folder).is_dir():

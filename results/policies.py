@@ -38,9 +38,6 @@ def uniform_line(costs_R: Sequence[float], top1_R: Sequence[float], cost: float)
 
     The hull between two routes is what a random choice between them gives. Below the
     cheapest route's cost there is nothing: the cheapest's top-1; above the dearest, the best.
-
-    Raises:
-        ValueError: for lists of different lengths, or none.
     """
     points = sorted(zip(costs_R, top1_R, strict=True))
     if not points:
@@ -63,11 +60,7 @@ def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
 def random_routing(
     costs_R: Sequence[float], top1_R: Sequence[float], shares_R: Sequence[float]
 ) -> Outcome:
-    """What images give on average that are sent along the routes at random, in these shares.
-
-    Raises:
-        ValueError: if the shares are not one for each route, or their sum is not 1.
-    """
+    """What images give on average that are sent along the routes at random, in these shares."""
     if not np.isclose(sum(shares_R), 1):
         raise ValueError(f"shares {list(shares_R)}: must add up to 1")
     parts = list(zip(costs_R, top1_R, shares_R, strict=True))
@@ -91,17 +84,6 @@ def seen_twice(correct_N: Bools, mirrored_N: Bools, cost: float) -> Outcome:
     return Outcome(2 * cost, float((correct_N | mirrored_N).mean()), 1.0)
 
 
-# -- how sure an answer is -------------------------------------------------------------------------
-
-
-def sureness(logits: Floats) -> Floats:
-    """The margin of answers (..., classes): the highest class probability minus the next."""
-    scaled = np.asarray(logits, np.float64)
-    chances = np.exp(scaled - scaled.max(-1, keepdims=True))
-    best = np.sort(chances / chances.sum(-1, keepdims=True), -1)
-    return np.asarray(best[..., -1] - best[..., -2])
-
-
 # -- policies --------------------------------------------------------------------------------------
 
 
@@ -114,28 +96,6 @@ def gated(correct_NR: Bools, costs_R: Sequence[float], option_N: Ints) -> Outcom
     )
 
 
-def escalated(
-    correct_NR: Bools,
-    sure_NR: Floats,
-    costs_R: Sequence[float],
-    trunk: float,
-    option_N: Ints,
-    target: int,
-    tau: float,
-) -> Outcome:
-    """As `gated`; answers less sure than tau are replaced by those of a wider route.
-
-    It goes on from the trunk's features, which were kept: the second pass costs `costs_R[target]`
-    less `trunk`. Images whose own route is the target or a wider one keep their answer.
-    """
-    everyone = np.arange(len(correct_NR))
-    costs = np.asarray(costs_R, float)
-    escalated_N = (option_N < target) & (sure_NR[everyone, option_N] < tau)
-    right_N = np.where(escalated_N, correct_NR[:, target], correct_NR[everyone, option_N])
-    cost_N = costs[option_N] + escalated_N * (costs[target] - trunk)
-    return Outcome(float(cost_N.mean()), float(right_N.mean()), float(escalated_N.mean()))
-
-
 def ladder(
     correct_NR: Bools,
     sure_NR: Floats,
@@ -146,11 +106,9 @@ def ladder(
 ) -> Outcome:
     """Escalation in several steps: the first route for all, on to the next where unsure.
 
+    A step goes on from the trunk's features, which were kept: it costs its route less `trunk`.
     `taus` has one threshold for every step but the last. `escalated` counts the second passes
     and all later ones, per image.
-
-    Raises:
-        ValueError: for another number of thresholds.
     """
     if len(taus) != len(steps) - 1:
         raise ValueError(f"{len(steps)} steps need {len(steps) - 1} thresholds, got {len(taus)}")

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     os.chdir(HERE.parent)
     try:
-        committed = targets("quick")
+        committed = targets()
         if not committed:
             raise UsageError("no numbers to compare with: python -m results.run quick")
         repeated = repeat(given.seed, FOLDER)

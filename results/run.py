@@ -123,7 +123,6 @@ def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
 
 
 def _is_ready(job: Job, left: list[Job]) -> bool:
-    """Whether the network that it builds on is trained."""
     needs = job.needs
     return needs is None or needs not in left or needs.cell.is_done(needs.settings())
 

@@ -66,7 +66,7 @@ def make() -> dict[Path, bytes]:
         "imagenette": summaries.supernets("imagenette"),
         "gates": summaries.gates(),
         "rates": summaries.rates(),
-        "quick": summaries.targets("quick"),
+        "quick": summaries.targets(),
     }
     notes = HERE / "notes.md"
     text = page(found, notes.read_text(encoding="utf-8") if notes.exists() else "")

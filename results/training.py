@@ -25,11 +25,6 @@ def run(job: Job) -> None:
     job.cell.write(job.settings(), values)
 
 
-def checkpoint_of(job: Job) -> Path:
-    """The network that a job leaves, of gates the last."""
-    return job.cell.run / "last.safetensors"
-
-
 def _supernet(job: Job) -> dict[str, Any]:
     """A supernet, or one width alone. Dropout is for the widest, as it is in the supernet."""
     assert isinstance(job.recipe, SupernetRecipe)
@@ -47,10 +42,9 @@ def _supernet(job: Job) -> dict[str, Any]:
 
 
 def _needed(job: Job) -> Path | None:
-    """The checkpoint that a job builds on."""
     if job.needs is None:
         return None
-    checkpoint = job.needs.cell.run / "last.safetensors"
+    checkpoint = job.needs.cell.checkpoint
     if not checkpoint.exists():
         raise UsageError(f"{job.cell}: needs {job.needs.cell}, which is not trained yet")
     return checkpoint

@@ -83,20 +83,12 @@ def test_a_gate_sends_every_image_to_its_choice():
     assert found == pytest.approx(((1 + 2 + 2 + 2 + 4 + 1) / 6, 4 / 6, 0))
 
 
-def test_escalation_pays_for_both_but_one_trunk():
-    first = np.array([0, 0, 0, 0, 0, 2])  # the last is as wide as it gets and stays
-    found = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau=0.35)
-    # images 2 and 4 go on: 2 stays right, 4 becomes right
-    assert found == pytest.approx(((5 * 1 + 4 + 2 * 3.5) / 6, 4 / 6, 2 / 6))
-    nobody = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau=0.0)
-    assert nobody == policies.gated(RIGHT, COSTS, first)
-
-
-def test_a_ladder_of_two_steps_is_escalation():
-    first = np.zeros(6, int)
-    for tau in (0.15, 0.35, 0.85):
-        one = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau)
-        assert policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 2), (tau,)) == pytest.approx(one)
+def test_a_ladder_pays_for_every_step_but_one_trunk():
+    one = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 2), (0.35,))
+    # images 2, 4 and 5 go on: 2 stays right, 4 becomes right
+    assert one == pytest.approx((1 + 3 * 3.5 / 6, 4 / 6, 3 / 6))
+    nobody = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 2), (0.0,))
+    assert nobody == policies.gated(RIGHT, COSTS, np.zeros(6, int))
     found = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 1, 2), (0.35, 0.25))
     # 2, 4 and 5 go on to the second route, of them 4 and 5 to the third
     assert found == pytest.approx((1 + (3 * 1.5 + 2 * 3.5) / 6, 3 / 6, 5 / 6))
@@ -107,11 +99,6 @@ def test_a_ladder_of_two_steps_is_escalation():
 def test_a_cascade_pays_for_both_networks():
     found = policies.cascade(RIGHT[:, 0], SURE[:, 0], RIGHT[:, 2], (1.0, 4.0), tau=0.35)
     assert found == pytest.approx((1 + 4 * 3 / 6, 4 / 6, 3 / 6))
-
-
-def test_how_sure_an_answer_is():
-    logits = np.log(np.array([[0.6, 0.3, 0.1], [0.4, 0.4, 0.2]]))
-    assert policies.sureness(logits) == pytest.approx([0.3, 0.0])
 
 
 def test_thresholds_part_the_images_at_a_share():
@@ -155,12 +142,11 @@ def test_costs_and_losses_of_a_table():
 
 
 def test_the_arithmetic_here_is_the_runtimes():
-    """`policies.escalated` and `simulate`, which the engine is tested against, agree."""
+    """`policies.ladder` and `simulate`, which the engine is tested against, agree."""
     table = _table()
-    first = np.zeros(len(table.labels_N), int)
     for target, tau in [(1, 0.3), (3, 0.7)]:
-        ours = policies.escalated(
-            table.correct_NR, table.sure_NR, table.costs_R, table.trunk, first, target, tau
+        ours = policies.ladder(
+            table.correct_NR, table.sure_NR, table.costs_R, table.trunk, (0, target), (tau,)
         )
         found = simulate(table.paths, comparisons.FAR, [Escalation(tau, (target,))])
         assert (ours.cost, ours.top1) == pytest.approx((found.madds, found.top1))
@@ -263,8 +249,8 @@ def test_a_cascade_of_one_network_pays_its_trunk_twice():
     assert first.escalated == 0 or first.cost > table.costs_R[0]
     tau = policies.threshold_for(table.sure_NR[:, 0], 0.3)
     whole = comparisons._cascade(alone, 0, 3, tau)
-    kept = policies.escalated(
-        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, np.zeros(400, int), 3, tau
+    kept = policies.ladder(
+        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, (0, 3), (tau,)
     )
     assert whole.top1 == kept.top1
     assert whole.cost == pytest.approx(kept.cost + 0.3 * table.trunk, rel=1e-3)
@@ -339,9 +325,9 @@ def test_learning_rates_are_those_that_the_held_out_images_chose():
         cell["variant"]: np.mean(cell["held_out"]["top1"])
         for cell in cells.all_cells("rates_cifar10")
     }
-    chosen = plan.best_rate("cifar10", "labels")
+    _, chosen = plan.best_settings("cifar10", ["labels"])
     assert top1[f"labels_lr{chosen:g}"] == max(top1[f"labels_lr{rate:g}"] for rate in plan.RATES)
-    assert plan.best_rate("cifar10", "another way") == 0.2
+    assert plan.best_settings("cifar10", ["another way"]) == ("another way", 0.2)
 
 
 def test_an_average_of_another_decay_is_used_where_the_held_out_images_chose_it():
@@ -364,7 +350,7 @@ def test_an_average_of_another_decay_is_used_where_the_held_out_images_chose_it(
 
 def test_the_recipe_that_ships_is_the_one_that_is_measured():
     shipped = plan.cifar10(None, 0, epochs=None)
-    (longer, *_) = plan.longer(None, [0])
+    (longer, *_) = plan.jobs_of("longer", None, [0])
     assert longer.recipe == shipped
 
 
@@ -586,7 +572,7 @@ def test_what_ships_is_made_of_a_supernet(toy, one_thread):
 
     (job,) = plan.jobs_of("headline", None, [0], ["supernet"])
     training.run(job)
-    argv = [str(training.checkpoint_of(job)), "--data", str(toy / "data"), "--name", "toy"]
+    argv = [str(job.cell.checkpoint), "--data", str(toy / "data"), "--name", "toy"]
     assert ship.main([*argv, "--out", str(toy), "--run", str(toy / "ship")]) == 0
     made = dynaslim.read(toy / "toy.safetensors")
     assert made.recipe["supernet"]["data"]["path"] == "toy"

@@ -9,8 +9,7 @@ from helpers import join, leave, lively, micro_spec, noise
 from dynaslim.cost import CostTable
 from dynaslim.recipes import SgsRecipe
 from dynaslim.train import recalibrate
-from dynaslim.train.sampling import sandwich_routes
-from dynaslim.train.step import gate_step, supernet_step
+from dynaslim.train.step import gate_step, sandwich_routes, supernet_step
 from dynaslim.train.teacher import make_teacher
 
 ROWS = 12

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from dynaslim.bench.timing import Arm, interleave, summary
+from dynaslim.bench.timing import Arm, interleave, ratio, summary
 from dynaslim.cost import madds
 from dynaslim.errors import check
 from dynaslim.graph import AnySpec
@@ -161,13 +161,13 @@ def bench_routed(
         },
         "routed_ms": summary(routed),
         "ideal_ms": summary(ideal),
-        "ratio_to_ideal": _ratio(ideal, routed),
+        "ratio_to_ideal": ratio(ideal, routed),
         "madds_ratio": max(costs) / mean,
-        "speedup_over_widest": _ratio(static[widest], routed),
+        "speedup_over_widest": ratio(static[widest], routed),
     }
     if single:
         result["routed_over_static"] = {
-            str(r): _ratio(times[f"routed {r}"], static[r]) for r in routes
+            str(r): ratio(times[f"routed {r}"], static[r]) for r in routes
         }
     return result
 
@@ -226,8 +226,3 @@ def _static(router: Router, images: Array, route: Route) -> Arm:
 def _routed(router: Router, images: Array, paths: Sequence[tuple[int, ...]]) -> Arm:
     options_BG = np.array(paths, np.int64)
     return lambda: router.routed(images, lambda gate, _, rows: options_BG[rows, gate], None)
-
-
-def _ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """Of pairs of the same round."""
-    return summary([a / b for a, b in zip(above, below, strict=True)])

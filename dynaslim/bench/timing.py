@@ -45,6 +45,11 @@ def summary(values: Sequence[float]) -> dict[str, float]:
     return {"median": median, "q1": q1, "q3": q3}
 
 
+def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
+    """`summary` of the ratios of two arms' times in the same round."""
+    return summary([a / b for a, b in zip(above, below, strict=True)])
+
+
 def hardware() -> dict[str, Any]:
     """The machine: GPU if there is one, processor, cores, system and versions."""
     versions = {}

@@ -15,18 +15,17 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
 from dynaslim.cli import (
-    adapting,
     cascading,
     converting,
     deploy,
     look,
     measure,
     predicting,
-    reporting,
     serving,
     setup,
     training,
@@ -50,9 +49,9 @@ VERBS: Final = {
     "demo": Verb(training.demo, "start", "dynaslim demo"),
     "models": Verb(look.models, "look", "dynaslim models"),
     "info": Verb(look.info, "look", "dynaslim info ds_mbnet --image-size 224"),
-    "report": Verb(reporting.report, "look", "dynaslim report runs/demo -o report.html"),
+    "report": Verb(measure.report, "look", "dynaslim report runs/demo -o report.html"),
     "adapt": Verb(
-        adapting.adapt,
+        training.adapt,
         "start",
         "dynaslim adapt timm:resnet50 --weights resnet50.pth --data PATH --out runs/adapted",
     ),
@@ -124,13 +123,8 @@ VERBS: Final = {
 }
 
 
-def _imagenet() -> Path:
-    from dynaslim.imagenet import package
-
-    return package()
-
-
-MADE[IMAGENET] = _imagenet
+# imported where the package is made: it needs torch
+MADE[IMAGENET] = lambda: Path(import_module("dynaslim.imagenet").package())
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

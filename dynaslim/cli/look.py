@@ -157,9 +157,6 @@ def _describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
     """An architecture and the costs of its parts for one size of image, as JSON values.
 
     Costs of segments include those of their gates' heads; costs of routes do not.
-
-    Raises:
-        UsageError: if the images are too small for the network.
     """
     return {
         **_describe_size(spec, image_size_px),

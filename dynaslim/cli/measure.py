@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from dynaslim._files import check_writable
+from dynaslim._files import check_writable, write_atomic
 from dynaslim.cli.output import (
     class_table,
     echo,
@@ -19,7 +19,14 @@ from dynaslim.cli.output import (
 )
 from dynaslim.errors import DataError, UsageError, check
 from dynaslim.graph import AnySpec
-from dynaslim.model_names import MANIFEST, checkpoint_file, find_model, is_hub_address
+from dynaslim.model_names import (
+    MANIFEST,
+    checkpoint_file,
+    find_model,
+    is_hub_address,
+    run_or_checkpoint,
+)
+from dynaslim.recipes import ReportOptions
 from dynaslim.spec import Route
 
 if TYPE_CHECKING:
@@ -367,11 +374,7 @@ def measure_curve(
     latency: CostTable | None = None,
     on_answers: Callable[..., None] | None = None,
 ) -> tuple[BudgetCurve, list[tuple[Route, Outcome]]]:
-    """The budget curve of a network on images, and the uniform routes beside it.
-
-    Raises:
-        DataError: if the images do not fit the network, or are too few to tell settings apart.
-    """
+    """The budget curve of a network on images, and the uniform routes beside it."""
     from dynaslim.runtime.budget_search import fit_curve, split_rows
     from dynaslim.runtime.calibrate_budget import answer_images, uniform_outcomes
 
@@ -480,6 +483,39 @@ def points_table(
     return table
 
 
+def report(
+    run: Path, *, out: Path = Path("report.html"), options: ReportOptions, json: bool = False
+) -> None:
+    """Make a page (HTML) that shows a run: accuracy, cost, time, routes, images, training.
+
+    Args:
+        run: The folder of a run or of the demo, a checkpoint file, a folder of save_pretrained, an
+            hf:// address, or the name of a model that ships.
+        out: The page to write (.html); one file that needs nothing else.
+        options: How the report is made.
+        json: Print one JSON object.
+    """
+    from dynaslim.data.layout import check_path
+
+    run_or_checkpoint(run)
+    check_writable(out)
+    check_device(options.device)
+    if options.data is not None:
+        check_path(options.data)
+
+    from dynaslim.report import build_report
+
+    to_device(options.device)
+    made = build_report(run, options)
+    write_atomic(out, made.html.encode())
+    if json:
+        print_json({"out": str(out), **made.summary})
+        return
+    for note in made.summary["notes"]:
+        echo(note)
+    echo(f"{out}: {made.summary['headline']}")
+
+
 def check_device(name: str) -> None:
     """Raise `UsageError` for an unknown kind of device; no torch."""
     known = name.partition(":")[0] in ("cpu", "cuda", "mps")
@@ -488,7 +524,6 @@ def check_device(name: str) -> None:
 
 def to_device(name: str) -> torch.device:
     """A device by its name; raises `UsageError` if this machine has none."""
-    check_device(name)
     import torch
 
     try:

@@ -141,7 +141,6 @@ def _has_fields(hint: Any) -> bool:
 
 
 def _add_options(parser: VerbParser, kind: type[Any]) -> None:
-    """A flag for every field of a dataclass."""
     hints, helps = get_type_hints(kind), dict[str, str]()
     for base in filter(_has_fields, reversed(kind.__mro__)):
         helps |= _helps(docstring_parser.parse_from_object(base))
@@ -165,11 +164,7 @@ def _add_flag(parser: VerbParser, name: str, hint: Any, default: Any, text: str)
 def arguments(
     function: Callable[..., Any], parser: VerbParser, parsed: jsonargparse.Namespace
 ) -> dict[str, Any]:
-    """The arguments that the verb's function is called with.
-
-    Raises:
-        UsageError: for values that options refuse.
-    """
+    """The arguments that the verb's function is called with."""
     parsed.pop("config", None)
     values: dict[str, Any] = vars(parser.instantiate(parsed))
     for name, kind in _types(function).items():
@@ -229,7 +224,7 @@ def _usage(parser: VerbParser) -> str:
         for action in parser._actions
         if not action.option_strings
     ]
-    needed = [f"{flag_of(a)} {metavar_of(a)}" for a in flags(parser) if a.required]
+    needed = [_placeholder(action) for action in flags(parser) if action.required]
     return " ".join([parser.prog, *given, *needed, "[options]"])
 
 

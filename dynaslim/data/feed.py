@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dynaslim import distributed
-from dynaslim.data.decode import decode_entry, random_crop
+from dynaslim.data.decode import Crop, decode_entry, random_crop
 from dynaslim.data.images import ImageDataset, ahead, channel_statistics, holdout, label_mapping
 from dynaslim.data.skipped import LIMIT, CorruptImageError, Skipped
 from dynaslim.data.source import Entry, ImageSource, fetched, open_source
@@ -54,9 +54,6 @@ class Feed(ABC):
         UsageError: if the batch cannot be divided evenly among the processes.
     """
 
-    resized = False
-    """The pixels are already a random resized crop of their picture."""
-
     def __init__(
         self,
         images: ImageDataset | ImageSource,
@@ -64,6 +61,9 @@ class Feed(ABC):
         batch_size: int,
         seed: int,
         skipped: Skipped,
+        augment: AugmentRecipe | None,
+        *,
+        decodes: bool = True,
     ) -> None:
         if num_images < batch_size:
             raise TrainingError(
@@ -79,9 +79,12 @@ class Feed(ABC):
         """Images of one step, over all processes."""
         self.steps_per_epoch = num_images // batch_size
         """Whole batches; images that do not fill one are left out of the epoch."""
+        self.resized = decodes and augment is not None and augment.crop == "resized"
+        """The pixels are already a random resized crop of their picture."""
         self.skipped = skipped
         """Images that this process could not decode."""
-        self._seed = seed
+        self.seed = seed
+        self._augment = augment
         own_rows(batch_size)
 
     @abstractmethod
@@ -95,6 +98,12 @@ class Feed(ABC):
         Raises:
             DataError: if too many images do not decode, or there are fewer than expected.
         """
+
+    def crop(self, epoch: int, purpose: str, place: int) -> Crop | None:
+        """The part to take of one image of an epoch; None where no crop is made in decoding."""
+        if not self.resized or self._augment is None:
+            return None
+        return random_crop(self._augment.scale_min, f"{self.seed}/{epoch}/crop {purpose}/{place}")
 
     def digests(self) -> Sequence[str]:
         """`digest` of the training files: a sample of a large set on the disk, none of a stream."""
@@ -119,11 +128,7 @@ def order_seed(seed: int, epoch: int, purpose: str) -> int:
 
 
 def own_rows(batch_size: int) -> slice:
-    """The rows of each batch that are for this process.
-
-    Raises:
-        UsageError: if the batch cannot be divided evenly among the processes.
-    """
+    """The rows of each batch that are for this process."""
     processes, rank = distributed.world_size(), distributed.rank()
     if batch_size % processes:
         raise UsageError(
@@ -154,26 +159,17 @@ class ImageFeed(Feed):
         augment: AugmentRecipe | None = None,
         workers: int = 0,
     ) -> None:
-        super().__init__(images, len(images), batch_size, seed, images.skipped)
+        decodes = images.pixels is None
+        super().__init__(
+            images, len(images), batch_size, seed, images.skipped, augment, decodes=decodes
+        )
         self.images = images
-        in_memory = images.pixels is not None
-        self.resized = not in_memory and augment is not None and augment.crop == "resized"
-        self._scale_min = augment.scale_min if self.resized and augment is not None else None
-        self._workers = 0 if in_memory else workers
+        self._workers = workers if decodes else 0
 
     def batches(
         self, start: int, stop: int, *, purpose: str = "train"
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """As `Feed.batches`."""
-        steps = _Steps(
-            self.images,
-            self._scale_min,
-            self._seed,
-            purpose,
-            self.steps_per_epoch,
-            self.batch_size,
-            own_rows(self.batch_size),  # the rank is not set in workers
-        )
+        steps = _Steps(self, purpose, own_rows(self.batch_size))  # the rank is not set in workers
         loader: DataLoader[Any] = DataLoader(
             steps,
             batch_size=None,
@@ -194,7 +190,6 @@ class ImageFeed(Feed):
             yield batch.pixels_BCSS, batch.labels_B
 
     def digests(self) -> Sequence[str]:
-        """As `Feed.digests`."""
         return self.images.digests(_HASHED)
 
 
@@ -211,27 +206,24 @@ class _Batch(NamedTuple):
 class _Steps(Dataset[_Batch | DynaslimError]):
     """The batch of each global step."""
 
-    images: ImageDataset
-    scale_min: float | None
-    seed: int
+    feed: ImageFeed
     purpose: str
-    steps_per_epoch: int
-    batch_size: int
     own: slice
     epoch: int = -1
     order: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     def __getitem__(self, step: int) -> _Batch | DynaslimError:
-        epoch, at = divmod(step, self.steps_per_epoch)
+        feed, images = self.feed, self.feed.images
+        epoch, at = divmod(step, feed.steps_per_epoch)
         if epoch != self.epoch:
-            seed = order_seed(self.seed, epoch, self.purpose)
+            seed = order_seed(feed.seed, epoch, self.purpose)
             generator = torch.Generator().manual_seed(seed)
-            self.order = torch.randperm(len(self.images), generator=generator)
+            self.order = torch.randperm(len(images), generator=generator)
             self.epoch = epoch
-        places = range(at * self.batch_size, (at + 1) * self.batch_size)[self.own]
-        if self.images.pixels is not None:
+        places = range(at * feed.batch_size, (at + 1) * feed.batch_size)[self.own]
+        if images.pixels is not None:
             rows = self.order[places.start : places.stop]
-            return _Batch(self.images.pixels[rows], self.images.labels_N[rows], [])
+            return _Batch(images.pixels[rows], images.labels_N[rows], [])
         skipped: list[tuple[str, str]] = []
         try:
             pixels, labels = zip(*(self._image(place, skipped) for place in places), strict=True)
@@ -241,16 +233,13 @@ class _Steps(Dataset[_Batch | DynaslimError]):
 
     def _image(self, place: int, skipped: list[tuple[str, str]]) -> tuple[np.ndarray, Tensor]:
         """The first image from this place of the epoch on that decodes, and its label."""
-        images = self.images
+        images = self.feed.images
         assert images.source is not None
         assert images.preprocessing is not None
         for further in range(len(self.order)):
             number = self.order[(place + further) % len(self.order)]
             row = int(images.rows[number])
-            crop = None
-            if self.scale_min is not None:
-                seed = f"{self.seed}/{self.epoch}/crop {self.purpose}/{row}"
-                crop = random_crop(self.scale_min, seed)
+            crop = self.feed.crop(self.epoch, self.purpose, row)
             image = decode_entry(images.source[row], images.preprocessing, crop)
             if not isinstance(image, CorruptImageError):
                 return image, images.labels_N[number]
@@ -289,9 +278,6 @@ class StreamFeed(Feed):
     image that does not decode is taken by the next one of its batch that does (after the last comes
     the first), so that batches do not depend on what came before. `num_images` is used where the
     stream does not give its length.
-
-    Raises:
-        UsageError: if the number of images is unknown.
     """
 
     def __init__(
@@ -313,11 +299,9 @@ class StreamFeed(Feed):
                 f"{stream.name}: does not say how many images it has; give --data.stream_images"
             )
         skipped = Skipped(stream.name, limit=corrupt_limit, at_least=_JUDGED)
-        super().__init__(stream, images, batch_size, seed, skipped)
-        self.resized = augment.crop == "resized"
+        super().__init__(stream, images, batch_size, seed, skipped, augment)
         self._stream = stream
         self._preprocessing = preprocessing
-        self._scale_min = augment.scale_min if self.resized else None
         self._workers = max(workers, 1)
         self._buffer = buffer
 
@@ -351,7 +335,7 @@ class StreamFeed(Feed):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         own = range(self.batch_size)[own_rows(self.batch_size)]
         entries = self._stream.shuffled(
-            order_seed(self._seed, epoch, purpose),
+            order_seed(self.seed, epoch, purpose),
             self._buffer,
             first * len(own),
             self.steps_per_epoch * len(own),
@@ -359,10 +343,7 @@ class StreamFeed(Feed):
         reader, decoders = ThreadPoolExecutor(1), ThreadPoolExecutor(self._workers)
 
         def decode(entry: Entry, place: int) -> np.ndarray | CorruptImageError:
-            crop = None
-            if self._scale_min is not None:
-                crop = random_crop(self._scale_min, f"{self._seed}/{epoch}/crop {purpose}/{place}")
-            return decode_entry(entry, self._preprocessing, crop)
+            return decode_entry(entry, self._preprocessing, self.crop(epoch, purpose, place))
 
         def read(step: int) -> list[tuple[int, Future[np.ndarray | CorruptImageError]]]:
             at = step * self.batch_size + own.start
@@ -406,7 +387,7 @@ class StreamFeed(Feed):
                     break
                 self.skipped.add(image.where, image.reason)
             else:
-                last = self.skipped.names[-1]
+                last = self.skipped.lines[-1]
                 raise DataError(f"{self.name}: no image of a batch decodes; {last}")
         self.skipped.check()
         return torch.from_numpy(np.stack(pixels)), torch.tensor(labels)
@@ -428,17 +409,10 @@ class Training:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The classes, in the order of the labels."""
         return self.feed.class_names
 
     @property
-    def name(self) -> str:
-        """The data set, for messages."""
-        return self.feed.name
-
-    @property
     def held_back(self) -> int:
-        """How many images are held out."""
         return 0 if self.validation is None else len(self.validation)
 
 

@@ -220,6 +220,11 @@ class ImageDataset:
             hashes=tuple(self.hashes[row] for row in rows.tolist()) if self.hashes else (),
         )
 
+    def sample(self, count: int) -> ImageDataset:
+        """At most `count` of the images, a random choice with a fixed seed, in their order."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
+        return self.subset(order[:count].sort().values)
+
     def digests(self, most: int | None = None) -> list[str]:
         """`digest` of every image's file; "" for one that cannot be read.
 
@@ -362,9 +367,6 @@ def open_images(
     """Images to run a checkpoint's network on, prepared and labelled as it was trained.
 
     `share` takes only the part of the split that a training with that `val_share` holds out.
-
-    Raises:
-        DataError: if the images cannot be read, or their classes are not the network's.
     """
     assert checkpoint.preprocessing is not None
     source = open_source(path, split)

@@ -46,7 +46,6 @@ class Skipped:
 
     @property
     def count(self) -> int:
-        """Distinct images left out so far."""
         return len(self._lines)
 
     @property
@@ -54,21 +53,13 @@ class Skipped:
         """A line `file: reason` for every image left out."""
         return tuple(self._lines.values())
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The first 20 of `lines`."""
-        return self.lines[:NAMED]
-
     def add(self, where: str, reason: str) -> None:
-        """Count an image, once."""
         self._lines.setdefault(where, f"{where}: {reason}")
 
     def state(self) -> list[list[str]]:
-        """The counted images, for `load_state` of a resumed run."""
         return [[where, line] for where, line in self._lines.items()]
 
     def load_state(self, state: Iterable[Sequence[str]]) -> None:
-        """Restore the count of a stopped run."""
         for where, line in state:
             self._lines.setdefault(where, line)
 
@@ -83,9 +74,9 @@ class Skipped:
         if self.images < self.at_least and not complete:
             return
         if not self.limit:
-            raise DataError(self.names[0])
+            raise DataError(self.lines[0])
         raise DataError(
             f"{self.name}: {self.count} of {self.images} images ({self.count / self.images:.2%}) "
             f"cannot be read, more than the {self.limit:.2%} of corrupt_limit; "
-            f"the first: {'; '.join(self.names[:_IN_MESSAGE])}"
+            f"the first: {'; '.join(self.lines[:_IN_MESSAGE])}"
         )

@@ -70,7 +70,6 @@ class ImageSource:
         return self._entry(columns[self.image_column], columns[self.label_column], self._row(row))
 
     def __iter__(self) -> Iterator[Entry]:
-        """Every image in turn."""
         return map(self.__getitem__, range(len(self)))
 
     def labels(self) -> Tensor:
@@ -286,11 +285,7 @@ def _rows_of(name: str, tables: Sequence[str]) -> int:
 
 
 def _pick_columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
-    """The columns of images and of labels: class labels, or else integers called `label`.
-
-    Raises:
-        DataError: if there is no such column.
-    """
+    """The columns of images and of labels: class labels, or else integers called `label`."""
     images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
     labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
     if not images:

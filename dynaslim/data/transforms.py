@@ -45,9 +45,7 @@ def sample_batches(
     images: ImageDataset, preprocessing: Preprocessing, batch_size: int, count: int
 ) -> Iterator[Tensor]:
     """Network inputs (B, C, S, S) of at most `count` images, a random choice with a fixed seed."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-    chosen = images.subset(order[:count].sort().values)
-    return (x for x, _ in readable_batches(chosen, preprocessing, batch_size))
+    return (x for x, _ in readable_batches(images.sample(count), preprocessing, batch_size))
 
 
 class Augment:

@@ -76,7 +76,6 @@ class Difference(NamedTuple):
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval excludes 0."""
         return self.low > 0 or self.high < 0
 
 
@@ -125,7 +124,6 @@ class Budget:
 
     @property
     def name(self) -> str:
-        """Its share of the widest route's cost."""
         return f"budget {self.point.share:.3f}"
 
 
@@ -165,7 +163,6 @@ class Mode:
 
     @property
     def interval(self) -> Interval | None:
-        """The 95% interval of the accuracy."""
         return None if self.images is None else accuracy_interval(self.top1, self.images)
 
 
@@ -204,7 +201,6 @@ class ReportData:
 
     @property
     def spec(self) -> NetSpec:
-        """Of `run.model`."""
         spec: NetSpec = self.run.model.checkpoint.net.spec
         return spec
 
@@ -310,13 +306,7 @@ class ReportData:
 
 
 def gather(path: str | Path, options: ReportOptions) -> ReportData:
-    """Read, evaluate and time; progress goes to standard error.
-
-    Raises:
-        UsageError: if there is no run, or an argument makes no sense.
-        CheckpointError: if a checkpoint cannot be read.
-        DataError: if images that were named cannot be read or do not fit the network.
-    """
+    """Read, evaluate and time; progress goes to standard error."""
     baselines = () if options.baselines is None else read_baselines(options.baselines)
     run = read_run(run_or_checkpoint(Path(path)), options.target)
     if options.baselines is None and (run.path / BASELINES).is_file():
@@ -436,7 +426,7 @@ def _notes_on_images(images: ReportImages, evaluation: Evaluation) -> list[str]:
             "The network was trained on these images: expect less than these numbers elsewhere."
         )
     if evaluation.skipped:
-        names = "; ".join(images.images.skipped.names[:3])
+        names = "; ".join(images.images.skipped.lines[:3])
         notes.append(f"{text.plural(evaluation.skipped, 'image')} could not be read: {names}.")
     return notes
 
@@ -543,7 +533,7 @@ def _times(
             budgets=[budget.point for budget in budgets] if images is not None else [],
             shares=shares,
             rounds=options.rounds,
-            on_round=lambda: bar.advance(),
+            on_round=bar.advance,
         )
 
 

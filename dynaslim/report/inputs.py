@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
-import torch
 
 from dynaslim._files import parse_json, validated
 from dynaslim.cascade_spec import CascadeSpec
@@ -47,8 +46,6 @@ _MAX_BASELINES: Final = 50
 
 @dataclass(frozen=True)
 class Model:
-    """A checkpoint of the run."""
-
     file: Path
     checkpoint: Checkpoint
     target: float | None = None
@@ -98,12 +95,7 @@ class RunInfo:
 
 
 def read_run(path: Path, target: float | None = None) -> RunInfo:
-    """Read a run's folder or a checkpoint file; `target` selects the model, default the middle one.
-
-    Raises:
-        UsageError: if there is no run at the path, or no gate for the target.
-        CheckpointError: if a checkpoint cannot be read.
-    """
+    """Read a run's folder or a checkpoint; `target` selects the model, default the middle one."""
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; {_EXPECTED}")
     if is_package(path):
@@ -287,8 +279,7 @@ def _open(checkpoint: Checkpoint, which: HeldOut, limit: int | None) -> ReportIm
     images = open_for(checkpoint, which.path, which.split, share=which.share)
     total = len(images)
     if limit is not None and limit < total:
-        picked = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:limit]
-        images = images.subset(picked.sort().values)
+        images = images.sample(limit)
     assert checkpoint.preprocessing is not None
     assert images.source is not None
     images.check_fits(checkpoint.preprocessing, checkpoint.net.spec.num_classes)
@@ -355,11 +346,7 @@ class Baseline:
 
 
 def read_baselines(path: Path) -> tuple[Baseline, ...]:
-    """Read a JSON file with a list of baselines.
-
-    Raises:
-        UsageError: if it cannot be read or is of another form.
-    """
+    """Read a JSON file with a list of baselines."""
     try:
         raw = parse_json(path.read_bytes())
         is_list = isinstance(raw, list) and len(raw) <= _MAX_BASELINES

@@ -122,7 +122,6 @@ def _page(data: ReportData, headline: list[str]) -> str:
 
 
 def _context(data: ReportData) -> dict[str, Any]:
-    """The variables of every template."""
     return {"data": data, "metrics": data.metrics, "spec": data.spec, "times": data.times}
 
 
@@ -210,7 +209,6 @@ def _started_on(data: ReportData) -> list[tuple[str, object]]:
 
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
-    """The recipe as YAML."""
     import yaml
 
     if not recipe:

@@ -51,7 +51,6 @@ class RouteColumn:
 
     @property
     def name(self) -> str:
-        """Widths and cost."""
         if self.number is None:
             return self.widths
         return f"{self.widths} ({text.millions(self.madds)})"
@@ -203,8 +202,6 @@ def confidences(data: ReportData) -> tuple[Confidence, ...]:
 
 
 class Confusions(NamedTuple):
-    """Answers by class."""
-
     matrix: Sequence[Sequence[int]]
     """Number of images by class (rows) and answer (columns); empty for many classes."""
     pairs: Sequence[tuple[str, str, int, float]]

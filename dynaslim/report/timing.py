@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dynaslim.bench.routed import apportion
-from dynaslim.bench.timing import Arm, hardware, interleave, summary
+from dynaslim.bench.timing import Arm, hardware, interleave, ratio, summary
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset
@@ -53,15 +53,13 @@ class Times:
         return summary(self.ms[mode]) if mode in self.ms else None
 
     def median(self, mode: str) -> float | None:
-        """Median of a mode in ms per image; None if it was not timed."""
         return summary(self.ms[mode])["median"] if mode in self.ms else None
 
     def ratio(self, above: str, below: str) -> float | None:
         """Median ratio of two modes in the same round; None if one was not timed."""
         if above not in self.ms or below not in self.ms:
             return None
-        pairs = zip(self.ms[above], self.ms[below], strict=True)
-        return summary([a / b for a, b in pairs])["median"]
+        return ratio(self.ms[above], self.ms[below])["median"]
 
     @property
     def noise(self) -> float:

@@ -59,7 +59,6 @@ class StopRequest:
         self.number: int | None = None
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """Signal handler."""
         if number == signal.SIGINT and self.number is not None:
             raise KeyboardInterrupt
         self.number = number
@@ -73,13 +72,12 @@ class StopRequest:
         if self.number is not None:
             raise Stopped(self.number)
 
-    def checked(self, callback: Callable[..., object] | None = None) -> Callable[..., None]:
+    def checked(self, callback: Callable[..., object]) -> Callable[..., None]:
         """A progress callback that calls `check` and then `callback`."""
 
         def call(*done: int) -> None:
             self.check()
-            if callback is not None:
-                callback(*done)
+            callback(*done)
 
         return call
 
@@ -123,11 +121,7 @@ def busy(load: float, cores: int, threads: int) -> str | None:
 
 @contextmanager
 def launched(device: str) -> Iterator[torch.device]:
-    """Join the run's other processes, if torchrun started any; the device to work on.
-
-    Raises:
-        UsageError: if there is no such device.
-    """
+    """Join the run's other processes, if torchrun started any; the device to work on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations at import
         from lightning_fabric import Fabric
@@ -158,8 +152,6 @@ def launched(device: str) -> Iterator[torch.device]:
 
 @dataclass(frozen=True)
 class RunContext:
-    """A run's folder, options, stop requests and device."""
-
     folder: RunFolder
     options: RunOptions
     stop: StopRequest
@@ -184,7 +176,7 @@ class RunContext:
             )
         skipped = opened.feed.skipped
         note(
-            f"{opened.name}: {opened.feed.num_images} images to train on, "
+            f"{opened.feed.name}: {opened.feed.num_images} images to train on, "
             f"{opened.held_back} held out, {skipped.count} skipped"
         )
         for line in report_lines(skipped.lines):
@@ -210,22 +202,15 @@ class RunContext:
         """Evaluate on the held-out images, with a bar if there is a label; None without images."""
         if data.validation is None:
             return None
-
-        def evaluated(on_batch: Callable[..., object] | None) -> Evaluation:
-            assert data.validation is not None
+        with progress(label and f"evaluating {label}", len(data.validation)) as bar:
             return evaluate(
                 net,
                 data.validation,
                 data.preprocessing,
                 routes=routes,
-                on_batch=self.stop.checked(on_batch),
+                on_batch=self.stop.checked(bar.advance),
                 dynamic=dynamic,
             )
-
-        if not label:
-            return evaluated(None)
-        with progress(f"evaluating {label}", len(data.validation)) as bar:
-            return evaluated(bar.advance)
 
     def write_results(self, results: dict[str, Any]) -> dict[str, Any]:
         """Write curves and results on the first process; returns the results."""
@@ -257,11 +242,6 @@ def opened(
     """Join the other processes, handle signals and open the folder, while inside.
 
     `alone_for` names what needs a single process.
-
-    Raises:
-        UsageError: as `RunFolder`, for an unknown device, or for several processes where one is
-            needed.
-        OSError: if the folder cannot be written.
     """
     options = options or RunOptions()
     with launched(options.device) as device, stop_requests() as stop:
@@ -281,7 +261,7 @@ def data_results(data: Training) -> dict[str, Any]:
     held_out = data.validation.skipped.lines if data.validation is not None else ()
     everywhere = gather([*data.feed.skipped.lines, *held_out])
     return {
-        "data": data.name,
+        "data": data.feed.name,
         "images_per_epoch": data.feed.steps_per_epoch * data.feed.batch_size,
         "train_images": data.feed.num_images,
         "val_images": data.held_back,

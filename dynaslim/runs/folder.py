@@ -137,7 +137,6 @@ class RunFolder:
         write_atomic(self.file(METRICS), text.encode())
 
     def file(self, name: str) -> Path:
-        """The path of a file in the folder."""
         return self.path / name
 
     def __enter__(self) -> RunFolder:

@@ -13,7 +13,7 @@ from torch import Tensor
 from dynaslim.checkpoint import Checkpoint, read_prepared, save
 from dynaslim.cost import CostTable, madds
 from dynaslim.cost_file import read_cost_table
-from dynaslim.data.transforms import normalise
+from dynaslim.data.transforms import readable_batches
 from dynaslim.distributed import rank
 from dynaslim.errors import DataError, check
 from dynaslim.evaluation import Evaluation
@@ -51,11 +51,7 @@ def run_gate(
 
 
 def with_choices(net: ElasticNet, recipe: GateRecipe) -> ElasticNet:
-    """The network with the recipe's routing space, and fresh slimming heads for it.
-
-    Raises:
-        UsageError: if the network has no such widths, or another number of gates.
-    """
+    """The network with the recipe's routing space, and fresh slimming heads for it."""
     choices = recipe.choices
     if not choices:
         return net
@@ -68,8 +64,6 @@ def with_choices(net: ElasticNet, recipe: GateRecipe) -> ElasticNet:
 
 
 class _GateRun:
-    """The parts of a run, while it lasts."""
-
     def __init__(self, recipe: GateRecipe, context: RunContext) -> None:
         self.recipe, self.context = recipe, context
         self.folder, self.stop, self.device = context.folder, context.stop, context.device
@@ -85,7 +79,7 @@ class _GateRun:
             self.data.class_names,
         ):
             raise DataError(
-                f"{self.data.name}: its classes are not those of {recipe.supernet}: "
+                f"{self.data.feed.name}: its classes are not those of {recipe.supernet}: "
                 f"{', '.join(self.data.class_names)}"
             )
         self.table = (
@@ -107,7 +101,6 @@ class _GateRun:
         self.training: GateTraining | None = None
 
     def run(self) -> dict[str, Any]:
-        """All that is left to do."""
         if self.number == len(self.targets) and (done := self.context.results()) is not None:
             return done
         train = self._train_sgs if self.recipe.objective == "sgs" else self._expected()
@@ -170,8 +163,9 @@ class _GateRun:
         holdout: RouteCache | None = None
         validation = self.data.validation
         if validation is not None:
-            with progress("caching held-out", len(validation)) as bar:
-                holdout = self._cache(self._held_out(bar), None)
+            images = readable_batches(validation, self.data.preprocessing, self.recipe.batch_size)
+            with progress("caching held-out", -(-len(validation) // self.recipe.batch_size)) as bar:
+                holdout = self._cache(images, self.stop.checked(bar.advance))
 
         def fit(target: float | None) -> dict[str, Any]:
             found = fit_to(train, self.table, self.recipe, target, holdout)
@@ -191,19 +185,9 @@ class _GateRun:
                 on_batch=on_batch,
             )
 
-    def _held_out(self, bar: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        assert self.data.validation is not None
-        for pixels, labels in self.data.validation.batches(self.recipe.batch_size):
-            self.stop.check()
-            good = labels >= 0
-            x = normalise(pixels[good].to(self.device), self.data.preprocessing)
-            yield x, labels[good].to(self.device)
-            bar.advance(len(labels))
-
     # -- results ------------------------------------------------------------------------------
 
     def _keep(self, target: float | None, extra: dict[str, Any]) -> dict[str, Any]:
-        """Evaluate and save the trained gate."""
         self.net.eval()
         result = self.context.evaluate(
             self.net, self.data, f"gate {self.number + 1} of {len(self.targets)}"

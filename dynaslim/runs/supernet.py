@@ -99,8 +99,6 @@ _TEACHER_BATCHES: Final = 8
 
 
 class _SupernetRun:
-    """A run of stage I."""
-
     def __init__(self, recipe: SupernetRecipe, context: RunContext) -> None:
         self.recipe, self.context = recipe, context
         self.folder, self.stop = context.folder, context.stop
@@ -209,7 +207,6 @@ class _SupernetRun:
         return net
 
     def run(self) -> dict[str, Any]:
-        """Run the remaining steps, and finish."""
         training, recipe = self.training, self.recipe
         if self._has_ended() and (done := self.context.results()) is not None:
             return done
@@ -288,7 +285,6 @@ class _SupernetRun:
         self.folder.save_state(self._state())
 
     def _finish(self, seconds: float, steps: int) -> dict[str, Any]:
-        """Recalibrate, evaluate and save both networks, and write the results."""
         training = self.training
         evaluations: dict[str, Any] = {}
         files: dict[str, str] = {}
@@ -321,9 +317,6 @@ class _SupernetRun:
         )
 
     def _recalibrate(self, net: ElasticNet, batches: int, label: str = "") -> None:
-        if not label:
-            self.training.recalibrate(net, batches, on_batch=self.stop.check)
-            return
         batches = min(batches, self.training.feed.steps_per_epoch)
         with progress(label, batches) as bar:
             self.training.recalibrate(net, batches, on_batch=self.stop.checked(bar.advance))

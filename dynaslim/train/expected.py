@@ -35,8 +35,7 @@ from dynaslim.errors import TrainingError, check
 from dynaslim.nn.net import ElasticNet
 from dynaslim.recipes import ExpectedRecipe, SgsRecipe
 from dynaslim.train.losses import sgs_target, sgs_weights
-from dynaslim.train.route_cache import RouteCache as RouteCache
-from dynaslim.train.route_cache import cache_routes as cache_routes
+from dynaslim.train.route_cache import RouteCache
 
 TARGET_TOLERANCE: Final = 0.002
 """How far under its target, as a share of it, a mean cost may stay without further search."""
@@ -104,32 +103,14 @@ def path_probabilities(
     return _decide(cache, heads, rows).reach[-1].exp().T
 
 
-def expected_objective(
-    cache: RouteCache,
-    heads: Sequence[Tensor],
-    table: CostTable,
-    cost_weight: float,
-    *,
-    entropy_weight: float = 0.0,
-    sgs_weight: float = 0.0,
-    sgs: SgsRecipe | None = None,
-) -> Tensor:
-    """The scalar that `fit_gate` minimises, without its weight decay; differentiable in the heads.
+class ExpectedObjective:
+    """What `fit_gate` minimises, without its weight decay; differentiable in the heads.
 
     Mean over rows of the expected loss, plus `cost_weight` times the expected cost as a share of
     the widest route's, less `entropy_weight` times the entropy (nats) of the paths' probabilities.
-    Of `sgs` only `hard` and `easy_share` are used.
-
-    Raises:
-        UsageError: if the table is not one for this network.
+    A call gives the part of some rows; all parts together are the whole. Of `sgs` only `hard` and
+    `easy_share` are used.
     """
-    objective = _Objective(cache, table, cost_weight, sgs_weight, sgs or SgsRecipe())
-    parts = [objective(heads, rows, entropy_weight) for rows in cache.chunks()]
-    return torch.stack(parts).sum()
-
-
-class _Objective:
-    """The objective's part of some rows; all parts together are the whole."""
 
     def __init__(
         self,
@@ -182,30 +163,24 @@ def fit_gate(
     cost_weight: float,
     recipe: ExpectedRecipe,
     sgs: SgsRecipe | None = None,
-    init: Sequence[Tensor] | None = None,
     holdout: RouteCache | None = None,
 ) -> GateFit:
-    """Slimming heads that minimise `expected_objective` at a cost weight, by L-BFGS.
+    """Slimming heads that minimise `ExpectedObjective` at a cost weight, by L-BFGS.
 
     Its entropy weight is `recipe.entropy` times the spread of the prices (loss and weighted cost)
-    between the paths; it comes down to that in steps, unless heads to start from are given
-    (`init`). Heads are fitted on features divided by their deviation, which is folded into them at
-    the end. Deterministic, for a given number of threads.
+    between the paths; it comes down to that in steps. Heads are fitted on features divided by their
+    deviation, which is folded into them at the end. Deterministic, for a given number of threads.
 
     Raises:
         UsageError: if the table is not one for this network.
         TrainingError: if the objective becomes infinite or not a number.
     """
-    objective = _Objective(cache, table, cost_weight, recipe.sgs_weight, sgs or SgsRecipe())
+    objective = ExpectedObjective(cache, table, cost_weight, recipe.sgs_weight, sgs or SgsRecipe())
     scales, chunks = cache.deviations, cache.chunks()
     scaled = [
-        torch.zeros(len(gate.choices), len(scale_R))
-        if init is None
-        else init[number].detach().float().cpu() * scale_R
-        for number, (gate, scale_R) in enumerate(zip(cache.spec.gates, scales, strict=True))
+        torch.zeros(len(gate.choices), len(scale_R), requires_grad=True)
+        for gate, scale_R in zip(cache.spec.gates, scales, strict=True)
     ]
-    for head in scaled:
-        head.requires_grad_(True)
     entropy_weight = 0.0
 
     def evaluate() -> float:
@@ -224,7 +199,9 @@ def fit_gate(
             raise TrainingError(f"cost weight {cost_weight:g}: the gates' objective is {total}")
         return total
 
-    for entropy in _entropies(recipe.entropy) if init is None else [recipe.entropy]:
+    # falling to the last by factors of about 3; to 0 from where it hardly counts any more
+    falling = [entropy for entropy in (1.0, 0.3, 0.1, 0.03) if entropy > recipe.entropy]
+    for entropy in (*falling, recipe.entropy):
         entropy_weight = entropy * objective.spread
         optimizer = torch.optim.LBFGS(
             scaled,
@@ -234,13 +211,8 @@ def fit_gate(
             line_search_fn="strong_wolfe",
         )
         optimizer.step(evaluate)  # type: ignore[no-untyped-call]
-    heads = [(v.detach() / s) for v, s in zip(scaled, scales, strict=True)]
+    heads = [v.detach() / s for v, s in zip(scaled, scales, strict=True)]
     return _gate_fit(cache, holdout, heads, table, cost_weight)
-
-
-def _entropies(last: float) -> list[float]:
-    """Falling to the last by factors of about 3; to 0 from where it hardly counts any more."""
-    return [entropy for entropy in (1.0, 0.3, 0.1, 0.03) if entropy > last] + [last]
 
 
 def _gate_fit(
@@ -302,9 +274,6 @@ def fit_to_target(
 
     def fit(weight: float) -> GateFit:
         return fit_gate(cache, table, cost_weight=weight, recipe=recipe, sgs=sgs, holdout=holdout)
-
-    def lands(found: GateFit) -> bool:
-        return target_cost * (1 - TARGET_TOLERANCE) <= found.mean_cost <= target_cost
 
     # the two ends: above the target, and at or under it
     wide = fit(0.0)
@@ -386,11 +355,7 @@ def argmax_paths(cache: RouteCache, heads: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -> FitResult:
-    """Mean loss, accuracy, mean cost and route shares of a cache's rows by argmax gates.
-
-    Raises:
-        UsageError: if the table is not one for this network.
-    """
+    """Mean loss, accuracy, mean cost and route shares of a cache's rows by argmax gates."""
     path_N = argmax_paths(cache, heads)
     chosen_N1 = path_N[:, None]
     counts_P = torch.bincount(path_N, minlength=len(cache.paths)).double()
@@ -405,11 +370,7 @@ def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -
 
 @torch.no_grad()
 def apply_heads(net: ElasticNet, heads: Sequence[Tensor]) -> None:
-    """Write slimming heads (K, R), one for each gate, into a network.
-
-    Raises:
-        UsageError: if their number or shapes are not the network's.
-    """
+    """Write slimming heads (K, R), one for each gate, into a network."""
     own = net.slimming_parameters()
     shapes, needed = [tuple(h.shape) for h in heads], [tuple(h.shape) for h in own]
     check(shapes == needed, f"heads of shapes {shapes}: {net.spec.name} needs {needed}")

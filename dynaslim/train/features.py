@@ -46,7 +46,6 @@ class TrunkFeatures:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the features in bytes."""
         return self.features_VNCHW.nbytes
 
     def batches(self, start: int, stop: int, size: int, purpose: str = "train") -> Iterator[Batch]:

@@ -15,9 +15,9 @@ from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe
 from dynaslim.seeds import step_seed
-from dynaslim.train.expected import GateFit, RouteCache, apply_heads, fit_gate, fit_to_target
+from dynaslim.train.expected import GateFit, apply_heads, fit_gate, fit_to_target
 from dynaslim.train.loop import check_has_gates
-from dynaslim.train.route_cache import cache_routes
+from dynaslim.train.route_cache import RouteCache, cache_routes
 
 
 def fit_gate_to_images(

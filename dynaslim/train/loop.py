@@ -17,6 +17,8 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from types import FunctionType
 from typing import Any, Final, Generic, TypeVar
 
 import torch
@@ -29,18 +31,19 @@ from dynaslim.data.images import ImageDataset
 from dynaslim.data.transforms import Augment, mix
 from dynaslim.distributed import rank
 from dynaslim.errors import UsageError, check
-from dynaslim.nn.net import ElasticNet
+from dynaslim.nn.net import ElasticNet, RunSegment
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
+from dynaslim.seeds import step_seed
 from dynaslim.train.calibrate import recalibrate
-from dynaslim.train.compiled import CompiledSegments
 from dynaslim.train.features import Batch, Predict, TrunkFeatures
-from dynaslim.train.sampling import Sandwich, sandwich_routes, step_seed
 from dynaslim.train.step import (
     GateLosses,
+    Sandwich,
     SupernetLosses,
     gate_step,
     parameter_groups,
+    sandwich_routes,
     supernet_step,
 )
 from dynaslim.train.teacher import make_teacher
@@ -195,7 +198,7 @@ class SupernetTraining(_Training[SupernetLosses]):
         self.recipe = recipe
         self.outside, self.features = outside, features
         self.teacher = make_teacher(net, recipe.ema_decay)
-        self._run_segment = CompiledSegments(net) if recipe.compile else None
+        self._run_segment = compiled_segments(net) if recipe.compile else None
         net.train()
 
     def averaged_network(self) -> ElasticNet:
@@ -335,6 +338,28 @@ class GateTraining(_Training[GateLosses]):
             clip_norm=self.recipe.optim.clip_norm,
             bf16=self.recipe.bf16,
         )
+
+
+def compiled_segments(net: ElasticNet, backend: str = "inductor") -> RunSegment:
+    """A `RunSegment` for `forward_many` by torch.compile: every variant is compiled once.
+
+    Compiling whole routes would compile, and run, the trunk that they share once for each.
+    """
+
+    @cache
+    def compiled(number: int, index: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        net.prepare(number, index)
+
+        def run(x: Tensor, dropout_mask: Tensor | None) -> Tensor:
+            return net.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
+
+        # a code object of its own: torch.compile gives up on one after 8 constants, silently
+        name = f"segment_{number}_{index}".replace("-", "minus")
+        code = run.__code__.replace(co_name=name)
+        own = FunctionType(code, run.__globals__, name, None, run.__closure__)
+        return torch.compile(own, backend=backend)
+
+    return lambda number, x, index, dropout_mask: compiled(number, index)(x, dropout_mask)
 
 
 def _plain_copy(net: ElasticNet) -> ElasticNet:

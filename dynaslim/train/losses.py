@@ -9,11 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def soft_cross_entropy(logits_BN: Tensor, target_BN: Tensor) -> Tensor:
-    """Mean cross-entropy against probabilities: -sum(target * log softmax(logits)), a scalar."""
-    return F.cross_entropy(logits_BN, target_BN)
-
-
 def supernet_loss(
     logits: Tensor,
     soft_BN: Tensor | None,
@@ -32,7 +27,7 @@ def supernet_loss(
     logits_BN = logits.float()
     if soft_BN is None:
         return F.cross_entropy(logits_BN, labels, label_smoothing=label_smoothing)
-    loss = soft_weight * soft_cross_entropy(logits_BN, soft_BN)
+    loss = soft_weight * F.cross_entropy(logits_BN, soft_BN)
     if label_weight == 0:
         return loss
     hard = F.cross_entropy(logits_BN, labels, label_smoothing=label_smoothing)

@@ -24,7 +24,6 @@ from dynaslim.cost import CostTable
 from dynaslim.errors import TrainingError, check
 from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet, SlimNet
-from dynaslim.spec import Route
 
 Path = tuple[int, ...]
 
@@ -71,10 +70,6 @@ class RouteCache:
         """
         return tuple(_deviation(features) for features in self.features)
 
-    def route(self, path: Path) -> Route:
-        """The route of a path."""
-        return self.spec.route_along(path)
-
     def chunks(self) -> list[slice]:
         """Rows in parts of a size to work on, all but the last of the same."""
         floats_per_row = sum(features.shape[0] * features.shape[2] for features in self.features)
@@ -82,12 +77,8 @@ class RouteCache:
         return [slice(start, start + step) for start in range(0, len(self.labels), step)]
 
     def path_costs(self, table: CostTable) -> Tensor:
-        """(P,) float64: what one image costs along every path, in the table's unit.
-
-        Raises:
-            UsageError: if the table is not one for this network.
-        """
-        CostTable.from_dict(table.to_dict(), self.spec)
+        """(P,) float64: what one image costs along every path, in the table's unit."""
+        table.check_fits(self.spec)
         return torch.tensor([table.route_cost(path) for path in self.paths], dtype=torch.float64)
 
 

@@ -6,6 +6,7 @@ Suffixes: B rows, C channels, H W pixels, N classes, K choices of a gate.
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +19,7 @@ from torch.optim.swa_utils import AveragedModel
 from dynaslim.cost import CostTable
 from dynaslim.distributed import average_, rank, world_size
 from dynaslim.errors import TrainingError
+from dynaslim.graph import AnySpec
 from dynaslim.nn.functional import gumbel_one_hot, straight_through_one_hot
 from dynaslim.nn.net import ElasticNet, RunSegment, SlimNet
 from dynaslim.recipes import SgsRecipe, Target
@@ -29,7 +31,37 @@ from dynaslim.train.losses import (
     sgs_loss,
     supernet_loss,
 )
-from dynaslim.train.sampling import Sandwich
+
+
+class Sandwich(NamedTuple):
+    """The sub-networks of one stage-I step (sandwich rule, arXiv 1903.05134)."""
+
+    largest: Route
+    randoms: tuple[Route, ...]
+    smallest: Route | None
+    """None where the largest is trained alone."""
+
+    @property
+    def narrow(self) -> tuple[Route, ...]:
+        return self.randoms if self.smallest is None else (*self.randoms, self.smallest)
+
+
+def sandwich_routes(spec: AnySpec, rng: random.Random, randoms: int = 2) -> Sandwich:
+    """The largest, `randoms` random routes and the smallest.
+
+    Random routes take every gate's width index uniformly (arXiv 2103.13258 samples from the second
+    width up), are never the smallest, and never the largest where that is a route: it learns the
+    labels, and would learn its own prediction. They differ; where there are not so many routes
+    between the two, they are all that there are.
+    """
+    gates, widths = len(spec.gates), spec.num_widths
+    # a combination is a number in base `widths`: 0 is the smallest route, the last the widest
+    between = range(1, widths**gates - (0 if spec.has_separate_teacher else 1))
+    routes = []
+    for number in rng.sample(between, min(randoms, len(between))):
+        digits = [number // widths**gate % widths for gate in range(gates)]
+        routes.append(spec.route_at(digits))
+    return Sandwich(spec.largest, tuple(routes), spec.smallest)
 
 
 class SupernetLosses(NamedTuple):

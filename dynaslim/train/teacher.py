@@ -85,17 +85,15 @@ class OutsideTeacher:
         )
         order = [(names or tuple(class_names)).index(name) for name in class_names]
         self._order = None if order == list(range(len(order))) else torch.tensor(order)
-        scale = [ours / theirs for ours, theirs in zip(preprocessing.std, own.std, strict=True)]
-        shift = [
-            (ours - theirs) / std
-            for ours, theirs, std in zip(preprocessing.mean, own.mean, own.std, strict=True)
-        ]
-        self._scale = torch.tensor(scale)[:, None, None]
-        self._shift = torch.tensor(shift)[:, None, None]
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, dtype=torch.float64)[:, None, None]
+            for values in (preprocessing.mean, preprocessing.std, own.mean, own.std)
+        )
+        self._scale = (std / own_std).float()
+        self._shift = ((mean - own_mean) / own_std).float()
         self.route = theirs.largest
 
     def to(self, device: torch.device) -> OutsideTeacher:
-        """Move it to a device."""
         self.net.to(device)
         self._scale, self._shift = self._scale.to(device), self._shift.to(device)
         self._order = None if self._order is None else self._order.to(device)

@@ -131,7 +131,7 @@ def test_workers_change_nothing(tmp_path, kind, workers):
     alone = _feed(kind, path, RESIZED, 0, limit=0.5)
     state = torch.random.get_rng_state()
     _same(feed.batches(2, 9), alone.batches(2, 9))
-    assert feed.skipped.names == alone.skipped.names
+    assert feed.skipped.lines == alone.skipped.lines
     assert torch.equal(torch.random.get_rng_state(), state)
     # one that is not read to its end leaves nothing behind
     next(iter(feed.batches(0, 10)))
@@ -270,9 +270,9 @@ def test_a_corrupt_image_is_replaced_and_counted_once(tmp_path, kind, store):
         differ = sum(a != b for a, b in zip(_keys(clean), _keys(mended), strict=True))
         assert 2 <= differ <= 6
     assert feed.skipped.count == 2
-    assert all("not an image that can be decoded" in line for line in feed.skipped.names)
+    assert all("not an image that can be decoded" in line for line in feed.skipped.lines)
     if store is _folder:
-        assert {line.split(": ")[0][-7:] for line in feed.skipped.names} == {"005.png", "006.png"}
+        assert {line.split(": ")[0][-7:] for line in feed.skipped.lines} == {"005.png", "006.png"}
     fresh = _feed(kind, tmp_path / "bad", limit=0.5)
     _same(fresh.batches(7, 15), mended[7:])
     assert set(_keys(mended)) <= set(_keys(clean)) | set(_keys(good.batches(0, 40)))

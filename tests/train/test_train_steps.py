@@ -17,11 +17,11 @@ from dynaslim.recipes import (
     SgsRecipe,
     SupernetRecipe,
 )
+from dynaslim.seeds import step_seed
 from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.train import recalibrate, train_gate, train_supernet
 from dynaslim.train.calibrate import calibration_routes
-from dynaslim.train.sampling import sandwich_routes, step_seed
-from dynaslim.train.step import gate_step, parameter_groups, supernet_step
+from dynaslim.train.step import gate_step, parameter_groups, sandwich_routes, supernet_step
 from dynaslim.train.teacher import make_teacher
 from dynaslim.zoo import get_spec
 

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 from dynaslim.cost import CostTable
 from dynaslim.nn import SlimNet
 from dynaslim.recipes import SgsRecipe
-from dynaslim.train.compiled import CompiledSegments
-from dynaslim.train.sampling import sandwich_routes
-from dynaslim.train.step import gate_step, supernet_step
+from dynaslim.train.loop import compiled_segments
+from dynaslim.train.step import gate_step, sandwich_routes, supernet_step
 from dynaslim.train.teacher import make_teacher
 
 
@@ -170,7 +169,7 @@ def test_compiled_segments_give_the_same_losses():
     x, labels = noise(micro_spec(), 12, image_size=16), torch.arange(12) % 5
     net, teacher, optimizer = _parts()
     plain, _ = _step(*_parts(), x, labels, dropout=0.2, generator=_seeded())
-    runner = CompiledSegments(net, backend="aot_eager")
+    runner = compiled_segments(net, backend="aot_eager")
     ours, _ = _step(
         net, teacher, optimizer, x, labels, dropout=0.2, generator=_seeded(), run_segment=runner
     )
