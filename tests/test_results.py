@@ -83,15 +83,6 @@ def test_a_gate_sends_every_image_to_its_choice():
     assert found == pytest.approx(((1 + 2 + 2 + 2 + 4 + 1) / 6, 4 / 6, 0))
 
 
-def test_escalation_pays_for_both_but_one_trunk():
-    first = np.array([0, 0, 0, 0, 0, 2])  # the last is as wide as it gets and stays
-    found = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau=0.35)
-    # images 2 and 4 go on: 2 stays right, 4 becomes right
-    assert found == pytest.approx(((5 * 1 + 4 + 2 * 3.5) / 6, 4 / 6, 2 / 6))
-    nobody = policies.escalated(RIGHT, SURE, COSTS, 0.5, first, 2, tau=0.0)
-    assert nobody == policies.gated(RIGHT, COSTS, first)
-
-
 def test_a_ladder_of_two_steps_is_escalation():
     first = np.zeros(6, int)
     for tau in (0.15, 0.35, 0.85):
