@@ -1,8 +1,14 @@
 """Small networks of every structure that conversion has a rule for."""
 
+import numpy as np
+import onnxruntime
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from dynaslim.runtime.extract import extract_segment
+from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.variants import segment_variants
 
 
 def _conv(ins, outs, kernel=3, **given):
@@ -344,3 +350,30 @@ def trained(name, images=None):
     with torch.no_grad():
         net(torch.randn(16, 3, 16, 16) if images is None else images)
     return net.eval()
+
+
+def routed_alone(net, x):
+    """The choices of a network's only gate for some images, and the answer to each image alone."""
+    with torch.no_grad():
+        chosen = net.segment(0, x, 0).gate_logits.argmax(1).tolist()
+        rows = [net(x[i : i + 1], net.spec.routes[k])[0] for i, k in enumerate(chosen)]
+    return chosen, torch.stack(rows)
+
+
+@torch.no_grad()
+def assert_segments_agree(net, x):
+    """Every segment at every width gives the same in the network, extracted and as ONNX."""
+    source, features = NetworkSource(net), {(-1, 0): x}
+    for form in segment_variants(net.spec):
+        into = features[form.segment - 1, form.before]
+        expected = net.segment(form.segment, into, form.choice)
+        features.setdefault((form.segment, form.choice), expected.features)
+        made = extract_segment(net, *form[:3])(into)
+        session = onnxruntime.InferenceSession(source.onnx(form))
+        by_onnx = session.run(None, {"x": into.numpy()})
+        if form.segment == net.spec.num_segments - 1:
+            expected, made = expected[:1], (made,)
+        for want, got, onnx in zip(expected, made, by_onnx, strict=True):
+            near = 5e-5 * float(want.abs().max())
+            assert float((got - want).abs().max()) < near
+            assert np.abs(onnx - want.numpy()).max() < near

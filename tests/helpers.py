@@ -6,13 +6,16 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -23,6 +26,7 @@ from PIL import Image
 from torch import nn
 
 from dynaslim import Engine, cli
+from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset
 from dynaslim.nn import SlimNet
@@ -30,6 +34,8 @@ from dynaslim.nn.functional import slim_linear
 from dynaslim.nn.gate import Gate
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget_search import fit_curve
+from dynaslim.runtime.calibrate_budget import answer_paths
 from dynaslim.runtime.router import Routed
 from dynaslim.spec import GateSpec, NetSpec, Route, StageSpec
 from dynaslim.zoo import ZOO
@@ -42,6 +48,9 @@ needs_shared = pytest.mark.skipif(
 
 ZOO_NAMES = sorted(ZOO)
 
+
+MIRROR = {"supernet": {"augment": {"mirror": True}}}
+"""A recipe of a network that may be shown mirror images."""
 
 METRICS = {
     "images": 40,
@@ -151,10 +160,34 @@ def assert_rows_close(made: object, expected: object, tolerance: float = 2e-5) -
     assert worst.max() <= tolerance, f"rows {(worst > tolerance).nonzero().flatten().tolist()}"
 
 
+@cache
+def curved(name: str) -> tuple[Engine, torch.Tensor]:
+    """An engine with a budget curve, and the images it was measured on; the widest is right."""
+    net = lively_net(name)
+    x = noise(net.spec, 80)
+    labels = Engine(net, backend="eager")(x, shift=-1e6).logits.argmax(1)
+    curve = fit_curve(answer_paths(net, [(x, labels)]), split=False)
+    return Engine(Checkpoint(net, recipe=MIRROR, budget=curve.to_dict()), backend="eager"), x
+
+
 def forced(engine: Engine, x: torch.Tensor, options_BG: np.ndarray) -> Routed:
     """Run rows along chosen options, whatever the gates choose."""
     images = engine.router.backend.arrays.images(x)
     return engine.router.routed(images, lambda gate, _, rows: options_BG[rows, gate], None)
+
+
+def altered(*path: str | int, value: Any = None, left_out: bool = False) -> Callable[[Any], None]:
+    """A function that sets what stands at a place in nested data, or leaves it out."""
+
+    def alter(data: Any) -> None:
+        for key in path[:-1]:
+            data = data[key]
+        if left_out:
+            del data[path[-1]]
+        else:
+            data[path[-1]] = value
+
+    return alter
 
 
 def for_backends(*names: str) -> pytest.MarkDecorator:
@@ -200,6 +233,18 @@ def write_levels(folder: Path, count: int, name: str = "level") -> None:
     for n, picture in enumerate(bright_pngs(count)):
         (folder / f"{name} {n % 4}").mkdir(parents=True, exist_ok=True)
         (folder / f"{name} {n % 4}" / f"{n:03}.png").write_bytes(picture)
+
+
+def output_of(logits: np.ndarray, **known: np.ndarray) -> SimpleNamespace:
+    """What an engine answers, for fakes: along one route, where nothing else is given."""
+    rows = len(logits)
+    plain = {
+        "routes": np.zeros((rows, 1), np.int64),
+        "madds": np.ones(rows),
+        "escalated": np.zeros(rows, bool),
+        "mirrored": np.zeros(rows, bool),
+    }
+    return SimpleNamespace(logits=logits, **plain | known)
 
 
 def run_ok(capsys, *argv: object) -> str:
@@ -278,6 +323,18 @@ def _run_and_exit(rank: int, worker: Callable[..., None], *args: object) -> None
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def at_once(count: int, run: Callable[[int], Any]) -> list[Any]:
+    """What `run(n)` gives in `count` threads that start together."""
+    barrier = threading.Barrier(count)
+
+    def start(n: int) -> Any:
+        barrier.wait(timeout=60)
+        return run(n)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(start, range(count)))
 
 
 def until(condition: Callable[[], object], seconds: float = 20) -> None:

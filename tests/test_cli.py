@@ -36,13 +36,21 @@ from dynaslim.spec import GateSpec, NetSpec, StageSpec
 from dynaslim.zoo import ZOO, write_spec
 
 
-@pytest.fixture
-def micro(tmp_path):
-    """A checkpoint of five classes and a parquet folder that fits it."""
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder with a checkpoint of five classes and images that fit it; not to be changed."""
+    folder = tmp_path_factory.mktemp("micro")
     net = lively(micro_spec(), image_size=16)
-    path = save(tmp_path / "micro.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
-    write_parquet(tmp_path / "data", [png(n) for n in range(20)], 5)
-    return path, tmp_path / "data"
+    save(folder / "micro.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
+    write_parquet(folder / "data", [png(n) for n in range(20)], 5)
+    return folder
+
+
+@pytest.fixture
+def micro(made, tmp_path):
+    """The checkpoint and its images."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    return tmp_path / "micro.safetensors", tmp_path / "data"
 
 
 def _unfolded(text):
@@ -540,13 +548,18 @@ TRAIN = ["train", "gate", "--out", "x"]
         (1, "M: is a file, not a folder", ["demo", "--out", "M"]),
     ],
 )
-def test_a_wrong_command_line_gets_one_line(
-    capsys, micro, tmp_path, monkeypatch, code, message, argv
-):
-    path, folder = micro
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "M").write_bytes(path.read_bytes())
-    folder.rename(tmp_path / "D")
+def test_a_wrong_command_line_gets_one_line(capsys, careless, monkeypatch, code, message, argv):
+    monkeypatch.chdir(careless)
+    fails(capsys, argv, code, message)
+    assert not Path("out").exists()
+
+
+@pytest.fixture(scope="module")
+def careless(made, tmp_path_factory):
+    """A working folder with a model M, images D, and much that is none."""
+    folder = tmp_path_factory.mktemp("careless")
+    shutil.copy(made / "micro.safetensors", folder / "M")
+    shutil.copytree(made / "data", folder / "D")
     for name, content in {
         "CONFIG": b"optim: {lrr: 3}",
         "TEXT": b"hello",
@@ -557,16 +570,13 @@ def test_a_wrong_command_line_gets_one_line(
         "evil.pth": b"x",
         "empty/test.parquet": b"",
     }.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_bytes(content)
-    (tmp_path / "nothing").mkdir()
-    write_parquet(tmp_path / "zero", [], 5)
-    write_parquet(tmp_path / "seven", [png()] * 7, 7)
-    if "bare.safetensors" in argv:
-        save(tmp_path / "bare.safetensors", Checkpoint(lively(micro_spec())))
-    capsys.readouterr()  # what writing them printed
-    fails(capsys, argv, code, message)
-    assert not (tmp_path / "out").exists()
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    (folder / "nothing").mkdir()
+    write_parquet(folder / "zero", [], 5)
+    write_parquet(folder / "seven", [png()] * 7, 7)
+    save(folder / "bare.safetensors", Checkpoint(lively(micro_spec())))
+    return folder
 
 
 # -- careless users, verb by verb -----------------------------------------------------------------

@@ -65,9 +65,8 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is no
 
 
 @needs_bash
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
+def test_bash(files):
+    lines = [
         ("dynaslim ", VERBS),
         ("dynaslim tr", {"train"}),
         ("dynaslim train ", {"supernet", "gate"}),
@@ -88,10 +87,10 @@ needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="bash is no
         ("dynaslim train gate --supernet mod", {"model.safetensors"}),
         ("dynaslim completion ", {"bash", "zsh", "fish"}),
         ("dynaslim nonsense --j", set()),
-    ],
-)
-def test_bash(files, line, expected):
-    assert _bash(files, line) == [expected]
+    ]
+    offered = _bash(files, *(line for line, _ in lines))
+    for (line, expected), found in zip(lines, offered, strict=True):
+        assert found == expected, line
 
 
 @needs_bash

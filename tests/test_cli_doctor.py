@@ -244,17 +244,6 @@ def test_why_there_is_no_gpu(monkeypatch):
     assert found["ok"] is True
 
 
-def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
-    monkeypatch.setenv("DYNASLIM_CACHE", str(tmp_path / "file" / "cache"))
-    found = doctor.describe_cache()
-    assert found["writable"] is False
-    assert found["error"]
-    monkeypatch.setenv("DYNASLIM_CACHE", str(tmp_path / "cache"))
-    assert doctor.describe_cache()["writable"] is True
-    assert not (tmp_path / "cache").exists()
-
-
 def test_bad_flags(capsys):
     assert cli.run(["doctor", "--timeout", "0"]) == 2
     assert "--timeout 0: must be above 0" in capsys.readouterr().err

@@ -2,34 +2,24 @@ import json
 
 import pytest
 import torch
+from evaluation_workers import PRE, noise_images
 from helpers import lively, micro_spec
 
 from dynaslim import Engine
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset, label_mapping
 from dynaslim.data.transforms import normalise
-from dynaslim.errors import DataError, DynaslimError, UsageError
+from dynaslim.errors import DataError, UsageError
 from dynaslim.evaluation import evaluate
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.zoo import get_spec
-
-PRE = Preprocessing(16, mean=(0.5,) * 3, std=(0.25,) * 3)
-
-
-def _images(count, classes=5):
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (count, 3, 16, 16), generator=generator, dtype=torch.uint8)
-    pixels = pixels // torch.randint(1, 8, (count, 1, 1, 1), generator=generator).to(torch.uint8)
-    labels = torch.randint(0, classes, (count,), generator=generator)
-    return ImageDataset(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
 
 
 def test_numbers_are_those_of_plain_loops():
     """Uneven last batch; top-5 of six classes; every image looked at alone."""
     spec = micro_spec(num_classes=6)
     net = lively(spec, image_size=16)
-    images = _images(45, 6)
+    images = noise_images(45, 6)
     result = evaluate(net, images, PRE, batch_size=16)
     x = normalise(images.images_NCSS, PRE)
     with torch.inference_mode():
@@ -63,13 +53,13 @@ def test_one_gate_lists_unused_routes_too():
     for head in net.slimming_parameters():
         head.data.zero_()  # ties go to the cheapest
     pre = Preprocessing(16)
-    shares = evaluate(net, _images(8, 10), pre).dynamic.route_shares
+    shares = evaluate(net, noise_images(8, 10), pre).dynamic.route_shares
     assert [s.widths for s in shares] == [r.widths for r in spec.routing_space]
     assert [s.share for s in shares] == [1.0, 0.0, 0.0, 0.0]
 
 
 def test_summary_is_plain_json():
-    result = evaluate(lively(micro_spec(), image_size=16), _images(10), PRE)
+    result = evaluate(lively(micro_spec(), image_size=16), noise_images(10), PRE)
     data = json.loads(json.dumps(result.to_dict()))
     assert set(data) == {"images", "skipped", "routes", "dynamic", "per_class"}
     assert set(data["routes"][0]) == {"widths", "madds", "top1", "top5", "loss"}
@@ -81,22 +71,6 @@ def test_summary_is_plain_json():
         "route_shares",
         "gate_accuracy",
     }
-
-
-def test_network_without_gates():
-    plain = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=5)
-    result = evaluate(lively(plain), _images(10), PRE)
-    assert result.dynamic is None
-    assert len(result.routes) == 1
-    assert result.predictions.shape == (10,)
-
-
-def test_output_that_is_not_finite_is_not_a_result():
-    net = lively(micro_spec(), image_size=16)
-    with torch.no_grad():
-        net.classifier.bias[2] = float("nan")
-    with pytest.raises(DynaslimError, match="route 4-4-6: the network's output is not finite"):
-        evaluate(net, _images(8), PRE)
 
 
 def test_classes_are_matched_by_name():
@@ -116,7 +90,7 @@ def test_easy_is_what_the_cheapest_choice_gets_right():
     """A routing space that leaves out the smallest width: no row can take that one."""
     spec = micro_spec().with_choices((1, 2))
     net = lively(spec, image_size=16)
-    images = _images(40)
+    images = noise_images(40)
     result = evaluate(net, images, PRE)
     with torch.inference_mode():
         x = normalise(images.images_NCSS, PRE)
@@ -129,16 +103,16 @@ def test_easy_is_what_the_cheapest_choice_gets_right():
 def test_refusals():
     net = lively(micro_spec(), image_size=16)
     with pytest.raises(DataError, match="noise: has 7 classes, the network has 5"):
-        evaluate(net, _images(8, 7), PRE)
+        evaluate(net, noise_images(8, 7), PRE)
     with pytest.raises(
         DataError, match=r"shape \(3, 16, 16\), the preprocessing says \(3, 32, 32\)"
     ):
-        evaluate(net, _images(8), Preprocessing(32))
-    images = _images(8)
+        evaluate(net, noise_images(8), Preprocessing(32))
+    images = noise_images(8)
     images.labels_N[3] = 5
     with pytest.raises(DataError, match="labels outside 0 to 4"):
         evaluate(net, images, PRE)
     with pytest.raises(DataError, match="noise: no images"):
-        evaluate(net, _images(8).subset(torch.arange(0)), PRE)
+        evaluate(net, noise_images(8).subset(torch.arange(0)), PRE)
     with pytest.raises(UsageError, match=r"net\.eval"):
-        evaluate(net.train(), _images(8), PRE)
+        evaluate(net.train(), noise_images(8), PRE)

@@ -142,6 +142,7 @@ def test_without_gates_classes_are_of_the_widest_route():
     assert spec.largest != spec.smallest
     images = noise_images(30)
     result = evaluate(plain, images, PRE, routes=(spec.largest, spec.smallest), views=2)
+    assert result.dynamic is None
     assert result.taken == (spec.largest,)
     right = sum(c.images * c.top1 for c in result.per_class)
     assert right == pytest.approx(30 * result.routes[0].top1)

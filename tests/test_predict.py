@@ -6,13 +6,12 @@ import threading
 import time
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
-from helpers import encoded, fails, lively, micro_spec, png
+from helpers import encoded, fails, lively, micro_spec, output_of, png
 from PIL import Image
 
 from dynaslim import cli, predict_tables
@@ -61,8 +60,8 @@ class FakeEngine:
         self.holds.append(hold)
         level = np.clip((x.mean((1, 2, 3)) + 2).astype(int), 0, 3)
         wide = level // 2
-        return SimpleNamespace(
-            logits=np.eye(4, dtype=np.float32)[level] * 3,
+        return output_of(
+            np.eye(4, dtype=np.float32)[level] * 3,
             routes=wide[:, None],
             madds=1e6 * (1.0 + wide),
             escalated=level >= 2,
@@ -509,14 +508,6 @@ def test_one_image(micro, shades, capsys):
     row = next(predict(open_engine(micro, "eager"), shades[:1]))
     for text in (str(shades[0]), row.class_name, row.route, f"{row.confidence:.1%}", "1 image, "):
         assert text in out.replace("\n", "")
-
-
-def test_folder_pattern_and_a_file_named_twice(fake, shades, capsys):
-    folder = shades[0].parent
-    code, out, err = _run(capsys, "m", shades[3], folder, folder / "[0-4].png", "--json")
-    assert (code, err) == (0, "")
-    files = [row["file"] for row in json.loads(out)["images"]]
-    assert files == [str(file) for file in (shades[3], *shades[:3], *shades[4:])]
 
 
 def _with_curve(engine):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from convertible import routed_alone
 
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.conversion import Conversion
@@ -80,9 +81,7 @@ def test_a_network_of_the_census(name, tmp_path, one_thread):
         hidden = net.segment_hidden(0, images, 0)[1]
         rows = (hidden - hidden.mean(0)) / hidden.std().clamp_min(1e-6)
         net.gates[0].slimming_weight.copy_(rows[: len(net.spec.routes)])
-        routes = net.segment(0, images, 0).gate_logits.argmax(1).tolist()
-        expected = [net(images[i : i + 1], net.spec.routes[k])[0] for i, k in enumerate(routes)]
-    expected = torch.stack(expected)
+    _, expected = routed_alone(net, images)
     export_package(Checkpoint(net=net, preprocessing=pre), tmp_path / "package")
     engines = [Engine(net, backend=backend) for backend in ("eager", "onnxruntime")]
     for engine in (*engines, Engine.from_package(tmp_path / "package", backend="onnxruntime")):

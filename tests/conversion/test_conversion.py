@@ -7,7 +7,15 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from convertible import NETWORKS, Branches, Plain, _conv, trained
+from convertible import (
+    NETWORKS,
+    Branches,
+    Plain,
+    _conv,
+    assert_segments_agree,
+    routed_alone,
+    trained,
+)
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,11 +30,11 @@ from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import GateRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runtime.export import export_package, export_route, export_single_file
-from dynaslim.runtime.extract import extract_segment
-from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.quantise import QuantisedSource
-from dynaslim.runtime.variants import RouteVariant, segment_variants
+from dynaslim.runtime.variants import RouteVariant
 from dynaslim.train import train_supernet
+
+PRE = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def images(count=4, seed=0, side=16):
@@ -43,6 +51,12 @@ def decisive(net):
                 (gate.slimming_weight @ hidden)[:, None] * hidden / hidden.dot(hidden)
             )
     return net
+
+
+def _branches():
+    """Two tensors cross its gate, for images of three sizes."""
+    sizes = [(20, 20), (8, 32)]
+    return convert(trained("branches"), images(), other_sizes=sizes, gate_at=["stems"])
 
 
 @cache
@@ -65,18 +79,7 @@ def test_at_full_width_the_answers_are_the_models(name):
 def test_every_width_is_the_same_network_by_every_way(name):
     """Elastic, extracted, as ONNX and chosen by a gate."""
     (_, net), x = converted(name), images(3, seed=2)
-    source = NetworkSource(net)
-    features = net.segment(0, x, 0).features.detach()
-    for form in segment_variants(net.spec):
-        into = x if form.segment == 0 else features
-        plain = extract_segment(net, *form[:3])(into)
-        session = onnxruntime.InferenceSession(source.onnx(form))
-        (first, *_) = session.run(None, {"x": into.numpy()})
-        expected = net.segment(form.segment, into, form.choice).features.detach()
-        tolerance = 2e-5 * float(expected.abs().max())
-        plain = plain[0] if form.segment == 0 else plain
-        assert float((plain - expected).abs().max()) < tolerance
-        assert np.abs(first - expected.numpy()).max() < tolerance
+    assert_segments_agree(net, x)
     with torch.no_grad():
         for k, route in enumerate(net.spec.routes):
             gates = torch.eye(4)[[k] * 3]
@@ -107,21 +110,19 @@ def test_multiply_adds_are_those_of_torch():
             assert madds(net.spec, route, 16) == counter.get_total_flops() // 2, name
 
 
-def test_the_engine_routes_it(tmp_path):
-    net = decisive(convert(trained("residual"), images()))
-    x = images(40, seed=4)
-    with torch.no_grad():
-        chosen = net.segment(0, x, 0).gate_logits.argmax(1).tolist()
-        rows = [net(x[i : i + 1], net.spec.routes[k])[0] for i, k in enumerate(chosen)]
-    expected = torch.stack(rows)
+@pytest.mark.parametrize("make", [lambda: convert(trained("residual"), images()), _branches])
+def test_the_engine_routes_it(make, tmp_path):
+    net, x = decisive(make()), images(40, seed=4)
+    chosen, expected = routed_alone(net, x)
     assert len(set(chosen)) > 1
-    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    file = save(tmp_path / "net.safetensors", Checkpoint(net=net, preprocessing=pre))
+    file = save(tmp_path / "net.safetensors", Checkpoint(net=net, preprocessing=PRE))
     assert read(file).net.spec == net.spec
-    engines = [dynaslim.Engine.from_checkpoint(file, backend=b) for b in ("eager", "onnxruntime")]
     package = tmp_path / "package"
     export_package(read(file), package)
-    engines.append(dynaslim.Engine.from_package(package))
+    engines = [dynaslim.Engine.from_checkpoint(file, backend=b) for b in ("eager", "onnxruntime")]
+    engines += [
+        dynaslim.Engine.from_package(package, backend=b) for b in ("onnxruntime", "openvino")
+    ]
     for engine in engines:
         got = torch.as_tensor(engine(x.numpy()).logits)
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-5)
@@ -130,8 +131,7 @@ def test_the_engine_routes_it(tmp_path):
 def test_it_leaves_as_other_networks_do(tmp_path):
     """One file, one route, 8 bits."""
     _, net = converted("residual")
-    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    checkpoint, route = Checkpoint(net=net, preprocessing=pre), net.spec.routes[1]
+    checkpoint, route = Checkpoint(net=net, preprocessing=PRE), net.spec.routes[1]
     assert export_single_file(checkpoint, tmp_path / "one.onnx") < 1e-4
     assert export_route(checkpoint, tmp_path / "route.onnx", route) < 1e-4
     x = images(3, seed=6)
@@ -152,20 +152,19 @@ def test_it_is_trained_like_any_other():
     labels = torch.arange(64) % 5
     pixels[labels == 0] //= 4
     data = ImageDataset(pixels, labels, tuple("abcde"))
-    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.25,) * 3)
     net = convert(trained("residual"), images())
     before = {name: value.clone() for name, value in net.state_dict().items()}
     recipe = SupernetRecipe(
         epochs=2, batch_size=16, calibration_batches=2, optim=OptimRecipe(lr=0.05)
     )
     losses = []
-    made = train_supernet(net, data, pre, recipe, on_step=losses.append)
+    made = train_supernet(net, data, PRE, recipe, on_step=losses.append)
     assert isinstance(made.spec, GraphSpec)
     assert losses[-1].largest < losses[0].largest
     assert not torch.equal(before["head.weight"], made.state_dict()["head.weight"])
     recipe = GateRecipe(epochs=1, batch_size=16, objective="sgs", targets=())
     heads = [p.clone() for p in made.slimming_parameters()]
-    dynaslim.train.train_gate(made, data, pre, recipe)
+    dynaslim.train.train_gate(made, data, PRE, recipe)
     assert any(
         not torch.equal(a, b) for a, b in zip(heads, made.slimming_parameters(), strict=True)
     )
@@ -392,8 +391,7 @@ def test_a_conversion_that_is_wrong_is_an_error(monkeypatch, what, message):
 def test_a_network_for_images_of_several_sizes(tmp_path):
     model, sides = trained("sized"), (16, 22, 32)
     made = convert(model, images(), other_sizes=[(22, 22), (32, 32)])
-    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    net = read(save(tmp_path / "net.safetensors", Checkpoint(net=made, preprocessing=pre))).net
+    net = read(save(tmp_path / "net.safetensors", Checkpoint(net=made, preprocessing=PRE))).net
     assert net.spec == made.spec
     for side in sides:
         other, x = net.at_size(side, side), images(3, seed=8, side=side)
@@ -463,31 +461,15 @@ def test_outputs_that_are_no_class_logits_are_refused(answer, message):
         convert(Answering(answer).eval(), images())
 
 
-def test_several_tensors_cross_a_gate(tmp_path):
-    """In the engine, from a package, for images of two sizes."""
-    model = trained("branches")
-    others = [(20, 20), (8, 32)]
-    made = decisive(convert(model, images(), other_sizes=others, gate_at=["stems"]))
-    assert made.spec.cut_axes[0] == ((-1, 0, 16 * 16 * 16, 1), (-1, 0, 16 * 8 * 8, 1))
-    pre = Preprocessing(image_size_px=16, mean=(0.5,) * 3, std=(0.5,) * 3)
-    checkpoint = read(save(tmp_path / "net.safetensors", Checkpoint(net=made, preprocessing=pre)))
-    net, x = checkpoint.net, images(40, seed=4)
+def test_several_tensors_cross_a_gate():
+    """For images of several sizes."""
+    model, net, x = trained("branches"), _branches(), images(40, seed=4)
+    assert net.spec.cut_axes[0] == ((-1, 0, 16 * 16 * 16, 1), (-1, 0, 16 * 8 * 8, 1))
     with torch.no_grad():
-        chosen = net.segment(0, x, 0).gate_logits.argmax(1).tolist()
-        rows = [net(x[i : i + 1], net.spec.routes[k])[0] for i, k in enumerate(chosen)]
         twin, large = net.at_size(20, 20), images(3, seed=8, side=20)
         assert torch.allclose(twin(large, net.spec.largest), model(large), rtol=1e-4, atol=1e-5)
         back = twin.at_size(8, 32).at_size(16, 16)
         assert torch.allclose(back(x, net.spec.largest), model(x), rtol=1e-4, atol=1e-5)
-    assert len(set(chosen)) > 1
-    export_package(checkpoint, tmp_path / "package")
-    for engine in (
-        dynaslim.Engine(checkpoint, backend="eager"),
-        dynaslim.Engine.from_package(tmp_path / "package", backend="onnxruntime"),
-        dynaslim.Engine.from_package(tmp_path / "package", backend="openvino"),
-    ):
-        got = torch.as_tensor(engine(x.numpy()).logits)
-        assert torch.allclose(got, torch.stack(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_a_gate_reads_the_channels_of_tokens():

@@ -2,19 +2,15 @@
 
 import random
 
-import numpy as np
-import onnxruntime
 import pytest
 import torch
+from convertible import assert_segments_agree
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaslim.conversion import Conversion
 from dynaslim.cost import madds
-from dynaslim.runtime.extract import extract_segment
-from dynaslim.runtime.network_source import NetworkSource
-from dynaslim.runtime.variants import segment_variants
 
 
 class Random(nn.Module):
@@ -105,23 +101,8 @@ def test_a_random_network_is_one_network(seed):
         conversion = Conversion(model, x[:2], widths, cuts=cuts)
     net = conversion.net([x])  # compares with the model at full width
     assert conversion.error <= 1e-5
-    source, rows = NetworkSource(net), x[:3]
-    with torch.no_grad():
-        features = {(-1, 0): rows}
-        for form in segment_variants(net.spec):
-            into = features[form.segment - 1, form.before]
-            expected = net.segment(form.segment, into, form.choice)
-            features.setdefault((form.segment, form.choice), expected.features)
-            made = extract_segment(net, *form[:3])(into)
-            session = onnxruntime.InferenceSession(source.onnx(form))
-            by_onnx = session.run(None, {"x": into.numpy()})
-            if form.segment == net.spec.num_segments - 1:
-                expected, made = expected[:1], (made,)
-            for want, got, onnx in zip(expected, made, by_onnx, strict=True):
-                near = 5e-5 * float(want.abs().max())
-                assert float((got - want).abs().max()) < near
-                assert np.abs(onnx - want.numpy()).max() < near
-        for route in net.spec.routes:
-            with FlopCounterMode(display=False) as counter:
-                net(x[:1], route)
-            assert madds(net.spec, route, 16) == counter.get_total_flops() // 2
+    assert_segments_agree(net, x[:3])
+    for route in net.spec.routes:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            net(x[:1], route)
+        assert madds(net.spec, route, 16) == counter.get_total_flops() // 2

@@ -5,55 +5,31 @@ import json
 import os
 import pickle
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
 import yaml
-from helpers import METRICS, lively, micro_spec, noise, run_python
+from helpers import METRICS, forced_curve, lively, micro_spec, noise, run_python
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 
 import dynaslim
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cli import VERBS
-from dynaslim.cost import CostTable
 from dynaslim.errors import CheckpointError, HubError, UsageError
 from dynaslim.interop.hub import Pretrained
 from dynaslim.model_names import is_hub_address
 from dynaslim.nn import SlimNet
 from dynaslim.predict import open_engine
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 
 NAMES = tuple(f"class {n}" for n in range(5))
 RECIPE = {
     "supernet": {"epochs": 3, "data": {"path": "/home/someone/sets/shapes"}},
     "gate": {"targets": (0.4, 0.6), "supernet": "../runs/last.safetensors"},
 }
-
-
-WIDEST = CostTable.from_madds(micro_spec(), 16).widest_cost
-
-
-def _point(share, top1):
-    return BudgetPoint(0.0, None, None, share * WIDEST, share, None, top1, 0.0)
-
-
-CURVE = BudgetCurve(
-    image_size_px=16,
-    images=40,
-    widest_madds=WIDEST,
-    widest_ms=None,
-    widest_top1=0.6,
-    cheapest_madds=0.45 * WIDEST,
-    cheapest_ms=None,
-    cheapest_top1=0.5,
-    points=(_point(0.45, 0.5), _point(0.7, 0.57), _point(1.0, 0.6)),
-    gate_points=(_point(0.45, 0.5), _point(1.0, 0.6)),
-)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +40,7 @@ def checkpoint():
         Preprocessing(16, crop_fraction=0.875),
         METRICS,
         RECIPE,
-        CURVE.to_dict(),
+        forced_curve(micro_spec(), 16).to_dict(),
     )
 
 
@@ -147,8 +123,8 @@ def test_the_card(checkpoint, tmp_path):
     card = (folder / "README.md").read_text()
     assert "| route 4-12-10 | 0.02 M | 62.50% |" in card
     assert "| **dynamic** (by the gates) | 0.01 M | 60.00% |" in card
-    assert "| 0.5 | 0.01 M | 50.00% |" in card
-    assert "| 0.4 |" not in card  # cheaper than the cheapest route
+    assert "| 0.8 | 0.01 M | 60.00% |" in card
+    assert "| 0.6 |" not in card  # cheaper than the cheapest route
     assert "shorter side resized to 18 px" in card
     assert "5 classes: class 0, class 1" in card
     assert "epochs: 3" in card
@@ -383,4 +359,3 @@ def test_networks_stay_as_light_as_they_were(checkpoint, tmp_path):
     net = SlimNet.from_pretrained(tmp_path / "folder")
     assert set(vars(net)) == set(vars(SlimNet(net.spec)))
     _same_network(pickle.loads(pickle.dumps(net)), checkpoint.net)
-    assert replace(checkpoint, metrics={}).metrics == {}

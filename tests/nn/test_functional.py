@@ -5,13 +5,7 @@ from dynaslim.nn.functional import (
     argmax_one_hot,
     gated_batch_norm,
     gumbel_one_hot,
-    slim_linear,
 )
-
-
-def test_slim_linear_is_the_leading_block():
-    x, weight, bias = torch.randn(2, 5), torch.randn(8, 7), torch.randn(8)
-    torch.testing.assert_close(slim_linear(x, weight, 4, bias), x @ weight[:4, :5].T + bias[:4])
 
 
 def test_gated_batch_norm_is_each_rows_own_and_ignores_junk_beyond():
@@ -34,18 +28,6 @@ def test_gated_batch_norm_is_each_rows_own_and_ignores_junk_beyond():
         assert torch.equal(out[row, channels:], torch.zeros_like(out[row, channels:]))
 
 
-def test_gated_batch_norm_gradients():
-    torch.manual_seed(0)
-    double = {"dtype": torch.float64, "requires_grad": True}
-    x, gate = torch.randn(2, 3, 2, 2, **double), torch.rand(2, 2, **double)
-    weight, bias = torch.randn(3, **double), torch.randn(3, **double)
-    mean, var = torch.randn(2, 3).double(), torch.rand(2, 3).double() + 0.5
-    assert torch.autograd.gradcheck(
-        lambda x, gate, w, b: gated_batch_norm(x, mean, var, w, b, gate, [2, 3], eps=1e-5),
-        (x, gate, weight, bias),
-    )
-
-
 def test_argmax_one_hot_takes_the_cheaper_of_ties():
     logits = torch.tensor([[1.0, 3.0, 3.0], [0.0, 0.0, 0.0], [-1.0, -2.0, 5.0]])
     expected = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
@@ -59,13 +41,6 @@ def test_gumbel_one_hot_is_one_hot_and_samples_softmax():
     assert set(gates.unique().tolist()) == {0.0, 1.0}
     # 4 standard deviations of a share over 20,000 draws are 0.014
     torch.testing.assert_close(gates.mean(0), logits[0].softmax(0), atol=0.014, rtol=0)
-
-
-def test_gumbel_one_hot_is_a_function_of_its_generator():
-    logits = torch.zeros(64, 4)
-    draws = [gumbel_one_hot(logits, 1.0, torch.Generator().manual_seed(s)) for s in (7, 7, 8)]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
 
 
 def test_gumbel_one_hot_has_the_soft_gradient():

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -14,6 +12,7 @@ import pytest
 import torch
 from helpers import (
     assert_rows_close,
+    at_once,
     for_backends,
     forced,
     lively,
@@ -92,6 +91,8 @@ def test_batches_are_padded_to_the_sizes_there_are(fixed, workers, piece):
     net = lively_net("micro")
     engine = Engine(net, backend="fixed", workers=workers, rows_per_piece=piece)
     x = noise(net.spec, 33)
+    with torch.inference_mode():
+        engine(x[:11])  # buffers for padding that are made there serve outside of it
     for rows in (1, 2, 3, 4, 5, 8, 9, 12, 13, 33):
         out = engine(x[:rows])
         assert_rows_close(out.logits, _expected(net, x[:rows], out))
@@ -99,16 +100,6 @@ def test_batches_are_padded_to_the_sizes_there_are(fixed, workers, piece):
         static = engine.static(route)(x[:rows])
         assert_rows_close(static, row_by_row(net, x[:rows], [route] * rows))
     assert set(FixedBackend.seen) == ({1, 4} if piece == 3 else {1, 4, 8})
-
-
-def test_padding_inside_and_outside_of_inference_mode(fixed):
-    net = lively_net("micro")
-    engine = Engine(net, backend="fixed", workers=1)
-    x = noise(net.spec, 11)
-    with torch.inference_mode():
-        engine(x)
-    out = engine(x)
-    assert_rows_close(out.logits, _expected(net, x, out))
 
 
 def test_padding_in_half_precision(fixed):
@@ -247,7 +238,7 @@ SMALL = NetSpec(
     "small",
     (
         StageSpec((4,), block="conv", stride=2),
-        StageSpec((4, 6, 8), gate=GateSpec((0, 1, 2))),
+        StageSpec((4, 8), gate=GateSpec((0, 1))),
     ),
     num_classes=3,
     reduction=1.0,
@@ -314,11 +305,11 @@ def test_any_mix_of_routes_compiled_by_torch(compiled):
     """One path for all rows, each its own, buckets that nobody is in, two callers at once."""
     engine, _ = compiled
     net, x = lively(SMALL), noise(SMALL, 7)
-    paths = np.arange(3)[:, None]
+    paths = np.arange(2)[:, None]
     answers = {tuple(path): row_by_row(net, x, [SMALL.route_at(path)] * 7) for path in paths}
     mixes = [np.tile(path, (7, 1)) for path in paths]
-    mixes += [paths, paths[::-1], paths[[0, 2, 0, 0, 2]], paths[[1, 1, 2, 1, 1, 1, 1]]]
-    mixes += [paths[np.random.default_rng(0).integers(0, 3, rows)] for rows in (1, 3, 5, 7)]
+    mixes += [paths, paths[::-1], paths[[0, 1, 0, 0, 1]], paths[[0, 0, 1, 0, 0, 0, 0]]]
+    mixes += [paths[np.random.default_rng(0).integers(0, 2, rows)] for rows in (1, 3, 5, 7)]
 
     def call(order):
         for options in mixes[::order]:
@@ -328,10 +319,7 @@ def test_any_mix_of_routes_compiled_by_torch(compiled):
             assert_rows_close(logits, torch.stack(expected))
 
     call(1)
-    barrier = threading.Barrier(2)
-    with ThreadPoolExecutor(2) as pool:
-        for _ in pool.map(lambda order: (barrier.wait(timeout=60), call(order)), (1, -1)):
-            pass
+    at_once(2, lambda n: call((1, -1)[n]))
 
 
 def test_damaged_libraries_are_made_again(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import micro_spec, run_python
+from helpers import altered, micro_spec
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -18,11 +18,9 @@ from dynaslim.runtime.budget import (
     PathCosts,
     choose,
     option_costs,
-    parse_budget,
 )
 from dynaslim.runtime.escalation import (
     Escalation,
-    EscalationState,
     averaged,
     escalation_cost,
     margins,
@@ -31,14 +29,6 @@ from dynaslim.spec import Route
 from dynaslim.zoo import ZOO
 
 WIDEST = CostTable.from_madds(micro_spec(), 32).widest_cost
-
-
-def test_needs_no_torch():
-    script = (
-        "import sys, dynaslim.runtime.budget, dynaslim.runtime.escalation; "
-        "assert 'torch' not in sys.modules"
-    )
-    run_python(script)
 
 
 # -- decisions ------------------------------------------------------------------------------------
@@ -287,13 +277,6 @@ def test_not_a_budget(budget):
         assert form in message
 
 
-def test_parse_budget():
-    assert parse_budget(0.25) == ("share", 0.25)
-    assert parse_budget("2.5e2M") == ("madds", 2.5e8)
-    assert parse_budget("4.5ms") == ("ms", 4.5)
-    assert parse_budget("drop=0.3") == ("drop", 0.3)
-
-
 def test_budgets_that_this_curve_cannot_meet():
     untimed = _curve(widest_ms=None, cheapest_ms=None)
     with pytest.raises(UsageError, match="no milliseconds"):
@@ -415,71 +398,58 @@ def test_probabilities_are_averaged():
     assert (averaged(one, one).argmax(1) == one.argmax(1)).all()
 
 
-def test_rows_whose_margin_is_high_stay():
-    state = EscalationState(4)
-    able = np.array([True, True, True, False])
-    first = state.next(able, np.array([0.1, 0.4, 0.5, 0.1]), 0.5)
-    assert first.tolist() == [True, True, False, False]
-    # the last could not go on before; the third was sure, and stays even under a higher tau
-    then = state.next(np.ones(4, bool), np.array([0.6, 0.9, 0.5, 0.1]), 0.7)
-    assert then.tolist() == [True, False, False, True]
-
-
-def _with(path, value):
-    def change(data):
-        for key in path[:-1]:
-            data = data[key]
-        data[path[-1]] = value
-
-    return change
-
-
-def _without(path):
-    def change(data):
-        for key in path[:-1]:
-            data = data[key]
-        del data[path[-1]]
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_without(["widest_ms"]), "has no 'widest_ms'"),
-        (_with(["more"], 1), "unknown key 'more'"),
-        (_without(["points", 1, "tau"]), r"points\[1\]: has no 'tau'"),
-        (_with(["points", 1, "more"], 1), "unknown key 'more'"),
-        (_with(["points"], []), "points has no point"),
-        (_with(["points", 0, "shift"], "1"), r"points\[0\].shift '1': expected float, got str"),
-        (_with(["points", 0, "shift"], math.inf), "points 0: shift inf must be a finite"),
-        (_with(["points", 0, "top1"], 1.1), r"points\[0\].top1 1.1: expected float <= 1"),
-        (_with(["points", 0, "top1_selecting"], 2), "top1_selecting 2"),
-        (_with(["points", 0, "madds"], -1), "madds -1: expected float >= 0"),
-        (_with(["points", 0, "madds"], math.nan), "madds nan"),
-        (_with(["points", 0, "share"], 0.5), r"share 0.5 must be its part of widest_madds, 0\.3"),
-        (_with(["points", 0, "ms"], None), "points 0: ms None, unlike the ends"),
-        (_with(["points", 1, "tau"], None), "points 1: tau and escalate_to"),
-        (_with(["points", 1, "escalate_to"], None), "points 1: tau and escalate_to"),
-        (_with(["points", 1, "tau_then"], 0.5), "points 1: tau_then and escalate_then"),
-        (_with(["points", 1, "escalate_then"], [1]), "points 1: tau_then and escalate_then"),
+        (altered("widest_ms", left_out=True), "has no 'widest_ms'"),
+        (altered("more", value=1), "unknown key 'more'"),
+        (altered("points", 1, "tau", left_out=True), r"points\[1\]: has no 'tau'"),
+        (altered("points", 1, "more", value=1), "unknown key 'more'"),
+        (altered("points", value=[]), "points has no point"),
+        (
+            altered("points", 0, "shift", value="1"),
+            r"points\[0\].shift '1': expected float, got str",
+        ),
+        (altered("points", 0, "shift", value=math.inf), "points 0: shift inf must be a finite"),
+        (altered("points", 0, "top1", value=1.1), r"points\[0\].top1 1.1: expected float <= 1"),
+        (altered("points", 0, "top1_selecting", value=2), "top1_selecting 2"),
+        (altered("points", 0, "madds", value=-1), "madds -1: expected float >= 0"),
+        (altered("points", 0, "madds", value=math.nan), "madds nan"),
+        (
+            altered("points", 0, "share", value=0.5),
+            r"share 0.5 must be its part of widest_madds, 0\.3",
+        ),
+        (altered("points", 0, "ms", value=None), "points 0: ms None, unlike the ends"),
+        (altered("points", 1, "tau", value=None), "points 1: tau and escalate_to"),
+        (altered("points", 1, "escalate_to", value=None), "points 1: tau and escalate_to"),
+        (altered("points", 1, "tau_then", value=0.5), "points 1: tau_then and escalate_then"),
+        (altered("points", 1, "escalate_then", value=[1]), "points 1: tau_then and escalate_then"),
         (
             lambda data: data["points"][0].update(tau_then=0.5, escalate_then=[1, 2]),
             "points 0: escalate_then without escalate_to",
         ),
-        (_with(["points", 1, "escalate_to"], [1, -1]), r"escalate_to\[1\] -1: expected int >= 0"),
-        (_with(["gate_points", 1], _curve().to_dict()["points"][1]), "gate_points 1: escalates"),
+        (
+            altered("points", 1, "escalate_to", value=[1, -1]),
+            r"escalate_to\[1\] -1: expected int >= 0",
+        ),
+        (
+            altered("gate_points", 1, value=_curve().to_dict()["points"][1]),
+            "gate_points 1: escalates",
+        ),
         (
             lambda data: data["gate_points"][2].update(tau_mirror=0.5, mirror_along=[1, 2]),
             "gate_points 2: escalates",
         ),
-        (_with(["points", 1, "tau_mirror"], 0.5), "points 1: tau_mirror and mirror_along"),
-        (_with(["points", 1, "mirror_along"], [1, 2]), "points 1: tau_mirror and mirror_along"),
-        (_with(["images"], 0), "images 0: expected int >= 1"),
-        (_with(["reporting_images"], 0), "reporting_images 0"),
-        (_with(["image_size_px"], None), "image_size_px None"),
-        (_with(["widest_madds"], 0), "widest_madds must be above 0"),
-        (_with(["cheapest_ms"], None), "ms for one end only"),
+        (altered("points", 1, "tau_mirror", value=0.5), "points 1: tau_mirror and mirror_along"),
+        (
+            altered("points", 1, "mirror_along", value=[1, 2]),
+            "points 1: tau_mirror and mirror_along",
+        ),
+        (altered("images", value=0), "images 0: expected int >= 1"),
+        (altered("reporting_images", value=0), "reporting_images 0"),
+        (altered("image_size_px", value=None), "image_size_px None"),
+        (altered("widest_madds", value=0), "widest_madds must be above 0"),
+        (altered("cheapest_ms", value=None), "ms for one end only"),
         (lambda data: data["points"].reverse(), "points must stand in order of their cost"),
         (
             lambda data: data["ms_points"].extend(reversed(data["gate_points"])),

@@ -1,7 +1,6 @@
 """A cache that cannot be used costs a warning, and no answer."""
 
 import json
-import os
 import subprocess
 import warnings
 from pathlib import Path
@@ -203,32 +202,31 @@ def test_a_verb_warns_in_a_line_and_goes_on(
     assert "warning" not in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", ["predict", "profile", "bench"])
-def test_no_cache_writes_nothing(verb, package, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("DYNASLIM_CACHE", str(tmp_path / "cache"))
-    argv = [str(a) for a in _verbs(package, tmp_path)[verb]]
-    argv += ["--backend", "onnxruntime"]
-    assert cli.run([*argv, "--no-cache"]) == 0
-    assert not (tmp_path / "cache").exists()
-    assert cli.run(argv) == 0
-    assert (tmp_path / "cache").exists(), "the test needs a verb that keeps programs"
+@pytest.fixture
+def doctors_error(monkeypatch):
+    """What the doctor finds wrong with a folder for programs."""
 
-
-def test_the_doctor_calls_the_state_what_it_is(no_folder, small_disk, monkeypatch):
     def error(folder):
         monkeypatch.setenv("DYNASLIM_CACHE", str(folder))
         found = doctor.describe_cache()
         assert found["writable"] is (found["error"] is None)
         return found["error"]
 
-    assert error(no_folder) == f"{no_folder.parent} is a file, not a folder"
-    assert error(no_folder.parent) == f"{no_folder.parent} is a file, not a folder"
+    return error
+
+
+def test_the_doctor_calls_the_state_what_it_is(no_folder, tmp_path, doctors_error):
+    for folder in (no_folder, no_folder.parent):
+        assert doctors_error(folder) == f"{no_folder.parent} is a file, not a folder"
+    assert doctors_error(tmp_path / "new") is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_doctor_names_what_is_wrong_with_a_disk(small_disk, doctors_error):
     (small_disk / "full").write_bytes(bytes(200 << 10))
-    assert error(small_disk) == "the disk is full (No space left on device)"
+    assert doctors_error(small_disk) == "the disk is full (No space left on device)"
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    assert error(small_disk / "cache") == "Read-only file system"
-    assert error(no_folder.parents[1] / "new") is None
-    assert not os.path.exists(no_folder.parents[1] / "new")
+    assert doctors_error(small_disk / "cache") == "Read-only file system"
 
 
 def test_a_folder_without_permission(tmp_path, monkeypatch):

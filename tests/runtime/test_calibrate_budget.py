@@ -283,21 +283,18 @@ def _as_good(curve, outcome):
     ]
 
 
-def test_nothing_that_is_tried_is_overlooked(monkeypatch):
+@pytest.mark.usefixtures("everything_is_tried")
+def test_nothing_that_is_tried_is_overlooked():
     """Of few images every threshold is tried: brute force finds nothing beyond the front."""
-    monkeypatch.setattr(budget_search, "KEPT", 10_000)
-    monkeypatch.setattr(budget_search, "NOISE", -100.0)
-    monkeypatch.setattr(budget_search, "SMALLEST_GROUP", 2)
     answers = _random(17, 5, coarse=True)
     curve = fit_curve(answers, split=False)
     assert curve.reporting_images is None
-    most = math.ceil(budget_search.MOST_ESCALATED * 17) / 17
     tried = 0
     for shift in shift_grid(answers):
         for target in answers.targets:
             for tau in (0.0, 0.1, 0.3, 0.6, 0.9, 1.1):  # between the coarse margins
                 outcome = simulate(answers, shift, [Escalation(tau, target)])
-                if outcome.escalated <= most and outcome.madds <= curve.widest_madds:
+                if outcome.madds <= curve.widest_madds:
                     tried += 1
                     assert _as_good(curve, outcome)
     assert tried > 100
@@ -694,17 +691,6 @@ def test_checkpoint_round_trip(tmp_path):
     with pytest.raises(CheckpointError, match="not saved"):
         save(path, Checkpoint(net, budget={"points": math.nan}))
     assert BudgetCurve.from_dict(read(path).budget) == curve
-
-
-def test_damaged_budget_in_a_checkpoint(tmp_path):
-
-    path = save(tmp_path / "c.safetensors", Checkpoint(lively(SPEC), budget={}))
-    content = path.read_bytes()
-    altered = content.replace(b'\\"budget\\": {}', b'\\"budget\\": 12')
-    assert altered != content
-    path.write_bytes(altered)
-    with pytest.raises(CheckpointError):
-        read(path)
 
 
 def test_command(micro, capsys, tmp_path):

@@ -1,12 +1,11 @@
 """CUDA graphs: on a GPU the answers of every row's own network; without one a one-line error."""
 
 import copy
-import threading
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_rows_close, lively_net, noise, row_by_row
+from helpers import assert_rows_close, at_once, lively_net, noise, row_by_row
 
 from dynaslim import Engine
 from dynaslim.bench.models import open_engine
@@ -43,17 +42,7 @@ def test_rows_are_those_of_their_own_network(rows):
 def test_callers_side_by_side():
     engine = _engine()
     batches = [noise(engine.spec, rows) for rows in (5, 9, 17, 32)]
-    outs = [None] * len(batches)
-
-    def call(number):
-        for _ in range(5):
-            outs[number] = engine(batches[number])
-
-    threads = [threading.Thread(target=call, args=(number,)) for number in range(len(batches))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    outs = at_once(len(batches), lambda n: [engine(batches[n]) for _ in range(5)][-1])
     for x, out in zip(batches, outs, strict=True):
         _assert_routed(x, out)
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    MIRROR,
     ZOO_NAMES,
     assert_rows_close,
+    curved,
     for_backends,
     forced,
     lively,
@@ -26,7 +28,7 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable, madds
 from dynaslim.errors import UsageError
 from dynaslim.nn import argmax_one_hot
-from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
+from dynaslim.runtime.budget import BudgetPoint
 from dynaslim.runtime.escalation import margins
 from dynaslim.spec import NetSpec, StageSpec
 
@@ -82,10 +84,7 @@ def every_path(rows=33, size=(32, 32)):
     net = lively_net("micro")
     x = noise(net.spec, rows, image_size=max(size))[:, :, : size[0], : size[1]].contiguous()
     paths = list(itertools.product(*(range(len(gate.choices)) for gate in net.spec.gates)))
-    answers = {
-        path: row_by_row(net, x, [net.spec.route_at(_indices(net.spec, path))] * rows)
-        for path in paths
-    }
+    answers = {path: row_by_row(net, x, [net.spec.route_along(path)] * rows) for path in paths}
     return x, answers
 
 
@@ -95,10 +94,7 @@ def _indices(spec, path):
 
 def _paths(spec, routes):
     """Options of every row, from width indices."""
-    return [
-        tuple(gate.choices.index(i) for gate, i in zip(spec.gates, row, strict=True))
-        for row in np.asarray(routes).tolist()
-    ]
+    return [spec.path_at(row) for row in np.asarray(routes).tolist()]
 
 
 def _margin(logits, share):
@@ -164,19 +160,6 @@ def test_any_mix_of_routes(backend, workers):
         assert passes == ()
         expected = [answers[tuple(path)][b] for b, path in enumerate(options.tolist())]
         assert_rows_close(logits, torch.stack(expected))
-
-
-@for_backends(*EVERY_BACKEND)
-def test_any_mix_of_routes_through_four_gates(backend):
-    engine = engine_of("ds_resnet50", backend)
-    spec, rows = engine.spec, 9 if backend == "eager" else 5
-    x = noise(spec, rows)
-    options = np.random.default_rng(0).integers(0, 4, (rows, 4))
-    logits, taken, passes = forced(engine, x, options)
-    assert taken.tolist() == options.tolist()
-    assert passes == ()
-    routes = [spec.route_at(_indices(spec, path)) for path in options.tolist()]
-    assert_rows_close(logits, row_by_row(lively_net("ds_resnet50"), x, routes), 5e-5)
 
 
 @for_backends(*EVERY_BACKEND)
@@ -248,12 +231,6 @@ def test_static_is_one_route_for_all(name, backend):
         engine.static((1, 2))
 
 
-def test_static_splits_large_batches():
-    engine = Engine(lively_net("micro"), backend="eager", max_batch=5)
-    x, answers = every_path()
-    assert_rows_close(engine.static(engine.spec.cheapest_choice)(x), answers[0, 0])
-
-
 @for_backends("onnxruntime", "openvino")
 def test_static_without_programs_of_whole_routes(backend, monkeypatch):
     """As an engine of a package runs it."""
@@ -264,7 +241,7 @@ def test_static_without_programs_of_whole_routes(backend, monkeypatch):
     engine = Engine(lively_net("micro"), backend=backend, max_batch=5)
     x, answers = every_path()
     for path in ((0, 1), (1, 0)):
-        run = engine.static(spec.route_at(_indices(spec, path)))
+        run = engine.static(spec.route_along(path))
         assert_rows_close(run(x), answers[path])
     with pytest.raises(UsageError, match="is not in the package"):
         engine.static(spec.largest)
@@ -350,6 +327,8 @@ def test_batches_above_the_limit_are_split(backend):
     assert_rows_close(out.logits, expected)
     assert out.madds.tolist() == engine_of("micro", backend)(x).madds.tolist()
     assert isinstance(engine(x.numpy()).madds, np.ndarray)
+    x, answers = every_path()
+    assert_rows_close(engine.static(engine.spec.cheapest_choice)(x), answers[0, 0])
 
 
 @pytest.mark.parametrize("piece", [1, 2, 5, 100])
@@ -437,7 +416,7 @@ def test_unsure_rows_escalate_to_the_widest_or_the_cap(name, backend, share, tar
         pytest.importorskip(backend)
     engine = engine_of(name, backend)
     x, _, _, _ = gated(name, 33 if name == "micro" else 7)
-    cap = engine.spec.route_at(_indices(engine.spec, target))
+    cap = engine.spec.route_along(target)
     first = engine(x, max_route=cap)
     tau = _margin(first.logits, share) if share < 1 else 1.0
     who = [
@@ -557,53 +536,9 @@ def test_small_calls_keep_to_their_core_while_every_core_has_a_caller(
 # -- budgets --------------------------------------------------------------------------------------
 
 
-def _point(engine, x, shift, top1, tau=None):
-    out = engine(x, shift=shift, escalate=tau)
-    target = tuple(len(gate.choices) - 1 for gate in engine.spec.gates)
-    widest = CostTable.from_madds(engine.spec, 32).widest_cost
-    return BudgetPoint(
-        shift=shift,
-        tau=tau,
-        escalate_to=None if tau is None else target,
-        madds=out.madds.mean().item(),
-        share=out.madds.mean().item() / widest,
-        ms=None,
-        top1=top1,
-        escalated=out.escalated.double().mean().item(),
-    )
-
-
-@cache
-def with_curve():
-    """An engine of a checkpoint whose curve was taken from the very rows it is tried on."""
-    plain = engine_of("micro", "eager")
-    x, _, _, _ = gated("micro", 33)
-    shifts = (1e6, 40.0, 10.0, 2.0, -5.0, -1e6)
-    gate = [_point(plain, x, shift, 0.5 + 0.05 * n) for n, shift in enumerate(shifts)]
-    cheapest = plain(x, shift=1e6).logits
-    more = [_point(plain, x, 1e6, 0.9, _margin(cheapest, share)) for share in (0.1, 0.5)]
-    points = sorted([gate[0], *more], key=lambda point: point.madds)
-    points = [dataclasses.replace(p, top1=0.6 + 0.1 * n) for n, p in enumerate(points)]
-    table = CostTable.from_madds(plain.spec, 32)
-    curve = BudgetCurve(
-        image_size_px=32,
-        images=33,
-        widest_madds=table.widest_cost,
-        widest_ms=None,
-        widest_top1=0.8,
-        cheapest_madds=table.route_cost((0, 0)),
-        cheapest_ms=None,
-        cheapest_top1=0.5,
-        points=tuple(points),
-        gate_points=tuple(gate),
-    )
-    checkpoint = Checkpoint(lively_net("micro"), budget=curve.to_dict())
-    return Engine(checkpoint, backend="eager"), x, curve
-
-
 def test_mean_cost_follows_the_budget():
-    engine, x, curve = with_curve()
-    widest = curve.widest_madds
+    engine, x = curved("micro")
+    curve, widest = engine.curve, engine.curve.widest_madds
     for escalate in ("auto", None):
         means = []
         for budget in np.linspace(0.65, 1, 18):
@@ -619,18 +554,11 @@ def test_mean_cost_follows_the_budget():
     )
 
 
-def test_a_budget_is_its_points_shift_and_escalation():
-    engine, x, curve = with_curve()
-    for point in (*curve.points, *curve.gate_points):
-        by_point = engine(x, budget=point)
-        by_hand = engine(x, shift=point.shift, escalate=point.tau)
-        for field in ("routes", "madds", "escalated"):
-            assert getattr(by_point, field).tolist() == getattr(by_hand, field).tolist()
-        assert by_point.madds.mean().item() == pytest.approx(point.madds)
-        assert by_point.escalated.double().mean().item() == point.escalated
-    assert any(point.escalated > 0 for point in curve.points)
+def test_a_margin_of_ones_own_comes_before_that_of_the_budget():
+    engine, x = curved("micro")
     assert not engine(x, budget=1.0, escalate=None).escalated.any()
-    unsure = next(point for point in curve.points if point.escalated > 0)
+    unsure = next(point for point in engine.curve.points if point.escalated > 0)
+    assert engine(x, budget=unsure).escalated.double().mean().item() == unsure.escalated
     for one in (engine, engine_of("micro", "eager")):  # with a curve and without
         assert not one(x, budget=unsure, escalate=None).escalated.any()
         assert one(x, budget=unsure, escalate=np.float32(1)).escalated.all()
@@ -650,9 +578,7 @@ def test_escalation_in_two_steps(name, backend):
     cheapest, middle = (tuple(min(n, k - 1) for k in options) for n in (0, 1))
     widest = tuple(k - 1 for k in options)
     paths = {"cheapest": cheapest, "middle": middle, "widest": widest}
-    answers = {
-        n: engine.static(engine.spec.route_at(_indices(spec, p)))(x) for n, p in paths.items()
-    }
+    answers = {n: engine.static(spec.route_along(p))(x) for n, p in paths.items()}
     tau = _margin(answers["cheapest"], 0.6)
     unsure = margins(np.asarray(answers["cheapest"])) < tau
     then = _margin(np.asarray(answers["middle"])[unsure], 0.5)
@@ -677,14 +603,11 @@ def test_escalation_in_two_steps(name, backend):
     assert_rows_close(one.logits, out.logits[:1])
     assert one.routes.tolist() == out.routes[:1].tolist()
     # where the widest is not allowed, the second step has nowhere to go
-    capped = engine(x, budget=point, max_route=engine.spec.route_at(_indices(spec, middle)))
+    capped = engine(x, budget=point, max_route=spec.route_along(middle))
     assert {tuple(row) for row in capped.routes.tolist()} == {
         tuple(_indices(spec, paths[name])) for name in ("cheapest", "middle")
     }
     assert not engine(x, budget=point, escalate=None).escalated.any()
-
-
-MIRROR = {"supernet": {"augment": {"mirror": True}}}
 
 
 @for_backends(*EVERY_BACKEND)
@@ -697,7 +620,7 @@ def test_a_second_look(name, backend):
     table = CostTable.from_madds(spec, tuple(x.shape[2:]))
     cheapest, widest = ([k * end for k in _last(spec)] for end in (0, 1))
     narrow, wide, mirrored = (
-        engine.static(spec.route_at(_indices(spec, path)))(images)
+        engine.static(spec.route_along(path))(images)
         for path, images in ((cheapest, x), (widest, x), (widest, x.flip(3)))
     )
     mean = ((wide.softmax(1) + mirrored.softmax(1)) / 2).log()
@@ -753,7 +676,7 @@ def test_no_second_look_where_it_changes_the_class():
         assert len(engine(x).logits) == 33, "it works on"
     assert Checkpoint(lively_net("micro"), recipe={**MIRROR, "gate": MIRROR["supernet"]}).mirror
     # a curve is refused before any image is
-    curve = with_curve()[2]
+    curve = curved("micro")[0].curve
     dear = dataclasses.replace(
         point, madds=1.5 * curve.widest_madds, share=1.5, escalated=0.5, ms=None
     )
@@ -769,7 +692,7 @@ def _last(spec):
 
 
 def test_refused_budgets():
-    engine, x, _ = with_curve()
+    engine, x = curved("micro")
     expected = engine(x).logits
     engine(x, budget=1.0)  # the arguments of a call are remembered; True equals 1.0
     for budget, message in (
@@ -790,7 +713,7 @@ def test_refused_budgets():
     for shift in (float("nan"), float("inf"), torch.tensor(1.0)):
         with pytest.raises(UsageError, match="give a finite number"):
             engine(x, shift=shift)
-    _, _, curve = with_curve()
+    curve = engine.curve
     for target in ((5, 5, 5), (1,), (0, -1)):
         foreign = dataclasses.replace(curve.points[0], tau=0.5, escalate_to=target)
         with pytest.raises(UsageError, match="does not fit the gates of micro"):
@@ -804,7 +727,7 @@ def test_refused_budgets():
 
 
 def test_a_curve_of_another_network():
-    _, _, curve = with_curve()
+    curve = curved("micro")[0].curve
     budget = dataclasses.replace(curve, widest_madds=curve.widest_madds * 2).to_dict()
     for point in (p for name in ("points", "gate_points") for p in budget[name]):
         point["share"] /= 2

@@ -242,10 +242,8 @@ def test_merged_rows_are_those_of_the_route_they_took(workers):
         assert_rows_close(out.logits, row_by_row(net, x, routes))
     cost = CostTable.from_madds(SPEC, 32)
     merged = engine(x)
-    assert merged.madds.tolist() == [
-        cost.route_cost([g.choices.index(i) for g, i in zip(SPEC.gates, row, strict=True)])
-        for row in merged.routes.tolist()
-    ]
+    costs = [cost.route_cost(SPEC.path_at(row)) for row in merged.routes.tolist()]
+    assert merged.madds.tolist() == costs
     never = made_up(lambda form, rows: rows * (1 + form.choice))
     apart = Engine(net, backend="eager", workers=workers, latency=never, merge=True)
     assert apart(x).routes.tolist() == own.routes.tolist()

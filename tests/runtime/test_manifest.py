@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import lively_net, micro_spec, noise
+from helpers import forced_curve, lively_net, micro_spec, noise
 
 from dynaslim import Checkpoint, Engine, Preprocessing
-from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
 from dynaslim.runtime.export import export_package
@@ -42,20 +41,11 @@ DEFAULTS = {
 
 
 def _curve():
-    spec = micro_spec()
-    table = CostTable.from_madds(spec, 32)
-    widest, cheapest = table.widest_cost, table.route_cost([0, 0])
-    middle = (widest + cheapest) / 2
-    points = [
-        BudgetPoint(0.5, None, None, cheapest, cheapest / widest, None, 0.5, 0.0, 0.5),
-        BudgetPoint(0.1, 0.2, (1, 2), middle, middle / widest, None, 0.6, 0.25, 0.61),
-        BudgetPoint(-0.1, None, None, widest, 1.0, None, 0.7, 0.0, 0.71),
-    ]
-    ends = {"widest_ms": None, "widest_top1": 0.7, "cheapest_ms": None, "cheapest_top1": 0.5}
-    return BudgetCurve(
-        32, 100, widest_madds=widest, cheapest_madds=cheapest, points=tuple(points),
-        gate_points=(points[0], points[2]), reporting_images=50, **ends,
-    )  # fmt: skip
+    """One whose second point escalates."""
+    curve = forced_curve(micro_spec(), 32)
+    points = [dataclasses.replace(point, top1_selecting=point.top1) for point in curve.points]
+    points[1] = dataclasses.replace(points[1], tau=0.2, escalate_to=(1, 2), escalated=0.25)
+    return dataclasses.replace(curve, points=tuple(points), reporting_images=50)
 
 
 @pytest.fixture(scope="module")

@@ -329,19 +329,6 @@ def test_weights_of_a_single_file_are_shared(tmp_path):
     assert (tmp_path / "net.onnx").stat().st_size < 1.6 * own
 
 
-@pytest.mark.parametrize("which", ["smallest", "largest"])
-def test_a_static_route_as_plain_onnx(which, tmp_path):
-    checkpoint = _checkpoint("micro")
-    route = getattr(checkpoint.net.spec, which)
-    assert export.export_route(checkpoint, tmp_path / "route.onnx", route) < 1e-4
-    session = onnxruntime.InferenceSession(tmp_path / "route.onnx")
-    for rows, side in ((1, 32), (5, 40)):
-        x = noise(checkpoint.net.spec, rows, image_size=side)
-        with torch.inference_mode():
-            expected = checkpoint.net(x, route).numpy()
-        _close(session.run(["logits"], {"x": x.numpy()})[0], expected)
-
-
 # -- without torch --------------------------------------------------------------------------------
 
 

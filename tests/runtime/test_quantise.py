@@ -1,11 +1,10 @@
 import logging
 import platform
-import threading
 
 import numpy as np
 import pytest
 import torch
-from helpers import lively, micro_spec, noise
+from helpers import at_once, lively, micro_spec, noise
 
 from dynaslim import Engine
 from dynaslim.checkpoint import Checkpoint
@@ -287,22 +286,9 @@ def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_byt
 def test_threads(calibration):
     spec = micro_spec()
     forms = QuantisedSource(lively(spec), [noise(spec, 16)], cache_dir=None)
-    wanted = [*segment_variants(spec), RouteVariant(spec.smallest)] * 2
-    found, errors = {}, []
-
-    def request(form):
-        try:
-            found.setdefault(form, forms.onnx(form))
-        except Exception as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=request, args=(form,)) for form in wanted]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors
-    assert len(found) == len(wanted) // 2
+    wanted = [*segment_variants(spec), RouteVariant(spec.smallest)]
+    made = at_once(2 * len(wanted), lambda n: forms.onnx(wanted[n // 2]))
+    assert all(one is other for one, other in zip(made[::2], made[1::2], strict=True)), "made once"
     assert forms._activations._bytes == 0, "features are let go when every segment is made"
 
 

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-import threading
-from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from helpers import assert_rows_close, lively_net, noise
+from helpers import assert_rows_close, at_once, curved, lively_net, noise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,25 +15,10 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError
 from dynaslim.runtime.budget import BudgetPoint
-from dynaslim.runtime.budget_search import fit_curve
-from dynaslim.runtime.calibrate_budget import answer_paths
 from dynaslim.runtime.latency import profile
 from dynaslim.runtime.spending import Ledger, Spending
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-MIRRORS = {"supernet": {"augment": {"mirror": True}}}
-
-
-@cache
-def held_out(name):
-    """An engine with a curve, and the images that it was measured on."""
-    net = lively_net(name)
-    x = noise(net.spec, 80)
-    labels = Engine(net, backend="eager")(x, shift=-1e6).logits.argmax(1)
-    curve = fit_curve(answer_paths(net, [(x, labels)]), split=False)
-    made = Checkpoint(net, budget=curve.to_dict(), recipe=MIRRORS)
-    return Engine(made, backend="eager"), x
 
 
 def _ends(engine):
@@ -64,7 +47,7 @@ def _greedy(engine, share, shift, taus=(0.99, 0.99), mirror=False):
     st.booleans(),
 )
 def test_the_running_mean_never_exceeds_the_budget(name, at, shift, sizes, seed, mirror):
-    engine, _ = held_out(name)
+    engine, _ = curved(name)
     cheapest, widest_madds = _ends(engine)
     share = cheapest + at * ((2 if mirror else 1) - cheapest)
     point, ledger = _greedy(engine, share, shift, mirror=mirror), Ledger()
@@ -77,7 +60,7 @@ def test_the_running_mean_never_exceeds_the_budget(name, at, shift, sizes, seed,
 
 def test_all_of_a_budget_that_binds_is_used():
     """Thresholds that are too tight would hold as well."""
-    engine, _ = held_out("ds_mbnet_tiny")
+    engine, _ = curved("ds_mbnet_tiny")
     cheapest, widest_madds = _ends(engine)
     for shift in (-1e6, 0.0, 1e6):
         for size in (1, 40):
@@ -92,7 +75,7 @@ def test_all_of_a_budget_that_binds_is_used():
 
 
 def test_held_rows_are_those_of_the_smallest_margins():
-    engine, _ = held_out("micro")
+    engine, _ = curved("micro")
     x = noise(engine.spec, 60)
     point = _greedy(engine, 0.0, 1e6, taus=(0.0, 0.99))  # all begin alike, one step
     plain = engine(x, shift=1e6)
@@ -106,7 +89,7 @@ def test_held_rows_are_those_of_the_smallest_margins():
 
 
 def test_a_budget_that_does_not_bind_changes_nothing():
-    engine, x = held_out("micro")
+    engine, x = curved("micro")
     assert len(engine.curve.points) > 5
     for point in engine.curve.points:
         free = engine(x, budget=point)
@@ -119,21 +102,15 @@ def test_a_budget_that_does_not_bind_changes_nothing():
 
 def test_calls_of_one_engine_share_a_budget():
     """Also those of several threads, and one that fails costs nothing."""
-    engine, _ = held_out("micro")
-    point, costs, lock = _greedy(engine, 0.85, 0.0), [], threading.Lock()
+    engine, _ = curved("micro")
+    point = _greedy(engine, 0.85, 0.0)
     engine = Engine(lively_net("micro"), backend="eager")
 
     def work(seed):
-        for number in range(6):
-            out = engine(noise(engine.spec, 3, seed=6 * seed + number), budget=point, hold=True)
-            with lock:
-                costs.extend(out.madds.tolist())
+        batches = [noise(engine.spec, 3, seed=6 * seed + number) for number in range(6)]
+        return torch.cat([engine(x, budget=point, hold=True).madds for x in batches])
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    costs = torch.cat(at_once(4, work)).tolist()
     limit = 0.85 * _ends(engine)[1]
     assert len(costs) == 72
     assert 0.9 * limit < np.mean(costs) <= limit * (1 + 1e-9)
@@ -144,7 +121,7 @@ def test_calls_of_one_engine_share_a_budget():
 
 
 def test_what_cannot_hold(tmp_path):
-    engine, x = held_out("micro")
+    engine, x = curved("micro")
     cheapest, widest_madds = _ends(engine)
     with pytest.raises(UsageError, match="give the budget that is to hold"):
         engine(x, hold=True)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import until
+from helpers import output_of, until
 
 from dynaslim.errors import DataError, UsageError
 from dynaslim.predict import answers_of
@@ -36,15 +36,7 @@ class Steps:
         assert self.go.acquire(timeout=WAIT_S)
         if self.error is not None:
             raise self.error
-        logits = np.eye(8, dtype=np.float32)[self.batches[-1]]
-        rows = len(x)
-        return SimpleNamespace(
-            logits=logits,
-            routes=np.zeros((rows, 1), np.int64),
-            madds=np.ones(rows),
-            escalated=np.zeros(rows, bool),
-            mirrored=np.zeros(rows, bool),
-        )
+        return output_of(np.eye(8, dtype=np.float32)[self.batches[-1]])
 
 
 @pytest.fixture
@@ -128,25 +120,6 @@ def test_they_wait_only_so_long(steps, how):
         assert str(slow.future.exception()) == "no image"
     batcher.cancel(slow)
     until(lambda: batcher.waiting == 0)
-
-
-def test_the_queue_is_bounded_in_images(steps):
-    engine, make = steps
-    batcher = make(queue=5)
-    first = batcher.submit([pixels(0)])
-    assert engine.entered.acquire(timeout=WAIT_S)
-    waiting = batcher.submit([pixels(1), pixels(2), pixels(3)])
-    batcher.submit([pixels(4)])
-    assert batcher.waiting == 4
-    with pytest.raises(QueueFullError, match="queue is full") as caught:
-        batcher.submit([pixels(5), pixels(6)])
-    assert caught.value.retry_after_s >= 1
-    last = batcher.submit([pixels(7)])  # it fits
-    with pytest.raises(QueueFullError):
-        batcher.check_room()
-    engine.go.release(2)
-    assert classes(first) + classes(waiting) + classes(last) == [0, 1, 2, 3, 7]
-    batcher.check_room()
 
 
 def busy(engine, batcher, clock, seconds):
@@ -327,10 +300,7 @@ def test_requests_that_are_refused(steps, engine):
 
 def test_likeliest_classes():
     logits = np.array([[0, 3, 1, 3], [5, 0, 0, 0], [-800, 0, 800, 0]], np.float32)
-    output = SimpleNamespace(
-        logits=logits, routes=np.zeros((3, 2), int), madds=np.ones(3), escalated=np.zeros(3, bool),
-        mirrored=np.arange(3) == 1,
-    )  # fmt: skip
+    output = output_of(logits, mirrored=np.arange(3) == 1)
     for top_k in (1, 2, 4):
         answers = answers_of(output, top_k)
         assert [a.top[0][0] for a in answers] == [1, 0, 2], "of equals the first"

@@ -4,13 +4,12 @@ import asyncio
 import json
 import re
 import socket
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from helpers import form, until
+from helpers import at_once, form, until
 
 from dynaslim.serve import ServeOptions, create_app
 from dynaslim.serve.endpoint import Lag
@@ -306,7 +305,6 @@ def test_many_clients_at_once(start, held, pictures):
     """Every answer is the one to its own question."""
     with start() as (url, service):
         alone = [post(url, picture).json()["results"][0] for picture in pictures]
-        wrong = []
 
         def client(number):
             with httpx.Client(timeout=20) as mine:
@@ -314,15 +312,8 @@ def test_many_clients_at_once(start, held, pictures):
                     n = (number + turn) % len(pictures)
                     files = [("images", (str(n), pictures[n]))]
                     (result,) = mine.post(f"{url}/v1/predict", files=files).json()["results"]
-                    if (result["name"], result["route"], result["top"][0]["index"]) != (
-                        str(n), alone[n]["route"], alone[n]["top"][0]["index"],
-                    ):  # fmt: skip
-                        wrong.append(result)
+                    assert (result["name"], result["route"]) == (str(n), alone[n]["route"])
+                    assert result["top"][0]["index"] == alone[n]["top"][0]["index"]
 
-        threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert wrong == []
+        at_once(8, client)
         until(lambda: counted(service, 'dynaslim_requests_total{code="200"}') == 88)

@@ -356,19 +356,6 @@ def test_other_paths_of_the_protocol(client):
     }
 
 
-def test_the_protocol_s_token(serve, pictures):
-    with serve(token="secret") as guarded:
-        for path in ("/v2", "/v2/models/micro", "/v2/models/micro/ready", "/v2x"):
-            answer = guarded.get(path)
-            assert answer.status_code == 401
-        assert "asks for a token" in guarded.get("/v2").json()["error"]
-        assert guarded.post(INFER, json=query(images(pictures[0]))).status_code == 401
-        for path in ("/v2/health/live", "/v2/health/ready"):
-            assert guarded.get(path).status_code == 200
-        right = {"authorization": "Bearer secret"}
-        assert guarded.post(INFER, json=query(images(pictures[0])), headers=right).is_success
-
-
 def test_the_protocol_before_it_is_ready_and_when_it_stops(engine, pictures):
     app = create_app(engine)
     client = TestClient(app)  # not entered: nothing has started

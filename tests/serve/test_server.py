@@ -15,16 +15,6 @@ from PIL import Image
 from dynaslim.serve import server
 
 # a finder that refuses what a server of a package must not need, then the command line
-WITHOUT = """
-import sys
-class Refuse:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in %r:
-            raise ModuleNotFoundError(f"refused: {name}")
-sys.meta_path.insert(0, Refuse())
-from dynaslim import cli
-cli.main(sys.argv[1:])
-"""
 # batches that take their time, so that requests wait when the signal comes
 SLOW = """
 import sys, time
@@ -42,16 +32,6 @@ cli.main(sys.argv[1:])
 def ended(process, seconds=30):
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
-
-
-def test_a_package_is_served_without_torch(package, pictures):
-    refused = ("torch", "datasets", "kornia", "lightning_fabric", "torchmetrics", "pyarrow")
-    with running(package, script=WITHOUT % (refused,)) as (process, url):
-        answer = httpx.post(f"{url}/v1/predict", files=[("images", pictures[0])], timeout=20)
-        assert answer.status_code == 200
-        assert answer.json()["results"][0]["madds"] > 0
-        process.terminate()
-        assert ended(process) == (0, "", "")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -73,41 +73,19 @@ TORCHRUN = (
 )
 
 
-def _torchrun(argv):
-    process = start_dynaslim(argv, run=TORCHRUN)
-    out, err = process.communicate(timeout=240)
-    return process.returncode, out, err
-
-
 def test_a_run_of_two_processes(tmp_path):
-    """Under torchrun: trains, evaluates, one of the two writes; and goes on when resumed."""
+    """Under torchrun: trains, stops by SIGTERM, goes on, evaluates; one of the two writes.
+
+    The signal reaches a process group as a whole, decoding workers too, and stops all after the
+    same step.
+    """
     data, out = tmp_path / "data", tmp_path / "run"
     write_parquet(data, [png(n, mode="RGB") for n in range(75)], 4, "train")
     argv = ["train", "supernet", "--data.path", str(data), "--out", str(out), "--json"]
-    argv += ["--batch-size", "32", "--data.image-size-px", "16", "--calibration-batches", "2"]
-    argv += ["--data.val-share", "0.14", "--optim.lr", "0.05"]
-    code, stdout, err = _torchrun([*argv, "--epochs", "2"])
-    assert code == 0, err
-    results = json.loads(stdout)  # of the first process alone
-    assert results["steps"] == 2 * (64 // 32)
-    assert results["val"]["last"]["images"] == 11, "an uneven last batch"
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["kind"] == "val"] == [2, 4]
-    assert json.loads((out / "environment.json").read_text())[0]["processes"] == 2
-    assert read(out / "last.safetensors").net.spec.name == "ds_mbnet_tiny"
-    code, stdout, err = _torchrun([*argv, "--epochs", "3", "--resume", "--force"])
-    assert code == 0, err
-    assert json.loads(stdout)["steps"] == 6
-
-
-def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
-    """Of a process group that the signal reaches as a whole, decoding workers too."""
-    data, out = tmp_path / "data", tmp_path / "run"
-    write_parquet(data, [png(n, mode="RGB") for n in range(64)], 4, "train")
-    argv = ["train", "supernet", "--data.path", str(data), "--out", str(out)]
-    argv += ["--batch-size", "16", "--data.image-size-px", "16", "--data.val-share", "0"]
-    argv += ["--epochs", "500", "--log-every", "1", "--save-every-s", "1000"]
-    process = start_dynaslim([*argv, "--data.load", "disk", "--workers", "1"], run=TORCHRUN)
+    argv += ["--batch-size", "16", "--data.image-size-px", "16", "--calibration-batches", "2"]
+    argv += ["--data.val-share", "0.14", "--optim.lr", "0.05", "--data.load", "disk"]
+    argv += ["--workers", "1", "--log-every", "1", "--save-every-s", "1000"]
+    process = start_dynaslim([*argv, "--epochs", "500"], run=TORCHRUN)
     metrics = out / "metrics.jsonl"
     wait_for_steps(process, metrics, 6)
     process.terminate()
@@ -115,6 +93,19 @@ def test_sigterm_to_torchrun_stops_all_after_the_same_step(tmp_path):
     assert process.returncode != 0
     assert "stopped by SIGTERM" in err
     assert "DataLoader worker" not in err
-    lines = metrics.read_text().splitlines()
     step = read_snapshot(out / "snapshot.safetensors")["state"]["step"]
-    assert step == json.loads(lines[-1])["step"]
+    assert step == json.loads(metrics.read_text().splitlines()[-1])["step"]
+
+    epochs = step // 4 + 1
+    again = [*argv, "--epochs", str(epochs), "--resume", "--force"]
+    process = start_dynaslim(again, run=TORCHRUN)
+    stdout, err = process.communicate(timeout=240)
+    assert process.returncode == 0, err
+    results = json.loads(stdout)  # of the first process alone
+    assert results["steps"] == epochs * (64 // 16)
+    assert results["val"]["last"]["images"] == 11, "an uneven last batch"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    evaluated = [line["step"] for line in lines if line["kind"] == "val"]
+    assert evaluated == list(range(4, 4 * epochs + 1, 4))
+    assert json.loads((out / "environment.json").read_text())[0]["processes"] == 2
+    assert read(out / "last.safetensors").net.spec.name == "ds_mbnet_tiny"

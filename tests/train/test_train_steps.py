@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from dynaslim.cost import CostTable
 from dynaslim.data.transforms import normalise
-from dynaslim.errors import TrainingError, UsageError
+from dynaslim.errors import TrainingError
 from dynaslim.nn import SlimNet, argmax_one_hot
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.preprocessing import Preprocessing
@@ -18,7 +18,6 @@ from dynaslim.recipes import (
     SupernetRecipe,
 )
 from dynaslim.seeds import step_seed
-from dynaslim.spec import NetSpec, StageSpec
 from dynaslim.train import recalibrate, train_gate, train_supernet
 from dynaslim.train.calibrate import calibration_routes
 from dynaslim.train.step import gate_step, parameter_groups, sandwich_routes, supernet_step
@@ -143,15 +142,6 @@ def test_teacher_teaches_as_well_as_its_weights_can():
         at_its_best = float(F.cross_entropy(fresh(x, net.spec.largest), labels))
     assert at_its_best < 1.2  # of 1.61 by chance: there is something to teach
     assert as_it_teaches == pytest.approx(at_its_best, rel=0.05)
-
-
-def test_dropout_is_on_the_largest_alone():
-    x, labels = noise(micro_spec(), 12, image_size=16), torch.arange(12) % 5
-    without = _run(*_supernet_parts(), x, labels, step=3)
-    with_ = _run(*_supernet_parts(), x, labels, step=3, dropout=0.5)
-    assert with_.largest != without.largest
-    assert with_.randoms == without.randoms
-    assert with_.smallest == without.smallest
 
 
 def test_loss_that_is_not_finite_stops_before_the_weights_move():
@@ -349,9 +339,3 @@ def test_supernet_training_learns_and_repeats():
     for a, b in ((live, again_live), (averaged, again_averaged)):
         state = b.state_dict()
         assert all(torch.equal(v, state[k]) for k, v in a.state_dict().items())
-
-
-def test_no_gates_to_train():
-    plain = NetSpec("plain", (StageSpec((4,), block="conv"), StageSpec((4,))), num_classes=5)
-    with pytest.raises(UsageError, match="plain has no gates to train"):
-        train_gate(lively(plain), toy_images(), PRE, GateRecipe(batch_size=32))

@@ -80,18 +80,12 @@ def test_every_target_is_its_definition(target):
             torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-5, rtol=1e-4)
 
 
-def test_distillation_teaches_without_dropout():
-    """The others learn the live largest's prediction as it is without the mask."""
+@pytest.mark.parametrize("target", ["ensemble", "distillation"])
+def test_dropout_is_on_the_largest_alone(target):
+    """In distillation the others learn its prediction as it is without the mask."""
     x, labels = noise(micro_spec(), 12, image_size=16), torch.arange(12) % 5
-    plain, _ = _step(*_parts(), x, labels, target="distillation")
-    dropped, _ = _step(
-        *_parts(),
-        x,
-        labels,
-        target="distillation",
-        dropout=0.5,
-        generator=torch.Generator().manual_seed(1),
-    )
+    plain, _ = _step(*_parts(), x, labels, target=target)
+    dropped, _ = _step(*_parts(), x, labels, target=target, dropout=0.5, generator=_seeded())
     assert dropped.largest != pytest.approx(plain.largest, rel=1e-3)
     assert dropped.randoms == pytest.approx(plain.randoms, rel=1e-5)
     assert dropped.smallest == pytest.approx(plain.smallest, rel=1e-5)
@@ -128,10 +122,8 @@ def test_parts_of_a_batch_add_up_to_the_whole(target):
     x, labels = noise(micro_spec(), 13, image_size=16), torch.arange(13) % 5
     whole, parts = _parts(evaluating=True), _parts(evaluating=True)
     options = {"target": target, "dropout": 0.3}
-    a, _ = _step(*whole, x, labels, generator=torch.Generator().manual_seed(1), **options)
-    b, _ = _step(
-        *parts, x, labels, generator=torch.Generator().manual_seed(1), accumulate=3, **options
-    )
+    a, _ = _step(*whole, x, labels, generator=_seeded(), **options)
+    b, _ = _step(*parts, x, labels, generator=_seeded(), accumulate=3, **options)
     assert b.largest == pytest.approx(a.largest, rel=1e-5)
     assert b.randoms == pytest.approx(a.randoms, rel=1e-5)
     for p, q in zip(whole[0].parameters(), parts[0].parameters(), strict=True):
