@@ -96,12 +96,20 @@ class CascadeSpec(Routed):
         return self.routes[-1]
 
     def route_at(self, indices: Sequence[int]) -> Route:
-        """The route of a rung, given by its index."""
+        """The route of a rung, given by its index.
+
+        Raises:
+            UsageError: for a wrong number of indices or one out of range.
+        """
         self.check_indices(indices)
         return Route((int(indices[0]) + 1,))
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
-        """0 for the trunk, and the index of the rung."""
+        """0 for the trunk, and the index of the rung.
+
+        Raises:
+            UsageError: if the route is none of this cascade's.
+        """
         check(
             len(route.widths) == 1 and 1 <= route.widths[0] <= len(self.rungs),
             f"route {route}: {self.name} takes the number of a rung, 1 to {len(self.rungs)}",

@@ -79,7 +79,12 @@ class Demo:
 
 
 def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None) -> Demo:
-    """Train, evaluate and save in folder `out`; `train_images` takes only the first so many."""
+    """Train, evaluate and save in folder `out`; `train_images` takes only the first so many.
+
+    Raises:
+        UsageError: for a recipe that makes no sense.
+        OSError: if the folder cannot be written; found out before training.
+    """
     # in few epochs a teacher learns too late: all widths learn faster from labels
     target, seed = options.target, options.seed
     stage1 = SupernetRecipe(model=MODEL, epochs=options.epochs, seed=seed, target="labels")

@@ -36,14 +36,22 @@ def class_names() -> tuple[str, ...]:
 
 
 def make_cascade(make: Callable[[str], nn.Module] = pretrained) -> Checkpoint:
-    """The cascade without a budget curve; `make` gives each network by its name."""
+    """The cascade without a budget curve; `make` gives each network by its name.
+
+    Raises:
+        UsageError: if the weights are not installed.
+    """
     names = class_names()
     rungs = [Rung(make(name), preprocessing(name), names, name) for name in RUNGS]
     return cascade(rungs, name=shipped.IMAGENET)
 
 
 def package() -> Path:
-    """The folder of the cascade's package, with its curve; made at the first call."""
+    """The folder of the cascade's package, with its curve; made at the first call.
+
+    Raises:
+        UsageError: if the weights are not installed.
+    """
     folder = cache_root() / "models" / shipped.IMAGENET
     if not (folder / MANIFEST).is_file():
         made = make_cascade()

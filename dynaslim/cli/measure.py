@@ -374,7 +374,11 @@ def measure_curve(
     latency: CostTable | None = None,
     on_answers: Callable[..., None] | None = None,
 ) -> tuple[BudgetCurve, list[tuple[Route, Outcome]]]:
-    """The budget curve of a network on images, and the uniform routes beside it."""
+    """The budget curve of a network on images, and the uniform routes beside it.
+
+    Raises:
+        DataError: if the images do not fit the network, or are too few to tell settings apart.
+    """
     from dynaslim.runtime.budget_search import fit_curve, split_rows
     from dynaslim.runtime.calibrate_budget import answer_images, uniform_outcomes
 

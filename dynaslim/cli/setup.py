@@ -104,7 +104,11 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
 
 
 def script(shell: str) -> str:
-    """The script for a shell. It is static: pressing Tab starts no Python."""
+    """The script for a shell. It is static: pressing Tab starts no Python.
+
+    Raises:
+        UsageError: if the installed shtab has no scripts for it.
+    """
     import shtab
 
     known = shell in shtab.SUPPORTED_SHELLS

@@ -128,7 +128,11 @@ def order_seed(seed: int, epoch: int, purpose: str) -> int:
 
 
 def own_rows(batch_size: int) -> slice:
-    """The rows of each batch that are for this process."""
+    """The rows of each batch that are for this process.
+
+    Raises:
+        UsageError: if the batch cannot be divided evenly among the processes.
+    """
     processes, rank = distributed.world_size(), distributed.rank()
     if batch_size % processes:
         raise UsageError(
@@ -278,6 +282,9 @@ class StreamFeed(Feed):
     image that does not decode is taken by the next one of its batch that does (after the last comes
     the first), so that batches do not depend on what came before. `num_images` is used where the
     stream does not give its length.
+
+    Raises:
+        UsageError: if the number of images is unknown.
     """
 
     def __init__(

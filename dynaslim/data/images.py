@@ -367,6 +367,9 @@ def open_images(
     """Images to run a checkpoint's network on, prepared and labelled as it was trained.
 
     `share` takes only the part of the split that a training with that `val_share` holds out.
+
+    Raises:
+        DataError: if the images cannot be read, or their classes are not the network's.
     """
     assert checkpoint.preprocessing is not None
     source = open_source(path, split)

@@ -306,7 +306,13 @@ class ReportData:
 
 
 def gather(path: str | Path, options: ReportOptions) -> ReportData:
-    """Read, evaluate and time; progress goes to standard error."""
+    """Read, evaluate and time; progress goes to standard error.
+
+    Raises:
+        UsageError: if there is no run, or an argument makes no sense.
+        CheckpointError: if a checkpoint cannot be read.
+        DataError: if images that were named cannot be read or do not fit the network.
+    """
     baselines = () if options.baselines is None else read_baselines(options.baselines)
     run = read_run(run_or_checkpoint(Path(path)), options.target)
     if options.baselines is None and (run.path / BASELINES).is_file():

@@ -95,7 +95,12 @@ class RunInfo:
 
 
 def read_run(path: Path, target: float | None = None) -> RunInfo:
-    """Read a run's folder or a checkpoint; `target` selects the model, default the middle one."""
+    """Read a run's folder or a checkpoint file; `target` selects the model, default the middle one.
+
+    Raises:
+        UsageError: if there is no run at the path, or no gate for the target.
+        CheckpointError: if a checkpoint cannot be read.
+    """
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder; {_EXPECTED}")
     if is_package(path):
@@ -346,7 +351,11 @@ class Baseline:
 
 
 def read_baselines(path: Path) -> tuple[Baseline, ...]:
-    """Read a JSON file with a list of baselines."""
+    """Read a JSON file with a list of baselines.
+
+    Raises:
+        UsageError: if it cannot be read or is of another form.
+    """
     try:
         raw = parse_json(path.read_bytes())
         is_list = isinstance(raw, list) and len(raw) <= _MAX_BASELINES

@@ -121,7 +121,11 @@ def busy(load: float, cores: int, threads: int) -> str | None:
 
 @contextmanager
 def launched(device: str) -> Iterator[torch.device]:
-    """Join the run's other processes, if torchrun started any; the device to work on."""
+    """Join the run's other processes, if torchrun started any; the device to work on.
+
+    Raises:
+        UsageError: if there is no such device.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its own deprecations at import
         from lightning_fabric import Fabric
@@ -242,6 +246,11 @@ def opened(
     """Join the other processes, handle signals and open the folder, while inside.
 
     `alone_for` names what needs a single process.
+
+    Raises:
+        UsageError: as `RunFolder`, for an unknown device, or for several processes where one is
+            needed.
+        OSError: if the folder cannot be written.
     """
     options = options or RunOptions()
     with launched(options.device) as device, stop_requests() as stop:

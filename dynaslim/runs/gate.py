@@ -51,7 +51,11 @@ def run_gate(
 
 
 def with_choices(net: ElasticNet, recipe: GateRecipe) -> ElasticNet:
-    """The network with the recipe's routing space, and fresh slimming heads for it."""
+    """The network with the recipe's routing space, and fresh slimming heads for it.
+
+    Raises:
+        UsageError: if the network has no such widths, or another number of gates.
+    """
     choices = recipe.choices
     if not choices:
         return net

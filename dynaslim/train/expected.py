@@ -355,7 +355,11 @@ def argmax_paths(cache: RouteCache, heads: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -> FitResult:
-    """Mean loss, accuracy, mean cost and route shares of a cache's rows by argmax gates."""
+    """Mean loss, accuracy, mean cost and route shares of a cache's rows by argmax gates.
+
+    Raises:
+        UsageError: if the table is not one for this network.
+    """
     path_N = argmax_paths(cache, heads)
     chosen_N1 = path_N[:, None]
     counts_P = torch.bincount(path_N, minlength=len(cache.paths)).double()
@@ -370,7 +374,11 @@ def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -
 
 @torch.no_grad()
 def apply_heads(net: ElasticNet, heads: Sequence[Tensor]) -> None:
-    """Write slimming heads (K, R), one for each gate, into a network."""
+    """Write slimming heads (K, R), one for each gate, into a network.
+
+    Raises:
+        UsageError: if their number or shapes are not the network's.
+    """
     own = net.slimming_parameters()
     shapes, needed = [tuple(h.shape) for h in heads], [tuple(h.shape) for h in own]
     check(shapes == needed, f"heads of shapes {shapes}: {net.spec.name} needs {needed}")

@@ -77,7 +77,11 @@ class RouteCache:
         return [slice(start, start + step) for start in range(0, len(self.labels), step)]
 
     def path_costs(self, table: CostTable) -> Tensor:
-        """(P,) float64: what one image costs along every path, in the table's unit."""
+        """(P,) float64: what one image costs along every path, in the table's unit.
+
+        Raises:
+            UsageError: if the table is not one for this network.
+        """
         table.check_fits(self.spec)
         return torch.tensor([table.route_cost(path) for path in self.paths], dtype=torch.float64)
 
