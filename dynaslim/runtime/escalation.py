@@ -73,6 +73,12 @@ def averaged(
     return np.asarray(mean_BN, logits_BN.dtype)
 
 
+def probabilities(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    """Softmax of every row (B, N), in the type of the logits."""
+    powers_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
+    return np.asarray(powers_BN / powers_BN.sum(1, keepdims=True))
+
+
 def _log_softmax(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     shifted_BN = logits_BN - logits_BN.max(1, keepdims=True)
     return np.asarray(shifted_BN - np.log(np.exp(shifted_BN).sum(1, keepdims=True)))
