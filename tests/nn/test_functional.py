@@ -1,17 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from dynaslim.nn.functional import (
-    argmax_one_hot,
-    gated_batch_norm,
-    gumbel_one_hot,
-    slim_linear,
-)
-
-
-def test_slim_linear_is_the_leading_block():
-    x, weight, bias = torch.randn(2, 5), torch.randn(8, 7), torch.randn(8)
-    torch.testing.assert_close(slim_linear(x, weight, 4, bias), x @ weight[:4, :5].T + bias[:4])
+from dynaslim.nn.functional import argmax_one_hot, gated_batch_norm, gumbel_one_hot
 
 
 def test_gated_batch_norm_is_each_rows_own_and_ignores_junk_beyond():
