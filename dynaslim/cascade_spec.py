@@ -98,20 +98,12 @@ class CascadeSpec(Routed):
         return self.routes[-1]
 
     def route_at(self, indices: Sequence[int]) -> Route:
-        """The route of a rung, given by its index.
-
-        Raises:
-            UsageError: for a wrong number of indices or one out of range.
-        """
+        """The route of a rung, given by its index."""
         self.check_indices(indices)
         return Route((int(indices[0]) + 1,))
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
-        """0 for the trunk, and the index of the rung.
-
-        Raises:
-            UsageError: if the route is none of this cascade's.
-        """
+        """0 for the trunk, and the index of the rung."""
         check(
             len(route.widths) == 1 and 1 <= route.widths[0] <= len(self.rungs),
             f"route {route}: {self.name} takes the number of a rung, 1 to {len(self.rungs)}",
@@ -148,9 +140,5 @@ class CascadeSpec(Routed):
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> CascadeSpec:
-        """Rebuild a spec from `to_dict`.
-
-        Raises:
-            UsageError: for unknown or missing fields, or values of another type.
-        """
+        """Rebuild a spec from `to_dict`."""
         return validated(data["cascade"], cls, "not a cascade")

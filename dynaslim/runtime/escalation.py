@@ -2,10 +2,9 @@
 
 The *margin* of a row is how sure it is of its answer. A step of escalation sends rows of a margin
 under *tau* on to a *target* path, from the trunk's features, which were kept; its answer replaces
-the one before. A second step may follow, to a wider target: a row that was sure enough for one step
-is done.
-The last step may be a *second look*: rows that stand on its target see their mirror image too,
-along the same path from the first layer on, and both answers are averaged.
+the one before. A row that was sure enough for one step takes no further one. The last step may be a
+*second look*: rows that stand on its target see their mirror image too, along the same path from
+the first layer on, and both answers are averaged.
 
 No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
 
