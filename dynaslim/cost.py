@@ -32,7 +32,6 @@ from dynaslim.graph import (
     Operations,
     Units,
     kept_count,
-    references,
 )
 from dynaslim.spec import NetSpec, Route
 
@@ -138,7 +137,7 @@ def segment_cost(
             params += math.prod(weight) + math.prod(bias)
 
     for node in (node for node in graph.nodes if node.segment == segment):
-        shape = shapes[next(node.inputs())]
+        shape = shapes[node.reads("node")[0]]
         weights = list(map(shape_of, _weights(graph, node)))
         kind = node.op.partition(".")[0]
         if kind == "gate":
@@ -166,8 +165,7 @@ def segment_cost(
 
 def _weights(graph: Operations, node: Node) -> list[str]:
     """Names of the trained parameters that an operation reads."""
-    read = (name for key, name in references((node.args, node.kwargs)) if key == "tensor")
-    return [name for name in read if graph.tensors[name].kind == "weight"]
+    return [name for name in node.reads("tensor") if graph.tensors[name].kind == "weight"]
 
 
 def _values(graph: Operations, names: Iterable[str], units: Units) -> int:
@@ -288,7 +286,7 @@ class CostTable:
 
     def check_fits(self, spec: AnySpec) -> None:
         """Raise `UsageError` unless the table is one for the network's gates."""
-        shapes = _segment_shapes(spec)
+        shapes = [(len(before), len(behind)) for before, behind in segment_choices(spec)]
         check(
             len(self.segments) == len(shapes),
             f"segments: {spec.name} has {len(shapes)}, expected a list of so many tables",
@@ -335,9 +333,3 @@ class CostTable:
             total = total + ((before @ matrix) * gate_BK).sum(1)
             before = gate_BK
         return total
-
-
-def _segment_shapes(spec: AnySpec) -> list[tuple[int, int]]:
-    """Options (before, behind) of every segment."""
-    options = [1, *(len(gate.choices) for gate in spec.gates)]
-    return [(1, 1), *itertools.pairwise(options)]

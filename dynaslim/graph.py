@@ -94,11 +94,10 @@ class Node:
     path: str = ""
     """The module that it was captured in."""
 
-    def inputs(self) -> Iterator[str]:
-        """Names of the operations that it reads."""
-        for key, value in references((self.args, self.kwargs)):
-            if key == "node":
-                yield value
+    def reads(self, kind: str) -> list[str]:
+        """Names of the operations ("node") or parameters ("tensor") that it reads."""
+        found = references((self.args, self.kwargs))
+        return [name for key, name in found if key == kind]
 
 
 def references(value: Any) -> Iterator[tuple[str, Any]]:
@@ -255,9 +254,9 @@ class GraphSpec(Routed, Operations):
     def classifier(self) -> str | None:
         """Name of the linear layer that gives the logits, if one does."""
         last = self.nodes[-1]
-        names = [value for key, value in references(last.args) if key == "tensor"]
+        names = last.reads("tensor")
         if last.op == "linear.default" and names and names[0].endswith(".weight"):
-            return str(names[0]).removesuffix(".weight")
+            return names[0].removesuffix(".weight")
         return None
 
     def route_at(self, indices: Sequence[int]) -> Route:
@@ -271,7 +270,6 @@ class GraphSpec(Routed, Operations):
 
     @property
     def largest(self) -> Route:
-        """The whole network."""
         return self.routes[-1]
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
@@ -370,7 +368,6 @@ class GraphSpec(Routed, Operations):
         return dataclasses.replace(self, gates=self._gates_of(choices))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back."""
         return {"graph": dataclasses.asdict(self)}
 
     @classmethod
@@ -380,7 +377,7 @@ class GraphSpec(Routed, Operations):
         Raises:
             UsageError: for unknown or missing fields, or values of another type.
         """
-        return validated(without_params(data["graph"]), cls, "not a converted network")
+        return validated(data["graph"], cls, "not a converted network")
 
     @cached_property
     def graph(self) -> Graph:
@@ -406,45 +403,12 @@ class GraphSpec(Routed, Operations):
         """Costs by (segment, before, choice)."""
         return {(f.segment, f.before, f.choice): f for f in self.forms}
 
-    def form(self, segment: int, indices: Sequence[int]) -> FormCost:
-        """The cost of a segment on a route, given as width indices of its segments."""
-        before = indices[segment - 1] if segment > 1 else 0
-        return self.costs[segment, before, indices[segment] if segment else 0]
-
     def gate_madds(self, segment: int, before: int, choice: int) -> int:
         """What the gate costs that a segment ends in, if it ends in one."""
         if segment == len(self.gates):
             return 0
         channels = kept_count(self.gate_input(segment).axis, self.units(segment, before, choice))
         return self.hidden * (channels + len(self.gates[segment].choices))
-
-    def elastic_share(self) -> float:
-        """Part of the multiply-adds that is gone at the narrowest width."""
-        whole = sum(self.form(s, self.segment_indices(self.largest)).madds for s in self.segments)
-        least = sum(self.form(s, self.segment_indices(self.smallest)).madds for s in self.segments)
-        return 1 - least / whole
-
-    @property
-    def segments(self) -> range:
-        """Numbers of the segments."""
-        return range(self.num_segments)
-
-
-def without_params(graph: Any) -> Any:
-    """A converted network, or another size of it, without the counts that earlier files have."""
-    if not isinstance(graph, Mapping):
-        return graph
-    made = dict(graph)
-    if isinstance(made.get("forms"), list):
-        made["forms"] = [
-            {key: value for key, value in form.items() if key != "params"}
-            if isinstance(form, Mapping)
-            else form
-            for form in made["forms"]
-        ]
-    if isinstance(made.get("other_sizes"), list):
-        made["other_sizes"] = list(map(without_params, made["other_sizes"]))
-    return made
 
 
 AnySpec = NetSpec | GraphSpec | CascadeSpec

@@ -30,7 +30,6 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.cost import CostTable
 from dynaslim.data.images import ImageDataset
 from dynaslim.nn import SlimNet
-from dynaslim.nn.functional import slim_linear
 from dynaslim.nn.gate import Gate
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint
@@ -110,20 +109,14 @@ def _spread(net: SlimNet, gate: Gate, x: torch.Tensor) -> None:
         for index in net.spec.gates[0].choices:
             net(x, net.spec.routes[index])
         handle.remove()
-        bias = gate.reduce_bias
-        hidden = torch.stack(
-            [
-                torch.relu(slim_linear(f.mean((2, 3)), gate.reduce_weight, len(bias), bias))
-                for f in seen
-            ]
-        )
+        hidden = torch.stack([gate.hidden(features.mean((2, 3))) for features in seen])
         weight = gate.slimming_weight
         nn.init.normal_(weight)
         # orthogonal to the mean of each route, so that no choice wins on average along any; before
         # the first gate all routes are one
         _, sizes, directions = torch.linalg.svd(hidden.mean(1), full_matrices=False)
         means = directions[sizes > 1e-4 * sizes[0]].T
-        assert len(bias) > means.shape[1], "too few hidden features: nothing would be left"
+        assert hidden.shape[2] > means.shape[1], "too few hidden features: nothing would be left"
         weight -= weight @ means @ means.T
         weight *= 3 / (hidden @ weight.T).std()
 

@@ -185,6 +185,10 @@ def _describe_size(spec: AnySpec, image_size_px: int) -> dict[str, Any]:
 def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
     """A converted network and its costs, as JSON values."""
     routes = [_describe_route(spec, route, image_size_px) for route in spec.routes]
+    least, whole = (
+        madds(spec, route, image_size_px, slimming_heads=True)
+        for route in (spec.smallest, spec.largest)
+    )
     return {
         **_describe_size(spec, image_size_px),
         "operations": len(spec.nodes),
@@ -197,7 +201,7 @@ def _describe_converted(spec: GraphSpec, image_size_px: int) -> dict[str, Any]:
             {"units": group.units, "segment": group.segment, "widths": list(group.widths)}
             for group in spec.groups
         ],
-        "elastic_share": spec.elastic_share(),
+        "elastic_share": 1 - least / whole,
         "routes": routes,
         "largest": routes[-1],
         "routing_space": {"routes": None},

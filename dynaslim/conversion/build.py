@@ -40,7 +40,6 @@ from dynaslim.graph import (
     OtherSize,
     TensorSpec,
     kept_count,
-    references,
 )
 from dynaslim.nn.net import SlimNet
 from dynaslim.nn.program import Step
@@ -527,7 +526,7 @@ class Conversion:
         """The network without its weights and costs."""
         captured = self.captured
         nodes = self._nodes()
-        used = {name for node in nodes for name in _tensors((node.args, node.kwargs))}
+        used = {name for node in nodes for name in node.reads("tensor")}
         statistics = {
             captured.names[arguments(n)[part]]
             for n in captured.nodes
@@ -708,10 +707,6 @@ class _Counter:
         self.peak = max(self.peak, result.numel())
         shapes = [argument.shape for argument in args if isinstance(argument, Tensor)]
         self.madds += operation_madds(step.op.partition(".")[0], shapes, result.shape)
-
-
-def _tensors(value: Any) -> Iterable[str]:
-    return (name for key, name in references(value) if key == "tensor")
 
 
 def _kept(units: int, each: int, width: float) -> int:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +54,24 @@ def load_source(
     """
     kind, _, name = text.partition(":")
     classes = {} if num_classes is None else {"num_classes": num_classes}
-    config: Mapping[str, Any] = {}
+    usual = Preprocessing(224)
     model: nn.Module
     if text in VARIANTS:
         check(num_classes in (None, CLASSES), f"{text}: has {CLASSES} classes")
         model = pretrained(text) if weights is None else EfficientNetLite(text)
         usual, name = efficientnet_lite.preprocessing(text), text
-        config = {
-            "input_size": (3, usual.image_size_px, usual.image_size_px),
-            "mean": usual.mean,
-            "std": usual.std,
-            "crop_pct": usual.crop_fraction,
-        }
     elif kind == "timm" and name:
         timm = _library("timm", text)
         if not timm.is_model(name):
             raise UsageError(f"{text}: timm has no such model")
         model = timm.create_model(name, **classes)
         config = getattr(model, "pretrained_cfg", {}) or {}
+        usual = Preprocessing(
+            int(config.get("input_size", (3, 224, 224))[-1]),
+            tuple(config.get("mean", usual.mean)),
+            tuple(config.get("std", usual.std)),
+            float(config.get("crop_pct", 1.0)),
+        )
     elif kind == "torchvision" and name:
         models = _library("torchvision.models", text)
         if name not in models.list_models():
@@ -85,13 +85,7 @@ def load_source(
         raise UsageError(f"{text}: expected {', '.join(KINDS)}")
     if weights is not None:
         load_weights(model, weights)
-    size = image_size or int(config.get("input_size", (3, 224, 224))[-1])
-    preprocessing = Preprocessing(
-        image_size_px=size,
-        mean=tuple(config.get("mean", (0.485, 0.456, 0.406))),
-        std=tuple(config.get("std", (0.229, 0.224, 0.225))),
-        crop_fraction=float(config.get("crop_pct", 1.0)),
-    )
+    preprocessing = replace(usual, image_size_px=image_size or usual.image_size_px)
     return Source(model.eval(), preprocessing, name)
 
 

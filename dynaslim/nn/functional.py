@@ -28,17 +28,6 @@ AnyWidth = int | SoftWidth
 """The width that a layer is to use, as its BN slot: one for the whole batch, or one per row."""
 
 
-def slim_linear(
-    x_BC: Tensor, weight_MC: Tensor, out_features: int, bias_M: Tensor | None = None
-) -> Tensor:
-    """Linear layer by the first `out_features` rows over the first `x.shape[-1]` columns.
-
-    x (..., C) -> (..., out_features).
-    """
-    bias = None if bias_M is None else bias_M[:out_features]
-    return F.linear(x_BC, weight_MC[:out_features, : x_BC.shape[-1]], bias)
-
-
 def gated_batch_norm(
     x_BCHW: Tensor,
     mean_KM: Tensor,

@@ -9,8 +9,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from dynaslim.nn.functional import slim_linear
 from dynaslim.spec import Attention
 
 
@@ -61,20 +61,20 @@ class Gate(nn.Module):
 
     def hidden(self, pooled_BC: Tensor) -> Tensor:
         """What both heads read (B, R), never negative, of the features' means over pixels."""
-        bias_R = self.reduce_bias
-        return torch.relu(slim_linear(pooled_BC, self.reduce_weight, len(bias_R), bias_R))
+        weight_RC = self.reduce_weight[:, : pooled_BC.shape[1]]
+        return torch.relu(F.linear(pooled_BC, weight_RC, self.reduce_bias))
 
     def decide(self, hidden_BR: Tensor) -> Tensor:
         """The slimming logits (B, K)."""
         assert self.slimming_weight is not None, "this block has no slimming head"
-        return slim_linear(hidden_BR, self.slimming_weight, len(self.slimming_weight))
+        return F.linear(hidden_BR, self.slimming_weight)
 
     def attend(self, x_BCHW: Tensor, hidden_BR: Tensor) -> Tensor:
         """The features scaled by the attention head."""
-        if self.expand_weight is None:
+        if self.expand_weight is None or self.expand_bias is None:
             return x_BCHW
         channels = x_BCHW.shape[1]
-        scale_BC = slim_linear(hidden_BR, self.expand_weight, channels, self.expand_bias)
+        scale_BC = F.linear(hidden_BR, self.expand_weight[:channels], self.expand_bias[:channels])
         if self.attention == "sigmoid":
             scale_BC = torch.sigmoid(scale_BC)
         else:

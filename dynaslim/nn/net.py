@@ -417,7 +417,6 @@ class SlimNet(ElasticNet):
         return argument
 
     def prepare(self, number: int, choice: int) -> None:
-        """Make the programs of a segment, so that a compiler need not trace how."""
         for before in (0,) if number == 0 else self._behind[number - 1].values():
             self.bound(number, before, choice)
 

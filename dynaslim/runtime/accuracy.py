@@ -5,56 +5,25 @@ Suffixes: B rows of a batch, C channels, S side in pixels, G gates, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dynaslim.data.transforms import normalise
+from dynaslim.data.images import ImageDataset
+from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import DataError, DynaslimError, check
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.escalation import probabilities
 
-DYNAMIC: Final = "top1"
-CHEAPEST: Final = "top1_cheapest"
-WIDEST: Final = "top1_widest"
-_MODES: Final = (DYNAMIC, CHEAPEST, WIDEST)
-
-
-class Labelled(Protocol):
-    """What images have to have; those of `dynaslim.data` do."""
-
-    @property
-    def name(self) -> str:
-        """For messages."""
-
-    def __len__(self) -> int:
-        """How many images."""
-
-    def check_fits(self, preprocessing: Preprocessing, num_classes: int) -> None:
-        """Raise `DataError` unless pixels and classes fit the two."""
-
-    def batches(
-        self, batch_size: int, order: Tensor | None = None
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """(uint8 pixels (B, C, S, S), int64 labels (B,), below zero for an unreadable image)."""
-
-
-@dataclass
-class _Totals:
-    """Sums over the images of one engine."""
-
-    right: dict[str, int] = field(default_factory=lambda: dict.fromkeys(_MODES, 0))
-    madds: float = 0.0
+_MODES: Final = ("top1", "top1_cheapest", "top1_widest")
 
 
 def accuracy_report(
     reference: Engine,
     quantised: Engine,
-    images: Labelled,
+    images: ImageDataset,
     preprocessing: Preprocessing,
     *,
     batch_size: int = 128,
@@ -86,31 +55,32 @@ def accuracy_report(
     engines = (reference, quantised)
     routes = (spec.cheapest_choice, spec.widest_choice)
     static = [[engine.static(route) for route in routes] for engine in engines]
-    totals = (_Totals(), _Totals())
+    totals = [dict.fromkeys((*_MODES, "madds"), 0.0) for _ in engines]
     count, same_prediction, same_route, largest = 0, 0, 0, 0.0
-    count_all = len(images) if limit is None else min(limit, len(images))
-    for pixels_BCSS, labels_B in images.batches(batch_size, torch.arange(count_all)):
-        readable = labels_B >= 0
-        if not readable.any():
-            continue
-        labels = labels_B[readable].numpy()
-        x_BCSS = normalise(pixels_BCSS[readable], preprocessing).numpy()
+    if limit is not None:
+        images = images.subset(torch.arange(min(limit, len(images))))
+    for x, labels in readable_batches(images, preprocessing, batch_size):
+        x_BCSS, labels_B = x.numpy(), labels.numpy()
         routed = [engine(x_BCSS) for engine in engines]
         for output, runs, total in zip(routed, static, totals, strict=True):
             answers = (output.logits, *(run(x_BCSS) for run in runs))
             for mode, logits_BK in zip(_MODES, answers, strict=True):
-                _check_finite(logits_BK, mode)
-                total.right[mode] += int((logits_BK.argmax(1) == labels).sum())
-            total.madds += float(output.madds.sum())
+                if not np.isfinite(logits_BK).all():
+                    raise DynaslimError(
+                        f"{mode}: the network's output is not finite; its weights or BN statistics "
+                        f"are damaged"
+                    )
+                total[mode] += int((logits_BK.argmax(1) == labels_B).sum())
+            total["madds"] += float(output.madds.sum())
         one, other = routed
-        count += len(labels)
+        count += len(labels_B)
         same_prediction += int((one.logits.argmax(1) == other.logits.argmax(1)).sum())
         same_route += int((one.routes == other.routes).all(1).sum())
-        apart = np.abs(_probabilities(one.logits) - _probabilities(other.logits))
+        apart = np.abs(probabilities(one.logits) - probabilities(other.logits))
         largest = max(largest, float(apart.max()))
     if not count:
         raise DataError(
-            f"{images.name or 'data'}: none of its first {count_all} images can be read"
+            f"{images.name or 'data'}: none of its first {len(images)} images can be read"
         )
     names = ("reference", "quantised")
     return {
@@ -120,8 +90,7 @@ def accuracy_report(
             name: {
                 "backend": engine.backend,
                 "precision": engine.source.precision,
-                **{mode: right / count for mode, right in total.right.items()},
-                "madds": total.madds / count,
+                **{name: value / count for name, value in total.items()},
             }
             for name, engine, total in zip(names, engines, totals, strict=True)
         },
@@ -129,16 +98,3 @@ def accuracy_report(
         "same_route": same_route / count,
         "largest_probability_difference": largest,
     }
-
-
-def _check_finite(logits_BK: np.ndarray, mode: str) -> None:
-    if not np.isfinite(logits_BK).all():
-        raise DynaslimError(
-            f"{mode}: the network's output is not finite; its weights or BN statistics are damaged"
-        )
-
-
-def _probabilities(logits_BK: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits_BK - logits_BK.max(1, keepdims=True))
-    result: np.ndarray = powers / powers.sum(1, keepdims=True)
-    return result

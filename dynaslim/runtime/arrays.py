@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,60 +20,38 @@ Array = Any
 """A numpy array or a torch tensor."""
 
 
-class Arrays(Protocol):
-    """Buffers of rows."""
+class NumpyArrays:
+    """Buffers of rows in numpy, float32."""
 
     def row(self, shape: Sequence[int]) -> tuple[int, ...]:
         """How a row of features (C, H, W), or of logits, lies in memory."""
+        return tuple(shape)
 
     def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> Array:
         """A new buffer, uninitialised; with `floats` of float32 whatever the precision."""
+        return np.empty((rows, *row), np.float32)
 
     def take(self, source: Array, index: np.ndarray, out: Array) -> None:
         """Copy the rows at `index` into `out`."""
-
-    def mirrored(self, images: Array, index: np.ndarray) -> Array:
-        """The images (B, C, H, W) at `index`, left and right exchanged, in new memory."""
-
-    def host(self, rows: Array) -> np.ndarray:
-        """Logits as numpy, float32."""
-
-    def images(self, x: Array) -> Array:
-        """A caller's images (B, C, H, W), numpy or torch, in the library of the programs."""
-
-
-class NumpyArrays:
-    """Buffers in numpy, float32."""
-
-    def row(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """As it is."""
-        return tuple(shape)
-
-    def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> np.ndarray:
-        """As `Arrays.empty`."""
-        return np.empty((rows, *row), np.float32)
-
-    def take(self, source: np.ndarray, index: np.ndarray, out: np.ndarray) -> None:
-        """As `Arrays.take`."""
         # without a mode that needs no check of the indices, `take` fills a second buffer first
         np.take(source, index, axis=0, out=out, mode="clip")
 
-    def mirrored(self, images: np.ndarray, index: np.ndarray) -> np.ndarray:
-        """As `Arrays.mirrored`."""
+    def mirrored(self, images: Array, index: np.ndarray) -> Array:
+        """The images (B, C, H, W) at `index`, left and right exchanged, in new memory."""
         return np.ascontiguousarray(images[index][..., ::-1])
 
     def host(self, rows: np.ndarray) -> np.ndarray:
-        """As it is."""
+        """Logits as numpy, float32; waits for a device."""
         return rows
 
-    def images(self, x: Array) -> np.ndarray:
-        """As `Arrays.images`; no copy of contiguous float32 on the CPU."""
+    def images(self, x: Array) -> Array:
+        """A caller's images (B, C, H, W), numpy or torch, in the library of the programs."""
         values = x if isinstance(x, np.ndarray) else x.detach().cpu().float().numpy()
         return np.ascontiguousarray(values, np.float32)
 
 
 class TorchArrays:
-    """Buffers in torch, on a device and in a type."""
+    """As `NumpyArrays`, in torch, on a device and in a type."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         import torch
@@ -83,39 +61,35 @@ class TorchArrays:
         self.dtype = dtype
 
     def row(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """Channels last."""
         return (*shape[1:], shape[0]) if len(shape) == 3 else tuple(shape)
 
-    def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> torch.Tensor:
-        """As `Arrays.empty`."""
+    def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> Array:
         dtype = self._torch.float32 if floats else self.dtype
         with self._torch.inference_mode(False):  # the next call may come from outside of it
             return self._torch.empty((rows, *row), device=self.device, dtype=dtype)
 
-    def take(self, source: torch.Tensor, index: np.ndarray, out: torch.Tensor) -> None:
-        """As `Arrays.take`."""
+    def take(self, source: Array, index: np.ndarray, out: Array) -> None:
         rows = self._torch.from_numpy(index).to(self.device)
         self._torch.index_select(source, 0, rows, out=out)
 
-    def mirrored(self, images: torch.Tensor, index: np.ndarray) -> torch.Tensor:
-        """As `Arrays.mirrored`."""
+    def mirrored(self, images: Array, index: np.ndarray) -> Array:
         rows = self._torch.from_numpy(index).to(self.device)
         return images.index_select(0, rows).flip(3)
 
-    def host(self, rows: torch.Tensor) -> np.ndarray:
-        """As `Arrays.host`; waits for the device."""
+    def host(self, rows: Array) -> np.ndarray:
         values: np.ndarray = rows.detach().float().cpu().numpy()
         return values
 
-    def images(self, x: Array) -> torch.Tensor:
-        """As `Arrays.images`."""
-        if isinstance(
-            x, np.ndarray
-        ):  # torch takes no other strides, byte orders and read-only memory
+    def images(self, x: Array) -> Array:
+        if isinstance(x, np.ndarray):
+            # torch takes no other strides, byte orders and read-only memory
             tensor = self._torch.from_numpy(np.require(x, np.float32, ["C", "W"]))
         else:
             tensor = x.detach()
         return tensor.to(self.device, self.dtype)
+
+
+Arrays = NumpyArrays | TorchArrays
 
 
 def check_finite(x: Array, start: int = 0) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Final
 
+import msgspec
 import numpy as np
 
 from dynaslim.errors import DynaslimError
@@ -65,7 +66,7 @@ def fastest(
     key = f"{what} threads {resources.threads}"
     known = _read_note(resources.cache)
     found = known.get(key)
-    if found is not None and set(found) <= set(names):
+    if found and set(found) <= set(names):
         name = min(found, key=lambda one: found[one])
         return make_backend(name, source, resources), found
     backends = {name: make_backend(name, source, resources) for name in names}
@@ -83,16 +84,9 @@ def _read_note(cache: Cache | None) -> dict[str, dict[str, float]]:
     if note is None:
         return {}
     try:
-        known = json.loads(note.read_text(encoding="utf-8"))
+        return msgspec.json.decode(note.read_bytes(), type=dict[str, dict[str, float]])
     except (OSError, ValueError):
         return {}
-    return {
-        key: found
-        for key, found in (known.items() if isinstance(known, dict) else ())
-        if isinstance(found, dict)
-        and found
-        and all(type(ms) in (int, float) for ms in found.values())
-    }
 
 
 def measure(

@@ -1,12 +1,8 @@
 """Budgets at run time: one gate for a range of costs, and the curve of what each cost gives.
 
 A *shift* moves every gate's decision towards cheaper options (positive) or wider ones (negative).
-*Escalation* gives rows that are unsure of their answer another one, along a wider path, in one step
-or two, and last by a second look at the mirror image (`runtime.escalation`). A `BudgetPoint` is one
-setting of both and what it costs; a `BudgetCurve` is what was measured on held-out images
-(`runtime.budget_search`).
-
-No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
+A `BudgetPoint` is one setting of shift and escalation (`runtime.escalation`) and what it costs; a
+`BudgetCurve` is what was measured on held-out images (`runtime.budget_search`). No torch here.
 
 Suffixes: B rows, K options of a gate.
 """
@@ -202,6 +198,14 @@ def parse_budget(budget: float | str) -> tuple[Kind, float]:
     return kind, value
 
 
+_STEPS: Final = (
+    ("tau", "escalate_to"),
+    ("tau_then", "escalate_then"),
+    ("tau_mirror", "mirror_along"),
+)
+"""Fields of a point that have the threshold and the path of a step of escalation."""
+
+
 @dataclass(frozen=True)
 class BudgetPoint:
     """One setting of shift and escalation, and what it gave on the held-out images.
@@ -242,24 +246,16 @@ class BudgetPoint:
     @property
     def escalations(self) -> tuple[Escalation, ...]:
         """The steps of escalation, none for the gate alone; a second look is the last."""
-        steps = (
-            (self.tau, self.escalate_to, False),
-            (self.tau_then, self.escalate_then, False),
-            (self.tau_mirror, self.mirror_along, True),
-        )
+        steps = ((getattr(self, tau), getattr(self, path), path) for tau, path in _STEPS)
         return tuple(
-            Escalation(tau, target, mirror)
-            for tau, target, mirror in steps
+            Escalation(tau, target, path == "mirror_along")
+            for tau, target, path in steps
             if tau is not None and target is not None
         )
 
     def check_steps(self, at: str) -> None:
         """Raise `UsageError` unless every step of escalation has a threshold and a path."""
-        for tau, name in (
-            ("tau", "escalate_to"),
-            ("tau_then", "escalate_then"),
-            ("tau_mirror", "mirror_along"),
-        ):
+        for tau, name in _STEPS:
             both = (getattr(self, tau) is None) == (getattr(self, name) is None)
             check(both, f"{at}: {tau} and {name} must be given both or neither")
         orphan = self.escalate_then is not None and self.escalate_to is None
@@ -276,7 +272,7 @@ class BudgetPoint:
         `mirror` is whether that may be shown mirror images.
         """
         options = [len(gate.choices) for gate in spec.gates]
-        for name in ("escalate_to", "escalate_then", "mirror_along"):
+        for _, name in _STEPS:
             target = getattr(self, name)
             fits = target is None or (
                 len(target) == len(options)

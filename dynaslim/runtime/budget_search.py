@@ -14,7 +14,7 @@ import itertools
 import math
 from collections.abc import Iterator
 from statistics import NormalDist
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +76,7 @@ def fit_curve(
     check(total >= 2 or not split, f"images {total}: two halves need at least 2")
     if latency is not None:
         check(latency.unit == "ms", f"latency table in {latency.unit}: expected ms")
-        CostTable.from_dict(latency.to_dict(), answers.spec)  # raises for another network's
+        latency.check_fits(answers.spec)
     everyone = np.arange(total)
     selecting, reporting = split_rows(total) if split else (everyone, everyone)
     tried = _Tried(answers, latency, selecting, reporting)
@@ -178,6 +178,25 @@ class _Settings(NamedTuple):
     cost_US: Floats
     """Means over all images, in MAdds and, with a latency table, in ms."""
 
+    @classmethod
+    def of(
+        cls,
+        shift: float,
+        escalated_S: Ints,
+        right_HS: Ints,
+        cost_US: Floats,
+        *,
+        tau: Floats | float = np.nan,
+        target: Ints | int = -1,
+        tau_then: Floats | float = np.nan,
+        target_then: Ints | int = -1,
+        tau_mirror: Floats | float = np.nan,
+    ) -> _Settings:
+        """Settings of one shift; other single values are of all of them, too."""
+        steps = (shift, tau, target, tau_then, target_then, tau_mirror)
+        columns = [np.broadcast_to(values, len(escalated_S)) for values in steps]
+        return cls(*columns, escalated_S, right_HS, cost_US)  # type: ignore[call-arg]
+
 
 class _Tried:
     """All settings that are tried, and the fronts among them."""
@@ -217,17 +236,7 @@ class _Tried:
         margin_N = answers.margins_NP[everyone, own_N]
         right_H = self.half_HN @ right_N
         cost_U = self.costs_UP[:, own_N].mean(1)
-        yield _Settings(
-            np.array([shift]),
-            np.array([np.nan]),
-            np.array([-1]),
-            np.array([np.nan]),
-            np.array([-1]),
-            np.array([np.nan]),
-            np.array([0]),
-            right_H[:, None],
-            cost_U[:, None],
-        )
+        yield _Settings.of(shift, np.array([0]), right_H[:, None], cost_U[:, None])
         for number, target in enumerate(answers.targets):
             able = np.flatnonzero(answers.may_escalate(target)[own_N])
             if not len(able):
@@ -239,16 +248,13 @@ class _Tried:
             # what the first so many rows that escalate win or lose
             gained = np.cumsum((self.half_HN * gain_N)[:, able], axis=1)
             added_U = [escalation_cost(table, target) for table in self.tables]
-            yield _Settings(
-                np.full(len(tau_T), shift),
-                tau_T.astype(np.float64),
-                np.full(len(tau_T), number),
-                np.full(len(tau_T), np.nan),
-                np.full(len(tau_T), -1),
-                np.full(len(tau_T), np.nan),
+            yield _Settings.of(
+                shift,
                 count_T,
                 right_H[:, None] + gained[:, count_T - 1],
                 cost_U[:, None] + np.outer(added_U, count_T / len(answers)),
+                tau=tau_T.astype(np.float64),
+                target=number,
             )
         for first, then in itertools.combinations(range(len(answers.targets)), 2):
             yield from self._in_steps(shift, own_N, first, then)
@@ -321,7 +327,6 @@ class _Tried:
             gains.append(looked_N.astype(np.int64) - answers.correct_NP[:, last])
             runs.append(run(2, np.ones(len(answers), np.int64)))
             once = once + run(2, there_N.astype(np.int64))
-        size = len(tau_T) * len(tau_V) * len(tau_M)
         grid = (len(tau_T), len(tau_V), len(tau_M))
         rights, costs = [], []
         for half_N in self.half_HN:
@@ -338,21 +343,17 @@ class _Tried:
             taus.ravel().astype(np.float64)
             for taus in np.meshgrid(tau_T, tau_V, tau_M, indexing="ij")
         )
-        target_S, target_then_S = np.full(size, first), np.full(size, then)
         if first < 0:  # the only step is the first, and where its threshold is 0 there is none
             stays_S = then_TVM == 0
-            tau_TVM, then_TVM = np.where(stays_S, np.nan, then_TVM), np.full(size, np.nan)
-            target_S, target_then_S = np.where(stays_S, -1, then), np.full(size, -1)
-        yield _Settings(
-            np.full(size, shift),
-            tau_TVM,
-            target_S,
-            then_TVM,
-            target_then_S,
-            mirror_TVM,
-            np.broadcast_to(once, grid).ravel(),
-            np.stack(rights),
-            np.stack(costs),
+            steps: dict[str, Any] = {
+                "tau": np.where(stays_S, np.nan, then_TVM),
+                "target": np.where(stays_S, -1, then),
+            }
+        else:
+            steps = {"tau": tau_TVM, "target": first, "tau_then": then_TVM, "target_then": then}
+        escalated = np.broadcast_to(once, grid).ravel()
+        yield _Settings.of(
+            shift, escalated, np.stack(rights), np.stack(costs), **steps, tau_mirror=mirror_TVM
         )
 
     def fronts(self, unit: int) -> tuple[tuple[BudgetPoint, ...], tuple[BudgetPoint, ...]]:

@@ -22,17 +22,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynaslim.cascade_spec import CascadeSpec, RungSpec, TrunkSpec
 from dynaslim.checkpoint import Checkpoint, read
-from dynaslim.cost import madds, params, route_costs, segment_cost
+from dynaslim.cost import madds, operation_madds, params, route_costs, segment_cost
 from dynaslim.errors import DynaslimWarning, UsageError, check, first_line
 from dynaslim.model_names import find_model, is_hub_address
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.cascade_source import CascadeSource, Parts, RungProgram, resize_madds
-from dynaslim.runtime.libraries import require
-from dynaslim.runtime.network_source import NetworkSource
+from dynaslim.runtime.cascade_source import (
+    CascadeSource,
+    Parts,
+    RungProgram,
+    inputs_of,
+    resize_madds,
+)
+from dynaslim.runtime.libraries import onnx_session, require
+from dynaslim.runtime.network_source import NetworkSource, add_weights
 from dynaslim.runtime.onnx_graph import INPUT, LOGITS, to_onnx
 from dynaslim.runtime.package import Package, open_package
 from dynaslim.runtime.program_net import ProgramCheckpoint, ProgramNet
-from dynaslim.runtime.variants import RouteVariant, SegmentVariant, variant_table
+from dynaslim.runtime.variants import RouteVariant, variant_table
 from dynaslim.spec import Route
 
 _WITH_ROUTE: Final = re.compile(r"(?P<name>.+)@(?P<route>\d+(?:-\d+)*)")
@@ -97,7 +103,9 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
             f"leave one of them out",
         )
     names = next((one.class_names for one in opened if one.class_names is not None), None)
-    given = _largest(opened)
+    # of several of one size the dearest
+    largest = max(reversed(opened), key=lambda one: one.preprocessing.image_size_px)
+    given = largest.preprocessing
     rungs = tuple(
         RungSpec(one.name, one.preprocessing.image_size_px, cost, one.params, one.peak)
         for one, cost in zip(opened, costs, strict=True)
@@ -112,7 +120,7 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
         ProgramNet(CascadeSource(spec, given, programs)),
         class_names=names,
         preprocessing=given,
-        may_mirror=all(one.mirror for one in opened),
+        mirror=all(one.mirror for one in opened),
     )
 
 
@@ -140,10 +148,6 @@ def _trunk(opened: Sequence[RungProgram], given: Preprocessing) -> TrunkSpec | N
         max(own.cost.peak, values),
         values,
     )
-
-
-def _largest(opened: Sequence[RungProgram]) -> Preprocessing:
-    return max(reversed(opened), key=lambda one: one.preprocessing.image_size_px).preprocessing
 
 
 def _costs(opened: Sequence[RungProgram]) -> list[int]:
@@ -271,10 +275,7 @@ def _of_module(rung: Rung, module: nn.Module) -> RungProgram:
     scores = made.float().cpu()
     _check_scores(name, scores, rung)
     digest = hashlib.sha256(repr(own).encode())
-    for key, tensor in sorted(own.state_dict().items()):
-        digest.update(f"{key} {tuple(tensor.shape)}".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy().data)
+    add_weights(digest, own)
     # the code of a module is in nothing that could be read: what it answers stands for it
     digest.update(scores.numpy().round(3).tobytes())
 
@@ -385,8 +386,7 @@ def _input_of(file: Path, model: Any) -> tuple[str, Any, Any, Any, Any]:
     Raises:
         UsageError: if it has several inputs or outputs, or its input is not a batch of images.
     """
-    weights = {tensor.name for tensor in model.graph.initializer}
-    inputs = [value for value in model.graph.input if value.name not in weights]
+    inputs = inputs_of(model)
     for what, values in (("inputs", inputs), ("outputs", list(model.graph.output))):
         listed = ", ".join(value.name for value in values)
         check(len(values) == 1, f"{file}: has {len(values)} {what} ({listed}), a rung has one")
@@ -450,12 +450,9 @@ def _run_inside(
     seen.graph.output.extend(onnx.ValueInfoProto(name=out) for out in inner if out not in outputs)
     ort, x = require("onnxruntime"), _example(pre).numpy()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        session = ort.InferenceSession(
-            seen.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = onnx_session(seen.SerializeToString(), options)
         (image,) = session.get_inputs()
         made = session.run(None, {image.name: x})
     except Exception as error:  # of no common kind
@@ -467,20 +464,21 @@ def _run_inside(
     return torch.from_numpy(values[model.graph.output[0].name]).float(), shapes
 
 
+_KINDS: Final = {"Conv": "conv2d", "ConvTranspose": "conv_transpose2d", "MatMul": "matmul"}
+"""Operations by their names in ONNX."""
+
+
 def _onnx_madds(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
     """Multiply-adds of convolutions and products of matrices, for the rows that were run."""
     total = 0
     for node in model.graph.node:
-        made = math.prod(shapes[node.output[0]]) if node.output and node.output[0] else 0
-        if node.op_type == "Conv":
-            total += made * math.prod(shapes[node.input[1]][1:])
-        elif node.op_type == "ConvTranspose":
-            total += math.prod(shapes[node.input[0]]) * math.prod(shapes[node.input[1]][1:])
+        if node.op_type in _KINDS:
+            first, second, made = (shapes[name] for name in (*node.input[:2], node.output[0]))
+            total += operation_madds(_KINDS[node.op_type], [first, second], made)
         elif node.op_type == "Gemm":
             turned = any(a.name == "transA" and a.i for a in node.attribute)
-            total += made * shapes[node.input[0]][0 if turned else 1]
-        elif node.op_type == "MatMul":
-            total += made * shapes[node.input[0]][-1]
+            made = shapes[node.output[0]]
+            total += math.prod(made) * shapes[node.input[0]][0 if turned else 1]
     return total
 
 
@@ -498,7 +496,7 @@ def _of_package(package: Package, route: str | None, name: str) -> RungProgram:
         raise UsageError(f"{name}: route {taken} is not in the package") from None
     table = variant_table(spec)
     steps = zip(table, (0, *path[:-1]), path, strict=True)
-    model = _chained([_package_model(package, segment[a][b]) for segment, a, b in steps])
+    model = _chained(package.source.onnx(segment[a][b]) for segment, a, b in steps)
     side = pre.image_size_px
     shown = name if route is None else f"{name}@{taken}"
     opened = _of_model(shown, model, Rung("", pre, package.class_names))
@@ -510,17 +508,13 @@ def _of_package(package: Package, route: str | None, name: str) -> RungProgram:
     )
 
 
-def _package_model(package: Package, variant: SegmentVariant) -> Any:
-    onnx, model = require("onnx"), package.source.onnx(variant)
-    return onnx.load(model) if isinstance(model, Path) else onnx.load_from_string(model)
-
-
-def _chained(models: Iterable[Any]) -> Any:
+def _chained(models: Iterable[Path | bytes]) -> Any:
     """Segments one after the other as one model; the gates' logits are left out."""
     onnx, merged = require("onnx"), None
     compose = require("onnx.compose")
     for number, model in enumerate(models):
-        own = compose.add_prefix(model, f"s{number}_", inplace=True)
+        read = onnx.load if isinstance(model, Path) else onnx.load_from_string
+        own = compose.add_prefix(read(model), f"s{number}_", inplace=True)
         del own.graph.output[1:]
         if merged is None:
             merged = own

@@ -287,7 +287,6 @@ class CascadeSource:
         return np.concatenate([[0.0], -np.cumsum(steps)]).astype(np.float32)
 
     def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """As `VariantSource.module`."""
         key = (_rung_of(self.spec, variant), self._behind_trunk(variant))
         if key not in self._modules:
             self._modules[key] = self._made(*key).eval().to(self.device)
@@ -330,7 +329,6 @@ class CascadeSource:
         return self.spec.trunk.values - math.prod(self._image)
 
     def onnx(self, variant: Variant) -> bytes:
-        """As `VariantSource.onnx`."""
         number, trunk = _rung_of(self.spec, variant), self.spec.trunk
         behind_trunk = self._behind_trunk(variant)
         if number is None or (trunk is not None and behind_trunk and number in trunk.rungs):
@@ -391,8 +389,8 @@ class CascadeSource:
             scale, shift = affine
             x = node(front, "Mul", [x, constant(scale, "scale")], "scaled")
             x = node(front, "Add", [x, constant(shift, "shift")], "prepared")
-        own_input, own_output = _the_input(model).name, graph.output[0].name
-        node(front, "Identity", [x], own_input)
+        (image,), own_output = inputs_of(model), graph.output[0].name
+        node(front, "Identity", [x], image.name)
         y = own_output
         if rung.probabilities:
             least = constant(np.array(_LEAST, np.float32), "least")
@@ -404,7 +402,7 @@ class CascadeSource:
         nodes = [*front, *graph.node, *back]
         del graph.node[:], graph.output[:]
         graph.node.extend(nodes)
-        inputs = [i for i in graph.input if i.name != own_input]
+        inputs = [i for i in graph.input if i.name != image.name]
         del graph.input[:]
         taken = helper.make_tensor_value_info(INPUT, floats, ["batch", *row])
         graph.input.extend([taken, *inputs])
@@ -414,11 +412,10 @@ class CascadeSource:
         return model
 
 
-def _the_input(model: Any) -> Any:
-    """The one input that is no weight."""
+def inputs_of(model: Any) -> list[Any]:
+    """The inputs of an ONNX model that are no weights."""
     weights = {tensor.name for tensor in model.graph.initializer}
-    (found,) = [value for value in model.graph.input if value.name not in weights]
-    return found
+    return [value for value in model.graph.input if value.name not in weights]
 
 
 def _rung_of(spec: CascadeSpec, variant: Variant) -> int | None:

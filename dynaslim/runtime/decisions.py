@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from numbers import Real
 from typing import Final
 
@@ -19,7 +19,7 @@ from dynaslim.graph import AnySpec
 from dynaslim.runtime import budget as budgets
 from dynaslim.runtime.budget import BudgetCurve, BudgetPoint, PathCosts, needed_curve
 from dynaslim.runtime.escalation import Escalation, EscalationState, Ints, margins
-from dynaslim.runtime.router import Escalated, Routed, WhoEscalates
+from dynaslim.runtime.router import Escalated, Routed
 from dynaslim.spec import TEACHER_INDEX, Route
 
 Budget = float | str | BudgetPoint
@@ -64,15 +64,12 @@ class Decisions:
             return options
         return budgets.choose_by_prices(logits_BK, self._prices[gate])
 
-    @property
-    def escalate(self) -> WhoEscalates | None:
-        """Which rows escalate; None if none can."""
-        return self.unsure if self.escalations else None
-
     def unsure(
         self, logits_BN: np.ndarray, options_BG: np.ndarray, call: HeldCall | None = None
     ) -> Iterator[Escalated]:
         """Rows that escalate, step after step; of a call that holds as many as it affords."""
+        if not self.escalations:
+            return
         state, last_BG = EscalationState(len(logits_BN)), options_BG.copy()
         for number, step in enumerate(self.escalations):
             able_B = self.costs.may_escalate(last_BG, step.target, mirror=step.mirror)
@@ -132,7 +129,7 @@ class HeldCall:
         self._left = allowance - rows * costs.cheapest
 
     def decide(self, gate: int, logits_BK: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Options (B,) that the rows take; see `router.Decide`."""
+        """As `Decisions.decide`, within what is left."""
         decisions = self._decisions
         limit = None if decisions.limits is None else decisions.limits[gate]
         more_BK = self._more[gate][self._before_B[rows]]
@@ -158,10 +155,9 @@ class HeldCall:
         self._left -= float(more_BK[each, option_B].sum())
         return option_B
 
-    @property
-    def escalate(self) -> WhoEscalates | None:
-        """Which rows escalate; None if none can."""
-        return partial(self._decisions.unsure, call=self) if self._decisions.escalations else None
+    def unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
+        """As `Decisions.unsure`."""
+        return self._decisions.unsure(logits_BN, options_BG, self)
 
     @property
     def ease(self) -> float:

@@ -371,7 +371,7 @@ class Engine:
     def close(self) -> None:
         """Let the threads go; the next call starts new ones."""
         if self._router is not None:
-            self._router.close()
+            self._router.workers.close()
 
     # -- one call -----------------------------------------------------------------------------
 
@@ -432,7 +432,7 @@ class Engine:
         def answers(chosen: Decisions | HeldCall) -> tuple[np.ndarray, ...]:
             return decisions.results(
                 router.routed(
-                    images, chosen.decide, chosen.escalate, limits=decisions.limits, first=first
+                    images, chosen.decide, chosen.unsure, limits=decisions.limits, first=first
                 )
             )
 

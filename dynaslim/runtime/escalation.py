@@ -2,10 +2,9 @@
 
 The *margin* of a row is how sure it is of its answer. A step of escalation sends rows of a margin
 under *tau* on to a *target* path, from the trunk's features, which were kept; its answer replaces
-the one before. A second step may follow, to a wider target: a row that was sure enough for one step
-is done.
-The last step may be a *second look*: rows that stand on its target see their mirror image too,
-along the same path from the first layer on, and both answers are averaged.
+the one before. A row that was sure enough for one step takes no further one. The last step may be a
+*second look*: rows that stand on its target see their mirror image too, along the same path from
+the first layer on, and both answers are averaged.
 
 No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
 
@@ -71,6 +70,12 @@ def averaged(
     log_probs_BN, other_probs_BN = map(_log_softmax, (logits_BN, other_BN))
     mean_BN = np.logaddexp(log_probs_BN, other_probs_BN) - math.log(2)
     return np.asarray(mean_BN, logits_BN.dtype)
+
+
+def probabilities(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    """Softmax of every row (B, N), in the type of the logits."""
+    powers_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
+    return np.asarray(powers_BN / powers_BN.sum(1, keepdims=True))
 
 
 def _log_softmax(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:

@@ -22,7 +22,7 @@ from dynaslim.checkpoint import Checkpoint
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.model_names import MANIFEST, is_package
 from dynaslim.runtime.engine import Engine
-from dynaslim.runtime.libraries import require
+from dynaslim.runtime.libraries import onnx_session, require
 from dynaslim.runtime.onnx_graph import OPSET
 from dynaslim.runtime.package import (
     FORMAT,
@@ -159,7 +159,7 @@ def checked_single_file(checkpoint: Checkpoint, image_size: int | None) -> tuple
     spec = checkpoint.net.spec
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
     content: bytes = single_file(source_of(checkpoint.net)).SerializeToString()
-    x, session, worst = images_like(checkpoint, image_size, rows=2), _session(content), 0.0
+    x, session, worst = images_like(checkpoint, image_size, rows=2), onnx_session(content), 0.0
     allowed = 0.0
     # by decisions that are forced: one that hangs on the last digit may fall either way
     for option in range(max(len(gate.choices) for gate in spec.gates)):
@@ -197,7 +197,10 @@ def free_folder(out: str | Path) -> Path:
 
 def _write_variants(source: VariantSource, folder: Path) -> dict[str, str]:
     """The ONNX files and the weights that they share; returns their names by variant."""
-    onnx = require("onnx")
+    onnx, set_external_data = (
+        require("onnx"),
+        require("onnx.external_data_helper").set_external_data,
+    )
     names: dict[str, str] = {}
     places: dict[bytes, tuple[int, int]] = {}
     with open(folder / WEIGHTS, "wb") as weights:
@@ -215,11 +218,8 @@ def _write_variants(source: VariantSource, folder: Path) -> dict[str, str]:
                     weights.seek(start)
                     weights.write(raw)
                     places[digest] = (start, len(raw))
-                start, length = places[digest]
+                set_external_data(tensor, WEIGHTS, *places[digest])
                 tensor.ClearField("raw_data")
-                tensor.data_location = onnx.TensorProto.EXTERNAL
-                for key, value in (("location", WEIGHTS), ("offset", start), ("length", length)):
-                    tensor.external_data.add(key=key, value=str(value))
             names[variant.name] = f"{variant.name}.onnx"
             (folder / names[variant.name]).write_bytes(model.SerializeToString())
         weights.flush()
@@ -323,16 +323,8 @@ def images_like(checkpoint: Checkpoint, image_size: int | None, *, rows: int = 8
 
 def run_onnx(model: bytes | Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """All outputs of a model, a file or its content, by ONNX Runtime."""
-    results: list[np.ndarray] = _session(model).run(None, dict(inputs))
+    results: list[np.ndarray] = onnx_session(model).run(None, dict(inputs))
     return results
-
-
-def _session(model: bytes | Path) -> Any:
-    onnxruntime = require("onnxruntime")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # it warns of inputs with defaults, which are meant
-    content = model if isinstance(model, bytes) else str(model)
-    return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:

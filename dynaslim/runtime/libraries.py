@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from dynaslim.errors import UsageError
@@ -31,3 +32,15 @@ def require(module: str) -> Any:
         raise UsageError(
             f"{library} is not installed or does not load ({error}): pip install {library}"
         ) from None
+
+
+def onnx_session(model: bytes | Path, options: Any = None) -> Any:
+    """A session of ONNX Runtime on the CPU, of a file or its content; by default with all cores."""
+    ort = require("onnxruntime")
+    options = options or ort.SessionOptions()
+    options.log_severity_level = 3
+    content = model if isinstance(model, bytes) else str(model)
+    # no fallback to another provider, which would print on standard output
+    return ort.InferenceSession(
+        content, options, providers=["CPUExecutionProvider"], enable_fallback=0
+    )

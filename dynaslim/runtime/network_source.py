@@ -19,6 +19,14 @@ from dynaslim.runtime.variants import Precision, RouteVariant, Variant
 from dynaslim.spec import NetSpec, Route
 
 
+def add_weights(digest: Any, module: nn.Module) -> None:
+    """Feed a hash the names, types, shapes and values of a module's parameters and buffers."""
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        values = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(values.view(torch.uint8).numpy().data)
+
+
 class NetworkSource:
     """A network's variants, from a copy of its weights: what becomes of it later does not matter.
 
@@ -33,17 +41,12 @@ class NetworkSource:
         if net.training:
             raise RuntimeError("the engine needs running statistics: call net.eval() first")
         self._net = copy.deepcopy(net)
-        self._precision: Precision = precision
+        self.precision: Precision = precision
         self._shared: dict[torch.dtype, Shared] = {}
         self._lock = threading.Lock()
         self.spec = net.spec
 
     has_modules = True
-
-    @property
-    def precision(self) -> Precision:
-        """What the programs compute in."""
-        return self._precision
 
     @property
     def device(self) -> torch.device:
@@ -53,15 +56,11 @@ class NetworkSource:
     @cached_property
     def key(self) -> str:
         """Digest of spec, weights and precision."""
-        digest = hashlib.sha256(f"{self.spec} {self._precision}".encode())
-        for name, tensor in sorted(self._net.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            values = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(values.view(torch.uint8).numpy().data)
+        digest = hashlib.sha256(f"{self.spec} {self.precision}".encode())
+        add_weights(digest, self._net)
         return digest.hexdigest()
 
     def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """As `VariantSource.module`."""
         if isinstance(variant, RouteVariant):
             return self._extracted(extract, variant.route, dtype=dtype)
         return self._extracted(extract_segment, *variant, dtype=dtype)
@@ -86,7 +85,6 @@ class NetworkSource:
             return cut_out(self._net, *args, shared=shared, **named).to(dtype)
 
     def onnx(self, variant: Variant) -> bytes:
-        """As `VariantSource.onnx`."""
         spec = self.spec
         any_size = isinstance(spec, NetSpec)
         size = (spec.total_stride,) * 2 if any_size else spec.image_size

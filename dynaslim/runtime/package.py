@@ -13,14 +13,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, Literal, TypeVar
 
 import msgspec
 
 from dynaslim._files import parse_json, validated, write_atomic
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import DynaslimError, UsageError, check
-from dynaslim.graph import AnySpec, GraphSpec, without_params
+from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
@@ -38,6 +38,7 @@ WEIGHTS: Final = "weights.bin"
 MOST_BYTES: Final = 1 << 24
 """Of a manifest."""
 
+Spec = TypeVar("Spec", bound=AnySpec)
 Name = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
@@ -53,12 +54,12 @@ class _Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     torch: Name
 
 
-class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class _Manifest(msgspec.Struct, Generic[Spec], frozen=True, forbid_unknown_fields=True):
     """What stands in a manifest."""
 
     format: Literal["dynaslim-package"]
     version: Literal[1, 2]
-    spec: AnySpec
+    spec: Spec
     precision: Precision
     class_names: tuple[Name, ...] | None
     preprocessing: Preprocessing | None
@@ -97,26 +98,6 @@ class _Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise UsageError(f"{name} is not among its files")
         for name in sorted(set(self.files) - needed):
             raise UsageError(f"{name!r:.60} is not a file of the package")
-
-
-class _NetManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
-    spec: NetSpec
-
-
-class _Converted(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    graph: GraphSpec
-
-
-class _ConvertedManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
-    spec: _Converted  # type: ignore[assignment]
-
-
-class _Cascade(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    cascade: CascadeSpec
-
-
-class _CascadeManifest(_Manifest, frozen=True, forbid_unknown_fields=True):
-    spec: _Cascade  # type: ignore[assignment]
 
 
 class PackageError(DynaslimError):
@@ -243,7 +224,7 @@ def _read_manifest(folder: Path) -> bytes:
     return content
 
 
-def _checked_manifest(manifest: Any) -> _Manifest:
+def _checked_manifest(manifest: Any) -> _Manifest[Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UsageError("not the manifest of a dynaslim package")
     version = manifest.get("version")
@@ -260,15 +241,12 @@ def _checked_manifest(manifest: Any) -> _Manifest:
         held.setdefault("mirror", False)
     elif held.pop("sha256", None) != manifest_digest(manifest):
         raise UsageError("does not match its SHA-256: altered or damaged")
-    spec = held.get("spec")
-    if isinstance(spec, dict) and "cascade" in spec:
-        cascade = validated(held, _CascadeManifest, "not valid", whole=True)
-        return msgspec.structs.replace(cascade, spec=cascade.spec.cascade)
-    if isinstance(spec, dict) and "graph" in spec:
-        held["spec"] = {**spec, "graph": without_params(spec["graph"])}
-        found = validated(held, _ConvertedManifest, "not valid", whole=True)
-        return msgspec.structs.replace(found, spec=found.spec.graph)
-    return validated(held, _NetManifest, "not valid", whole=True)
+    kind: Any = _Manifest[NetSpec]
+    for name, wrapped in (("cascade", _Manifest[CascadeSpec]), ("graph", _Manifest[GraphSpec])):
+        if isinstance(held.get("spec"), dict) and list(held["spec"]) == [name]:
+            kind, held["spec"] = wrapped, held["spec"][name]
+    found: _Manifest[Any] = validated(held, kind, "not valid", whole=True)
+    return found
 
 
 def _checked_file(path: Path, entry: _File) -> Path:

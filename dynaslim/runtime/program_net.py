@@ -18,7 +18,7 @@ from dynaslim.nn.net import ElasticNet, SegmentOutput
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.backends.eager import device_of
 from dynaslim.runtime.cascade_source import CascadeSource
-from dynaslim.runtime.libraries import require
+from dynaslim.runtime.libraries import onnx_session, require
 from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.package import open_package
 from dynaslim.runtime.variants import Precision, SegmentVariant, Variant, VariantSource
@@ -49,7 +49,6 @@ class ProgramNet(ElasticNet):
 
     @property
     def plain_backend(self) -> str:
-        """As `ElasticNet.plain_backend`."""
         plain = self.source.has_modules and self.source.precision != "int8"
         return "eager" if plain else "onnxruntime"
 
@@ -92,12 +91,9 @@ class OnnxModule(nn.Module):
 
     @cached_property
     def _session(self) -> Any:
-        ort = require("onnxruntime")
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options = require("onnxruntime").SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        model = self._model if isinstance(self._model, bytes) else str(self._model)
-        return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return onnx_session(self._model, options)
 
     def forward(self, x: Tensor) -> Any:
         """Images or features (B, C, H, W) -> the outputs of the model."""
@@ -111,14 +107,10 @@ class OnnxModule(nn.Module):
 class ProgramCheckpoint(Checkpoint):
     """A `ProgramNet` in the place of a checkpoint; it has no recipe."""
 
-    may_mirror: bool = False
+    mirror: bool = False
+    """Whether a mirror image is of the same class, by its parts or its manifest."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """Of a package's manifest."""
-
-    @property
-    def mirror(self) -> bool:
-        """Whether a mirror image is of the same class, by its parts or its manifest."""
-        return self.may_mirror
 
 
 def read_model(name: str | Path) -> tuple[Checkpoint, Path]:
@@ -137,7 +129,7 @@ def read_model(name: str | Path) -> tuple[Checkpoint, Path]:
         preprocessing=package.preprocessing,
         metrics=package.manifest["metrics"],
         budget=package.budget,
-        may_mirror=package.mirror,
+        mirror=package.mirror,
         notes=package.manifest["notes"],
     )
     return made, found.path

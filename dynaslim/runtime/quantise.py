@@ -65,6 +65,7 @@ class QuantisedSource:
     threads at once.
     """
 
+    precision: Precision = "int8"
     has_modules = True
     """It has programs of whole routes, though no torch modules."""
 
@@ -108,11 +109,6 @@ class QuantisedSource:
         self._kept: dict[Variant, bytes] = {}
         self._missing = set(segment_variants(self.spec))
         self._lock = threading.Lock()
-
-    @property
-    def precision(self) -> Precision:
-        """int8."""
-        return "int8"
 
     @cached_property
     def key(self) -> str:
@@ -329,7 +325,7 @@ class ActivationSampler:
             if isinstance(variant, RouteVariant) or variant.takes_images:
                 yield self._images[start : start + ROWS].numpy()
             else:
-                part = self._leaving(variant.segment - 1, variant.before, start)[0]
+                (part,) = self._leaving(variant.segment - 1, variant.before, start)
                 yield part.features.cpu().numpy()
 
     def forget(self) -> None:

@@ -409,10 +409,6 @@ class Router:
         for out, made in zip(outs, room, strict=True):
             out[:] = made[: len(x)]
 
-    def close(self) -> None:
-        """Let the threads go."""
-        self.workers.close()
-
 
 def _fixed(path: Sequence[int]) -> Callable[[int, Bucket], int]:
     return lambda gate, _: path[gate]

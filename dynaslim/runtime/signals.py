@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from dynaslim.runtime.escalation import Bools, Ints, margins
+from dynaslim.runtime.escalation import Bools, Ints, margins, probabilities
 
 Sureness = npt.NDArray[np.float64]
 
@@ -29,21 +29,15 @@ def aurc(sure_N: npt.NDArray[Any], right_N: Bools) -> float:
     return float((wrong_N.cumsum() / answered_N).mean())
 
 
-def _probabilities(logits_BN: npt.NDArray[np.float32]) -> Sureness:
-    powers = np.exp(logits_BN.astype(np.float64) - logits_BN.max(1, keepdims=True))
-    found: Sureness = powers / powers.sum(1, keepdims=True)
-    return found
-
-
 def _entropy(logits_BN: npt.NDArray[np.float32]) -> Sureness:
-    p_BN = _probabilities(logits_BN)
+    p_BN = probabilities(logits_BN.astype(np.float64))
     found: Sureness = (p_BN * np.log(np.maximum(p_BN, 1e-300))).sum(1)
     return found
 
 
 SIGNALS: Final[Mapping[str, Callable[[npt.NDArray[np.float32]], Sureness]]] = {
     "margin": lambda logits_BN: margins(logits_BN).astype(np.float64),
-    "probability": lambda logits_BN: _probabilities(logits_BN).max(1),
+    "probability": lambda logits_BN: probabilities(logits_BN.astype(np.float64)).max(1),
     "entropy": _entropy,
 }
 """By name: logits (B, N) -> how sure each row is (B,)."""

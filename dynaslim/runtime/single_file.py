@@ -78,6 +78,9 @@ def single_file(source: VariantSource) -> onnx.ModelProto:
     def info(name: str, shape: Sequence[Any], kind: int = kinds.FLOAT) -> Any:
         return helper.make_tensor_value_info(name, kind, list(shape))
 
+    def node(kind: str, inputs: Sequence[str], out: str, **attributes: Any) -> Any:
+        return helper.make_node(kind, inputs, [out], name=out, **attributes)
+
     def outputs(names: Sequence[str], number: int) -> list[Any]:
         if number == len(spec.gates):
             return [info(names[0], [1, spec.num_classes])]
@@ -101,11 +104,8 @@ def single_file(source: VariantSource) -> onnx.ModelProto:
         # halves, so that a variant is reached in few steps
         middle = len(cases) // 2
         bound = constant(np.array([first + middle], np.int64), f"{at}_bound")
-        less = helper.make_node("Less", [case, bound], [f"{at}_less"], name=f"{at}_less")
-        # a condition is a scalar
-        flat = helper.make_node(
-            "Squeeze", [f"{at}_less"], [f"{at}_condition"], name=f"{at}_condition"
-        )
+        less = node("Less", [case, bound], f"{at}_less")
+        flat = node("Squeeze", [f"{at}_less"], f"{at}_condition")  # a condition is a scalar
         choose = helper.make_node(
             "If",
             [f"{at}_condition"],
@@ -125,42 +125,26 @@ def single_file(source: VariantSource) -> onnx.ModelProto:
         at = f"s{number}"
         constant(np.zeros(options, np.float32), f"bias_{number - 1}")
         inputs.append(info(f"bias_{number - 1}", [options]))
-        nodes.append(
-            helper.make_node("Add", [logits, f"bias_{number - 1}"], [f"{at}_sum"], name=f"{at}_sum")
-        )
-        nodes.append(
-            helper.make_node(
-                "ArgMax", [f"{at}_sum"], [f"{at}_option"], name=f"{at}_option", axis=1, keepdims=0
-            )
-        )
+        nodes.append(node("Add", [logits, f"bias_{number - 1}"], f"{at}_sum"))
+        nodes.append(node("ArgMax", [f"{at}_sum"], f"{at}_option", axis=1, keepdims=0))
         case = f"{at}_option"
         if number > 1:  # which variant depends on both choices
             scale = constant(np.array([options], np.int64), f"{at}_options")
-            nodes.append(
-                helper.make_node("Mul", [before_option, scale], [f"{at}_row"], name=f"{at}_row")
-            )
-            nodes.append(
-                helper.make_node("Add", [f"{at}_row", case], [f"{at}_case"], name=f"{at}_case")
-            )
+            nodes.append(node("Mul", [before_option, scale], f"{at}_row"))
+            nodes.append(node("Add", [f"{at}_row", case], f"{at}_case"))
             case = f"{at}_case"
         tree = branches(number, list(chain.from_iterable(table[number])), 0, x, case, at)
         nodes += list(tree.node)
         widths = constant(np.array(gate.choices, np.int64), f"{at}_choices")
-        nodes.append(
-            helper.make_node(
-                "Gather", [widths, f"{at}_option"], [f"{at}_choice"], name=f"{at}_choice"
-            )
-        )
+        nodes.append(node("Gather", [widths, f"{at}_option"], f"{at}_choice"))
         chosen.append(f"{at}_choice")
         x, logits = (tree.output[0].name, tree.output[-1].name)
         before_option = f"{at}_option"
     axes = constant(np.array([1], np.int64), "choice_axis")
     for name in chosen:
-        nodes.append(helper.make_node("Unsqueeze", [name, axes], [f"{name}_2d"], name=f"{name}_2d"))
-    nodes.append(
-        helper.make_node("Concat", [f"{n}_2d" for n in chosen], ["choices"], name="choices", axis=1)
-    )
-    nodes.append(helper.make_node("Identity", [x], ["logits"], name="logits"))
+        nodes.append(node("Unsqueeze", [name, axes], f"{name}_2d"))
+    nodes.append(node("Concat", [f"{name}_2d" for name in chosen], "choices", axis=1))
+    nodes.append(node("Identity", [x], "logits"))
     results = [
         info("logits", [1, spec.num_classes]),
         info("choices", [1, len(spec.gates)], kinds.INT64),

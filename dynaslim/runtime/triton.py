@@ -19,6 +19,7 @@ from dynaslim.data.decode import decode_image
 from dynaslim.errors import DynaslimError, UsageError, check
 from dynaslim.preprocessing import normalise_pixels
 from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.escalation import probabilities
 from dynaslim.runtime.options import RoutedOutput
 
 OUTPUTS: Final = {
@@ -121,12 +122,11 @@ class TritonModel:
     def _outputs(self, output: RoutedOutput) -> dict[str, np.ndarray]:
         logits_BN = np.asarray(output.logits, np.float32)
         choices_BG = np.asarray(output.routes, np.int64)
-        shifted_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
         routes = [str(self._engine.route_of(row)).encode() for row in choices_BG]
         return {
             "logits": logits_BN,
             "label": logits_BN.argmax(1)[:, None],
-            "confidence": (1 / shifted_BN.sum(1))[:, None],
+            "confidence": probabilities(logits_BN).max(1)[:, None],
             "route": np.array(routes, object)[:, None],
             "choices": choices_BG,
             "madds": np.asarray(output.madds, np.float64)[:, None],

@@ -85,7 +85,6 @@ class RouteVariant(NamedTuple):
 
     @property
     def takes_images(self) -> bool:
-        """Always True."""
         return True
 
     def shape(self, spec: AnySpec, size: tuple[int, int]) -> VariantShape:

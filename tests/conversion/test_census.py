@@ -16,6 +16,7 @@ from convertible import routed_alone
 
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.conversion import Conversion
+from dynaslim.cost import madds
 from dynaslim.data import ImageDataset
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import OptimRecipe, SupernetRecipe
@@ -59,9 +60,9 @@ def test_a_network_of_the_census(name, tmp_path, one_thread):
     conversion = Conversion(model, x)
     net = conversion.net()
     assert conversion.error <= 1e-5
-    assert net.spec.elastic_share() > 0
-
     side = x.shape[2]
+    assert madds(net.spec, net.spec.smallest, side) < madds(net.spec, net.spec.largest, side)
+
     pre = Preprocessing(image_size_px=side, mean=(0.5,) * 3, std=(0.25,) * 3)
     pixels = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8)
     data = ImageDataset(pixels, torch.arange(4), tuple(map(str, range(net.spec.num_classes))))

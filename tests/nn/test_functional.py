@@ -1,11 +1,7 @@
 import torch
 from torch.nn import functional as F
 
-from dynaslim.nn.functional import (
-    argmax_one_hot,
-    gated_batch_norm,
-    gumbel_one_hot,
-)
+from dynaslim.nn.functional import argmax_one_hot, gated_batch_norm, gumbel_one_hot
 
 
 def test_gated_batch_norm_is_each_rows_own_and_ignores_junk_beyond():

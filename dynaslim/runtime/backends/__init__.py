@@ -59,7 +59,9 @@ class Backend(ABC):
     fixed_threads = False
     """Whether a program is for one number of cores."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: VariantSource, resources: Resources) -> None:
+        self._source = source
+        self._resources = resources
         self.counts = Counts()
         self._programs: dict[tuple[Variant, tuple[int, ...] | None, bool], Program] = {}
         self._compiling = threading.Lock()

@@ -56,12 +56,11 @@ class _Replayed:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
-        """As `Program.__call__`."""
         features = x if self._form.takes_images else x.permute(0, 3, 1, 2)
         with self._backend.lock:  # graphs share their memory
-            recording = self._recordings.get(len(x))
-            if recording is None:
-                recording = self._record(len(x))
+            if len(x) not in self._recordings:
+                self._recordings[len(x)] = self._record(len(x))
+            recording = self._recordings[len(x)]
             recording.x.copy_(features)
             recording.graph.replay()
             copy_out(recording.outs, outs)
@@ -73,7 +72,6 @@ class _Replayed:
         ).contiguous(memory_format=torch.channels_last)
         recording = _Recording(self._module, x, backend.pool)
         backend.counts.compiled.append(f"{self._form.name} rows {rows}")
-        self._recordings[rows] = recording
         return recording
 
 
@@ -91,7 +89,7 @@ class CudaGraphBackend(Backend):
     fixed_size = True
 
     def __init__(self, source: VariantSource, resources: Resources) -> None:
-        super().__init__()
+        super().__init__(source, resources)
         device = device_of(source)
         if not torch.cuda.is_available():
             raise UsageError(
@@ -103,12 +101,10 @@ class CudaGraphBackend(Backend):
                 f"backend cudagraph needs a network on a CUDA device, this one is on {device}: "
                 f"net.to('cuda'), or choose another backend"
             )
-        self._source = source
         self.arrays = TorchArrays(device, DTYPES[source.precision])
         self.lock = threading.Lock()
         self.pool = torch.cuda.graph_pool_handle()
 
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
-        """As `Backend.compile`."""
         module = to_channels_last(self._source.module(variant, self.arrays.dtype))
         return _Replayed(self, variant, module, shape)

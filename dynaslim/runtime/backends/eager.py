@@ -32,7 +32,6 @@ class ModuleProgram:
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
-        """As `Program.__call__`."""
         if self._images:
             x = x.contiguous(memory_format=torch.channels_last)
         else:
@@ -59,15 +58,13 @@ class EagerBackend(Backend):
     own_threads = True
 
     def __init__(self, source: VariantSource, resources: Resources) -> None:
-        super().__init__()
-        self._source = source
+        super().__init__(source, resources)
         self._device = device_of(source)
         self._dtype = DTYPES[source.precision]
         self.arrays = TorchArrays(self._device, self._dtype)
         self.workers = resources.threads if self._device.type == "cpu" else 1
 
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
-        """As `Backend.compile`."""
         module = to_channels_last(self._source.module(variant, self._dtype))
         return ModuleProgram(module, images=variant.takes_images)
 

@@ -43,7 +43,7 @@ class InductorBackend(EagerBackend):
         self.workers = 1
 
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
-        """As `Backend.compile`; height and width are fixed, the batch is not."""
+        # height and width are fixed, the batch is not
         return ModuleProgram(self._load(variant, shape), images=variant.takes_images)
 
     def _load(self, variant: Variant, shape: VariantShape) -> Any:

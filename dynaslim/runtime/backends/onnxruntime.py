@@ -15,7 +15,7 @@ import numpy as np
 
 from dynaslim.runtime.arrays import NumpyArrays
 from dynaslim.runtime.backends import Backend, Program, Resources
-from dynaslim.runtime.libraries import require
+from dynaslim.runtime.libraries import onnx_session, require
 from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 _BINDINGS: Final = 64
@@ -34,7 +34,6 @@ class _Session:
         """Bindings by number of rows and addresses: calls come back to the same buffers."""
 
     def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray]) -> None:
-        """As `Program.__call__`."""
         key = (*x.shape, x.ctypes.data, *(out.ctypes.data for out in outs))
         # taken out while it is in use: a binding serves one thread
         binding = self._idle.pop(key, None)
@@ -58,10 +57,8 @@ class OnnxRuntimeBackend(Backend):
     piece_values = 500_000  # measured: 4 rows of the trunk of ds_mbnet at 224 px, 4 to 8 behind
 
     def __init__(self, source: VariantSource, resources: Resources) -> None:
-        super().__init__()
+        super().__init__(source, resources)
         self._ort = require("onnxruntime")
-        self._source = source
-        self._resources = resources
         self.arrays = NumpyArrays()
         self.workers = resources.threads
 
@@ -72,7 +69,6 @@ class OnnxRuntimeBackend(Backend):
     def _open(self, variant: Variant, wide: bool) -> Any:
         ort = self._ort
         options = ort.SessionOptions()
-        options.log_severity_level = 3
         options.intra_op_num_threads = self._resources.threads if wide else 1
         options.inter_op_num_threads = 1
         options.add_session_config_entry("session.force_spinning_stop", "1")
@@ -92,7 +88,7 @@ class OnnxRuntimeBackend(Backend):
         if found is not None:
             options.graph_optimization_level = level.ORT_DISABLE_ALL
             try:
-                session = self._session(found.read_bytes(), options)
+                session = onnx_session(found.read_bytes(), options)
             except Exception:  # of no common kind; a damaged file is made again
                 session = None
             if session is not None:
@@ -102,23 +98,16 @@ class OnnxRuntimeBackend(Backend):
         self._note(self.counts.compiled, variant, wide)
         model = self._source.onnx(variant) if model is None else model
         if cache is None or not cache.writable():
-            return self._session(model, options)
+            return onnx_session(model, options)
         try:
             with cache.room_for(file) as temporary:
                 options.optimized_model_filepath = str(temporary)
-                return self._session(model, options)
+                return onnx_session(model, options)
         except Exception as error:  # of no common kind: of the file, or of the model
             options.optimized_model_filepath = ""
-            session = self._session(model, options)  # the model's own fault is raised again
+            session = onnx_session(model, options)  # the model's own fault is raised again
             cache.give_up(error)
             return session
-
-    def _session(self, model: Any, options: Any) -> Any:
-        model = model if isinstance(model, bytes) else str(model)
-        # no fallback to another provider, which would print on standard output
-        return self._ort.InferenceSession(
-            model, options, providers=["CPUExecutionProvider"], enable_fallback=0
-        )
 
     @staticmethod
     def _note(where: list[str], variant: Variant, wide: bool) -> None:

@@ -40,7 +40,6 @@ class _Compiled:
         self._idle: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray]) -> None:
-        """As `Program.__call__`."""
         try:
             request = self._idle.get_nowait()
         except queue.Empty:
@@ -61,11 +60,9 @@ class OpenVinoBackend(Backend):
     fixed_size = fixed_threads = True
 
     def __init__(self, source: VariantSource, resources: Resources) -> None:
-        super().__init__()
+        super().__init__(source, resources)
         self._openvino = require("openvino")
         self._core = _core()
-        self._source = source
-        self._resources = resources
         self.arrays = NumpyArrays()
         self.workers = resources.threads
 
