@@ -476,7 +476,7 @@ def test_training_from_memory_and_from_disk_agree(tmp_path, store):
     assert list(disk.validation.where) == list(memory.validation.where)
     assert memory.preprocessing == disk.preprocessing == GREY
     assert memory.class_names == disk.class_names == ("class 0", "class 1", "class 2")
-    assert memory.name == disk.name == path
+    assert memory.feed.name == disk.feed.name == path
     pixels, _ = next(iter(memory.feed.batches(0, 1)))
     assert memory.augment(pixels, 1).shape == pixels.shape
     seen = set(_keys(memory.feed.batches(0, 9)))
