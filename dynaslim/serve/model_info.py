@@ -246,7 +246,7 @@ def _stages(spec: AnySpec) -> Iterator[Stage]:
     if isinstance(spec, CascadeSpec):
         yield stage("network", range(1, len(spec.rungs) + 1), gated=True)
     elif isinstance(spec, GraphSpec):
-        for number in spec.segments:
+        for number in range(spec.num_segments):
             blocks = sum(node.segment == number for node in spec.nodes)
             name, widths = (f"segment {number}", spec.percents) if number else ("trunk", (100,))
             yield stage(name, widths, gated=number > 0, blocks=blocks)
