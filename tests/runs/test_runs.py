@@ -154,6 +154,21 @@ def test_sigterm_saves_and_a_full_disk_leaves_what_was_saved(straight, data, tmp
     )
     assert read_snapshot(out / "snapshot.safetensors")["state"]["step"] == _logged_steps(out) >= 3
 
+    before = (out / "snapshot.safetensors").read_bytes()
+    limit = len(before) // 2
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    code, stdout, err = _run(_argv(data, out, "--resume"), preexec_fn=small_disk)
+    assert code == 1
+    assert stdout == ""
+    assert re.search(r"dynaslim: .*File too large", err.strip().splitlines()[-1])
+    assert "Traceback" not in err
+    assert (out / "snapshot.safetensors").read_bytes() == before
+    assert cli.run(argv) == 0
+    _same_weights(straight[0], out)
+
 
 def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys, one_thread):
     out = tmp_path / "run"
@@ -171,22 +186,6 @@ def test_two_processes_do_not_train_in_one_folder(data, tmp_path, capsys, one_th
         process.communicate()
     epochs = str(_logged_steps(out) // 8 + 1)
     assert cli.run(_argv(data, out, "--epochs", epochs, "--resume", "--force")) == 0
-
-
-    before = (out / "snapshot.safetensors").read_bytes()
-    limit = len(before) // 2
-
-    def small_disk():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    code, stdout, err = _run(_argv(data, out, "--resume"), preexec_fn=small_disk)
-    assert code == 1
-    assert stdout == ""
-    assert re.search(r"dynaslim: .*File too large", err.strip().splitlines()[-1])
-    assert "Traceback" not in err
-    assert (out / "snapshot.safetensors").read_bytes() == before
-    assert cli.run(argv) == 0
-    _same_weights(straight[0], out)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_snapshot(data, tmp_path, capsys, one_thread):
