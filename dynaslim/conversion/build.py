@@ -381,11 +381,11 @@ class Conversion:
         for axis, (size, rows) in enumerate(zip(value.shape, value.rows, strict=True)):
             if rows and axis == value.axis:
                 vector = value.labels.reshape(-1)[: size // BATCH]
-                found.append({"rows": self.axis(vector)})
+                found.append({"rows": _listed(self.axis(vector))})
             elif rows:
                 found.append({"rows": rows})
             elif axis == value.axis:
-                found.append({"axis": self.axis(value.labels.reshape(-1))})
+                found.append({"axis": _listed(self.axis(value.labels.reshape(-1)))})
             else:
                 found.append(int(size))
         return found
@@ -397,7 +397,7 @@ class Conversion:
         if isinstance(counted, int):
             return counted
         axis = self.axis(counted)
-        return {"axis": axis} if any(run[0] != WHOLE for run in axis) else len(counted)
+        return {"axis": _listed(axis)} if any(run[0] != WHOLE for run in axis) else len(counted)
 
     def _nodes(self) -> list[Node]:
         alias: dict[fx.Node, str] = {self.captured.image: IMAGE}
@@ -472,7 +472,7 @@ class Conversion:
         values: Axis = ()
         for at, (part, node) in enumerate(live.items()):
             own = self.axis(self.analysis.value(node).flat())
-            sizes.append({"axis": own})
+            sizes.append({"axis": _listed(own)})
             values += own
             shape = [{"rows": 1}, sizes[-1], 1, 1]
             flat.append(add(f"_flat{at}", "reshape.default", {"node": part}, shape))
@@ -707,6 +707,11 @@ class _Counter:
         self.peak = max(self.peak, result.numel())
         shapes = [argument.shape for argument in args if isinstance(argument, Tensor)]
         self.madds += operation_madds(step.op.partition(".")[0], shapes, result.shape)
+
+
+def _listed(axis: Axis) -> list[list[int]]:
+    """An axis within an operation's arguments, as it is read from a file."""
+    return list(map(list, axis))
 
 
 def _kept(units: int, each: int, width: float) -> int:

@@ -116,6 +116,7 @@ def test_the_engine_routes_it(make, tmp_path):
     chosen, expected = routed_alone(net, x)
     assert len(set(chosen)) > 1
     file = save(tmp_path / "net.safetensors", Checkpoint(net=net, preprocessing=PRE))
+    assert read(file).net.spec == net.spec
     package = tmp_path / "package"
     export_package(read(file), package)
     engines = [dynaslim.Engine.from_checkpoint(file, backend=b) for b in ("eager", "onnxruntime")]
