@@ -87,8 +87,8 @@ def test_a_ladder_pays_for_every_step_but_one_trunk():
     one = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 2), (0.35,))
     # images 2, 4 and 5 go on: 2 stays right, 4 becomes right
     assert one == pytest.approx((1 + 3 * 3.5 / 6, 4 / 6, 3 / 6))
-    nobody = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 2), (0.0,))
-    assert nobody == policies.gated(RIGHT, COSTS, np.zeros(6, int))
+    without_escalation = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 2), (0.0,))
+    assert without_escalation == policies.gated(RIGHT, COSTS, np.zeros(6, int))
     found = policies.ladder(RIGHT, SURE, COSTS, 0.5, (0, 1, 2), (0.35, 0.25))
     # 2, 4 and 5 go on to the second route, of them 4 and 5 to the third
     assert found == pytest.approx((1 + (3 * 1.5 + 2 * 3.5) / 6, 3 / 6, 5 / 6))

@@ -15,7 +15,6 @@ import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -123,8 +122,13 @@ VERBS: Final = {
 }
 
 
-# imported where the package is made: it needs torch
-MADE[IMAGENET] = lambda: Path(import_module("dynaslim.imagenet").package())
+def _imagenet() -> Path:
+    from dynaslim.imagenet import package
+
+    return package()
+
+
+MADE[IMAGENET] = _imagenet
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -213,7 +213,7 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
 
 def _is_model(path: str) -> bool:
     """Whether a path can be nothing but a model: by its suffix, a package, or a run's folder."""
-    # a run's pictures are no images to predict: whoever names a run means its network
+    # the folder of a run holds plots, but stands for the run's network
     is_folder = is_package(path) or is_saved_folder(path) or bool(run_checkpoints(path))
     return path.endswith(".safetensors") or is_hub_address(path) or is_folder
 

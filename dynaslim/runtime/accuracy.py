@@ -90,7 +90,7 @@ def accuracy_report(
             name: {
                 "backend": engine.backend,
                 "precision": engine.source.precision,
-                **{name: value / count for name, value in total.items()},
+                **{mode: value / count for mode, value in total.items()},
             }
             for name, engine, total in zip(names, engines, totals, strict=True)
         },

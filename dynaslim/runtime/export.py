@@ -197,10 +197,8 @@ def free_folder(out: str | Path) -> Path:
 
 def _write_variants(source: VariantSource, folder: Path) -> dict[str, str]:
     """The ONNX files and the weights that they share; returns their names by variant."""
-    onnx, set_external_data = (
-        require("onnx"),
-        require("onnx.external_data_helper").set_external_data,
-    )
+    onnx = require("onnx")
+    set_external_data = require("onnx.external_data_helper").set_external_data
     names: dict[str, str] = {}
     places: dict[bytes, tuple[int, int]] = {}
     with open(folder / WEIGHTS, "wb") as weights:

@@ -242,9 +242,11 @@ def _checked_manifest(manifest: Any) -> _Manifest[Any]:
     elif held.pop("sha256", None) != manifest_digest(manifest):
         raise UsageError("does not match its SHA-256: altered or damaged")
     kind: Any = _Manifest[NetSpec]
-    for name, wrapped in (("cascade", _Manifest[CascadeSpec]), ("graph", _Manifest[GraphSpec])):
-        if isinstance(held.get("spec"), dict) and list(held["spec"]) == [name]:
-            kind, held["spec"] = wrapped, held["spec"][name]
+    match held.get("spec"):
+        case {"cascade": inner, **others} if not others:
+            kind, held["spec"] = _Manifest[CascadeSpec], inner
+        case {"graph": inner, **others} if not others:
+            kind, held["spec"] = _Manifest[GraphSpec], inner
     found: _Manifest[Any] = validated(held, kind, "not valid", whole=True)
     return found
 

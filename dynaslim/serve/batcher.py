@@ -344,7 +344,7 @@ class Batcher:
         item.resolve()
 
     def cancel(self, item: WorkItem) -> None:
-        """End an item that nobody waits for any more."""
+        """Drop an item whose client has left or whose time is up, unless it is done."""
         with self._changed:
             if not item.done:
                 self._drop(item, None)

@@ -589,8 +589,8 @@ def test_what_dear_batches_cost_is_taken_from_what_others_save(engine):
         ([0.9, 0.9], 1.0),
         ([0.5, 0.2], 2.1),
     ):
-        madds, nobody = widest * np.array(shares), np.zeros(2, bool)
-        model.metrics.batch(RoutedOutput(None, choices, madds, nobody, nobody), 0.1)
+        madds, none_B = widest * np.array(shares), np.zeros(2, bool)
+        model.metrics.batch(RoutedOutput(None, choices, madds, none_B, none_B), 0.1)
         counted = float(metric(service.metrics_text().decode(), "dynaslim_madds_saved_total"))
         assert counted / widest == pytest.approx(saved)
     service.close()
