@@ -36,7 +36,7 @@ from dynaslim.data.images import ImageDataset, holdout, open_images
 from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.data.transforms import sample_batches
-from dynaslim.errors import CheckpointError, DataError, UsageError, check
+from dynaslim.errors import DataError, UsageError, check
 from dynaslim.evaluation import evaluate
 from dynaslim.graph import GraphSpec
 from dynaslim.model_names import is_package
@@ -212,11 +212,9 @@ class _Adaptation:
                 f"weights {options.weights}: {model} has weights of its own",
             )
             made = read(model)
-            if made.preprocessing is None:
-                raise CheckpointError(f"{model}: does not say how images are prepared")
-            size = self._side()
+            pre, size = made.needed_preprocessing(model), self._side()
             if size is not None:
-                made = replace(made, preprocessing=replace(made.preprocessing, image_size_px=size))
+                made = replace(made, preprocessing=replace(pre, image_size_px=size))
             check(bool(made.net.spec.gates), f"{model}: has no gates")
         return made
 

@@ -64,6 +64,16 @@ class Checkpoint:
         ]
         return bool(found) and all(augment.get("mirror") is True for augment in found)
 
+    def needed_preprocessing(self, path: str | Path) -> Preprocessing:
+        """How pictures are prepared for the network; `path` is where it was read from.
+
+        Raises:
+            CheckpointError: if the checkpoint does not contain it.
+        """
+        if self.preprocessing is None:
+            raise CheckpointError(f"{path}: does not say how images are prepared (preprocessing)")
+        return self.preprocessing
+
     def __post_init__(self) -> None:
         spec = self.net.spec
         if self.class_names is not None and len(self.class_names) != spec.num_classes:
@@ -180,18 +190,6 @@ class _Unfilled(TorchFunctionMode):
         if getattr(func, "__module__", None) == nn.init.__name__:
             return None
         return func(*args, **(kwargs or {}))
-
-
-def read_prepared(path: str | Path) -> tuple[Checkpoint, Preprocessing]:
-    """A checkpoint that can be given pictures, and how they are prepared for it.
-
-    Raises:
-        CheckpointError: as `read`, and if it has no preprocessing.
-    """
-    checkpoint = read(path)
-    if checkpoint.preprocessing is None:
-        raise CheckpointError(f"{path}: does not say how images are prepared (preprocessing)")
-    return checkpoint, checkpoint.preprocessing
 
 
 def load(

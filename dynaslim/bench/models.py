@@ -72,7 +72,7 @@ def open_engine(
             found.path, precision=precision, image_size=image_size, **options
         )
     pre = engine.preprocessing
-    side = image_size or (pre.image_size_px if pre is not None else 224)
+    side = image_size or (pre.image_size_px if pre else engine.spec.usual_image_size)
     engine.spec.check_image_size(side, side)
     return engine, side
 

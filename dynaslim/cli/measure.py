@@ -130,9 +130,10 @@ def evaluate(
     from dynaslim import evaluation
     from dynaslim.data.images import open_images
     from dynaslim.progress import progress
-    from dynaslim.runtime.program_net import read_prepared
+    from dynaslim.runtime.program_net import read_model
 
-    loaded, preprocessing, file = read_prepared(checkpoint)
+    loaded, file = read_model(checkpoint)
+    preprocessing = loaded.needed_preprocessing(file)
     loaded.net.to(to_device(images.device))
     routes = None if parsed is None else (loaded.net.spec.coerce_route(parsed),)
     opened = open_images(loaded, images.data, split or "test", corrupt_limit=images.corrupt_limit)
@@ -230,7 +231,7 @@ def calibrate(
     check_writable(out)
     file = checkpoint_file(checkpoint)
 
-    from dynaslim.checkpoint import read_prepared, save
+    from dynaslim.checkpoint import read, save
     from dynaslim.data import open_source
     from dynaslim.data.feed import ImageFeed
     from dynaslim.data.images import ImageDataset
@@ -238,7 +239,8 @@ def calibrate(
     from dynaslim.progress import progress
     from dynaslim.train import recalibrate
 
-    loaded, preprocessing = read_prepared(file)
+    loaded = read(file)
+    preprocessing = loaded.needed_preprocessing(file)
     source = open_source(images.data, split)
     opened = ImageDataset.of(source, preprocessing, corrupt_limit=images.corrupt_limit)
     size = min(images.batch_size, len(opened))
@@ -308,9 +310,10 @@ def calibrate_budget(
     from dynaslim.data.images import open_images
     from dynaslim.runtime.calibrate_budget import count_paths
     from dynaslim.runtime.package import write_budget
-    from dynaslim.runtime.program_net import read_prepared
+    from dynaslim.runtime.program_net import read_model
 
-    loaded, preprocessing, file = read_prepared(checkpoint)
+    loaded, file = read_model(checkpoint)
+    preprocessing = loaded.needed_preprocessing(file)
     spec = loaded.net.spec
     count_paths(spec)
     latency = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -243,7 +244,12 @@ def _open_tables(path: str, split: str, tables: list[str], streaming: bool) -> A
     except Exception as error:  # datasets lets through what its readers raise, of many kinds
         if "corresponds to no data" in str(error):
             raise DataError(f"{path}: split {split} is empty") from None
-        raise DataError(f"{path}: cannot be read as parquet: {first_line(error)}") from None
+        cause = error.__cause__ or error
+        if isinstance(cause, OSError) and cause.errno is not None:
+            # a file that cannot be read, or no room for the copy that datasets makes
+            where = cause.filename or str(datasets.config.HF_DATASETS_CACHE)
+            raise OSError(cause.errno, os.strerror(cause.errno), where) from None
+        raise DataError(f"{path}: cannot be read as parquet: {first_line(cause)}") from None
 
 
 def _open_hub(name: str, streaming: bool) -> Mapping[str, Any]:

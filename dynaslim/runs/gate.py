@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dynaslim.checkpoint import Checkpoint, read_prepared, save
+from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.cost import CostTable, madds
 from dynaslim.cost_file import read_cost_table
 from dynaslim.data.transforms import readable_batches
@@ -71,7 +71,8 @@ class _GateRun:
     def __init__(self, recipe: GateRecipe, context: RunContext) -> None:
         self.recipe, self.context = recipe, context
         self.folder, self.stop, self.device = context.folder, context.stop, context.device
-        self.supernet, pre = read_prepared(recipe.supernet)
+        self.supernet = read(recipe.supernet)
+        pre = self.supernet.needed_preprocessing(recipe.supernet)
         check_has_gates(self.supernet.net)
         self.net: ElasticNet = with_choices(self.supernet.net, recipe).to(self.device)
         spec = self.net.spec

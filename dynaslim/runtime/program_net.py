@@ -12,10 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from dynaslim.checkpoint import Checkpoint, read
-from dynaslim.errors import CheckpointError, UsageError, check
+from dynaslim.errors import UsageError, check
 from dynaslim.model_names import find_model
 from dynaslim.nn.net import ElasticNet, SegmentOutput
-from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.backends.eager import device_of
 from dynaslim.runtime.cascade_source import CascadeSource
 from dynaslim.runtime.libraries import onnx_session, require
@@ -133,18 +132,6 @@ def read_model(name: str | Path) -> tuple[Checkpoint, Path]:
         notes=package.manifest["notes"],
     )
     return made, found.path
-
-
-def read_prepared(name: str | Path) -> tuple[Checkpoint, Preprocessing, Path]:
-    """As `read_model`, of what can be given pictures, and how they are prepared for it.
-
-    Raises:
-        CheckpointError: as `read_model`, and if it has no preprocessing.
-    """
-    checkpoint, path = read_model(name)
-    if checkpoint.preprocessing is None:
-        raise CheckpointError(f"{path}: does not say how images are prepared (preprocessing)")
-    return checkpoint, checkpoint.preprocessing, path
 
 
 def program_net(net: ElasticNet) -> ProgramNet:

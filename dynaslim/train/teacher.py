@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
-from dynaslim.checkpoint import read_prepared
+from dynaslim.checkpoint import read
 from dynaslim.distributed import average_
 from dynaslim.errors import check
 from dynaslim.graph import AnySpec
@@ -67,7 +67,8 @@ class OutsideTeacher:
         self, path: str, class_names: Sequence[str], preprocessing: Preprocessing, spec: AnySpec
     ) -> None:
         self.path = path
-        checkpoint, own = read_prepared(path)
+        checkpoint = read(path)
+        own = checkpoint.needed_preprocessing(path)
         self.net = checkpoint.net.requires_grad_(False)
         theirs = self.net.spec
         size, side = own.image_size_px, preprocessing.image_size_px

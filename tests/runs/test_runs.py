@@ -4,6 +4,8 @@ import json
 import re
 import resource
 import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -263,8 +265,14 @@ def test_halves_and_channels_first_train(data, tmp_path):
     assert json.loads((out / "results.json").read_text())["steps"] == 8
 
 
-def test_a_disk_that_is_full_from_the_start_is_one_line(data, tmp_path):
-    """So full that TensorBoard's own thread fails too."""
+@pytest.mark.parametrize("read_before", [True, False])
+def test_a_disk_that_is_full_from_the_start_is_one_line(read_before, data, tmp_path, monkeypatch):
+    """So full that TensorBoard's own thread fails too, or the copy that datasets makes."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+    if read_before:
+        code = "import sys; from dynaslim.data import open_source; open_source(sys.argv[1], 'train')"
+        subprocess.run([sys.executable, "-c", code, data], check=True)
 
     def no_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
@@ -272,7 +280,9 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(data, tmp_path):
     code, _, err = _run(_argv(data, tmp_path / "run"), preexec_fn=no_disk)
     assert code == 1
     assert "Traceback" not in err
-    assert "File too large" in err.strip().splitlines()[-1]
+    last = err.strip().splitlines()[-1]
+    assert "File too large" in last
+    assert (str(cache) in last) != read_before
 
 
 def test_what_makes_another_run_cannot_be_forced(straight, data, capsys):
