@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--pruned-seeds", help="those whose original is pruned too, all by default")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptation"))
     parser.add_argument("--backend", default="auto")
@@ -73,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: dict[str, dict[str, list[float]]] = {}
     timed: dict[str, str] = {}
     arms: dict[str, tuple[Checkpoint, str]] = {}
-    for seed in map(int, given.seeds.split(",")):
+    pruned_seeds = (given.pruned_seeds or given.seeds).split(",")
+    for seed in given.seeds.split(","):
         folder = given.runs / f"{Path(given.data).name}_{given.size}" / f"seed{seed}"
         done = adapt(
             given.model,
@@ -83,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             weights=given.weights,
             image_size=given.size,
             epochs=given.epochs,
-            seed=seed,
+            seed=int(seed),
             backend=given.backend,
         )
         for mode in done.data.modes:
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timed[name] = mode.name
         images = done.data.images
         assert images is not None
-        for method in METHODS:
+        for method in METHODS if seed in pruned_seeds else ():
             for share in SHARES:
                 name = f"pruned by {method} to {share:g}"
                 rival = _rival(given, folder, method, share, done)
