@@ -1,13 +1,14 @@
-"""A trained network adapted to photographs, beside what one would build instead.
+"""A trained network adapted to photographs, compared with pruned networks.
 
     python benchmarks/adaptation.py MODEL --weights W --data PHOTOS --size 128 --seeds 0,1,2
 
-For each seed `dynaslim adapt` makes the original, the routes and the budgets; beside them are
-networks that Torch-Pruning cuts out of the same original behind the same trunk, by magnitude and by
-Taylor terms, fine-tuned for as many epochs on the same features with the same teacher. All are
-evaluated on the test split and timed in one interleaved run; so are training steps, of all routes
-at once and of a plain network of each. Needs timm and torch-pruning; folders of runs are kept, so
-that the same line goes on. Writes results/adaptation.json.
+For each seed, `dynaslim adapt` makes the original, the routes and the budgets. They are compared
+with networks that Torch-Pruning makes from the same original, pruned behind the same trunk by
+magnitude and by Taylor terms, and fine-tuned for the same epochs on the same features with the same
+teacher. All are evaluated on the test split and timed in one interleaved run. Training steps are
+timed too: of all routes at once, and of a plain network for each. Needs timm and torch-pruning.
+Folders of runs are kept, so the same command continues after an interruption. Writes
+results/adaptation.json.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ HERE: Final = Path(__file__).parent
 SHARES: Final = (0.5, 0.3)
 """Multiply-adds of the pruned networks, as shares of the original's."""
 BUDGETS: Final = (0.35, 0.4, 0.45, 0.5)
-"""Of each seed's curve the dearest budget of at most so much is taken, whatever its accuracy."""
+"""For each of these limits, the largest budget of a seed's curve within it is used."""
 METHODS: Final = ("magnitude", "taylor")
 BATCHES: Final = (1, 32)
 
@@ -115,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "hardware": hardware(),
         "command": sys.argv,
         "rows": {name: _summary(values) for name, values in rows.items()},
-        "timed_as": timed,  # by the last seed's network
+        "timed_as": timed,  # with the last seed's network
         "times": _times(arms, given, done),
         "training_step": _training_step(given, done),
     }
@@ -141,7 +142,7 @@ def _summary(values: dict[str, list[float]]) -> dict[str, Any]:
     return {**values, "mean_top1": statistics.mean(top1), "deviation": spread}
 
 
-# -- what Torch-Pruning makes of the same original ------------------------------------------------
+# -- pruned networks of the same original ---------------------------------------------------------
 
 
 def _rival(given: Any, folder: Path, method: str, share: float, done: Adapted) -> Checkpoint:
@@ -176,7 +177,7 @@ def _module(given: Any, original: Checkpoint) -> nn.Module:
     own, found = model.state_dict(), original.net.state_dict()
     for name, value in own.items():
         if name in found:
-            # statistics by width: the last are those of the whole network
+            # statistics are per width; the last set is that of the full width
             value.copy_(found[name] if found[name].shape == value.shape else found[name][-1])
         elif not name.endswith("num_batches_tracked"):
             raise AssertionError(f"{name}: the original has no such weight")
@@ -190,10 +191,10 @@ def _module(given: Any, original: Checkpoint) -> nn.Module:
 def _pruned(
     model: nn.Module, original: Checkpoint, images: ImageDataset, method: str, share: float
 ) -> nn.Module:
-    """Cut to a share of the multiply-adds, all layers behind the trunk alike."""
+    """Prune to a share of the multiply-adds, with one ratio for all layers behind the trunk."""
     whole = madds(original.net.spec, original.net.spec.largest, original.net.spec.usual_image_size)
     low, high = 0.0, 0.9
-    for _ in range(7):  # how much is left does not depend on what is left
+    for _ in range(7):  # by magnitude, which is fast: the cost depends on the ratio alone
         ratio = (low + high) / 2
         cut = _cut(copy.deepcopy(model), original, images, "magnitude", ratio)
         if _madds(cut, original) > share * whole:
@@ -283,7 +284,7 @@ def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -
 
 
 def _training_step(given: Any, done: Adapted) -> dict[str, Any]:
-    """Forward and backward of all routes of one batch, over the sum of their plain networks."""
+    """Time of forward and backward of all routes, over the sum for their plain networks."""
     original = read(done.files["original"])
     net = copy.deepcopy(original.net).train()
     plain = [
@@ -307,7 +308,7 @@ def _training_step(given: Any, done: Adapted) -> dict[str, Any]:
 
 
 def _plain(model: nn.Module, net: Any, route: Route) -> nn.Module:
-    """The model's own layers with weights of exactly a route's width."""
+    """The model's own layers, with weights cut to a route's width."""
     cuts: dict[str, Cut] = {}
     before = 0
     for number, choice in enumerate(net.spec.segment_indices(route)):

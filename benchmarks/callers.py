@@ -1,17 +1,17 @@
-"""Many callers of one engine against the ideal, and many cores on paper: docs/performance.md.
+"""Many callers of one engine against the ideal, and simulated many cores: docs/performance.md.
 
     python benchmarks/callers.py --json benchmarks/results/callers.json       # 4 minutes
     python benchmarks/callers.py --quick
 
-*Measured*: N threads call one engine at once, each with batches of its own, in the mix of
+*Measured*: N threads call one engine at the same time, each with its own batches, in the mix of
 `benchmarks/routed.py`. The ideal is Σ share x time of the static network of each width for the same
 rows, batches and number of callers, in the fastest of three ways: as the engine divides work, every
 piece on all cores, or every call on its caller's core alone. The routed engine is timed in these
-three ways too. Arms are interleaved; medians and quartiles of ratios of a round.
+three ways too. Arms are interleaved; results are medians and quartiles of the ratios per round.
 
-*Simulated*: closed loops of callers on 4 to 64 cores, from the measured CPU time of the programs on
-one core for 1 to 8 rows and of the Python around them, which runs for one thread at a time. Memory
-is taken to be as fast for all cores as for one: the results are upper bounds.
+*Simulated*: closed loops of callers on 4 to 64 cores. The simulation uses the measured CPU time of
+the programs on one core for 1 to 8 rows, and of the Python code around them, which one thread runs
+at a time. Memory is assumed to be as fast for all cores as for one, so results are upper bounds.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.router import Router
 
 ROWS = 16
-"""At least so many in each arm, so that all routes are taken."""
+"""Least number of rows in each arm, so that all routes are taken."""
 PIECE_ROWS = 8
 WAYS = ("engine", "all cores", "own core")
 Call = Callable[[np.ndarray, np.ndarray], object]
-"""Images of a batch and their options (batch, gates)."""
+"""A call with the images of a batch and their options (batch, gates)."""
 
 
 class Together:
-    """A backend whose batches are not shared out: each piece on all cores, or on the caller's."""
+    """A backend that does not divide batches among cores: it runs them on all cores or on one."""
 
     workers = 1
 
@@ -57,7 +57,7 @@ class Together:
         self._backend = backend
         self._wide = wide
         self.spent: list[tuple[int, float]] | None = None
-        """Rows and CPU seconds of every piece, where they are to be recorded."""
+        """Rows and CPU seconds of every piece; None if they are not recorded."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._backend, name)
@@ -77,7 +77,7 @@ class Together:
 
 
 class Load:
-    """Rows that callers bring, in calls of a batch each; the same for every arm."""
+    """The callers' rows, in calls of one batch each; the same for every arm."""
 
     def __init__(self, spec: Any, mix: Sequence[float], callers: int, batch: int, side: int):
         calls = max(1, ROWS // (callers * batch))
@@ -85,7 +85,7 @@ class Load:
         self.traffic: Traffic = mixed(spec, mix, self.total)
         numbers = np.array(self.traffic.rows).reshape(callers, calls, batch)
         self.options = np.array(self.traffic.paths, np.int64)[numbers]
-        """(callers, calls, batch, gates)."""
+        """Options of all rows, (callers, calls, batch, gates)."""
         rng = np.random.default_rng(0)
         self.x = rng.standard_normal((batch, spec.in_channels, side, side), np.float32)
         counts = np.bincount(self.traffic.rows, minlength=len(self.traffic.paths))
@@ -93,7 +93,7 @@ class Load:
         self._pool = ThreadPoolExecutor(callers)
 
     def arm(self, call: Call) -> Arm:
-        """All callers at once; `call` is given images and their options (batch, gates)."""
+        """An arm with all callers at once; `call` gets images and their options (batch, gates)."""
 
         def caller(calls: np.ndarray) -> None:
             for options in calls:
@@ -106,7 +106,7 @@ class Load:
 
 
 def routed_call(router: Router) -> Call:
-    """Route a batch along given options; gates are computed and overruled."""
+    """Route a batch along given options; gates are computed, but their decisions are ignored."""
     return lambda x, options: router.routed(x, lambda gate, _, rows: options[rows, gate], None)
 
 
@@ -115,7 +115,7 @@ def static_call(router: Router, route: Any) -> Call:
 
 
 def bench(routers: dict[str, Router], load: Load, rounds: int) -> dict[str, Any]:
-    """One number of callers and rows of a batch on one backend; `routers` by `WAYS`."""
+    """Time one backend with one number of callers and batch size; `routers` are by `WAYS`."""
     spec = routers["engine"].spec
     routes = [
         spec.route_at([g.choices[o] for g, o in zip(spec.gates, path, strict=True)])
@@ -146,15 +146,15 @@ def bench(routers: dict[str, Router], load: Load, rounds: int) -> dict[str, Any]
     }
 
 
-# -- on paper -------------------------------------------------------------------------------------
+# -- simulated ------------------------------------------------------------------------------------
 
 
 Pieces = dict[tuple[int, int], list[float]]
-"""CPU seconds on one core by segment and path (of the trunk: 0), for 1 to `PIECE_ROWS` rows."""
+"""CPU seconds on one core for 1 to `PIECE_ROWS` rows, by segment and path (0 for the trunk)."""
 
 
 def measured_pieces(own: Router, load: Load, rounds: int) -> tuple[Pieces, float]:
-    """Every piece, and the CPU seconds of a call of `load` outside of programs."""
+    """Measure every piece, and the CPU seconds of a call of `load` outside of programs."""
     backend: Any = own.backend
     call, paths = routed_call(own), load.traffic.paths
     times: dict[tuple[int, int, int], list[float]] = {}
@@ -173,7 +173,7 @@ def measured_pieces(own: Router, load: Load, rounds: int) -> tuple[Pieces, float
         total = time.process_time() - start
         python.append(total - sum(seconds for _, seconds in backend.spent))
         backend.spent = None
-    # the least: what disturbs one of them is no part of it
+    # the minimum, which is least disturbed by other work
     pieces: Pieces = {}
     for segment, number, rows in sorted(times):
         pieces.setdefault((segment, number), []).append(min(times[segment, number, rows]))
@@ -202,10 +202,10 @@ def steps_of(numbers: np.ndarray, pieces: Pieces, parts: int) -> list[list[float
 def simulate(
     calls: Sequence[list[list[float]]], python_s: float, cores: int, callers: int
 ) -> float:
-    """Calls per second of closed loops; a call is the pieces of its steps, in order.
+    """Calls per second of closed loops; a call consists of the pieces of its steps, in order.
 
-    Cores take pieces in the order in which steps hand them over. Between steps, and at both ends, a
-    call has an equal part of `python_s` to do, and of all calls one does at a time.
+    Cores take pieces in the order in which steps submit them. Between steps, and at both ends, a
+    call runs an equal part of `python_s`; only one call at a time can do so (the GIL).
     """
     events: list[tuple[float, int, Callable[[float], None]]] = []
     order, upcoming = itertools.count(), itertools.cycle(calls)
@@ -232,7 +232,7 @@ def simulate(
         part = python_s / (len(steps) + 1)
 
         def after(now: float, number: int) -> None:
-            """Python before step `number`, or after the last."""
+            """Run the Python code before step `number`, or after the last step."""
             start = max(now, state["python"])
             state["python"] = start + part
             at(state["python"], lambda when: launch(when, number))
@@ -264,7 +264,7 @@ def simulate(
 
 
 def on_paper(own: Router, mix: Sequence[float], side: int, rounds: int) -> dict[str, Any]:
-    """Measured pieces, and what they come to on many cores."""
+    """Measured pieces, and simulated calls on many cores."""
     runs: list[dict[str, Any]] = []
     measured: dict[str, Any] = {}
     for batch in (8, 32):
@@ -275,7 +275,7 @@ def on_paper(own: Router, mix: Sequence[float], side: int, rounds: int) -> dict[
             "piece_ms": {f"{s} {n}": [c * 1e3 for c in costs] for (s, n), costs in pieces.items()},
         }
         batches = np.array(mixed(own.spec, mix, 40 * batch, seed=1).rows).reshape(40, batch)
-        # every image on one core at the price of a row of a whole piece, and no Python
+        # the ideal: every image on one core, at the cost per row of a full piece, without Python
         row_s = {key: costs[-1] / PIECE_ROWS for key, costs in pieces.items()}
         last = max(segment for segment, _ in pieces)
         image_s = row_s[0, 0] + float(
@@ -380,7 +380,7 @@ def main() -> None:
 
 
 def save(result: dict[str, Any], path: Path | None) -> None:
-    """What is done is kept, whatever comes."""
+    """Save intermediate results, in case the benchmark is interrupted."""
     if path is not None:
         path.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -1,9 +1,9 @@
 """Which networks of timm and torchvision convert: `python benchmarks/conversion.py [NAME ...]`.
 
-For each: whether it converts and verifies, the part of the multiply-adds whose layers have a side
-that can be cut, what the narrowest route costs, and the seconds that it takes on one core; or why
-it is refused. Weights are random with fitting BN statistics. Writes results/conversion.json and
-from that the table in docs/convert.md.
+For each network: whether it converts and verifies, the share of the multiply-adds in layers with a
+side that can be cut, the cost of the narrowest route, and the seconds of conversion on one core; or
+the reason why it is refused. Weights are random, with BN statistics that fit them. Writes
+results/conversion.json, and from it the table in docs/convert.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAGE = HERE.parent / "docs" / "convert.md"
 BEGIN, END = "<!-- coverage: written by benchmarks/conversion.py -->", "<!-- end of coverage -->"
 KINDS = {"cnn": "CNNs", "hybrid": "CNNs with attention", "ref": "transformers and MLPs"}
 MOST = 0.8
-"""The part of the multiply-adds that is to be elastic."""
+"""Least share of the multiply-adds that should be elastic."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,13 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def with_coverage(page: str, rows: dict[str, Any]) -> str:
-    """The page with what was found put between its two marks."""
+    """The page with the results inserted between its two markers."""
     head, _, rest = page.partition(BEGIN)
     return f"{head}{BEGIN}\n{coverage(rows)}\n{END}{rest.partition(END)[2]}"
 
 
 def coverage(rows: dict[str, Any]) -> str:
-    """What converts and what does not, in Markdown."""
+    """Networks that convert, and those that do not, in Markdown."""
     lines = []
     for kind, name in KINDS.items():
         of_kind = [row for row in rows.values() if row["kind"] == kind]
@@ -96,20 +96,23 @@ def coverage(rows: dict[str, Any]) -> str:
 
 
 def let_torchvision_load() -> None:
-    """Its compiled operations do not load beside every torch; no model here uses them."""
+    """Declare torchvision's compiled operations, which no model here uses.
+
+    They do not load with every version of torch.
+    """
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         try:
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        except RuntimeError:  # they are there
+        except RuntimeError:  # already defined
             return
-    globals()["_kept"] = library  # definitions go with the object
+    globals()["_kept"] = library  # definitions are deleted together with this object
 
 
 def model_of(name: str, side: int | None = None) -> tuple[torch.nn.Module, torch.Tensor]:
-    """A network in evaluation mode with random weights and fitting BN statistics, and two images.
+    """A network in evaluation mode, with random weights and fitting BN statistics, and two images.
 
-    Their side is `side` pixels if the network takes that, else the network's own.
+    The images have `side` pixels if the network accepts that, else the network's default size.
     """
     torch.manual_seed(0)
     kind, _, model_name = name.partition(":")
@@ -148,7 +151,7 @@ def tried(name: str) -> dict[str, Any]:
         spec = conversion.net().spec
     except DynaslimError as error:
         return {"converts": False, "reason": str(error)}
-    except Exception as error:  # a mistake of ours: one network must not end the benchmark
+    except Exception as error:  # a bug of ours; one network must not end the benchmark
         where = traceback.extract_tb(error.__traceback__)[-1]
         reason = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
         return {"converts": False, "wrong": True, "reason": reason}
@@ -167,7 +170,7 @@ def tried(name: str) -> dict[str, Any]:
 
 
 def _leave_no_constants(model: torch.nn.Module) -> None:
-    """Branches that begin with a scale of zero would hide what is wrong in them."""
+    """Randomise constant parameters: a branch scaled by zero would hide errors in it."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.numel() > 1 and parameter.min() == parameter.max():

@@ -2,9 +2,9 @@
 
     python benchmarks/extracted.py --json benchmarks/results/extracted.json
 
-The network written by hand is `plain.py`'s, with torch.fx's fusion of convolutions and batch norm,
-which is what anybody would deploy. Both in eager PyTorch and in channels_last, interleaved; the
-ratio is extracted / by hand, above 1 where extraction costs something.
+The network written by hand is that of `plain.py`, with torch.fx's fusion of convolutions and batch
+norm, as one would deploy it. Both run in eager PyTorch and channels_last, interleaved. The ratio is
+extracted / by hand; above 1, extraction costs time.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
     for route in (net.spec.cheapest_choice, net.spec.widest_choice):
         ours = extract(net, route).to(memory_format=torch.channels_last)
         by_hand = plain_network(net.spec, route).eval()
-        with torch.no_grad():  # statistics of its own, so that activations keep their scale
+        with torch.no_grad():  # its own statistics, so that activations keep their scale
             for norm in by_hand.modules():
                 if isinstance(norm, nn.BatchNorm2d):
                     norm.momentum = None

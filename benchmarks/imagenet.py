@@ -1,7 +1,8 @@
 """The curve of the `imagenet` cascade: python benchmarks/imagenet.py IMAGENETTE --out FILE.
 
-Imagenette's test split has photographs of ten of the thousand classes, which the networks were not
-trained on. Answers are among all thousand. Writes the curve that ships, and each network's top-1.
+Imagenette's test split has photographs of ten of the thousand classes; the networks were not
+trained on these photographs. Answers are among all thousand classes. Writes the curve that ships
+with the package, and each network's top-1.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dynaslim.runtime.calibrate_budget import answer_paths, uniform_outcomes
 from dynaslim.runtime.signals import SignalTable
 
 CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
-"""ImageNet's numbers of Imagenette's classes, in its order."""
+"""ImageNet's class numbers of Imagenette's classes, in Imagenette's order."""
 BATCH = 32
 
 

@@ -1,9 +1,10 @@
-"""int8 beside fp32, static and routed, on the backends that have both.
+"""int8 compared with fp32, static and routed, on the backends that support both.
 
     python benchmarks/int8.py --json benchmarks/results/int8.json
 
-`ds_mbnet` with random weights at 224 px, quantised after noise; every round runs all programs in
-turn. With `--checkpoint` and `--data`, what quantisation does to a trained network's answers too.
+`ds_mbnet` with random weights at 224 px, quantised with noise as calibration images; every round
+runs all programs in turn. With `--checkpoint` and `--data`, also the effect of quantisation on a
+trained network's answers.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def main() -> None:
             for route in ends:
                 arms[f"{backend} {precision} {route}"] = static(engine, route)
             arms[f"{backend} {precision} routed"] = routed(engine)
-    for _ in range(3):  # programs compiled, pieces timed
+    for _ in range(3):  # warm-up: programs are compiled and pieces timed
         for run in arms.values():
             run()
     times = interleave(arms, options.rounds)

@@ -1,15 +1,14 @@
-"""Routed inference against masked inference at full width, which is how the method was published.
+"""Routed inference against masked inference at full width, as the method was published.
 
     python benchmarks/masked.py --json benchmarks/results/masked.json
 
-`masked` is dynamic inference as research code does it, in eager PyTorch: every layer runs at its
-full width for every image, channels beyond an image's own width are multiplied by zero, and every
-image is normalised by the statistics of its own width, gathered by its gate. `masked_plain_trunk`
-is kinder to it than the code it stands for: the trunk, which all images share, is plain and as
-narrow as on the routes. `gated` is
-this package's own differentiable mode, which masks too but puts the mask into the normalisation.
-`routed` is the engine. All three take the same decisions. `wide_eager` is the widest routed network
-alone, static, in eager PyTorch: what dynamic inference was to beat.
+`masked` is dynamic inference as in research code, in eager PyTorch: every layer runs at full width
+for every image, channels beyond an image's width are multiplied by zero, and every image is
+normalised with the statistics of its width, selected by its gate. `masked_plain_trunk` is faster
+than the research code: the trunk, which all images share, is plain and as narrow as on the routes.
+`gated` is this package's own differentiable mode, which puts the mask into the normalisation.
+`routed` is the engine. All take the same decisions. `wide_eager` is the widest route alone as a
+static network in eager PyTorch, which dynamic inference should beat.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from dynaslim.spec import NetSpec
 
 
 class MaskedConv(nn.Module):
-    """Convolution at full width, mask, and statistics of each row's own width."""
+    """Convolution at full width, a mask, and normalisation by statistics of each row's width."""
 
     def __init__(
         self, ins: int, widths: list[int], kernel: int, stride: int, *, depthwise: bool = False
@@ -66,7 +65,7 @@ class MaskedConv(nn.Module):
 
 
 class MaskedAttention(nn.Module):
-    """The attention head at full width, and the slimming head where there is one."""
+    """The attention head at full width, and the slimming head if there is one."""
 
     def __init__(self, channels: int, hidden: int, options: int) -> None:
         super().__init__()
@@ -77,12 +76,12 @@ class MaskedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.relu(self.reduce(x.mean((2, 3))))
         if self.slimming is not None:
-            self.slimming(hidden)  # computed, and overruled: decisions are given
+            self.slimming(hidden)  # computed for its cost only: decisions are given
         return x * torch.sigmoid(self.expand(hidden))[:, :, None, None]
 
 
 class Masked(nn.Module):
-    """A network of one gate with `conv` and `depthwise_separable` stages, masked."""
+    """A masked network with one gate and `conv` and `depthwise_separable` stages."""
 
     def __init__(self, spec: NetSpec, *, plain_trunk: bool) -> None:
         super().__init__()
@@ -93,7 +92,7 @@ class Masked(nn.Module):
         for number, stage in enumerate(spec.stages):
             widths = [spec.width(number, choice).channels for choice in choices]
             full = stage.widths[-1]
-            if not plain_trunk:  # what no route uses is computed too, and masked
+            if not plain_trunk:  # channels that no route uses are computed and masked too
                 widths = [*widths, full]
             for block in range(stage.blocks):
                 stride = stage.stride if block == 0 else 1
@@ -121,7 +120,7 @@ class Masked(nn.Module):
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """All arms, interleaved, on one batch."""
+    """Time all arms, interleaved, on one batch."""
     net = random_network("ds_mbnet", options.image_size)
     spec = net.spec
     traffic = mixed(spec, [float(share) for share in options.mix.split(",")], options.batch_size)

@@ -1,7 +1,7 @@
-"""Plain torch networks of one width each: what a user would build instead of a supernet.
+"""Plain torch networks of one width each, as a user would build them instead of a supernet.
 
-Only `torch.nn` layers, weights of exactly the width: nothing of the package but the numbers of the
-spec. For networks of `conv` and `depthwise_separable` stages.
+They consist of `torch.nn` layers of exactly the route's width; of this package they use only the
+spec. Supports `conv` and `depthwise_separable` stages.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def conv_bn(
 
 
 def plain_network(spec: NetSpec, route: Route) -> nn.Sequential:
-    """The sub-network along a route, as anybody would write it; with random weights."""
+    """The sub-network along a route as one would write it by hand, with random weights."""
     layers: list[nn.Module] = []
     channels, max_in = spec.in_channels, spec.in_channels
     for stage, width in zip(spec.stages, route.widths, strict=True):

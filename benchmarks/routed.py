@@ -1,10 +1,11 @@
-"""Every backend's routed inference against its ideal: what docs/performance.md shows.
+"""Every backend's routed inference against its ideal, for docs/performance.md.
 
     python benchmarks/routed.py --json benchmarks/results/routed.json
 
-Runs `dynaslim bench` for each backend and batch size in a process of its own, which interleaves the
+Runs `dynaslim bench` in a separate process for each backend and batch size, which interleaves the
 routed batch with every static network; see `dynaslim/bench/routed.py` for the ideal. The first run
-compiles (inductor: minutes); `starts` then times a second process that finds everything compiled.
+compiles (inductor: minutes); `starts` then times a second process, which uses the compiled programs
+on disk.
 """
 
 from __future__ import annotations
@@ -77,13 +78,13 @@ def main() -> None:
                 f"({ratio['q1']:.3f} to {ratio['q3']:.3f}), {speedup['median']:.2f}x the widest",
                 flush=True,
             )
-            if options.json is not None:  # what is done is kept, whatever comes
+            if options.json is not None:  # save intermediate results
                 options.json.write_text(json.dumps(result, indent=1) + "\n")
     if not options.no_starts:
         result["starts"] = {}
         for backend in options.backends.split(","):
             start = time.perf_counter()
-            for _ in range(2):  # the first may still have compiled another kind of program
+            for _ in range(2):  # twice: the first may still compile another kind of program
                 done = subprocess.run(
                     [sys.executable, "-c", START, backend],
                     stdout=subprocess.PIPE,

@@ -2,12 +2,12 @@
 
     python benchmarks/serve.py --json benchmarks/results/serve.json
 
-Networks with random weights are written to a temporary folder; each server is a
-process of its own, its clients (serve_client.py) are another, on the same machine: what the clients
-take of its cores is given beside each number (`client_cpu_share`, of one core). Throughput is
-measured in rounds in which the arms take turns: the server as it is, the same with batches of one,
-and batches of one on one core, which small networks run faster. Takes about six minutes, and less
-than one with --quick, whose numbers are good for nothing but to see that it runs.
+Networks with random weights are written to a temporary folder. Each server is one process and its
+clients (serve_client.py) are another, on the same machine; `client_cpu_share`, beside each number,
+is the clients' CPU use as a share of one core. Throughput is measured in rounds in which the arms
+take turns: the server with default settings, with batches of one, and with batches of one on one
+core, which is faster for small networks. Takes about six minutes; with --quick less than one, but
+those numbers only show that it runs.
 """
 
 from __future__ import annotations
@@ -63,11 +63,11 @@ class Case:
     model: str
     side: int
     images: int
-    """Of a request."""
+    """Number of images in a request."""
     exported: bool = True
-    """Served as a package; else as a checkpoint, where checking an export would take minutes."""
+    """Whether it is served as a package; otherwise a checkpoint, as export would take minutes."""
     full: bool = True
-    """Latency and overload too, not throughput alone."""
+    """Whether latency and overload are measured besides throughput."""
 
     @property
     def name(self) -> str:
@@ -82,7 +82,7 @@ CASES = (
 
 
 class Server:
-    """`dynaslim serve` as a process."""
+    """A process of `dynaslim serve`."""
 
     def __init__(self, *models: Path | str, flags: list[str]) -> None:
         command = [sys.executable, "-m", "dynaslim", "serve", *map(str, models), "--port", "0"]
@@ -99,7 +99,7 @@ class Server:
         return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
     def cpu_s(self) -> float:
-        """Processor time so far."""
+        """CPU seconds used so far."""
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
@@ -126,7 +126,7 @@ def write(case: Case, model: Path) -> None:
 
 
 def pictures(side: int, count: int) -> list[bytes]:
-    """JPEG files of smooth noise, somewhat larger than what the network sees."""
+    """JPEG files of smooth noise, somewhat larger than the network's input."""
     rng, found = np.random.default_rng(0), []
     size = side if side <= 32 else side * 8 // 7
     for _ in range(count):
@@ -152,13 +152,14 @@ def tensor(name: str, datatype: str, shape: list[int], content: bytes) -> tuple[
 
 
 def bodies(case: Case, kind: str) -> dict[str, Any]:
-    """Requests of a kind, of 32 pictures in turn: a form, encoded files or normalised tensors."""
+    """Requests of a kind, from 32 pictures in turn: forms, encoded files or normalised tensors."""
     if kind == "form":
         files = pictures(case.side, 32)
         made = [form([files[(n + k) % 32] for k in range(case.images)]) for n in range(32)]
         return {"content_type": f"multipart/form-data; boundary={BOUNDARY}", "requests": made}
     if kind == "bytes":
-        # padded to one length, for a body has one length of JSON; bytes behind a JPEG are ignored
+        # padded to equal length, so that the JSON part has one length; bytes behind a JPEG are
+        # ignored
         longest = max(map(len, pictures(case.side, 32)))
         files = [one.ljust(longest, b"\0") for one in pictures(case.side, 32)]
         prefix = longest.to_bytes(4, "little")
@@ -195,7 +196,7 @@ def start_clients(text: str) -> subprocess.Popen[str]:
 
 
 def result_of(clients: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
-    """What they have seen, at the latest after so many seconds."""
+    """The results of the clients, waiting at most `seconds`."""
     try:
         clients.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -214,7 +215,7 @@ def load(server: Server, case: Case, seconds: float, **options: Any) -> dict[str
     return found
 
 
-# -- what is measured -----------------------------------------------------------------------------
+# -- measurements ---------------------------------------------------------------------------------
 
 
 def throughput(
@@ -253,7 +254,7 @@ def throughput(
 
 
 def protocol(server: Server, case: Case, rounds: int, seconds: float) -> dict[str, Any]:
-    """The Open Inference Protocol beside /v1/predict, by one client and by 32, in turn."""
+    """The Open Inference Protocol compared with /v1/predict, for one client and for 32, in turn."""
     kinds = ("form", "bytes", "fp32")
     found: dict[str, Any] = {"rounds": rounds}
     for clients in (1, 32):
@@ -281,14 +282,14 @@ def protocol(server: Server, case: Case, rounds: int, seconds: float) -> dict[st
 
 
 def latency(server: Server, case: Case, capacity: float, seconds: float) -> dict[str, Any]:
-    """Open loop at half and four fifths of the capacity (requests per second)."""
+    """Latency in an open loop at half and four fifths of `capacity` (requests per second)."""
     return {
         f"{share:.0%}": load(server, case, seconds, rate=share * capacity) for share in (0.5, 0.8)
     }
 
 
 def overload(server: Server, case: Case, capacity: float, seconds: float) -> dict[str, Any]:
-    """Three times what it can do, twice: memory must not have grown in the second time."""
+    """Send three times the capacity, twice; memory must not grow in the second period."""
     before = server.rss_mb()
     first = load(server, case, seconds, rate=3 * capacity)
     between = server.rss_mb()
@@ -305,7 +306,7 @@ def overload(server: Server, case: Case, capacity: float, seconds: float) -> dic
 
 
 def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, Any]:
-    """Requests that are wrong in all ways: made up from the OpenAPI document, and by hand."""
+    """Send malformed requests of all kinds: generated from the OpenAPI document, and by hand."""
     import httpx
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
@@ -338,7 +339,7 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
     with httpx.Client(timeout=30) as client:
 
         def post(content: bytes, kept: float = 1.0) -> int:
-            """The status for a picture, or for a part of the body that has it."""
+            """The status for a picture; `kept` is the share of the request's body that is sent."""
             headers = dict(admin)
             if changes:
                 body = content
@@ -352,22 +353,22 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
             sent = body[: round(kept * len(body))]
             return client.post(f"{url}{path}", content=sent, headers=headers).status_code
 
-        # a damaged picture may still be one: those that are answered do not count
+        # a damaged picture may still decode: answered requests do not count
         while sum(statuses.values()) - statuses[200] < count:
             turn = sum(statuses.values())
             content = bytearray(kinds[turn % len(kinds)])
             match turn % 4:
-                case 0:  # cut off
+                case 0:  # truncated
                     content = content[: rng.integers(0, len(content))]
                 case 1:  # damaged
                     for at in rng.integers(0, len(content), 20):
                         content[at] = rng.integers(0, 256)
-                case 2:  # a large size in a small head
+                case 2:  # a huge size in the header
                     at = rng.integers(0, 40)
                     content[at : at + 4] = b"\xff\xff\xff\x7f"
-                case 3:  # something else
+                case 3:  # random bytes
                     content = bytearray(rng.bytes(int(rng.integers(0, 2000))))
-            # now and then the body itself is cut off
+            # every tenth body is truncated
             statuses[post(bytes(content), rng.random() if turn % 10 == 9 else 1.0)] += 1
             if turn == count // 2:
                 half = server.rss_mb()
@@ -378,7 +379,7 @@ def malformed(server: Server, case: Case, count: int, path: str) -> dict[str, An
         "refused": sum(statuses.values()) - statuses[200],
         "made_up_from_the_document": made_up,
         "codes": {str(code): n for code, n in sorted(statuses.items())},
-        # 504 is the reply to a request whose deadline is a millisecond
+        # 504 is the right reply to a request with a deadline of a millisecond
         "server_errors": sum(n for code, n in statuses.items() if code >= 500 and code != 504),
         "rss_mb": [before, half, server.rss_mb()],
         "alive": server.alive() and good == 200,
@@ -393,7 +394,7 @@ def encoded(kind: str) -> bytes:
 
 
 def drain(model: Path, case: Case) -> dict[str, Any]:
-    """SIGTERM while clients send requests without a pause."""
+    """Send SIGTERM while clients send requests continuously."""
     server = Server(model, flags=[])
     clients = start_clients(
         plan(case, server.port, seconds=20, clients=32, settle_s=0, until_stopped=True)
@@ -409,11 +410,11 @@ def drain(model: Path, case: Case) -> dict[str, Any]:
     }
 
 
-# -- all of it ------------------------------------------------------------------------------------
+# -- the whole benchmark --------------------------------------------------------------------------
 
 
 def measure(case: Case, model: Path, quick: bool, result: dict[str, Any]) -> None:
-    """Throughput, and where the case is full latency and overload."""
+    """Measure throughput and, if the case is `full`, latency and overload."""
     rounds, seconds, longer = (2, 0.7, 1.5) if quick else (5, 2.0, 7.0)
     servers = {name: Server(model, flags=flags) for name, flags in ARMS.items()}
     try:
@@ -463,7 +464,7 @@ def main() -> None:
         "cases": {},
     }
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["DYNASLIM_CACHE"] = str(Path(folder) / "cache")  # these weights do not come back
+        os.environ["DYNASLIM_CACHE"] = str(Path(folder) / "cache")  # not reusable: random weights
         models: dict[str, Path] = {}
         for case in CASES:
             model = models.setdefault(case.model, Path(folder) / case.model)
@@ -471,7 +472,7 @@ def main() -> None:
                 write(case, model)
             measure(case, model, options.quick, result["cases"].setdefault(case.name, {}))
         tiny = models[CASES[0].model]
-        # one of several models, where models may be changed
+        # a server of two models that allows changes of models
         server = Server(tiny, f"second={tiny}", flags=["--admin-token", ADMIN])
         try:
             result["malformed"] = {

@@ -1,6 +1,6 @@
-"""The clients of benchmarks/serve.py, in a process of their own; they do as little as they can.
+"""The clients of benchmarks/serve.py, in a separate process, with as little work as possible.
 
-Reads one JSON object from standard input (see `Plan`), writes one to standard output.
+Reads one JSON object from standard input (see `Plan`) and writes one to standard output.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ class Plan:
     content_type: str
     seconds: float
     clients: int = 0
-    """Closed loop: so many clients, each waiting for its answer before its next request."""
+    """Closed loop: number of clients, each of which waits for an answer before its next request."""
     rate: float = 0.0
-    """Open loop: requests per second, at random (Poisson), whether others are answered or not."""
+    """Open loop: requests per second, at random times (Poisson), independent of answers."""
     path: str = "/v1/predict"
     json_length: int | None = None
-    """Of each body with binary tensors: bytes of JSON before them."""
+    """For bodies with binary tensors: number of bytes of JSON before them."""
     settle_s: float = 0.5
-    """Answers of the first so many seconds do not count."""
+    """Answers in this first period do not count."""
     connections: int = 512
-    """Open loop: most at once; a request that finds none free is not sent, and is counted."""
+    """Open loop: most connections; if none is free, a request is not sent, but counted."""
     patience_s: float = 20.0
     until_stopped: bool = False
-    """Closed loop: a client ends at the reply that the server stops."""
+    """Closed loop: a client ends when a reply says that the server is stopping."""
     seed: int = 0
 
 
 class Connection(asyncio.Protocol):
-    """One request at a time over a connection that is kept."""
+    """A persistent connection for one request at a time."""
 
     def __init__(self) -> None:
         self.transport: Any = None
@@ -58,10 +58,10 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
         if self.waiter is not None and not self.waiter.done():
-            self.waiter.set_result((0, b""))  # cut off without an answer
+            self.waiter.set_result((0, b""))  # closed without an answer
 
     def send(self, request: bytes) -> asyncio.Future[tuple[int, bytes]]:
-        """Status and body to come; status 0 where the connection ends before."""
+        """A future of status and body; the status is 0 if the connection closes first."""
         self.waiter = asyncio.get_running_loop().create_future()
         if not self.open:
             self.waiter.set_result((0, b""))
@@ -87,7 +87,7 @@ class Connection(asyncio.Protocol):
 
 
 class Clients:
-    """All clients of a plan, and what they have seen."""
+    """All clients of a plan, and their measurements."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
@@ -97,7 +97,7 @@ class Clients:
         self.latencies: list[float] = []
         self.engine_batches: list[int] = []
         self.sent: list[float] = []
-        """Seconds from sending to the answer, without our own lateness."""
+        """Seconds from sending to the answer, without the client's own delay."""
         self.not_sent = 0
         self.connections = 0
         self.idle: deque[Connection] = deque()
@@ -120,7 +120,7 @@ class Clients:
         return made
 
     async def request(self, connection: Connection, number: int, began: float) -> int:
-        """One request; `began` is when it was due."""
+        """Send one request; `began` is the time when it was due."""
         sent = time.perf_counter()
         status, body = await connection.send(self.requests[number % len(self.requests)])
         now = time.perf_counter()
@@ -130,12 +130,12 @@ class Clients:
                 self.latencies.append(now - began)
                 self.sent.append(now - sent)
                 _, found, rest = body.rpartition(b'"batch_size":')
-                if found:  # not in the Open Inference Protocol
+                if found:  # missing in the Open Inference Protocol
                     self.engine_batches.append(int(rest[: rest.index(b",")]))
         return status
 
     async def closed(self) -> None:
-        """Each client sends a request when the one before is answered."""
+        """Run a closed loop: each client sends its next request after an answer."""
 
         async def one(number: int) -> None:
             """Send until the end, or until the server stops."""
@@ -154,7 +154,7 @@ class Clients:
         await asyncio.gather(*(one(number) for number in range(self.plan.clients)))
 
     async def open(self) -> None:
-        """Requests come at random, whatever became of the others."""
+        """Run an open loop: requests are sent at random times, independent of answers."""
         tasks: set[asyncio.Task[None]] = set()
 
         async def one(number: int, due: float) -> None:

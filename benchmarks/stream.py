@@ -1,10 +1,10 @@
-"""What `predict --stream --same-frame` saves and costs on a made sequence (docs/predict.md).
+"""Savings and errors of `predict --stream --same-frame` on a synthetic sequence (docs/predict.md).
 
     python benchmarks/stream.py --data cifar10/test.parquet --json benchmarks/results/stream.json
 
-The sequence: photographs, each for 40 frames under a camera that drifts and zooms slowly, flickers
-a little and has noise; a frame is a JPEG of 96 px. Every threshold sees the same frames. Three
-minutes on two cores.
+The sequence shows each photograph for 40 frames, filmed by a simulated camera that drifts and zooms
+slowly, flickers a little and has noise; a frame is a JPEG of 96 px. Every threshold gets the same
+frames. Takes three minutes on two cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ THRESHOLDS = (None, 4.0, 8.0, 16.0, 32.0)
 
 
 def sequence(data: Path, scenes: int, frames: int, speed: float) -> Iterator[tuple[bytes, int]]:
-    """JPEGs and their labels; `speed` is the camera's, in pixels of a frame."""
+    """Yield JPEGs and their labels; `speed` is that of the camera, in frame pixels per frame."""
     rows = datasets.Dataset.from_parquet(str(data), cache_dir=None).shuffle(seed=0)
     column = next(n for n, f in rows.features.items() if isinstance(f, datasets.Image))
     label = next(n for n, f in rows.features.items() if isinstance(f, datasets.ClassLabel))
@@ -41,7 +41,7 @@ def sequence(data: Path, scenes: int, frames: int, speed: float) -> Iterator[tup
         angle = rng.uniform(0, 2 * np.pi)
         for number in range(frames):
             away = speed * number * side / SIDE
-            room = side * (0.92 - 0.0005 * number)  # what the camera sees
+            room = side * (0.92 - 0.0005 * number)  # the camera's field of view
             left = np.clip((width - room) / 2 + away * np.cos(angle), 0, width - room)
             top = np.clip((height - room) / 2 + away * np.sin(angle), 0, height - room)
             box = (left, top, left + room, top + room)
@@ -76,7 +76,7 @@ def main() -> None:
             *sequence(options.data, options.scenes, options.frames, speed), strict=True
         )
         every: list[StreamRow] = []
-        inside = np.arange(1, len(frames)) % options.frames > 0  # no cut lies between
+        inside = np.arange(1, len(frames)) % options.frames > 0  # pairs of the same scene
         for threshold in THRESHOLDS:
             rows = answers(engine, list(frames), threshold)
             every = every or rows
@@ -89,7 +89,7 @@ def main() -> None:
                     "threshold": threshold,
                     "kept": float(kept.mean()),
                     "agreement": float((classes == first).mean()),
-                    # what answers differ from frame to frame where every frame runs
+                    # how often neighbouring frames agree if every frame runs
                     "neighbours_agree": float((first[1:] == first[:-1])[inside].mean()),
                     "top1": float((classes == np.array(labels)).mean()),
                 }

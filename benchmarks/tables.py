@@ -2,7 +2,7 @@
 
     python benchmarks/tables.py           # --check compares the pages with the results
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what stands there is replaced.
+The text between `<!-- table: NAME -->` and `<!-- end -->` is replaced by the table.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def routed() -> str:
 
 
 def statics() -> str:
-    """Static networks at their best."""
+    """Static networks in their fastest configuration."""
     rows, header = [], ["backend"]
     for run in results("routed")["runs"]:
         if run["batch_size"] != 32:
@@ -95,7 +95,7 @@ def single() -> str:
 
 
 def starts() -> str:
-    """A second process."""
+    """Start-up of a second process."""
     rows = [
         [backend, str(len(found["compiled"])), str(found["cached"]), f"{found['ready_s']:.2f} s"]
         for backend, found in results("routed")["starts"].items()
@@ -104,7 +104,7 @@ def starts() -> str:
 
 
 def masked() -> str:
-    """Research code's way."""
+    """Masked inference as in research code."""
     found = results("masked")
     names = {
         "masked": "masked: every layer at its full width, masks, statistics gathered for each row, "
@@ -135,7 +135,7 @@ def extracted() -> str:
 
 
 def variants() -> str:
-    """What was tried."""
+    """Variants that were tried."""
     rows = [
         [name, spread(one["over_the_engine"], 2)]
         for name, one in results("variants")["variants"].items()
@@ -153,7 +153,7 @@ def breakdown() -> str:
 
 
 def floor() -> str:
-    """The processor's limits beside the best static network."""
+    """The processor's limits compared with the best static network."""
     found = results("variants")
     best: dict[str, float] = {}
     for run in results("routed")["runs"]:
@@ -173,7 +173,7 @@ def floor() -> str:
 
 
 def int8() -> str:
-    """int8 beside fp32."""
+    """int8 compared with fp32."""
     rows = [
         [
             run["what"],
@@ -208,7 +208,7 @@ def callers() -> str:
 
 
 def cores() -> str:
-    """Many cores, simulated: a single caller, and as many as cores."""
+    """Simulated many cores: with a single caller, and with one caller per core."""
     rows = []
     for backend, paper in results("callers")["simulated"].items():
         found = {(r["cores"], r["callers"], r["batch_size"]): r for r in paper["runs"]}
@@ -225,7 +225,7 @@ def cores() -> str:
 
 
 def adapted() -> str:
-    """A trained network adapted, beside pruned ones: means over seeds, and time."""
+    """An adapted network compared with pruned ones: means over seeds, and times."""
     found = results("adaptation")
     rows, times = found["rows"], found["times"]
 
@@ -269,7 +269,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
 
 
 def filled(name: str) -> str:
-    """A page with every table as the results have it."""
+    """A page with every table filled in from the results."""
     page = (DOCS / name).read_text()
     made = {one.__name__: one for one in PAGES[name]}
     places = re.findall(r"<!-- table: (\w+) -->", page)

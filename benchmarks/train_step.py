@@ -2,23 +2,24 @@
 
     python benchmarks/train_step.py --json benchmarks/results/train_step.json
 
-Arms, run in turn within one process on the same batch and routes, each with tensors in torch's
+The arms run in turn within one process on the same batch and routes, each with tensors in torch's
 default memory format and in channels_last:
 
 - ours: `supernet_step`, with the optimizer and the averaged network;
-- ideal: plain torch networks of each width, forward and backward, and the teacher's forwards;
-- naive: sliced weights, every pass on its own, the averaged network by a loop over its state.
+- ideal: plain torch networks of each width, forward and backward, and the teacher's forward passes;
+- naive: sliced weights, separate passes, and a loop over the state to update the averaged network.
 
-Ratios are those of the recipes' default, channels_last: to the faster of the two ideals, and of the
-naive way as one writes it down, in the default format (and, beside it, in channels_last).
-`ideal` has no optimizer and no averaged network to update. The naive way is spared the reductions
-of its four passes, which cost nothing on one process, and runs the teacher once for each of its
-three predictions. Memory is the peak of a step's tensors with all that lives between steps, and the
-resident memory of the process, which has malloc's holes in it; three processes each, sorted.
+Ratios are for our step in channels_last, the recipes' default: against the faster of the two
+ideals, and against the naive way in the default format, as one would write it (and, beside it, in
+channels_last). `ideal` has no optimizer and no averaged network. The naive way does not reduce
+gradients in its four passes, which would cost nothing in one process, and runs the teacher once for
+each of its three predictions. Memory is the peak of a step's tensors, including all that lives
+between steps, and the resident memory of the process, which includes malloc's fragmentation; three
+processes each, sorted.
 
-With `--converted` it is instead the same MobileNet from the zoo and converted from plain torch:
-their steps, and batches in the engine at the narrowest and the widest route, in CPU seconds of one
-thread, so that other load on the machine counts less.
+`--converted` compares the same MobileNet from the zoo and converted from plain torch instead: their
+training steps, and batches in the engine along the narrowest and the widest route, in CPU seconds
+of one thread, so that other load on the machine matters less.
 """
 
 from __future__ import annotations
@@ -89,12 +90,12 @@ def ours(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
 
 
 def ideal(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
-    """Plain networks of the same widths: their forwards and backwards, and nothing else."""
+    """Plain networks of the same widths: forward and backward passes only."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     built: dict[Route, nn.Module] = {}
     for route in dict.fromkeys((*net.spec.routes, net.spec.largest)):
         built[route] = plain_network(net.spec, route).to(memory_format=layout)
-        # a first pass is slower: each has had it before any is timed
+        # a network's first pass is slower, so it runs here, untimed
         F.cross_entropy(built[route](x), labels).backward()
 
     def plain(route: Route) -> nn.Module:
@@ -118,7 +119,7 @@ def ideal(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
 
 
 def naive(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
-    """The method as one would write it down."""
+    """The method in its straightforward implementation."""
     optimizer = sgd(net)
     averaged = copy.deepcopy(net).eval()
 
@@ -145,7 +146,7 @@ def naive(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
 
 
 def largest_alone(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
-    """A plain training step of the largest network: the measure of memory."""
+    """A plain training step of the largest network, the reference for memory."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     plain = plain_network(net.spec, net.spec.largest).to(memory_format=layout)
     optimizer = sgd(plain)
@@ -185,7 +186,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
     spec = get_spec(options.model)
     for step in range(options.warm_up + options.rounds):
         routes = sandwich_routes(spec, random.Random(step))
-        # each round begins with another arm, so that none has always the warm or the cold place
+        # each round starts with another arm, so that no arm always runs first or last
         at = step % len(names)
         for name in names[at:] + names[:at]:
             start = time.perf_counter()
@@ -209,7 +210,7 @@ def measure_time(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def same_network(model: str) -> tuple[SlimNet, SlimNet]:
-    """A network of one gate and four widths, of the zoo and converted from plain torch layers."""
+    """A network of one gate and four widths: from the zoo, and converted from plain torch."""
     wide = get_spec(model)
     behind = wide.gated_stages[0]
     stages = tuple(
@@ -226,7 +227,7 @@ def same_network(model: str) -> tuple[SlimNet, SlimNet]:
     plain = plain_network(zoo.spec, zoo.spec.largest).eval()
     layers = sum(3 * s.blocks if s.block == "depthwise_separable" else 1 for s in stages[:behind])
     example = torch.randn(2, zoo.spec.in_channels, 128, 128)
-    whole = [name for name, _ in plain.named_modules() if name.endswith(".reduce")]  # as the zoo's
+    whole = [name for name, _ in plain.named_modules() if name.endswith(".reduce")]  # as in the zoo
     converted = convert(plain, example, gate_at=[str(layers)], protect=whole)
     for own, other in zip(zoo.spec.routes, converted.spec.routes, strict=True):
         assert madds(zoo.spec, own, 128, pooling=False) == madds(converted.spec, other, 128)
@@ -243,7 +244,7 @@ def measure_converted(options: argparse.Namespace) -> dict[str, Any]:
     images = x.numpy()
     engines = []
     for net in nets:
-        for choice in (0, 3):  # hidden features are not negative: all rows take this option
+        for choice in (0, 3):  # all rows take this option, since hidden features are not negative
             (head,) = net.eval().slimming_parameters()
             with torch.no_grad():
                 head.zero_()[choice] = 1.0
@@ -283,7 +284,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def resident(field: str) -> int:
-    """Resident memory of the process now (VmRSS) or at its peak (VmHWM), KiB."""
+    """Resident memory of the process, now (VmRSS) or at its peak (VmHWM), in KiB."""
     status = Path("/proc/self/status").read_text()
     return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
 
@@ -298,9 +299,9 @@ def held_tensors() -> int:
 
 
 def memory_of(options: argparse.Namespace) -> dict[str, float]:
-    """Peak memory of one arm in this process: of its tensors, and resident."""
+    """Peak memory of one arm in this process: tensors, and resident memory."""
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak before, the parent's even, is not ours
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak, which includes the parent's
     options.channels_last = True
     net, x, labels = make(options)
     arm = ARMS[options.memory_of](net, x, labels)
@@ -326,7 +327,7 @@ def memory_of(options: argparse.Namespace) -> dict[str, float]:
 
 
 def measure_memory(options: argparse.Namespace) -> dict[str, Any]:
-    """Each arm in processes of its own."""
+    """Measure each arm in separate processes."""
     found: dict[str, Any] = {}
     for name in ("ours", "naive", "largest_alone"):
         command = [sys.executable, __file__, "--memory-of", name, "--model", options.model]

@@ -1,12 +1,12 @@
-"""Ways to run a routed batch that were tried, beside the one that is used; and where time goes.
+"""Rejected ways to run a routed batch, compared with the one in use; and where the time goes.
 
     python benchmarks/variants.py --json benchmarks/results/variants.json
 
-Every variant changes one thing and runs in turn with the others, on the same batch and decisions;
-the ratio is its time / that of the engine as it is (above 1: slower). `breakdown` is the engine's
-own batch: work on the cores, gathering, and what is left, waiting and deciding. `floor` is what the
-processor could do at best: every layer at the speed of a large matrix product, or at the speed of
-memory if moving its features and weights once takes longer (a roofline).
+Every variant changes one thing and runs in turn with the others, on the same batch and decisions.
+The ratio is its time over that of the unchanged engine (above 1: slower). `breakdown` divides the
+engine's time for a batch into work on the cores, gathering, and the rest (waiting and deciding).
+`floor` is the processor's limit (a roofline): every layer runs at the speed of a large matrix
+product, or at the speed of memory if moving its features and weights once takes longer.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 
 
 class CopiedOrt(OnnxRuntimeBackend):
-    """Without IO binding: results in arrays of the runtime's own, copied to where they belong."""
+    """Without IO binding: the runtime allocates the results, which are then copied."""
 
     def compile(self, form: Variant, shape: VariantShape, *, wide: bool) -> Any:
         session = self._open(form, wide)
@@ -58,7 +58,7 @@ class CopiedOrt(OnnxRuntimeBackend):
 
 
 class ConfiguredOpenVino(OpenVinoBackend):
-    """With other settings of the runtime."""
+    """Other settings of the runtime."""
 
     config: dict[str, Any] = {}  # noqa: RUF012
     fixed = False
@@ -90,19 +90,19 @@ class ConfiguredOpenVino(OpenVinoBackend):
 
 
 class Hinted(ConfiguredOpenVino):
-    """The throughput hint: streams and threads of the runtime's choice."""
+    """The throughput hint: the runtime chooses streams and threads."""
 
     config = {"PERFORMANCE_HINT": "THROUGHPUT"}  # noqa: RUF012
 
 
 class Pinned(ConfiguredOpenVino):
-    """Threads of every model pinned to cores."""
+    """The threads of every model are pinned to cores."""
 
     config = {"NUM_STREAMS": 2, "INFERENCE_NUM_THREADS": 2, "ENABLE_CPU_PINNING": True}  # noqa: RUF012
 
 
 class Fixed(ConfiguredOpenVino):
-    """A program for every number of rows, and buckets padded to them."""
+    """Programs of fixed shapes, one per number of rows; buckets are padded to these."""
 
     config = {"NUM_STREAMS": 2, "INFERENCE_NUM_THREADS": 2, "ENABLE_CPU_PINNING": False}  # noqa: RUF012
     fixed = True
@@ -110,14 +110,14 @@ class Fixed(ConfiguredOpenVino):
 
 
 class FixedCapped(Router):
-    """Pieces as large as the engine's own; padding alone is the difference."""
+    """The engine's own piece sizes, so that padding is the only difference."""
 
     def _prepared(self, form: Variant, size: tuple[int, int]) -> SizedVariant:
         return replace(super()._prepared(form, size), most_rows=8)
 
 
 class GatherInside(Router):
-    """The gather as the first node of the segment, instead of a copy before it."""
+    """The gather is the first node of the segment's graph, instead of a copy before it."""
 
     def __init__(self, net: SlimNet, backend: OnnxRuntimeBackend) -> None:
         super().__init__(net.spec, backend)
@@ -159,7 +159,7 @@ class GatherInside(Router):
 
 
 def breakdown(router: Router, run: Callable[[], object], rounds: int) -> dict[str, float]:
-    """Parts of a batch's time, as shares of wall time x cores; medians."""
+    """Parts of a batch's time as shares of wall time x cores (medians)."""
     spent = {"work": 0.0, "gather": 0.0}
     arrays, piece, take = router.backend.arrays, router._piece, router.backend.arrays.take
 
@@ -189,7 +189,7 @@ def breakdown(router: Router, run: Callable[[], object], rounds: int) -> dict[st
 
 
 def machine() -> dict[str, float]:
-    """Best of many: GFLOP/s of a matrix product and GB/s of a copy, by all cores."""
+    """GFLOP/s of a matrix product and GB/s of a copy on all cores, each the best of many."""
     a = torch.randn(2048, 2048)
     big, other = torch.empty(64_000_000), torch.empty(64_000_000)
     flops = min(_time(lambda: a @ a) for _ in range(15))
@@ -204,7 +204,7 @@ def _time(run: Callable[[], object]) -> float:
 
 
 def floor_ms(net: SlimNet, route: Any, side: int, speed: dict[str, float]) -> float:
-    """Milliseconds of one image along a route at the processor's limits."""
+    """Milliseconds of one image along a route, at the processor's limits."""
     total = 0.0
 
     class Counter(fx.Interpreter):
@@ -263,7 +263,7 @@ def main() -> None:
         return lambda: router.routed(x, lambda gate, _, rows: picked[rows], None)
 
     arms = {name: arm(router) for name, router in routers.items()}
-    for _ in range(3):  # programs compiled, pieces timed
+    for _ in range(3):  # warm-up: programs are compiled and pieces timed
         for run in arms.values():
             run()
     times = interleave(arms, options.rounds)

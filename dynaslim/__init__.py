@@ -1,13 +1,13 @@
 """dynaslim: dynamic slimmable networks, sliced for real.
 
-One trained network, and for every image only as much of it as that image needs.
+One trained network that runs only as much of itself as each image needs.
 
     net = dynaslim.load("checkpoint.safetensors")   # or dynaslim.create_model("ds_mbnet")
     logits = net(x, net.spec.smallest)              # one route for the whole batch
     engine = dynaslim.Engine(net)
     logits, routes, madds = engine(x)               # every image along its own route
 
-Names are imported on first use, so `import dynaslim` costs no torch.
+Names are imported on first use, so `import dynaslim` does not import torch.
 """
 
 import sys
@@ -103,7 +103,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(_HOME[name]), name)
     if "dynaslim.nn.net" in sys.modules:
         import_module("dynaslim.interop.hub")  # adds methods to networks and checkpoints
-    globals()[name] = value  # before a submodule of that name can take its place
+    globals()[name] = value  # so that a submodule of the same name does not shadow it
     return value
 
 

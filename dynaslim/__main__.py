@@ -1,4 +1,4 @@
-"""`python -m dynaslim` is the `dynaslim` command."""
+"""`python -m dynaslim` runs the `dynaslim` command."""
 
 from dynaslim.cli import main
 

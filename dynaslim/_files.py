@@ -1,4 +1,4 @@
-"""Writing files so that a reader, or a crash, never sees half of one; reading what others wrote."""
+"""Atomic writing of files, and validated reading of untrusted ones."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dynaslim.errors import UsageError
 
 T = TypeVar("T")
 _DIGITS: Final = 20
-"""Of a whole number in a file; more is none of ours, and slow to read."""
+"""Most digits of an integer in a file. We write no longer ones, and they are slow to parse."""
 _NOT_SHOWN: Final = ("Cc", "Cs", "Zl", "Zp")
-"""Unicode's categories of what moves a terminal's cursor, breaks lines, or is half a character."""
+"""Unicode categories of control characters, surrogates, and line and paragraph separators."""
 _TURNING: Final = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-"""What changes the direction of the text around it."""
+"""Characters that change the direction of the surrounding text."""
 
 
 def check_writable(path: str | Path) -> Path:
-    """The path, if a file can have that name; a cheap check before long work.
+    """Return the path if a file can be written there; a cheap check before long work.
 
     Raises:
-        UsageError: for a folder, or a name that is none.
-        OSError: if the folder that it lies in, or the nearest there is, cannot be written.
+        UsageError: if it is a folder or an empty name.
+        OSError: if its nearest existing parent folder is not writable.
     """
     target = Path(path)
     if not target.name or target.is_dir():
@@ -46,14 +46,14 @@ def check_writable(path: str | Path) -> Path:
 
 
 def write_atomic(path: str | Path, content: bytes) -> Path:
-    """Write a file whole or not at all: to a temporary name beside it, synced, then renamed.
+    """Write a file atomically: to a temporary file beside it, which is synced and then renamed.
 
-    Parent folders are made. On any error the temporary file is removed and an older file of that
-    name is left as it was.
+    Parent folders are created. On any error the temporary file is removed and an existing file of
+    that name stays unchanged.
 
     Raises:
-        UsageError: as `check_writable`.
-        OSError: if it cannot be written; it names the file.
+        UsageError: as in `check_writable`.
+        OSError: if the file cannot be written; the error names it.
     """
     target = check_writable(path)
     with naming(target):
@@ -72,14 +72,15 @@ def write_atomic(path: str | Path, content: bytes) -> Path:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have every `OSError` inside name this file: a full disk names none, a temporary name is ours.
+    """Make every `OSError` raised inside name this file.
 
-    An error about one of the folders around it is left as it is.
+    The error of a full disk names no file, and others would name our temporary file. An error that
+    names one of the file's parent folders keeps that name.
     """
     try:
         yield
     except OSError as error:
-        # libraries have longer words for what the system has a number for
+        # some libraries put long messages in place of the system's short one
         error.strerror = str(error) if error.errno is None else os.strerror(error.errno)
         named = error.filename
         if not isinstance(named, str | bytes) or Path(os.fsdecode(named)) not in path.parents:
@@ -91,11 +92,11 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def parse_json(content: bytes) -> Any:
-    """Plain values of JSON that nobody need trust.
+    """Parse untrusted JSON into plain values.
 
     Raises:
-        UsageError: if it is not JSON, or has a key twice, a number that is not finite or has too
-            many digits, text that no terminal or page should show, or is nested too deeply.
+        UsageError: if it is not JSON, is nested too deeply, or contains a duplicate key, a number
+            that is not finite or has too many digits, or text that is unsafe to display.
     """
     try:
         value = json.loads(
@@ -138,7 +139,7 @@ def _finite_number(text: str) -> float:
 
 
 def check_text(value: Any) -> None:
-    """Raise `UsageError` for a text in plain values, keys too, that no terminal should show."""
+    """Raise `UsageError` if a string in plain values, or a key, is unsafe to display."""
     if isinstance(value, str):
         for character in value if not value.isprintable() else ():
             if not is_shown(character):
@@ -154,19 +155,19 @@ def check_text(value: Any) -> None:
 
 
 def is_shown(character: str) -> bool:
-    """Whether a terminal or a page can show a character as part of a name."""
+    """Whether a terminal or a page can safely show a character as part of a name."""
     return character not in _TURNING and unicodedata.category(character) not in _NOT_SHOWN
 
 
 def validated(data: Any, kind: type[T], what: str, *, whole: bool = False) -> T:
-    """Plain values as a dataclass or `msgspec.Struct`: each of the type of its field.
+    """Build a dataclass or `msgspec.Struct` from plain values, checking the type of every field.
 
-    Nothing is converted but whole numbers to fractions and lists to tuples. `whole` data have all
-    keys; else fields that are missing have their defaults.
+    The only conversions are from int to float and from list to tuple. With `whole`, all keys must
+    be present; otherwise missing fields take their defaults.
 
     Raises:
-        UsageError: for a value of another type, a key that is missing or unknown, and what the
-            class itself refuses; the message begins with `what` and names the place.
+        UsageError: for a value of the wrong type, a missing or unknown key, or a value that the
+            class itself rejects; the message begins with `what` and names the place.
     """
     import msgspec
 
@@ -179,13 +180,13 @@ def validated(data: Any, kind: type[T], what: str, *, whole: bool = False) -> T:
 
 
 def _in_plain_words(message: str, data: Any) -> str:
-    """The library's message, with the value, which it lacks."""
+    """The library's message with the offending value added."""
     problem, _, place = message.replace("`", "").partition(" - at $")
     place = place.removeprefix(".")
     problem = re.sub(r"^Object missing required field (\w+)$", r"has no '\1'", problem)
     if problem.startswith("Expected "):
         problem, value = problem[0].lower() + problem[1:], data
-        if "[...]" not in place:  # without the keys of mappings
+        if "[...]" not in place:  # msgspec writes [...] for the key of a mapping
             for key, index in re.findall(r"(\w+)|\[(\d+)\]", place):
                 value = value[key or int(index)]
             return f"{place} {reprlib.repr(value)}: {problem}".lstrip()
@@ -193,11 +194,14 @@ def _in_plain_words(message: str, data: Any) -> str:
 
 
 NOT_IN_OLD_FILES: Final = {"not_in_old_files": True}
-"""`metadata` of a dataclass's field that files of earlier versions do not have."""
+"""`metadata` of a dataclass field that files of earlier versions lack."""
 
 
 def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
-    """Raise `UsageError` for keys that are no fields: dataclasses are made regardless of them."""
+    """Raise `UsageError` for unknown keys, which msgspec ignores in dataclasses, and missing ones.
+
+    Missing keys are errors only if the data must be `whole`.
+    """
     if isinstance(made, list | tuple):
         for one, other in zip(data, made, strict=True):
             _check_keys(one, other, what, whole)
@@ -221,10 +225,10 @@ def _check_keys(data: Any, made: Any, what: str, whole: bool) -> None:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """What a YAML file holds, as plain values.
+    """Read a YAML file into plain values.
 
     Raises:
-        UsageError: if it cannot be read, or is not YAML; in one line that names it.
+        UsageError: if it cannot be read or is not YAML; the message is one line and names the file.
     """
     import yaml
 

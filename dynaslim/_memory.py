@@ -1,8 +1,8 @@
-"""How this process gets memory for large tensors.
+"""Reuse of freed memory for large tensors.
 
-glibc gets tensors of more than 32 MB from the kernel and gives them back at once. Each is then
-cleared page by page, which takes longer than most operations on it: at 224 px two thirds of a
-forward pass of 64 rows.
+glibc allocates tensors of more than 32 MB with mmap and returns them to the kernel as soon as they
+are freed. The kernel must then clear the pages of every new tensor, which takes longer than most
+operations on it: at 224 px, two thirds of a forward pass of 64 rows.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import Final, Literal
 
 LARGE: Final = 1 << 25
-"""Bytes of the largest tensor that glibc keeps memory for."""
+"""Bytes of the largest tensor whose freed memory glibc reuses by default."""
 
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_MAX: Final = -4
 
 
 class FreedMemory:
-    """Keeps memory that is freed for the next tensor, for the rest of the process.
+    """Makes glibc keep freed memory for later tensors, for the rest of the process.
 
-    For trainings: `after_step` is to be called after each step. The process then takes at most
-    about twice what it took in the first. Where that much is not available, or another C library
-    is used, nothing changes.
+    For training loops: call `after_step` after each step. The process then uses at most about
+    twice the memory of the first step. Nothing changes where that much is not available, or with
+    another C library.
     """
 
     def __init__(self, processes: int = 1) -> None:
-        """`processes` are those of the run on this machine."""
+        """`processes` is the number of the run's processes on this machine."""
         self.processes = processes
         self.limit: int | None = None
-        """Bytes beyond which free memory is given back; 0 where nothing is kept."""
+        """Resident bytes above which free memory is returned to the kernel; 0 if none is kept."""
 
     def after_step(self) -> None:
-        """Begin to keep memory, or give back what is more than the limit."""
+        """Start keeping memory (first call), or trim free memory if the limit is exceeded."""
         with suppress(OSError, AttributeError, ImportError, ValueError):
             if self.limit is None:
                 self.limit = 0
@@ -45,7 +45,7 @@ class FreedMemory:
 
 
 def _keep(available: int) -> int:
-    import resource  # not on all systems
+    import resource  # missing on some systems
 
     taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     library = ctypes.CDLL(None)
@@ -56,7 +56,7 @@ def _keep(available: int) -> int:
 
 
 def process_bytes(kind: Literal["address space", "resident"]) -> int:
-    """Bytes of this process's address space, or of what of it is in memory.
+    """Bytes of this process's address space, or of its resident memory.
 
     Raises:
         OSError: where /proc is missing.
@@ -66,7 +66,7 @@ def process_bytes(kind: Literal["address space", "resident"]) -> int:
 
 
 def _available() -> int:
-    """Bytes that this process may still take: of the machine, and of the control group it is in."""
+    """Bytes that this process may still allocate, by the limits of machine and control group."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     with suppress(OSError, ValueError):

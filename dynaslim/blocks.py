@@ -1,4 +1,4 @@
-"""The blocks of the zoo as operations: the graph of a `NetSpec`. No torch here."""
+"""Builds the graph of operations of a `NetSpec` from the zoo's blocks. Does not import torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gate_hidden(spec: NetSpec, max_in: int) -> int:
 
 
 def graph_of(spec: NetSpec | GraphSpec) -> Graph:
-    """The operations of a network, in the order in which they run."""
+    """The operations of a network, in execution order."""
     return spec.graph if isinstance(spec, GraphSpec) else _zoo_graph(spec)
 
 
@@ -55,7 +55,7 @@ def _whole(positions: int) -> Axis:
 
 
 class _Writer:
-    """Writes operations one after the other; `at` is the last one, `axis` its channels."""
+    """Appends operations in order; `at` is the name of the last one, `axis` its output channels."""
 
     def __init__(self, spec: NetSpec) -> None:
         self.spec = spec
@@ -67,7 +67,7 @@ class _Writer:
         self.cut_axes: list[Axis] = []
         self.at, self.axis = IMAGE, _whole(spec.in_channels)
         self.slots: Sequence[int] = (spec.in_channels,)
-        """Channels of the stage before, by slot of its batch normalisation."""
+        """Channels of the previous stage, by slot of its batch normalisation."""
 
     def graph(self) -> Graph:
         return Graph(
@@ -81,7 +81,7 @@ class _Writer:
         )
 
     def add(self, name: str, op: str, *args: Any) -> None:
-        """An operation on the last one's result."""
+        """Append an operation on the last one's result."""
         read = {"node": self.at}
         self.nodes.append(Node(name, op, (read, *args), {}, len(self.cuts), name))
         self.at = name
@@ -91,7 +91,7 @@ class _Writer:
         return {"tensor": name}
 
     def group(self, slots: Sequence[int]) -> Axis:
-        """Channels that are cut independently of others; `slots` are their numbers by slot."""
+        """Add a group of channels with its own widths; `slots` are its channel counts by slot."""
         self.groups.append(Group(max(slots), len(self.cuts), tuple(slots)))
         return ((len(self.groups) - 1, 0, max(slots), 1),)
 
@@ -99,7 +99,7 @@ class _Writer:
         self, path: str, out: Axis, kernel: int, stride: int = 1, *,
         depthwise: bool = False, act: bool = True,
     ) -> None:  # fmt: skip
-        """A convolution, its batch normalisation, and the activation."""
+        """Append a convolution, its batch normalisation, and the activation if `act`."""
         square = _whole(kernel)
         inside = _whole(1) if depthwise else self.axis
         weight = self.tensor(f"{path}.conv.weight", out, inside, square, square)
@@ -125,7 +125,7 @@ class _Writer:
         self.add(f"{path}.add", "add.Tensor", {"node": other})
 
     def gate(self, path: str, stage: StageSpec, index: int, max_in: int) -> dict[str, TensorSpec]:
-        """The heads of a block that has them; their tensors."""
+        """Add the gate or attention head of a block, if it has one; return the head's tensors."""
         chooses = index == 0 and stage.gate is not None
         if self.spec.attention_at == "gated" and not chooses:
             return {}
@@ -195,7 +195,7 @@ class _Writer:
             self.conv(f"{path}.body.0", self.group(inner), 1)
             self.conv(f"{path}.body.1", self.group(inner), kernel, stride)
             self.conv(f"{path}.body.2", out, 1, act=False)
-        for name in projection:  # made after the body's
+        for name in projection:  # the shortcut's tensors come after the body's
             self.tensors[name] = self.tensors.pop(name)
         self.join(path, short)
         self.act(f"{path}.act")

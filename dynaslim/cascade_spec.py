@@ -1,8 +1,8 @@
-"""A cascade of whole networks as frozen data: its rungs, and what each costs. No torch here.
+"""A cascade of whole networks as frozen data: its rungs and their costs. Does not import torch.
 
-A cascade is a network of one gate behind a trunk, which is empty unless rungs have layers in
-common. The options of the gate are the *rungs*, the cheapest first. All images run on the first
-one; those that are unsure escalate to another.
+A cascade is treated as a network with one gate behind a trunk. The trunk is empty unless rungs have
+layers in common. The options of the gate are the *rungs*, cheapest first. All images run on the
+first rung; those with an uncertain answer escalate to another.
 """
 
 from __future__ import annotations
@@ -25,30 +25,30 @@ class RungSpec:
 
     name: str
     image_size_px: int
-    """Side of the square that it sees; the cascade's images are resized to it."""
+    """Side of its square input in pixels; the cascade's images are resized to it."""
     madds: int
-    """Multiply-adds of one image, its resizing included."""
+    """Multiply-adds of one image, including its resizing."""
     params: int
     peak: int
-    """Values of its largest feature map."""
+    """Number of values in its largest feature map."""
 
 
 @dataclass(frozen=True)
 class TrunkSpec:
-    """Layers that the first rung has in common with others. They run once for every image."""
+    """Layers that the first rung shares with others. They run once for every image."""
 
     rungs: tuple[int, ...]
-    """Indices of those rungs."""
+    """Indices of the rungs that share the trunk, the first rung included."""
     madds: int
     params: int
     peak: int
     values: int
-    """Of what leaves it for an image: its features, and the image itself for other rungs."""
+    """Number of output values per image: its features, and the image itself for other rungs."""
 
 
 @dataclass(frozen=True)
 class CascadeSpec(Routed):
-    """A cascade: what `NetSpec` is for a network of the zoo.
+    """The spec of a cascade, with the same interface as `NetSpec`.
 
     A route is the number of a rung, from 1: route `2` is the second network alone.
     """
@@ -57,10 +57,10 @@ class CascadeSpec(Routed):
     num_classes: int
     in_channels: int
     image_size_px: int
-    """Side of the images that it takes: that of the rung with the largest."""
+    """Side of the input images in pixels: the largest `image_size_px` of its rungs."""
     rungs: tuple[RungSpec, ...]
     trunk: TrunkSpec | None = field(default=None, metadata=NOT_IN_OLD_FILES)
-    """None where every rung runs whole."""
+    """None if the rungs share no layers."""
 
     def __post_init__(self) -> None:
         check(len(self.rungs) >= 2, f"{self.name}: a cascade needs at least two networks")
@@ -108,7 +108,7 @@ class CascadeSpec(Routed):
         """0 for the trunk, and the index of the rung.
 
         Raises:
-            UsageError: if the route is none of this cascade's.
+            UsageError: if the cascade has no such route.
         """
         check(
             len(route.widths) == 1 and 1 <= route.widths[0] <= len(self.rungs),
@@ -117,7 +117,7 @@ class CascadeSpec(Routed):
         return 0, route.widths[0] - 1
 
     def behind_trunk(self, number: int) -> tuple[int, int]:
-        """Multiply-adds and parameters of a rung, of one that has the trunk behind it."""
+        """Multiply-adds and parameters of a rung, without the trunk's if the rung shares it."""
         rung, trunk = self.rungs[number], self.trunk
         if trunk is None or number not in trunk.rungs:
             return rung.madds, rung.params
@@ -125,7 +125,7 @@ class CascadeSpec(Routed):
 
     @property
     def usual_image_size(self) -> int:
-        """The side in pixels of its images."""
+        """The side of its images in pixels."""
         return self.image_size_px
 
     def check_image_size(self, height: int, width: int) -> None:

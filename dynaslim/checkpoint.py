@@ -1,9 +1,9 @@
 """Checkpoints: one self-describing safetensors file.
 
-The tensors are the network's state dict; the file's metadata holds one JSON object under
-`dynaslim`: format and version, spec, class names, preprocessing, metrics, recipe, a budget curve
-if there is one, and a SHA-256 over all of it and the tensors. Reading rebuilds the network from it,
-and runs no code from the file. Writing is atomic.
+The tensors are the network's state dict. The file's metadata has one JSON object under the key
+`dynaslim`: format and version, spec, class names, preprocessing, metrics, recipe, a budget curve if
+there is one, and a SHA-256 of this object and the tensors. Reading rebuilds the network from the
+spec and runs no code from the file. Writing is atomic.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VERSION: Final = 1
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network and what is needed to use it and to know where it came from."""
+    """A network with everything needed to use it and to trace how it was trained."""
 
     # added by `dynaslim.interop.hub`
     save_pretrained: ClassVar[Callable[..., Path]]
@@ -48,13 +48,13 @@ class Checkpoint:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     budget: Mapping[str, Any] | None = None
-    """What `dynaslim.runtime.budget.BudgetCurve.to_dict` gives; holds for just these weights."""
+    """`BudgetCurve.to_dict` (`dynaslim.runtime.budget`); only valid for these weights."""
 
     @property
     def mirror(self) -> bool:
-        """Whether a mirror image is of the same class by the recipe.
+        """Whether the recipe treats a mirror image as being of the same class.
 
-        `augment.mirror` of every stage that it has; False where it has none.
+        True if `augment.mirror` is true in every stage of the recipe; False without any stage.
         """
         stages = [self.recipe.get(stage) for stage in ("supernet", "gate")]
         found = [
@@ -96,7 +96,7 @@ def create_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> SlimNet:
-    """A new network from the zoo, with random weights.
+    """Create a network of the zoo with random weights.
 
     Raises:
         UsageError: for an unknown name or a class count below 1.
@@ -105,11 +105,12 @@ def create_model(
 
 
 def save(path: str | Path, checkpoint: Checkpoint) -> Path:
-    """Write a checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Raises:
-        CheckpointError: if a weight, a BN statistic, a metric or a cost is not finite, or not JSON.
-        OSError: if the file cannot be written; an older one of that name is left as it was.
+        CheckpointError: if the network is a cascade or a package; if a weight or a BN statistic is
+            not finite; or if metrics, recipe or budget are not finite JSON values.
+        OSError: if the file cannot be written; an existing file of that name stays unchanged.
     """
     if not checkpoint.net.has_weights:
         raise CheckpointError(
@@ -132,7 +133,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
     }
     if checkpoint.budget is not None:
         meta["budget"] = dict(checkpoint.budget)
-    # through JSON once, so that what is hashed is what a reader will hash (tuples become lists)
+    # through JSON once, so that the hash equals a reader's (tuples become lists)
     try:
         meta = json.loads(json.dumps(meta, allow_nan=False))
     except (ValueError, TypeError) as error:
@@ -142,15 +143,15 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
 
 
 def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint that `save` wrote; the network comes back in evaluation mode.
+    """Read a checkpoint that `save` wrote; the network is in evaluation mode.
 
     `path` is a file, the folder of a run or of `save_pretrained`, the name of a model that ships
-    (`dynaslim.shipped`), or an address on the hub such as hf://user/model.
+    with dynaslim (`dynaslim.shipped`), or a hub address such as hf://user/model.
 
     Raises:
-        CheckpointError: if the file is missing, truncated, altered, of another format or of a
-            newer version, or its tensors do not fit its spec.
-        HubError: if there is nothing at the address.
+        CheckpointError: if the file is missing, truncated or altered, has another format or
+            version, or its tensors do not fit its spec.
+        HubError: if the hub cannot be reached or has no checkpoint at the address.
     """
     meta, tensors = _read_verified(checkpoint_file(path))
     try:
@@ -163,8 +164,8 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
         with _Unfilled():
             net = SlimNet(spec, device="meta")
         _check_tensors(path, net, tensors)
-        # copied: in the file they start at any multiple of 8 bytes, and convolutions round the last
-        # bit by how their weights are aligned
+        # copied: in the file tensors are only aligned to 8 bytes, and the alignment of weights
+        # changes the last bit of a convolution's result
         own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
         net.load_state_dict(own, assign=True)
         for parameter in net.parameters():
@@ -182,7 +183,7 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
 
 
 class _Unfilled(TorchFunctionMode):
-    """Leaves out initial values: on the meta device they are none, and import torch's compiler."""
+    """Skips `nn.init`, which has no effect on the meta device and imports torch's compiler."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -195,10 +196,11 @@ class _Unfilled(TorchFunctionMode):
 def load(
     path: str | Path, *, num_classes: int | None = None, device: torch.device | str = "cpu"
 ) -> ElasticNet:
-    """The network of a checkpoint, in evaluation mode; see `read` for what else is in it.
+    """Load the network of a checkpoint, in evaluation mode; `read` returns the rest as well.
 
     Raises:
-        CheckpointError: as `read`, and if `num_classes` is given and is not the checkpoint's.
+        CheckpointError: as in `read`, or if `num_classes` differs from the checkpoint's.
+        HubError: as in `read`.
     """
     net = read(path, device=device).net
     if num_classes is not None and num_classes != net.spec.num_classes:
@@ -209,16 +211,17 @@ def load(
 
 
 def keeps_classifier(checkpoint: Checkpoint, class_names: Sequence[str]) -> bool:
-    """Whether `with_classes` takes the classifier over."""
+    """Whether `with_classes` keeps the checkpoint's classifier."""
     as_many = len(class_names) == checkpoint.net.spec.num_classes
     return as_many and checkpoint.class_names in (None, tuple(class_names))
 
 
 def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> ElasticNet:
-    """A copy of the network, to be trained on these classes; in evaluation mode.
+    """A copy of the network for training on these classes; in evaluation mode.
 
-    The classifier is the checkpoint's where its classes are the same in the same order, or where it
-    names none and has as many. Else it is a new one, drawn by torch's global generator.
+    The checkpoint's classifier is kept if its class names are the same in the same order, or if it
+    has no names but the same number of classes. Otherwise the classifier is initialised anew, from
+    torch's global random generator.
     """
     spec = checkpoint.net.spec.replace(num_classes=len(class_names))
     same = keeps_classifier(checkpoint, class_names)

@@ -1,14 +1,16 @@
-"""What a route costs: multiply-adds and parameters as pure functions of the spec.
+"""The cost of a route: multiply-adds and parameters as pure functions of the spec.
 
-Nothing is run, hooked or cached on a module. `segment_cost` walks the operations that `dynaslim.nn`
-runs, and the tests hold the sum against torch's own FLOP counter; for a converted network,
-conversion did so by `operation_madds`. A table of costs, counted or measured, can be kept in a
-JSON file.
-A multiply-add (MAdd) is counted for convolutions and linear layers; biases and normalisation are
-free, as in the papers: what torch's FLOP counter counts. The released DS-Net code also adds one
-per input element of every average pool. So do we for networks of the zoo, unless `pooling=False`,
-so that their numbers are those published. A converted network has none to match, and its costs have
-multiply-adds alone: compare it with one of the zoo by `pooling=False`.
+No network is run, and modules get no hooks. `segment_cost` walks the operations that `dynaslim.nn`
+runs; the tests compare the sum with torch's FLOP counter. The costs of a converted network were
+counted at conversion, with `operation_madds`. A table of costs, counted or measured, can be stored
+in a JSON file (`dynaslim.cost_file`).
+
+Multiply-adds (MAdds) are counted for convolutions and linear layers, not for biases and
+normalisation, as in the papers and in torch's FLOP counter. The released DS-Net code also adds one
+per input element of every average pool. We do the same for networks of the zoo, so that their
+numbers are the published ones; `pooling=False` turns this off. A converted network has no published
+numbers to match, so its costs are multiply-adds only: use `pooling=False` to compare one of the zoo
+with it.
 """
 
 from __future__ import annotations
@@ -45,24 +47,24 @@ Unit = Literal["madds", "ms"]
 
 
 class SegmentCost(NamedTuple):
-    """What a segment costs at one width behind another, for one image."""
+    """The cost of one variant of a segment (one width in, one width out), for one image."""
 
     madds: int
-    """Of convolutions, linear layers and attention heads."""
+    """Multiply-adds of convolutions, linear layers and attention heads."""
     pool_adds: int
-    """One for each value that is averaged."""
+    """Additions of average pooling, one for each value."""
     head_madds: int
-    """What the decision behind it costs."""
+    """Multiply-adds of the gate's decision at the end of the segment."""
     params: int
     head_params: int
     out: tuple[int, int, int]
-    """Channels, height and width of the features that leave it; (classes, 1, 1) at the end."""
+    """Channels, height and width of the output features; (classes, 1, 1) for the last segment."""
     peak: int
-    """Values of its largest feature map."""
+    """Number of values in its largest feature map."""
 
 
 def operation_madds(kind: str, inputs: Sequence[Sequence[int]], out: Sequence[int]) -> int:
-    """Multiply-adds of an operation, such as `conv2d`, from the shapes of its tensors."""
+    """Multiply-adds of an operation, such as `conv2d`, from the shapes of its inputs and output."""
     if kind == "conv_transpose2d":
         return math.prod(inputs[0]) * math.prod(inputs[1][1:])
     if kind.startswith("conv"):
@@ -169,16 +171,16 @@ def _weights(graph: Operations, node: Node) -> list[str]:
 
 
 def _values(graph: Operations, names: Iterable[str], units: Units) -> int:
-    """Values that are left of parameters, each counted once."""
+    """Number of values that are kept of the named parameters, each counted once."""
     axes = (graph.tensors[name].axes for name in dict.fromkeys(names))
     return sum(math.prod(kept_count(axis, units) for axis in own) for own in axes)
 
 
 def route_costs(spec: AnySpec, route: Route, image_size: ImageSize) -> list[SegmentCost]:
-    """The costs of the segments on a route."""
+    """The cost of every segment on a route."""
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
     indices = spec.segment_indices(route)
-    if isinstance(spec, CascadeSpec):  # alone, a rung needs no other's trunk
+    if isinstance(spec, CascadeSpec):  # a rung that runs alone does not need the shared trunk
         spec = replace(spec, trunk=None)
     path = itertools.pairwise((indices[0], *indices))
     return [segment_cost(spec, number, a, b, size) for number, (a, b) in enumerate(path)]
@@ -194,12 +196,12 @@ def madds(
 ) -> int:
     """Multiply-adds of one image along a route; `image_size` in pixels.
 
-    `pooling` counts what average pools add up in a network of the zoo. Without it the result
-    equals `torch.utils.flop_counter.FlopCounterMode` / 2 of the static forward.
-    `slimming_heads` adds what deciding costs, which a static forward does not pay.
+    `pooling` counts the additions of average pooling in a network of the zoo. Without it the result
+    is half of what `torch.utils.flop_counter.FlopCounterMode` counts in the static forward pass.
+    `slimming_heads` adds the cost of the gates' decisions, which a static forward does not have.
 
     Raises:
-        UsageError: if the route is none of the network's or the image is too small for it.
+        UsageError: if the network has no such route or the image is too small for it.
     """
     return sum(
         cost.madds + pooling * cost.pool_adds + slimming_heads * cost.head_madds
@@ -208,7 +210,7 @@ def madds(
 
 
 def params(spec: AnySpec, route: Route | str | Sequence[int] | None = None) -> int:
-    """Parameters of the whole supernet with its gates, or of the sub-network along a route."""
+    """Number of parameters of the supernet with its gates, or of the sub-network along a route."""
     if isinstance(spec, CascadeSpec) and route is None:
         trunk = 0 if spec.trunk is None else spec.trunk.params
         return trunk + sum(spec.behind_trunk(number)[1] for number in range(len(spec.rungs)))
@@ -218,9 +220,9 @@ def params(spec: AnySpec, route: Route | str | Sequence[int] | None = None) -> i
 
 
 def program_params(spec: AnySpec) -> int:
-    """Parameters of all programs of a routed network: one for every variant of every segment.
+    """Total parameters of a routed network's programs, one for every variant of every segment.
 
-    Programs of ONNX Runtime and OpenVINO have weights of their own; those of torch share them.
+    Programs of ONNX Runtime and OpenVINO each have their own weights; torch programs share them.
     """
     if isinstance(spec, CascadeSpec):
         return params(spec)
@@ -233,7 +235,7 @@ def program_params(spec: AnySpec) -> int:
 
 
 def _any_size(spec: AnySpec) -> tuple[int, int]:
-    """A size of image that the network takes: its number of parameters does not depend on it."""
+    """A valid image size, for counting parameters, whose number does not depend on it."""
     if isinstance(spec, GraphSpec):
         return spec.image_size
     side = spec.total_stride if isinstance(spec, NetSpec) else spec.usual_image_size
@@ -241,17 +243,17 @@ def _any_size(spec: AnySpec) -> tuple[int, int]:
 
 
 def segment_choices(spec: AnySpec) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The width indices before and behind every segment."""
+    """The width indices that are possible before and behind every segment."""
     return itertools.pairwise([(0,), (0,), *(gate.choices for gate in spec.gates)])
 
 
 @dataclass(frozen=True)
 class CostTable:
-    """Cost of every segment form: `segments[j][a][b]` for in-choice a and out-choice b.
+    """The cost of every variant: `segments[j][a][b]` for segment j, option a in, option b out.
 
-    Choices count the options of the gates on either side (position in `GateSpec.choices`, not
-    width index); the trunk is 1x1, the segment behind the first gate 1xK. Unit: MAdds or ms per
-    image, slimming heads and attention included.
+    Options are positions in `GateSpec.choices` of the gates on either side, not width indices. The
+    trunk's table is 1x1, that of the segment behind the first gate 1xK. The unit is MAdds or ms per
+    image, including slimming heads and attention.
     """
 
     unit: Unit
@@ -274,18 +276,18 @@ class CostTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], spec: AnySpec) -> CostTable:
-        """Rebuild a table from `to_dict` and check that it is one for the network's gates.
+        """Rebuild a table from `to_dict` and check that it fits the network's gates.
 
         Raises:
-            UsageError: for missing or unknown keys, an unknown unit, shapes that are not the
-                network's, or costs that are not finite numbers of at least 0.
+            UsageError: for missing or unknown keys, an unknown unit, shapes that do not fit the
+                network, or costs that are not finite numbers of at least 0.
         """
         table = validated(data, cls, "cost table", whole=True)
         table.check_fits(spec)
         return table
 
     def check_fits(self, spec: AnySpec) -> None:
-        """Raise `UsageError` unless the table is one for the network's gates."""
+        """Raise `UsageError` unless shapes and costs of the table are valid for the network."""
         shapes = [(len(before), len(behind)) for before, behind in segment_choices(spec)]
         check(
             len(self.segments) == len(shapes),
@@ -306,11 +308,11 @@ class CostTable:
 
     @property
     def widest_cost(self) -> float:
-        """Cost of one image that takes the last option of every gate."""
+        """Cost of one image for which every gate takes its last option."""
         return self.route_cost([len(segment[0]) - 1 for segment in self.segments[1:]])
 
     def route_cost(self, choices: Sequence[int]) -> float:
-        """Cost of one image whose gate g took its option number `choices[g]`."""
+        """Cost of one image for which gate g takes option `choices[g]`."""
         path = (0, *choices)
         total = self.segments[0][0][0]
         for j in range(1, len(self.segments)):
@@ -320,8 +322,9 @@ class CostTable:
     def expected(self, gates: Sequence[torch.Tensor]) -> torch.Tensor:
         """Cost per image (B,) of one-hot or soft gates, one (B, K) tensor each; differentiable.
 
-        Consecutive gates enter as gᵀ·M·g', so the gradient of an option is what switching to it
-        would change, which the product of two width sums is not.
+        Consecutive gates g and g' contribute gᵀ·M·g', where M is the segment's table. The gradient
+        for an option is then the change in cost from switching to it; a product of two expected
+        widths does not have this property.
         """
         import torch
 

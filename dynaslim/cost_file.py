@@ -1,4 +1,4 @@
-"""Files of cost tables, counted or measured, for training gates and merging buckets."""
+"""JSON files of cost tables, counted or measured, for training gates and merging buckets."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _CostFile:
     model: str
     choices: tuple[tuple[int, ...], ...]
     image_size_px: tuple[int, int]
-    """Height and width."""
+    """Height and width of the images."""
     note: dict[str, Any]
     unit: Unit
     segments: tuple[tuple[tuple[float, ...], ...], ...]
@@ -38,13 +38,14 @@ def write_cost_table(
     *,
     note: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a table for a network as JSON, whole or not at all.
+    """Write a network's cost table as JSON, atomically.
 
-    `image_size` in pixels is that of the images; `note` holds plain JSON values for readers
-    (hardware, backend, batch size).
+    `image_size` is in pixels. `note` has plain JSON values as information for people (hardware,
+    backend, batch size).
 
     Raises:
-        UsageError: if the table is not one for the network, or the note is not plain JSON.
+        UsageError: if the table does not fit the network, the image size is not possible, or the
+            note is not plain JSON.
         OSError: if the file cannot be written.
     """
     size = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -73,7 +74,7 @@ def read_cost_table(
 
     Raises:
         UsageError: if the file cannot be read, is not a cost table, is for another network, other
-            choices of its gates or another image size, or has a cost that cannot be one.
+            gate choices or another image size, or has a cost that is negative or not finite.
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""The demo: both stages on real images that ship with the package, and their results."""
+"""The demo: trains and evaluates both stages on real images that ship with the package."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from dynaslim.train.step import SupernetLosses
 MODEL: Final = "ds_mbnet_tiny"
 IMAGE_SIZE_PX: Final = 32
 README_TOP1: Final = {"widest route": 0.8660, "gate": 0.8650, "budget": 0.8620}
-"""The README's numbers of the demo by default; other processors differ a little."""
+"""Top-1 in the README, for the default options; other processors give slightly other numbers."""
 HELD_OUT: Final = 0.1
 """Share of the training images that budgets are calibrated on."""
 LOG_EVERY: Final = 10
@@ -40,16 +40,16 @@ LOG_EVERY: Final = 10
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo measured and the files it wrote."""
+    """The measurements of a demo run and the files it wrote."""
 
     evaluation: Evaluation
     budgeted: tuple[float, Outcome]
-    """A budget, a share of the widest route's cost, and what it gives on the test images."""
+    """A budget, as a share of the widest route's cost, and its outcome on the test images."""
     seconds: float
     files: dict[str, Path]
 
     def beside_readme(self) -> str:
-        """How far this run is from the one that the README shows, in a sentence."""
+        """Differences in top-1 between this run and the README's, as text."""
         assert self.evaluation.dynamic is not None
         widest = max(self.evaluation.routes, key=lambda route: route.madds)
         found = (widest.top1, self.evaluation.dynamic.top1, self.budgeted[1].top1)
@@ -79,13 +79,13 @@ class Demo:
 
 
 def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None) -> Demo:
-    """Train, evaluate and save in folder `out`; `train_images` takes only the first so many.
+    """Train, evaluate and save in folder `out`; `train_images` limits the number of images.
 
     Raises:
-        UsageError: for a recipe that makes no sense.
-        OSError: if the folder cannot be written; found out before training.
+        UsageError: for options that make no valid recipe.
+        OSError: if the folder cannot be created (raised before training) or written.
     """
-    # in few epochs a teacher learns too late: all widths learn faster from labels
+    # in few epochs the teacher gets good too late: all widths learn faster from labels
     target, seed = options.target, options.seed
     stage1 = SupernetRecipe(model=MODEL, epochs=options.epochs, seed=seed, target="labels")
     stage2 = GateRecipe(targets=target, seed=seed)
@@ -103,7 +103,7 @@ def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None
     if train_images is not None:
         train = train.subset(torch.arange(train_images))
 
-    torch.manual_seed(seed)  # the initial weights; all other randomness is seeded by its step
+    torch.manual_seed(seed)  # for the initial weights; all other randomness is seeded by step
     live = create_model(MODEL, num_classes=len(train.class_names))
     lines: list[bytes] = []
     steps = itertools.count(1)

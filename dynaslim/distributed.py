@@ -1,7 +1,7 @@
-"""What processes of one run exchange, where torch.distributed has been started.
+"""Collectives between the processes of one run, if torch.distributed is initialised.
 
-Alone, every function is the identity: callers need no condition. How the processes are started
-(torchrun through Fabric) is not part of this module.
+In a single process every function returns its own value, so callers need no special case. Starting
+the processes (torchrun through Fabric) is not part of this module.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 def world_size() -> int:
-    """Processes of this run."""
+    """Number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """The number of this process, from 0."""
+    """Rank of this process, from 0."""
     return dist.get_rank() if world_size() > 1 else 0
 
 
@@ -41,7 +41,7 @@ def average_(tensors: Sequence[Tensor]) -> None:
 
 
 def largest(value: int) -> int:
-    """The largest of all processes' values; cheap enough for every step."""
+    """The maximum over all processes; cheap enough for every step."""
     if world_size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -51,7 +51,7 @@ def largest(value: int) -> int:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks; for small things and CPU tensors."""
+    """The values of all processes, in order of rank; for small objects and CPU tensors."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

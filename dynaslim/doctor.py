@@ -1,8 +1,8 @@
-"""Which libraries and backends are installed and work, with the commands that install the rest.
+"""Checks which libraries and backends work, and gives the commands that install missing ones.
 
-Libraries are imported and backends run (`python -m dynaslim.doctor BACKEND...`) in other processes,
-because a library can crash its process (built for other instructions) or never return. The machine
-itself is described by `python -m torch.utils.collect_env`.
+Libraries are imported and backends run (`python -m dynaslim.doctor BACKEND...`) in subprocesses,
+because a library can crash its process (for example, if built for another instruction set) or hang.
+For a description of the machine, use `python -m torch.utils.collect_env`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from dynaslim.runtime.libraries import installed
 from dynaslim.version import __version__
 
 NEEDS: Final = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
-"""Libraries of the backends besides torch."""
+"""Libraries that a backend needs besides torch."""
 MODULES: Final = {
     "pillow": "PIL",
     "pyyaml": "yaml",
@@ -37,11 +37,11 @@ MODULES: Final = {
     "opentelemetry-exporter-otlp-proto-http": "opentelemetry.exporter.otlp.proto.http",
     "opentelemetry-instrumentation-fastapi": "opentelemetry.instrumentation.fastapi",
 }
-"""Modules whose names differ from those of their libraries."""
+"""Names of modules that differ from the names of their libraries."""
 LIBRARY_S: Final = 120.0
-"""Seconds that importing a library may take; a cold disk is slow."""
+"""Time limit in seconds for importing a library; the first read from a slow disk takes long."""
 TOLERANCE: Final = 1e-3
-"""Largest error of a backend that works, relative to the network's largest output."""
+"""Largest error of a working backend, relative to the network's largest output."""
 
 Values = dict[str, Any]
 
@@ -49,7 +49,7 @@ Values = dict[str, Any]
 class Library(NamedTuple):
     name: str
     extras: tuple[str, ...] = ()
-    """Extras of dynaslim that need it; none if it is required."""
+    """Extras of dynaslim that need it; empty for a required library."""
 
     @property
     def module(self) -> str:
@@ -57,7 +57,7 @@ class Library(NamedTuple):
 
 
 def libraries(requirements: Iterable[str]) -> list[Library]:
-    """The libraries in a package's metadata, without those for its development."""
+    """The libraries in a package's requirements, except those of the extras dev and docs."""
     found: dict[str, tuple[str, ...]] = {}
     for line in requirements:
         name = re.split(r"[^\w.-]", line)[0]
@@ -69,16 +69,16 @@ def libraries(requirements: Iterable[str]) -> list[Library]:
 
 try:
     LIBRARIES = libraries(metadata.requires("dynaslim") or [])
-except metadata.PackageNotFoundError:  # source code that is not installed
+except metadata.PackageNotFoundError:  # dynaslim is run from source, not installed
     LIBRARIES = []
 
 
 def examine(*, quick: bool = False, timeout_s: float = 120.0) -> Values:
-    """Check the installation; JSON values. `ok` is False if there are `problems`.
+    """Check the installation; returns JSON values. `ok` is False if there are `problems`.
 
-    `quick` leaves out the backend that compiles for half a minute, looks libraries up without
-    importing them, and runs the other backends in one process. `timeout_s` limits each process in
-    which backends run.
+    `quick` skips inductor, which compiles for half a minute, looks libraries up without importing
+    them, and runs the other backends in one process. `timeout_s` limits each process that runs
+    backends.
     """
     libraries = []
     results = {name: left_out for name in BACKENDS if (left_out := _left_out(name, quick))}
@@ -103,11 +103,11 @@ def examine(*, quick: bool = False, timeout_s: float = 120.0) -> Values:
     return {"ok": not problems, "problems": problems, "hints": list(_hints(found)), **found}
 
 
-# -- in other processes ----------------------------------------------------------------------------
+# -- in subprocesses -------------------------------------------------------------------------------
 
 
 def run_process(*arguments: str, seconds: float) -> tuple[str, str | None]:
-    """Run Python with arguments; returns its output, and the error if it failed."""
+    """Run Python with arguments; returns its output, and an error message if it failed."""
     process = subprocess.Popen(
         [sys.executable, *arguments],
         stdin=subprocess.DEVNULL,
@@ -115,7 +115,7 @@ def run_process(*arguments: str, seconds: float) -> tuple[str, str | None]:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        start_new_session=True,  # to end a compiler that it starts, too
+        start_new_session=True,  # so that killpg also ends a compiler that it starts
     )
     try:
         out, errors = process.communicate(timeout=seconds)
@@ -132,7 +132,7 @@ def run_process(*arguments: str, seconds: float) -> tuple[str, str | None]:
 
 
 def run_backends(names: list[str], seconds: float) -> dict[str, Values]:
-    """Results by backend, from one process; where that fails, from one for each."""
+    """Results by backend, from one process for all; if that fails, from one process for each."""
     out, why = run_process("-m", "dynaslim.doctor", *names, seconds=seconds)
     if why is None:
         return dict(json.loads(out.splitlines()[-1]))
@@ -142,7 +142,7 @@ def run_backends(names: list[str], seconds: float) -> dict[str, Values]:
 
 
 def _run_backend(name: str) -> Values:
-    """Route a few rows of a small network by a backend and compare them with the network's."""
+    """Route a few rows through a small network by a backend and compare with the network itself."""
     import torch
 
     if name == "cudagraph":
@@ -156,7 +156,7 @@ def _run_backend(name: str) -> Values:
     from dynaslim.spec import GateSpec, NetSpec, StageSpec
 
     trunk = StageSpec((4,), block="conv", stride=2)
-    # one choice: two forms, because compilers take long for each
+    # one choice, so that only two variants are compiled: compilers take long for each
     spec = NetSpec("doctor", (trunk, StageSpec((8,), gate=GateSpec((0,)))), num_classes=3)
     torch.manual_seed(0)
     net = SlimNet(spec, device="cuda" if name == "cudagraph" else None).eval()
@@ -184,10 +184,10 @@ def _library(library: Library, quick: bool) -> Values:
     if installed(library.module):
         with suppress(metadata.PackageNotFoundError):
             version = metadata.version(library.name)
-        if not quick:  # without the working folder, where a module may have a library's name
+        if not quick:  # -P: a module in the working folder may have a library's name
             _, error = run_process("-P", "-c", f"import {library.module}", seconds=LIBRARY_S)
         status = "broken" if error else "installed" if quick else "works"
-        # the same version again: its files are damaged, or do not fit this machine
+        # if broken, install the same version again: its files are damaged or for another machine
         install = f"{install}{f'=={version}' if version else ''} --force-reinstall"
     return {
         "name": library.name,
@@ -201,7 +201,7 @@ def _library(library: Library, quick: bool) -> Values:
 
 
 def _left_out(name: str, quick: bool) -> Values:
-    """The result of a backend that cannot be tried; empty if it can."""
+    """The result for a backend that cannot be tried; empty if it can."""
     missing = [library for library in ("torch", *NEEDS.get(name, ())) if not installed(library)]
     if missing:
         why, install = f"{' and '.join(missing)} not installed", f"pip install {' '.join(missing)}"
@@ -224,7 +224,7 @@ def _backend(name: str, result: Values) -> Values:
 
 
 def describe_cache() -> Values:
-    """The folder of compiled programs, and why it cannot be written, if so."""
+    """The folder of compiled programs, and the reason if it is not writable."""
     try:
         folder = cache.cache_folder("").parent
     except RuntimeError as error:
@@ -234,7 +234,7 @@ def describe_cache() -> Values:
 
 
 def _problems(found: Values) -> Iterator[str]:
-    """Broken or missing required parts, in one line each."""
+    """One line for each broken part and each missing required library."""
     for one in found["libraries"]:
         if one["status"] == "broken":
             yield f"{one['name']} does not load: {one['error']}; {one['install']}"
@@ -246,7 +246,7 @@ def _problems(found: Values) -> Iterator[str]:
 
 
 def _hints(found: Values) -> Iterator[str]:
-    """Optional improvements, in one line each."""
+    """One line for each optional improvement."""
     rest = [o["name"] for o in found["libraries"] if not o["required"] and o["status"] == "missing"]
     if rest:
         yield f"optional libraries are missing: pip install {' '.join(rest)}"
@@ -264,6 +264,6 @@ def _hints(found: Values) -> Iterator[str]:
 if __name__ == "__main__":
     try:
         found = {name: _run_backend(name) for name in sys.argv[1:]}
-        sys.stdout.write(f"\n{json.dumps(found)}\n")  # behind what libraries printed
-    except DynaslimError as error:  # of others the last line has the type, too
+        sys.stdout.write(f"\n{json.dumps(found)}\n")  # on a new line after libraries' own output
+    except DynaslimError as error:  # without the type; other errors end with "Type: message"
         sys.exit(str(error))

@@ -1,12 +1,12 @@
-"""The errors a user can cause: one line each, naming the value and what would be right."""
+"""Errors that a user can cause. A message is one line: the wrong value and what is expected."""
 
 from typing import Any
 
 
 class DynaslimError(ValueError):
-    """Something given to dynaslim is wrong; the message names it and what would be right.
+    """An input to dynaslim is wrong; the message names it and what is expected.
 
-    The command line prints the message without a traceback and leaves with `exit_code`.
+    The command line prints the message without a traceback and exits with `exit_code`.
     """
 
     exit_code = 1
@@ -14,17 +14,17 @@ class DynaslimError(ValueError):
     def __init__(self, message: str = "", **details: Any) -> None:
         super().__init__(message)
         self.details = details
-        """The contents of the message, as data."""
+        """The parts of the message as data."""
 
 
 class UsageError(DynaslimError):
-    """The request itself is wrong: an unknown name, a route that the network does not have."""
+    """The request is wrong, for example an unknown name or a route that the network lacks."""
 
     exit_code = 2
 
 
 class ConversionError(UsageError):
-    """A model cannot be converted, because of one operation in it or one of its weights."""
+    """A model cannot be converted because of one of its operations or weights."""
 
     def __init__(self, module: str, operation: str, reason: str) -> None:
         parts = (module or "the model itself", operation, reason)
@@ -33,11 +33,11 @@ class ConversionError(UsageError):
 
 
 class CheckpointError(DynaslimError):
-    """A checkpoint cannot be read, or is not of the kind it claims to be."""
+    """A checkpoint cannot be read or written, or its content is not valid."""
 
 
 class HubError(DynaslimError):
-    """The hub cannot be reached, does not have what is requested, or does not allow it."""
+    """The hub cannot be reached, lacks what is requested, or refuses access."""
 
 
 class DataError(DynaslimError):
@@ -45,15 +45,15 @@ class DataError(DynaslimError):
 
 
 class TrainingError(DynaslimError):
-    """Training cannot go on: a loss is not finite, or the recipe does not fit the data."""
+    """Training cannot continue: a loss is not finite, or the recipe does not fit the data."""
 
 
 class DynaslimWarning(UserWarning):
-    """Something is wrong that costs no answer; the message names it and what would be right."""
+    """Something is wrong, but results are still produced; the message names it and a remedy."""
 
 
 def first_line(error: BaseException) -> str:
-    """The message of another library's error in one line; its type where it has none."""
+    """The first line of an error's message; the error's type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

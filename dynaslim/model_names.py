@@ -1,15 +1,15 @@
-"""What the name of a model stands for: a checkpoint, an exported package or an architecture.
+"""Resolves the name of a model to a checkpoint, an exported package or an architecture.
 
     runs/x/last.safetensors     a checkpoint file
     runs/x                      the folder of a run, or of `save_pretrained`: the checkpoint in it
     hf://user/model@v1          a repository on the hub: its checkpoint, downloaded
     cifar10                     a network that ships with dynaslim (`dynaslim.shipped`)
     package                     the folder of an exported package
-    imagenet                    a package that is made at its first use (`MADE`)
-    ds_mbnet, net.yaml          an architecture of the zoo, or the file of one
+    imagenet                    a package that is made on first use (`MADE`)
+    ds_mbnet, net.yaml          an architecture of the zoo, or a spec file
 
-A file or a package of that name comes before a network that ships; another folder, such as one of
-images, does not. No torch here.
+A file or a package takes precedence over a shipped network of the same name; other folders, such as
+one of images, do not. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -28,32 +28,32 @@ Kind = Literal["checkpoint", "package", "architecture"]
 KINDS: Final[tuple[Kind, ...]] = ("checkpoint", "package", "architecture")
 
 WEIGHTS: Final = "model.safetensors"
-"""The checkpoint in a folder of `save_pretrained`, as the hub's own tools call it."""
+"""The checkpoint in a folder of `save_pretrained`; the file name is the hub's convention."""
 MANIFEST: Final = "manifest.json"
-"""The file that makes a folder an exported package."""
+"""The file by which a folder is recognised as an exported package."""
 _OF_RUNS: Final = ("last", "best", "last_live", "checkpoint")
-"""Checkpoints of a run of stage I, the one that stands for it first, and the demo's."""
+"""Checkpoints of a run of stage I, in order of preference, and the demo's."""
 MADE: Final[dict[str, Callable[[], Path]]] = {}
-"""Makers of packages by name, called at the first use; `dynaslim.cli` adds them."""
+"""Functions that make the packages of these names on first use; `dynaslim.cli` adds them."""
 _ADDRESS: Final = re.compile(r"hf:/+(?P<name>[^@]+)(?:@(?P<revision>.+))?")
 
 
 class Model(NamedTuple):
-    """What a name stands for."""
+    """The model that a name refers to."""
 
     kind: Kind
     path: Path
-    """The checkpoint file, the package's folder, or the name or file of the architecture."""
+    """The checkpoint file, the package's folder, or the architecture's name or spec file."""
 
 
 def find_model(name: str | Path, kinds: tuple[Kind, ...] = KINDS) -> Model:
-    """What a name stands for, of the kinds that are wanted; what is on the hub is downloaded.
+    """Find the model of a name among the given kinds; downloads from the hub if needed.
 
-    Of a run with several gates it is the checkpoint of the middle one.
+    For a run with several gates, the result is the checkpoint of the middle one.
 
     Raises:
-        CheckpointError: if there is nothing of that name.
-        UsageError: for an unknown name of an architecture.
+        CheckpointError: if there is no such model.
+        UsageError: for an unknown architecture.
         HubError: if the hub cannot be reached and its cache does not have the checkpoint.
     """
     text, path = str(name), Path(name)
@@ -85,15 +85,15 @@ def find_model(name: str | Path, kinds: tuple[Kind, ...] = KINDS) -> Model:
 
 
 def checkpoint_file(name: str | Path) -> Path:
-    """The checkpoint that a name stands for; raises as `find_model`."""
+    """The checkpoint file of a name; raises the errors of `find_model`."""
     return find_model(name, ("checkpoint",)).path
 
 
 def run_or_checkpoint(name: str | Path) -> Path:
-    """The folder of a run as it is; else the checkpoint that a name stands for.
+    """The path itself if it is the folder of a run, else the checkpoint file of the name.
 
     Raises:
-        CheckpointError, HubError: as `find_model`.
+        CheckpointError, HubError: as in `find_model`.
     """
     path = Path(name)
     is_folder = path.is_dir() and not is_saved_folder(path)
@@ -101,24 +101,24 @@ def run_or_checkpoint(name: str | Path) -> Path:
 
 
 def is_package(path: str | Path) -> bool:
-    """Whether there is a folder with a manifest of ours, valid or not."""
+    """Whether the path is a folder with a package's manifest, valid or not."""
     return (Path(path) / MANIFEST).is_file()
 
 
 def is_saved_folder(path: str | Path) -> bool:
-    """Whether a path is a folder with a checkpoint as `save_pretrained` writes them."""
+    """Whether a path is a folder that `save_pretrained` wrote."""
     return (Path(path) / WEIGHTS).is_file()
 
 
 def is_hub_address(path: str | Path) -> bool:
-    """Whether a path is the address of a repository: hf://user/model, or hf://user/model@v1."""
-    return _ADDRESS.fullmatch(str(path)) is not None  # one slash, after it was a `Path`
+    """Whether a path is a hub address such as hf://user/model or hf://user/model@v1."""
+    return _ADDRESS.fullmatch(str(path)) is not None  # a `Path` collapses the two slashes to one
 
 
 def run_checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints that stand for the folder of a run: every gate's, or the one of its network.
+    """The checkpoints of a run's folder: those of all gates, or else the one of its network.
 
-    The order is that of the gates' targets; empty for any other folder.
+    Gates are in the order of their targets. The list is empty for any other folder.
     """
     gates = sorted(Path(folder).glob("gate*.safetensors"))
     others = (Path(folder) / f"{name}.safetensors" for name in _OF_RUNS)
@@ -137,10 +137,10 @@ def download(
     local_files_only: bool = False,
     force_download: bool = False,
 ) -> Path:
-    """The checkpoint of a repository such as "user/model", in the hub's cache.
+    """Download the checkpoint of a repository such as "user/model" to the hub's cache.
 
     Raises:
-        HubError: if there is no such repository on the hub or in its cache.
+        HubError: if it is neither in the cache nor available from the hub.
     """
     with plain_hub_errors(name):
         from huggingface_hub import hf_hub_download
@@ -159,7 +159,7 @@ def download(
 
 @contextmanager
 def plain_hub_errors(name: str) -> Iterator[None]:
-    """Turn the errors of the hub's library into a `HubError` of one line."""
+    """Turn errors of the hub's library into a `HubError` with a message of one line."""
     from huggingface_hub import errors
 
     try:
@@ -167,7 +167,7 @@ def plain_hub_errors(name: str) -> Iterator[None]:
     except DynaslimError:
         raise
     except Exception as error:
-        # the first that fits: the library derives its errors from each other
+        # the first match wins: some of these classes are subclasses of others
         reasons = {
             errors.HFValidationError: "not a name on the hub, give one such as user/model",
             errors.GatedRepoError: "access must be granted on its page first, see hf auth",
@@ -183,7 +183,7 @@ def plain_hub_errors(name: str) -> Iterator[None]:
         for kinds, reason in reasons.items():
             if isinstance(error, kinds):
                 raise HubError(f"{name}: {reason}") from None
-        # the library under the hub's differs by its version, and so do its errors
+        # the HTTP library below huggingface_hub depends on its version, and so do the errors
         if type(error).__module__.partition(".")[0] not in ("httpx", "requests"):
             raise
         raise HubError(f"{name}: the hub is not reached: {first_line(error)}") from None

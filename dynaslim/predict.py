@@ -1,7 +1,7 @@
-"""Predictions for image files: pictures are decoded in the background while the engine runs.
+"""Predictions for image files, which are decoded in the background while the engine runs.
 
-Nothing here needs torch or a data set: an exported package is enough. Files stream through, so that
-memory does not grow with their number.
+This module needs neither torch nor a data set: an exported package is enough. Files are processed
+as a stream, so memory does not grow with their number.
 
 Suffixes: B images of a batch, C channels, S side in pixels, N classes, G gates.
 """
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from dynaslim.runtime.options import RoutedOutput
 
 AHEAD: Final = 2
-"""Batches that are decoded, or about to be, while the engine works on one."""
+"""Batches decoded or queued for decoding while the engine works on one."""
 BATCH_SIZE: Final = 64
 _MOST_WORKERS: Final = 32
 
@@ -43,26 +43,26 @@ Budget = float | str | None
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """The answer for an image, and what it cost."""
+    """The answer for an image, and its cost."""
 
     file: str
-    """As it was named; bytes of a name that are no UTF-8 are written as \\xNN."""
+    """The file's name as given; bytes that are not UTF-8 are written as \\xNN."""
     label: int
     """Number of the class, from 0."""
     class_name: str | None
-    """None where the network does not know its classes' names."""
+    """Name of the class; None if the network has no class names."""
     confidence: float
     """Softmax of the class's logit, 0..1."""
     route: str
     """Widths of the stages, such as 12-24-48-80-160."""
     madds: float
-    """Multiply-adds that the image cost, those of all its routes if it is escalated."""
+    """Multiply-adds spent on the image, summed over all its routes if it escalated."""
     escalated: bool = False
-    """Whether it was unsure and escalated, last to `route`."""
+    """Whether the image escalated because its margin was small; `route` is its last route."""
     mirrored: bool = False
-    """Whether the last of these was its mirror image, and the answer is the mean of both."""
+    """Whether the last step ran the mirror image; the answer is then the mean of both."""
     top: tuple[tuple[int, str | None, float], ...] = ()
-    """Label, name and softmax of the likeliest classes, in order, if more than one was wanted."""
+    """Label, name and softmax of the likeliest classes, in order, if `top_k` is above 1."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `label` is called `class`, as in the tables."""
@@ -85,7 +85,7 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """An image that there is no prediction for."""
+    """An image without a prediction, because it cannot be read."""
 
     file: str
     reason: str
@@ -102,16 +102,15 @@ Rows = Generator[Row, None, None]
 
 
 def find_images(paths: Iterable[str | Path]) -> list[Path]:
-    """The image files that paths name, each once, in the order given.
+    """List the image files that paths refer to, each once, in the order given.
 
-    A file is taken whatever it is called. A folder stands for all files in and below it that are
-    called as images are (`IMAGE_SUFFIXES`), sorted; links to folders are not followed. A pattern
-    (`*`, `?`, `[a-z]`; `**` for any depth) stands for the files and folders that match, sorted,
-    of the files again those that are called as images are. A file that has a pattern's name is
-    that file.
+    A file is taken whatever its name. A folder stands for all files in and below it with an image
+    suffix (`IMAGE_SUFFIXES`), sorted; links to folders are not followed. A pattern (`*`, `?`,
+    `[a-z]`; `**` for any depth) stands for the matching folders and the matching files with an
+    image suffix, sorted. An existing file is never taken for a pattern.
 
     Raises:
-        UsageError: if a path leads to no image; the message names it.
+        UsageError: if a path yields no image; the message names it.
         OSError: if a folder cannot be listed.
     """
     found: dict[str, Path] = {}
@@ -142,7 +141,7 @@ def _named(path: str) -> list[str]:
 def _matches(pattern: str) -> list[str]:
     root = Path(pattern).anchor
     try:
-        # not by the module glob, whose ** goes round and round where a link leads back
+        # not by the module glob, whose ** loops where a link leads back to a parent
         return sorted(
             map(str, Path(root).glob(os.path.relpath(pattern, root) if root else pattern))
         )
@@ -160,7 +159,7 @@ def _in_folder(root: str) -> list[str]:
 
 
 def name_of(file: str | Path) -> str:
-    """A file's name as text that any output can hold."""
+    """A file's name as text that can be written to any output."""
     return os.fsencode(file).decode("utf-8", "backslashreplace")
 
 
@@ -168,14 +167,14 @@ def name_of(file: str | Path) -> str:
 
 
 def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Engine:
-    """The engine of a checkpoint or an exported package, by any name (`dynaslim.model_names`).
+    """Make an engine for a checkpoint or an exported package (names: `dynaslim.model_names`).
 
     Raises:
-        UsageError: as `Engine`.
-        CheckpointError: if it cannot be read, or has no preprocessing.
+        UsageError: as in `Engine`.
+        CheckpointError: if the model cannot be read, or has no preprocessing.
     """
     found = find_model(model, ("checkpoint", "package"))
-    from dynaslim.runtime.engine import Engine  # after what can be refused without it
+    from dynaslim.runtime.engine import Engine  # late: an unknown model fails without this import
 
     make = Engine.from_package if found.kind == "package" else Engine.from_checkpoint
     engine = make(found.path, backend=backend, **options)
@@ -185,7 +184,7 @@ def open_engine(model: str | Path, backend: str = "auto", **options: Any) -> Eng
 
 
 def preprocessing_of(engine: Engine) -> Preprocessing:
-    """How an engine's images are prepared; raises `UsageError` if it does not say."""
+    """The preprocessing of an engine's images; raises `UsageError` if it has none."""
     if engine.preprocessing is None:
         raise UsageError("the engine does not say how images are prepared (preprocessing)")
     return engine.preprocessing
@@ -201,17 +200,17 @@ def predict(
     workers: int | None = None,
     top_k: int = 1,
 ) -> Rows:
-    """A row for every file, in their order; one that cannot be read gives an `Unreadable`.
+    """Yield a row for every file, in order; an `Unreadable` for a file that cannot be read.
 
-    `workers` threads (by default one for each core) decode at most `AHEAD` batches ahead of the
-    engine. `budget` is the engine's; with `hold` the mean cost of these files never exceeds it, at
-    no batch (see `Engine`). A batch is made of the files that stand together, so that what
-    shares one depends on the files alone. Close the iterator to stop before the end. With a `top_k`
-    above 1 a row has so many classes.
+    `workers` threads (by default one per core) decode at most `AHEAD` batches ahead of the engine.
+    `budget` is passed to the engine; with `hold`, the mean cost of these files never exceeds it
+    after any batch (see `Engine`). A batch is a run of consecutive files, so its composition
+    depends on the files alone. Close the iterator to stop early. With `top_k` above 1, a row lists
+    that many classes.
 
     Raises:
-        UsageError: for a batch size, workers or top_k below 1, `hold` without a budget, and as the
-            engine.
+        UsageError: for a batch size, workers or top_k below 1, for `hold` without a budget, and as
+            in the engine.
         DataError: if the network's output is not finite.
     """
     check_numbers(batch_size, workers)
@@ -230,20 +229,20 @@ def predict(
                 made = answers_for(engine, batch, preprocessing, options, route_name, top_k)
                 answers = iter(made)
                 answered = [one if isinstance(one, Unreadable) else next(answers) for one in batch]
-                del batch  # the pixels are not to be kept while the next are waited for
+                del batch  # frees the pixels before waiting for the next batch
                 yield from answered
 
     return rows()
 
 
 def check_numbers(batch_size: int, workers: int | None) -> None:
-    """Raise `UsageError` unless both are at least 1, or workers None."""
+    """Raise `UsageError` unless both are at least 1; `workers` may be None."""
     check(batch_size >= 1, f"batch size {batch_size}: must be at least 1")
     check(workers is None or workers >= 1, f"workers {workers}: must be at least 1")
 
 
 def route_names(engine: Engine) -> Callable[[tuple[int, ...]], str]:
-    """From the width index behind each gate to the name of the route, each made once."""
+    """A cached function from the width indices behind the gates to the name of the route."""
     return cache(lambda choices: str(engine.route_of(choices)))
 
 
@@ -259,7 +258,7 @@ class Picture:
 def _decoded(
     files: Sequence[str | Path], preprocessing: Preprocessing, batch_size: int, threads: int
 ) -> Generator[list[Picture | Unreadable], None, None]:
-    """Batches in order, decoded ahead by threads (Pillow lets go of the interpreter's lock)."""
+    """Yield batches in order, decoded ahead by threads (Pillow releases the GIL)."""
     waiting: deque[Future[Picture | Unreadable]] = deque()
     rest = iter(files)
     pool = ThreadPoolExecutor(threads, "dynaslim-decode")
@@ -272,7 +271,7 @@ def _decoded(
         look_ahead()
         while waiting:
             batch = [waiting.popleft().result() for _ in range(min(batch_size, len(waiting)))]
-            look_ahead()  # before the engine gets this batch, so that the next is on its way
+            look_ahead()  # starts the next batch before the engine gets this one
             yield batch
             del batch
     finally:
@@ -280,7 +279,7 @@ def _decoded(
 
 
 def read_picture(file: str | Path, preprocessing: Preprocessing) -> Picture | Unreadable:
-    """The image in a file."""
+    """Read and decode an image file."""
     try:
         content = Path(file).read_bytes()
     except OSError as error:
@@ -289,7 +288,7 @@ def read_picture(file: str | Path, preprocessing: Preprocessing) -> Picture | Un
 
 
 def picture_of(content: bytes, preprocessing: Preprocessing, name: str) -> Picture | Unreadable:
-    """The image of an encoded file."""
+    """Decode the content of an image file."""
     if not content:
         return Unreadable(name, "is empty")
     try:
@@ -306,7 +305,7 @@ def answers_for(
     route_name: Callable[[tuple[int, ...]], str],
     top_k: int,
 ) -> list[Prediction]:
-    """The answers for those of a batch that could be read."""
+    """Predictions for the readable images of a batch."""
     pictures = [one for one in batch if isinstance(one, Picture)]
     if not pictures:
         return []
@@ -367,8 +366,8 @@ def answers_of(output: RoutedOutput, top_k: int) -> list[Answer]:
 
 
 def likeliest(logits_BN: np.ndarray, top_k: int) -> list[list[tuple[int, float]]]:
-    """The likeliest classes of each row with their softmax, in order; equal ones by number."""
-    # one more than top_k: argpartition picks arbitrarily among equal values at its boundary
+    """The likeliest classes of each row with their softmax, in order; ties by class number."""
+    # one more than top_k, because argpartition picks arbitrarily among ties at its boundary
     count = min(top_k + 1, logits_BN.shape[1])
     some_BK = np.sort(np.argpartition(-logits_BN, count - 1, axis=1)[:, :count], axis=1)
     by_logit_BK = np.argsort(-np.take_along_axis(logits_BN, some_BK, 1), axis=1, kind="stable")
@@ -385,15 +384,15 @@ def likeliest(logits_BN: np.ndarray, top_k: int) -> list[list[tuple[int, float]]
 
 
 class Summary:
-    """Totals over rows as they come."""
+    """Totals over rows, updated row by row."""
 
     def __init__(self, expected_madds: float | None = None) -> None:
-        """`expected_madds` is what an image costs on average by the curve of the budget."""
+        """`expected_madds` is the mean cost of an image by the curve of the budget."""
         self.expected_madds = expected_madds
         self.spending = Spending()
-        """What images cost beside that."""
+        """Actual costs compared with the expected one."""
         self.predicted = 0
-        """Images that were read."""
+        """Number of images with a prediction."""
         self.unreadable: list[Unreadable] = []
         self._routes: dict[str, tuple[int, float]] = {}
 
@@ -408,7 +407,7 @@ class Summary:
         self._routes[row.route] = (images + 1, madds + row.madds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; routes stand by rising cost. The list of unreadable ones is apart."""
+        """Plain JSON values, with routes by rising cost and without the unreadable files."""
         total = sum(madds for _, madds in self._routes.values())
         routes = [
             {

@@ -1,9 +1,9 @@
-"""Predictions by the workers of a Ray cluster, row for row those of one process.
+"""Predictions by the workers of a Ray cluster; the rows equal those of a single process.
 
-The files are cut into pieces of whole batches. A worker (an actor of Ray Data) holds one engine and
-answers a piece at a time; a piece is the unit of retry: when a worker dies, Ray starts another and
-gives it the piece again. Rows travel to this process alone, which puts them in order and counts
-them; workers write nothing, so that nothing is written twice.
+The files are cut into pieces of whole batches. A worker (an actor of Ray Data) has one engine and
+processes one piece at a time. A piece is the unit of retry: if a worker dies, Ray starts another
+and gives it the piece again. All rows are sent to this process, which orders and counts them.
+Workers write nothing, so nothing is written twice.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from dynaslim.runtime.engine import Engine
 
 PIECE_BATCHES: Final = 4
-"""Batches of a piece: enough for pictures to be decoded while the engine runs."""
+"""Batches per piece: enough to decode pictures while the engine runs."""
 MOST_PIECES: Final = 5_000
 RETRIES: Final = 3
-"""How often a piece is tried again whose worker died; what kills every worker must end."""
+"""Retries of a piece whose worker died; limited, because a piece might kill every worker."""
 OBJECT_STORE_BYTES: Final = 200 * 2**20
-"""Shared memory of a cluster that is started here: names of files go in, rows come out."""
+"""Shared memory of a cluster started here; it only has to hold file names and rows."""
 ANSWER_S: Final = 10.0
-"""Seconds that a cluster has to accept a connection."""
+"""Time limit in seconds for connecting to a cluster."""
 
 
 def predict_ray(
@@ -60,28 +60,28 @@ def predict_ray(
     cache_dir: str | Path | None = "auto",
     make_engine: Callable[[], Engine] | None = None,
 ) -> Rows:
-    """As `dynaslim.predict.predict`, by `workers` actors with one core and one engine each.
+    """`dynaslim.predict.predict` by `workers` actors, each with one core and one engine.
 
-    The cluster is the one this process is connected to, or that of `RAY_ADDRESS`, or one on this
-    machine for just this call. `workers` is by default as many as the cluster has cores. Every
-    machine must see the model and the files under their paths here. With the backend "auto" it is
-    chosen here, for all. With `hold` the budget holds for every piece of the files by itself.
-    `cache_dir` is the engines'. `make_engine` makes a worker's engine, by default `open_engine`'s;
-    it goes to the workers by pickle.
+    The cluster is the one that this process is connected to, else that of `RAY_ADDRESS`, else one
+    on this machine for this call only. `workers` defaults to the cluster's number of cores. Every
+    machine must have the model and the files at the same absolute paths. The backend "auto" is
+    resolved here, once for all workers. With `hold`, the budget holds separately for every piece.
+    `cache_dir` is passed to the engines. `make_engine` creates a worker's engine, by default with
+    `open_engine`; it is pickled and sent to the workers.
 
     Raises:
-        UsageError: as `predict` and `open_engine`, and if ray is not installed.
-        DataError: if no cluster answers, or a worker died at a piece and at all its retries.
-        DynaslimError: what an engine raised on a worker; the message names the machine.
+        UsageError: as in `predict` and `open_engine`, or if ray is not installed.
+        DataError: if the cluster cannot be reached, or workers died at a piece and all its retries.
+        DynaslimError: an error of an engine on a worker; the message names the machine.
     """
     check_numbers(batch_size, workers)
     check(budget is not None or not hold, "hold: give the budget that is to hold")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is to be sent anywhere
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to our stderr
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Ray's C++ part logs to our stderr
     ray, data = require("ray"), require("ray.data")
     if make_engine is None:
         options = {"workers": 1, "batch_size": batch_size, "cache_dir": cache_dir}
-        # a model that cannot be run is refused here, before anything is started
+        # a model that cannot run fails here, before a cluster is started
         path = find_model(model, ("checkpoint", "package")).path.absolute()
         chosen = open_engine(path, backend, **options).backend
         make_engine = partial(open_engine, path, chosen, **options)
@@ -119,10 +119,10 @@ def predict_ray(
 
 
 def cut(files: Sequence[str | Path], batch_size: int, workers: int) -> list[dict[str, Any]]:
-    """Pieces: the number of the first file, and the absolute paths of all, as bytes.
+    """Cut the files into pieces: the number of the first file, and absolute paths as bytes.
 
-    Whole batches, so that images share a batch with the same ones as in one process; at least two
-    pieces for each worker where there are as many batches.
+    Pieces are whole batches, so every batch has the same images as in a single process. There are
+    at least two pieces per worker if there are enough batches.
     """
     batches = -(-len(files) // batch_size)
     in_piece = max(1, min(PIECE_BATCHES, batches // (2 * workers)), -(-batches // MOST_PIECES))
@@ -130,7 +130,7 @@ def cut(files: Sequence[str | Path], batch_size: int, workers: int) -> list[dict
     return [
         {
             "first": first,
-            # a worker may have another working folder; a path need not be text
+            # absolute, because workers have other working folders; bytes, as paths may not be UTF-8
             "files": [os.fsencode(os.path.abspath(file)) for file in files[first : first + step]],
         }
         for first in range(0, len(files), step)
@@ -138,11 +138,11 @@ def cut(files: Sequence[str | Path], batch_size: int, workers: int) -> list[dict
 
 
 def _mapped(dataset: Any, worker: type[Any], **options: Any) -> Any:
-    """`map_batches` with a limit to retries, where Ray lets one be set; its own is none."""
+    """`map_batches` with limited retries, if this Ray has the option; by default they are not."""
     if "ray_remote_args_fn" in inspect.signature(dataset.map_batches).parameters:
         options["ray_remote_args_fn"] = _remote_args
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Ray 2.60 warns of its end and has nothing in its place
+        warnings.simplefilter("ignore")  # deprecated in Ray 2.60, without a replacement
         return dataset.map_batches(worker, **options)
 
 
@@ -151,14 +151,14 @@ def _remote_args() -> dict[str, Any]:
 
 
 def _in_order(answered: Any, files: Sequence[str | Path]) -> Rows:
-    """The rows of the answers, checked to be one for each file, under the names given here."""
+    """Yield the rows, with file names as given; checks that there is one row for each file."""
     done = 0
     for table in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
         for piece in table.to_pylist():
             rows = pickle.loads(piece["rows"])
             if isinstance(rows, DynaslimError):
                 raise rows
-            # a promise of this module, kept by Ray's order and retries: never write what breaks it
+            # this module promises ordered rows; stop rather than return rows out of order
             if piece["first"] != done:
                 raise RuntimeError(f"row {piece['first']} came from the cluster for row {done}")
             for row in rows:
@@ -169,7 +169,7 @@ def _in_order(answered: Any, files: Sequence[str | Path]) -> Rows:
 
 
 class _Worker:
-    """Answers pieces, one engine for all of them."""
+    """Predicts pieces of files, all with one engine."""
 
     def __init__(
         self,
@@ -179,29 +179,29 @@ class _Worker:
         hold: bool,
     ) -> None:
         self._make_engine = make_engine
-        # `hold` is of every piece: the mean of all is then under the budget too
+        # if `hold` keeps every piece within the budget, the mean over all pieces is too
         self._options: dict[str, Any] = {"batch_size": batch_size, "budget": budget, "hold": hold}
         self._engine: Engine | None = None
 
     def __call__(self, piece: Any) -> Any:
-        """A table of one piece -> a table of its first number and pickled rows, or an error."""
+        """Map a table of one piece to a table of its first number and its pickled rows or error."""
         import pyarrow as pa  # type: ignore[import-untyped]
 
         files = [Path(os.fsdecode(file)) for file in piece["files"][0].as_py()]
         try:
-            if self._engine is None:  # not in __init__, where an error would be Ray's to report
+            if self._engine is None:  # not in __init__, whose errors Ray would report its own way
                 self._engine = self._make_engine()
             with closing(predict(self._engine, files, workers=1, **self._options)) as answers:
                 rows: Any = list(answers)
         except DynaslimError as error:
-            # as a value: Ray would wrap an exception in pages of its own
+            # returned as a value, because Ray would wrap an exception in a long message
             rows = type(error)(f"{error} (on {socket.gethostname()})")
         return pa.table({"first": piece["first"], "rows": [pickle.dumps(rows)]})
 
 
 @contextmanager
 def _cluster(ray: Any, workers: int | None) -> Generator[None, None, None]:
-    """A connection to a cluster while inside; one that was there before stays."""
+    """Connect to a cluster inside the context; an existing connection is used and kept."""
     if ray.is_initialized():
         yield
         return
@@ -227,9 +227,9 @@ def _cluster(ray: Any, workers: int | None) -> Generator[None, None, None]:
 
 
 def _check_answers(address: str) -> None:
-    """Raise `DataError` if nothing listens there; Ray itself tries for minutes."""
+    """Raise `DataError` if nothing listens at the address; Ray itself would retry for minutes."""
     host, colon, port = address.partition("://")[2 if "://" in address else 0].rpartition(":")
-    if not colon or not port.isdecimal():  # such as auto: Ray finds it
+    if not colon or not port.isdecimal():  # for example "auto", which Ray resolves
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
@@ -241,7 +241,7 @@ def _check_answers(address: str) -> None:
 
 @contextmanager
 def _quiet_logs() -> Generator[None, None, None]:
-    """Keep Ray Data from writing to stderr while inside, unless RAY_DATA_LOG_LEVEL is set."""
+    """Keep Ray Data from logging to stderr in the context, unless RAY_DATA_LOG_LEVEL is set."""
     logger = logging.getLogger("ray.data")
     before = logger.level
     if "RAY_DATA_LOG_LEVEL" not in os.environ:

@@ -1,8 +1,8 @@
-"""Predictions for frames as they come, one at a time: a folder that grows, or a pipe of JPEGs.
+"""Predictions for a stream of frames, one at a time: a growing folder, or a pipe of JPEGs.
 
-A thread reads frames and queues them; `Stream` takes the oldest, chooses a budget by the time that
-is left of its latency, and answers. The latency of a frame is from when it was read, or its file
-was found, to its answer. Nothing here needs torch.
+A thread reads frames and queues them. `Stream` takes the oldest frame, chooses a budget by the time
+left until its latency bound, and answers it. The latency of a frame is the time from when it was
+read, or its file was found, to its answer. This module does not need torch.
 
 Suffixes: C channels, S side in pixels, T side of a thumbnail.
 """
@@ -43,33 +43,33 @@ if TYPE_CHECKING:
     from dynaslim.runtime.engine import Engine
 
 MOST_WAITING: Final = 256
-"""Frames in the queue."""
+"""Most frames in the queue."""
 MOST_BYTES: Final = 1 << 26
-"""Of one JPEG."""
+"""Most bytes of one JPEG."""
 THUMBNAIL: Final = 16
-"""Cells to a side by which frames are compared."""
+"""Cells per side of the thumbnails by which frames are compared."""
 POLL_S: Final = 0.01
-"""Between two looks into a folder."""
+"""Seconds between two scans of a folder."""
 _LOOK_S: Final = 0.1
-"""After which a thread that waits looks whether it is to stop."""
+"""Seconds after which a waiting thread checks whether it should stop."""
 _RECENT_NS: Final = 1_000_000_000
-"""A folder that was changed so lately may have changed again without a new time stamp."""
+"""Within this time after a folder's time stamp, it may have changed again without a new one."""
 _BIN: Final = math.log(1.01)
-"""Width of a bin of latencies, in logarithms."""
+"""Width of a histogram bin of latencies, in log space."""
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """How frames are answered."""
+    """Options for answering a stream of frames."""
 
     budget: str | None = None
-    """Budget of a frame; with `latency_ms` the highest. Default: as trained, or 1."""
+    """Budget of a frame; with `latency_ms`, the highest. Default: as trained, or 1."""
     latency_ms: float | None = None
     """Bound on the latency of a frame, kept by lowering the budget and then by dropping frames.
     None: every frame is answered, with one budget."""
     same_frame: float | None = None
-    """A frame that differs by at most so much from the last that the network answered keeps its
-    answer: the largest difference of a cell's mean, of 16 x 16 cells, in 0..255. None: never."""
+    """A frame that differs by at most this much from the last one that the network answered reuses
+    its answer. The difference is the largest of 16 x 16 cells' means, in 0..255. None: never."""
 
     def __post_init__(self) -> None:
         if self.budget is not None:
@@ -86,31 +86,31 @@ class StreamOptions:
 
 
 class Frame(NamedTuple):
-    """A frame that waits."""
+    """A frame in the queue."""
 
     number: int
-    """Of all that came, from 0."""
+    """Number of the frame among all received, from 0."""
     content: bytes | Path | Unreadable
-    """An encoded image, its file, or why there is none."""
+    """An encoded image, its file, or the reason why it is unreadable."""
     arrived: float
-    """By the clock of the queue, in seconds."""
+    """Time of arrival in seconds, by the clock of the queue."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamRow:
-    """A frame's answer."""
+    """The answer for a frame."""
 
     frame: int
-    """Number of the frame among all that came, from 0."""
+    """Number of the frame among all received, from 0."""
     prediction: Prediction
-    """Without multiply-adds where `same`; `file` is empty for a frame of a pipe."""
+    """The prediction. Its `madds` are 0 if `same`; `file` is empty for a frame from a pipe."""
     budget: str | None
-    """None: as trained."""
+    """Budget of the frame; None: as trained."""
     latency_ms: float
     same: bool
-    """Whether it looked like an earlier frame, and keeps the answer of that."""
+    """Whether the frame looked like an earlier one and reuses its answer."""
     dropped: int
-    """Frames dropped so far."""
+    """Number of frames dropped so far."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -132,7 +132,7 @@ class BrokenFrame(NamedTuple):
 
     frame: int
     file: str
-    """Empty for a frame of a pipe."""
+    """Empty for a frame from a pipe."""
     reason: str
 
 
@@ -140,9 +140,9 @@ class BrokenFrame(NamedTuple):
 
 
 class Waiting:
-    """The queue of frames between the thread that reads them and the one that answers.
+    """The queue of frames between the reading and the answering thread.
 
-    With `drop` a full queue loses its oldest frame; otherwise the reader waits for room.
+    If the queue is full, `drop` discards its oldest frame; otherwise the reader waits.
     """
 
     def __init__(
@@ -150,10 +150,10 @@ class Waiting:
     ) -> None:
         self.clock = clock
         self.count = 0
-        """Frames that came."""
+        """Number of frames received."""
         self.dropped = 0
         self.stopped = False
-        """Set by `stop`, which a signal handler may call."""
+        """Set by `stop`."""
         self._drop = drop
         self._frames: deque[Frame] = deque()
         self._ended = False
@@ -161,7 +161,7 @@ class Waiting:
         self._changed = threading.Condition()
 
     def put(self, content: bytes | Path | Unreadable, arrived: float | None = None) -> bool:
-        """Queue a frame; False if no more are wanted."""
+        """Queue a frame; returns False if the queue is stopped."""
         with self._changed:
             while len(self._frames) >= MOST_WAITING and not (self._drop or self.stopped):
                 self._changed.wait(_LOOK_S)
@@ -177,19 +177,22 @@ class Waiting:
             return True
 
     def end(self, error: BaseException | None = None) -> None:
-        """No more frames come; `error` is raised where the next would be taken."""
+        """Mark the end of the frames; `take` raises `error` once the queue is empty."""
         with self._changed:
             self._ended, self._error = True, error
             self._changed.notify_all()
 
     def stop(self) -> None:
-        """Take no more frames; those that wait are dropped. Takes no lock, and up to 0.1 s."""
+        """Accept no more frames and drop the waiting ones. Takes effect within 0.1 s.
+
+        It takes no lock, so a signal handler may call it.
+        """
         self.stopped = True
 
     def take(self, is_late: Callable[[Frame], bool]) -> Frame | None:
-        """The oldest frame, waited for; None at the end.
+        """Wait for a frame and return the oldest one; None at the end.
 
-        Frames that are late are dropped while there are younger ones.
+        Late frames are dropped, except for the newest frame in the queue.
         """
         with self._changed:
             while not self._frames and not self._ended and not self.stopped:
@@ -209,11 +212,11 @@ class Waiting:
 
 
 class JpegSplitter:
-    """Cuts a stream of bytes into its JPEGs, as `image2pipe` and cameras write them.
+    """Splits a stream of bytes into JPEGs, as `image2pipe` and cameras write them.
 
-    Markers are followed as ITU-T T.81 (annex B) has them, so that the thumbnail inside a JPEG is no
-    frame. What stands between JPEGs is passed over. After a damaged one it goes on with the next
-    that begins.
+    It follows the markers of ITU-T T.81 (annex B), so a thumbnail inside a JPEG is not taken for a
+    frame. Bytes between JPEGs are skipped. After a damaged JPEG it continues with the next start of
+    an image.
     """
 
     _ENDS_SCAN: Final = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
@@ -221,17 +224,17 @@ class JpegSplitter:
     def __init__(self) -> None:
         self._bytes = bytearray()
         self._at = 0
-        """Where the next marker is looked for; 0 between two JPEGs."""
+        """Position at which the next marker is searched; 0 between two JPEGs."""
         self._in_scan = False
 
     def feed(self, data: bytes) -> Iterator[bytes | Unreadable]:
-        """The JPEGs that end in these bytes, and the damaged ones."""
+        """Yield the JPEGs that end in these bytes, and an `Unreadable` for damaged ones."""
         self._bytes += data
         while (found := self._next()) is not None:
             yield found
 
     def close(self) -> Iterator[bytes | Unreadable]:
-        """The JPEG that the stream ends in, if it does, and those that a damaged one hid."""
+        """Report the incomplete JPEG at the end, if any, and yield JPEGs that it contains."""
         while self._at:
             yield self._broken(2, "the stream ends in the middle of a JPEG")
             yield from self.feed(b"")
@@ -241,7 +244,7 @@ class JpegSplitter:
         if not self._at:
             start = data.find(b"\xff\xd8")
             if start < 0:
-                del data[: max(0, len(data) - 1)]  # the last may be half of a marker
+                del data[: max(0, len(data) - 1)]  # the last byte may be half of a marker
                 return None
             del data[:start]
             self._at, self._in_scan = 2, False
@@ -252,7 +255,7 @@ class JpegSplitter:
                     self._at = max(self._at, len(data) - 1)
                     break
                 self._at, self._in_scan = found.start(), False
-            while data[self._at : self._at + 2] == b"\xff\xff":  # bytes that fill
+            while data[self._at : self._at + 2] == b"\xff\xff":  # fill bytes
                 self._at += 1
             if len(data) < self._at + 2:
                 break
@@ -286,7 +289,7 @@ class JpegSplitter:
 def read_pipe(descriptor: int, waiting: Waiting) -> None:
     """Queue the JPEGs of a pipe until it ends."""
     splitter = JpegSplitter()
-    # not by sys.stdin: the interpreter cannot end while another thread is inside its buffer
+    # not through sys.stdin: the interpreter cannot exit while another thread holds its buffer
     while data := os.read(descriptor, 1 << 16):
         for one in splitter.feed(data):
             if not waiting.put(one):
@@ -296,10 +299,10 @@ def read_pipe(descriptor: int, waiting: Waiting) -> None:
 
 
 def watch_folder(folder: Path, waiting: Waiting) -> None:
-    """Queue the image files of a folder, those that come later too, until the queue is stopped.
+    """Queue the image files of a folder, including new ones, until the queue is stopped.
 
-    A file is taken when two looks find it with the same size. Files of one look are in the order of
-    their names.
+    A file is queued when two scans find it with the same size. Files of one scan are queued in the
+    order of their names.
     """
     taken: set[str] = set()
     growing: dict[str, tuple[int, float]] = {}
@@ -317,7 +320,7 @@ def watch_folder(folder: Path, waiting: Waiting) -> None:
                     continue
                 try:
                     size = os.stat(folder / name).st_size
-                except OSError:  # gone, or a link to nothing: reading it shows which
+                except OSError:  # deleted, or a broken link: reading it will report which
                     size = -1
                 before, arrived = growing.get(name, (None, waiting.clock()))
                 growing[name] = (size, arrived)
@@ -330,7 +333,7 @@ def watch_folder(folder: Path, waiting: Waiting) -> None:
 
 
 def reading(read: Callable[[], object], waiting: Waiting) -> threading.Thread:
-    """Start a thread that reads frames; its error is raised where they are taken."""
+    """Start a thread that reads frames; `Waiting.take` raises its error."""
 
     def run() -> None:
         error = None
@@ -349,19 +352,19 @@ def reading(read: Callable[[], object], waiting: Waiting) -> threading.Thread:
 
 
 class Stream:
-    """Answers frames, each with the highest budget by which it is expected to be in time.
+    """Answers frames, each with the highest budget that is expected to meet its latency bound.
 
-    What a multiply-add takes is learnt from the frames (`Throughput`). The budget moves along the
-    curve as that of a server does (`BudgetControl`); a frame that would still be late gets a lower
-    one. Costs are means: a frame that escalates takes longer than its budget.
+    The time per multiply-add is estimated from earlier frames (`Throughput`). The budget moves
+    along the curve as in the server (`BudgetControl`); a frame that would still be late gets a
+    lower one. Budgets are mean costs: a frame that escalates takes longer than its budget.
     """
 
     def __init__(self, engine: Engine, options: StreamOptions | None = None) -> None:
         """Check the options against the engine.
 
         Raises:
-            UsageError: if it has no preprocessing, or no curve for a budget or
-                a bound.
+            UsageError: if the engine has no preprocessing, or lacks the curve that a budget or a
+                bound needs.
         """
         options = StreamOptions() if options is None else options
         self._engine = engine
@@ -385,10 +388,10 @@ class Stream:
         self._control: BudgetControl | None = None
 
     def answers(self, waiting: Waiting) -> Iterator[StreamRow | BrokenFrame]:
-        """A row for every frame that is not dropped, until the queue ends or is stopped.
+        """Yield a row for every frame that is not dropped, until the queue ends or is stopped.
 
         Raises:
-            OSError: if the folder or the pipe cannot be read any more.
+            OSError: if the folder or the pipe cannot be read any longer.
             DataError: if the network's output is not finite.
         """
         clock = waiting.clock
@@ -432,8 +435,8 @@ class Stream:
             yield row
 
     def warm_up(self) -> None:
-        """Answer a grey picture with every budget, so that no frame waits for what is made at the
-        first use; and time it, for a first guess of what frames take.
+        """Answer a grey picture with every budget, so that no frame waits for lazy initialisation;
+        its timing is the first estimate of the time per frame.
         """
         side, buffer = self._preprocessing.image_size_px, io.BytesIO()
         Image.new("RGB", (side, side), "grey").save(buffer, "JPEG")
@@ -467,14 +470,14 @@ class Stream:
         return picture_of(content, self._preprocessing, "")
 
     def _is_late(self, frame: Frame, now: float) -> bool:
-        """Whether not even the lowest budget is expected to answer it in time."""
+        """Whether a frame is expected to be late even with the lowest budget."""
         if self._bound_s is None:
             return False
         rest_s = self._decoding.seconds_for(1) + self._madds.seconds_for(self._costs[0])
         return now - frame.arrived + rest_s > self._bound_s
 
     def _budget(self, waited_s: float, now: float) -> str | None:
-        """The budget of a frame that has waited so long."""
+        """The budget of a frame that has waited for `waited_s`."""
         if self._control is None or self._bound_s is None:
             return self._levels[0]
 
@@ -482,7 +485,7 @@ class Stream:
             return waited_s + self._madds.seconds_for(self._costs[level])
 
         expected = expected_s(self._control.level)
-        # a level that is in time without waiting is calm, however long it takes by itself
+        # if the level meets the bound, only the waiting counts as load, not the answering itself
         level = self._control.observe(waited_s if expected <= self._bound_s else expected, now)
         while level and expected_s(level) > self._bound_s:
             level -= 1
@@ -490,7 +493,7 @@ class Stream:
 
 
 def _thumbnail(pixels_CSS: np.ndarray) -> np.ndarray:
-    """Means of cells (C, T, T), float32; pixels beyond the last whole cell are left out."""
+    """Means of cells (C, T, T), float32; pixels beyond the last whole cell are ignored."""
     channels, side, _ = pixels_CSS.shape
     cell = max(1, side // THUMBNAIL)
     count = side // cell
@@ -500,7 +503,7 @@ def _thumbnail(pixels_CSS: np.ndarray) -> np.ndarray:
 
 
 class StreamSummary:
-    """Totals over a stream; memory does not grow with it."""
+    """Totals over a stream, in constant memory."""
 
     def __init__(self) -> None:
         self.answered = 0
@@ -520,7 +523,7 @@ class StreamSummary:
             self._budgets[row.budget] += 1
 
     def latency_ms(self, quantile: float) -> float:
-        """A quantile of the latencies, to 1 %; NaN before the first answer."""
+        """A quantile of the latencies, with 1 % precision; NaN before the first answer."""
         left = quantile * self.answered
         for number, count in sorted(self._latencies.items()):
             left -= count

@@ -1,4 +1,4 @@
-"""Predictions as parquet: one file, or a folder of parts for what comes from a cluster."""
+"""Predictions as parquet: one file, or a folder of parts for the rows of a cluster."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dynaslim.errors import UsageError, check
 from dynaslim.predict import Prediction, name_of
 
 SUMMARY: Final = "_summary.json"
-"""Written last into a folder of parts: it is complete if this is there."""
+"""Written last into a folder of parts; its presence marks the folder as complete."""
 PART_ROWS: Final = 50_000
 
 
 class _Table:
-    """Rows that are written whenever there are enough of them; a context manager."""
+    """Buffers rows and writes them whenever there are `limit` of them; a context manager."""
 
     def __init__(self, limit: int) -> None:
         self._pa, self._parquet = pa, _ = _pyarrow()
@@ -46,7 +46,7 @@ class _Table:
             self._write(self._taken())
 
     def _taken(self) -> Any:
-        """The rows as a table; none are left."""
+        """Return the buffered rows as a table and empty the buffer."""
         rows, self._rows = self._rows, []
         return self._pa.Table.from_pylist(rows, schema=self._schema)
 
@@ -55,22 +55,22 @@ class _Table:
 
     @abstractmethod
     def commit(self, summary: Mapping[str, Any]) -> None:
-        """Write the rows that are left, and make it complete."""
+        """Write the remaining rows and mark the output as complete."""
 
     @abstractmethod
     def __enter__(self) -> Self:
-        """Make the file or folder; raises `OSError`, which names it, if that cannot be done."""
+        """Create the file or folder; raises an `OSError` that names it if that fails."""
 
     def __exit__(self, *_: object) -> None:
-        """Without `commit` it is not complete."""
+        """Close the output; without `commit` it stays incomplete."""
 
 
 class ParquetFile(_Table):
-    """One parquet file, whole or not at all: rows go to a temporary file beside it as they come.
+    """One parquet file, written atomically: rows go to a temporary file beside it.
 
-    Without `commit` that is removed, and an older file of the name is left as it was. Columns:
-    file, class, class_name (null where unknown), confidence (0..1, float32), route (such as
-    12-24-48), madds, escalated, mirrored.
+    Without `commit` the temporary file is removed, and an existing file of that name stays
+    unchanged. Columns: file, class, class_name (null if unknown), confidence (0..1, float32), route
+    (such as 12-24-48), madds, escalated, mirrored.
     """
 
     GROUP_ROWS: Final = 10_000
@@ -87,7 +87,7 @@ class ParquetFile(_Table):
             self._target.parent.mkdir(parents=True, exist_ok=True)
             try:
                 self._writer = self._parquet.ParquetWriter(self._temporary, self._schema)
-            except BaseException:  # it has made the file, and `__exit__` is not called
+            except BaseException:  # the file exists already, and `__exit__` will not be called
                 self._temporary.unlink(missing_ok=True)
                 raise
         return self
@@ -97,7 +97,7 @@ class ParquetFile(_Table):
             self._writer.write_table(table)
 
     def commit(self, summary: Mapping[str, Any]) -> None:
-        """Give the file its name; the summary is not for it."""
+        """Write the remaining rows and give the file its name; the summary is not used."""
         if self._rows:
             self._write(self._taken())
         with naming(self._target):
@@ -107,16 +107,16 @@ class ParquetFile(_Table):
             os.replace(self._temporary, self._target)
 
     def __exit__(self, *_: object) -> None:
-        with suppress(Exception):  # what is not committed is not wanted, even if the disk is full
+        with suppress(Exception):  # errors do not matter for a file that is deleted anyway
             self._writer.close()
         self._temporary.unlink(missing_ok=True)
 
 
 class ParquetParts(_Table):
-    """A folder of parquet files `part-00000.parquet` ... and last `_summary.json`.
+    """A folder of parquet files `part-00000.parquet` ... and, written last, `_summary.json`.
 
-    Each part is written whole or not at all, with the columns of `ParquetFile`. Readers pass over
-    names that begin with `_`. Without `commit` the parts stay, and there is no summary.
+    Each part is written atomically, with the columns of `ParquetFile`. Parquet readers skip names
+    that begin with `_`. Without `commit` the parts stay, but there is no summary.
     """
 
     def __init__(self, folder: str | Path, *, part_rows: int = PART_ROWS) -> None:
@@ -146,7 +146,7 @@ class ParquetParts(_Table):
         self._parts += 1
 
     def commit(self, summary: Mapping[str, Any]) -> None:
-        """Write what is left, and the summary, which makes the folder complete."""
+        """Write the remaining rows, then the summary, which marks the folder as complete."""
         if self._rows or not self._parts:
             self._write(self._taken())
         content = json.dumps({**summary, "parts": self._parts}, indent=2, allow_nan=False)
@@ -157,6 +157,6 @@ def _pyarrow() -> tuple[Any, Any]:
     try:
         import pyarrow  # type: ignore[import-untyped]
         from pyarrow import parquet
-    except ImportError:  # a package runs without it
+    except ImportError:  # running an exported package does not require pyarrow
         raise UsageError("parquet needs pyarrow: pip install pyarrow") from None
     return pyarrow, parquet

@@ -1,4 +1,4 @@
-"""What happens to a picture before it is a network's input, as data that a checkpoint carries."""
+"""The preprocessing of images, as data that is stored in a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     import numpy as np
 
 MOST_PX: Final = 1 << 14
-"""Largest side of what a network sees; beyond it a single image fills the memory."""
+"""Largest side of a network's input; a single larger image could fill the memory."""
 _LARGEST: Final = 10.0
 _SMALLEST: Final = 1e-4
-"""Of a deviation: smaller ones, in float32, make what they divide infinite."""
+"""Smallest standard deviation; division by much smaller ones overflows float32."""
 MAX_VIEWS: Final = 10
-"""Of an image, for test-time augmentation: itself and four shifts of it, each mirrored too."""
+"""Most views of an image in test-time augmentation: the image, four shifts, and their mirrors."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Preprocessing:
     """Resize the shorter side, crop the centre, scale to 0..1, normalise per channel."""
 
     image_size_px: int
-    """Side of the square that the network sees."""
+    """Side of the network's square input."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Per channel, of values in 0..1; their number is the network's input channels (1 or 3)."""
+    """Mean per channel, of values in 0..1; one for each input channel of the network (1 or 3)."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Per channel, of values in 0..1."""
+    """Standard deviation per channel, of values in 0..1."""
     crop_fraction: float = 1.0
     """Part of the resized shorter side that the crop keeps (0.875 is usual for ImageNet)."""
 
@@ -67,11 +67,11 @@ class Preprocessing:
 
 
 def normalise_pixels(pixels_BCSS: np.ndarray, preprocessing: Preprocessing) -> np.ndarray:
-    """uint8 pixels (B, C, S, S) -> float32 of mean 0 and deviation 1 per channel, by numpy.
+    """Normalise uint8 pixels (B, C, S, S) to float32 of mean 0 and deviation 1 per channel.
 
-    What `data.transforms.normalise` does with tensors, for where there is no torch.
+    The numpy counterpart of `data.transforms.normalise`, for use without torch.
     """
-    import numpy as np  # help on the command line needs none
+    import numpy as np  # late, so that command-line help loads fast
 
     statistics = np.asarray((preprocessing.mean, preprocessing.std), np.float32) * np.float32(255)
     mean, std = statistics.reshape(2, preprocessing.channels, 1, 1)

@@ -10,10 +10,10 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """What a running job reports to."""
+    """A progress display that a running job updates."""
 
     def advance(self, steps: int = 1, note: str = "") -> None:
-        """Report that `steps` more are done; `note` is shown behind the bar."""
+        """Report `steps` more steps as done; `note` is shown behind the bar."""
         ...
 
 
@@ -22,7 +22,7 @@ class _Nothing:
 
 
 class _Lines:
-    """Plain lines, at most one in ten seconds, and one at the end."""
+    """Plain lines, at most one every ten seconds, and one at the end."""
 
     EVERY_S = 10.0
 
@@ -57,7 +57,7 @@ def _duration(seconds: float) -> str:
 
 
 def _rank() -> int:
-    """Which of a run's processes this is; without torch there is one."""
+    """Rank of this process in the run; 0 if torch is not imported."""
     if sys.modules.get("torch") is None:
         return 0
     from dynaslim.distributed import rank
@@ -66,7 +66,7 @@ def _rank() -> int:
 
 
 def note(line: str) -> None:
-    """Print a line on standard error; of several processes of a run the first alone does."""
+    """Print a line on standard error, in the first process of a run only."""
     if not _rank():
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
@@ -74,10 +74,10 @@ def note(line: str) -> None:
 
 @contextmanager
 def progress(label: str, total: int | None, *, done: int = 0) -> Iterator[Bar]:
-    """Show the progress of a job of `total` steps, of which some are done, while inside.
+    """Show the progress of a job of `total` steps, of which `done` are already finished.
 
-    `total` None: it is not known how many there are. Nothing is shown without a label, nor by other
-    processes of a run than the first.
+    `total` is None if the number of steps is unknown. Nothing is shown if the label is empty, or in
+    processes other than the first of a run.
     """
     if not label or _rank():
         yield _Nothing()

@@ -1,8 +1,7 @@
-"""Recipes: what a training run does, as frozen data with its checks.
+"""Recipes: the settings of a training run, as frozen data with validation.
 
-A recipe holds everything that decides the numbers and nothing about the machine: the number of
-processes and the device are in `RunOptions`. No torch here, so that help
-is fast.
+A recipe contains everything that determines the results and nothing about the machine; device,
+workers and logging are in `RunOptions`. This module does not import torch, so that help is fast.
 """
 
 from __future__ import annotations
@@ -49,34 +48,34 @@ def _check_below_1(recipe: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Images to train on and to choose by."""
+    """Images for training and for model selection."""
 
     path: str = ""
     """A parquet file or a folder of them, a folder of images by class, or a hub name."""
     split: str = "train"
     """Split to train on."""
     val_split: str | None = None
-    """Split to choose by; None holds images of the training split back."""
+    """Split for model selection; None holds out images of the training split."""
     val_share: float = 0.1
-    """Part of the training split held out where there is no `val_split`; 0 holds none out."""
+    """Part of the training split held out if there is no `val_split`; 0 holds out none."""
     image_size_px: int = 32
-    """Side of the square that the network sees."""
+    """Side of the network's square input."""
     crop_fraction: float = 1.0
     """Part of the shorter side that the centre crop keeps in evaluation."""
     mean: tuple[float, ...] | None = None
-    """Per channel, of values in 0..1. None measures images in memory, and takes ImageNet's mean
-    for others."""
+    """Mean per channel, of values in 0..1. None computes it from images in memory; otherwise
+    ImageNet's mean is used."""
     std: tuple[float, ...] | None = None
-    """As `mean`."""
+    """Standard deviation per channel, of values in 0..1. None: as for `mean`."""
     load: Literal["memory", "disk", "stream"] = "memory"
-    """`memory` decodes a set once and keeps it as uint8; `disk` decodes each image when its turn
-    comes; `stream` reads the set from end to end, for one larger than the disk."""
+    """`memory` decodes a set once and keeps it as uint8; `disk` decodes each image when it is
+    needed; `stream` reads the set sequentially, for one larger than the disk."""
     stream_images: int | None = None
-    """Images of a streamed training split, where the set itself does not say."""
+    """Number of images in a streamed training split, if the data set does not state it."""
     shuffle_buffer: int = 10_000
-    """Images that a stream is shuffled among."""
+    """Images in the shuffle buffer of a stream."""
     corrupt_limit: float = 0.01
-    """Share of images (one at least) that may turn out not to decode; they are named, counted and
+    """Share of images (at least one image) that may fail to decode; they are named, counted and
     skipped."""
 
     def __post_init__(self) -> None:
@@ -94,15 +93,15 @@ class DataRecipe:
 
 @dataclass(frozen=True)
 class AugmentRecipe:
-    """What is done to training images, on whole batches by kornia."""
+    """Augmentation of training images, on whole batches by kornia."""
 
     crop: Literal["none", "shift", "resized"] = "shift"
     """`shift` by some pixels, usual for small images; `resized`, a random part of the image at a
     random aspect ratio, usual for ImageNet."""
     shift_px: int = 2
-    """Largest shift."""
+    """Largest shift in pixels."""
     scale_min: float = 0.08
-    """Smallest part of the area that a `resized` crop takes."""
+    """Smallest part of the image's area in a `resized` crop."""
     mirror: bool = True
     """Random horizontal flip."""
     randaugment_ops: int = 0
@@ -112,11 +111,11 @@ class AugmentRecipe:
     randaugment_std: float = 0.5
     """RandAugment: standard deviation of the strength."""
     jitter: float = 0.0
-    """Random brightness, contrast and saturation, up to this share."""
+    """Random change of brightness, contrast and saturation by up to this share."""
     erasing: float = 0.0
     """Probability that a random rectangle is replaced by noise."""
     mixup: float = 0.0
-    """Mixup's alpha; 0 for none. With cutmix too, each batch takes one of the two."""
+    """Mixup's alpha; 0 for none. If cutmix is on too, each batch gets one of the two."""
     cutmix: float = 0.0
     """CutMix's alpha; 0 for none."""
 
@@ -135,19 +134,20 @@ class OptimRecipe:
     name: Literal["sgd", "adamw"] = "sgd"
     """SGD with momentum, or AdamW."""
     lr: float = 0.4
-    """Peak learning rate, after the warm-up; cosine to zero from there."""
+    """Peak learning rate, after the warm-up; then cosine decay to zero."""
     warmup_share: float = 0.1
-    """Part of all steps that the learning rate rises linearly."""
+    """Share of all steps in which the learning rate rises linearly."""
     momentum: float = 0.9
     """SGD's momentum."""
     nesterov: bool = True
-    """SGD's momentum by Nesterov."""
+    """Nesterov momentum for SGD."""
     weight_decay: float = 1e-4
-    """On convolution and linear weights; none on BN and biases."""
+    """Weight decay of convolution and linear weights; none for BN and biases."""
     clip_norm: float | None = None
-    """Largest norm of all gradients together; None does not clip."""
+    """Largest total gradient norm; None does not clip."""
     accumulate: int = 1
-    """Parts that a batch is run in, to save memory; gradients add up, the optimizer steps once."""
+    """Number of parts into which a batch is split to save memory; gradients are accumulated, and
+    the optimizer steps once."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "lr", "clip_norm")
@@ -157,7 +157,7 @@ class OptimRecipe:
 
 
 class _Recipe:
-    """What the recipes of both stages have in common."""
+    """Common base of the recipes of both stages."""
 
     epochs: int
     seed: int
@@ -168,68 +168,69 @@ class _Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `recipe_from_dict` reads them back."""
-        # through JSON, which makes lists of tuples
+        # through JSON, which turns tuples into lists
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
         return plain
 
 
 @dataclass(frozen=True)
 class SupernetRecipe(_Recipe):
-    """Stage I: the supernet, by the sandwich rule."""
+    """Stage I: the supernet, trained by the sandwich rule."""
 
     model: str = "ds_mbnet_tiny"
-    """A name of the zoo, or a spec file (.yaml)."""
+    """Name of an architecture in the zoo, or a spec file (.yaml)."""
     init: str | None = None
-    """Checkpoint of this model, or of its widest widths alone, to start from, in place of random
-    weights; of the latter the channels are sorted by importance. The classifier starts
-    afresh where the classes are others; a converted network is its own model, whatever
-    `model` says; mean and std are the checkpoint's where `data` has none;
-    the gates' choices are the checkpoint's."""
+    """Checkpoint to start from instead of random weights: of this model, or of its widest network
+    alone, whose channels are then sorted by importance. The classifier is initialised anew if the
+    classes differ; a converted network keeps its architecture, whatever `model` is; mean and std
+    come from the checkpoint if `data` has none; the gates' choices come from the checkpoint."""
     epochs: int = 10
     """Passes over the training images."""
     patience: int | None = None
-    """Evaluations in a row without a better mean that end the run; None trains all epochs."""
+    """Stop after this many evaluations in a row without a better mean; None trains all epochs."""
     batch_size: int = 128
-    """Images per step, over all processes; a shorter last batch is left out."""
+    """Images per step, over all processes; an incomplete last batch is left out."""
     routes: Literal["sandwich", "largest"] = "sandwich"
-    """Routes of a step: by the sandwich rule, or the largest alone, as any network is trained."""
+    """Routes of a step: by the sandwich rule, or only the largest, as in ordinary training."""
     trunk_views: int = 0
-    """Augmented views of every image whose features behind the trunk are computed once, before
-    training, and kept in memory; the trunk stays as it is. 0 trains the trunk too."""
+    """Augmented views of every image whose trunk features are computed once, before training, and
+    kept in memory; the trunk is frozen. 0 trains the trunk too."""
     target: Target = "ensemble"
-    """What the sub-networks learn, the largest always the labels: `labels`; `distillation`, the
-    live largest's prediction; `bootstrap`, the averaged (EMA) network's largest; `ensemble`, that
-    and for the smallest the mean of the averaged network's predictions along the step's routes."""
+    """Training target of the sub-networks; the largest always learns the labels. `labels`;
+    `distillation`, the largest network's prediction; `bootstrap`, the averaged (EMA) largest
+    network's prediction; `ensemble`, the same, but for the smallest the mean of the averaged
+    network's predictions along the step's routes."""
     teacher: str | None = None
-    """Checkpoint of a trained network of the same classes and image size. All routes, the largest
-    too, learn its prediction in place of what `target` names."""
+    """Checkpoint of a trained network with the same classes and image size. All routes, including
+    the largest, learn its prediction instead of `target`."""
     label_weight: float = 0.0
-    """Weight of the labels' loss beside the loss against predictions."""
+    """Weight of the loss on labels, added to the loss against predictions."""
     label_warmup: float = 0.0
-    """Part of all steps over which the loss goes over, linearly, from the labels alone to what
-    `target`, `teacher` and `label_weight` say."""
+    """Share of all steps in which the loss moves linearly from the labels alone to the loss set by
+    `target`, `teacher` and `label_weight`."""
     random_routes: int = 2
-    """Routes between the largest and the smallest in each step; fewer where there are fewer."""
+    """Random routes between the largest and the smallest in each step; fewer if there are fewer."""
     label_smoothing: float = 0.1
-    """Of the labels."""
+    """Label smoothing."""
     dropout: float = 0.2
-    """On the pooled features of the largest network alone."""
+    """Dropout on the pooled features of the largest network only."""
     ema_decay: float = 0.997
-    """Of the averaged network; reached by a warm-up, (1 + t) / (10 + t) before."""
+    """Decay of the averaged (EMA) network; in the warm-up it is (1 + t) / (10 + t)."""
     calibration_batches: int = 100
     """Training batches per route for the BN statistics after training."""
     val_calibration_batches: int = 8
-    """The same before an evaluation on the way."""
+    """Training batches per route for the BN statistics before an evaluation during training."""
     val_epochs: int = 1
-    """Epochs between evaluations on the held-out images; the last is always followed by one."""
+    """Epochs between evaluations on the held-out images; the last epoch is always followed by
+    one."""
     bf16: bool = False
     """bfloat16 autocast of the forward passes."""
     channels_last: bool = True
     """Memory format of weights and images; the faster one on most hardware."""
     compile: bool = False
-    """torch.compile of every segment form."""
+    """Use torch.compile for every variant of every segment."""
     seed: int = 0
-    """Of everything random in the stage."""
+    """Seed of all randomness in the stage."""
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     data: DataRecipe = field(default_factory=DataRecipe)
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
@@ -264,18 +265,18 @@ class SgsRecipe:
     """Sandwich gate sparsification, the paper's objective."""
 
     hard: Literal["try_best", "give_up"] = "try_best"
-    """Where an image goes that the smallest route gets wrong: `try_best` to the last choice;
-    `give_up` to the last only if the widest route is right, and else to the first, to save
+    """Target for an image that the smallest route gets wrong: `try_best`, the last choice;
+    `give_up`, the last choice only if the widest route is right, else the first, which saves
     compute."""
     gumbel: bool = True
-    """Classification through sampled (straight-through Gumbel-softmax) gates, as in the paper;
-    without it gates are the straight-through argmax and there is no noise."""
+    """Sample the gates of the classification loss (straight-through Gumbel-softmax), as in the
+    paper; without it, gates are the straight-through argmax, without noise."""
     tau: float = 1.0
     """Temperature of the gates."""
     easy_share: float | None = None
-    """Weight of the easy images in the sparsification term. None counts every image the same, as
-    the paper does: where nine of ten are easy, no image is then likelier hard than easy, and the
-    gate sends all of them along the cheapest route."""
+    """Total weight of the easy images in the sparsification term. None weighs all images equally,
+    as in the paper: if nine of ten are easy, the gate then predicts every image to be easy and
+    sends all along the cheapest route."""
     class_weight: float = 1.0
     """Weight of the classification term."""
     sgs_weight: float = 1.0
@@ -283,10 +284,10 @@ class SgsRecipe:
     cost_weight: float = 0.5
     """Weight of the cost term, (mean cost / cost_scale) squared."""
     cost_scale: float | None = None
-    """The cost term's T, in the cost table's unit; None takes the target cost, or where there is
-    none 1.77 times the widest route's: the paper's 1e9 against 565 M."""
+    """The cost term's T, in the cost table's unit. None takes the target cost or, without one, 1.77
+    times the widest route's: the paper's ratio of 1e9 to 565 M."""
     label_smoothing: float = 0.1
-    """Of the labels and of the sparsification labels; the released code smooths both."""
+    """Smoothing of labels and sparsification labels; the released code smooths both."""
 
     def __post_init__(self) -> None:
         _check_positive(self, "tau", "easy_share", "cost_scale")
@@ -296,25 +297,25 @@ class SgsRecipe:
 
 @dataclass(frozen=True)
 class ExpectedRecipe:
-    """The exact expected loss over cached losses of the routes."""
+    """The exact expected loss, computed from cached losses of the routes."""
 
     max_routes: int = 64
-    """Combinations of choices that are cached; where there are more, so many are sampled."""
+    """Most combinations of choices to cache; if there are more, this many are sampled."""
     views: int = 1
     """Augmented views of every training image in the cache."""
     iterations: int = 100
-    """Most steps of L-BFGS over the whole cache at a time; it stops when converged."""
+    """Most L-BFGS steps over the whole cache per fit; it stops when converged."""
     entropy: float = 0.3
     """Weight of the entropy of the gates' choices, as a share of the spread of loss and cost
     between the routes; keeps the heads from overfitting. 0 fits the expected loss alone."""
     weight_decay: float = 1e-3
-    """Pull of the heads towards no preference, on features of deviation 1."""
+    """Weight decay of the heads, on features of standard deviation 1."""
     sgs_weight: float = 0.0
-    """Weight of the sparsification term beside the expected loss."""
+    """Weight of the sparsification term added to the expected loss."""
     bisections: int = 8
-    """Halvings of the range of cost weights in the search for a target cost, on a log scale."""
+    """Bisections of the range of cost weights in the search for a target cost, on a log scale."""
     cost_weight: float = 1.0
-    """Weight of the cost, as a share of the widest route's, where the recipe has no target."""
+    """Weight of the cost, as a share of the widest route's, if the recipe has no target."""
 
     def __post_init__(self) -> None:
         _check_least(self, 1, "max_routes", "views", "iterations", "bisections")
@@ -323,33 +324,33 @@ class ExpectedRecipe:
 
 @dataclass(frozen=True)
 class GateRecipe(_Recipe):
-    """Stage II: the slimming heads; all else is frozen.
+    """Stage II: the slimming heads; everything else is frozen.
 
     Learning rate, weight decay and the weights of the sgs terms default to the paper's.
     """
 
     objective: Objective = "expected"
     """`sgs`, sandwich gate sparsification (the paper's), or `expected`, the exact expected loss
-    over cached losses of every route."""
+    from cached losses of every route."""
     supernet: str = ""
     """Checkpoint of the trained supernet."""
     targets: tuple[float, ...] | float | str = ()
-    """Mean costs to aim at, as shares of the widest route's, such as 0.4,0.6,0.8: one gate is
-    trained for each. With `expected` they are met; with `sgs` each is the scale of a cost term.
-    Without any, one gate is trained and the weights alone say what compute is worth."""
+    """Target mean costs as shares of the widest route's, such as 0.4,0.6,0.8: one gate is trained
+    for each. `expected` meets them; for `sgs` each is the scale of a cost term. Without targets,
+    one gate is trained, and its cost depends on the weights of the loss terms alone."""
     choices: tuple[tuple[int, ...], ...] | str = ()
-    """Width indices that the gates choose among: 0,1,2,3 for every gate alike, or 0,2;0,1,2 for
-    one after the other. Empty keeps the supernet's."""
+    """Width indices that the gates choose among: 0,1,2,3 for all gates, or one set for each gate,
+    such as 0,2;0,1,2. Empty keeps the supernet's."""
     cost_table: str | None = None
     """File of a cost table (MAdds or measured ms); None counts MAdds."""
     epochs: int = 3
     """Passes over the training images (sgs)."""
     batch_size: int = 128
-    """Images per step, over all processes; a shorter last batch is left out."""
+    """Images per step, over all processes; an incomplete last batch is left out."""
     bf16: bool = False
     """bfloat16 autocast of the forward passes."""
     seed: int = 0
-    """Of everything random in the stage."""
+    """Seed of all randomness in the stage."""
     sgs: SgsRecipe = field(default_factory=SgsRecipe)
     expected: ExpectedRecipe = field(default_factory=ExpectedRecipe)
     optim: OptimRecipe = field(
@@ -376,7 +377,7 @@ class GateRecipe(_Recipe):
 
 
 def _choices(value: tuple[tuple[int, ...], ...] | str) -> tuple[tuple[int, ...], ...]:
-    """Sets of width indices from what a file or a command line has."""
+    """Parse sets of width indices from a file or the command line."""
     try:
         if isinstance(value, str):
             sets = [part for part in value.split(";") if part.strip()]
@@ -387,7 +388,7 @@ def _choices(value: tuple[tuple[int, ...], ...] | str) -> tuple[tuple[int, ...],
 
 
 def _shares(value: tuple[float, ...] | float | str) -> tuple[float, ...]:
-    """Target costs from what a file or a command line has."""
+    """Parse target costs from a file or the command line."""
     try:
         match value:
             case str():
@@ -443,52 +444,52 @@ def recipe_from_dict(kind: type[Recipe], data: Mapping[str, Any]) -> Recipe:
 
 @dataclass(frozen=True)
 class AdaptOptions:
-    """How a trained network is adapted to images."""
+    """Options for adapting a trained network to images."""
 
     data: str
     """A parquet file or a folder of them, a folder of images by class, or a hub name."""
     split: str = "train"
     """Split to train on."""
     test_split: str = "test"
-    """Split that the report is on; without it, the report is on the images held out."""
+    """Split for the report; if there is none, the report uses the held-out images."""
     val_share: float = 0.15
-    """Part of the training split held out, to choose by and to find budgets on."""
+    """Part of the training split held out, for model selection and to calibrate budgets."""
     weights: Path | None = None
-    """Weights of the model, .safetensors or .pth; of a checkpoint its own."""
+    """Weights of the model, .safetensors or .pth; not for a checkpoint, which has its own."""
     image_size: int | None = None
-    """Side of the image in pixels that the network sees. Default: the model's."""
+    """Side of the network's input image in pixels. Default: the model's."""
     sizes: str = ""
-    """Several image sizes in place of one, such as 128,224: an image is looked at in the smallest
-    first, and in a larger one where that leaves it unsure."""
+    """Several image sizes instead of one, such as 128,224: an image is run at the smallest size
+    first, and at a larger one if the answer is uncertain."""
     widths: str = "0.25,0.5,0.75,1"
     """Shares of the channels behind the gate, rising to 1."""
     gate_at: str = ""
-    """Modules behind which gates are put, separated by commas. Default: one gate, where most
-    multiply-adds can be saved."""
+    """Modules behind which gates are inserted, separated by commas. Default: one gate, where it
+    saves most multiply-adds."""
     protect: str = ""
     """Modules whose channels stay whole, separated by commas."""
     epochs: int | None = None
-    """Passes over the images, of the original and of the supernet each. Default: by the number of
-    images, about 12,000 of them in all."""
+    """Epochs, for the original and for the supernet each. Default: by the number of images, so
+    that each sees about 12,000 in all."""
     minutes: float | None = None
-    """Time to plan for, in place of epochs: a few steps are measured first."""
+    """Time to plan for instead of epochs; a few steps are timed first."""
     lr: float = 0.03
-    """Peak learning rate; the weights are trained already."""
+    """Peak learning rate; low, because the weights are already trained."""
     batch_size: int = 64
     """Images per step."""
     views: int | None = None
     """Augmented views of every image whose trunk features are kept in memory; 0 trains the trunk
     too. Default: by the number of images, 2 to 8."""
     label_weight: float = 0.5
-    """Weight of the labels' loss beside the loss against the original's predictions."""
+    """Weight of the loss on labels, added to the loss against the original's predictions."""
     no_mirror: bool = False
-    """A mirror image may be of another class, as of text: never mirror."""
+    """Never mirror images, because a mirror image may be of another class (as with text)."""
     budget: float = 0.5
     """Mean cost that the gate is trained for, as a share of the widest route's."""
     backend: str = "auto"
-    """Backend that is timed: auto, eager, inductor, onnxruntime, openvino or cudagraph."""
+    """Backend to time: auto, eager, inductor, onnxruntime, openvino or cudagraph."""
     seed: int = 0
-    """Of everything random."""
+    """Seed of all randomness."""
 
     def __post_init__(self) -> None:
         _check_least(self, 1, "epochs", "image_size")
@@ -502,7 +503,7 @@ class AdaptOptions:
             "epochs and minutes: both say how long to train; give one",
         )
         check(0 <= self.seed < 2**63, f"seed {self.seed}: must be between 0 and 2^63 - 1")
-        self.shares  # noqa: B018  # raises for what is no list of shares
+        self.shares  # noqa: B018  # raises if it is not a list of shares
         sides = self.sides
         check(
             not sides or (len(sides) > 1 and sides[0] > 0 and self.image_size is None),
@@ -524,7 +525,7 @@ class AdaptOptions:
 
 
 def parse_shares(widths: str) -> tuple[float, ...]:
-    """Shares of the channels such as "0.25,0.5,1"; raises `UsageError` for anything else."""
+    """Parse shares of the channels such as "0.25,0.5,1"; raises `UsageError` otherwise."""
     try:
         shares = tuple(float(part) for part in widths.split(","))
     except ValueError:
@@ -533,13 +534,13 @@ def parse_shares(widths: str) -> tuple[float, ...]:
 
 
 def parse_names(text: str) -> list[str]:
-    """Names separated by commas; none of an empty text."""
+    """Split names at commas; an empty text has no names."""
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)
 class ReportOptions:
-    """How a report is made."""
+    """Options for making a report."""
 
     data: str | None = None
     """Images to evaluate on: a parquet file or a folder of them, a folder of images by class, or a
@@ -547,24 +548,24 @@ class ReportOptions:
     split: str | None = None
     """Split of the data; by default test, or what training held out."""
     target: float | None = None
-    """The gate to show in detail, of a run with several; by default the middle one."""
+    """Target of the gate to show in detail, for a run with several; by default the middle one."""
     images: int | None = None
-    """Number of images to evaluate on, a fixed random choice; by default all."""
+    """Number of images to evaluate on, a fixed random sample; by default all."""
     baselines: Path | None = None
     """JSON file of static networks to compare with, [{"name", "top1", "madds", "ms"}, ...]; by
-    default baselines.json of the run."""
+    default the run's baselines.json."""
     title: str | None = None
     """Title of the page."""
     backend: str = "auto"
     """Backend to time: auto, eager, inductor, onnxruntime, openvino or cudagraph."""
     rounds: int | None = None
-    """Rounds of timing; 0 leaves milliseconds out. By default as many as take ten seconds."""
+    """Rounds of timing; 0 omits milliseconds. By default as many as fit into ten seconds."""
     batch_size: int = 256
     """Images per batch of the evaluation."""
     device: str = "cpu"
-    """cpu, cuda or mps."""
+    """Device of the evaluation: cpu, cuda or mps."""
     no_cache: bool = False
-    """Keep no compiled programs on disk, and read none."""
+    """Neither store nor reuse compiled programs on disk."""
 
     def __post_init__(self) -> None:
         for name, least in (("images", 1), ("rounds", 0), ("batch_size", 1)):
@@ -580,30 +581,30 @@ class ReportOptions:
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """How the demo's network is trained."""
+    """Options for training the demo's network."""
 
     epochs: int = 6
     """Passes over the 9,000 images in stage I (the supernet)."""
     target: float = 0.5
-    """Mean cost that the gate of stage II aims at, as a share of the widest route's."""
+    """Mean cost that the gate of stage II is trained for, as a share of the widest route's."""
     seed: int = 0
-    """Of everything random: the same seed and number of threads give the same numbers."""
+    """Seed of all randomness: the same seed and number of threads give the same numbers."""
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How a run uses the machine; nothing here changes the numbers of a single process."""
+    """How a run uses the machine; none of this changes the results of a single process."""
 
     resume: bool = False
-    """Go on where the run in the folder stopped; starts it if there is none."""
+    """Continue the run in the folder; start a new one if there is none."""
     force: bool = False
     """Resume although the recipe has changed."""
     device: str = "auto"
-    """`auto`, `cpu`, `cuda` or `mps`; under torchrun each process takes one."""
+    """`auto`, `cpu`, `cuda` or `mps`; under torchrun, each process uses one device."""
     workers: int = 2
-    """Processes that decode images, per process of the run; 0 decodes in the run itself."""
+    """Processes that decode images, per process of the run; 0 decodes in the run's process."""
     save_every_s: float = 60.0
-    """Seconds between snapshots, which are also written after every epoch."""
+    """Seconds between snapshots; a snapshot is also written after every epoch."""
     log_every: int = 10
     """Steps between lines of the metrics file."""
 

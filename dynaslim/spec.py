@@ -1,10 +1,10 @@
-"""What a dynamic slimmable network is, as frozen data: stages, widths, gates and routes.
+"""The description of a dynamic slimmable network as frozen data: stages, widths, gates and routes.
 
-No torch here. A `NetSpec` is the only description of an architecture: the modules
-(`dynaslim.nn`), the costs (`dynaslim.cost`) and the checkpoints are all read from it.
+This module does not import torch. A `NetSpec` is the only description of an architecture: modules
+(`dynaslim.nn`), costs (`dynaslim.cost`) and checkpoints are all derived from it.
 
-Words: a *width* is how many leading channels a layer uses; a *stage* is a run of blocks that
-share one width; a *route* is one width per stage; a *segment* is what lies between two gates.
+Terms: a *width* is how many leading channels a layer uses; a *stage* is a run of blocks that share
+one width; a *route* is one width per stage; a *segment* is the part of a network between two gates.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ TEACHER_INDEX: Final = -1
 """Width index of the teacher: the last width of every stage, trunk included."""
 
 _MOST: Final = 1 << 20
-"""Of any size in a spec: ten times what networks have, and far from filling a memory by itself."""
+"""Upper bound of any size in a spec: ten times that of real networks, but still harmless."""
 
-# A gate sits after the depthwise convolution of the first block of its stage, or, where two
-# tensors would have to cross it there (residual blocks), at the entrance of that block.
+# A gate is behind the depthwise convolution of the first block of its stage, or at the entrance of
+# that block if otherwise two tensors would have to cross the gate (residual blocks).
 GATE_AT_ENTRANCE: Final[Mapping[str, bool]] = {
     "depthwise_separable": False,
     "inverted_residual": False,
@@ -42,7 +42,7 @@ GATE_AT_ENTRANCE: Final[Mapping[str, bool]] = {
 
 
 class Width(NamedTuple):
-    """A width in use: so many leading channels, normalised by BN statistics number `slot`."""
+    """A width in use: the number of leading channels, and the `slot` of its BN statistics."""
 
     channels: int
     slot: int
@@ -50,7 +50,7 @@ class Width(NamedTuple):
 
 @dataclass(frozen=True, order=True)
 class Route:
-    """One width (a number of channels) per stage; a value: hashable, comparable, sortable."""
+    """One width (a number of channels) per stage. A hashable, comparable and sortable value."""
 
     widths: tuple[int, ...]
 
@@ -62,7 +62,7 @@ class Route:
 
     @classmethod
     def parse(cls, text: str | Sequence[int]) -> Route:
-        """Read what `str(route)` writes, such as `16-32-48-96-224-736`, or the counts."""
+        """Parse the output of `str(route)`, such as `16-32-48-96-224-736`, or channel counts."""
         try:
             parts = list(map(int, text.split("-"))) if isinstance(text, str) else text
             return cls(tuple(map(operator.index, parts)))
@@ -74,18 +74,18 @@ class Route:
 
 @dataclass(frozen=True)
 class GateSpec:
-    """A gate: `choices` are the width indices it picks from, rising (its routing space)."""
+    """A gate; `choices` are the width indices it chooses from, in rising order."""
 
     choices: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class StageSpec:
-    """A run of blocks with one width. The first block has the stride, the rest have stride 1.
+    """A run of blocks with one width. The first block has the stride, the others have stride 1.
 
-    `widths` are output channels, rising. `expansion` is the ratio of inner to input channels in an
-    `inverted_residual` block, and of output to inner channels in a `bottleneck`.
-    `max_pool` adds a 3x3 max pool of stride 2 behind a `conv` stage (the ResNet stem).
+    `widths` are output channels in rising order. `expansion` is the ratio of inner to input
+    channels in an `inverted_residual` block, and of output to inner channels in a `bottleneck`.
+    `max_pool` adds a 3x3 max pool of stride 2 behind a `conv` stage (as in the ResNet stem).
     """
 
     widths: tuple[int, ...]
@@ -99,9 +99,9 @@ class StageSpec:
 
 
 class Routed:
-    """The routes of a network, from its gates and widths.
+    """Base of all specs: the routes of a network, from its gates and widths.
 
-    A spec has `name`, `gates` and `num_widths`, and `route_at` and `segment_indices`.
+    A subclass provides `name`, `gates`, `num_widths`, `route_at` and `segment_indices`.
     """
 
     if TYPE_CHECKING:
@@ -116,12 +116,12 @@ class Routed:
 
     @property
     def num_segments(self) -> int:
-        """Segments of the network: the trunk and one behind each gate."""
+        """Number of segments: the trunk and one behind each gate."""
         return len(self.gates) + 1
 
     @property
     def has_separate_teacher(self) -> bool:
-        """Whether the largest sub-network lies off every route; usually it is the widest."""
+        """Whether the largest sub-network is on no route; False if it is the widest route."""
         return False
 
     def check_indices(self, indices: Sequence[int]) -> None:
@@ -149,7 +149,7 @@ class Routed:
         return tuple(self.route_at(combo) for combo in combos)
 
     def route_along(self, path: Sequence[int]) -> Route:
-        """The route of a path: one option for each gate, its position in `GateSpec.choices`."""
+        """The route of a path, which has one option (position in `GateSpec.choices`) per gate."""
         gates = zip(self.gates, path, strict=True)
         return self.route_at([gate.choices[option] for gate, option in gates])
 
@@ -157,7 +157,7 @@ class Routed:
         """The path that takes width index `indices[g]` behind gate g.
 
         Raises:
-            UsageError: for a width index that a gate does not choose.
+            UsageError: for a width index that is not among a gate's choices.
         """
         pairs = list(zip(self.gates, indices, strict=True))
         for number, (gate, index) in enumerate(pairs):
@@ -169,15 +169,15 @@ class Routed:
         return tuple(gate.choices.index(index) for gate, index in pairs)
 
     def path_of(self, route: Route) -> tuple[int, ...]:
-        """The path that leads along a route.
+        """The path of a route.
 
         Raises:
-            UsageError: if the route is none of this network's, or its gates cannot take it.
+            UsageError: if the network has no such route, or its gates cannot take it.
         """
         return self.path_at(self.segment_indices(route)[1:])
 
     def _gates_of(self, choices: Sequence[Sequence[int]]) -> tuple[GateSpec, ...]:
-        """Gates of this network with other choices: of each, or the same for all."""
+        """The network's gates with other choices: one set for each gate, or one set for all."""
         if len(choices) == 1:
             choices = [choices[0]] * len(self.gates)
         if len(choices) != len(self.gates):
@@ -202,7 +202,11 @@ class Routed:
         return self.route_at([gate.choices[-1] for gate in self.gates])
 
     def coerce_route(self, route: Route | str | Sequence[int]) -> Route:
-        """A checked `Route` from a route, its text or its widths."""
+        """Convert a route, its text or its widths to a `Route`, and check it.
+
+        Raises:
+            UsageError: if the text is not a route, or the network has no such route.
+        """
         checked = route if isinstance(route, Route) else Route.parse(route)
         self.segment_indices(checked)
         return checked
@@ -210,15 +214,15 @@ class Routed:
 
 @dataclass(frozen=True)
 class NetSpec(Routed):
-    """A whole network: stages in order (the stem is the first), pooling and a linear classifier.
+    """A whole network: stages in order (the first is the stem), pooling and a linear classifier.
 
-    Stages before the first gate are the *trunk*; they keep their first width on every route.
-    Stages from a gate to the next are governed by it: they share its width index, unless they
-    have one width only. `attention_at` selects which blocks have an attention head: all, or the
+    Stages before the first gate are the *trunk*; they keep their first width on every route. Stages
+    from a gate to the next are governed by that gate: they share its width index, unless they have
+    only one width. `attention_at` selects which blocks have an attention head: all, or only the
     gated ones. The hidden width of a gate is `round(reduction * largest input width of its block)`.
 
     Raises:
-        UsageError: where the parts do not fit together.
+        UsageError: if the parts do not fit together.
     """
 
     name: str
@@ -316,7 +320,7 @@ class NetSpec(Routed):
 
     @cached_property
     def gated_stages(self) -> tuple[int, ...]:
-        """Stage numbers that hold a gate, in order."""
+        """Numbers of the stages with a gate, in order."""
         return tuple(s for s, stage in enumerate(self.stages) if stage.gate is not None)
 
     @cached_property
@@ -326,7 +330,7 @@ class NetSpec(Routed):
 
     @property
     def num_widths(self) -> int:
-        """Widths that a gate's stage has; 1 for a network without gates."""
+        """Number of widths of a gated stage; 1 for a network without gates."""
         return len(self.stages[self.gated_stages[0]].widths) if self.gated_stages else 1
 
     def gate_of(self, stage: int) -> int | None:
@@ -338,19 +342,19 @@ class NetSpec(Routed):
 
     @cached_property
     def has_separate_teacher(self) -> bool:
-        """Whether the largest sub-network lies off every route (its trunk is wider than theirs)."""
+        """Whether the largest sub-network is on no route, because its trunk is wider."""
         return any(
             self.gate_of(s) is None and len(stage.widths) > 1 for s, stage in enumerate(self.stages)
         )
 
     def num_slots(self, stage: int) -> int:
-        """How many sets of BN statistics the layers of a stage's width keep.
+        """How many sets of BN statistics the layers of a stage have.
 
-        One per width, as released; and one more for the teacher where it would share a set with
-        a route though it feeds it from a wider trunk, which makes the two distributions differ.
+        One per width, as in the released code, and one more for the teacher if it would share a set
+        with a route: its wider trunk gives the features another distribution.
         """
         governed = self.gate_of(stage) is not None
-        # a single width behind a gate is fed by as many widths as the gate has
+        # a stage of one width behind a gate still has inputs of all the gate's widths
         slots = self.num_widths if governed else len(self.stages[stage].widths)
         shared = governed or slots == 1
         return slots + (1 if self.has_separate_teacher and shared else 0)
@@ -386,17 +390,17 @@ class NetSpec(Routed):
 
     @cached_property
     def largest(self) -> Route:
-        """The last width everywhere: the stage-I teacher, on a route or not."""
+        """The last width in every stage: the teacher of stage I, which may be on no route."""
         return Route(tuple(stage.widths[-1] for stage in self.stages))
 
     def segment_indices(self, route: Route) -> tuple[int, ...]:
-        """Width index that each segment takes on a route: the trunk's, then one behind each gate.
+        """Width index of each segment on a route: the trunk's, then one behind each gate.
 
-        The trunk has index 0 on every route; a teacher that lies off the routes is `TEACHER_INDEX`
-        in all segments.
+        The trunk has index 0 on every route. A separate teacher has `TEACHER_INDEX` in all
+        segments.
 
         Raises:
-            UsageError: if the route is none of this network's; the message names the stage.
+            UsageError: if the network has no such route; the message names the stage.
         """
         if self.has_separate_teacher and route == self.largest:
             return (TEACHER_INDEX,) * self.num_segments
@@ -425,12 +429,12 @@ class NetSpec(Routed):
 
     @cached_property
     def total_stride(self) -> int:
-        """Input pixels per pixel of the last feature map; the smallest image side allowed."""
+        """Ratio of input side to the side of the last feature map; the smallest image side."""
         return math.prod(stage.stride * (2 if stage.max_pool else 1) for stage in self.stages)
 
     @property
     def classifier(self) -> str:
-        """Name of the linear layer that gives the logits."""
+        """Name of the linear layer that computes the logits."""
         return "classifier"
 
     @property
@@ -440,7 +444,7 @@ class NetSpec(Routed):
 
     @property
     def usual_image_size(self) -> int:
-        """The side in pixels that an architecture is meant for, where none is given."""
+        """The default image side in pixels of this architecture."""
         return 224 if self.total_stride >= 32 else 32
 
     def check_image_size(self, height: int, width: int) -> None:
@@ -458,7 +462,7 @@ class NetSpec(Routed):
     def with_choices(self, *choices: Sequence[int]) -> NetSpec:
         """A copy with another routing space: one sequence of width indices per gate.
 
-        One sequence alone is taken for every gate.
+        A single sequence applies to every gate.
         """
         new = iter(self._gates_of(choices))
         stages = tuple(
@@ -468,7 +472,7 @@ class NetSpec(Routed):
         return self.replace(stages=stages)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back to an equal spec."""
+        """Plain JSON values; `from_dict` rebuilds an equal spec from them."""
         return dataclasses.asdict(self)
 
     @classmethod

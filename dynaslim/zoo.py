@@ -1,7 +1,7 @@
-"""The architectures by name: one explicit dict of specs. Adding an entry adds it to the tests.
+"""The zoo of architectures: one explicit dict of specs by name. New entries are tested too.
 
-A network of your own needs no entry: `write_spec` puts its spec in a file, and the file's name
-stands wherever a name of the zoo does.
+A network of your own needs no entry: `write_spec` writes its spec to a file, whose name can be used
+wherever a name of the zoo can.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dynaslim.shipped import names
 from dynaslim.spec import GateSpec, NetSpec, StageSpec
 
 SPEC_SUFFIXES: Final = (".yaml", ".yml")
-"""What a file of a spec is called."""
+"""Suffixes of spec files."""
 
 
 def _conv(*widths: int, kernel: int = 3, stride: int = 1, max_pool: bool = False) -> StageSpec:
@@ -28,7 +28,7 @@ def _conv(*widths: int, kernel: int = 3, stride: int = 1, max_pool: bool = False
 def _ds_mbnet() -> NetSpec:
     """DS-MBNet exactly as released (arXiv 2103.13258): a slimmable MobileNetV1, 7.68 M parameters.
 
-    The release cuts the routing space to (0, 1, 2, 3); here it spans all 14 widths.
+    The released code restricts the gate to widths (0, 1, 2, 3); here its choices span all 14.
     """
     return NetSpec(
         name="ds_mbnet",
@@ -61,8 +61,8 @@ def _ds_mbnet_tiny() -> NetSpec:
 def _ds_resnet50() -> NetSpec:
     """DS-ResNet-50 (arXiv 2103.13258, section 4; not released): ratios 1/4 to 1, four gates.
 
-    The paper leaves open where a gate sits. Here it is the stage's entrance, where one tensor
-    crosses; routes are all combinations, 4^4.
+    The paper does not specify the place of a gate. Here it is at the entrance of its stage, where
+    only one tensor crosses. The routes are all 4^4 combinations.
     """
 
     def stage(width: int, blocks: int, stride: int) -> StageSpec:
@@ -89,8 +89,8 @@ def _ds_resnet50() -> NetSpec:
 def _ds_mobilenet_v2() -> NetSpec:
     """A dynamic slimmable MobileNetV2 (arXiv 1801.04381): inverted residuals, two gates.
 
-    The first block of a stage has no shortcut, so one tensor crosses the gate behind its
-    depthwise convolution. The widest route is MobileNetV2 1.0 but for its trunk.
+    The first block of a stage has no shortcut, so only one tensor crosses the gate behind its
+    depthwise convolution. The widest route is MobileNetV2 1.0 except for its narrower trunk.
     """
 
     def stage(
@@ -140,10 +140,10 @@ def _ds_resnet_cifar() -> NetSpec:
 
 
 def _ds_resnet8_cifar() -> NetSpec:
-    """A residual network of basic blocks for 32x32 input, as shallow as they get, with one gate.
+    """A minimal residual network of basic blocks for 32x32 input (ResNet-8's depth), one gate.
 
-    Small enough to train on a processor. The trunk is cheap and the ends are wide, so that what an
-    image costs lies within a factor of seven; the gate decides behind the first block.
+    It is small enough to train on a CPU. The trunk is cheap and the last stages are wide, so the
+    widest route costs about seven times the cheapest. The gate is behind the first block.
     """
 
     def stage(*widths: int, gated: bool = False) -> StageSpec:
@@ -162,7 +162,7 @@ def _ds_resnet8_cifar() -> NetSpec:
         activation="relu",
         attention="one_plus_tanh",
         attention_at="gated",
-        reduction=2.0,  # the trunk has few channels, and a gate sees nothing else
+        reduction=2.0,  # large, because the gate's only input is the trunk's few channels
     )
 
 
@@ -176,14 +176,14 @@ _ENTRIES = (
 )
 
 ZOO: Final = MappingProxyType({spec.name: spec for spec in (entry() for entry in _ENTRIES)})
-"""Name -> spec of every architecture that `create_model` takes."""
+"""The spec of every built-in architecture, by name."""
 
 
 def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:
-    """The spec of a zoo entry or of a spec file, with another number of classes if given.
+    """The spec of a zoo entry or of a spec file; `num_classes` replaces its number of classes.
 
     Raises:
-        UsageError: for an unknown name (the message lists the known ones), a file that holds no
+        UsageError: for an unknown name (the message lists the known ones), a file that is not a
             spec, or a class count below 1.
     """
     if is_spec_file(name):
@@ -201,28 +201,28 @@ def get_spec(name: str, *, num_classes: int | None = None) -> NetSpec:
 
 
 def is_spec_file(name: str) -> bool:
-    """Whether a model is named by a file of its spec."""
+    """Whether a model's name is the name of a spec file."""
     return name.lower().endswith(SPEC_SUFFIXES)
 
 
 def write_spec(path: str | Path, spec: NetSpec) -> Path:
-    """Write a spec as YAML, which `get_spec` reads back; what is at its default is left out.
+    """Write a spec as YAML for `get_spec` to read; fields with default values are left out.
 
     Raises:
-        UsageError: for a name that is not one of a spec file.
+        UsageError: if the name does not have the suffix of a spec file.
         OSError: if the file cannot be written.
     """
     import yaml
 
     if not is_spec_file(str(path)):
         raise UsageError(f"{path}: a spec file is called {' or '.join(SPEC_SUFFIXES)}")
-    # flow style None puts the innermost lists, the widths, on one line
+    # flow style None puts the innermost lists (the widths) on one line
     text = yaml.safe_dump(_non_defaults(spec), sort_keys=False, default_flow_style=None, width=100)
     return write_atomic(path, text.encode())
 
 
 def _non_defaults(part: Any) -> Any:
-    """Plain values of a spec or of a part of one, but not those that are defaults."""
+    """Plain values of a spec or a part of it, without fields that have default values."""
     if dataclasses.is_dataclass(part):
         fields = ((f, getattr(part, f.name)) for f in dataclasses.fields(part))
         return {f.name: _non_defaults(value) for f, value in fields if value != f.default}

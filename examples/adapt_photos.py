@@ -1,12 +1,12 @@
-"""Adapt a trained network of timm to photographs of your own, so that it costs less on them.
+"""Adapt a trained network from timm to your own photographs, so that it costs less on them.
 
     python examples/adapt_photos.py MODEL PHOTOS OUT [MINUTES]
 
-MODEL is a name of timm, such as tf_efficientnet_lite0; its weights are fetched by timm. PHOTOS has
-a folder of images for each class. Stopped half-way, the same line goes on.
+MODEL is a model name of timm, such as tf_efficientnet_lite0; timm downloads its weights. PHOTOS has
+a folder of images for each class. If interrupted, run the same command again to continue.
 
-It shows the run of `dynaslim adapt` from Python, for a module that is there already, and what comes
-of it: a checkpoint with budgets, and the table of its report as values.
+It shows `dynaslim adapt` called from Python for an existing module, and its results: a checkpoint
+with budgets, and the table of the report as values.
 """
 
 import sys
@@ -39,7 +39,7 @@ def main(name: str, photos: str, out: str, minutes: float = 30.0) -> None:
         print(f"{mode.name:<24} {mode.madds / 1e6:8.1f} M {mode.top1:7.1%}{ms}")
     print(done.verdict)
 
-    engine = dynaslim.Engine(done.checkpoint)  # for batches of your own: engine(x, budget=0.5)
+    engine = dynaslim.Engine(done.checkpoint)  # for your own batches: engine(x, budget=0.5)
     print(f"{done.files['checkpoint']}: runs by {engine.backend}")
     engine.close()
 

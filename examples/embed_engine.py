@@ -1,12 +1,12 @@
-"""An engine inside a service of your own: many threads send images, one engine answers in batches.
+"""Use an engine inside your own service: many threads send images, one engine answers in batches.
 
     python examples/embed_engine.py MODEL IMAGES...
 
-MODEL is a checkpoint or an exported package (which needs no torch). Every image is sent by a
-thread of its own, as the requests of a web server would be. `Classifier` is the part to take over:
-a thread collects the images of some milliseconds into one batch, which costs much less
-than its images one by one. While more than a batch is waiting, it moves the gates towards cheaper
-routes; a checkpoint with a budget curve could take `budget=0.5` there instead.
+MODEL is a checkpoint or an exported package (which needs no torch). A pool of threads sends the
+images, as the request handlers of a web server would. `Classifier` is the part to copy: a thread
+collects the images of a few milliseconds into one batch, which costs much less than the same images
+one by one. While more than a batch is waiting, the gates are shifted towards cheaper routes; with a
+budget curve in the checkpoint, `budget=0.5` could be used there instead.
 """
 
 import queue
@@ -25,7 +25,7 @@ from dynaslim.preprocessing import normalise_pixels
 
 
 class Classifier:
-    """`classify` from any thread; the answer is (class, route), or the error that came instead."""
+    """Call `classify` from any thread; it returns (class, route) or raises an error."""
 
     def __init__(self, model: str, *, most: int = 32, wait_ms: float = 5) -> None:
         self.engine = open_engine(model)
@@ -35,9 +35,9 @@ class Classifier:
         threading.Thread(target=self._work, daemon=True).start()
 
     def classify(self, content: bytes, name: str) -> tuple[str | int, str]:
-        """The answer for an encoded image; raises `DataError` for bytes that are none."""
+        """Classify an encoded image; raises `DataError` for bytes that are not an image."""
         answer: Future = Future()
-        # decoded here, in the calling thread: many threads decode while one engine works
+        # decoded in the calling thread, so that many threads decode while the engine works
         self._queue.put((decode_image(content, self.engine.preprocessing, name), answer))
         return answer.result()
 
@@ -49,7 +49,7 @@ class Classifier:
                     batch.append(self._queue.get(timeout=max(0, until - time.monotonic())))
             try:
                 results = self._answer(np.stack([image for image, _ in batch]))
-            except Exception as error:  # raised in the callers; the next batch is served
+            except Exception as error:  # raised in the callers; this thread continues
                 for _, answer in batch:
                     answer.set_exception(error)
             else:

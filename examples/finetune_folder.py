@@ -1,13 +1,13 @@
-"""Fine-tune a trained network on an image folder of your own, with classes of its own.
+"""Fine-tune a trained network on your own image folder with other classes.
 
     python examples/finetune_folder.py CHECKPOINT PHOTOS OUT [EPOCHS]
 
 CHECKPOINT is a trained network, such as runs/demo/checkpoint.safetensors. PHOTOS has a folder of
-images for each class; a tenth of the images is held out to measure by. What comes of it is in the
-new folder OUT, gate.safetensors first of all. Stopped half-way, the same line goes on.
+images for each class; a tenth of the images is held out for evaluation. Results are written to the
+folder OUT; the network is gate.safetensors. If interrupted, run the same command again to continue.
 
-It shows a run of each stage from Python: stage I from a checkpoint (`init`), with a fresh
-classifier and a low learning rate; stage II, a gate at 60 % of the widest route's cost.
+It shows both training stages from Python: stage I from a checkpoint (`init`), with a new classifier
+and a low learning rate; and stage II, a gate for 60 % of the widest route's cost.
 """
 
 import shutil
@@ -30,11 +30,11 @@ def main(checkpoint: str, photos: str, out: str, epochs: int = 10) -> None:
     options = RunOptions(resume=True)
 
     supernet = dynaslim.SupernetRecipe(
-        model=start.net.spec.name,  # or the file of its spec, for a network that is not in the zoo
+        model=start.net.spec.name,  # or the spec file of a network that is not in the zoo
         init=checkpoint,
         epochs=epochs,
         batch_size=32,
-        optim=OptimRecipe(lr=0.02),  # a twentieth of what a fresh network takes
+        optim=OptimRecipe(lr=0.02),  # a twentieth of the rate for training from scratch
         data=data,
         augment=augment,
     )

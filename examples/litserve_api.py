@@ -1,4 +1,4 @@
-"""A package in LitServe: the requests that wait share the engine's batches.
+"""Serve a model with LitServe; waiting requests share the engine's batches.
 
     python examples/litserve_api.py MODEL [PORT]
 

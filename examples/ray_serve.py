@@ -1,8 +1,8 @@
-"""A package in Ray Serve: in each replica the requests that wait share the engine's batches.
+"""Serve a model with Ray Serve; in each replica, waiting requests share the engine's batches.
 
     python examples/ray_serve.py MODEL [IMAGES...]
 
-MODEL: a checkpoint or a package (no torch). Prints the images' answers; without images it serves:
+MODEL: a checkpoint or a package (no torch). Prints the images' answers; without images, it serves:
 curl --data-binary @cat.jpg http://127.0.0.1:8000/?budget=0.6 (needs pip install 'ray[serve]')
 """
 
@@ -23,14 +23,14 @@ from dynaslim.serve import Batcher
 @serve.deployment(max_ongoing_requests=64)
 class Classifier:
     def __init__(self, model: str) -> None:
-        self.engine = open_engine(model, workers=1)  # a replica for each core instead
+        self.engine = open_engine(model, workers=1)  # use one replica per core instead
         self.engine.warm_up()
         self.batcher = Batcher(self.engine)
 
     async def __call__(self, request: Request) -> JSONResponse:
         try:
             return JSONResponse(await self.classify(await request.body(), **request.query_params))
-        except (DynaslimError, TypeError) as error:  # an image, a budget, another parameter
+        except (DynaslimError, TypeError) as error:  # a wrong image, budget or parameter
             return JSONResponse({"error": str(error)}, 400)
 
     async def classify(self, content: bytes, budget: str | None = None) -> dict:

@@ -1,8 +1,8 @@
-"""Run a package without torch or dynaslim: prints row, width indices behind the gates, class.
+"""Run a package without torch or dynaslim; prints row, width indices behind the gates, and class.
 
     python examples/run_package.py PACKAGE IMAGES
 
-IMAGES: a picture, a folder of them, or an .npy file of normalised images, float32 (N, C, H, W).
+IMAGES is a picture, a folder of them, or an .npy file of normalised float32 images (N, C, H, W).
 """
 
 import json
@@ -33,7 +33,7 @@ def main(folder: Path, x: np.ndarray) -> None:
     session = cache(lambda form: onnxruntime.InferenceSession(folder / manifest["forms"][form]))
     choices = np.zeros((len(x), len(gates)), int)
     logits = np.empty((len(x), manifest["spec"]["num_classes"]), np.float32)
-    # a bucket: which rows, what they chose last, their features, their next gate's logits
+    # a bucket: its rows, their last choice, their features, the logits of their next gate
     buckets = [(np.arange(len(x)), 0, *session("segment0_0_0").run(None, {"x": x}))]
     for number, options in enumerate(gates, start=1):
         arriving = []

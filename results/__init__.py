@@ -1,1 +1,1 @@
-"""What the networks give: experiments, their numbers (`cells/`) and the page made of them."""
+"""Experiments on trained networks, their numbers (`cells/`), and the page of results."""

@@ -1,4 +1,4 @@
-"""What a network answers along every route for every image, computed once and kept in a file.
+"""A network's answers along every route for every image, computed once and stored in a file.
 
 Suffixes: N images, B rows of a batch, R routes, C classes, F features.
 """
@@ -32,9 +32,10 @@ from results.plan import static_spec
 
 @dataclass(frozen=True)
 class Table:
-    """One network on one set of images; a network with one gate, or none and one route.
+    """The answers of one network on one set of images. The network has one gate; a single route
+    counts as a network whose gate has one choice.
 
-    `costs_R` are multiply-adds, `trunk` those of the segment before the gate with the gate in it.
+    `costs_R` and `trunk` are multiply-adds; `trunk` includes the gate behind it.
     """
 
     spec: NetSpec
@@ -42,16 +43,16 @@ class Table:
     logits_NRC: npt.NDArray[np.float32]
     labels_N: npt.NDArray[np.int64]
     gate_logits_NR: npt.NDArray[np.float32]
-    """Of the slimming head in the checkpoint."""
+    """Outputs of the checkpoint's slimming head."""
     hidden_NF: npt.NDArray[np.float32]
-    """What the slimming head reads."""
+    """Inputs of the slimming head."""
     mean_NF: npt.NDArray[np.float32]
-    """The channels' means where the gate sits."""
+    """Means of the trunk's output channels over the pixels."""
     deviation_NF: npt.NDArray[np.float32]
-    """Their standard deviations over the pixels."""
+    """Standard deviations of the trunk's output channels over the pixels."""
     mirrored_NC: npt.NDArray[np.float32] | None = None
-    """Logits of the widest route for the mirror images; None where these may be of other classes,
-    and in tables of earlier versions."""
+    """Logits of the widest route for the mirror images; None if mirror images may be of other
+    classes, and in tables of earlier versions."""
 
     @cached_property
     def correct_NR(self) -> npt.NDArray[np.bool_]:
@@ -77,7 +78,7 @@ class Table:
 
     @cached_property
     def trunk(self) -> float:
-        """Multiply-adds that an escalated image does not pay again."""
+        """Multiply-adds that are not spent again when an image escalates."""
         return float(CostTable.from_madds(self.spec, self.image_size_px).segments[0][0][0])
 
     @cached_property
@@ -88,7 +89,7 @@ class Table:
         return found.reshape(shape[:2])
 
     def route(self, k: int) -> Table:
-        """One route alone, as a network of its own would be."""
+        """The table of one route, as if it were a separate network."""
         stages = static_spec(self.spec, k)
         one = self.logits_NRC[:, k : k + 1]
         return replace(self, spec=stages, logits_NRC=one, mirrored_NC=None)
@@ -102,7 +103,7 @@ class Table:
 
     @cached_property
     def paths(self) -> PathAnswers:
-        """The same as the runtime's own search for budgets takes it."""
+        """The same answers in the form that the runtime's budget search takes."""
         return PathAnswers(
             self.spec,
             self.image_size_px,
@@ -142,7 +143,9 @@ _ARRAYS = ("logits_NRC", "labels_N", "gate_logits_NR", "hidden_NF", "mean_NF", "
 
 @torch.inference_mode()
 def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) -> Table:
-    """Run a network along all its uniform routes, the trunk once; the widest on mirror images too.
+    """Run a network along all its uniform routes, and along the widest on mirror images.
+
+    The trunk runs once for all routes.
 
     Raises:
         UsageError: for a network of several gates, or a checkpoint without preprocessing.
@@ -175,7 +178,7 @@ def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) 
 
 
 def images_of(data: str, split: str, pre: Preprocessing, val_share: float = 0.1) -> ImageDataset:
-    """`train` (without what is held out), `held_out` of it, or `test`, decoded as prepared."""
+    """Load a split: `train` (without held-out images), `held_out` (of train), or `test`."""
     source = open_source(data, "test" if split == "test" else "train")
     everything = load_images(source, pre)
     if split == "test":

@@ -16,12 +16,12 @@ from dynaslim.runs.folder import write_json
 HERE = Path(__file__).parent
 CELLS = HERE / "cells"
 RUNS = HERE.parent / "runs" / "results"
-"""Folders of runs, tables of answers: not kept with the code."""
+"""Folder of runs and tables of answers, which are not under version control."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of an experiment's table: a variant at a seed."""
+    """One cell of an experiment's table: a variant at a seed."""
 
     experiment: str
     variant: str
@@ -37,7 +37,7 @@ class Cell:
 
     @property
     def checkpoint(self) -> Path:
-        """The network that was trained for it; of gates there is one for each target instead."""
+        """The trained network of the cell; a cell of gates has one file per target instead."""
         return self.run / "last.safetensors"
 
     def __str__(self) -> str:
@@ -50,7 +50,7 @@ class Cell:
         return found
 
     def write(self, made_by: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        """Write its file: the settings and their hash, the machine, and the results."""
+        """Write the cell's file: settings and their hash, the machine, and the results."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = {
             "experiment": self.experiment,
@@ -69,7 +69,7 @@ class Cell:
 
 
 def digest(made_by: Mapping[str, Any]) -> str:
-    """A hash of what a cell is made by; where the images lie is not part of it."""
+    """A hash of the settings that make a cell, without paths of images and checkpoints."""
     return hashlib.sha256(json.dumps(_without_places(made_by), sort_keys=True).encode()).hexdigest()
 
 
@@ -80,6 +80,6 @@ def _without_places(value: Any) -> Any:
 
 
 def all_cells(experiment: str) -> list[dict[str, Any]]:
-    """Every cell of an experiment that there is, by variant and seed."""
+    """All existing cells of an experiment, sorted by variant and seed."""
     found = [json.loads(file.read_text()) for file in (CELLS / experiment).glob("*.json")]
     return sorted(found, key=lambda cell: (cell["variant"], cell["seed"]))

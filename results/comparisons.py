@@ -1,7 +1,7 @@
-"""Ways of spending compute compared at equal cost, from tables of answers.
+"""Compares ways of spending compute at equal cost, from tables of answers.
 
-Settings are chosen on one set of images and judged on another. A *rival* is judged by how far its
-top-1 lies above the line of the uniform routes at its own cost (`policies.uniform_line`).
+Settings are chosen on one set of images and judged on another. A way is judged by how far its top-1
+is above the line of the uniform routes at its own cost (`policies.uniform_line`).
 
 Suffixes: N images, R routes.
 """
@@ -23,17 +23,18 @@ from results.answers import Table
 from results.policies import Outcome
 
 SHARES: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8, 1.0, 1.3)
-"""Budgets, as parts of the widest route's cost; beyond it is what a second look may take."""
+"""Budgets, as shares of the widest route's cost; above 1 there is room for a second look."""
 FAR: Final = 1e6
 """A shift that sends every image along the cheapest route."""
 STEPS: Final = 40
-"""Equal parts of the images; under a threshold that `ladder` tries is a whole number of them."""
+"""The thresholds that `ladder` tries have multiples of 1 / STEPS of the images below them."""
 
 
 def compare(choosing: Table, judging: Table) -> dict[str, Any]:
-    """Every way at every budget of `SHARES`: chosen on one table, judged on another.
+    """Judge every way at every budget of `SHARES`, with settings chosen on another table.
 
-    The two are of one network with trained gates. `settings` are those of the engine.
+    Both tables are of the same network, with a trained gate. The `settings` of the result can be
+    passed to the engine.
     """
     costs = judging.costs_R
     curve = fit_curve(choosing.paths, split=False)
@@ -66,7 +67,7 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
 
 
 def _seen_twice(judging: Table) -> dict[str, float] | None:
-    """The oracle's control; None where mirror images are not to be shown."""
+    """The oracle's control; None if the table has no mirror images."""
     if judging.mirrored_NC is None:
         return None
     mirrored_N = judging.mirrored_NC.argmax(1) == judging.labels_N
@@ -87,7 +88,7 @@ def _of_point(point: BudgetPoint) -> dict[str, Any]:
 
 
 def escalations_of(setting: Mapping[str, Any]) -> list[Escalation]:
-    """The steps of a setting as it is written."""
+    """The escalation steps of a setting in the form in which it is stored."""
     return [
         Escalation(step["tau"], tuple(step["target"]), step.get("mirror", False))
         for step in setting["escalations"]
@@ -95,7 +96,7 @@ def escalations_of(setting: Mapping[str, Any]) -> list[Escalation]:
 
 
 def _at(table: Table, point: Mapping[str, Any]) -> Outcome:
-    """What the engine gives at a setting, by the runtime's own arithmetic."""
+    """The engine's outcome at a setting, as simulated by the runtime."""
     found = simulate(table.paths, point["shift"], escalations_of(point))
     return Outcome(found.madds, found.top1, found.escalated)
 
@@ -115,17 +116,18 @@ def _rows(judging: Table, found: Sequence[Outcome]) -> list[dict[str, float]]:
 
 
 def _random(judging: Table, shift: float) -> Outcome:
-    """Routes at random, in the shares in which the gate takes them at this budget."""
+    """Random routes, in the shares in which the gate takes them at this budget."""
     option_N = judging.paths.taken(shift)
     counts = np.bincount(option_N, minlength=len(judging.costs_R))
     return policies.random_routing(judging.costs_R, judging.top1_R, list(counts / len(option_N)))
 
 
 def escalation(choosing: Table) -> list[dict[str, Any]]:
-    """All images along the cheapest route, the unsure ones on along a wider one; no gate.
+    """Escalation without a gate: all images take the cheapest route, unsure ones then a wider one.
 
-    For every budget the best target, with the threshold that spends the budget: the threshold of
-    the highest top-1 would often be a cheaper one that was lucky on these images.
+    For every budget, the setting has the best target route and the threshold that spends the whole
+    budget. The threshold of highest top-1 would often be a cheaper one that is better by chance on
+    these images.
     """
     costs, found = choosing.costs_R, []
     for limit in _limits(choosing):
@@ -139,7 +141,7 @@ def escalation(choosing: Table) -> list[dict[str, Any]]:
 
 
 def _spending(sure_N: Any, room: float) -> float:
-    """The threshold under which at most a share `room` of the images is; any number will do."""
+    """The threshold that at most a share `room` of the margins are below; `room` is clamped."""
     count = int(min(max(room, 0.0), 1.0) * len(sure_N))
     return policies.threshold_for(sure_N, count / len(sure_N))
 
@@ -149,7 +151,7 @@ def _limits(table: Table) -> list[float]:
 
 
 def ladder(choosing: Table, judging: Table) -> list[Outcome]:
-    """Escalation in two steps: cheapest, a wider, the widest; no gate."""
+    """Escalation in two steps without a gate: the cheapest route, a wider one, the widest."""
     last = len(choosing.costs_R) - 1
     seen, settings = [], []
     for middle in range(1, last):
@@ -176,14 +178,14 @@ Networks = Mapping[int, Table]
 
 
 def _alone(table: Table) -> Networks:
-    """A network's routes as if they were networks of their own."""
+    """The tables of a network's routes, as if they were separate networks."""
     return {k: table.route(k) for k in range(len(table.costs_R))}
 
 
 def cascade(choosing: Networks, judging: Networks) -> list[Outcome]:
-    """The best two-network cascade at every budget: both run as a whole on unsure images.
+    """The best cascade of two networks at every budget; on unsure images both run as a whole.
 
-    Budgets are parts of the cost of the widest, and spent as those of `escalation` are.
+    Budgets are shares of the widest network's cost, and thresholds are chosen as in `escalation`.
     """
     costs = {k: table.costs_R[0] for k, table in choosing.items()}
     found = []
@@ -194,7 +196,7 @@ def cascade(choosing: Networks, judging: Networks) -> list[Outcome]:
             tau = _spending(choosing[first].sure_NR[:, 0], room)
             if costs[first] <= limit or first == min(choosing):
                 settings.append((first, second, tau))
-        # of equals the one of wider networks
+        # ties go to wider networks
         best = max(settings, key=lambda setting: (_cascade(choosing, *setting).top1, setting))
         found.append(_cascade(judging, *best))
     return found
@@ -212,5 +214,5 @@ def _cascade(tables: Networks, first: int, second: int, tau: float) -> Outcome:
 
 
 def cascade_rows(choosing: Networks, judging: Networks, supernet: Table) -> list[dict[str, float]]:
-    """`cascade` of separately trained networks, against the uniform routes of the supernet."""
+    """`cascade` of separately trained networks, compared with the supernet's uniform routes."""
     return _rows(supernet, cascade(choosing, judging))

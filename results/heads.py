@@ -1,8 +1,8 @@
-"""Gates beside the network: small heads on stored features, to compare what a gate could see.
+"""Experimental gates: small heads on stored features, to compare possible inputs of a gate.
 
-The network's own gate is one linear layer on hidden features that attention shaped. These heads
-read any features, with or without a hidden layer of their own, and minimise the same loss: the
-mean of Σ p(route) · (loss + weight · cost). No part of the runtime; nothing here is exported.
+The network's own gate is one linear layer on hidden features that are shared with attention. These
+heads take any features, have an optional hidden layer, and minimise the same loss: the mean of
+Σ p(route) · (loss + weight · cost). They are not part of the runtime.
 
 Suffixes: N images, F features, R routes.
 """
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 Floats = npt.NDArray[np.floating]
 ENTROPY = 0.3
-"""Weight of the entropy of the choices, as a share of the spread of the prices, as in recipes."""
+"""Weight of the entropy of the choices, as a share of the spread of loss + cost (as in recipes)."""
 DECAY = 1e-3
 BISECTIONS = 9
 
 
 @dataclass(frozen=True)
 class Head:
-    """A fitted head: features, made to mean 0 and deviation 1, to logits over routes."""
+    """A fitted head: maps features, standardised first, to logits over routes."""
 
     module: nn.Module
     mean_F: Tensor
@@ -51,10 +51,11 @@ def fit(
     seed: int = 0,
     iterations: int = 60,
 ) -> Head:
-    """A head that minimises the expected loss plus `cost_weight` times cost / dearest cost.
+    """Fit a head that minimises the expected loss plus `cost_weight` times cost / largest cost.
 
-    With `hidden` it has a hidden layer of so many units. L-BFGS, the entropy's weight falling in
-    steps; deterministic for a seed and a number of threads.
+    `hidden` is the number of units of its hidden layer; 0 for none. It is fitted by L-BFGS in two
+    passes, the first with a larger weight of the entropy. Deterministic for a given seed and number
+    of threads.
     """
     torch.manual_seed(seed)
     x = torch.as_tensor(features_NF, dtype=torch.float32)
@@ -97,9 +98,9 @@ def fit_to_cost(
     costs_R: list[float],
     target: float,
 ) -> Head:
-    """The head whose argmax costs at most `target` of the dearest on these images, and near it.
+    """The head whose argmax on these images costs just below `target` times the largest cost.
 
-    `fit_weight` fits one for a cost weight; the weight is bisected on a log scale.
+    `fit_weight` fits a head for a cost weight; the weight is bisected on a log scale.
     """
     costs, limit = np.asarray(costs_R), target * max(costs_R)
     low, high = 1e-3, 64.0

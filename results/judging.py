@@ -1,7 +1,8 @@
-"""Trained networks judged: tables of answers, and the cells of comparisons made of them.
+"""Judges trained networks: makes tables of answers, and cells of comparisons from them.
 
-On held-out images one half chooses and the other judges. With `test`, all held-out images choose
-and the test split judges: done once, when nothing is left to choose.
+Without `test`, settings are chosen on one half of the held-out images and judged on the other. With
+`test`, they are chosen on all held-out images and judged on the test split. This is done once, when
+there is nothing left to choose.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ def _images(data: str, split: str, pre: Preprocessing, share: float) -> ImageDat
 
 
 def table_of(cell: Cell, recipe: SupernetRecipe, split: str) -> Table:
-    """The answers of a cell's network, computed once."""
+    """The answers of a cell's network; computed once, then read from a file."""
     checkpoint = cell.checkpoint
     file = RUNS / "tables" / f"{str(cell).replace('/', '_')}_{split}.npz"
     network = read(checkpoint)
     if file.exists() and file.stat().st_mtime > checkpoint.stat().st_mtime:
         made = Table.read(file)
-        if (made.mirrored_NC is not None) == network.mirror:  # others were made by earlier versions
+        if (made.mirrored_NC is not None) == network.mirror:  # else it is of an earlier version
             return made
     assert network.preprocessing is not None
     data = recipe.data
@@ -55,7 +56,7 @@ Pair = tuple[Table, Table]
 
 
 def pair_of(cell: Cell, recipe: SupernetRecipe, test: bool) -> Pair:
-    """A table to choose by and one to judge by."""
+    """A table for choosing settings and one for judging them."""
     held = table_of(cell, recipe, "held_out")
     if test:
         return held, table_of(cell, recipe, "test")
@@ -73,7 +74,7 @@ def _with_gate(pair: Pair, file: Path) -> Pair:
 
 
 def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """The supernet with its gates, beside static networks and in-place distillation."""
+    """The supernet with its gates, compared with static networks and in-place distillation."""
     found = _beside_statics("headline", folder, seed, test)
     other = Cell("distillation", "supernet", seed)
     if other.checkpoint.exists():
@@ -83,7 +84,7 @@ def headline(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
 
 
 def _beside_statics(experiment: str, folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """A supernet with its gates, networks trained alone as long, and cascades of two of these."""
+    """A supernet with its gates, static networks trained equally long, and cascades of two."""
     recipe = plan.cifar10(folder, seed)
     pair, found = _supernet_and_gates(experiment, recipe, seed, test)
     statics = {
@@ -100,12 +101,12 @@ def _beside_statics(experiment: str, folder: str | None, seed: int, test: bool) 
 
 
 def _trained_on(experiment: str, folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """A supernet that was trained on, with gates of its own."""
+    """A supernet that was trained longer, with its own gates."""
     return _supernet_and_gates(experiment, plan.cifar10(folder, seed), seed, test)[1]
 
 
 def sgs(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """Gates alone by SGS, on the supernet that was taught by the ensemble."""
+    """Gates trained by SGS, on the supernet whose target was the ensemble."""
     pair = pair_of(Cell("ensemble", "supernet", seed), plan.cifar10(folder, seed), test)
     return {variant: _gate_rows(pair, Cell("sgs", variant, seed)) for variant in plan.SGS}
 
@@ -131,7 +132,7 @@ def _supernet_and_gates(
 def _gate_rows(
     pair: Pair, gates: Cell, unit: str = "madds", costs_R: Sequence[float] | None = None
 ) -> list[dict[str, Any]]:
-    """Every gate of a cell as it was trained: no shift, no escalation."""
+    """Every gate of a cell as trained: without shift or escalation."""
     rows = []
     for file in sorted(gates.run.glob("gate*.safetensors")):
         _, judging = _with_gate(pair, file)
@@ -144,7 +145,7 @@ def _gate_rows(
 def _gated(
     judging: Table, unit: str = "madds", costs_R: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """Cost and accuracy of a gate; by multiply-adds unless the routes' costs are given."""
+    """Cost and accuracy of a gate; costs are multiply-adds unless `costs_R` is given."""
     costs_R = judging.costs_R if costs_R is None else costs_R
     option_N = judging.gate_logits_NR.argmax(1)
     found = policies.gated(judging.correct_NR, costs_R, option_N)
@@ -165,7 +166,7 @@ def _gated(
 
 
 def quick(_: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """Top-1 of the routes by what they learnt, on the images that ship."""
+    """Top-1 of the routes by training target, on the images that ship with the package."""
     found = {}
     for target in plan.TEACHING:
         cell = Cell("quick", target, seed)
@@ -175,7 +176,7 @@ def quick(_: str | None, seed: int, test: bool) -> dict[str, Any]:
 
 
 def gates(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
-    """Features that a gate could read; gates trained on multiply-adds and on milliseconds."""
+    """Possible input features of a gate; gates trained on multiply-adds and on milliseconds."""
     supernet, recipe = Cell("headline", "supernet", seed), plan.cifar10(folder, seed)
     pair = pair_of(supernet, recipe, test)
     train = table_of(supernet, recipe, "train")
@@ -183,9 +184,10 @@ def gates(folder: str | None, seed: int, test: bool) -> dict[str, Any]:
 
 
 def features(train: Table, choosing: Table, judging: Table) -> dict[str, list[dict[str, Any]]]:
-    """Small heads on what a gate could read, with a hidden layer of their own or without.
+    """Small heads on possible input features of a gate, with and without a hidden layer.
 
-    Fitted on the training images' losses, to the targets' cost on the choosing images.
+    They are fitted to the losses on training images; their cost on the `choosing` images meets the
+    targets.
     """
     found: dict[str, list[dict[str, Any]]] = {}
     for name in FEATURES:
@@ -215,7 +217,7 @@ def _features(table: Table, name: str) -> Any:
 
 
 def _by_ms(pair: Pair, seed: int) -> dict[str, Any]:
-    """Gates trained on multiply-adds and on milliseconds, both judged by milliseconds."""
+    """Gates trained on multiply-adds and on milliseconds; both are judged by milliseconds."""
     spec, side = pair[0].spec, pair[0].image_size_px
     table = read_cost_table(HERE.parent / plan.LATENCY, spec, image_size=side)
     ms = [table.route_cost((k,)) for k in range(len(pair[1].costs_R))]
@@ -238,9 +240,9 @@ JUDGED: Final[Mapping[str, Any]] = {
 
 
 def judge(name: str, folder: str | None, seeds: Sequence[int], test: bool) -> list[Cell]:
-    """Write the comparison's cell for every seed; what was judged on the test split stays.
+    """Write the comparison's cell for every seed, and return the cells.
 
-    Returns the cells.
+    Only the part for the split in use is replaced: results on the other split are kept.
     """
     torch.manual_seed(0)
     cells = []

@@ -1,9 +1,9 @@
-"""Measures milliseconds: `python -m results.measure_ms --data FOLDER`, on a machine that is quiet.
+"""Measures milliseconds: `python -m results.measure_ms --data FOLDER`, on an idle machine.
 
-All in one run and interleaved: the uniform routes of a supernet as plain programs, on CIFAR-10 the
-static networks beside it, and the routed engine at every budget, on the same held-out images in
-batches of 32; routes and budgets in batches of 128 too. Also the tables of segments' milliseconds
-(`latency/`) that gates are trained by.
+One interleaved run times the uniform routes of a supernet as plain programs, the static networks
+(for CIFAR-10), and the routed engine at every budget. All get the same held-out images in batches
+of 32; routes and budgets also in batches of 128. The script also writes the tables of milliseconds
+per segment (`latency/`) on which gates are trained.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BATCH: Final = 32
 LARGE: Final = 128
 SUPERNETS: Final = ("headline", "labels", "ensemble", "longer", "longer_labels")
 BATCHES: Final = {**dict.fromkeys(SUPERNETS, 16), "imagenette": 4}
-"""Different batches that every arm runs in a round: routes differ from batch to batch."""
+"""Number of different batches per arm and round, because routes differ from batch to batch."""
 ROUNDS: Final = 25
 EXPERIMENTS: Final = tuple(BATCHES)
 
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def write_tables(folder: str | None, seed: int) -> None:
-    """Milliseconds of every segment of the network of the gate ablation."""
+    """Write the milliseconds of every segment of the network used in the gate ablation."""
     cell, recipe = Cell("headline", "supernet", seed), plan.cifar10(folder, seed)
-    # the backend that routes pictures of this size fastest
+    # onnxruntime routes pictures of this size fastest
     engine = Engine.from_checkpoint(cell.checkpoint, backend="onnxruntime")
     note = {"backend": engine.backend, **hardware()}
     made = profile(engine.router, recipe.data.image_size_px, BATCH, rounds=15, note=note)
@@ -78,7 +78,7 @@ def write_tables(folder: str | None, seed: int) -> None:
 
 
 def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds per image of everything in an experiment's table, by backend."""
+    """Milliseconds per image of every arm in an experiment's table, by backend."""
     supernet = plan.jobs_of(name, folder, [seed])[0]
     gates = Cell(name, "gates", seed).run / f"gate_{plan.TARGETS[1]:.2f}.safetensors"
     if not gates.exists():
@@ -90,7 +90,7 @@ def measure(name: str, folder: str | None, seed: int, rounds: int) -> dict[str, 
     checkpoint = read(gates)
     assert checkpoint.preprocessing is not None
     images = images_of(supernet.recipe.data.path, "held_out", checkpoint.preprocessing)
-    # in an order of its own: the set is sorted by nothing, but neither is this
+    # shuffled, so that the result does not depend on the order of the set
     order = np.random.default_rng(0).permutation(len(images))[: BATCH * BATCHES[name]]
     x = normalise(images.images_NCSS[order], checkpoint.preprocessing).numpy()
     found: dict[str, Any] = {}
@@ -120,7 +120,7 @@ Arm = Callable[[np.ndarray], object]
 def _timed(
     arms: dict[str, Arm], x: np.ndarray, batch: int, rounds: int, label: str
 ) -> dict[str, Any]:
-    """Milliseconds per image of every arm on the same images, a round after the other."""
+    """Milliseconds per image of every arm on the same images, in interleaved rounds."""
     batches = [x[at : at + batch] for at in range(0, len(x), batch)]
     with progress(f"timing {label}, batches of {batch}", rounds) as bar:
         times = interleave(
@@ -146,7 +146,7 @@ def _all(arm: Arm, batches: list[np.ndarray]) -> None:
 def _arms(
     name: str, checkpoint: Any, backend: str, seed: int, compared: dict[str, Any]
 ) -> dict[str, Arm]:
-    """Routes and static networks as plain programs; the engine at every budget."""
+    """The arms: routes and static networks as plain programs, the engine at every budget."""
     engine = Engine(replace(checkpoint, budget=None), backend=backend)
     (gate,) = engine.spec.gates
     arms: dict[str, Arm] = {
@@ -169,7 +169,7 @@ def _arms(
 
 def _point(row: dict[str, Any]) -> BudgetPoint:
     steps = escalations_of(row)
-    # missing steps are None
+    # steps that the setting lacks are None
     none = (None, None, False)
     wider = [step for step in steps if not step.mirror]
     (tau, target, _), (then, then_target, _) = [*wider, none, none][:2]

@@ -1,7 +1,8 @@
-"""What is trained: every experiment as a list of jobs, the most telling first.
+"""The experiments, each as a list of training jobs, the most informative first.
 
-Recipes are the package's own. A static network is trained by the recipe of the supernet that it is
-compared with: same images, epochs, optimizer and averaging; one width, the labels, one pass a step.
+Recipes are those of the package. A static network uses the recipe of the supernet that it is
+compared with (same images, epochs, optimizer and averaging), but has one width, is trained on the
+labels and runs one pass per step.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from dynaslim.spec import GateSpec, NetSpec
 from results.cells import HERE, Cell, all_cells, digest
 
 _LATER: Final = {"patience": None, "routes": "sandwich", "trunk_views": 0}
-"""Fields that are newer than the first cells, and the values that equal their absence."""
+"""Recipe fields that the first cells do not have, with the values equivalent to their absence."""
 Kind = Literal["supernet", "static", "gate"]
 TARGETS: Final = (0.35, 0.5, 0.7)
 """Mean costs that gates are trained for, as shares of the widest route's."""
@@ -36,25 +37,25 @@ HUB: Final = {
     "cifar10": "uoft-cs/cifar10",
     "imagenette": "frgfm/imagenette",
 }
-"""Where the images come from unless a folder is given."""
+"""Data sets on the hub, used unless a folder is given."""
 SMALL: Final = "results/nets/resnet8_small.yaml"
 LATENCY: Final = "results/latency/ds_resnet8_cifar.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell and how its network comes about."""
+    """A cell and how its network is trained."""
 
     cell: Cell
     kind: Kind
     recipe: SupernetRecipe | GateRecipe
     width: int | None = None
-    """Of a static network: which width of the recipe's model."""
+    """For a static network: the width index in the recipe's model."""
     needs: Job | None = None
     """The supernet that a gate is trained for."""
 
     def settings(self) -> dict[str, Any]:
-        """All that decides its numbers, as plain values."""
+        """Everything that determines the job's results, as plain values."""
         needs = None
         if self.needs is not None:
             needs = {"cell": str(self.needs.cell), "sha256": digest(self.needs.settings())}
@@ -80,18 +81,18 @@ def _shipped(name: str) -> SupernetRecipe:
 
 
 EPOCHS: Final = 8
-"""Of CIFAR-10's comparisons: a third of the recipe's."""
+"""Epochs of the comparisons on CIFAR-10: a third of the recipe's."""
 
 
 def cifar10(folder: str | None, seed: int, epochs: int | None = EPOCHS) -> SupernetRecipe:
-    """The recipe of the model that ships; None: with all of its epochs."""
+    """The recipe of the model that ships; `epochs` None keeps the recipe's number of epochs."""
     recipe = _shipped("cifar10_resnet8_supernet")
     data = replace(recipe.data, path=_data(folder, "cifar10").path)
     return replace(recipe, seed=seed, data=data, epochs=epochs or recipe.epochs)
 
 
 def mini(seed: int) -> SupernetRecipe:
-    """A minute and a half on two cores; the images ship with the package."""
+    """A recipe of a minute and a half on two cores, for the images that ship with the package."""
     return SupernetRecipe(
         model=SMALL,
         epochs=5,
@@ -104,13 +105,13 @@ def mini(seed: int) -> SupernetRecipe:
 
 
 def gate(supernet: SupernetRecipe, **fields: Any) -> GateRecipe:
-    """A gate's recipe on the images of a supernet's."""
+    """A gate's recipe, on the same images as the supernet's recipe."""
     given: dict[str, Any] = {"targets": TARGETS, **fields}
     return GateRecipe(seed=supernet.seed, data=supernet.data, augment=supernet.augment, **given)
 
 
 def static_spec(spec: NetSpec, width: int) -> NetSpec:
-    """The network along one uniform route, alone: the same layers, one width everywhere."""
+    """The network of one uniform route alone: the same layers with a single width per stage."""
     stages = tuple(
         replace(
             stage,
@@ -126,7 +127,7 @@ def static_spec(spec: NetSpec, width: int) -> NetSpec:
 
 
 def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: supernet, gates, and what a user would train instead."""
+    """CIFAR-10: supernet, gates, and the static networks that a user would train instead."""
     statics = [
         _static(
             "headline",
@@ -142,23 +143,23 @@ def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
 
 
 def _static(experiment: str, variant: str, recipe: SupernetRecipe, width: int, lr: float) -> Job:
-    """A network trained alone: by the labels, whatever the recipe teaches its routes by."""
+    """A static network, trained on the labels whatever the recipe's target."""
     cell = Cell(experiment, variant, recipe.seed)
     return Job(cell, "static", replace(at_rate(recipe, lr), **UNTAUGHT), width=width)
 
 
 def distillation(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: in-place distillation, the slimmable baseline; no gates."""
+    """CIFAR-10: in-place distillation, the usual slimmable baseline; without gates."""
     jobs = _taught("distillation", "distillation", folder, seeds)
     return [job for job in jobs if job.kind == "supernet"]
 
 
 SGS: Final = {"gates": SgsRecipe(), "balanced": SgsRecipe(easy_share=0.5, cost_weight=0.1)}
-"""With the paper's weights; and with easy and hard images weighed alike, and a weaker cost term."""
+"""`gates`: the paper's weights; `balanced`: equal weight for easy and hard images, weaker cost."""
 
 
 def sgs(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: gates by SGS, in two ways, on the supernets of `ensemble`."""
+    """CIFAR-10: gates trained by SGS in two ways, on the supernets of `ensemble`."""
     return [
         Job(
             Cell("sgs", variant, seed),
@@ -178,9 +179,9 @@ def _taught(
     seeds: Sequence[int],
     epochs: int | None = EPOCHS,
 ) -> list[Job]:
-    """Supernets of the recipe taught in a way at that way's own rate and decay, and their gates.
+    """Supernets taught in a given way, at its best learning rate and decay, and their gates.
 
-    Decays were tried in few epochs: in all of them the recipe's own is used.
+    The decays were chosen for `EPOCHS`; for `epochs` None the recipe's own decay is used.
     """
     jobs = []
     for seed in seeds:
@@ -199,7 +200,7 @@ def _supernet_and_gates(experiment: str, recipe: SupernetRecipe) -> list[Job]:
 
 
 def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
-    """What the sub-networks learn, on the images that ship: to be repeated by anyone."""
+    """All training targets on the images that ship with the package; anyone can repeat this."""
     return [
         Job(Cell("quick", way, seed), "supernet", at_best("quick", mini(seed), way))
         for way in TEACHING
@@ -208,7 +209,7 @@ def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
 
 
 UNTAUGHT: Final[dict[str, Any]] = {"label_weight": 0.0, "label_warmup": 0.0, "ema_decay": 0.997}
-"""Fields of the teaching where a way does not set them."""
+"""Values of the recipe fields that a way of teaching does not set."""
 TEACHING: Final[dict[str, dict[str, Any]]] = {
     "labels": {"target": "labels"},
     "ensemble": {"target": "ensemble"},
@@ -217,21 +218,21 @@ TEACHING: Final[dict[str, dict[str, Any]]] = {
     "both": {"target": "ensemble", "label_weight": 1.0},
     "handover": {"target": "ensemble", "label_warmup": 0.5},
 }
-"""What the sub-networks of a supernet learn: `ensemble` is the paper's way, `both` adds the labels,
-`handover` goes from the labels over to the teacher."""
+"""Ways of teaching the sub-networks, as recipe fields: `ensemble` is the paper's way, `both` adds
+the labels, `handover` moves from the labels to the teacher."""
 DECAYS: Final = {"quick": (0.8, 0.9), "cifar10": (0.98,)}
-"""By experiment, decays of the averaged network that are tried instead of the recipe's: a short
-training needs a teacher of short memory."""
+"""By experiment, EMA decays to try besides the recipe's: in a short training the averaged teacher
+must follow its students quickly."""
 RECIPE: Final = "both"
-"""How the networks of the recipe that ships are taught."""
+"""The way of teaching in the recipe that ships."""
 RATES: Final = (0.1, 0.2, 0.4)
-"""Learning rates that each way of teaching is tried at."""
+"""Learning rates to try for each way of teaching."""
 
 
 def tried_rates(experiment: str) -> dict[str, dict[float, list[float]]]:
-    """By variant and learning rate, held-out top-1 of every seed, mean over the routes.
+    """Held-out top-1 (mean over the routes) of every seed, by variant and learning rate.
 
-    From the cells of `rates_...`.
+    The values are from the cells of `rates_...`.
     """
     found: dict[str, dict[float, list[float]]] = {}
     for cell in all_cells(f"rates_{experiment}"):
@@ -242,7 +243,7 @@ def tried_rates(experiment: str) -> dict[str, dict[float, list[float]]]:
 
 
 def ways_of(experiment: str) -> dict[str, dict[str, Any]]:
-    """Ways of teaching, those by an average with every decay that an experiment tries."""
+    """All ways of teaching; `both` and `ensemble` also with each of the experiment's decays."""
     return TEACHING | {
         f"{way}_ema{decay:g}": {**TEACHING[way], "ema_decay": decay}
         for way in ("both", "ensemble")
@@ -251,7 +252,7 @@ def ways_of(experiment: str) -> dict[str, dict[str, Any]]:
 
 
 def at_best(experiment: str, recipe: SupernetRecipe, way: str) -> SupernetRecipe:
-    """The recipe taught in a way, at the decay and rate that held-out images chose for it."""
+    """The recipe for a way of teaching, at the decay and rate that are best on held-out images."""
     ways = ways_of(experiment)
     others = [other for other in ways if other.startswith(f"{way}_ema")]
     chosen, rate = best_settings(experiment, (way, *others))
@@ -259,9 +260,10 @@ def at_best(experiment: str, recipe: SupernetRecipe, way: str) -> SupernetRecipe
 
 
 def best_settings(experiment: str, variants: Sequence[str]) -> tuple[str, float]:
-    """Of several variants the one that held-out images chose, and its learning rate.
+    """The variant and learning rate with the best top-1 on held-out images.
 
-    Of what was tried with the most seeds, the highest mean; a rate of 0.2 where nothing was tried.
+    It is the highest mean among settings tried with the most seeds. If none was tried, the first
+    variant and a rate of 0.2.
     """
     tried = tried_rates(experiment)
     found = [
@@ -273,14 +275,14 @@ def best_settings(experiment: str, variants: Sequence[str]) -> tuple[str, float]
 
 
 def rates_quick(_: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES) -> list[Job]:
-    """Every way of teaching at every rate on the images that ship."""
+    """Every way of teaching at every rate, on the images that ship with the package."""
     return _rates("rates_quick", [mini(seed) for seed in seeds], ways_of("quick"), rates)
 
 
 def rates_cifar10(
     folder: str | None, seeds: Sequence[int], rates: Sequence[float] = RATES
 ) -> list[Job]:
-    """Ways of teaching and networks trained alone on CIFAR-10; the first seed only."""
+    """Ways of teaching and static networks at every rate on CIFAR-10; for the first seed only."""
     recipe = cifar10(folder, seeds[0])
     left_out = ("bootstrap", "handover")
     ways = {way: fields for way, fields in ways_of("cifar10").items() if way not in left_out}
@@ -315,7 +317,7 @@ def at_rate(recipe: SupernetRecipe, lr: float) -> SupernetRecipe:
 
 
 def gates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """CIFAR-10: the gates of `headline`, trained on measured milliseconds: `measure_ms` first."""
+    """CIFAR-10: the gates of `headline`, trained on milliseconds; run `measure_ms` first."""
     return [
         Job(
             Cell("gates", "ms", seed),
@@ -328,7 +330,7 @@ def gates(folder: str | None, seeds: Sequence[int]) -> list[Job]:
 
 
 def imagenette(folder: str | None, seeds: Sequence[int]) -> list[Job]:
-    """Photographs at 128 px, for a GPU: supernet and gates by the recipes that ship."""
+    """Photographs at 128 px, for a GPU: supernet by the recipe that ships, and gates."""
     jobs = []
     for seed in seeds:
         recipe = _shipped("imagenette_ds_mbnet_supernet")
@@ -356,8 +358,8 @@ EXPERIMENTS: Final = {
     **SEARCHES,
     "imagenette": imagenette,
 }
-"""`labels`: all routes taught by the labels. `ensemble`: the paper's way, in-place ensemble
-bootstrapping. The longer ones are trained for all epochs of the recipe, three times as many."""
+"""All experiments. `labels`: all routes learn the labels. `ensemble`: the paper's way, in-place
+ensemble bootstrapping. `longer...`: all epochs of the recipe, three times as many as the others."""
 
 
 def jobs_of(
@@ -367,7 +369,10 @@ def jobs_of(
     only: Sequence[str] = (),
     rates: Sequence[float] = RATES,
 ) -> list[Job]:
-    """The jobs of an experiment, `only` those of some variants; searches of rates try `rates`."""
+    """The jobs of an experiment, or `only` those of some variants.
+
+    `rates` are the learning rates that the experiments `rates_...` try.
+    """
     if experiment not in EXPERIMENTS:
         raise UsageError(f"experiment {experiment!r}: choose from {', '.join(EXPERIMENTS)}")
     if folder is not None and not Path(folder).is_dir():

@@ -1,8 +1,8 @@
-"""What ways of choosing a route give, as arithmetic on tables of answers.
+"""Cost and accuracy of ways to choose a route, computed from tables of answers.
 
-A table has, for every image and every route of a network (cheapest first), whether the route is
-right, and how sure it is of its answer. An image that runs twice costs twice; only escalation
-within one network keeps what the trunk computed. Everything here is a pure function of arrays.
+A table has, for every image and every route of a network (cheapest first), whether the route's
+answer is right, and its margin. An image that runs twice costs twice; only escalation within one
+network reuses the trunk's features. All functions are pure functions of arrays.
 
 Suffixes: N images, R routes, S settings of a threshold.
 """
@@ -21,8 +21,8 @@ Bools = npt.NDArray[np.bool_]
 
 
 class Outcome(NamedTuple):
-    """Means over images: cost in the unit of the costs given, top-1 and the share that ran twice
-    in 0..1.
+    """Means over images: cost (in the unit of the given costs), top-1 and the share of images that
+    escalated, both in 0..1.
     """
 
     cost: float
@@ -34,10 +34,10 @@ class Outcome(NamedTuple):
 
 
 def uniform_line(costs_R: Sequence[float], top1_R: Sequence[float], cost: float) -> float:
-    """The best top-1 at a mean cost without looking at the images: the upper hull of the routes.
+    """The best top-1 at a mean cost if routes do not depend on the image: the routes' upper hull.
 
-    The hull between two routes is what a random choice between them gives. Below the
-    cheapest route's cost there is nothing: the cheapest's top-1; above the dearest, the best.
+    The hull between two routes is the mean result of a random choice between them. Below the
+    cheapest route's cost the result is that route's top-1; above the dearest one's, the best top-1.
     """
     points = sorted(zip(costs_R, top1_R, strict=True))
     if not points:
@@ -45,7 +45,7 @@ def uniform_line(costs_R: Sequence[float], top1_R: Sequence[float], cost: float)
     hull: list[tuple[float, float]] = []
     for x, y in points:
         if hull and y <= hull[-1][1]:
-            continue  # dearer and no better
+            continue  # more expensive and no better
         while len(hull) > 1 and _below(hull[-2], hull[-1], (x, y)):
             hull.pop()
         hull.append((x, y))
@@ -60,7 +60,7 @@ def _below(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float
 def random_routing(
     costs_R: Sequence[float], top1_R: Sequence[float], shares_R: Sequence[float]
 ) -> Outcome:
-    """What images give on average that are sent along the routes at random, in these shares."""
+    """The expected outcome if images take the routes at random, in these shares."""
     if not np.isclose(sum(shares_R), 1):
         raise ValueError(f"shares {list(shares_R)}: must add up to 1")
     parts = list(zip(costs_R, top1_R, shares_R, strict=True))
@@ -68,7 +68,7 @@ def random_routing(
 
 
 def oracle(correct_NR: Bools, costs_R: Sequence[float]) -> Outcome:
-    """Every image along the cheapest route that is right; along the cheapest if none is."""
+    """Every image takes the cheapest route whose answer is right; the cheapest if none is."""
     costs = np.asarray(costs_R, float)
     order = np.argsort(costs, kind="stable")
     first_N = correct_NR[:, order].argmax(1)  # 0 where none is right
@@ -76,10 +76,10 @@ def oracle(correct_NR: Bools, costs_R: Sequence[float]) -> Outcome:
 
 
 def seen_twice(correct_N: Bools, mirrored_N: Bools, cost: float) -> Outcome:
-    """One route for an image and its mirror image, right at least once: the oracle's control.
+    """The oracle's control: one route for an image and its mirror image, right at least once.
 
-    No choice of routes is in it. What of an oracle's lead it reaches as well is luck of many
-    answers, and no headroom for choosing among routes.
+    It involves no choice of routes. The part of an oracle's lead that it reaches as well comes from
+    having several answers, so it is no headroom for choosing among routes.
     """
     return Outcome(2 * cost, float((correct_N | mirrored_N).mean()), 1.0)
 
@@ -88,7 +88,7 @@ def seen_twice(correct_N: Bools, mirrored_N: Bools, cost: float) -> Outcome:
 
 
 def gated(correct_NR: Bools, costs_R: Sequence[float], option_N: Ints) -> Outcome:
-    """Every image along the route that a gate chose for it."""
+    """Every image takes the route that a gate chose for it."""
     everyone = np.arange(len(correct_NR))
     return Outcome(
         float(np.asarray(costs_R, float)[option_N].mean()),
@@ -104,11 +104,11 @@ def ladder(
     steps: Sequence[int],
     taus: Sequence[float],
 ) -> Outcome:
-    """Escalation in several steps: the first route for all, on to the next where unsure.
+    """Escalation in several steps: all images take the first route, unsure ones also the next.
 
-    A step goes on from the trunk's features, which were kept: it costs its route less `trunk`.
-    `taus` has one threshold for every step but the last. `escalated` counts the second passes
-    and all later ones, per image.
+    A step reuses the trunk's features, so it costs its route's cost less `trunk`. `taus` has one
+    threshold for every step but the last. `escalated` is the mean number of passes per image after
+    the first.
     """
     if len(taus) != len(steps) - 1:
         raise ValueError(f"{len(steps)} steps need {len(steps) - 1} thresholds, got {len(taus)}")
@@ -132,7 +132,7 @@ def cascade(
     costs: tuple[float, float],
     tau: float,
 ) -> Outcome:
-    """Two separate networks: where the first is less sure than tau, the second runs as a whole."""
+    """Two separate networks: if the first's margin is below tau, the second runs as a whole."""
     escalated_N = sure_first_N < tau
     right_N = np.where(escalated_N, correct_second_N, correct_first_N)
     share = float(escalated_N.mean())
@@ -143,9 +143,9 @@ def cascade(
 
 
 def threshold_for(sure_N: Floats, share: float) -> float:
-    """A threshold under which just so many of the images are, to the nearest whole image.
+    """A threshold such that a given share of the margins is below it, to the nearest whole image.
 
-    Between two of them where there is room, so that rounding changes no image's side.
+    It is halfway between two margins, so that rounding does not move an image across it.
     """
     ordered = np.sort(np.asarray(sure_N, np.float64))
     count = round(share * len(ordered))
@@ -157,11 +157,11 @@ def threshold_for(sure_N: Floats, share: float) -> float:
 
 
 def best_settings(costs_S: Floats, top1_S: Floats, limits: Sequence[float]) -> list[int]:
-    """For every limit the setting of the highest top-1 that costs no more; of equals the cheapest.
+    """For every limit, the number of the setting of highest top-1 among those within the limit.
 
-    Where none is cheap enough, the cheapest of all.
+    Ties go to the cheapest. If no setting is cheap enough, it is the cheapest of all.
     """
-    order = np.lexsort((costs_S, -top1_S))  # best first, of equals the cheapest
+    order = np.lexsort((costs_S, -top1_S))  # best first, ties by cost
     found = []
     for limit in limits:
         within = order[costs_S[order] <= limit * (1 + 1e-9)]

@@ -1,7 +1,7 @@
-"""Repeats an ablation and compares: `python -m results.quick` (`make results-quick`), ten minutes.
+"""Repeats the ablation of training targets: `python -m results.quick` (`make results-quick`).
 
-What the sub-networks learn, on the images that ship with the package, at one seed. Leaves with 1 if
-a number is outside the spread of the committed ones.
+It trains with every target on the images that ship with the package, with one seed, in ten minutes,
+and compares with the committed numbers. The exit code is 1 if a number is outside their spread.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def repeat(seed: int, folder: Path) -> dict[str, float]:
-    """Top-1 on the test images, mean over the routes, by what the sub-networks learnt."""
+    """Top-1 on the test images, mean over the routes, by training target."""
     found = {}
     for job in jobs_of("quick", None, [seed]):
         assert isinstance(job.recipe, SupernetRecipe)
@@ -64,7 +64,7 @@ def repeat(seed: int, folder: Path) -> dict[str, float]:
 def compare(
     repeated: Mapping[str, float], committed: Mapping[str, Mapping[str, Any]]
 ) -> list[tuple[str, bool]]:
-    """A line for each variant, and whether it is within the spread."""
+    """For each variant a line of text, and whether its number is within the spread."""
     lines = []
     for variant, value in repeated.items():
         before = committed[variant]

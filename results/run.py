@@ -1,8 +1,9 @@
 """Runs experiments: `python -m results.run headline labels gates --data FOLDER --jobs 2`.
 
-Jobs whose cell is there are passed over, so the same line goes on after any interruption. With
-`--jobs 2` two networks are trained side by side on one core each, which is faster than one on two.
-`--judge` compares what is trained, on held-out images, or with `--test` on the test split.
+Jobs whose cell exists are skipped, so the same command continues after any interruption. With
+`--jobs 2`, two networks are trained side by side on one core each, which is faster than one network
+on two cores. `--judge` compares the trained networks on held-out images, or, with `--test`, on the
+test split.
 """
 
 from __future__ import annotations
@@ -68,14 +69,14 @@ def _rates(text: str) -> list[float]:
 
 
 def has_gpu() -> bool:
-    """Whether torch sees one."""
+    """Whether torch finds a CUDA GPU."""
     import torch
 
     return torch.cuda.is_available()
 
 
 def log(line: str) -> None:
-    """Print a line with the time."""
+    """Print a line with the time of day."""
     sys.stdout.write(f"{time.strftime('%H:%M:%S')} {line}\n")
     sys.stdout.flush()
 
@@ -98,7 +99,7 @@ def _run(jobs: list[Job], given: argparse.Namespace) -> int:
 
 
 def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
-    """Every job in a process of its own, so many at a time, each on one core."""
+    """Run every job in its own process on one core, `given.jobs` at a time."""
     waiting, running, failed = list(left), dict[subprocess.Popen[bytes], Job](), set[str]()
     try:
         while waiting or running:
@@ -117,7 +118,7 @@ def _side_by_side(left: list[Job], given: argparse.Namespace) -> int:
             time.sleep(1)
     finally:
         for process in running:
-            process.terminate()  # trainings save and stop
+            process.terminate()  # trainings save a snapshot and stop
             process.wait()
     return 1 if failed else 0
 

@@ -1,8 +1,9 @@
 """Makes the model that ships: `python -m results.ship SUPERNET --data FOLDER`.
 
-A gate on the training images, a budget curve on the held-out ones, an evaluation on the test
-split; then the checkpoint and its card in `dynaslim/shipped/`. Stopped halfway, it goes on. Of a
-checkpoint that has gates, such as the shipped one, only curve, evaluation and card are made anew.
+It trains a gate on the training images, calibrates a budget curve on the held-out ones, evaluates
+on the test split, and writes the checkpoint and its card to `dynaslim/shipped/`. If interrupted, it
+can be continued. For a checkpoint with trained gates, such as the shipped one, only curve,
+evaluation and card are made anew.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from results.plan import HUB
 TARGET: Final = 0.5
 BUDGETS: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8, 1.0)
 BEYOND: Final = (1.1, 1.3, 1.6, 2.0)
-"""Where a second look is worth it."""
+"""Budgets above the widest route's cost, for a second look; used as far as the curve goes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def ship(supernet: Path, folder: str | None, name: str, out: Path, run: Path) -> Path:
-    """Gate, curve, evaluation, checkpoint and card; returns the checkpoint's path."""
+    """Make gate, curve, evaluation, checkpoint and card; return the checkpoint's path."""
     trained = read(supernet)
     recipe = recipe_from_dict(SupernetRecipe, trained.recipe["supernet"])
     data = recipe.data if folder is None else replace(recipe.data, path=f"{folder}/{name}")
@@ -91,7 +92,7 @@ def _with_gate(supernet: Path, recipe: SupernetRecipe, data: DataRecipe, run: Pa
 
 
 def _tested(gated: Checkpoint, curve: BudgetCurve, test: ImageDataset) -> dict[str, Any]:
-    """The test split: routes, the gate as trained, and budgets that were chosen before."""
+    """Results on the test split: routes, the gate as trained, and the budgets of the curve."""
     pre = gated.preprocessing
     assert pre is not None
     with progress("evaluating", len(test)) as bar:
@@ -114,7 +115,7 @@ def _tested(gated: Checkpoint, curve: BudgetCurve, test: ImageDataset) -> dict[s
 
 
 def _without_places(value: Any, data: str) -> Any:
-    """A recipe without the paths of the machine: the images by their name on the hub."""
+    """A recipe without local paths; the data set has its name on the hub."""
     if isinstance(value, Mapping):
         found = {key: _without_places(item, data) for key, item in value.items()}
         if "path" in found and "val_share" in found:
@@ -129,7 +130,7 @@ def _without_places(value: Any, data: str) -> Any:
 
 
 def card(name: str, made: Checkpoint) -> str:
-    """What the model is, gives and costs, how it was made, and what it is not for."""
+    """The card's text: the model, its accuracy and cost, how it was made, and its limits."""
     spec, pre = made.net.spec, made.preprocessing
     assert pre is not None
     test = made.metrics["test"]

@@ -1,4 +1,4 @@
-"""From cells to summaries: means and spreads over seeds, and whether the goals are met."""
+"""Summaries of cells: means and spreads over seeds, and whether the goals are met."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from results.plan import SGS, TEACHING, jobs_of, tried_rates
 from results.policies import uniform_line
 
 DYNAMIC: Final = ("both", "escalation", "gate")
-"""What the engine can do."""
+"""The ways that the engine supports."""
 MAIN: Final = "both"
-"""What it does where a budget is given: the goals are judged by it."""
+"""The way that the engine uses for a budget; the goals are judged by it."""
 GOALS: Final = {
     "drop": 0.3,
     "share": 0.5,
@@ -23,11 +23,12 @@ GOALS: Final = {
     "over_uniform_madds": 0.5,
     "over_uniform_ms": 0.3,
 }
-"""Points of top-1, a part of the widest route's cost, a ratio of times, points, points."""
+"""In order: points of top-1 lost, share of the widest route's cost, ratio of times, and points
+gained over the uniform routes by multiply-adds and by milliseconds."""
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, standard deviation (0 for one) and number of some seeds' values."""
+    """Mean, standard deviation (0 for a single value) and number of the seeds' values."""
     return {
         "mean": statistics.fmean(values),
         "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
@@ -36,7 +37,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def compared(name: str) -> tuple[str, dict[int, dict[str, Any]]]:
-    """What was judged by seed, on the test split if all seeds were; and on which split."""
+    """The split in use (test if all seeds were judged on it), and the comparisons by seed."""
     cells = {cell["seed"]: cell for cell in all_cells("compare") if cell["variant"] == name}
     split = "test" if cells and all("test" in cell for cell in cells.values()) else "held_out"
     return split, {seed: cell[split] for seed, cell in cells.items() if split in cell}
@@ -50,7 +51,7 @@ def _over(cells: Mapping[int, Any], value: Callable[[Any], float]) -> dict[str, 
 
 
 def supernets(name: str) -> dict[str, Any]:
-    """Routes, static networks, every way at every budget, times, goals."""
+    """The summary of an experiment: routes, static networks, all ways, times and goals."""
     split, cells = compared(name)
     if not cells:
         return {}
@@ -86,10 +87,10 @@ _ORACLE: Final = ("cost", "top1")
 
 
 def _oracle(cells: Mapping[int, Any]) -> dict[str, Any]:
-    """The oracle and its control, the widest route right at least once of two looks.
+    """The oracle and its control, for which the widest route must be right in one of two looks.
 
-    The control is left out where a cell has none: mirror images may not be shown, or it was judged
-    by an earlier version.
+    The control is left out if a cell lacks it, because its data set must not be mirrored or an
+    earlier version judged it.
     """
     names = ["oracle"]
     if all(cell.get("seen_twice") for cell in cells.values()):
@@ -113,7 +114,7 @@ def _ways(cells: Mapping[int, dict[str, Any]]) -> dict[str, list[dict[str, Any]]
 
 
 def _gates(lists: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Gates as they were trained, target by target."""
+    """Gates as trained, one entry for each target."""
     return [
         {
             "target": rows[0]["target"],
@@ -129,7 +130,7 @@ def _gates(lists: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]
 
 
 def _times(name: str) -> dict[int, dict[str, Any]]:
-    """By seed, of the networks that the plan has now."""
+    """Measured times by seed; only those of networks with the plan's current settings."""
     found = {}
     for file in sorted((HERE / "ms").glob(f"{name}_s*.json")):
         seed, run = int(file.stem.removeprefix(f"{name}_s")), json.loads(file.read_text())
@@ -139,7 +140,7 @@ def _times(name: str) -> dict[int, dict[str, Any]]:
 
 
 def fastest(times: Mapping[int, Mapping[str, Any]]) -> str:
-    """The backend that routes fastest, over all budgets: the one that "auto" would take."""
+    """The backend that routes fastest over all budgets, which "auto" would choose."""
 
     def routed(backend: str) -> float:
         runs = [run["ms_per_image"][backend] for run in times.values()]
@@ -153,14 +154,14 @@ def _backends(times: Mapping[int, Mapping[str, Any]]) -> list[str]:
 
 
 def _widest(times: Mapping[int, Mapping[str, Any]], backend: str) -> float:
-    """Mean milliseconds of the widest route alone, which no gate slows down."""
+    """Mean milliseconds of the widest route as a static program, without a gate."""
     runs = [run["ms_per_image"][backend] for run in times.values()]
     last = max(name for name in runs[0] if name.startswith("route"))
     return statistics.fmean(run[last]["median"] for run in runs)
 
 
 def _ms(cells: Mapping[int, Any], times: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
-    """Milliseconds of every arm on the fastest backend, and what dynamic gives at equal ones."""
+    """Milliseconds of every arm on the fastest backend, and gains over routes at equal time."""
     backend = fastest(times)
     runs = {seed: run["ms_per_image"][backend] for seed, run in times.items()}
     arms = list(next(iter(runs.values())))
@@ -204,7 +205,7 @@ def _ms(cells: Mapping[int, Any], times: Mapping[int, dict[str, Any]]) -> dict[s
 
 
 def goals(found: Mapping[str, Any]) -> dict[str, Any]:
-    """For every budget of the main way what the goals require; and whether they are met."""
+    """The quantities that have goals, for every budget of the main way, and the goals met."""
     widest, main = found["routes"][-1]["mean"], found["main"]
     rows = []
     for number, share in enumerate(found["shares"]):
@@ -235,7 +236,7 @@ def goals(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_near(row: Mapping[str, Any]) -> bool:
-    """No more than 0.3 points lost at half the cost, and fast enough."""
+    """Whether at most 0.3 points are lost at half the cost or less, and it is fast enough."""
     return (
         row["drop"] <= GOALS["drop"]
         and row["share"] <= GOALS["share"]
@@ -245,7 +246,7 @@ def _is_near(row: Mapping[str, Any]) -> bool:
 
 
 def _is_over(row: Mapping[str, Any]) -> bool:
-    """Above the uniform line by multiply-adds and by milliseconds."""
+    """Whether it is far enough above the uniform line, by multiply-adds and by milliseconds."""
     return (
         row["over_uniform_madds"] >= GOALS["over_uniform_madds"]
         and row["over_uniform_ms"] is not None
@@ -257,7 +258,7 @@ def _is_over(row: Mapping[str, Any]) -> bool:
 
 
 def targets() -> dict[str, Any]:
-    """On the images that ship, top-1 of the routes by what they learnt, and its mean over them."""
+    """Top-1 by training target on the images that ship: of each route, and as a mean."""
     split, cells = compared("quick")
     found: dict[str, Any] = {"split": split, "seeds": sorted(cells), "top1": {}, "mean": {}}
     for target in TEACHING:
@@ -269,7 +270,7 @@ def targets() -> dict[str, Any]:
 
 
 def gates() -> dict[str, Any]:
-    """What a gate can read; gates trained on multiply-adds and on milliseconds."""
+    """Possible input features of a gate; gates trained on multiply-adds and on milliseconds."""
     split, cells = compared("gates")
     if not cells:
         return {}
@@ -281,7 +282,7 @@ def gates() -> dict[str, Any]:
 
 
 def sgs() -> dict[str, Any]:
-    """Gates by SGS, in two ways, without budgets."""
+    """Gates trained by SGS in two ways, without budgets."""
     split, cells = compared("sgs")
     if not cells:
         return {}
@@ -290,7 +291,7 @@ def sgs() -> dict[str, Any]:
 
 
 def rates() -> dict[str, Any]:
-    """Held-out top-1, mean over the routes, of every way of teaching at every learning rate."""
+    """Held-out top-1 (mean over the routes) of every way of teaching at every learning rate."""
     return {
         name: {
             way: {f"{rate:g}": spread(top1) for rate, top1 in sorted(values.items())}
@@ -305,8 +306,8 @@ def rates() -> dict[str, Any]:
 
 
 def within(value: float, committed: Mapping[str, float]) -> bool:
-    """Whether a repeated number is within three standard deviations, or a point, of the mean.
+    """Whether a repeated number is within three standard deviations, or one point, of the mean.
 
-    A point is what seeds of few images differ by at any rate.
+    With few images, seeds differ by a point anyway.
     """
     return math.fabs(value - committed["mean"]) <= max(3 * committed["sd"], 0.01)

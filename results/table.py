@@ -1,6 +1,6 @@
 """Makes docs/results.md and its pictures: `python -m results.table`; `--check` only compares.
 
-Reads `cells/` and `ms/`; the text is `page.md.j2`.
+It reads `cells/` and `ms/`; the text is in the template `page.md.j2`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WAYS: Final = {
     "cascade_one_network": "cascade of two routes, trunk run twice",
 }
 PICTURES: Final = {"cifar10": "results", "cifar10_labels": "results_labels"}
-"""Summaries that are drawn, and how the files' names begin."""
+"""Summaries to draw, and the prefixes of the pictures' file names."""
 Summary = Mapping[str, Any]
 
 
@@ -55,7 +55,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def make() -> dict[Path, bytes]:
-    """Every file and its content, from the cells that there are."""
+    """Every output file and its content, from the existing cells."""
     found: dict[str, Any] = {
         "cifar10": summaries.supernets("headline"),
         "cifar10_labels": summaries.supernets("labels"),
@@ -127,7 +127,7 @@ def signed(value: float) -> str:
 
 
 def behind(found: Summary, way: str | None) -> list[float]:
-    """The budgets at which the main way is behind another, or (None) below the uniform routes."""
+    """The budgets at which the main way is behind another way or, for None, the uniform line."""
     ours = [row["over_uniform"]["mean"] for row in found["ways"][found["main"]]]
     if way is None:
         return [share for share, a in zip(found["shares"], ours, strict=True) if a < 0]
@@ -137,7 +137,7 @@ def behind(found: Summary, way: str | None) -> list[float]:
 
 
 def picture(main: Mapping[str, Any], unit: str) -> bytes:
-    """Top-1 against cost: routes, static networks and every way at every budget, as SVG."""
+    """An SVG plot of top-1 against cost: routes, static networks and ways at every budget."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Runs a job: a supernet, a static network or gates; and writes its cell."""
+"""Runs a job (a supernet, a static network or gates) and writes its cell."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from results.plan import Job, static_spec
 
 
 def run(job: Job) -> None:
-    """Train the networks of a job, going on where it was interrupted, and write its cell."""
+    """Train the networks of a job, resuming if interrupted before, and write its cell."""
     if job.kind == "gate":
         values = _gates(job)
     else:
@@ -26,7 +26,7 @@ def run(job: Job) -> None:
 
 
 def _supernet(job: Job) -> dict[str, Any]:
-    """A supernet, or one width alone. Dropout is for the widest, as it is in the supernet."""
+    """Train a supernet, or one width alone. Only the widest has dropout, as in the supernet."""
     assert isinstance(job.recipe, SupernetRecipe)
     recipe, run = job.recipe, job.cell.run
     _needed(job)

@@ -1,4 +1,4 @@
-"""Small networks of every structure that conversion has a rule for."""
+"""Small networks, one for every structure that conversion has a rule for."""
 
 import numpy as np
 import onnxruntime
@@ -63,7 +63,7 @@ class Dense(nn.Module):
 
 
 class Split(nn.Module):
-    """Halves that go different ways, as in CSP networks."""
+    """Halves of the channels take different branches, as in CSP networks."""
 
     def __init__(self, width):
         super().__init__()
@@ -116,7 +116,7 @@ class Standardised(nn.Conv2d):
 
 
 class Padded(nn.Module):
-    """A shortcut that is filled up with channels of zeros."""
+    """A shortcut that is padded with channels of zeros."""
 
     def __init__(self):
         super().__init__()
@@ -127,7 +127,7 @@ class Padded(nn.Module):
 
 
 class Heads(nn.Module):
-    """Self-attention over pixels: its channels stay whole."""
+    """Self-attention over pixels; its channels cannot be cut."""
 
     def __init__(self, width, fused=False):
         super().__init__()
@@ -147,7 +147,7 @@ class Heads(nn.Module):
 
 
 class Sized(nn.Module):
-    """Padding and interpolation by the size of the picture, as in TensorFlow's "same"."""
+    """Padding and interpolation that depend on the image size, as in TensorFlow's "same"."""
 
     def __init__(self, width):
         super().__init__()
@@ -200,7 +200,7 @@ class Cascade(nn.Module):
 
 
 class Windows(nn.Module):
-    """A shifted picture with a mask that is filled in place, and a permutation of its lines."""
+    """A shifted image with a mask that is filled in place, and a permutation of its rows."""
 
     def __init__(self, width):
         super().__init__()
@@ -217,7 +217,7 @@ class Windows(nn.Module):
 
 
 class Reordered(nn.Module):
-    """Columns and channels in an order that was learnt, as in CondenseNet."""
+    """Columns and channels in a learnt order, as in CondenseNet."""
 
     def __init__(self, width):
         super().__init__()
@@ -339,7 +339,7 @@ NETWORKS = {
 
 
 def trained(name, images=None):
-    """A network with statistics of some images, in evaluation mode."""
+    """A network in evaluation mode, with BN statistics of some images."""
     torch.manual_seed(0)
     net = NETWORKS[name]().train()
     for module in net.modules():
@@ -362,7 +362,7 @@ def routed_alone(net, x):
 
 @torch.no_grad()
 def assert_segments_agree(net, x):
-    """Every segment at every width gives the same in the network, extracted and as ONNX."""
+    """Assert that all variants give equal results in the network, extracted and as ONNX."""
     source, features = NetworkSource(net), {(-1, 0): x}
     for form in segment_variants(net.spec):
         into = features[form.segment - 1, form.before]

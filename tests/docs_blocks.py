@@ -1,13 +1,12 @@
-"""The commands and Python of the documents, taken out of them and run as a reader would.
+"""Extracts commands and Python code from the documents and runs them as a reader would.
 
-A block is a fence, or in README.md lines indented by four spaces that begin with a command. A block
-that is not to be run is marked in the source by a comment right before it:
+A block is a fence or, in README.md, lines that are indented by four spaces and begin with a
+command. To exclude a block, the source has a comment right before it:
 
     <!-- not run: why -->
 
-What the documents write for something of the reader's (DATA, CKPT, photos) stands in the folder
-under that very name; the few words that cannot, and the flags that make a command short, are in the
-tables below and nowhere else.
+Placeholders for the reader's files (DATA, CKPT, photos) exist in the folder under these very names.
+The tables below have the few words that need a replacement, and the flags that shorten commands.
 """
 
 import contextlib
@@ -37,7 +36,7 @@ from dynaslim.spec import NetSpec
 ROOT = Path(__file__).parents[1]
 
 COMMANDS = ("dynaslim", "make", "python", "pip", "export", "torchrun", "curl", "docker", "cd")
-"""What a line begins with that is for a shell."""
+"""First words of shell commands."""
 DATA_LANGUAGES = ("text", "yaml", "json", "ini", "nginx", "html", "diff")
 
 SHORTER = {
@@ -53,13 +52,13 @@ SHORTER = {
     "export": "",  # an int8 one is made shorter below
     "examples/finetune_folder.py": "1",
 }
-"""Added to a command so that it is done in seconds: fewer epochs, images and rounds."""
+"""Flags added to commands so that they take seconds: fewer epochs, images and rounds."""
 FINE = {"doctor": (0, 1)}
-"""Exit codes that are as good as 0: 1 where something on this machine does not work."""
+"""Accepted exit codes; doctor's is 1 if something on this machine does not work."""
 SHORTER_INT8 = "--calibration-images 8 --report-images 8"
 
 OPTIONAL = ("tritonclient", "litserve")
-"""Modules of which a block may be left out where they are not installed."""
+"""Modules whose blocks are skipped if they are not installed."""
 
 RECIPES = {
     "train supernet": "recipes/cifar10_supernet.yaml",
@@ -79,17 +78,17 @@ def _few(line: re.Match[str]) -> str:
 
 @dataclass(frozen=True)
 class Block:
-    """A piece of a page that a reader might copy."""
+    """A block of a page that a reader might copy."""
 
     page: str
     line: int
-    """Of its first line of content, from 1."""
+    """Number of its first line of content, from 1."""
     language: str
     text: str
     title: str | None
     """The file that a fence shows."""
     excuse: str | None
-    """Why it is not run."""
+    """The reason why it is not run; None if it is."""
 
     @property
     def where(self):
@@ -118,13 +117,13 @@ def blocks_of(path: Path) -> list[Block]:
             found.append(Block(path.name, number + 1, "bash", body, None, excuse))
             number, excuse = end - 1, None
         elif line.strip():
-            excuse = None  # a marker excuses what follows it at once
+            excuse = None  # a marker is only valid for the block right after it
         number += 1
     return found
 
 
 def commands_of(block: Block) -> list[str]:
-    """Every command of a block as one line; lines that are comments alone are left out."""
+    """Every command of a block as one line, without lines that are only comments."""
     lines = block.text.replace("\\\n", " ").split("\n")
     return [line for line in lines if words_of(line)]
 
@@ -135,7 +134,7 @@ def words_of(line: str) -> list[str]:
 
 
 class Servers:
-    """The server that a page has started: it runs until the page starts another, or ends."""
+    """A page's server, which runs until the page starts another or ends."""
 
     def __init__(self):
         self._process, self._port = None, 0
@@ -145,18 +144,18 @@ class Servers:
         self.stop()
         self._port = free_port()
         self._process = start_dynaslim([*shortened(argv), "--port", str(self._port)])
-        line = self._process.stdout.readline()  # when it is ready; empty where the process ends
+        line = self._process.stdout.readline()  # printed when ready; empty if the process ended
         if f":{self._port}" not in line:
             process, self._process = self._process, None
             process.kill()
             raise AssertionError(f"{line}{process.communicate()[1]}")
 
     def here(self, text: str) -> str:
-        """A text of a page with the server's port for the usual one."""
+        """A page's text with the default port replaced by the server's port."""
         return text.replace("8000", str(self._port)) if self._process is not None else text
 
     def request(self, line: str) -> None:
-        """Run a line with curl in it; an answer that is an error fails."""
+        """Run a command line with curl; fails if the server's answer is an error."""
         if shutil.which("curl") is None:
             pytest.skip("curl is not installed")
         line = re.sub(r"\bcurl ", "curl --fail-with-body ", self.here(line))
@@ -164,7 +163,7 @@ class Servers:
         assert done.returncode == 0, f"{line}: {done.stdout} {done.stderr}"
 
     def stop(self) -> None:
-        """Tell the server to end, as a page's reader does by Ctrl-C."""
+        """Stop the server by SIGINT, as a reader does with Ctrl-C."""
         process, self._process = self._process, None
         if process is not None:
             process.send_signal(signal.SIGINT)
@@ -173,7 +172,7 @@ class Servers:
 
 
 def run_command(line: str, servers: Servers) -> None:
-    """Run one command, in this process if it can be; AssertionError if it fails or cannot be."""
+    """Run one command, in this process if possible; AssertionError if it fails or is unknown."""
     match words_of(line):
         case ["dynaslim", "serve", *argv]:
             servers.start(["serve", *argv])
@@ -185,11 +184,11 @@ def run_command(line: str, servers: Servers) -> None:
             fine = FINE.get(verb_of(argv), (0,))
             assert code in fine, f"dynaslim {shlex.join(argv)} ended with {code}"
         case ["make", target]:
-            # what targets do has tests of its own; a document must not name one that is not there
+            # other tests run the targets; here it only has to exist
             makefile = (ROOT / "Makefile").read_text()
             assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"no target {target}"
         case ["python", script, *argv] if script.startswith("examples/"):
-            # documents are read where the project lies, and run in a folder of their own
+            # documents assume the project's folder, but commands run in a temporary one
             there = [str(ROOT / word) if word.startswith("docs/") else word for word in argv]
             run_script(script, [*there, *SHORTER.get(script, "").split()])
         case _:
@@ -200,7 +199,7 @@ def run_command(line: str, servers: Servers) -> None:
 
 
 def shortened(argv: list[str]) -> list[str]:
-    """A command line of a document with its words replaced, and made short."""
+    """A document's command line with placeholders replaced and shortening flags added."""
     verb = verb_of(argv)
     words = {
         "R": RECIPES.get(verb, "R"),
@@ -210,7 +209,7 @@ def shortened(argv: list[str]) -> list[str]:
         **{word: f"{word.lower()}{next(_numbers)}" for word in ("RUN", "OUT")},
     }
     if verb == "report":
-        words["RUN"] = "runs/demo"  # one that is there
+        words["RUN"] = "runs/demo"  # an existing run
     extra = SHORTER.get(verb, "").split()
     if "int8" in argv:
         extra = SHORTER_INT8.split()
@@ -233,7 +232,7 @@ def run_script(script: str, argv: list[str]) -> None:
 
 
 def check_flags(line: str, monkeypatch) -> None:
-    """Of a command that is not run, that dynaslim would understand it."""
+    """Check that dynaslim accepts the flags of a command that is not run."""
     words = words_of(line)
     if "dynaslim" not in words:
         return
@@ -242,7 +241,7 @@ def check_flags(line: str, monkeypatch) -> None:
     assert verb, f"{line}: no such verb"
     real = cli.VERBS[verb]
 
-    @functools.wraps(real.run)  # the signature makes the flags
+    @functools.wraps(real.run)  # flags are derived from the signature
     def run(*_, **__):
         return None
 
@@ -257,7 +256,7 @@ def check_flags(line: str, monkeypatch) -> None:
 def run_python(block: Block, namespace: dict[str, object], servers: Servers) -> str:
     """Run a block in a page's namespace; returns what it prints."""
     printed = io.StringIO()
-    # lines of a traceback are then those of the page
+    # preceding newlines make the line numbers of a traceback equal to the page's
     code = compile("\n" * (block.line - 1) + servers.here(block.text), block.page, "exec")
     with contextlib.redirect_stdout(printed):
         try:
@@ -270,7 +269,7 @@ def run_python(block: Block, namespace: dict[str, object], servers: Servers) -> 
 
 
 def check_data(block: Block) -> None:
-    """JSON must be JSON; YAML is a recipe or a spec, and must be one."""
+    """Check that JSON is valid, and that YAML is a valid recipe or spec."""
     if block.language == "json":
         json.loads(block.text)
     if block.language != "yaml":

@@ -1,4 +1,4 @@
-"""Images to evaluate on, and what the processes of tests/test_evaluation_processes.py run."""
+"""Images to evaluate on, and the worker of the processes in tests/test_evaluation_processes.py."""
 
 import dataclasses
 from pathlib import Path
@@ -16,14 +16,14 @@ PRE = Preprocessing(16, mean=(0.5,) * 3, std=(0.125,) * 3)
 
 
 def noise_images(count, classes=5):
-    """The noise of `helpers` as pixels, with labels that no network can know."""
+    """The noise of `helpers` as pixels, with random labels."""
     pixels = (noise(micro_spec(), count, image_size=16) * 32 + 128).clamp(0, 255).to(torch.uint8)
     labels = torch.randint(0, classes, (count,), generator=torch.Generator().manual_seed(0))
     return ImageDataset(pixels, labels, tuple(f"c{n}" for n in range(classes)), "noise")
 
 
 def opinionated(spec):
-    """A lively network whose answers spread over the classes on noise images."""
+    """A `lively` network whose answers on noise images spread over the classes."""
     net = lively(spec, image_size=16)
     with torch.inference_mode():
         x = normalise(noise_images(64).images_NCSS, PRE)
@@ -35,7 +35,7 @@ def opinionated(spec):
 
 @dataclasses.dataclass(frozen=True)
 class PartlyReadable(ImageDataset):
-    """Like a set on disk, some of whose images do not decode; one may fail otherwise."""
+    """Simulates a set on disk with images that do not decode; one may raise another error."""
 
     unreadable: tuple[int, ...] = ()
     explosive: int = -1
@@ -56,7 +56,7 @@ class PartlyReadable(ImageDataset):
 
 
 def partly_readable(count, *unreadable, explosive=-1):
-    """`noise_images` of which the given rows come back with a negative label."""
+    """`noise_images` in which the given rows are returned with a negative label."""
     fields = vars(noise_images(count))
     return PartlyReadable(**fields, unreadable=unreadable, explosive=explosive)
 
@@ -75,14 +75,14 @@ def cases():
         "one batch for two": (gated, noise_images(10), sixteen),
         "views": (gated, noise_images(35), {**sixteen, "views": 3}),
         "bf16": (gated, noise_images(35), {**sixteen, "bf16": True}),
-        # a process's only batch, and single ones
+        # all images of a process's only batch, and single images
         "skipped": (gated, partly_readable(45, 3, *range(16, 32), 40), sixteen),
         "no gates": (opinionated(plain_spec()), noise_images(45), sixteen),
     }
 
 
 def failures():
-    """The same, of evaluations that fail; only one of the two processes meets the reason."""
+    """The same for evaluations that fail, for a reason that only one of two processes has."""
     broken = opinionated(micro_spec())
     with torch.no_grad():
         broken.classifier.bias[2] = float("nan")
@@ -96,7 +96,7 @@ def failures():
 
 
 def worker(rank: int, port: int, folder: str) -> None:
-    """One of two gloo processes: every case alone, then all of them together."""
+    """Run one of two gloo processes: every case alone, then all cases together."""
     torch.set_num_threads(1)
     alone = {
         name: evaluate(net, images, PRE, **options)

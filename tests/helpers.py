@@ -1,4 +1,4 @@
-"""What several tests need: networks with lively weights, and small data on disk."""
+"""Shared test helpers: networks whose gates choose varied routes, and small data on disk."""
 
 import io
 import os
@@ -49,7 +49,7 @@ ZOO_NAMES = sorted(ZOO)
 
 
 MIRROR = {"supernet": {"augment": {"mirror": True}}}
-"""A recipe of a network that may be shown mirror images."""
+"""A recipe that allows mirror images."""
 
 METRICS = {
     "images": 40,
@@ -59,11 +59,11 @@ METRICS = {
     ],
     "dynamic": {"mean_madds": 14000.4, "top1": 0.6},
 }
-"""As an evaluation of the micro network leaves them in a checkpoint."""
+"""Metrics of the micro network, as an evaluation stores them in a checkpoint."""
 
 
 def micro_spec(**changes: object) -> NetSpec:
-    """Two gates, a teacher apart from the routes, few channels: for tests that need no more."""
+    """The micro network's spec: two gates, a separate teacher, few channels."""
     spec = NetSpec(
         "micro",
         (
@@ -72,16 +72,16 @@ def micro_spec(**changes: object) -> NetSpec:
             StageSpec((6, 8, 10), stride=2, gate=GateSpec((0, 1, 2))),
         ),
         num_classes=5,
-        reduction=1.0,  # gates with enough hidden features for `lively` to turn
+        reduction=1.0,  # enough hidden features for `lively` to set the gates' directions
     )
     return spec.replace(**changes)
 
 
 def lively(spec: NetSpec, seed: int = 0, image_size: int | None = None) -> SlimNet:
-    """A network in evaluation mode whose every number matters and whose gates disagree.
+    """A network in evaluation mode with no default values, whose gates choose varied routes.
 
-    BN statistics differ per width and are far from (0, 1); the slimming heads are turned so that
-    rows of noise spread over the choices (fresh ones all look alike to a gate).
+    BN statistics differ per width and are far from (0, 1). The slimming heads are set so that rows
+    of noise spread over the choices (a freshly initialised gate treats all rows alike).
     """
     torch.manual_seed(seed)
     net = SlimNet(spec).eval()
@@ -112,8 +112,8 @@ def _spread(net: SlimNet, gate: Gate, x: torch.Tensor) -> None:
         hidden = torch.stack([gate.hidden(features.mean((2, 3))) for features in seen])
         weight = gate.slimming_weight
         nn.init.normal_(weight)
-        # orthogonal to the mean of each route, so that no choice wins on average along any; before
-        # the first gate all routes are one
+        # orthogonal to the mean of each route, so that no choice wins on average along any route;
+        # before the first gate all routes are the same
         _, sizes, directions = torch.linalg.svd(hidden.mean(1), full_matrices=False)
         means = directions[sizes > 1e-4 * sizes[0]].T
         assert hidden.shape[2] > means.shape[1], "too few hidden features: nothing would be left"
@@ -134,18 +134,18 @@ def noise(
 
 @cache
 def lively_net(name: str) -> SlimNet:
-    """The micro network or a zoo entry with ten classes, `lively`; shared: not to be changed."""
+    """The micro network or a zoo entry with ten classes, made `lively`; shared, do not modify."""
     return lively(micro_spec() if name == "micro" else ZOO[name].replace(num_classes=10))
 
 
 def row_by_row(net: SlimNet, x: torch.Tensor, routes: list[Route]) -> torch.Tensor:
-    """What the network answers for every row alone, along a route of its own."""
+    """The network's answer for every row alone, along the row's route."""
     with torch.inference_mode():
         return torch.cat([net(x[b : b + 1], route) for b, route in enumerate(routes)])
 
 
 def assert_rows_close(made: object, expected: object, tolerance: float = 2e-5) -> None:
-    """Logits equal to a tolerance that is relative to the largest of them."""
+    """Assert that logits are equal, to a tolerance relative to the largest of them."""
     made, expected = (torch.as_tensor(value) for value in (made, expected))
     assert made.shape == expected.shape
     assert made.dtype == torch.float32
@@ -155,7 +155,7 @@ def assert_rows_close(made: object, expected: object, tolerance: float = 2e-5) -
 
 @cache
 def curved(name: str) -> tuple[Engine, torch.Tensor]:
-    """An engine with a budget curve, and the images it was measured on; the widest is right."""
+    """An engine with a budget curve, and its calibration images; the widest route is right."""
     net = lively_net(name)
     x = noise(net.spec, 80)
     labels = Engine(net, backend="eager")(x, shift=-1e6).logits.argmax(1)
@@ -164,13 +164,13 @@ def curved(name: str) -> tuple[Engine, torch.Tensor]:
 
 
 def forced(engine: Engine, x: torch.Tensor, options_BG: np.ndarray) -> Routed:
-    """Run rows along chosen options, whatever the gates choose."""
+    """Run rows along the given options, whatever the gates choose."""
     images = engine.router.backend.arrays.images(x)
     return engine.router.routed(images, lambda gate, _, rows: options_BG[rows, gate], None)
 
 
 def altered(*path: str | int, value: Any = None, left_out: bool = False) -> Callable[[Any], None]:
-    """A function that sets what stands at a place in nested data, or leaves it out."""
+    """A function that sets or deletes the value at a path in nested data."""
 
     def alter(data: Any) -> None:
         for key in path[:-1]:
@@ -184,7 +184,7 @@ def altered(*path: str | int, value: Any = None, left_out: bool = False) -> Call
 
 
 def for_backends(*names: str) -> pytest.MarkDecorator:
-    """Run a test for each of these backends; skipped where its library is not installed."""
+    """Run a test for each of these backends; skip those whose library is not installed."""
     return pytest.mark.parametrize(
         "backend",
         [
@@ -200,7 +200,7 @@ def for_backends(*names: str) -> pytest.MarkDecorator:
 
 
 def encoded(image: Any, kind: str = "PNG", **options: Any) -> bytes:
-    """The file of an image, or of its pixels (height, width[, 3])."""
+    """Encode an image, or its pixels (height, width[, 3]), as a file."""
     buffer = io.BytesIO()
     image = image if isinstance(image, Image.Image) else Image.fromarray(image)
     image.save(buffer, kind, **options)
@@ -215,21 +215,21 @@ def png(seed: int = 0, size: tuple[int, int] = (28, 28), mode: str = "L") -> byt
 
 
 def bright_pngs(count: int) -> list[bytes]:
-    """Pictures of 16 px whose class, of four in turn, is their brightness."""
+    """Pictures of 16 px in four classes in turn; the brightness depends on the class."""
     rng = np.random.default_rng(0)
     pixels = [rng.integers(0, 60, (16, 16, 3)) + n % 4 * 60 for n in range(count)]
     return [encoded(one.astype(np.uint8)) for one in pixels]
 
 
 def write_levels(folder: Path, count: int, name: str = "level") -> None:
-    """The pictures of `bright_pngs`, in a folder for each class."""
+    """Write the pictures of `bright_pngs`, with a folder for each class."""
     for n, picture in enumerate(bright_pngs(count)):
         (folder / f"{name} {n % 4}").mkdir(parents=True, exist_ok=True)
         (folder / f"{name} {n % 4}" / f"{n:03}.png").write_bytes(picture)
 
 
 def output_of(logits: np.ndarray, **known: np.ndarray) -> SimpleNamespace:
-    """What an engine answers, for fakes: along one route, where nothing else is given."""
+    """An engine's output for fakes: along one route unless given otherwise."""
     rows = len(logits)
     plain = {
         "routes": np.zeros((rows, 1), np.int64),
@@ -241,7 +241,7 @@ def output_of(logits: np.ndarray, **known: np.ndarray) -> SimpleNamespace:
 
 
 def run_ok(capsys, *argv: object) -> str:
-    """The standard output of a command line that succeeds."""
+    """Run a command line that must succeed; returns its standard output."""
     code = cli.run([str(a) for a in argv])
     out, err = capsys.readouterr()
     assert code == 0, err
@@ -249,9 +249,9 @@ def run_ok(capsys, *argv: object) -> str:
 
 
 def fails(capsys, argv: Sequence[object], code: int, message: str, notes=False) -> None:
-    """A command line prints one line with the message on stderr, and nothing else.
+    """Assert that a command line prints only one line, with the message, on stderr.
 
-    With `notes` the message is a pattern, and other lines may precede it.
+    With `notes`, the message is a pattern, and other lines may precede it.
     """
     assert cli.run([str(a) for a in argv]) == code
     out, err = capsys.readouterr()
@@ -270,7 +270,7 @@ def start_dynaslim(
     run: Sequence[str] = ("-m", "dynaslim"),
     **options: object,
 ) -> subprocess.Popen[str]:
-    """The command line in a process of its own, to be watched, signalled and killed."""
+    """Start the command line in a separate process, which can be watched, signalled and killed."""
     return subprocess.Popen(
         [sys.executable, *run, *argv],
         stdout=subprocess.PIPE,
@@ -282,7 +282,7 @@ def start_dynaslim(
 
 
 def run_python(script: str, *argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """A script in a Python of its own; fails if that does."""
+    """Run a script in a separate Python process; fails if it does."""
     command = [sys.executable, "-c", script, *map(str, argv)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert done.returncode == 0, done.stderr
@@ -290,7 +290,7 @@ def run_python(script: str, *argv: object, **options: Any) -> subprocess.Complet
 
 
 def wait_for_steps(process: subprocess.Popen[str], metrics: Path, steps: int) -> None:
-    """Wait until a training has written so many steps into its metrics."""
+    """Wait until a training has written `steps` steps to its metrics file."""
 
     def there() -> bool:
         assert process.poll() is None, process.communicate()[1]
@@ -311,7 +311,7 @@ def spawn_two(worker: Callable[..., None], *args: object, seconds: float = 120) 
 
 
 def _run_and_exit(rank: int, worker: Callable[..., None], *args: object) -> None:
-    """Run a worker and exit at once; as an interpreter ends, a thread of gloo may abort it."""
+    """Run a worker and exit at once: a gloo thread may abort a normal interpreter shutdown."""
     worker(rank, *args)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -319,7 +319,7 @@ def _run_and_exit(rank: int, worker: Callable[..., None], *args: object) -> None
 
 
 def at_once(count: int, run: Callable[[int], Any]) -> list[Any]:
-    """What `run(n)` gives in `count` threads that start together."""
+    """The results of `run(n)` in `count` threads that start together."""
     barrier = threading.Barrier(count)
 
     def start(n: int) -> Any:
@@ -349,7 +349,7 @@ def form(*images: bytes) -> list[tuple[str, tuple[str, bytes]]]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A free port of this machine."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -363,9 +363,10 @@ def write_parquet(
     split: str = "test",
     labels: Sequence[int | None] | None = None,
 ) -> Path:
-    """A parquet file of images as the hub has them; classes or their names, None for plain numbers.
+    """Write a parquet file of images in the hub's format.
 
-    Without `labels` they rise.
+    `classes` is a number of classes or their names, or None for labels that are plain numbers.
+    Without `labels`, images get the classes in turn.
     """
     names = [f"class {n}" for n in range(classes)] if isinstance(classes, int) else classes
     label = datasets.Value("int64") if names is None else datasets.ClassLabel(names=list(names))
@@ -390,20 +391,20 @@ def join(rank: int, port: int) -> None:
 
 
 def leave() -> None:
-    """Leave it together: who goes first would cut the other's last exchange off."""
+    """Leave the group together: leaving first would cut off the other's last message."""
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 def ddp_worker(rank: int, port: int, folder: str) -> None:
-    """One of two gloo processes: gradients of its half of a batch, averaged by DDP."""
+    """Run one of two gloo processes: gradients of half a batch, averaged by DDP."""
     join(rank, port)
     spec = micro_spec()
     net = lively(spec)
     for parameter in net.slimming_parameters():
         parameter.requires_grad_(False)
     wrapped = nn.parallel.DistributedDataParallel(net)
-    x = noise(spec, 8)[rank * 4 : rank * 4 + 4]  # evaluation mode: BN does not tie rows together
+    x = noise(spec, 8)[rank * 4 : rank * 4 + 4]  # in evaluation mode, BN treats rows independently
     for route in (spec.largest, spec.routes[0]):
         wrapped(x, route).square().mean().backward()
     if rank == 0:
@@ -412,7 +413,7 @@ def ddp_worker(rank: int, port: int, folder: str) -> None:
 
 
 def toy_images(count=96, classes=5, seed=0):
-    """Pictures whose class is their brightness: learnable in a few steps."""
+    """Pictures whose brightness depends on the class; learnable in a few steps."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(count) % classes
     level = (labels * 255 // classes)[:, None, None, None]
@@ -422,7 +423,7 @@ def toy_images(count=96, classes=5, seed=0):
 
 @contextmanager
 def running(package, *flags, script="from dynaslim import cli; cli.main()", backend="onnxruntime"):
-    """A server process of one or several models that is ready; yields it and its address."""
+    """Start a server of one or several models and wait until ready; yields process and address."""
     models = map(str, package if isinstance(package, list) else [package])
     command = [sys.executable, "-c", script, "serve", *models, "--port", "0", *flags]
     process = subprocess.Popen(
@@ -466,8 +467,7 @@ def forced_curve(spec: NetSpec, side: int) -> BudgetCurve:
     )
 
 
-# how many texts of a page there are, and the lowest contrast of any with what is painted behind it,
-# as WCAG counts it
+# the number of texts on a page, and the lowest contrast between a text and its background (WCAG)
 CONTRAST = """left_out => {
   const canvas = document.createElement("canvas").getContext("2d", {willReadFrequently: true});
   const rgba = colour => {

@@ -1,4 +1,4 @@
-"""A checkpoint in the format of the released DS-Net code, made from what the fixture has of one."""
+"""Makes a checkpoint in the format of the released DS-Net code from the fixture's parts of one."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ FIXTURE = Path(__file__).parent / "fixtures" / "official.npz"
 
 
 def released_state(arrays):
-    """A released state dict of full size, with random values where the fixture has nothing."""
+    """A full-size released state dict, with random values for parts that the fixture lacks."""
     state = {}
     torch.manual_seed(0)
     for name, shape in json.loads(arrays["shapes"].tobytes()).items():
@@ -27,7 +27,7 @@ def released_state(arrays):
 
 
 def write_released(path):
-    """Write the file; returns the fixture's arrays, the released network's outputs among them."""
+    """Write the file; returns the fixture's arrays, including the released network's outputs."""
     with np.load(FIXTURE) as file:
         arrays = dict(file)
     state = {f"module.{name}": value for name, value in released_state(arrays).items()}

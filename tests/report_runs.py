@@ -1,4 +1,4 @@
-"""What the tests of reports share: runs made by hand, and what a reader sees of a page."""
+"""Shared helpers of the report tests: synthetic runs, and the visible content of a page."""
 
 from html.parser import HTMLParser
 
@@ -23,14 +23,14 @@ SHARE = 0.25
 
 
 def write_images(folder, split, count, names, channels=3, size=16):
-    """A parquet file of noise of many kinds, which gates can distinguish; labels come in turn."""
+    """Write a parquet file of varied noise, which gates can distinguish; labels cycle."""
     levels = noise(micro_spec(in_channels=channels), count, image_size=size) * 32 + 128
     pixels = levels.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).squeeze(3).numpy()
     write_parquet(folder, list(map(encoded, pixels)), names, split)
 
 
 def recipes(data, *, target=None, gated=True, supernet=""):
-    """What a run writes into its checkpoints."""
+    """Recipes as a run writes them to its checkpoints."""
     images = DataRecipe(path=str(data), val_share=SHARE, image_size_px=16)
     stage1 = SupernetRecipe(data=images).to_dict()
     if not gated:
@@ -40,13 +40,13 @@ def recipes(data, *, target=None, gated=True, supernet=""):
 
 
 def held_images(data):
-    """The images of a parquet folder that training with `SHARE` holds out."""
+    """The images of a parquet folder that training holds out for `SHARE`."""
     source = open_source(data, "train")
     return ImageDataset.of(source, PRE, rows=holdout(source.labels(), SHARE)[1])
 
 
 def make_net(number=0, **changes):
-    """The micro network, whose answers spread over the classes; other gates for other numbers."""
+    """The micro network, with answers spread over the classes; `number` varies its gates."""
     net = lively(micro_spec(**changes), image_size=16)
     with torch.no_grad():
         for parameter in net.slimming_parameters():
@@ -99,11 +99,11 @@ class Page(HTMLParser):
 
     @property
     def parts(self):
-        """Which sections there are."""
+        """The ids of the page's sections."""
         return [given["id"] for tag, given in self.elements if tag == "section"]
 
     def rows(self, first_cell):
-        """The rows of the only table whose head begins with these cells."""
+        """The rows of the only table whose header begins with these cells."""
         found = [t for t in self.tables if t and t[0][: len(first_cell)] == list(first_cell)]
         assert len(found) == 1, f"{len(found)} tables begin with {first_cell}"
         return found[0][1:]

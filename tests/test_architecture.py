@@ -12,7 +12,7 @@ import dynaslim
 PACKAGE = Path(dynaslim.__file__).parent
 
 # each may import only itself and what stands before it
-ROOMS = [
+LAYERS = [
     "version", "errors", "_files", "_memory", "distributed", "progress", "preprocessing", "seeds",
     "spec", "cascade_spec", "graph", "blocks", "shipped",
     "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint", "data",
@@ -23,7 +23,7 @@ ROOMS = [
 ]  # fmt: skip
 
 
-def _room(module):
+def _layer(module):
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
@@ -46,11 +46,11 @@ def test_import_direction():
         here = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for module in _imports(path):
             if module.split(".")[0] == "dynaslim":
-                there = _room(module)
-                assert ROOMS.index(there) <= ROOMS.index(here), f"{path} imports {module}"
+                there = _layer(module)
+                assert LAYERS.index(there) <= LAYERS.index(here), f"{path} imports {module}"
 
 
-def test_rooms_without_torch():
+def test_layers_without_torch():
     script = (
         "import sys, dynaslim, dynaslim.spec, dynaslim.zoo, dynaslim.cost, dynaslim.preprocessing\n"
         "import dynaslim.runtime.budget, dynaslim.runtime.escalation\n"

@@ -1,4 +1,4 @@
-"""What the processes of the distributed training tests run; spawned, so importable by name."""
+"""Workers of the distributed training tests; importable, because processes are spawned."""
 
 import random
 
@@ -16,7 +16,7 @@ ROWS = 12
 
 
 def one_step(rows):
-    """A stage-I step on some rows of a batch, BN's batch statistics out of the way."""
+    """A stage-I step on some rows of a batch, with BN in evaluation mode."""
     net = lively(micro_spec(), image_size=16)
     teacher = make_teacher(lively(micro_spec(), seed=7, image_size=16), 0.5).eval()
     x, labels = noise(net.spec, ROWS, image_size=16), torch.arange(ROWS) % 5
@@ -37,7 +37,7 @@ def one_step(rows):
 
 
 def worker(rank, port, folder, run):
-    """One of two gloo processes; saves what `run(rank)` gives."""
+    """Run one of two gloo processes; saves the result of `run(rank)`."""
     join(rank, port)
     torch.save(run(rank), f"{folder}/{rank}.pt")
     leave()
@@ -49,7 +49,7 @@ def half(rank):
 
 
 def step(rank):
-    """Half a batch each; counts the messages."""
+    """A step with half a batch per process; counts the messages."""
     reduce, sizes = dist.all_reduce, []
 
     def counted(tensor, *args, **kwargs):
@@ -83,12 +83,12 @@ def gate_step_of(rows, gumbel):
 
 
 def gate_steps(rank):
-    """Half a batch each, with noise and without."""
+    """Steps with half a batch per process, with and without Gumbel noise."""
     return [gate_step_of(half(rank), gumbel) for gumbel in (False, True)]
 
 
 def calibration(rank):
-    """Every second batch each."""
+    """Calibration with every second batch in each process."""
     net = lively(micro_spec(), image_size=16)
     batches = [noise(net.spec, 8, image_size=16, seed=s) for s in range(5)]
     recalibrate(net, batches[rank::2])
@@ -96,7 +96,7 @@ def calibration(rank):
 
 
 def not_finite(rank):
-    """A loss that is not finite in one process alone stops both."""
+    """A loss that is not finite in one process stops both."""
     net = lively(micro_spec(), image_size=16)
     teacher = make_teacher(net, 0.5)
     x = noise(net.spec, 4, image_size=16)

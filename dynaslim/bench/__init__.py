@@ -1,1 +1,1 @@
-"""Timing: ratios of interleaved runs within one process."""
+"""Benchmarks: time ratios of interleaved runs within one process."""

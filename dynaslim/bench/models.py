@@ -1,4 +1,4 @@
-"""What is measured: models by name, file or folder, and images for them."""
+"""Models and images for benchmarks; a model is given by name, file or folder."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from dynaslim.zoo import get_spec
 
 
 def random_network(name: str, image_size: int) -> SlimNet:
-    """A zoo entry with random weights and BN statistics that fit them.
+    """A zoo entry with random weights and BN statistics computed for them.
 
-    Without the statistics, activations shrink from layer to layer until they are denormal numbers,
-    with which processors are many times slower than with those of a trained network.
+    Without these statistics, activations would shrink from layer to layer and become denormal
+    numbers, which processors handle many times more slowly than a trained network's activations.
     """
     torch.manual_seed(0)
     net = create_model(name)
@@ -47,10 +47,10 @@ def open_engine(
     *,
     cache: bool = True,
 ) -> tuple[Engine, int]:
-    """An engine of a zoo entry, a spec file, a package or a checkpoint, and its images' side in px.
+    """An engine for a zoo entry, spec file, package or checkpoint, and its image side in px.
 
     Raises:
-        UsageError: as `Engine`, or for a precision that is not the package's.
+        UsageError: as `Engine`, or for a precision that is neither fp32 nor the package's own.
         CheckpointError, PackageError: if the file cannot be read.
     """
     options: dict[str, Any] = {"backend": backend, "batch_size": batch_size}
@@ -83,8 +83,8 @@ def some_images(
     """Noise, or the normalised images of a data set: (at least `rows`, C, side, side).
 
     Raises:
-        UsageError: if the network has no preprocessing, for another size, or for a
-            set of too few images.
+        UsageError: if the network has no preprocessing or one for another size, or if the data
+            set has fewer than `rows` images.
         DataError: if the images cannot be read.
     """
     if data is None:
@@ -96,7 +96,7 @@ def some_images(
     source = open_source(data, split)
     check(len(source) >= rows, f"{data}: has {len(source)} images, a batch takes {rows}")
     images = load_images(source, pre)
-    # in an order of its own: sets often come sorted by class
+    # shuffled, since data sets are often sorted by class
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     found: np.ndarray = normalise(images.images_NCSS[order[: max(rows, 4096)]], pre).numpy()
     return found
@@ -105,10 +105,10 @@ def some_images(
 def calibration_batches(
     checkpoint: Checkpoint, data: str, split: str, images: int
 ) -> Iterator[Tensor]:
-    """Normalised batches of a random choice of a data set's images.
+    """Normalised batches of randomly chosen images of a data set.
 
     Raises:
-        UsageError: if the checkpoint has no preprocessing, or for a number of images below 1.
+        UsageError: if the checkpoint has no preprocessing, or if `images` is below 1.
         DataError: if the images cannot be read.
     """
     check(images >= 1, f"--calibration-images {images}: must be at least 1")
@@ -119,7 +119,7 @@ def calibration_batches(
 def compare_precisions(
     checkpoint: Checkpoint, forms: Any, data: str, split: str, images: int
 ) -> dict[str, Any]:
-    """Accuracy of int8 forms on images, beside the network in float32: plain JSON values."""
+    """Compare int8 segment forms with the float32 network on images; returns JSON values."""
     from dynaslim.runtime.accuracy import accuracy_report
 
     pre = _prepared(checkpoint)

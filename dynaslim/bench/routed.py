@@ -1,8 +1,8 @@
-"""Routed inference against the ideal: every image in a network built for its width alone.
+"""Compare routed inference with the ideal: each image runs in a network of just its width.
 
-The ideal time of a batch is Σ share x static time, where each static network runs the whole batch
-in pieces of the size that suits it best, side by side or with all cores on each, whichever is
-faster, on the same backend. Routing cannot be faster than that; the ratio measures the overhead.
+The ideal time of a batch is Σ share x static time. Each static network runs the whole batch on the
+same backend, in pieces of the size that is fastest for it: either several pieces side by side or
+all cores on one piece. Routing cannot be faster than that; the ratio measures its overhead.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ MOST_ROUTES: Final = 32
 
 @dataclass(frozen=True)
 class Traffic:
-    """The paths (one option per gate) that the rows of a batch take, and which row takes which."""
+    """The paths (one option per gate) that the rows of a batch take, and the path of each row."""
 
     paths: tuple[tuple[int, ...], ...]
     rows: tuple[int, ...]
-    """Number of a path for every row of the batch."""
+    """For each row of the batch, the index of its path in `paths`."""
     shares: tuple[float, ...]
-    """Of all images: what the times of one row each are weighted by."""
+    """Share of all images that takes each path; the weights when batches of one row are timed."""
 
 
 def apportion(weights: np.ndarray, rows: int) -> np.ndarray:
-    """Whole numbers in these shares with the sum `rows`, by the largest remainders."""
+    """Integers proportional to `weights` with the sum `rows`, by the largest remainders."""
     exact = weights / weights.sum() * rows
     counts: np.ndarray = np.floor(exact).astype(int)
     counts[np.argsort(counts - exact, kind="stable")[: rows - counts.sum()]] += 1
@@ -47,10 +47,11 @@ def apportion(weights: np.ndarray, rows: int) -> np.ndarray:
 
 
 def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traffic:
-    """Rows in given shares over the paths that take the same option at every gate, in random order.
+    """Rows in random order, divided in given shares among the paths with one option at all gates.
 
     Raises:
-        UsageError: if the shares are not one for each option, positive in sum, none negative.
+        UsageError: if gates differ in their number of options, or if `mix` does not have one share
+            of at least 0 for each option and a positive sum.
     """
     counts = {len(gate.choices) for gate in spec.gates}
     check(len(counts) == 1, f"{spec.name}: its gates differ in options; give --mix real")
@@ -68,10 +69,10 @@ def mixed(spec: AnySpec, mix: Sequence[float], rows: int, seed: int = 0) -> Traf
 
 
 def observed(spec: AnySpec, routes_BG: np.ndarray, rows: int) -> Traffic:
-    """The traffic that gates chose: the first `rows` images in order, shares of all.
+    """Traffic as the gates chose it: rows are the first `rows` images, shares are of all images.
 
     Raises:
-        UsageError: if they took too many routes to time each.
+        UsageError: if the images took too many routes to time each of them.
     """
     found, numbers = np.unique(routes_BG, axis=0, return_inverse=True)
     check(
@@ -92,10 +93,10 @@ def bench_routed(
     rounds: int = 15,
     on_round: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
-    """Time a routed batch (B, C, H, W) against the ideal; plain JSON values, times in ms.
+    """Time a routed batch (B, C, H, W) against the ideal; returns JSON values, times in ms.
 
-    Decisions are the traffic's: gates are computed, and then overruled. Of a batch of one, every
-    path is timed as a call of its own and weighted by its share.
+    The gates are computed, but decisions are taken from `traffic`. For a batch of one, each path is
+    timed in a separate call and weighted by its share.
     """
     spec, router = engine.spec, engine.router
     images = router.backend.arrays.images(x)
@@ -120,7 +121,7 @@ def bench_routed(
     else:
         counts = np.bincount(traffic.rows, minlength=len(routes))
         weights = (counts / counts.sum()).tolist()
-    # of each static network, the faster of the engine's own way and the best found
+    # for each static network, the faster of the engine's own schedule and the best one found
     static = {
         route: min(times[f"static {route}"], times[f"best {route}"], key=statistics.median)
         for route in routes
@@ -174,16 +175,16 @@ def bench_routed(
 
 @dataclass(frozen=True)
 class _Static:
-    """A way to run a static network."""
+    """One schedule for running a static network."""
 
     arm: Arm
     rows: int
-    """Rows of a piece."""
+    """Rows per piece."""
     side_by_side: bool
 
 
 def _best_static(router: Router, images: Array, route: Route) -> _Static:
-    """The fastest of all sizes of pieces, side by side and one at a time."""
+    """The fastest schedule among all piece sizes, run side by side or one at a time."""
     total = len(images)
     sizes = sorted({min(total, 2**k) for k in range(9) if 2**k < 2 * total})
     ways = {}
@@ -197,7 +198,7 @@ def _best_static(router: Router, images: Array, route: Route) -> _Static:
 
 
 def _pieces(router: Router, images: Array, route: Route, rows: int, *, wide: bool) -> Arm:
-    """A static network on a batch, in pieces of so many rows; with no other work at all."""
+    """Run only a static network on a batch, in pieces of `rows` rows."""
     size = (int(images.shape[2]), int(images.shape[3]))
     program = router.program(router.whole(route, size), wide=wide)
     total = len(images)
@@ -212,14 +213,14 @@ def _pieces(router: Router, images: Array, route: Route, rows: int, *, wide: boo
     def one_by_one() -> None:
         for task in tasks:
             task()
-        router.backend.arrays.host(logits[-1:])  # a device may still be busy
+        router.backend.arrays.host(logits[-1:])  # wait: a device may still be busy
 
     return one_by_one if wide else lambda: router.workers.run(tasks)
 
 
 def _static(router: Router, images: Array, route: Route) -> Arm:
     arrays = router.backend.arrays
-    # what is read last is waited for: on a device a call returns before its work is done
+    # reading the result waits for it: on a device, a call returns before its work is done
     return lambda: arrays.host(router.static(images, route)[-1:])
 
 

@@ -1,4 +1,4 @@
-"""Interleaved timing: every arm once a round, so that a noisy machine is noisy for all alike."""
+"""Interleaved timing: each round runs every arm once, so that noise affects all arms alike."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Arm = Callable[[], object]
 def interleave(
     arms: Mapping[str, Arm], rounds: int, on_round: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds of every arm in every round, in turn; the order is reversed every other round.
+    """Time the arms in turn; returns milliseconds of every arm in every round.
 
-    Each is run once before, untimed.
+    The order is reversed in every other round. Each arm first runs once untimed.
     """
     for arm in arms.values():
         arm()
@@ -46,19 +46,19 @@ def summary(values: Sequence[float]) -> dict[str, float]:
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """`summary` of the ratios of two arms' times in the same round."""
+    """`summary` of the ratios of two arms' times, each taken within one round."""
     return summary([a / b for a, b in zip(above, below, strict=True)])
 
 
 def hardware() -> dict[str, Any]:
-    """The machine: GPU if there is one, processor, cores, system and versions."""
+    """The machine's GPU (if any), processor, cores and system, and library versions."""
     versions = {}
     for library in ("torch", "onnxruntime", "openvino", "numpy"):
         try:
             versions[library] = metadata.version(library)
         except metadata.PackageNotFoundError:
             continue
-    # where torch has not been imported nothing has run on a GPU
+    # if torch has not been imported, nothing has run on a GPU
     torch = sys.modules.get("torch")
     gpu = torch is not None and torch.cuda.is_available()
     return {

@@ -1,9 +1,10 @@
 """The command line: a table of verbs. Each verb is a typed function, callable from a test.
 
-Its signature makes its flags, its docstring the help; a verb that takes a recipe has a flag for
-each of the recipe's fields too, and `--config` for a file of them. Bodies import what they need, so
-that help needs no torch. Exit codes: 0 done, 1 failed, 2 bad usage, 130 and 143 stopped by a
-signal; a user's mistake is one line without a traceback.
+A verb's flags come from the function's signature and its help from the docstring. A verb with a
+recipe also has a flag for each field of the recipe, and `--config` for a file with these fields.
+Function bodies import what they need, so that help needs no torch. Exit codes: 0 done, 1 failed, 2
+bad usage, 130 and 143 stopped by a signal. Users' mistakes are reported in one line, without a
+traceback.
 """
 
 from __future__ import annotations
@@ -147,7 +148,7 @@ def run(argv: list[str]) -> int:
         return fail(str(error), error.exit_code)
     except BrokenPipeError:
         # the reader has closed the pipe, as with `| head`: print nothing more, and discard
-        # what is buffered, which would fail again at exit
+        # buffered output, which would fail again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
@@ -162,7 +163,7 @@ def run(argv: list[str]) -> int:
 def _show_warning(
     otherwise: Callable[..., None], message: Warning | str, kind: type[Warning], *where: Any
 ) -> None:
-    """One line for a warning of dynaslim; those of libraries are shown as usual."""
+    """Print a dynaslim warning in one line; warnings of libraries are shown as usual."""
     if not issubclass(kind, DynaslimWarning):
         return otherwise(message, kind, *where)
     sys.stderr.write(f"dynaslim: warning: {message}\n")
@@ -178,7 +179,7 @@ def _dispatch(argv: list[str]) -> int:
         echo(f"dynaslim {__version__}")
         return 0
     name, rest = argv[0], argv[1:]
-    if rest and f"{name} {rest[0]}" in VERBS:  # verbs of two words
+    if rest and f"{name} {rest[0]}" in VERBS:  # a verb of two words
         name, rest = f"{name} {rest[0]}", rest[1:]
     if name not in VERBS:
         return _no_such_verb(name, rest)
@@ -188,9 +189,9 @@ def _dispatch(argv: list[str]) -> int:
     parser = make_parser(name, verb.run, verb.example)
     try:
         parsed = parser.parse_args(rest)
-    except SystemExit as stop:  # it has printed help
+    except SystemExit as stop:  # help was printed
         return int(stop.code or 0)
-    except UnicodeDecodeError:  # the library lets what is wrong with the file's bytes pass
+    except UnicodeDecodeError:  # not handled by jsonargparse
         parser.error("--config: not a text file; name one of the recipe's fields (YAML)")
     except RecursionError:
         parser.error("--config: refers to itself, or is nested too deeply; write its values out")
@@ -229,7 +230,7 @@ def _help() -> str:
 
 
 def _verb_help(name: str) -> str:
-    """A verb's entry in the list of verbs: its summary and an example."""
+    """A verb's entry in the list of verbs: summary and example."""
     verb, column = VERBS[name], " " * 20
     columns = help_columns() - len(column)
     summary = (inspect.getdoc(verb.run) or "").splitlines()[0]

@@ -1,4 +1,4 @@
-"""The verb that makes one model of several networks."""
+"""The verb `cascade`, which combines several networks into one model."""
 
 from __future__ import annotations
 
@@ -35,21 +35,21 @@ def cascade(
     force: bool = False,
     json: bool = False,
 ) -> None:
-    """Make one model of several networks: uncertain images go on from small ones to large ones.
+    """Combine several networks: uncertain images continue from small networks to larger ones.
 
     All images run on the first network. Thresholds of the margin, for any budget, are measured on
-    held-out images; nothing is trained. OUT is a package, which predict, serve, evaluate and report
-    take.
+    held-out images; nothing is trained. OUT is a package that predict, serve, evaluate and report
+    accept.
 
     Args:
-        models: Two networks or more, the cheapest first: checkpoints (FILE@ROUTE for another route
-            than the widest), packages, or ONNX files (FILE.onnx@SIZE where the image size is not
+        models: Two or more networks, the cheapest first: checkpoints (FILE@ROUTE for a route other
+            than the widest), packages, or ONNX files (FILE.onnx@SIZE if the image size is not
             fixed).
         out: The package's folder.
         images: Held-out images, and how the networks are run on them.
-        split: Split of the data; "test" also takes one called validation.
-        mean: Per channel, of values in 0..1, for ONNX files. Default: ImageNet's.
-        std: Per channel, as mean.
+        split: Split of the data; "test" also accepts a split called validation.
+        mean: Mean of each channel of pixels in 0..1, for ONNX files. Default: ImageNet's.
+        std: Standard deviation of each channel, like mean.
         force: Accept images that a network was trained on.
         json: Print one JSON object.
     """

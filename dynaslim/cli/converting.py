@@ -1,4 +1,4 @@
-"""The verb that makes a dynamic slimmable network of a trained one."""
+"""The verb `convert`, which turns a trained network into a dynamic slimmable one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dynaslim.errors import check
 from dynaslim.recipes import parse_names, parse_shares
 
 IMAGES: Final = 256
-"""Images that channels are sorted by."""
+"""Number of images that the channels are sorted by."""
 
 
 @dataclass(frozen=True)
@@ -20,40 +20,40 @@ class ConvertOptions:
     """How a trained network is converted."""
 
     weights: Path | None = None
-    """Weights of the model, .safetensors or .pth. Default: random ones."""
+    """Weights of the model, .safetensors or .pth. Default: random weights."""
     data: str | None = None
-    """A few of these images sort the channels: an image folder, parquet files or a name on the hub.
-    Default: the statistics of batch normalisation."""
+    """Images, of which a few are used to sort the channels: an image folder, parquet files or a hub
+    name. Default: sort by the statistics of batch normalisation."""
     split: str = "train"
     """Split of the data."""
     image_size: int | None = None
-    """Side of the image in pixels that the network is for. Default: the model's."""
+    """Side in pixels of the images that the network will run on. Default: the model's."""
     num_classes: int | None = None
-    """Classes of the model, where its library takes them."""
+    """Number of classes of the model, if its library accepts one."""
     widths: str = "0.25,0.5,0.75,1"
-    """Shares of the channels behind the gate, rising to 1."""
+    """Shares of the channels to use behind the gate, rising to 1."""
     gate_at: str = ""
-    """Modules behind which gates are put, separated by commas. Default: one gate, where most
+    """Modules behind which gates are put, separated by commas. Default: one gate, where the most
     multiply-adds can be saved."""
     protect: str = ""
-    """Modules whose channels stay whole, separated by commas."""
+    """Modules that keep all channels, separated by commas."""
     other_sizes: str = ""
-    """Further sides in pixels of images that the network is for, such as 128,160."""
+    """Further sides in pixels of images that the network will run on, such as 128,160."""
     importance: str | None = None
-    """What sorts the channels: activation (of the data), bn or weight. Default: activation with
-    data, else bn."""
+    """What the channels are sorted by: activation (on the data), bn or weight. Default: activation
+    with data, else bn."""
 
 
 def convert(model: str, out: Path, *, options: ConvertOptions, json: bool = False) -> None:
-    """Make a dynamic slimmable network of a trained convolutional one.
+    """Turn a trained convolutional network into a dynamic slimmable one.
 
     The channels behind the gate are sorted by importance, so that narrow routes keep the best. At
-    full width the network answers as the model does; narrow routes are to be trained:
+    full width the network gives the model's outputs; narrow routes must be trained next:
     dynaslim train supernet --init OUT.
 
     Args:
         model: timm:NAME, torchvision:NAME or module:FILE.py:FUNCTION, a function that returns a
-            torch module. A file is run as it is.
+            torch module. The file is executed.
         out: The checkpoint to write (.safetensors).
         options: How the network is converted.
         json: Print one JSON object.
@@ -114,7 +114,7 @@ def _converted(model: str, out: Path, options: ConvertOptions) -> dict[str, Any]
         images = ImageDataset.of(open_source(options.data, options.split), pre)
         check(len(images) > 0, f"{options.data}: no images")
         batches = sample_batches(images, pre, 32, IMAGES)
-    importance: Any = options.importance  # checked there, so that --json has the error too
+    importance: Any = options.importance  # checked there, so that --json reports the error
     net = conversion.net(batches, [(other, other) for other in sides], importance)
     spec = net.spec
     save(out, Checkpoint(net=net, preprocessing=pre))

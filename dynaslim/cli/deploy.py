@@ -1,4 +1,4 @@
-"""Verbs that convert networks from and to other formats, and time them on this machine."""
+"""Verbs that convert networks from and to other formats, or time them on this machine."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ def profile(
     no_cache: bool = False,
     json: bool = False,
 ) -> None:
-    """Measure every segment's milliseconds, as a cost table for training gates and merging.
+    """Time every segment; write a cost table for training gates, budgets and merging buckets.
 
     Args:
         model: A checkpoint file, a package, a name of the zoo, or a spec file (.yaml).
         out: The table to write (.json).
         backend: auto, eager, inductor, onnxruntime, openvino or cudagraph.
-        batch_size: Most rows; 1, 2, 4, ... up to it are measured, it is what the table holds.
+        batch_size: Largest batch. Batches of 1, 2, 4, ... rows are timed too; the costs are the
+            times per image of the largest.
         image_size: Side of the image in pixels. Default: the model's.
         precision: fp32 or bf16.
-        rounds: Times that each is measured.
-        no_cache: Keep no compiled programs on disk, and read none.
+        rounds: How often each segment is timed.
+        no_cache: Do not use the on-disk cache of compiled programs.
         json: Print one JSON object.
     """
     check(rounds >= 1, f"--rounds {rounds}: must be at least 1")
@@ -94,27 +95,27 @@ def bench(
     no_cache: bool = False,
     json: bool = False,
 ) -> None:
-    """Time routed batches against the ideal and against static networks, interleaved.
+    """Time routed batches, interleaved with static networks and compared with the ideal time.
 
     Args:
         model: A checkpoint file, or a name of the zoo or a spec file (with random weights).
-        backend: One or several, separated by commas: auto, eager, inductor, onnxruntime, openvino,
+        backend: One or more, separated by commas: auto, eager, inductor, onnxruntime, openvino,
             cudagraph.
         image_size: Side of the image in pixels. Default: the model's.
         batch_size: Images per batch.
-        mix: Share of the images that takes each option of the gates, or "real": what the gates
-            choose on the images of --data.
-        data: Images for --mix real: as for evaluate.
+        mix: Share of the images that takes each option of the gates, or "real": as the gates
+            choose for the images of --data.
+        data: Images for --mix real, given as for evaluate.
         split: Split of the data.
         precision: fp32 or bf16.
-        rounds: Times that each is measured.
-        seed: Of the order of the rows.
-        no_cache: Keep no compiled programs on disk, and read none.
+        rounds: How often each network is timed.
+        seed: Seed of the order of the rows.
+        no_cache: Do not use the on-disk cache of compiled programs.
         json: Print one JSON object.
     """
     from dynaslim.data.layout import check_path
 
-    # the ideal is whole routes in one program each, and a package has segments only
+    # the ideal needs one program per whole route, and a package has only segments
     check(
         not is_package(model),
         f"{model}: a package has no programs of whole routes to compare with; "
@@ -186,7 +187,7 @@ def bench(
 
 
 def _check_named(model: str, *backends: str) -> None:
-    """Raise `DynaslimError` for an unknown model or backend; no torch."""
+    """Raise `DynaslimError` for an unknown model or backend, without importing torch."""
     from dynaslim.runtime.backends import check_backend
 
     for name in backends:
@@ -227,23 +228,23 @@ def export(
     no_cache: bool = False,
     json: bool = False,
 ) -> None:
-    """Write a network for others to run: a package that needs no torch, or one ONNX file.
+    """Export a network for deployment: as a package that needs no torch, or as one ONNX file.
 
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
         out: The package's folder, the ONNX file, or the model server's folder of models.
         precision: fp32, or int8 by post-training quantisation (packages only).
-        calibration: Images for int8: as for evaluate.
-        calibration_split: Split of them to calibrate on.
-        calibration_images: How many of them.
-        report_split: Split of them to compare int8 and fp32 on.
-        report_images: At most so many of them.
+        calibration: Images for int8, given as for evaluate.
+        calibration_split: Split of these images to calibrate on.
+        calibration_images: Number of images to calibrate on.
+        report_split: Split of these images to compare int8 and fp32 on.
+        report_images: Most images to compare on.
         single_file: Write one ONNX file that routes one image at a time.
         static_route: Write the sub-network along a route, such as 12-24-48-80-160, as plain ONNX.
         triton: Write models for Triton: one that routes batches, and one ONNX file.
         ovms: Write a model for OpenVINO Model Server, and its config.json.
         name: The model's name in a model server. Default: the network's.
-        no_cache: Keep no calibrated programs (int8) on disk, and read none.
+        no_cache: Do not use the on-disk cache of calibrated programs (int8).
         json: Print one JSON object.
     """
     from dynaslim.data.layout import check_path
@@ -327,7 +328,7 @@ def _quantised(
     *,
     cache: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """int8 forms calibrated on some images, and their accuracy on others."""
+    """int8 segment forms calibrated on some images, and their accuracy on others."""
     from dynaslim.bench.models import calibration_batches, compare_precisions
     from dynaslim.runtime.quantise import QuantisedSource
 
@@ -339,12 +340,12 @@ def _quantised(
 
 
 def import_official(file: Path, out: Path, *, ema: bool = False, json: bool = False) -> None:
-    """Convert a checkpoint of the released DS-Net code, without running code from it.
+    """Convert a checkpoint of the released DS-Net code, without executing code from it.
 
     Args:
         file: The released file (.pth.tar).
         out: The checkpoint to write (.safetensors).
-        ema: Take the averaged weights.
+        ema: Load the averaged weights.
         json: Print one JSON object.
     """
     check_writable(out)

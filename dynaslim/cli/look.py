@@ -1,4 +1,4 @@
-"""Verbs that describe the zoo, and a network and its costs."""
+"""Verbs that list the zoo's models, and describe a network and its costs."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from dynaslim.runtime.package import Package
 
 FEW: Final = 24
-"""Forms of segments up to this number are shown one by one; of more, a range per segment."""
+"""Up to this number, segment forms are shown one by one; otherwise as a range per segment."""
 MOST_ROUTES: Final = 256
-"""Routes of a routing space that are listed in the JSON."""
+"""Up to this number, the routes of a routing space are listed in the JSON."""
 SHOWN: Final = 6
-"""Names or numbers shown of a longer list."""
+"""Most items of a list that are shown."""
 
 
 def models(*, json: bool = False) -> None:
-    """List the models of the zoo: size, input, and what their cheapest and widest routes cost.
+    """List the models of the zoo: size, input, and the costs of their cheapest and widest routes.
 
     Args:
         json: Print one JSON object.
@@ -75,13 +75,13 @@ def models(*, json: bool = False) -> None:
 
 
 def info(model: str, *, image_size: int | None = None, json: bool = False) -> None:
-    """Describe a model: stages, gates, segments, routes and costs, and the content of its file.
+    """Describe a model: its stages, gates, segments, routes and costs, and what its file holds.
 
     Args:
-        model: A name of the zoo or of a model that ships, a spec file (.yaml), a checkpoint file,
-            or the folder of a run or of an exported package.
+        model: The name of a model in the zoo or of one that ships, a spec file (.yaml), a
+            checkpoint file, or the folder of a run or of an exported package.
         image_size: Side of the image in pixels. Default: the checkpoint's, else 224, or 32 for
-            models made for small images.
+            models designed for small images.
         json: Print one JSON object.
     """
     spec, pre, contents = _open(model)
@@ -110,7 +110,7 @@ def info(model: str, *, image_size: int | None = None, json: bool = False) -> No
 
 
 def _open(model: str) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
-    """A model's spec and preprocessing, and the other content of its file or folder."""
+    """A model's spec, its preprocessing, and the other content of its file or folder."""
     found = find_model(model)
     if found.kind == "architecture":
         return get_spec(model), None, {}
@@ -154,9 +154,9 @@ def _open(model: str) -> tuple[AnySpec, Preprocessing | None, dict[str, Any]]:
 
 
 def _describe_spec(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
-    """An architecture and the costs of its parts for one size of image, as JSON values.
+    """An architecture and the costs of its parts for one image size, as JSON values.
 
-    Costs of segments include those of their gates' heads; costs of routes do not.
+    Costs of segments include the slimming heads of their gates; costs of routes do not.
     """
     return {
         **_describe_size(spec, image_size_px),
@@ -285,7 +285,7 @@ def _gate(spec: NetSpec, number: int) -> dict[str, Any]:
 
 
 def _segment(spec: NetSpec, number: int, image_size_px: int) -> dict[str, Any]:
-    """The forms of a segment: rows are choices of the gate before it, columns of its own."""
+    """A segment's forms: rows are choices of the previous gate, columns of the segment's own."""
     before = spec.gates[number - 2].choices if number > 1 else (0,)
     own = spec.gates[number - 1].choices if number > 0 else (0,)
     size = (image_size_px, image_size_px)
@@ -299,7 +299,7 @@ def _segment(spec: NetSpec, number: int, image_size_px: int) -> dict[str, Any]:
 
 
 def _routing_space(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
-    """The routes that the gates can take; only their number if there are very many."""
+    """The routes that the gates can choose; if there are too many, their number and extremes."""
     size = math.prod(len(gate.choices) for gate in spec.gates)
     routes = spec.routing_space if size <= MOST_ROUTES else None
     return {
@@ -316,7 +316,7 @@ def _routing_space(spec: NetSpec, image_size_px: int) -> dict[str, Any]:
 
 
 def _contents_lines(kind: str, holds: Mapping[str, Any]) -> Iterator[str]:
-    """The content of a checkpoint or a package beside its network, line by line."""
+    """What a checkpoint or package holds besides its network, line by line."""
     from dynaslim.interop.card import measured
 
     def line(label: str, summary: str) -> str:
@@ -363,7 +363,7 @@ def _contents_lines(kind: str, holds: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _budget_table(budget: Mapping[str, Any]) -> Any:
-    """Some points of a budget curve, evenly taken, the cheapest and the widest among them."""
+    """A table of evenly spaced points of a budget curve, from the cheapest to the widest."""
     points = budget["points"]
     last = max(1, min(SHOWN, len(points)) - 1)
     numbers = sorted({round(n * (len(points) - 1) / last) for n in range(last + 1)})
@@ -429,7 +429,7 @@ def _stages_table(summary: Mapping[str, Any]) -> Any:
 
 
 def _segments_table(summary: Mapping[str, Any]) -> Any:
-    """MAdds and parameters of every form, or of the cheapest and the widest of each segment."""
+    """A table of MAdds and parameters of every form, or of their ranges for each segment."""
     table = new_table("segment", "form", "MAdds", "parameters")
     table.columns[1].justify = "left"
     forms = list(_forms(summary))
@@ -452,7 +452,7 @@ def _segments_table(summary: Mapping[str, Any]) -> Any:
 def _forms(
     summary: Mapping[str, Any],
 ) -> Iterator[tuple[int, int | None, int | None, int, int]]:
-    """Segment, width behind the gate before, width, MAdds and parameters of every form."""
+    """Yield segment, width coming in, own width, MAdds and parameters of every form."""
     for number, segment in enumerate(summary["segments"]):
         own = summary["gates"][number - 1]["widths"] if number > 0 else [None]
         before = summary["gates"][number - 2]["widths"] if number > 1 else [None]
@@ -488,7 +488,7 @@ def _millions(count: float) -> str:
 
 
 def _few(items: Any, most: int = SHOWN) -> str:
-    """The first of a list, and how many more there are."""
+    """The first items of a list, and how many more there are."""
     more = len(items) - most
     return ", ".join(printable(str(item)) for item in items[:most]) + (
         f", and {more} more" if more > 0 else ""

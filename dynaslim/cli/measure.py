@@ -40,21 +40,21 @@ if TYPE_CHECKING:
     from dynaslim.runtime.calibrate_budget import Outcome
 
 MOST_CLASSES: Final = 20
-"""A table of more classes is in the JSON only."""
+"""With more classes, their table is only in the JSON."""
 SHOWN: Final = 10
-"""Budgets in the table for a person; the checkpoint has more."""
+"""Number of budgets in the printed table; the checkpoint has more."""
 
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Labelled images, and how a network is run on them; checked without importing torch."""
+    """Labelled images, and how a network runs on them; validated without importing torch."""
 
     data: str
-    """A parquet file or a folder of them, a folder of images by class, or a hub name."""
+    """A parquet file or a folder of such files, a folder of images by class, or a hub name."""
     batch_size: int = 256
     """Images per batch."""
     corrupt_limit: float = 0.01
-    """Share of images that may turn out not to decode; they are left out."""
+    """Share of images that may fail to decode; such images are skipped."""
     device: str = "cpu"
     """cpu, cuda or mps."""
 
@@ -72,18 +72,18 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class CalibrateOptions(ImageOptions):
-    """As `ImageOptions`, of the images that BN statistics are taken from."""
+    """`ImageOptions` for the images that BN statistics are computed from."""
 
     batches: int = 100
-    """Batches to average over, at most one pass over the data."""
+    """Number of batches to average over, at most one pass over the data."""
     batch_size: int = 128
     """Images per batch."""
     corrupt_limit: float = 0.01
-    """Share of images that may turn out not to decode; others take their place."""
+    """Share of images that may fail to decode; other images replace them."""
     seed: int = 0
-    """Of the order of the images."""
+    """Seed of the order of the images."""
     workers: int = 2
-    """Processes that decode images; 0 decodes in this one."""
+    """Processes that decode images; 0 decodes in the main process."""
 
     def __post_init__(self) -> None:
         check(
@@ -110,11 +110,11 @@ def evaluate(
         checkpoint: A checkpoint file, the folder of a run or of an exported package, or the name of
             a model that ships.
         images: The images, and how the network is run on them.
-        split: Split of the data; "test" also takes one called validation. Default: test; of a set
-            that is not divided, the images that the network was not trained on.
-        route: Measure this route only, beside the dynamic mode, such as 12-24-48-80-160.
-        views: Test-time augmentation: mean over so many views of each image, 1 to 10.
-        table: Write a line for every image there (parquet): file, label, prediction, route,
+        split: Split of the data; "test" also accepts a split called validation. Default: test; in a
+            set without splits, the images that the network was not trained on.
+        route: Measure only this route, such as 12-24-48-80-160, besides the dynamic mode.
+        views: Test-time augmentation: average over this many views of each image, 1 to 10.
+        table: Parquet file to write with a row for every image: file, label, prediction, route,
             confidence, MAdds.
         json: Print one JSON object.
     """
@@ -180,7 +180,7 @@ def evaluate(
 def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[ImageDataset, str]:
     """The images to measure, and a note if the network was trained on some of them.
 
-    Of a set without splits those are left out, if no split was given.
+    Those are left out if the set has no splits and no split was given.
     """
     from dynaslim.data.layout import WHOLE
 
@@ -200,7 +200,7 @@ def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[
 
 
 def trained_rows(images: ImageDataset, *files: Path) -> torch.Tensor:
-    """(N,) bool: whether a network in these files was trained on an image, as runs record it."""
+    """(N,) bool: whether any network in these files was trained on each image, as runs record."""
     import torch
 
     from dynaslim.runs.folder import trained_on
@@ -223,7 +223,7 @@ def calibrate(
 
     Args:
         checkpoint: A checkpoint file, the folder of a run, or the name of a model that ships.
-        out: The checkpoint to write (.safetensors); may be the same.
+        out: The checkpoint to write (.safetensors); may be the same file.
         images: The images, and how the network is run on them.
         split: Split of the data.
         json: Print one JSON object.
@@ -251,7 +251,7 @@ def calibrate(
     drawn = (normalise(pixels.to(target), preprocessing) for pixels, _ in feed.batches(0, count))
     with progress("recalibrating", count) as bar:
         recalibrate(loaded.net, drawn, on_batch=bar.advance)
-    # earlier measurements are of other statistics
+    # earlier measurements were made with other statistics
     save(out, replace(loaded, metrics={}, budget=None))
     if json:
         left_out = list(feed.skipped.lines)
@@ -281,13 +281,13 @@ def calibrate_budget(
     Args:
         checkpoint: A checkpoint file with a trained gate, or the folder of a run or of a package.
         images: The images, and how the network is run on them.
-        split: Split of the data. By default the images that training held out, as the
-            checkpoint's recipe says.
-        out: The checkpoint to write (.safetensors); by default the same. A package gets the curve
-            in its manifest.
+        split: Split of the data. Default: the images that training held out, as recorded in the
+            checkpoint's recipe.
+        out: The checkpoint to write (.safetensors). Default: the same file. A package stores the
+            curve in its manifest.
         table: A cost table in ms for this network, for budgets such as 4.5ms.
-        budget: Show what this budget gives too: 0.6 (of the widest route's cost), 250M, 4.5ms or
-            drop=0.3 (points of top-1).
+        budget: Also show the result of this budget: 0.6 (of the widest route's cost), 250M, 4.5ms
+            or drop=0.3 (points of top-1).
         json: Print one JSON object.
     """
     from dynaslim.runtime.budget import parse_budget
@@ -377,10 +377,10 @@ def measure_curve(
     latency: CostTable | None = None,
     on_answers: Callable[..., None] | None = None,
 ) -> tuple[BudgetCurve, list[tuple[Route, Outcome]]]:
-    """The budget curve of a network on images, and the uniform routes beside it.
+    """Measure the budget curve of a network on images, and the uniform routes for comparison.
 
     Raises:
-        DataError: if the images do not fit the network, or are too few to tell settings apart.
+        DataError: if the images do not fit the network, or are too few to distinguish settings.
     """
     from dynaslim.runtime.budget_search import fit_curve, split_rows
     from dynaslim.runtime.calibrate_budget import answer_images, uniform_outcomes
@@ -398,7 +398,7 @@ def measure_curve(
 
 
 def print_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str = "") -> None:
-    """Print which images a curve was measured on."""
+    """Print the images that a curve was measured on."""
     from dynaslim.runtime.budget_search import FEW_IMAGES
 
     source, skipped = opened.source, opened.skipped
@@ -416,7 +416,7 @@ def print_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: st
 
 
 def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
-    """The split that training chose by, or its training split and the share held out of it."""
+    """The validation split of training, or the training split and the share held out of it."""
     from dynaslim.data.images import held_out
 
     hint = "name a split of images that it was not trained on with --split"
@@ -442,11 +442,11 @@ def _check_enough(source: ImageSource, images: int) -> None:
 
 
 def curve_table(curve: BudgetCurve, spec: AnySpec, uniform: list[tuple[Route, Outcome]]) -> Any:
-    """About `SHOWN` budgets, evenly spaced, and the uniform routes."""
+    """A table of about `SHOWN` evenly spaced budgets, and the uniform routes."""
     lowest = curve.cheapest_madds / curve.widest_madds
     shares = [lowest + (1 - lowest) * n / (SHOWN - 1) for n in range(SHOWN)]
     shown = {f"{share:.2f}": curve.at(min(share, 1.0)) for share in shares}
-    if curve.points[-1].share > 1:  # where a second look is worth it
+    if curve.points[-1].share > 1:  # if a second run of unsure images pays off
         dearest = f"{math.ceil(100 * curve.points[-1].share) / 100:.2f}"
         shown[dearest] = curve.at(dearest)
     table = points_table("budget", shown, spec, timed=curve.widest_ms is not None)
@@ -469,7 +469,7 @@ def _accuracy(point: BudgetPoint) -> str:
 def points_table(
     title: str, points: Mapping[str, BudgetPoint], spec: AnySpec, *, timed: bool
 ) -> Any:
-    """Settings as a table for a person."""
+    """A table of points of the budget curve, by name."""
     ms_column = ["ms"] if timed else []
     table = new_table(title, "MAdds", *ms_column, "top-1", "escalated", "to", "tau", "shift")
     for name, point in points.items():
@@ -493,12 +493,12 @@ def points_table(
 def report(
     run: Path, *, out: Path = Path("report.html"), options: ReportOptions, json: bool = False
 ) -> None:
-    """Make a page (HTML) that shows a run: accuracy, cost, time, routes, images, training.
+    """Write an HTML page about a run: accuracy, cost, time, routes, images, training.
 
     Args:
-        run: The folder of a run or of the demo, a checkpoint file, a folder of save_pretrained, an
-            hf:// address, or the name of a model that ships.
-        out: The page to write (.html); one file that needs nothing else.
+        run: The folder of a run, of the demo or of a package, a checkpoint file, a folder of
+            save_pretrained, an hf:// address, or the name of a model that ships.
+        out: The page to write (.html); a single file that needs no others.
         options: How the report is made.
         json: Print one JSON object.
     """
@@ -524,13 +524,13 @@ def report(
 
 
 def check_device(name: str) -> None:
-    """Raise `UsageError` for an unknown kind of device; no torch."""
+    """Raise `UsageError` for an unknown kind of device, without importing torch."""
     known = name.partition(":")[0] in ("cpu", "cuda", "mps")
     check(known, f"--device {name}: choose cpu, cuda or mps")
 
 
 def to_device(name: str) -> torch.device:
-    """A device by its name; raises `UsageError` if this machine has none."""
+    """A device by name; raises `UsageError` if this machine does not have it."""
     import torch
 
     try:

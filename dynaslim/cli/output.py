@@ -1,4 +1,4 @@
-"""Output: tables for a person, JSON for a script, errors in one line."""
+"""Output: tables for people, JSON for scripts, and one-line errors."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def _route_cells(widths: Sequence[int], madds: float, top1: float) -> tuple[str,
 
 
 def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> Any:
-    """The result as a table for a person: routes by cost, then the dynamic mode.
+    """A table of an evaluation: the routes by cost, then the dynamic mode.
 
-    `budgeted` is a budget, a share of the widest route's cost, and what it gave on the same images.
+    `budgeted` is a budget (a share of the widest route's cost) and its outcome on these images.
     """
     shares = {}
     if result.dynamic is not None:
@@ -54,9 +54,9 @@ def evaluation_table(result: Evaluation, budgeted: tuple[float, Outcome] | None 
 
 
 def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) -> str:
-    """Multiply-adds and accuracy of the gate against the widest route, in a sentence, or "".
+    """A sentence comparing the gate's multiply-adds and accuracy with the widest route's, or "".
 
-    With `budgeted`, as `evaluation_table` takes it, those of the budget too.
+    A second sentence compares the budget in `budgeted` (as for `evaluation_table`), if given.
     """
     if result.dynamic is None:
         return ""
@@ -85,7 +85,7 @@ def saving(result: Evaluation, budgeted: tuple[float, Outcome] | None = None) ->
 
 
 def class_table(result: Evaluation) -> Any:
-    """Accuracy and cost of every class in the dynamic mode, the costliest first."""
+    """A table of accuracy and cost of each class in the dynamic mode, costliest first."""
     table = new_table("class", "images", "top-1", "mean MAdds")
     rows = [entry for entry in result.per_class if entry.images]
     for entry in sorted(rows, key=lambda entry: (-(entry.mean_madds or 0), entry.index)):
@@ -99,7 +99,7 @@ def class_table(result: Evaluation) -> Any:
 
 
 def routes_table(result: Mapping[str, Any]) -> Any:
-    """Routes of an evaluation's summary (`Evaluation.to_dict`) by cost."""
+    """A table of the routes in an evaluation's summary (`Evaluation.to_dict`)."""
     table = new_table("route", "MAdds", "top-1", "top-5", "loss")
     for route in result["routes"]:
         cells = _route_cells(route["widths"], route["madds"], route["top1"])
@@ -108,7 +108,7 @@ def routes_table(result: Mapping[str, Any]) -> Any:
 
 
 def gates_table(results: Mapping[str, Any]) -> Any:
-    """The gates that a run trained, and the uniform routes to compare them with."""
+    """A table of the gates that a run trained, and of the uniform routes for comparison."""
     table = new_table("", "MAdds", "top-1", "cost / widest")
     for route in results["routes"]:
         table.add_row(*_route_cells(route["widths"], route["madds"], route["top1"]), "")
@@ -129,19 +129,19 @@ def gates_table(results: Mapping[str, Any]) -> Any:
 
 
 def print_skipped(lines: Sequence[str]) -> None:
-    """Print which images were skipped."""
+    """Print the images that were skipped."""
     for line in report_lines(lines):
         echo(line)
 
 
 def print_files(files: Mapping[str, object]) -> None:
-    """Print the files of a run, a line for each."""
+    """Print the files of a run, one per line."""
     for label, path in files.items():
         echo(f"{label:<11} {path}")
 
 
 def new_table(*columns: str) -> Any:
-    """A table whose first column is text and whose others are numbers."""
+    """A table whose first column is left-aligned text, and whose other columns are numbers."""
     from rich import box
     from rich.table import Table
 
@@ -152,12 +152,12 @@ def new_table(*columns: str) -> Any:
 
 
 def help_columns() -> int:
-    """Columns of help: those of the terminal, at most 100."""
+    """Width of help in characters: that of the terminal, at most 100."""
     return min(shutil.get_terminal_size().columns, 100)
 
 
 def shell_lines(command: str, columns: int) -> list[str]:
-    """A command in lines to paste into a shell; no flag is separated from its value."""
+    """Break a command into lines to paste into a shell; each flag stays with its value."""
     words = re.sub(r"( --?\S+) (?=[^-])", "\\1\0", command).split(" ")
     lines = [words[0]]
     for word in words[1:]:
@@ -176,13 +176,13 @@ def echo(what: Any, end: str = "\n") -> None:
         return
     from rich.console import Console
 
-    # a pipe has no width of its own: do not fold what a script or a log will read
+    # a pipe has no width: do not fold lines that a script or a log will read
     console = Console() if sys.stdout.isatty() else Console(width=120)
     console.print(what)
 
 
 def printable(text: str) -> str:
-    """A name with control characters and changes of direction escaped, safe in a terminal."""
+    """Escape control and text-direction characters in a name, for safe printing in a terminal."""
     return "".join(c if is_shown(c) else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -193,7 +193,7 @@ def print_json(value: object) -> None:
 
 @contextmanager
 def errors_as_data(json: bool) -> Iterator[None]:
-    """With --json, print an error as a JSON object, and raise it."""
+    """With --json, print an error as a JSON object before it is raised again."""
     try:
         yield
     except DynaslimError as error:

@@ -1,7 +1,7 @@
-"""A verb's parser, made of its signature and docstring; plain help and errors.
+"""Builds a verb's parser from its function's signature and docstring, with plain help and errors.
 
-A parameter whose type is a dataclass gets a flag for each of the fields: of a recipe nested ones,
-and `--config` for a file of them; of other options plain ones, with the fields' docstrings as help.
+A parameter whose type is a dataclass gets a flag for each field, and the field's docstring is the
+flag's help. The flags of a recipe are nested, and `--config` reads them from a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from dynaslim.errors import UsageError
 
 EXAMPLE: Final = "example:"
 SHORT: Final = {"out": ("-o",)}
-"""Short forms of the flags of parameters."""
+"""Short flags by parameter name."""
 
 _PLAIN: Final = {
     int: "a whole number",
@@ -39,11 +39,11 @@ _METAVARS: Final = {int: "N", float: "X", Path: "PATH"}
 
 
 class VerbParser(jsonargparse.ArgumentParser):
-    """A parser whose errors are one line, and whose flags may have dashes or underscores."""
+    """A parser with one-line errors, whose flags may have dashes or underscores."""
 
-    # not annotated with what it raises: jsonargparse calls it for every mistake
+    # jsonargparse calls this method for every error in the arguments
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise the error in one line.
+        """Report an error in one line.
 
         Raises:
             UsageError: always.
@@ -53,7 +53,7 @@ class VerbParser(jsonargparse.ArgumentParser):
 
 
 class Help(argparse.HelpFormatter):
-    """Flags with short names for their values, and defaults other than None and empty ones."""
+    """Help with short placeholders for values; defaults that are None or empty are not shown."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, max_help_position=30, width=help_columns() - 1, **options)
@@ -69,7 +69,7 @@ class Help(argparse.HelpFormatter):
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith(EXAMPLE):
             return "\n".join([EXAMPLE, *shell_lines(text.removeprefix(EXAMPLE), width)])
-        # paragraph by paragraph; one that is indented is code
+        # wrap each paragraph separately; indented paragraphs are code
         return "\n\n".join(
             part if part.startswith(" ") else super(Help, self)._fill_text(part, width, indent)
             for part in text.split("\n\n")
@@ -83,7 +83,7 @@ class Help(argparse.HelpFormatter):
 
 
 def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbParser:
-    """The parser of a verb's function."""
+    """Build the parser of a verb's function."""
     doc = docstring_parser.parse(inspect.getdoc(function) or "")
     parser = VerbParser(
         prog=f"dynaslim {verb}",
@@ -123,8 +123,8 @@ def make_parser(verb: str, function: Callable[..., Any], example: str) -> VerbPa
 def _types(function: Callable[..., Any]) -> dict[str, Any]:
     """The types of a function's parameters.
 
-    Those of options are named by their modules (`dynaslim.predict.PredictOptions`) and imported
-    here, so that the help of all verbs does not import them.
+    Types of options may be given by their full names (`dynaslim.serve.options.ServeOptions`); their
+    modules are imported only here, so that the list of verbs does not need them.
     """
     for annotation in inspect.get_annotations(function).values():
         if annotation.startswith("dynaslim."):
@@ -150,7 +150,7 @@ def _add_options(parser: VerbParser, kind: type[Any]) -> None:
 
 
 def _add_flag(parser: VerbParser, name: str, hint: Any, default: Any, text: str) -> None:
-    # the long form last: it names the flag in messages and in help
+    # the long form comes last: messages and help use it as the flag's name
     spelled = [*SHORT.get(name, ()), f"--{name.replace('_', '-')}"]
     text = text.replace("`", "")
     if hint is bool:
@@ -164,7 +164,7 @@ def _add_flag(parser: VerbParser, name: str, hint: Any, default: Any, text: str)
 def arguments(
     function: Callable[..., Any], parser: VerbParser, parsed: jsonargparse.Namespace
 ) -> dict[str, Any]:
-    """The arguments that the verb's function is called with."""
+    """The arguments to call the verb's function with."""
     parsed.pop("config", None)
     values: dict[str, Any] = vars(parser.instantiate(parsed))
     for name, kind in _types(function).items():
@@ -180,12 +180,12 @@ def flags(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
 
 
 def flag_of(action: argparse.Action) -> str:
-    """How a flag is spelled; a positional argument's name."""
+    """The long form of a flag, or the name of a positional argument."""
     return action.option_strings[-1] if action.option_strings else action.dest
 
 
 def choices_of(action: argparse.Action) -> tuple[str, ...]:
-    """The values that an argument can have, where they are few."""
+    """The possible values of an argument, if they can be listed."""
     if action.choices:
         return tuple(map(str, action.choices))
     hints = _hints(action)
@@ -196,7 +196,7 @@ def choices_of(action: argparse.Action) -> tuple[str, ...]:
 
 
 def takes_path(action: argparse.Action) -> bool:
-    """Whether an argument is typed as a path."""
+    """Whether an argument's type is a path."""
     return Path in _hints(action) or "--config" in action.option_strings
 
 
@@ -217,7 +217,7 @@ def metavar_of(action: argparse.Action) -> str:
 
 
 def _usage(parser: VerbParser) -> str:
-    """The required arguments in one line; help lists all flags below it."""
+    """The usage line with only the required arguments; help lists all flags below it."""
     shapes = {"?": "[{}]", "*": "[{} ...]", "+": "{} ..."}
     given = [
         shapes.get(str(action.nargs), "{}").format(metavar_of(action))
@@ -229,14 +229,14 @@ def _usage(parser: VerbParser) -> str:
 
 
 def _hints(action: argparse.Action) -> set[Any]:
-    """The types that an argument's value may have, None left out."""
+    """The types that an argument's value may have, without None."""
     hint = getattr(action, "_typehint", action.type)
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     return set(parts) - {None, types.NoneType}
 
 
 def _spell_with_dashes(parser: VerbParser) -> None:
-    """Show the flags of a recipe's fields with dashes, and take them either way."""
+    """Show the flags of a recipe's fields with dashes, and accept dashes or underscores."""
     known = parser._option_string_actions
     for action in parser._actions:
         if action.dest == argparse.SUPPRESS:
@@ -247,7 +247,7 @@ def _spell_with_dashes(parser: VerbParser) -> None:
 
 
 def _tidy(parser: VerbParser, recipe: type[Any]) -> None:
-    """Shorter help for the library's own flags, or none."""
+    """Shorten or hide the help of the flags that jsonargparse adds."""
     groups = {field.name for field in dataclasses.fields(recipe)}
     for action in parser._actions:
         if "--print_config" in action.option_strings:
@@ -296,13 +296,13 @@ def _action(parser: VerbParser, key: str) -> argparse.Action | None:
 
 
 def _placeholder(action: argparse.Action) -> str:
-    """A required argument as in the usage line."""
+    """A required argument as shown in the usage line."""
     metavar = metavar_of(action)
     return f"{flag_of(action)} {metavar}" if action.option_strings else metavar
 
 
 def _wrong_value(parser: VerbParser, key: str, why: str) -> str:
-    """Why a value was refused, in one line; jsonargparse's messages have several."""
+    """A one-line reason why a value was refused; jsonargparse's messages have several lines."""
     action = _action(parser, key)
     name = key
     if action is not None:

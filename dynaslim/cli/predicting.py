@@ -1,4 +1,4 @@
-"""The verb that predicts image files and streams of frames."""
+"""The verb `predict`, for image files and streams of frames."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from dynaslim.predict_stream import StreamOptions, StreamRow, Waiting
 
 FEW: Final = 50
-"""Of so many files each has its line on the screen; of more there are totals."""
+"""Up to this number of files, each gets a line on the screen; for more, only totals are shown."""
 
 
 MOST_ROWS: Final = 1 << 16
-"""Of a batch; so many images of any size fill any memory."""
+"""Largest batch size; so many images of any size fill any memory."""
 
 
 def predict(
@@ -54,30 +54,30 @@ def predict(
     same_frame: float | None = None,
     no_cache: bool = False,
 ) -> int:
-    """Predict image files, or a stream of frames, each along the route that its gates choose.
+    """Predict image files, or a stream of frames, each along the route that the gates choose.
 
     Args:
         paths: A model, if --model names none, and images: files, folders, and patterns such as
-            "photos/**/*.jpg". Images alone are predicted by a model that ships with dynaslim.
+            "photos/**/*.jpg". Without a model, one that ships with dynaslim is used.
         model: A checkpoint file, the folder of a run or of an exported package, or the name of a
             model that ships, such as cifar10. Default: the first path if it is one, else cifar10.
         budget: What an image may cost on average, such as 0.6 (of the widest route) or 4.5ms.
-            Default: as trained. A mean over images like those that it was measured on.
-        hold: Keep the mean cost of these images under the budget, whatever they are.
-        backend: What runs the network; auto takes the fastest that is installed.
+            Default: as trained. The mean holds for images like those it was measured on.
+        hold: Keep the mean cost of these images below the budget, for any images.
+        backend: Backend that runs the network; auto picks the fastest installed one.
         batch_size: Images per batch.
         json: Print one JSON object.
-        parquet: Write a row for every image there: a file, with --engine ray a new folder of files.
+        parquet: File to write with a row per image; with --engine ray, a new folder of files.
         engine: local, or ray for the workers of a Ray cluster (RAY_ADDRESS, else on this machine).
-        workers: Threads that decode images, with --engine ray actors. Default: one for each core.
-        top_k: Likeliest classes to name, on the screen and in JSON.
-        stream: Predict frames as they come, a line for each: images of one folder, those to come
-            too, or with - the JPEGs of standard input. Ends with the input, or by a signal.
-        latency_ms: With --stream, answer a frame within so many milliseconds: the budget is
+        workers: Threads that decode images; actors with --engine ray. Default: one for each core.
+        top_k: Number of likeliest classes to print, also in JSON.
+        stream: Predict frames as they arrive, one line each: the images of a folder, including
+            ones added later, or - for JPEGs from standard input. Ends with the input or a signal.
+        latency_ms: With --stream, answer each frame within this many milliseconds: the budget is
             lowered as far as needed, then frames are dropped.
-        same_frame: With --stream, a frame that differs by at most so much (0 to 255) from the last
-            that ran keeps its answer. Default: never.
-        no_cache: Keep no compiled programs on disk, and read none.
+        same_frame: With --stream, a frame that differs by at most this much (0 to 255) from the
+            last one that ran gets the same answer. Default: never.
+        no_cache: Do not use the on-disk cache of compiled programs.
     """
     from dynaslim.predict import Summary, Unreadable, find_images, open_engine
     from dynaslim.predict import predict as predict_here
@@ -148,9 +148,9 @@ def predict(
     summary = Summary(expected)
     started = time.perf_counter()
     with ExitStack() as stack:
-        if engine == "ray":  # which prints what happens to its workers
+        if engine == "ray":  # Ray prints messages about its workers
             stack.enter_context(redirect_stdout(sys.stderr))
-        # a progress bar for many files
+        # only many files get a progress bar
         bar = stack.enter_context(progress("predicting", len(files))) if len(files) > FEW else None
         if table is not None:
             stack.enter_context(table)
@@ -188,7 +188,7 @@ def predict(
 
 
 def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
-    """Model and images of a command line."""
+    """Split the paths of a command line into model and images."""
     from dynaslim import shipped
 
     first, *others = paths
@@ -212,14 +212,14 @@ def _divided(paths: list[str], model: str | None) -> tuple[str, list[str]]:
 
 
 def _is_model(path: str) -> bool:
-    """Whether a path can be nothing but a model: by its suffix, a package, or a run's folder."""
-    # the folder of a run holds plots, but stands for the run's network
+    """Whether a path is certainly a model: by its suffix, a hub address, a package or a run."""
+    # a run's folder holds plots too, but means the run's network
     is_folder = is_package(path) or is_saved_folder(path) or bool(run_checkpoints(path))
     return path.endswith(".safetensors") or is_hub_address(path) or is_folder
 
 
 def _names_images(path: str) -> bool:
-    """Whether a path is an image by its suffix, a folder that holds images, or a pattern."""
+    """Whether a path is an image file (by suffix), a folder that holds images, or a pattern."""
     import glob
 
     from dynaslim.data.decode import IMAGE_SUFFIXES
@@ -234,7 +234,7 @@ def _names_images(path: str) -> bool:
 
 
 def _stream_of(paths: list[str], model: str | None) -> tuple[str, str]:
-    """Model and source of frames of a command line."""
+    """Split the paths of a command line into model and source of frames."""
     from dynaslim import shipped
 
     *models, source = paths
@@ -254,7 +254,7 @@ def _stream(
     json: bool,
     cache_dir: str | None,
 ) -> int:
-    """Answer frames until they end or a signal comes; a line for each."""
+    """Answer frames, one line each, until they end or a signal arrives."""
     from dynaslim.predict import open_engine
     from dynaslim.predict_stream import (
         BrokenFrame,
@@ -272,7 +272,7 @@ def _stream(
     if curve is not None and options.budget is not None:
         note = curve.out_of_reach(options.budget)
         sys.stderr.write(f"{note}\n" if note else "")
-    engine.warm_up()  # frames do not wait for that
+    engine.warm_up()  # so that no frame waits for compiling
     answering.warm_up()
     waiting, summary = Waiting(drop=options.latency_ms is not None), StreamSummary()
     write = _json_line if json else _CsvLines(sys.stdout).write
@@ -299,7 +299,7 @@ def _stream(
 
 @contextmanager
 def _stopped_by_signals(waiting: Waiting) -> Iterator[None]:
-    """End the stream at the first SIGINT or SIGTERM; a second one acts as ever."""
+    """End the stream at the first SIGINT or SIGTERM; a second one has its usual effect."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python lets only the main thread handle signals
         return
@@ -324,7 +324,7 @@ def _json_line(row: StreamRow) -> None:
 
 
 class _CsvLines:
-    """A line of names, then one for each row."""
+    """Writes CSV: a header line, then a line for each row."""
 
     def __init__(self, out: TextIO) -> None:
         self._writer = csv.writer(out, lineterminator="\n")
@@ -340,15 +340,15 @@ class _CsvLines:
 
 
 class _Json:
-    """One JSON object, its rows written as they come: memory does not grow with them."""
+    """Writes one JSON object; rows are written at once, so that memory does not grow with them."""
 
     def __init__(self, out: TextIO) -> None:
-        # the stream itself: others take the name sys.stdout over for a while
+        # the stream itself, since sys.stdout is redirected at times
         self._out = out
         self._started = False
 
     def add(self, row: Prediction) -> None:
-        # nothing before the first row: what fails at once leaves no half of an object
+        # nothing is written before the first row: an early failure leaves no partial object
         self._out.write(",\n    " if self._started else '{\n  "images": [\n    ')
         self._started = True
         self._out.write(json_text.dumps(row.to_dict(), allow_nan=False))
@@ -360,7 +360,7 @@ class _Json:
 
 
 class _Screen:
-    """For a person: a line for each of a few images, totals for many."""
+    """Prints a line for each of a few images, or totals for many."""
 
     def __init__(self, few: bool) -> None:
         self._rows: list[Prediction] | None = [] if few else None
@@ -385,7 +385,7 @@ class _Screen:
 
 
 def _spent(summary: Summary, totals: dict[str, Any]) -> str:
-    """What the images cost beside what the budget promises."""
+    """A sentence comparing the images' mean cost with what the budget promises."""
     expected, spending = summary.expected_madds, summary.spending
     assert expected is not None
     message = (
@@ -405,9 +405,9 @@ def _rows_table(rows: list[Prediction]) -> Any:
 
     table = new_table("file", "class", "confidence", "route", "MAdds")
     table.columns[0].no_wrap = False
-    table.columns[0].overflow = "fold"  # a name that is cut off names nothing
+    table.columns[0].overflow = "fold"  # a truncated name would be useless
     for row in rows:
-        # as text: brackets in a name are no markup
+        # as Text, so that brackets in names are not markup
         top = row.top or ((row.label, row.class_name, row.confidence),)
         table.add_row(
             Text(printable(row.file)),

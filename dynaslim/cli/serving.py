@@ -1,4 +1,4 @@
-"""The verb `serve`."""
+"""The verb `serve`, which serves models over HTTP."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def serve(
     process: dynaslim.serve.options.ProcessOptions,
     options: dynaslim.serve.options.ServeOptions,
 ) -> int:
-    """Serve models over HTTP, with a page to try the first.
+    """Serve models over HTTP, with a web page to try the first one.
 
     Args:
         models: Checkpoint files, folders of exported packages, or names of models that ship.
-            NAME=PATH gives one another name. Default: cifar10.
-        process: Where the server listens, and what runs its models.
+            NAME=PATH serves a model under another name. Default: cifar10.
+        process: Where the server listens, and how it runs its models.
         options: Limits and behaviour.
     """
     from dynaslim.cli.output import echo

@@ -1,4 +1,4 @@
-"""Verbs for set-up: a check of the installation, and completion in a shell."""
+"""Verbs for set-up: a check of the installation, and shell completion."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
 
 def doctor(*, quick: bool = False, timeout: float = 120.0, json: bool = False) -> int:
-    """Check the installation: libraries, and backends by a small run of each.
+    """Check the installation: the libraries, and each backend by a small run.
 
-    Exit code 1 means that something does not work though it is installed, or that a library is
-    missing that dynaslim cannot do without.
+    Exit code 1 means that something installed does not work, or that a library is missing that
+    dynaslim requires.
 
     Args:
-        quick: Leave out the backend that compiles for half a minute (inductor), and look libraries
-            up without loading them.
-        timeout: Seconds that a backend's run may take.
+        quick: Skip the backend that compiles for half a minute (inductor), and look up libraries
+            without loading them.
+        timeout: Seconds that the run of a backend may take.
         json: Print one JSON object.
     """
     from dynaslim.doctor import examine
@@ -71,11 +71,11 @@ VALUES: Final = {
     "device": ("auto", "cpu", "cuda", "mps"),
     "precision": ("fp32", "bf16", "int8"),
 }
-"""Values of flags that take other texts too, such as a list of them."""
+"""Values to offer for flags that also accept other text, such as a list of these values."""
 
 FILES: Final = {"cost_table", "data", "data.path", "init", "model", "paths", "supernet"}
-"""Arguments that are typed as text, since they may be the name of something else, but that mostly
-name a file or a folder."""
+"""Arguments whose type is text, since they may name other things, but that usually name a file or a
+folder."""
 
 
 def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
@@ -85,7 +85,7 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
 
         eval "$(dynaslim completion bash)"
 
-    For zsh, in ~/.zshrc, behind compinit:
+    For zsh, in ~/.zshrc, after compinit:
 
         eval "$(dynaslim completion zsh)"
 
@@ -93,21 +93,21 @@ def completion(shell: Literal["bash", "zsh", "fish"]) -> None:
 
         dynaslim completion fish | source
 
-    A shell starts faster with a script that was printed into a file once: for bash
+    A shell starts faster if the script is saved to a file once: for bash
     ~/.local/share/bash-completion/completions/dynaslim, for zsh a file _dynaslim in a folder of
     $fpath, for fish ~/.config/fish/completions/dynaslim.fish.
 
     Args:
-        shell: The shell that is to run the script.
+        shell: The shell that will run the script.
     """
     echo(script(shell))
 
 
 def script(shell: str) -> str:
-    """The script for a shell. It is static: pressing Tab starts no Python.
+    """The completion script for a shell. It is static: pressing Tab does not start Python.
 
     Raises:
-        UsageError: if the installed shtab has no scripts for it.
+        UsageError: if the installed shtab does not support the shell.
     """
     import shtab
 
@@ -118,7 +118,7 @@ def script(shell: str) -> str:
 
 
 def _all_verbs() -> VerbParser:
-    """All verbs as subcommands of one parser."""
+    """One parser with all verbs as subcommands."""
     from dynaslim.cli import VERBS
     from dynaslim.cli.parser import Help, VerbParser, make_parser
 
@@ -140,7 +140,7 @@ def _all_verbs() -> VerbParser:
 
 
 def _set_completion(action: Any) -> None:
-    """Set the values, or the files, that an argument is completed by."""
+    """Set what an argument is completed with: values, models or files."""
     import shtab
 
     from dynaslim.cli.parser import choices_of, takes_path
@@ -155,13 +155,13 @@ def _set_completion(action: Any) -> None:
 
 
 def _models_or_file(help_text: str) -> dict[str, Any] | None:
-    """How a model is completed: by the kinds of names in the argument's help, or as a file."""
+    """How to complete a model's name or file, by the words "zoo" and "ships" in the help text."""
     models = {"zoo": tuple(ZOO), "ships": names()}
     kinds = [kind for kind in models if kind in help_text]
     if not kinds:
         return None
     listed = " ".join(name for kind in kinds for name in models[kind])
-    # shtab has bash treat what a function of such a name prints as names of files
+    # for functions with such names, shtab has bash treat the output as file names
     function = f"_dynaslim_{'_'.join(kinds)}_or_file"
     return {
         "bash": function,

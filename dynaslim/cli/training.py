@@ -1,4 +1,4 @@
-"""Verbs that train."""
+"""Verbs that train networks."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def demo(*, out: Path = Path("runs/demo"), options: DemoOptions, json: bool = Fa
     """Train a small network in both stages on real images, evaluate it and show the savings.
 
     Args:
-        out: Folder for the checkpoint, the results and the picture.
+        out: Folder for the checkpoint, the results and the plot.
         options: How the network is trained.
         json: Print one JSON object.
     """
@@ -58,7 +58,7 @@ def train_supernet(
     options: RunOptions,
     json: bool = False,
 ) -> int:
-    """Stage I: train a supernet; it can be stopped at any time and resumed with --resume.
+    """Stage I: train a supernet. It can be stopped at any time and resumed with --resume.
 
     Args:
         recipe: What to train, and how.
@@ -86,7 +86,7 @@ def train_gate(
     options: RunOptions,
     json: bool = False,
 ) -> int:
-    """Stage II: train the gates of a supernet; one checkpoint for each target cost.
+    """Stage II: train the gates of a supernet, with one checkpoint for each target cost.
 
     Args:
         recipe: What to train, and how.
@@ -106,7 +106,7 @@ def train_gate(
 
 
 MODE_FIELDS: Final = ("kind", "name", "top1", "interval", "madds", "ms", "weights")
-"""Fields of a mode in the JSON."""
+"""Fields of each mode (a way to run the network) in the JSON."""
 
 
 def adapt(
@@ -114,13 +114,13 @@ def adapt(
 ) -> int:
     """Make a trained network cost less on your images: one run, from the weights to the report.
 
-    The network learns the classes, if it does not have them; its channels are sorted, narrower
-    routes are trained beside it, then a gate, and budgets on images held out. Stop it at any moment
-    and go on with --resume.
+    The network learns the classes, if it does not have them. Its channels are sorted, narrower
+    routes and then a gate are trained, and budgets are calibrated on held-out images. The run can
+    be stopped at any time and continued with --resume.
 
     Args:
         model: timm:NAME, torchvision:NAME, module:FILE.py:FUNCTION (a function that returns a torch
-            module; the file is run), or a checkpoint.
+            module; the file is executed), or a checkpoint.
         out: Folder of the run.
         options: How the network is adapted.
         run: How the run works on this machine.
@@ -159,7 +159,7 @@ def adapt(
 
 
 def _modes_table(data: ReportData) -> Any:
-    """Every way to run the network, the original first."""
+    """A table of every way to run the network, the original network first."""
     from dynaslim.report.text import megabytes
 
     table = new_table("", "MAdds", "top-1", "95% interval", "ms per image", "speed", "weights")
@@ -181,7 +181,7 @@ def _modes_table(data: ReportData) -> Any:
 
 
 def _check_named(data: str, checkpoint: str | None) -> None:
-    """Raise `DynaslimError` for images or a checkpoint that do not exist; no torch."""
+    """Raise `DynaslimError` if images or a checkpoint do not exist, without importing torch."""
     from dynaslim.data.layout import check_path
 
     if checkpoint is not None:
@@ -200,8 +200,8 @@ def _run_and_show(
         results = run()
     except Stopped as stopped:
         return fail(f"{stopped}; go on with the same command and --resume", stopped.exit_code)
-    # of several processes only the first prints; their group is closed by now, but torchrun's
-    # variables are still set
+    # of several processes only the first prints; their process group is closed by now, but
+    # torchrun's environment variables are still set
     if int(os.environ.get("RANK", 0)) > 0:
         return 0
     if json:

@@ -1,4 +1,4 @@
-"""From a captured model to a network with gates: groups, order, widths, operations, costs."""
+"""Build a network with gates from a captured model: groups, order, widths, operations, costs."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from dynaslim.nn.sorting import Importance, sort_channels
 from dynaslim.spec import GateSpec
 
 MOST_TENSORS: Final = 8
-"""Tensors that may cross a gate."""
+"""The most tensors that may cross a gate."""
 TRUNK: Final = 1 / 3
-"""Part of the multiply-adds that lies before the gate, by default."""
+"""The share of the multiply-adds that should come before the gate, by default."""
 MULTIPLE: Final = 8
-"""Channels that widths are rounded to."""
+"""Widths are rounded to multiples of so many channels."""
 
 
 def convert(
@@ -66,16 +66,16 @@ def convert(
     other_sizes: Sequence[tuple[int, int]] = (),
     importance: Importance | None = None,
 ) -> SlimNet:
-    """A dynamic slimmable network that answers as `model` does at full width.
+    """Convert `model` into a dynamic slimmable network that gives the same answers at full width.
 
-    `example` are images (B, C, H, W) such as the model takes, of the size that it will run on.
-    `widths` are the shares of channels behind the gate, rising to 1. Channels are sorted by
-    importance over `images`, batches of network inputs; without them, by the scale and shift of
-    batch normalisation. `importance` names the rule: `activation`, `bn`, or `weight`, the norm of
-    the weights alone. `gate_at` names modules behind which gates are put: by
-    default one, where about a third of the multiply-adds lie before it. The channels of modules
-    that begin with a name of `protect` stay whole. `other_sizes` are further (height, width) in
-    pixels of images that `net.at_size` is to give the network for.
+    `example` holds images (B, C, H, W) that the model accepts, of the size that it will run on.
+    `widths` are the shares of channels kept after the gate, rising to 1. Channels are sorted by
+    importance over `images`, batches of network inputs; without images, by the scale and shift of
+    batch normalisation. `importance` names the rule explicitly: `activation`, `bn`, or `weight`,
+    the norm of the weights alone. `gate_at` names the modules after which gates are placed; by
+    default there is one gate, after about a third of the multiply-adds. Channels of modules at or
+    below a path in `protect` are never cut. `other_sizes` are further image sizes (height, width)
+    in pixels for which `net.at_size` can return the network.
 
     Raises:
         UsageError: if the model cannot be converted; the message names the place and the reason.
@@ -85,7 +85,7 @@ def convert(
 
 
 class Conversion:
-    """The steps of a conversion, each with what it found."""
+    """The steps of a conversion and their results."""
 
     def __init__(
         self,
@@ -109,10 +109,10 @@ class Conversion:
         for prefix in protect:
             self._protect(prefix)
         self.elastic_share = self._elastic_share()
-        """Part of the multiply-adds whose layers have at least one side that could be cut."""
+        """Share of the multiply-adds in layers with at least one side that could be cut."""
         self.position = {node: number for number, node in enumerate(self.captured.nodes)}
         self.crossing = self._crossing()
-        """By the operations that a gate can be behind: all results that are needed behind them."""
+        """For each operation that a gate can follow: all results that are needed after it."""
         self.cuts = [node for node in self.captured.nodes if node.name in cuts]
         if not cuts:
             self.cuts = self._cuts(gate_at)
@@ -153,7 +153,7 @@ class Conversion:
         return found
 
     def _alone(self, node: fx.Node) -> bool:
-        """Whether its result, a feature map, is all that is needed behind it."""
+        """Whether the result of an operation is a feature map and all that is needed after it."""
         value = self.analysis.value(node)
         return (
             self.crossing[node] == (node,) and len(value.shape) == 4 and value.axis_of_channels == 1
@@ -203,14 +203,14 @@ class Conversion:
 
         def badness(node: fx.Node) -> float:
             away = abs(done[node] / total - TRUNK)
-            # twice the values to hand over are worth as much as a twentieth of the multiply-adds
+            # twice as many values across the gate cost as much as a twentieth of the multiply-adds
             values = math.log2(sum(math.prod(shape_of(live)) for live in self.crossing[node]))
             return 0.5 * away + 0.05 * values - elastic[node] / total
 
         return [self._behind(min(near, key=badness))]
 
     def _layers(self) -> Iterator[tuple[fx.Node, int, list[np.ndarray]]]:
-        """Layers: their multiply-adds, and the labels of the channels on each side that has any."""
+        """Yield layers, their multiply-adds, and the channel labels of each side that has some."""
         for node in self.captured.nodes:
             madds = self._madds(node)
             if madds:
@@ -226,9 +226,10 @@ class Conversion:
         return elastic / max(1, total)
 
     def _elastic_behind(self, cuts: Sequence[fx.Node]) -> dict[fx.Node, float]:
-        """Multiply-adds that could be cut if the gate were there: half of a layer's for each side.
+        """For each gate position, the multiply-adds after it that could be cut.
 
-        A channel that is made before the gate, in any layer, stays whole behind it.
+        Each side of a layer counts half. A channel that any layer makes before the gate stays whole
+        after it.
         """
         labels = self.analysis.labels
         first = np.full(len(labels), len(self.position), np.int64)
@@ -245,7 +246,7 @@ class Conversion:
         return found
 
     def _behind(self, node: fx.Node) -> fx.Node:
-        """Also what follows an operation on its result alone: normalisation, activation."""
+        """The last of the normalisations and activations that directly follow an operation."""
         nodes = self.captured.nodes
         while self.position[node] + 1 < len(nodes):
             following = nodes[self.position[node] + 1]
@@ -260,7 +261,7 @@ class Conversion:
         return node
 
     def segment_of(self, node: fx.Node) -> int:
-        """Gates that lie before an operation."""
+        """The segment of an operation: the number of gates before it."""
         return bisect.bisect_left(self.cut_positions, self.position[node])
 
     # -- groups -------------------------------------------------------------------------------
@@ -274,14 +275,14 @@ class Conversion:
                 self.analysis.fix(node, "protected")
 
     def _keep_trunk_whole(self) -> None:
-        """Channels that are made before the first gate, or on both sides of one, stay whole."""
+        """Fix the channels that are made before the first gate or on both sides of a gate."""
         labels = self.analysis.labels
         segments: dict[int, set[int]] = {}
         for node, made in self.analysis.made:
             segment = self.segment_of(node)
             for root in np.unique(labels.roots(made)).tolist():
                 segments.setdefault(root, set()).add(segment)
-        for number, cut in enumerate(self.cuts):  # nor may channels cross two gates
+        for number, cut in enumerate(self.cuts):  # channels may not cross two gates either
             for node in self.crossing[cut]:
                 for root in np.unique(labels.roots(self.analysis.value(node).labels)).tolist():
                     made_in = segments.get(root)
@@ -297,7 +298,7 @@ class Conversion:
         labels.fix(np.array(whole, np.int64))
 
     def _vectors(self) -> Iterable[np.ndarray]:
-        """Roots along every axis that holds channels, of parameters and activations."""
+        """Yield the label roots along every axis of a parameter or activation with channels."""
         labels = self.analysis.labels
         for axes in self.analysis.axes.values():
             for axis in axes:
@@ -308,7 +309,7 @@ class Conversion:
                 yield labels.roots(value.labels.reshape(-1))
 
     def _find_groups(self) -> None:
-        """Roots that occur in the same axes, equally often, are the units of a group."""
+        """Form groups: roots that occur in the same axes, equally often, become units of one."""
         labels = self.analysis.labels
         size = len(labels)
         seen = np.zeros(size, np.uint64)
@@ -345,7 +346,7 @@ class Conversion:
             )
 
     def axis(self, vector: np.ndarray) -> Axis:
-        """Runs of units along an axis, given its labels."""
+        """Runs of units along an axis, from its labels."""
         roots = self.analysis.labels.roots(vector).tolist()
         runs: list[list[int]] = []
         for (group, unit), same in itertools.groupby(
@@ -362,7 +363,7 @@ class Conversion:
 
     @torch.no_grad()
     def results(self, image: Tensor) -> dict[str, Tensor]:
-        """What the captured operations make of an image (1, C, H, W), by name, for `BATCH` rows."""
+        """Results of captured operations by name, on `BATCH` copies of an image (1, C, H, W)."""
         found: dict[fx.Node, Any] = {self.captured.image: image.expand(BATCH, -1, -1, -1)}
         for node, name in self.captured.names.items():
             found[node] = self.captured.tensors[name]
@@ -371,7 +372,7 @@ class Conversion:
             args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), found.__getitem__)
             made = found[node] = node.target(*args, **kwargs)  # type: ignore[operator]
             if isinstance(made, Tensor):
-                kept[node.name] = made.clone()  # operations in place come after it
+                kept[node.name] = made.clone()  # a later in-place operation may overwrite it
         return kept
 
     # -- operations ---------------------------------------------------------------------------
@@ -391,7 +392,7 @@ class Conversion:
         return found
 
     def _count(self, counted: Any) -> Any:
-        """How many positions of these labels are left, also within a list of numbers."""
+        """Encode the number of kept positions with these labels; in a list, of each item."""
         if isinstance(counted, list):
             return list(map(self._count, counted))
         if isinstance(counted, int):
@@ -404,7 +405,7 @@ class Conversion:
         made = []
 
         def encoded(value: Any) -> Any:
-            """An argument as it stands in a `Node`."""
+            """An argument in the form that a `Node` stores."""
             if isinstance(value, fx.Node):
                 if value in self.captured.names:
                     return {"tensor": self.captured.names[value]}
@@ -442,8 +443,8 @@ class Conversion:
         return made
 
     def _crossing_nodes(self, alias: dict[fx.Node, str]) -> list[Node]:
-        """Operations that make one feature map of all that crosses the next gate and take it apart
-        behind it, where that is necessary; `alias` then has the parts.
+        """Where necessary, operations that pack all tensors that cross the next gate into one
+        feature map before it, and unpack them after it; `alias` then names the unpacked tensors.
         """
         number = len(self.crossed)
         cut = self.cuts[number]
@@ -488,7 +489,7 @@ class Conversion:
         return made
 
     def _operation(self, node: fx.Node) -> tuple[str, list[Any], dict[str, Any]]:
-        """An operation with what depends on widths in its arguments written as axes."""
+        """An operation, with those arguments that depend on widths encoded as axes."""
         kind, given = operation(node), arguments(node)
         analysis = self.analysis
         if node.target is operator.getitem:
@@ -523,7 +524,7 @@ class Conversion:
     # -- all together -------------------------------------------------------------------------
 
     def spec(self) -> GraphSpec:
-        """The network without its weights and costs."""
+        """The spec of the network, without the costs."""
         captured = self.captured
         nodes = self._nodes()
         used = {name for node in nodes for name in node.reads("tensor")}
@@ -571,7 +572,7 @@ class Conversion:
         )
 
     def whole(self) -> dict[str, str]:
-        """Modules behind the first gate whose channels stay whole for a reason, and the reason."""
+        """Modules after the first gate with channels that are never cut, and the reason."""
         found: dict[str, str] = {}
         for node, reason in self.analysis.fixed_because.items():
             if self.segment_of(node) and node is not self.captured.output:
@@ -587,7 +588,8 @@ class Conversion:
         """The converted network, verified against the model and at every width and size.
 
         Raises:
-            UsageError: if it is not the same; the message names the operation.
+            UsageError: if a check fails (the message names the operation), or for an unknown rule
+                or one that needs images without any.
         """
         rules = get_args(Importance)
         rule = importance or ("bn" if images is None else "activation")
@@ -624,7 +626,7 @@ class Conversion:
         self.masked = verify_widths(self, net, two, runs)
 
     def _at_size(self, size: tuple[int, int], net: SlimNet) -> GraphSpec:
-        """The network for images of another size, verified like this one."""
+        """The spec for images of another size, verified in the same way."""
         height, width = size
         example = nn.functional.interpolate(self.example, size, mode="bilinear")
         other = Conversion(
@@ -655,17 +657,17 @@ class Conversion:
 
 
 def load_weights(net: SlimNet, tensors: Mapping[str, Tensor]) -> None:
-    """Put weights under their names; statistics go into every slot."""
+    """Copy tensors into a network by name; statistics are copied into every slot."""
     for name, value in net.state_dict().items():
         if name in tensors:
             value.copy_(tensors[name].expand_as(value))
 
 
 def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tensor]]:
-    """Every segment at every width: its cost, what it takes of one image (1, C, H, W), and gives.
+    """Yield cost, input and output of every segment at every width, for one image (1, C, H, W).
 
     Raises:
-        UsageError: if one does not run; the message names the operation.
+        UsageError: if a segment does not run; the message names the operation.
     """
     spec = net.spec
     inputs: dict[tuple[int, int], Tensor] = {}
@@ -678,14 +680,14 @@ def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tens
                 try:
                     with torch.no_grad():
                         out = net.run_segment(segment, into, before, choice, watch=counted).out
-                except Exception as error:  # of any operation
+                except Exception as error:  # operations raise many kinds
                     mine = (node for node in spec.nodes if node.segment == segment)
                     raise refuse_at(
                         next(node for node in mine if node.name not in counted.done),
                         f"does not run at {spec.percents[choice]} % of the channels: "
                         f"{first_line(error)}",
                     ) from None
-                if segment < 2 or before == choice:  # as on the uniform routes
+                if segment < 2 or before == choice:  # the outputs along the uniform routes
                     inputs[segment, choice] = out
                 madds = counted.madds + spec.gate_madds(segment, before, choice)
                 last = segment == len(spec.gates)
@@ -694,7 +696,7 @@ def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tens
 
 
 class _Counter:
-    """Adds up multiply-adds of a segment, and finds its largest feature map."""
+    """Adds up the multiply-adds of a segment and finds its largest feature map."""
 
     def __init__(self) -> None:
         self.madds = self.peak = 0
@@ -710,12 +712,12 @@ class _Counter:
 
 
 def _listed(axis: Axis) -> list[list[int]]:
-    """An axis within an operation's arguments, as it is read from a file."""
+    """An axis as nested lists, as in arguments that were read from a file."""
     return list(map(list, axis))
 
 
 def _kept(units: int, each: int, width: float) -> int:
-    """Units kept at a width: whole multiples of eight channels, at least one."""
+    """Units kept at a width: at least one, and multiples of `MULTIPLE` channels if possible."""
     if width == 1:
         return units
     step = max(1, MULTIPLE // each)

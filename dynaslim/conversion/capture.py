@@ -1,7 +1,7 @@
-"""A user's `nn.Module` as a flat list of operations: `torch.export`, parameters under their names.
+"""Capture a user's `nn.Module` by `torch.export` as a flat list of operations and named parameters.
 
-What depends on parameters alone (such as standardised weights) is computed once and becomes a
-parameter; operations in place become ordinary ones.
+Values that depend on parameters alone (such as standardised weights) are computed once and become
+parameters. In-place operations become out-of-place ones.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from dynaslim.errors import ConversionError, UsageError, check, first_line
 
 CALL: Final = "call_function"
 BATCH: Final = 7
-"""Rows that a model is captured with: a size that is seldom that of another axis."""
+"""Batch size of the capture: a number that is seldom the size of another axis."""
 
 
 class Outputs(NamedTuple):
-    """What a model returns: the class logits, and others, which a converted network leaves out."""
+    """The outputs of a model: the class logits, and others, which a converted network omits."""
 
     position: int
     logits: Tensor
     others: list[str]
-    """Their places and shapes."""
+    """Places and shapes of the other outputs."""
 
     @classmethod
     def of(cls, answer: Any) -> Outputs:
-        """Of a model's answer, a tensor or a structure of several.
+        """Find the class logits in a model's output, a tensor or a nested structure.
 
         Raises:
             UsageError: if there are several outputs and none, or more than one, is named `logits`.
         """
-        if isinstance(answer, Mapping):  # of any kind
+        if isinstance(answer, Mapping):  # of any type
             answer = dict(answer)
         outputs, _ = pytree.tree_flatten_with_path(answer)
         shown = []
@@ -59,9 +59,9 @@ class Outputs(NamedTuple):
 
 @dataclass
 class Captured:
-    """Operations in order; what they read and compute with.
+    """The operations of a model in order, with its input, output and tensors.
 
-    Arguments of a node are nodes, parameters (`Parameter`) and plain values.
+    Arguments of a node are plain values and other nodes, including those of parameters (`names`).
     """
 
     nodes: list[fx.Node]
@@ -70,11 +70,11 @@ class Captured:
     tensors: dict[str, Tensor]
     """Parameters and buffers by name."""
     trained: set[str]
-    """Names of those that are parameters."""
+    """Names of the tensors that are parameters."""
     names: dict[fx.Node, str]
-    """Nodes that stand for a tensor of `tensors`."""
+    """Nodes that represent a parameter or buffer, and its name in `tensors`."""
     outputs: Outputs
-    """For the first image of the example."""
+    """The model's outputs for the first image of the example."""
 
 
 def where(node: fx.Node) -> str:
@@ -90,7 +90,7 @@ def refuse(node: fx.Node, reason: str) -> ConversionError:
 
 
 def operation(node: fx.Node) -> str:
-    """An operation's name, such as `conv2d`; without the overload, in place or not."""
+    """An operation's name without overload and in-place underscore, such as `conv2d`."""
     target = node.target
     if target is operator.getitem:
         return "getitem"
@@ -100,7 +100,7 @@ def operation(node: fx.Node) -> str:
 
 
 def capture(model: nn.Module, example: Tensor) -> Captured:
-    """The operations of a model on images like `example` (B, C, H, W).
+    """Capture the operations of a model on images like `example` (B, C, H, W).
 
     Raises:
         UsageError: if the model is in training mode, has weights that are not finite, or cannot be
@@ -192,11 +192,11 @@ SKIPPED: Final = ("_assert_tensor_metadata", "sym_constrain_range_for_size", "_a
 FILLED: Final = (
     "new_zeros", "new_ones", "new_full", "new_empty", "zeros_like", "ones_like", "full_like",
 )  # fmt: skip
-"""Operations that take a tensor's shape and type, not its values."""
+"""Operations that use a tensor's shape and type, but not its values."""
 
 
 def _without_contexts(module: fx.GraphModule) -> None:
-    """Put operations that run under a context (autocast, no_grad) where the context stood."""
+    """Inline the operations that run in a context (autocast, no_grad)."""
     graph = module.graph
     for node in list(graph.nodes):
         if node.op != CALL or str(node.target) not in CONTEXTS:
@@ -222,7 +222,7 @@ CONTEXTS: Final = ("wrap_with_autocast", "wrap_with_set_grad_enabled")
 
 
 def _needed(result: fx.Node, last: Sequence[str] = ()) -> Iterator[fx.Node]:
-    """An operation and all that it needs, up to operations of `last`."""
+    """Yield an operation and all its dependencies, stopping at the operations named in `last`."""
     seen, left = {result}, [result]
     while left:
         node = left.pop()
@@ -236,7 +236,7 @@ def _needed(result: fx.Node, last: Sequence[str] = ()) -> Iterator[fx.Node]:
 
 
 def _spread(node: fx.Node) -> bool:
-    """Whether a parameter is repeated for every row of the batch (a class token)."""
+    """Whether the operation repeats a parameter for every row of the batch (a class token)."""
     if operation(node) not in ("expand", "repeat"):
         return False
     before = shape_of(node.all_input_nodes[0])
@@ -244,7 +244,7 @@ def _spread(node: fx.Node) -> bool:
 
 
 def _computed(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-    """What depends on parameters and sizes alone; in place on the tensors, as the model does it."""
+    """Compute an operation on parameters and sizes alone; in-place ones change their tensors."""
 
     def value(argument: fx.Node) -> Any:
         if argument in values:
@@ -263,7 +263,7 @@ def _keep(
     node: fx.Node, made: Any, tensors: dict[str, Tensor], names: dict[fx.Node, str],
     trained: set[str],
 ) -> None:  # fmt: skip
-    """Make a parameter or constant of what was computed."""
+    """Store a computed value as a parameter or constant."""
     if not isinstance(made, Tensor):
         raise refuse(node, "computes several values of parameters alone")
     sources = [names[n] for n in _needed(node, FILLED) if n in names]
@@ -275,7 +275,7 @@ def _keep(
 
 
 def _out_of_place(graph: fx.Graph, constant: Mapping[fx.Node, Any]) -> None:
-    """Let everything behind an operation in place read its result, not what it overwrote."""
+    """Make the operations after an in-place one read its result, not the overwritten tensor."""
     order = {node: number for number, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if node.op != CALL or node in constant:
@@ -312,7 +312,7 @@ def _base(node: fx.Node) -> fx.Node:
 
 
 def arguments(node: fx.Node) -> dict[str, Any]:
-    """An operation's arguments by the names of its schema, defaults included."""
+    """An operation's arguments by their names in its schema, including defaults."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {"self": node.args[0], "index": node.args[1]}

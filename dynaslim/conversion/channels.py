@@ -1,9 +1,9 @@
-"""Which channels of a captured model can only be cut together.
+"""Find the channels of a captured model that must be cut together, that is removed together.
 
-Every index of a layer's output axis is a label, and an activation carries the labels of its
-elements. Operations that move elements are applied to the labels themselves, those that combine
-elements unite their labels, and what mixes all channels fixes them. An operation without a rule is
-refused.
+Every index of a layer's output axis has a label, and an activation carries the labels of its
+elements. Operations that move elements are applied to the labels themselves. Operations that
+combine elements unite their labels, and those that mix all channels fix them, so that they are
+never cut. An operation without a rule is refused.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from dynaslim.conversion.capture import (
 from dynaslim.errors import ConversionError, first_line
 
 FIXED: Final = 0
-"""The label of what is never cut."""
+"""The label of positions that are never cut."""
 LEAST: Final = 8
-"""Layers of fewer channels stay whole."""
+"""Layers with fewer output channels are never cut."""
 _ROW: Final = 1 << 40
 
 PASSED: Final = frozenset(
@@ -39,7 +39,7 @@ PASSED: Final = frozenset(
     _to_copy type_as positive
     """.split()  # noqa: SIM905
 )
-"""Operations that change nothing in evaluation mode."""
+"""Operations that change no values in evaluation mode."""
 POINTWISE: Final = PASSED | frozenset(
     """
     relu relu6 hardtanh silu sigmoid hardsigmoid hardswish gelu leaky_relu elu selu celu mish
@@ -93,29 +93,29 @@ MIXING: Final = frozenset(
 
 @dataclass
 class Value:
-    """The labels of a tensor: an array of size 1 along axes where they are alike."""
+    """The labels of a tensor: an array of size 1 along each axis on which they do not differ."""
 
     shape: tuple[int, ...]
     labels: np.ndarray
     rows: tuple[int, ...]
-    """For every axis, its size over the number of rows if it runs over them, else 0."""
+    """For every axis that runs over the batch, its size divided by the batch size; 0 for others."""
 
     @property
     def axis(self) -> int | None:
-        """The axis along which labels differ; None if they do not."""
+        """The only axis along which labels differ, or None."""
         varying = [axis for axis, size in enumerate(self.labels.shape) if size > 1]
         assert len(varying) < 2
         return varying[0] if varying else None
 
     @property
     def has_batch_axis(self) -> bool:
-        """Whether its first axis is the rows of the batch, and no other has any."""
+        """Whether the first axis is the batch axis, and no other axis runs over the batch."""
         return self.rows[:1] == (1,) and not any(self.rows[1:])
 
     @property
     def axis_of_channels(self) -> int:
-        """The axis of channels, of which there may be none that differ: of an image (B, C, H, W) or
-        (B, H, W, C), of tokens (B, tokens, C), of features (B, C).
+        """The axis along which labels differ. Without one it is guessed from the shape: of an image
+        (B, C, H, W) or (B, H, W, C), of tokens (B, tokens, C), or of features (B, C).
         """
         if self.axis is not None:
             return self.axis
@@ -127,7 +127,7 @@ class Value:
         return self.labels.ravel() if axis == self.axis else np.zeros(self.shape[axis], np.int64)
 
     def flat(self) -> np.ndarray:
-        """Labels of all values of a row."""
+        """Labels of all values of a row, flattened."""
         labels = np.zeros(1, np.int64) if self.axis is None else self.labels[0]
         return np.broadcast_to(labels, self.shape[1:]).ravel()
 
@@ -142,14 +142,14 @@ class Labels:
         return len(self._parent)
 
     def fresh(self, count: int) -> np.ndarray:
-        """New labels, each alone."""
+        """Make new labels, each in its own set."""
         first = len(self._parent)
         made = np.arange(first, first + count)
         self._parent = np.concatenate([self._parent, made])
         return made
 
     def roots(self, labels: np.ndarray) -> np.ndarray:
-        """What stands for each label's set; `FIXED` for those that are never cut."""
+        """The representative of each label's set; `FIXED` for labels that are never cut."""
         found: np.ndarray = self._parent[labels]
         while True:
             further: np.ndarray = self._parent[found]
@@ -158,7 +158,7 @@ class Labels:
             found = further
 
     def unite(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Label by label, make one set of two."""
+        """Merge the sets of corresponding labels of two arrays."""
         pairs = np.unique(np.stack([a.ravel(), b.ravel()], 1), axis=0)
         for x, y in pairs[pairs[:, 0] != pairs[:, 1]].tolist():
             low, high = sorted((self._root(x), self._root(y)))
@@ -174,7 +174,7 @@ class Labels:
         return label
 
     def fix(self, labels: np.ndarray) -> None:
-        """Never cut any of these."""
+        """Mark labels as never cut."""
         self.unite(labels, np.zeros_like(labels))
 
 
@@ -190,11 +190,11 @@ class Analysis:
         }
         self.fixed_because: dict[fx.Node, str] = {}
         self.counted: dict[fx.Node, dict[str, Any]] = {}
-        """Arguments of operations that are a number of channels, or have some: their labels."""
+        """Arguments that are or contain a number of channels: the labels counted, by operation."""
         self.readers: dict[Any, fx.Node] = {}
-        """The layer of each weight."""
+        """The operation that reads each parameter of a layer."""
         self.made: list[tuple[fx.Node, np.ndarray]] = []
-        """Operations whose outputs are channels of their own, and the labels of these."""
+        """Operations that make new channels, and the labels of these channels."""
         shape = shape_of(captured.image)
         plain = np.zeros((1,) * len(shape), np.int64)
         self.values[captured.image] = Value(shape, plain, (1, *[0] * (len(shape) - 1)))
@@ -216,14 +216,14 @@ class Analysis:
         return found
 
     def fix(self, node: fx.Node, reason: str) -> None:
-        """Never cut what an activation holds."""
+        """Mark the labels of an activation as never cut, and record the reason."""
         labels = self.value(node).labels
         if (self.labels.roots(labels) != FIXED).any():
             self.fixed_because.setdefault(node, reason)
             self.labels.fix(labels)
 
     def along(self, node: fx.Node, axis: int, reason: str) -> np.ndarray:
-        """The label of each position of an axis; fixed if labels differ along another."""
+        """The label of each position of an axis. If labels differ along another, they are fixed."""
         value = self.value(node)
         axis %= len(value.shape)
         if value.axis not in (None, axis):
@@ -235,7 +235,7 @@ class Analysis:
         ).copy()
 
     def use(self, node: Any, axis: int, labels: np.ndarray) -> None:
-        """A parameter's axis is cut as these labels are."""
+        """Cut a parameter's axis together with these labels."""
         if node is None:
             return
         name = self.captured.names.get(node)
@@ -341,7 +341,7 @@ class Analysis:
         x, weight = given["input"], self._parameter(node, given["weight"], "weight")
         before, shape = self.value(x), shape_of(node)
         beside = before.axis not in (None, len(shape) - 1)
-        # beside the channels: it mixes positions, the same way for each of them
+        # if beside: it mixes positions, in the same way for each channel
         out = self._fresh(node, shape[-1], least=shape[-1] + 1 if beside else LEAST)
         self.use(
             weight, 1, np.zeros(before.shape[-1], np.int64) if beside else self.along(x, -1, "")
@@ -404,7 +404,7 @@ class Analysis:
         left, right = np.broadcast_arrays(a.labels, b.labels)
         both = (left != FIXED) & (right != FIXED)
         for one, other in ((a, b), (b, a)):
-            # positions that stay whole keep those whole that they are combined with
+            # positions that are never cut fix those that they are combined with
             if one.axis is not None and other.shape[one.axis] > 1:
                 both[:] = True
         if both.any():
@@ -415,11 +415,11 @@ class Analysis:
     def _broadcast(
         self, node: fx.Node, parameter: fx.Node, value: Value, shape: tuple[int, ...]
     ) -> None:
-        """A parameter that is added or multiplied element by element."""
+        """Label a parameter that is combined with an activation element by element."""
         name = self.captured.names[parameter]
         tensor = self.captured.tensors[name]
         lead = len(shape) - tensor.ndim
-        if lead == 0 and value.rows[0] and len(tensor) > 1:  # made for each row of the example
+        if lead == 0 and value.rows[0] and len(tensor) > 1:  # one entry for each row of the batch
             if len(parameter.users) > 1 or bool((tensor != tensor[:1]).any()):
                 raise refuse(node, "a constant with a value for every row of the batch")
             tensor = self.captured.tensors[name] = tensor[:1].clone()
@@ -430,7 +430,7 @@ class Analysis:
 
     def _spatial(self, node: fx.Node) -> Value | list[Value]:
         x = node.all_input_nodes[0]
-        if isinstance(node.meta["val"], tuple):  # values and where they were
+        if isinstance(node.meta["val"], tuple):  # values and indices
             value, (*_, height, width) = self.value(x), node.meta["val"][0].shape
             shape = (*value.shape[:-2], int(height), int(width))
             if value.axis is not None and value.axis >= len(shape) - 2:
@@ -478,7 +478,7 @@ class Analysis:
         return [self._collapsed(node, part) for part in moved]
 
     def _fix_if_picked(self, node: fx.Node) -> None:
-        """Operations that pick or repeat single positions leave no axis to cut."""
+        """Fix the channels if an operation picks, repeats or reorders single ones."""
         kind, given = operation(node), arguments(node)
         x = node.all_input_nodes[0]
         if x in self.captured.names:
@@ -527,7 +527,7 @@ class Analysis:
         return value
 
     def _tied(self, value: Value) -> Value:
-        """Where labels differ along two axes, tie them along the smaller."""
+        """Where labels differ along two axes, unite them along the smaller axis."""
         while True:
             roots = self.labels.roots(value.labels)
             labels = _shrunk(roots)
@@ -595,7 +595,7 @@ def _full(value: Value) -> Tensor:
 
 
 def _shrunk(labels: np.ndarray) -> np.ndarray:
-    """Size 1 along every axis along which nothing differs."""
+    """Reduce every axis along which no labels differ to size 1."""
     for axis in range(labels.ndim):
         first = np.take(labels, [0], axis)
         if labels.shape[axis] > 1 and (labels == first).all():

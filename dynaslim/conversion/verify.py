@@ -1,4 +1,4 @@
-"""What a conversion is held against: the model, zeros in place of channels, extracted segments."""
+"""Verify a conversion against the model, against zeroed channels and against extracted segments."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ if TYPE_CHECKING:
     from dynaslim.conversion.build import Conversion
 
 EXACT: Final = 1e-5
-"""Of answers at full width, relative to the largest."""
+"""Tolerance of answers at full width, relative to the largest."""
 NEAR: Final = 1e-4
-"""Of segments in single precision; what is beyond is computed again in double."""
+"""Tolerance of segments, relative to the largest value. Extracted segments that exceed it are
+compared again in double precision."""
 
 Results = dict[str, Tensor]
-"""Of operations, by name."""
+"""Results of operations by name."""
 
 
 @torch.no_grad()
 def verify_whole(conversion: Conversion, net: SlimNet, out: Tensor) -> float:
-    """How far the network at full width is from the model, relative to the largest answer.
+    """The error of the network at full width against the model, relative to the largest answer.
 
-    `out` is what it gives for the first image of the example.
+    `out` is the network's output for the first image of the example.
 
     Raises:
-        UsageError: if that is more than 1e-5; the message names the first operation that differs.
+        UsageError: if the error is above 1e-5; the message names the first operation that differs.
     """
     image, route = conversion.example[:1], net.spec.largest
     error = apart(out, conversion.captured.outputs.logits)
-    if error > EXACT:  # the order of sums rounds otherwise: what is left in double is wrong
+    if error > EXACT:  # perhaps rounding; what remains in double is a real error
         model, twice = copy.deepcopy(conversion.model).double(), copy.deepcopy(net).double()
         error = apart(twice(image.double(), route), Outputs.of(model(image.double())).logits)
     if not error <= EXACT:
@@ -52,7 +53,7 @@ def verify_whole(conversion: Conversion, net: SlimNet, out: Tensor) -> float:
             watch = _watch(own)
             features = net.run_segment(segment, features, before, choice, watch=watch).out
             before = choice
-        # channels are in another order
+        # sorted, because the channels are in another order
         theirs, own = ({k: v.flatten().sort()[0] for k, v in r.items()} for r in (theirs, own))
         raise refuse_at(
             _first_apart(net.spec, own, theirs),
@@ -70,10 +71,10 @@ def verify_widths(
     runs: Sequence[tuple[FormCost, Tensor, Tensor]],
 ) -> bool:
     """Compare every segment at every width with its extracted module, and with the segment at full
-    width where the weights that read the other channels are zero.
+    width in which the weights that read the other channels are zero.
 
-    `runs` have what each takes and gives for the first row of `x`. False if the zeros mean nothing,
-    because an operation computes with all channels at once.
+    `runs` holds the cost, input and output of each for the first row of `x`. Returns False if not
+    all could be compared with zeros: an operation computes with all channels at once, or overflows.
 
     Raises:
         UsageError: if they differ; the message names the operation.
@@ -142,8 +143,8 @@ class _Recorder(fx.Interpreter):
 
 
 class Masked:
-    """Two copies of a network, of which one has zeros in place of weights that read channels
-    beyond a width. What it computes at full width the other computes at that width.
+    """Two copies of a network. In one, the weights that read channels beyond a width are zero; at
+    full width it must compute what the other computes at that width.
     """
 
     def __init__(self, conversion: Conversion, net: SlimNet, spec: GraphSpec) -> None:
@@ -162,8 +163,8 @@ class Masked:
 
     @classmethod
     def of(cls, conversion: Conversion, net: SlimNet) -> Masked | None:
-        """With other operations for those that compute with all channels at once; None if there
-        are some for which there is none.
+        """Make the copies, with replacements for operations that compute with all channels at
+        once; None if one of these has no replacement.
         """
         nodes = {node.name: node for node in conversion.captured.nodes}
         made: list[Node] = []
@@ -176,7 +177,7 @@ class Masked:
         return cls(conversion, net, replace(net.spec, nodes=tuple(made)))
 
     def verify(self, form: FormCost, source: Tensor, out: Tensor) -> bool:
-        """Compare a segment at a width, which gives `out` for `source`; False if it overflows.
+        """Compare a segment that maps `source` to `out` at a width; False if it overflows.
 
         Raises:
             UsageError: if the two differ; the message names the operation.
@@ -219,7 +220,7 @@ class Masked:
         return True
 
     def _kept(self, name: str, result: Tensor, units: dict[int, int]) -> Tensor:
-        if name not in self.nodes:  # several tensors in one
+        if name not in self.nodes:  # several tensors packed into one
             axis = self.spec.cut_axes[self.spec.cuts.index(name)]
             return result[:, kept_positions(axis, units)]
         value = self.conversion.analysis.values.get(self.nodes[name])
@@ -231,8 +232,8 @@ class Masked:
 
 
 def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node]:
-    """Operations for one that computes with all channels, with the same labels behind them; none
-    if there are none. Their results are bounded: nothing is divided by zero.
+    """Operations that replace one that computes with all channels and keep its labels; empty if
+    there are none. Their results are bounded, so that nothing is divided by zero.
     """
     kind, given = operation(captured), arguments(captured)
     bounded = replace(node, op="tanh.default", args=node.args[:1], kwargs={})
@@ -254,7 +255,7 @@ def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node
         return [bounded]
     axis = conversion.axis(value.labels.reshape(-1))
     least = kept_positions(axis, dict.fromkeys(range(len(conversion.groups)), 1))
-    if every or len(dims) > 1 or least[:1] != [0]:  # the first position is in all widths
+    if every or len(dims) > 1 or least[:1] != [0]:  # all widths must keep position 0
         return []
     taken: tuple[Any, ...] = (node.args[0], value.axis, 0)
     op = "select.int"
@@ -267,13 +268,13 @@ def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node
 def _watch(results: Results) -> Callable[[Any, Sequence[Any], Any], None]:
     def keep(step: Any, _args: Sequence[Any], value: Any) -> None:
         if isinstance(value, Tensor):
-            results[step.name] = value.clone()  # operations in place come after it
+            results[step.name] = value.clone()  # a later in-place operation may overwrite it
 
     return keep
 
 
 def _first_apart(spec: GraphSpec, got: Results, expected: Results) -> Node:
-    """The first operation whose result is another."""
+    """The first operation with different results, or else the last operation."""
     for node in spec.nodes:
         if node.name in got and node.name in expected:
             found = apart(got[node.name].double(), expected[node.name].double())

@@ -1,6 +1,6 @@
-"""Labelled images: from a hub name, an image folder or parquet, to batches for a network.
+"""Labelled images, from a hub name, an image folder or parquet to batches for a network.
 
-Names are imported on first use: pictures are decoded where there is neither torch nor datasets.
+Names are imported on first use, because images are also decoded without torch and datasets.
 """
 
 from importlib import import_module

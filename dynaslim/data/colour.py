@@ -1,8 +1,8 @@
 """Random changes of colour and shape on batches of images in 0..1: RandAugment and jitter.
 
-kornia's own RandAugment draws one list of operations for a whole batch, and some of its operations
-weaken as the magnitude rises; here every image draws its own, and 0 changes nothing. The pixels are
-changed by kornia's functions.
+kornia's RandAugment draws one list of operations for a whole batch, and some of its operations
+weaken as the magnitude rises. Here every image draws its own operations, and magnitude 0 is always
+the weakest. Where possible the pixels are changed by kornia's functions.
 
 Suffixes: B images, C channels, S side in pixels.
 """
@@ -25,9 +25,9 @@ _LUMA: Final = (0.299, 0.587, 0.114)
 
 
 def jitter(x_BCSS: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Brightness, contrast and saturation of each image times 1 - share to 1 + share, each.
+    """Scale brightness, contrast and saturation of each image by factors within 1 ± share.
 
-    `generator` is on the CPU, so that all devices draw the same.
+    `generator` is on the CPU, so that the numbers are the same for all devices.
     """
     factors = torch.rand(3, len(x_BCSS), generator=generator).mul(2).sub(1).mul(share).add(1)
     for change, factor_B in zip((_brightness, _contrast, _saturation), factors, strict=True):
@@ -40,11 +40,12 @@ def rand_augment(
 ) -> Tensor:
     """RandAugment (arXiv 1909.13719): `operations` times, one of the paper's 14 for each image.
 
-    Each time an image draws its operation, its magnitude from a normal distribution around
-    `magnitude` (cut to 0..10), and the direction where there are two. Magnitude 10 is the paper's
-    strongest; 0 leaves the image as it is but for the two that have no strength, autocontrast and
-    equalize (in the paper some operations are strongest at 0). What a shape uncovers is grey.
-    `generator` is on the CPU, so that all devices draw the same.
+    Each time, an image draws an operation, a magnitude from a normal distribution around
+    `magnitude` (clipped to 0..10), and a direction if there are two. Magnitude 10 is the paper's
+    strongest. Magnitude 0 does not change the image, except for autocontrast and equalize, which
+    have no strength (in the paper some operations are strongest at 0). Areas that a geometric
+    operation uncovers are grey. `generator` is on the CPU, so that numbers are the same for all
+    devices.
     """
     rows = len(x_BCSS)
     for _ in range(operations):
@@ -62,7 +63,7 @@ def rand_augment(
         if len(at := ((shapes_B >= 0) & (shapes_B < len(_SHAPES))).nonzero().flatten()):
             matrix = _matrices(shapes_B[at], amount_B[at], x_BCSS.shape[-1])
             at = at.to(x_BCSS.device)
-            # moved around grey: what comes in from outside is zero
+            # affine fills with 0: shifted by 0.5, that is grey
             x_BCSS[at] = affine(x_BCSS[at] - 0.5, matrix.to(x_BCSS), align_corners=True) + 0.5
     return x_BCSS
 
@@ -111,12 +112,12 @@ def _autocontrast(x_BCSS: Tensor, _amount_B: Tensor) -> Tensor:
 
 
 def _solarize(x_BCSS: Tensor, amount_B: Tensor) -> Tensor:
-    """Invert what is above a threshold that falls from 1 to 0."""
+    """Invert values above a threshold that falls from 1 to 0 as the amount rises."""
     return torch.where(x_BCSS > 1 - amount_B.abs().view(-1, 1, 1, 1), 1 - x_BCSS, x_BCSS)
 
 
 def _both_ways(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    """The change by a factor of 0.1 to 1.9."""
+    """The change with a factor of 0.1 to 1.9 for amounts of -1 to 1."""
     return lambda x_BCSS, amount_B: change(x_BCSS, 1 + 0.9 * amount_B)
 
 
@@ -131,6 +132,6 @@ _PIXELS: Final[tuple[Callable[[Tensor, Tensor], Tensor], ...]] = (
     _both_ways(_contrast),
     _both_ways(_saturation),
 )
-"""From images in 0..1 and an amount in -1..1 for each to images in 0..1."""
+"""Functions of images in 0..1 and an amount in -1..1 for each; they return images in 0..1."""
 _SHAPES: Final = (torch.pi / 6, 0.3, 0.3, 0.45, 0.45)
-"""Largest rotation (radians), shear by rows and columns, shift (of the side) by both."""
+"""Largest rotation (radians), shear along x and y, shift along x and y (share of the side)."""

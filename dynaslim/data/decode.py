@@ -1,4 +1,4 @@
-"""From encoded bytes to the pixels that a network takes, by Pillow."""
+"""Decode image files to pixels for a network, with Pillow."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _TURNED: Final = (5, 6, 7, 8)
 """EXIF orientations that exchange width and height."""
 _MODES: Final = {1: "L", 3: "RGB"}
 _REDUCING_GAP: Final = 3
-"""Pixels that are left for each of the square's when a JPEG is reduced while it is decoded: with
-three the result hardly differs from one of all pixels."""
+"""Least ratio of the crop's side to the output's when a JPEG is reduced in decoding: with three the
+result hardly differs from that of full-size decoding."""
 _BAND_PIXELS: Final = 1 << 20
 Crop = Callable[[int, int], tuple[float, float, float, float]]
-"""From a picture's width and height to the part of it to take: left, top, right, bottom."""
+"""Maps a picture's width and height to the part to take: left, top, right, bottom."""
 
 
 def is_image_file(path: str | Path) -> bool:
-    """Whether a file of a folder is an image: a regular file with the suffix of one.
+    """Whether a path is a regular file with an image suffix.
 
-    A pipe or a device would never end. Links to nothing are taken, so that they are reported.
+    Reading a pipe or a device might never end. Broken links count, so that they are reported.
     """
     if os.path.splitext(path)[1].lower() not in IMAGE_SUFFIXES:
         return False
@@ -54,19 +54,20 @@ def decode_image(
 ) -> np.ndarray:
     """Decode, turn upright, crop and resize (bicubic) to the square: uint8 (C, S, S).
 
-    `crop` selects the part of the picture; None takes the centre of the shorter side. A JPEG
-    is decoded at 1/2, 1/4 or 1/8 of its size where at least three times the square is left.
+    `crop` selects the part of the picture; None takes the central square, with `crop_fraction` of
+    the shorter side. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if the crop's side is then
+    still at least three times the output's.
 
     Raises:
-        DataError: if the bytes are no image that Pillow reads; `where` names it.
+        DataError: if Pillow cannot decode the bytes; the message names them by `where`.
     """
     size, channels = preprocessing.image_size_px, preprocessing.channels
     crop = _centre(preprocessing.crop_fraction) if crop is None else crop
     try:
         with Image.open(io.BytesIO(content)) as opened:
             box = _load(opened, size, crop)
-            # the crop is resized alone: a tiny file of a long, thin picture must not fill the
-            # memory; nor are all its pixels copied where converting those of the square does
+            # only the crop is resized: a tiny file of a long, thin picture must not fill the
+            # memory; nor are all pixels converted where converting those of the crop is enough
             if opened.mode in ("1", "L", "LA") or opened.mode.startswith("I"):
                 image = _resized(_eight_bits(opened), size, box).convert(_MODES[channels])
             elif opened.mode == "RGBA" and channels == 3:
@@ -77,14 +78,14 @@ def decode_image(
             else:
                 image = _resized(opened.convert(_MODES[channels]), size, box)
             pixels = np.asarray(image, dtype=np.uint8)
-    except Exception as error:  # Pillow's plugins raise of many kinds for damaged files
+    except Exception as error:  # Pillow's plugins raise many kinds for damaged files
         reason = "unknown format" if isinstance(error, UnidentifiedImageError) else error
         raise CorruptImageError(where, f"not an image that can be decoded ({reason})") from None
     return np.ascontiguousarray(np.atleast_3d(pixels).transpose(2, 0, 1))
 
 
 def jpeg_scale(side: float, image_size_px: int) -> int:
-    """By how much a JPEG is reduced while it is decoded if so many of its pixels make the side."""
+    """The factor by which to reduce a JPEG in decoding, for a crop with sides of `side` px."""
     return max((s for s in (2, 4, 8) if s * _REDUCING_GAP * image_size_px <= side), default=1)
 
 
@@ -98,7 +99,7 @@ def _centre(fraction: float) -> Crop:
 
 
 def _load(opened: Image.Image, size: int, crop: Crop) -> tuple[float, float, float, float]:
-    """Decode a picture in place and turn it upright; the part of it to take."""
+    """Decode a picture in place and turn it upright; returns the part to take."""
     scale, box = 1, None
     if isinstance(opened, JpegImageFile):
         turned = opened.getexif().get(ExifTags.Base.Orientation, 1) in _TURNED
@@ -115,7 +116,7 @@ def _load(opened: Image.Image, size: int, crop: Crop) -> tuple[float, float, flo
 def _eight_bits(image: Image.Image) -> Image.Image:
     if not image.mode.startswith("I"):
         return image.convert("L")
-    # 16 bits: Pillow's own conversion clips, we scale; by rows, for memory
+    # 16 bits: Pillow's own conversion clips, this one scales; in bands of rows, to save memory
     grey = np.empty((image.height, image.width), np.uint8)
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
@@ -133,7 +134,7 @@ def _resized(image: Image.Image, size: int, box: tuple[float, float, float, floa
 def decode_entry(
     entry: Entry, preprocessing: Preprocessing, crop: Crop | None = None
 ) -> np.ndarray | CorruptImageError:
-    """`decode_image` of an entry; for one that cannot be read, the error is returned."""
+    """Apply `decode_image` to an entry; if it cannot be read, the error is returned."""
     try:
         return decode_image(entry.read(), preprocessing, entry.where, crop)
     except CorruptImageError as error:
@@ -141,10 +142,10 @@ def decode_entry(
 
 
 def random_crop(scale_min: float, seed: str) -> Crop:
-    """A part of `scale_min` to 1 of the area with a width/height ratio of 3/4 to 4/3 (1409.4842).
+    """A random crop: `scale_min` to 1 of the area, aspect ratio 3/4 to 4/3 (arXiv 1409.4842).
 
-    A function of the seed. Sizes and places are whole pixels, as is usual; where ten drawings do
-    not fit the picture, the largest centred part of an allowed ratio is taken.
+    A function of the seed. Sizes and positions are whole pixels, as usual. If ten draws do not fit
+    the picture, the largest centred part with an allowed ratio is taken.
     """
 
     def crop(width: int, height: int) -> tuple[float, float, float, float]:

@@ -1,8 +1,8 @@
-"""Training batches: the feeds of images in memory, on the disk and in streams.
+"""Training batches: feeds of images in memory, on disk and in streams.
 
-The order of images is a function of (seed, epoch), so that a resumed run gets the batches of a
-straight one. Several processes see together what one process sees, save of a stream, whose order
-depends on their number.
+The order of images is a function of (seed, epoch), so a resumed run gets the same batches as an
+uninterrupted one. Several processes together see the same images as one process, except for a
+stream, whose order depends on the number of processes.
 
 Suffixes: B rows of a batch, C channels, S side in pixels.
 """
@@ -37,13 +37,13 @@ from dynaslim.recipes import AugmentRecipe, DataRecipe
 from dynaslim.seeds import step_seed
 
 _HASHED: Final = 20_000
-"""Most files on the disk that are hashed at the start of a run."""
+"""The most files on disk to hash at the start of a run."""
 _AHEAD: Final = 2
-"""Batches that each worker decodes ahead."""
+"""Number of batches that each worker decodes ahead."""
 _READ_AHEAD: Final = 3
-"""Batches of a stream that are read and decoded ahead."""
+"""Number of batches of a stream to read and decode ahead."""
 _JUDGED: Final = 1_000
-"""Images of a stream to be seen before the share of corrupt ones is judged."""
+"""Images of a stream to read before the share of corrupt ones is checked."""
 
 
 class Feed(ABC):
@@ -71,16 +71,16 @@ class Feed(ABC):
                 f"{batch_size}"
             )
         self.name = images.name
-        """The data set, for messages."""
+        """The name of the data set, for messages."""
         self.class_names = images.class_names
         self.num_images = num_images
-        """How many images there are to train on."""
+        """Number of training images."""
         self.batch_size = batch_size
-        """Images of one step, over all processes."""
+        """Images per step, over all processes."""
         self.steps_per_epoch = num_images // batch_size
-        """Whole batches; images that do not fill one are left out of the epoch."""
+        """Number of full batches; the remaining images are left out of the epoch."""
         self.resized = decodes and augment is not None and augment.crop == "resized"
-        """The pixels are already a random resized crop of their picture."""
+        """Whether the pixels are already random resized crops of the pictures."""
         self.skipped = skipped
         """Images that this process could not decode."""
         self.seed = seed
@@ -93,20 +93,20 @@ class Feed(ABC):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Global steps start to stop - 1: uint8 pixels (B, C, S, S) and int64 labels (B,).
 
-        B is this process's share of the batch; each purpose has an order of its own.
+        B is this process's share of the batch. Each purpose has its own order.
 
         Raises:
             DataError: if too many images do not decode, or there are fewer than expected.
         """
 
     def crop(self, epoch: int, purpose: str, place: int) -> Crop | None:
-        """The part to take of one image of an epoch; None where no crop is made in decoding."""
+        """The crop of one image in an epoch; None if decoding makes no random crop."""
         if not self.resized or self._augment is None:
             return None
         return random_crop(self._augment.scale_min, f"{self.seed}/{epoch}/crop {purpose}/{place}")
 
     def digests(self) -> Sequence[str]:
-        """`digest` of the training files: a sample of a large set on the disk, none of a stream."""
+        """`digest` of the training files: a sample for a large set on disk, none for a stream."""
         return ()
 
     def state(self) -> dict[str, Any]:
@@ -123,12 +123,12 @@ class Feed(ABC):
 
 
 def order_seed(seed: int, epoch: int, purpose: str) -> int:
-    """The seed of an epoch's order; that of "train" is as in earlier versions."""
+    """The seed of an epoch's order; for "train" it is the same as in earlier versions."""
     return step_seed(seed, epoch, "order" if purpose == "train" else f"order {purpose}")
 
 
 def own_rows(batch_size: int) -> slice:
-    """The rows of each batch that are for this process.
+    """The rows of each batch that this process takes.
 
     Raises:
         UsageError: if the batch cannot be divided evenly among the processes.
@@ -146,12 +146,11 @@ def own_rows(batch_size: int) -> slice:
 
 
 class ImageFeed(Feed):
-    """Batches of a shuffled `ImageDataset`; images on the disk are decoded in worker processes.
+    """Batches of a shuffled `ImageDataset`; images on disk are decoded in worker processes.
 
-    With `augment`, a `resized` crop of images on the disk is made while they are decoded. The place
-    of an image that does not decode is taken by the next one of the epoch's order that does, so
-    that batches stay whole and depend on nothing that came before. With 0 workers this process
-    decodes.
+    With `augment`, a `resized` crop of images on disk is made in decoding. An image that does not
+    decode is replaced by the next one in the epoch's order that does, so batches stay full and do
+    not depend on earlier ones. With 0 workers this process decodes.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class ImageFeed(Feed):
             num_workers=self._workers,
             prefetch_factor=_AHEAD if self._workers else None,
             collate_fn=_unchanged,
-            generator=torch.Generator(),  # or it would draw from the global one
+            generator=torch.Generator(),  # else it draws from the global one
             multiprocessing_context=_context() if self._workers else None,
             worker_init_fn=_ignore_signals,
         )
@@ -198,12 +197,12 @@ class ImageFeed(Feed):
 
 
 class _Batch(NamedTuple):
-    """The batch of a step, as a worker hands it over."""
+    """The batch of a step, as a worker returns it."""
 
     pixels_BCSS: Tensor
     labels_B: Tensor
     skipped: list[tuple[str, str]]
-    """Where and why, of images that do not decode."""
+    """Place and reason for each image that does not decode."""
 
 
 @dataclass
@@ -231,12 +230,12 @@ class _Steps(Dataset[_Batch | DynaslimError]):
         skipped: list[tuple[str, str]] = []
         try:
             pixels, labels = zip(*(self._image(place, skipped) for place in places), strict=True)
-        except DynaslimError as error:  # raised in a worker, it would come with its traceback
+        except DynaslimError as error:  # raised in a worker, its message would have a traceback
             return error
         return _Batch(torch.from_numpy(np.stack(pixels)), torch.stack(labels), skipped)
 
     def _image(self, place: int, skipped: list[tuple[str, str]]) -> tuple[np.ndarray, Tensor]:
-        """The first image from this place of the epoch on that decodes, and its label."""
+        """The first image at or after a place of the epoch that decodes, and its label."""
         images = self.feed.images
         assert images.source is not None
         assert images.preprocessing is not None
@@ -256,16 +255,16 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _ignore_signals(_worker: int) -> None:
-    """Ignore signals to the process group: the run finishes its step, which needs its workers."""
+    """Ignore signals to the process group, because the run needs its workers to end its step."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _context() -> str | None:
-    """How workers start; by fork where that is safe, as fresh ones import torch for seconds.
+    """The start method of workers: fork where it is safe, since others import torch for seconds.
 
-    Workers use neither the accelerator nor torch's threads (DataLoader limits them to one), which
-    are what does not survive a fork.
+    The accelerator and torch's threads do not survive a fork, but workers use neither (DataLoader
+    limits them to one thread).
     """
     if sys.platform == "linux" and "fork" in multiprocessing.get_all_start_methods():
         return "fork"
@@ -278,10 +277,9 @@ def _context() -> str | None:
 class StreamFeed(Feed):
     """Batches of a stream, shuffled among `buffer` images; threads read and decode ahead.
 
-    Each process reads its own part of the stream (see `ImageSource.shuffled`). The place of an
-    image that does not decode is taken by the next one of its batch that does (after the last comes
-    the first), so that batches do not depend on what came before. `num_images` is used where the
-    stream does not give its length.
+    Each process reads its own part of the stream (see `ImageSource.shuffled`). An image that does
+    not decode is replaced by the next one in its batch that does (the first follows the last), so
+    batches do not depend on earlier ones. `num_images` is used if the stream has no known length.
 
     Raises:
         UsageError: if the number of images is unknown.
@@ -313,9 +311,9 @@ class StreamFeed(Feed):
         self._buffer = buffer
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """As `Feed.load_state`; the order depends on the number of processes."""
+        """As `Feed.load_state`; also checks the number of processes, on which the order depends."""
         now = distributed.world_size()
-        # without a number: all processes read the order of one
+        # if the state has no number, all processes read the order of one
         before = state.get("processes", 1)
         check(
             before == now,
@@ -375,8 +373,8 @@ class StreamFeed(Feed):
                     images = [(image.result(), label) for label, image in batch]
                     yield self._whole(images)
         finally:
-            # closing is left to the reader: datasets sleeps for seconds when it closes parquet
-            with suppress(RuntimeError):  # at the interpreter's end nothing more is begun
+            # the reader thread closes it: datasets sleeps for seconds when it closes parquet
+            with suppress(RuntimeError):  # at interpreter exit no task can start
                 reader.submit(entries.close)
             reader.shutdown(wait=False)
             decoders.shutdown(wait=False, cancel_futures=True)
@@ -384,7 +382,7 @@ class StreamFeed(Feed):
     def _whole(
         self, batch: list[tuple[np.ndarray | CorruptImageError, int]]
     ) -> tuple[Tensor, Tensor]:
-        """The batch with the next image that decodes in place of each that does not."""
+        """The batch, with every image that does not decode replaced by the next that does."""
         pixels, labels = [], []
         for at in range(len(batch)):
             for image, label in (*batch[at:], *batch[:at]):
@@ -409,9 +407,9 @@ class Training:
 
     feed: Feed
     augment: Augment
-    """From the feed's pixels to network input."""
+    """Turns the feed's pixels into network input."""
     validation: ImageDataset | None
-    """Images held out; None where the recipe holds none out."""
+    """Held-out images; None if the recipe holds none out."""
     preprocessing: Preprocessing
 
     @property
@@ -433,12 +431,12 @@ def open_training(
     channels: int,
     on_image: Callable[[], None] | None = None,
 ) -> Training:
-    """Open a recipe's images for a network of so many input channels (1 or 3).
+    """Open a recipe's images for a network with `channels` input channels (1 or 3).
 
-    The images held out do not depend on `seed`. A recipe without mean and std gets those of the
-    training images where they are in memory, else ImageNet's (for one channel, the mean of its
-    three). `workers` decode a `disk` or `stream` set; `on_image` is called for each image that is
-    decoded into memory.
+    The held-out images do not depend on `seed`. A recipe without mean and std gets those of the
+    training images if these are in memory, else ImageNet's (for one channel, the mean of its
+    three). `workers` is the number of decoders of a `disk` or `stream` set; `on_image` is called
+    for each image that is decoded into memory.
 
     Raises:
         UsageError: if the recipe names no images, or does not suit the network or the batch.
@@ -465,7 +463,7 @@ def open_training(
     if recipe.val_split is not None:
         opened = fetched if streaming else open_source
         other = opened(recipe.path, recipe.val_split)
-        # a set that is not divided gives the same images under every name
+        # a set without splits has the same images under every split name
         check(
             source.split != other.split,
             f"{recipe.path}: {recipe.split!r} and {recipe.val_split!r} are the same images here; "
@@ -484,7 +482,7 @@ def open_training(
             len(held_rows) > 0,
             f"val_share {recipe.val_share}: of {len(labels)} images it holds none out",
         )
-        if in_memory:  # decoded once, and judged together
+        if in_memory:  # decode once, and check skipped images together
             everything = dataset(source)
             held_N = torch.isin(everything.rows, held_rows)
             images = everything.subset((~held_N).nonzero().flatten())

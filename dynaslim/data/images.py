@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from dynaslim.checkpoint import Checkpoint
 
 _AHEAD: Final = 2
-"""Batches that are decoded ahead."""
+"""Number of batches to decode ahead."""
 _PER_TASK: Final = 64
-"""Images that a thread decodes at a time for the memory: small ones are decoded as fast as they are
-handed over."""
+"""Images per task when decoding into memory: handing over a small image takes as long as decoding
+it."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -42,7 +42,7 @@ class ImageDataset:
     """Labelled images of one size, in memory or decoded from their source when they are read.
 
     `ImageDataset(pixels_NCSS, labels_N, class_names)` has uint8 pixels and int64 labels in memory.
-    `ImageDataset.of` decodes images of a source when they are read, and `loaded` once.
+    `ImageDataset.of` decodes images of a source whenever they are read, `loaded` only once.
     """
 
     pixels: Tensor | None
@@ -52,15 +52,15 @@ class ImageDataset:
     name: str = ""
     source: ImageSource | None = None
     rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """(N,) each image's row of its source; empty without one."""
+    """(N,) row of each image in the source; empty without a source."""
     preprocessing: Preprocessing | None = None
     """How images of the source are decoded."""
     skipped: Skipped = field(default_factory=lambda: Skipped(""))
     """Images that could not be decoded so far."""
     hashes: tuple[str, ...] = ()
-    """`digest` of each image's file, where it was read already."""
+    """`digest` of each image's file; empty if the files have not been read."""
     workers: int = 1
-    """Threads that decode."""
+    """Number of decoding threads."""
 
     @classmethod
     def of(
@@ -72,7 +72,7 @@ class ImageDataset:
         workers: int | None = None,
         corrupt_limit: float = LIMIT,
     ) -> ImageDataset:
-        """The given rows of a source, by default all; by default every core decodes.
+        """The given rows of a source (default: all), decoded by `workers` threads (one per core).
 
         Raises:
             DataError: if a label is not one of the classes.
@@ -115,7 +115,7 @@ class ImageDataset:
         return () if self.source is None else _Places(self.source, self.rows)
 
     def check_fits(self, preprocessing: Preprocessing, num_classes: int) -> None:
-        """Raise `DataError` unless size, channels and classes are those of a network."""
+        """Raise `DataError` unless size, channels and classes match those of a network."""
         name = self.name or "data"
         if not len(self):
             raise DataError(f"{name}: no images")
@@ -164,7 +164,7 @@ class ImageDataset:
                 yield torch.from_numpy(pixels_BCSS), labels_B
 
     def loaded(self, on_image: Callable[[], None] | None = None) -> ImageDataset:
-        """The images in memory, without those that do not decode; `on_image` is called for each.
+        """Decode into memory, without images that fail; `on_image` is called for each image.
 
         Raises:
             DataError: if more images do not decode than `skipped` allows.
@@ -207,7 +207,7 @@ class ImageDataset:
         return replace(self, labels_N=labels_N, class_names=tuple(class_names))
 
     def subset(self, rows: Tensor) -> ImageDataset:
-        """The images of the given rows of this set; on the disk, skipped ones are counted anew."""
+        """The given rows of this set. For images on disk, the count of skipped ones restarts."""
         skipped = self.skipped
         if self.pixels is None:
             skipped = Skipped(self.name, len(rows), limit=skipped.limit)
@@ -221,15 +221,15 @@ class ImageDataset:
         )
 
     def sample(self, count: int) -> ImageDataset:
-        """At most `count` of the images, a random choice with a fixed seed, in their order."""
+        """At most `count` images, chosen at random with a fixed seed, in their original order."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0))
         return self.subset(order[:count].sort().values)
 
     def digests(self, most: int | None = None) -> list[str]:
         """`digest` of every image's file; "" for one that cannot be read.
 
-        Where files were not read before, they are read now, evenly spaced if there are more than
-        `most`.
+        Files that have not been read before are read now: if there are more than `most`, only an
+        evenly spaced sample of them.
         """
         if self.hashes or self.source is None:
             return list(self.hashes)
@@ -264,7 +264,7 @@ class ImageDataset:
 
 
 class _Places(Sequence[str]):
-    """Where the images of some rows are, looked up one at a time."""
+    """The places of the images of some rows, looked up one at a time."""
 
     def __init__(self, source: ImageSource, rows: Tensor) -> None:
         self._source, self._rows = source, rows
@@ -281,7 +281,7 @@ class _Places(Sequence[str]):
 def ahead(
     pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], count: int
 ) -> Generator[R, None, None]:
-    """`work` of every item in turn, up to `count` of them ahead of what is taken."""
+    """Yield `work(item)` for each item in order, with up to `count` tasks in the pool."""
     waiting: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -314,7 +314,7 @@ def load_images(
 
 
 def channel_statistics(images: ImageDataset) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of images in memory, of values in 0..1."""
+    """Mean and standard deviation per channel of images in memory, for values in 0..1."""
     # a histogram is exact in integers, and needs no float copy of the set
     means, stds = [], []
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -339,8 +339,8 @@ def label_mapping(
 ) -> list[int]:
     """The network's label for each label of a data set, whose classes are matched by name.
 
-    A network without class names takes the set's labels as they are. `owner` is what has
-    `net_classes`, for messages.
+    A network without class names uses the data set's labels unchanged. In messages, `owner` names
+    the owner of `net_classes`.
 
     Raises:
         DataError: if the numbers of classes differ, or a name is not one of the network's.
@@ -364,9 +364,9 @@ def open_images(
     share: float | None = None,
     corrupt_limit: float = LIMIT,
 ) -> ImageDataset:
-    """Images to run a checkpoint's network on, prepared and labelled as it was trained.
+    """Open images for a checkpoint's network, with the preprocessing and labels of its training.
 
-    `share` takes only the part of the split that a training with that `val_share` holds out.
+    `share` selects only the part of the split that a training with that `val_share` holds out.
 
     Raises:
         DataError: if the images cannot be read, or their classes are not the network's.
@@ -388,31 +388,31 @@ def open_images(
 
 
 def holdout(labels: Tensor, share: float, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Rows to train on and rows to hold out, both rising: a function of (labels, share, seed).
+    """Ascending rows to train on and to hold out: a function of (labels, share, seed).
 
-    The share held out is the same in every class, to within one image. `labels` are those of all
-    rows, whether their images decode or not, so that every command finds the same rows.
+    The same share of every class is held out, to within one image. `labels` are those of all rows,
+    even if their images do not decode, so that every command finds the same rows.
     """
     generator = torch.Generator().manual_seed(step_seed(seed, 0, "holdout"))
     order = torch.randperm(len(labels), generator=generator)
     order = order[torch.argsort(labels[order], stable=True)]
-    # class by class, every 1/share-th of a random order: where the rounded sum moves on
+    # class by class in random order, hold out a row wherever the rounded sum of shares rises
     passed = torch.arange(len(labels) + 1, dtype=torch.float64).mul(share).round()
     back = passed[1:] > passed[:-1]
     return order[~back].sort().values, order[back].sort().values
 
 
 class HeldOut(NamedTuple):
-    """Images that a training validated on: a split, or a share of its training split."""
+    """Images that a training held out: a split, or a share of its training split."""
 
     path: str
     split: str
     share: float | None
-    """What `holdout` takes; None for the whole split."""
+    """The share for `holdout`; None for the whole split."""
 
 
 def data_recipes(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """The data of the stages of a checkpoint's recipe that name images, the last stage first."""
+    """The data of each stage of a checkpoint's recipe that names images, last stage first."""
     for stage in (recipe.get("gate"), recipe.get("supernet")):
         data = stage.get("data") if isinstance(stage, Mapping) else None
         if isinstance(data, Mapping) and isinstance(data.get("path"), str):
@@ -420,9 +420,9 @@ def data_recipes(recipe: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def held_out(recipe: Mapping[str, Any]) -> list[HeldOut | None]:
-    """What the stages of a checkpoint's recipe held out, the last stage first.
+    """The images that each stage of a checkpoint's recipe held out, last stage first.
 
-    None for a stage that held nothing out; stages that name no images are left out.
+    None for a stage that held nothing out; stages that name no images are omitted.
     """
     found: list[HeldOut | None] = []
     for data in data_recipes(recipe):

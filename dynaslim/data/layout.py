@@ -1,6 +1,6 @@
-"""The files of a data set: parquet files or class folders of images, by split; no torch.
+"""Find the files of a data set by split: parquet files or class folders of images.
 
-Files are found here, and opened in `dynaslim.data.source`.
+They are opened in `dynaslim.data.source`. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dynaslim.errors import DataError
 MINI: Final = Path(__file__).parent / "fashion_mnist_mini"
 """The data set that ships with the package."""
 WHOLE: Final = "whole"
-"""Name of the only split of a set without splits."""
+"""Name of the only split of a data set without splits."""
 _ALIASES: Final[Mapping[str, tuple[str, ...]]] = {
     "test": ("test", "validation"),
     "val": ("validation",),
@@ -41,17 +41,17 @@ def check_path(path: str | Path) -> None:
 
 
 def check_hub_name(name: str) -> None:
-    """Raise `DataError` unless a name has the form of data sets on the hub: OWNER/NAME.
+    """Raise `DataError` unless a name has the form of a data set on the hub: OWNER/NAME.
 
-    Names without an owner, which a few old sets have, are refused: most of them are folders that do
-    not exist, and a look-up on the hub takes half a minute without a connection.
+    Names without an owner, as a few old data sets have, are refused. Most of them are folders that
+    do not exist, and without a connection a hub look-up takes half a minute.
     """
     if _HUB_NAME.fullmatch(name) is None:
         raise DataError(f"{name}: no such file or folder; a data set on the hub is OWNER/NAME")
 
 
 def tables_of(source: Path) -> dict[str, list[str]]:
-    """Split name -> parquet files of a file or folder; empty for a folder that holds none."""
+    """Split name -> parquet files of a path; empty for a folder without any."""
     if source.is_file():
         if source.suffix != ".parquet":
             raise DataError(f"{source}: expected a .parquet file or a folder")
@@ -63,7 +63,7 @@ def tables_of(source: Path) -> dict[str, list[str]]:
 
 
 def _split_of(table: Path) -> str:
-    """The split in a table's name, or else in that of a folder above it; else `WHOLE`."""
+    """The split in the name of a table or, failing that, of a folder above it; else `WHOLE`."""
     for part in (table.stem, *reversed(table.parts[:-1])):
         if found := _TOKEN.findall(part.lower()):
             last = str(found[-1])
@@ -72,19 +72,19 @@ def _split_of(table: Path) -> str:
 
 
 def class_folders(source: Path) -> dict[str, list[tuple[str, str]]]:
-    """Split name -> (file, class) of class folders of images, or of split folders of those.
+    """Split name -> (file, class) of images in class folders, which may be in split folders.
 
-    Only whole folder names count. Not by the folder reader of `datasets`: it takes a class called
-    `bus_test` for a split.
+    A split folder is recognised by its whole name. The folder reader of `datasets` is not used,
+    because it takes a class called `bus_test` for a split.
 
     Raises:
-        DataError: if there is no image in a class folder.
+        DataError: if no class folder contains an image.
     """
     folders = sorted(f for f in source.iterdir() if f.is_dir() and not f.name.startswith("."))
     names = [f.name.lower() for f in folders]
     splits = [bool(_TOKEN.fullmatch(name)) for name in names]
     if any(splits) and not all(splits):
-        # a class may be called `val`; split folders hold folders, and then others are ignored
+        # a class may be called `val`, but split folders hold folders; then others are ignored
         kept = [f for f, is_split in zip(folders, splits, strict=True) if is_split]
         if all(any(inner.is_dir() for inner in f.iterdir()) for f in kept):
             folders, names = kept, [f.name.lower() for f in kept]
@@ -109,7 +109,7 @@ def class_folders(source: Path) -> dict[str, list[tuple[str, str]]]:
 
 
 def _check_name(file: Path) -> None:
-    """Raise `DataError` for a name that no table of a data set can hold."""
+    """Raise `DataError` for a name that is not UTF-8, which tables cannot store."""
     try:
         str(file).encode()
     except UnicodeEncodeError:
@@ -118,7 +118,7 @@ def _check_name(file: Path) -> None:
 
 
 def _no_classes(source: Path, loose: list[Path]) -> str:
-    """The message for a folder that has no image in a class folder."""
+    """The message for a folder without images in class folders."""
     expected = f"expected {source}/CLASS/FILE, a folder of images for each class"
     if not loose:
         return f"{source}: holds no images; {expected}, or .parquet files"
@@ -130,7 +130,7 @@ def _no_classes(source: Path, loose: list[Path]) -> str:
 
 
 def pick_split(name: str, split: str, available: list[str]) -> str:
-    """The available split that `split` means; raises `DataError` if there is none."""
+    """The available split that `split` refers to; raises `DataError` if there is none."""
     for candidate in (*_ALIASES.get(split, (split,)), split, WHOLE):
         if candidate in available:
             return candidate

@@ -8,9 +8,9 @@ from typing import Final
 from dynaslim.errors import DataError
 
 NAMED: Final = 20
-"""Skipped images that are named; the others are counted."""
+"""The most skipped images to name; the others are only counted."""
 LIMIT: Final = 0.01
-"""Default share of a set's images that may be left out; one image always may."""
+"""Default share of a set's images that may be left out; a single image always may."""
 _IN_MESSAGE: Final = 3
 
 
@@ -32,10 +32,10 @@ def report_lines(lines: Sequence[str]) -> list[str]:
 
 
 class Skipped:
-    """Distinct images of a data set that were left out, in the order they were met.
+    """Distinct images of a data set that were left out, in the order in which they were found.
 
-    `images` is the size of the set, or how many images were seen so far where it is read as a
-    stream. `limit` is the share of them that may be left out, judged once `at_least` were seen.
+    `images` is the size of the set or, for a stream, the number of images read so far. `limit` is
+    the share of them that may be left out; it is checked once `at_least` images have been read.
     """
 
     def __init__(
@@ -66,8 +66,8 @@ class Skipped:
     def check(self, *, complete: bool = False) -> None:
         """Raise `DataError` if more than the limit's share of the images were left out.
 
-        One image is never too many, unless the limit is 0: of a small set it is a large share.
-        With `complete` the whole set has been seen, and `at_least` no longer matters.
+        A single image is allowed unless the limit is 0, because it is a large share of a small set.
+        With `complete` the whole set has been read, and `at_least` is ignored.
         """
         if self.count <= max(self.limit * self.images, 1 if self.limit else 0):
             return

@@ -1,4 +1,4 @@
-"""Opening labelled images, still encoded: parquet files, image folders and hub names."""
+"""Open labelled images without decoding them: parquet files, image folders, hub names."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Entry(NamedTuple):
     """One labelled image, still encoded."""
 
     where: str
-    """Its file, or its place in the set."""
+    """The image's file, or its place in the data set."""
     content: bytes | None
     label: int
     on_disk: bool = False
-    """The bytes are in the file `where`."""
+    """Whether the bytes are in the file `where`."""
 
     def read(self) -> bytes:
         """The encoded image; raises `CorruptImageError` if it is missing or cannot be read."""
@@ -52,7 +52,7 @@ class ImageSource:
     """
 
     name: str
-    """Its path or hub name, for messages."""
+    """The path or hub name, for messages."""
     split: str
     class_names: tuple[str, ...]
     dataset: Any
@@ -87,15 +87,16 @@ class ImageSource:
     def shuffled(
         self, seed: int, buffer: int, start: int = 0, share: int = 0
     ) -> Generator[Entry, None, None]:
-        """The images of this process from number `start` of the order that `seed` gives.
+        """The images of this process in the order that `seed` gives, from number `start` on.
 
-        The shards (files) of a stream are shuffled and shared out among the processes, and each
-        process shuffles its images among `buffer` of them. Shares of several processes differ in
-        size: one that ends starts again, unless it has less than half of the `share` images that a
-        process takes in an epoch. Rows on the disk are shuffled freely and shared out evenly.
+        The shards (files) of a stream are shuffled and divided among the processes, and each
+        process shuffles its images in a buffer of `buffer` images. The parts of the processes may
+        differ in size: a process that reaches the end of its part starts again, unless the part has
+        less than half of the `share` images that a process takes in an epoch. Rows on disk are
+        fully shuffled and divided evenly.
 
-        What comes before `start` is read but not decoded. The saved state of `datasets` would skip
-        it, but loses the images of the shuffle buffer.
+        Images before `start` are read but not decoded. The saved state of `datasets` would skip
+        them, but it loses the images in the shuffle buffer.
 
         Raises:
             DataError: if reading fails, or a label is not one of the classes.
@@ -127,11 +128,11 @@ class ImageSource:
             return shuffled
         if shuffled.num_shards >= processes:
             return shuffled.shard(processes, rank())
-        # too small to be divided: each process reads the whole stream and drops what is not its own
+        # too few shards: each process reads the whole stream and drops images that are not its own
         return split_dataset_by_node(shuffled, rank(), processes)
 
     def in_order(self) -> Iterator[Mapping[str, Any]]:
-        """The undecoded rows as they are stored."""
+        """The undecoded rows in stored order."""
         return self._read(self.dataset)
 
     def _read(self, dataset: Any) -> Iterator[Mapping[str, Any]]:
@@ -174,20 +175,20 @@ def digest(content: bytes) -> str:
 
 
 def open_source(path: str | Path, split: str = "test", *, streaming: bool = False) -> ImageSource:
-    """Open a split of a data set; nothing is decoded yet.
+    """Open a split of a data set without decoding images.
 
     `path` is a parquet file, a folder of parquet files (their names or folders contain train, test
     or validation), a folder of images (`[split/]class/file`) or the name of a data set on the hub.
-    `split` "test" also takes validation; a set that is not divided is taken whole. With `streaming`
-    nothing is copied to the disk.
+    `split` "test" also accepts validation; a set without splits is opened whole. With `streaming`
+    nothing is copied to disk.
 
     Raises:
-        DataError: if there is nothing there, no such split, or no image and label columns.
+        DataError: if there is no such data set or split, or it has no image or label column.
     """
     name, local = str(path), Path(path)
     datasets.disable_progress_bars()
     if datasets.config.PYARROW_VERSION.major > 24:
-        # older ones need it: seconds of waiting for their threads after each pass over a stream
+        # only older versions need it: a wait of seconds for threads after each pass over a stream
         datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN = 0
     tables = tables_of(local) if local.exists() else {}
     if tables:
@@ -217,9 +218,9 @@ def open_source(path: str | Path, split: str = "test", *, streaming: bool = Fals
 
 
 def fetched(path: str, split: str) -> ImageSource:
-    """A whole split of a streamed set, for evaluation.
+    """Open a whole split of a streamed data set, for evaluation.
 
-    Of a set on the hub, the split is copied to the disk as it is read, without the other splits.
+    From the hub, the split is copied to disk as it is read, without the other splits.
     """
     if Path(path).exists():
         return open_source(path, split)
@@ -241,7 +242,7 @@ def _open_tables(path: str, split: str, tables: list[str], streaming: bool) -> A
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors; we report the outcome
     try:
         return datasets.load_dataset("parquet", data_files={split: tables}, split=split, **options)
-    except Exception as error:  # datasets lets through what its readers raise, of many kinds
+    except Exception as error:  # datasets passes on what its readers raise, of many kinds
         if "corresponds to no data" in str(error):
             raise DataError(f"{path}: split {split} is empty") from None
         cause = error.__cause__ or error
@@ -291,7 +292,7 @@ def _rows_of(name: str, tables: Sequence[str]) -> int:
 
 
 def _pick_columns(name: str, features: Mapping[str, Any]) -> tuple[str, str]:
-    """The columns of images and of labels: class labels, or else integers called `label`."""
+    """The image column and the label column: class labels, or else integers called `label`."""
     images = [n for n, f in features.items() if isinstance(f, datasets.Image)]
     labels = [n for n, f in features.items() if isinstance(f, datasets.ClassLabel)]
     if not images:

@@ -1,4 +1,4 @@
-"""Batches of uint8 pixels to network input, and augmentation on whole batches by kornia.
+"""Turn batches of uint8 pixels into network input, and augment whole batches with kornia.
 
 Suffixes: B images, C channels, S side in pixels, N classes.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
-    """uint8 pixels (or floats of 0..255) -> float32 of mean 0 and deviation 1 per channel."""
+    """uint8 pixels (or floats in 0..255) -> float32, normalised by the mean and std per channel."""
     statistics = torch.tensor((preprocessing.mean, preprocessing.std), device=images_BCSS.device)
     mean, std = statistics.mul(255).view(2, 1, preprocessing.channels, 1, 1)
     x: Tensor = (images_BCSS.float() - mean) / std
@@ -34,7 +34,7 @@ def normalise(images_BCSS: Tensor, preprocessing: Preprocessing) -> Tensor:
 def readable_batches(
     images: ImageDataset, preprocessing: Preprocessing, batch_size: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Network inputs (B, C, S, S) and labels (B,) of the images that can be read, as stored."""
+    """Network inputs (B, C, S, S) and labels (B,) of readable images, in stored order."""
     for pixels, labels in images.batches(batch_size):
         good = labels >= 0
         if good.any():
@@ -44,17 +44,17 @@ def readable_batches(
 def sample_batches(
     images: ImageDataset, preprocessing: Preprocessing, batch_size: int, count: int
 ) -> Iterator[Tensor]:
-    """Network inputs (B, C, S, S) of at most `count` images, a random choice with a fixed seed."""
+    """Network inputs (B, C, S, S) of at most `count` images, drawn at random with a fixed seed."""
     return (x for x, _ in readable_batches(images.sample(count), preprocessing, batch_size))
 
 
 class Augment:
-    """Random views of a batch of training images, normalised; a function of (pixels, seed)."""
+    """Random, normalised views of a batch of training images; a function of (pixels, seed)."""
 
     def __init__(
         self, recipe: AugmentRecipe, preprocessing: Preprocessing, *, resized_already: bool = False
     ) -> None:
-        """Follow the recipe; with `resized_already`, a `resized` crop has been done in decoding."""
+        """With `resized_already`, decoding has already made the recipe's `resized` crop."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # kornia's own deprecations at import
             import kornia.augmentation as augmentation
@@ -81,11 +81,11 @@ class Augment:
     def __call__(self, pixels_BCSS: Tensor, seed: int) -> Tensor:
         """uint8 pixels to augmented network input, float32; the same seed gives the same result.
 
-        Colours change first, on values of 0..1; then the pixels are normalised, so that what a
-        shift uncovers has the mean colour, and cropped, mirrored and partly erased.
+        RandAugment and jitter come first, on values in 0..1. The pixels are then normalised, so
+        that areas that a shift uncovers have the mean colour, then cropped, mirrored and erased.
         """
         x = normalise(self._recoloured(pixels_BCSS, seed), self._preprocessing)
-        # kornia draws from the global generator of the CPU: lend it one, so that a step's
+        # kornia draws from the global CPU generator: fork and seed it, so that a step's
         # randomness depends on its seed alone
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
@@ -115,8 +115,8 @@ class Augment:
         return x * 255
 
     def _erased(self, x_BCSS: Tensor, seed: int) -> Tensor:
-        """Rectangles of noise, of mean 0 and deviation 1 as the images' (arXiv 1708.04896)."""
-        # kornia fills with a constant: its zeros are the rectangle
+        """Erase rectangles with noise of mean 0 and deviation 1, as in the images (1708.04896)."""
+        # kornia can only fill with a constant: here its zeros mark the rectangle
         keep_B1SS = self._erase(torch.ones_like(x_BCSS[:, :1]))
         generator = torch.Generator(x_BCSS.device).manual_seed(step_seed(seed, 0, "erasing"))
         noise = torch.empty_like(x_BCSS).normal_(generator=generator)
@@ -128,11 +128,11 @@ def mix(
 ) -> tuple[Tensor, Tensor]:
     """Mix each image with another of the batch: (x, class probabilities (B, N) that sum to 1).
 
-    Mixup (arXiv 1710.09412) adds the two, CutMix (arXiv 1905.04899) puts a rectangle of one into
-    the other; with both in the recipe a coin chooses for the batch. One weight per batch, from
-    Beta(alpha, alpha), and for CutMix the share that the rectangle really has. With neither in the
-    recipe both are returned as they came, the labels as numbers. kornia's own draw mixup's weight
-    uniformly. A function of the seed.
+    Mixup (arXiv 1710.09412) takes a weighted sum of the two; CutMix (arXiv 1905.04899) puts a
+    rectangle of one into the other. If the recipe has both, one is drawn for the batch with equal
+    chances. There is one weight per batch, from Beta(alpha, alpha); CutMix replaces it by the share
+    that the rectangle leaves. If the recipe has neither, x and the labels (B,) are returned
+    unchanged. kornia's own mixup draws its weight uniformly. A function of the seed.
     """
     if not (recipe.mixup or recipe.cutmix):
         return x_BCSS, labels_B
@@ -153,7 +153,7 @@ def mix(
 def _cut_in(
     x_BCSS: Tensor, other_BCSS: Tensor, weight: float, rng: random.Random
 ) -> tuple[Tensor, float]:
-    """`other` in a rectangle of about 1 - weight of the area, and the share of x that is left."""
+    """Put a rectangle of `other`, about 1 - weight of the area, into x; also the share kept."""
     height, width = x_BCSS.shape[-2:]
     cut_h, cut_w = (round(side * math.sqrt(1 - weight)) for side in (height, width))
     # the rectangle's centre is anywhere in the image, so borders are cut as often as the middle

@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: the network and its measured accuracy and cost. No torch."""
+"""The model card of a checkpoint: its network, measured accuracy and cost. Needs no torch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """An evaluation that a checkpoint keeps (`Evaluation.to_dict`), checked to be one."""
+    """An evaluation stored in a checkpoint's metrics (`Evaluation.to_dict`), validated."""
 
     split: str
-    """What it was measured on: the set that the checkpoint was chosen by, or the test images."""
+    """The images measured on: "held-out" (the checkpoint was selected by them) or "test"."""
     images: int
     routes: tuple[tuple[str, float, float], ...]
-    """Route, MAdds and top-1 (0..1), as they were listed."""
+    """Name, MAdds and top-1 (0..1) of each route, in the stored order."""
     dynamic: tuple[float, float] | None
-    """Mean MAdds and top-1 with the gates; None where they were not run."""
+    """Mean MAdds and top-1 (0..1) when the gates choose; None if that was not measured."""
 
     def line(self) -> str:
         """A summary in one line."""
@@ -42,7 +42,7 @@ _SPLITS: Final = {"": "test", "val": "held-out"}
 
 
 def measured(metrics: Mapping[str, Any]) -> Iterator[Measured]:
-    """The evaluations among a checkpoint's metrics; other entries are left out."""
+    """Yield the evaluations among a checkpoint's metrics; other entries are skipped."""
     candidates = {"": metrics, **metrics}
     for name, value in candidates.items():
         if not isinstance(value, Mapping) or "images" not in value or "routes" not in value:
@@ -71,13 +71,13 @@ def _evaluation(split: str, value: Mapping[str, Any]) -> Measured:
 # -- the card -------------------------------------------------------------------------------------
 
 CLASSES: Final = 20
-"""Class names in a card; `config.json` has all."""
+"""Largest number of class names in a card; `config.json` lists all of them."""
 SHARES: Final = (0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
-"""Budgets in a card."""
+"""Budgets listed in a card, as shares of the widest route's cost."""
 
 
 def dataset_of(recipe: Mapping[str, Any]) -> str | None:
-    """The images of a recipe: a hub name, or the last part of a path; None if there are none."""
+    """The data set named in a recipe: a hub name or the last part of a path; None if none is."""
     for stage in ("supernet", "gate"):
         data = (recipe.get(stage) or {}).get("data") or {}
         if data.get("path"):
@@ -86,7 +86,7 @@ def dataset_of(recipe: Mapping[str, Any]) -> str | None:
 
 
 def card_text(checkpoint: Checkpoint, *, repo: str) -> str:
-    """The body of a model card, in Markdown: what the network gives, costs, and how to use it."""
+    """The body of a model card in Markdown: the network's accuracy, cost and usage."""
     spec, pre = checkpoint.net.spec, checkpoint.preprocessing
     size = "" if pre is None else f", for images of {pre.image_size_px}x{pre.image_size_px} px"
     parts = [
@@ -184,7 +184,7 @@ def _recipe(recipe: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _without_folders(value: Any) -> Any:
-    """A value with paths cut to their last part."""
+    """A copy of a nested value in which each path is reduced to its last part."""
     if isinstance(value, Mapping):
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

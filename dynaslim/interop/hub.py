@@ -1,9 +1,9 @@
-"""Networks on the hub: a repository is a folder of checkpoint, `config.json` and model card.
+"""Networks on the hub: a repository holds a checkpoint, a `config.json` and a model card.
 
-`Checkpoint` (a network with its class names, preprocessing, metrics, recipe and budget) and
-networks alone (`SlimNet`) get the methods of `Pretrained` here: their own packages may not import
-this one. `dynaslim` imports this module with its first name that needs torch; code that imports
-only `dynaslim.checkpoint` or `dynaslim.nn` has to import it too.
+This module adds the methods of `Pretrained` to `Checkpoint` (a network with its class names,
+preprocessing, metrics, recipe and budget) and to bare networks (`SlimNet`), whose own modules may
+not import this one. `dynaslim` imports it when a name that needs the networks is first used. Code
+that imports only `dynaslim.checkpoint` or `dynaslim.nn` must import this module itself.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NAME: Final = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Pretrained:
-    """Methods that save to a folder of the hub, push it, and read it."""
+    """Methods to save a network in the hub's layout, upload it, and load it."""
 
     def save_pretrained(
         self,
@@ -43,18 +43,18 @@ class Pretrained:
         dataset: str | None = None,
         **about: Any,
     ) -> Path:
-        """Write a folder as the hub has them: checkpoint, `config.json` and a model card.
+        """Write a folder in the hub's layout: a checkpoint, `config.json` and a model card.
 
-        The checkpoint (`model.safetensors`) is the one that `dynaslim.save` writes; it alone is
-        read back. `license` (such as "apache-2.0") and `dataset` (a hub name) go into the card,
-        which is left alone if there is a README.md already. `about` are fields of `Checkpoint`,
-        such as `class_names`, that are added or replaced: a network alone has none.
+        The checkpoint (`model.safetensors`) is written as by `dynaslim.save`; only this file is
+        read back. `license` (such as "apache-2.0") and `dataset` (a hub name) are stated in the
+        card (README.md); an existing README.md is not changed. `about` sets or replaces fields of
+        the `Checkpoint`, such as `class_names`; a bare network has none of them.
 
         Returns the folder.
 
         Raises:
-            CheckpointError: if a number is not finite.
-            UsageError: for a field that a checkpoint does not have, or that does not fit.
+            CheckpointError: if a value is not finite.
+            UsageError: for a field that a checkpoint does not have, or a value that does not fit.
             OSError: if the folder cannot be written.
         """
         folder = Path(folder)
@@ -76,15 +76,15 @@ class Pretrained:
         dataset: str | None = None,
         **about: Any,
     ) -> str:
-        """Upload what `save_pretrained` writes to a repository of the hub, made if there is none.
+        """Upload what `save_pretrained` writes to a repository on the hub; create it if needed.
 
         `repo` is a name such as "user/model". A README.md in the repository is replaced.
 
-        Returns the commit's address.
+        Returns the commit's URL.
 
         Raises:
-            HubError: if the hub cannot be reached or does not allow it.
-            CheckpointError, UsageError: as `save_pretrained`; nothing has been sent then.
+            HubError: if the hub cannot be reached or refuses the upload.
+            CheckpointError, UsageError: as `save_pretrained`, before anything is sent.
         """
         with TemporaryDirectory() as folder:
             # saved first, so that an error leaves no empty repository on the hub
@@ -115,14 +115,14 @@ class Pretrained:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> Self:
-        """Read a folder of `save_pretrained`, or a repository of the hub, in evaluation mode.
+        """Load a folder of `save_pretrained`, or a repository on the hub, in evaluation mode.
 
-        `revision` is a branch, tag or commit; what was downloaded before is taken from the hub's
-        cache. `Checkpoint.from_pretrained` gives the network with its description,
-        `SlimNet.from_pretrained` the network alone.
+        `revision` is a branch, tag or commit. Files downloaded before are taken from the hub's
+        cache. `Checkpoint.from_pretrained` returns the network with its description,
+        `SlimNet.from_pretrained` only the network.
 
         Raises:
-            HubError: if there is no such folder, and no such repository on the hub or in its cache.
+            HubError: if there is no such folder, and no such repository on the hub or in the cache.
             CheckpointError: as `dynaslim.read`.
         """
         path = Path(name)
@@ -170,7 +170,7 @@ def _write(
 
 
 def _card_data(checkpoint: Checkpoint, license: str | None, dataset: str | None) -> Any:
-    """The metadata above a card."""
+    """The metadata of a model card, its YAML header."""
     from huggingface_hub.repocard_data import EvalResult, ModelCardData
 
     name = dataset or dataset_of(checkpoint.recipe) or "unknown"
@@ -199,7 +199,7 @@ def _card_data(checkpoint: Checkpoint, license: str | None, dataset: str | None)
 
 
 def _metrics(result: Any) -> Iterator[tuple[str, str, float]]:
-    """Kind, name and value of what was measured: the dynamic mode first."""
+    """Yield type, name and value of each metric, those of the dynamic mode first."""
     if result.dynamic is not None:
         cost, top1 = result.dynamic
         yield "accuracy", "top-1, dynamic", round(top1, 6)
@@ -210,7 +210,7 @@ def _metrics(result: Any) -> Iterator[tuple[str, str, float]]:
 
 
 def _config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """A summary for other tools; dynaslim does not read it back."""
+    """The content of `config.json`, for other tools; dynaslim does not read it back."""
     spec, pre, names = checkpoint.net.spec, checkpoint.preprocessing, checkpoint.class_names
     return {
         "library_name": "dynaslim",

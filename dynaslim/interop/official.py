@@ -1,8 +1,8 @@
-"""Checkpoints of the released DS-Net code, read without running code from them.
+"""Read checkpoints of the released DS-Net code without executing code from them.
 
-The release saves DS-MBNet with `torch.save`: `state_dict` (keys perhaps with `module.` in front),
-`state_dict_ema` and an `argparse.Namespace` of its options. Tensors and that Namespace are all
-that the loader accepts; anything else in the pickle is refused by name.
+The release saves DS-MBNet with `torch.save`: `state_dict` (its keys may start with `module.`),
+`state_dict_ema` and an `argparse.Namespace` of its options. The loader accepts only tensors and
+that Namespace; anything else in the pickle is refused by name.
 """
 
 from __future__ import annotations
@@ -51,10 +51,11 @@ _HARMLESS = re.compile(
 
 
 def from_official(path: str | Path, ema: bool = False) -> SlimNet:
-    """The network of a released DS-MBNet checkpoint, in evaluation mode.
+    """Load the network of a released DS-MBNet checkpoint, in evaluation mode.
 
-    Classes are read from its classifier and the gate's choices from its slimming head: the first
-    K widths, as the release trains it. `ema` takes the averaged weights.
+    The number of classes is taken from the classifier, and the number K of gate choices from the
+    slimming head: the gate chooses among the first K widths, as in the release. With `ema`, the
+    averaged weights are loaded.
 
     Raises:
         CheckpointError: if the file cannot be read, holds pickled objects other than tensors and
@@ -81,7 +82,7 @@ def from_official(path: str | Path, ema: bool = False) -> SlimNet:
         if key not in state:
             raise CheckpointError(f"{path}: not a released DS-MBNet: it has no {key}")
         value = state[key]
-        # 1x1 convolutions of the gates are linear layers here
+        # the gates' 1x1 convolutions are linear layers here
         flat = value[..., 0, 0] if value.ndim == into.ndim + 2 else value
         if flat.shape != into.shape:
             got, needed = tuple(value.shape), tuple(into.shape)
@@ -108,7 +109,7 @@ def from_official(path: str | Path, ema: bool = False) -> SlimNet:
 
 
 def import_official(path: str | Path, *, ema: bool = False) -> Checkpoint:
-    """As `from_official`, with the preprocessing that the release uses on ImageNet at 224 px."""
+    """Like `from_official`, plus the preprocessing that the release uses for ImageNet at 224 px."""
     return Checkpoint(
         net=from_official(path, ema),
         preprocessing=Preprocessing(image_size_px=224, crop_fraction=0.875),
@@ -117,16 +118,16 @@ def import_official(path: str | Path, *, ema: bool = False) -> Checkpoint:
 
 
 def read_official(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """The state dict of a released checkpoint, `module.` taken off its keys."""
+    """The state dict of a released checkpoint, its keys without the prefix `module.`."""
     source = Path(path)
     if not source.is_file():
         what = "is a folder, not a file" if source.is_dir() else "no such file"
         raise CheckpointError(f"{path}: {what}")
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-            warnings.simplefilter("ignore")  # of pickle protocols that are refused anyway
+            warnings.simplefilter("ignore")  # about pickle protocols, which are refused anyway
             content: Any = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception:  # the restricted loader raises many kinds for damaged files
+    except Exception:  # the restricted loader raises many exception types for damaged files
         raise CheckpointError(f"{path}: {_refusal(source)}") from None
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
@@ -148,9 +149,10 @@ def _refusal(source: Path) -> str:
 
 
 def _pickled_names(source: Path) -> list[str]:
-    """Names that a file's pickle imports, found by reading its opcodes: nothing is executed.
+    """Names that a file's pickle imports, found by reading its opcodes; nothing is executed.
 
-    They are for the message: the restricted loader names what it refused for some pickles only.
+    They are needed for the error message: the restricted loader does not always name what it
+    refused.
     """
     names: list[str] = []
     try:
@@ -177,7 +179,7 @@ def _pickled_names(source: Path) -> list[str]:
                     strings.append(memo.get(argument, ""))
                 elif isinstance(argument, str):
                     strings.append(argument)
-    except Exception:  # pickletools and zipfile raise many kinds for damage; keep what was found
+    except Exception:  # damaged files raise many exception types; keep what was found
         return names
     return names
 
@@ -185,7 +187,7 @@ def _pickled_names(source: Path) -> list[str]:
 def _take_batch_norm(take: Callable[[str, Tensor], None], prefix: str, bn: SlimBatchNorm2d) -> None:
     channels = bn.slot_channels
     for slot, width in enumerate(channels):
-        # the first slot of that width: the release gives the teacher those of the last width
+        # the first slot of this width: in the release the teacher shares that of the last width
         key = f"{prefix}.{channels.index(width)}"
         take(f"{key}.running_mean", bn.running_mean[slot, :width])
         take(f"{key}.running_var", bn.running_var[slot, :width])
@@ -196,7 +198,7 @@ def _take_batch_norm(take: Callable[[str, Tensor], None], prefix: str, bn: SlimB
 
 
 def _released_name(name: str) -> str:
-    """The release's name of a module: stages.1.0.depthwise.bn -> blocks.0.first_block.bn1."""
+    """A module's name in the release: stages.1.0.depthwise.bn -> blocks.0.first_block.bn1."""
     if name.startswith("stages.0."):
         return {"conv": "conv_stem", "bn": "bn1"}.get(name.rsplit(".", 1)[1], "")
     found = re.fullmatch(r"stages\.(\d+)\.(\d+)\.(.+)", name)

@@ -1,4 +1,4 @@
-"""Slice-able layers, gates, blocks and the network."""
+"""Sliceable layers, gates and the network."""
 
 from dynaslim.nn.functional import argmax_one_hot, gumbel_one_hot
 from dynaslim.nn.net import GatedOutput, SlimNet

@@ -1,7 +1,7 @@
-"""Slice-able operations as pure functions: the width in use is an argument, never a state.
+"""Sliceable operations as pure functions: the active width is an argument, never state.
 
-Shape suffixes: B rows, C channels in use, H W pixels, K choices of a gate, k kernel,
-M channels of the whole (widest) layer.
+Shape suffixes: B rows, C channels in use, H W pixels, K choices of a gate,
+M channels of the widest layer.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 
 
 class SoftWidth(NamedTuple):
-    """A width that a gate chose for every row: `gate_BK` one-hot (or soft) over BN slots.
+    """A width per row, chosen by a gate: `gate_BK` is one-hot (or soft) over the BN `slots`.
 
-    Layers run at the widest of the choices; the BN behind them zeroes what a row does not use.
+    Layers run at the widest choice; the BN after them zeroes the channels that a row does not use.
     """
 
     gate_BK: Tensor
@@ -25,7 +25,7 @@ class SoftWidth(NamedTuple):
 
 
 AnyWidth = int | SoftWidth
-"""The width that a layer is to use, as its BN slot: one for the whole batch, or one per row."""
+"""The width at which a layer runs, as a BN slot: one for the whole batch, or one per row."""
 
 
 def gated_batch_norm(
@@ -39,25 +39,25 @@ def gated_batch_norm(
     *,
     eps: float,
 ) -> Tensor:
-    """Batch normalisation of every row by the running statistics of the width its gate chose.
+    """Normalise every row with the running statistics of the width that its gate chose.
 
-    `ends` are the channels of each choice. Scale and shift are tables that are zero beyond them,
-    so this is the mask too: with one-hot gates a row equals the sliced network's, and the gradient
-    of an option is the difference that the option would make.
+    `ends` is the number of channels of each choice. Scale and shift are zero beyond it, so they are
+    also the mask: with one-hot gates each row equals the output of the sliced network, and
+    the gradient of a choice is the difference that the choice would make.
     """
     channels = x_BCHW.shape[1]
     scale_KC = weight_M[:channels] * torch.rsqrt(var_KM[:, :channels] + eps)
     shift_KC = bias_M[:channels] - mean_KM[:, :channels] * scale_KC
     ends_K1 = torch.tensor(ends, device=x_BCHW.device)[:, None]
     mask_KC = torch.arange(channels, device=x_BCHW.device) < ends_K1
-    # `where`, not a product: statistics beyond a width are never written and must not leak in
+    # `where`, not a product: statistics beyond a width are never updated and must not leak in
     scale_BC = gate_BK @ torch.where(mask_KC, scale_KC, 0.0)
     shift_BC = gate_BK @ torch.where(mask_KC, shift_KC, 0.0)
     return x_BCHW * scale_BC[:, :, None, None] + shift_BC[:, :, None, None]
 
 
 def argmax_one_hot(logits_BK: Tensor) -> Tensor:
-    """The evaluation gate: one-hot of the highest logit, ties to the cheaper choice. No noise."""
+    """The evaluation gate: one-hot at the highest logit, no noise; ties to the cheaper choice."""
     return F.one_hot(logits_BK.argmax(1), logits_BK.shape[1]).to(logits_BK.dtype)
 
 
@@ -77,11 +77,12 @@ def gumbel_one_hot(
     part: int = 0,
     parts: int = 1,
 ) -> Tensor:
-    """The training gate: a one-hot sample with the Gumbel-softmax's gradient (arXiv 1611.01144).
+    """The training gate: a one-hot sample with the Gumbel-softmax gradient (arXiv 1611.01144).
 
-    Forward exactly one-hot, backward that of softmax((logits + noise) / tau) (straight-through).
-    The noise is drawn on the generator's device. Of a batch in several equal parts, each draws the
-    noise of the whole and takes its own, so that together they are what the whole would be.
+    The forward value is exactly one-hot; the gradient is that of softmax((logits + noise) / tau)
+    (straight-through). The noise is drawn on the generator's device. If a batch is split into
+    `parts` equal parts, each call draws the noise of the whole batch and uses the slice of its
+    `part`, so the parts together get the same noise as the whole batch would.
     """
     device = logits_BK.device if generator is None else generator.device
     rows, options = logits_BK.shape

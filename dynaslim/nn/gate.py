@@ -17,11 +17,11 @@ from dynaslim.spec import Attention
 class Gate(nn.Module):
     """Global average pool, hidden layer, then up to two heads (arXiv 2103.13258, section 3.3).
 
-    The attention head scales the features channel by channel: by a sigmoid, or by `1 + tanh` with
-    zero-initialised weights, which starts as the identity; with `attention` None there is no such
-    head. The slimming head, where `choices` is
-    not 0, gives one logit per choice; it is bias-free and reads the hidden layer, as released.
-    Both are linear layers on pooled features: equal to the paper's 1x1 convolutions.
+    The attention head scales the features channel by channel, either by a sigmoid or by `1 + tanh`
+    with zero-initialised weights, which starts as the identity. With `attention` None there is no
+    attention head. The slimming head exists if `choices` is not 0: it gives one logit per choice,
+    has no bias and reads the hidden layer, as in the released code. Both heads are linear layers
+    on pooled features, which equal the paper's 1x1 convolutions.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Gate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Hidden layer as `torch.nn.Linear`; a slimming head that starts without a preference."""
+        """Initialise all weights; the slimming head starts with hardly any preference."""
         hidden, channels = self.reduce_weight.shape
         nn.init.uniform_(self.reduce_weight, -1 / math.sqrt(channels), 1 / math.sqrt(channels))
         nn.init.zeros_(self.reduce_bias)
@@ -60,7 +60,7 @@ class Gate(nn.Module):
             nn.init.normal_(self.slimming_weight, std=0.01)
 
     def hidden(self, pooled_BC: Tensor) -> Tensor:
-        """What both heads read (B, R), never negative, of the features' means over pixels."""
+        """The hidden features (B, R), never negative, that both heads read."""
         weight_RC = self.reduce_weight[:, : pooled_BC.shape[1]]
         return torch.relu(F.linear(pooled_BC, weight_RC, self.reduce_bias))
 
@@ -70,7 +70,7 @@ class Gate(nn.Module):
         return F.linear(hidden_BR, self.slimming_weight)
 
     def attend(self, x_BCHW: Tensor, hidden_BR: Tensor) -> Tensor:
-        """The features scaled by the attention head."""
+        """The features scaled by the attention head, or unchanged if there is none."""
         if self.expand_weight is None or self.expand_bias is None:
             return x_BCHW
         channels = x_BCHW.shape[1]
@@ -84,9 +84,9 @@ class Gate(nn.Module):
     def forward(
         self, x_BCHW: Tensor, seen_BCHW: Tensor | None = None, *, decide: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        """The scaled features, and with `decide` the slimming logits (B, K).
+        """The scaled features, and the slimming logits (B, K) if `decide`, else None.
 
-        The hidden layer reads `seen_BCHW`, or the features themselves if that is None.
+        The hidden layer reads `seen_BCHW`, or `x_BCHW` if that is None.
         """
         if self.expand_weight is None and not decide:
             return x_BCHW, None

@@ -1,4 +1,4 @@
-"""The network: one set of weights, run along a route, by gates, or segment by segment.
+"""The network: one set of weights that runs along a route, by gates, or segment by segment.
 
 Suffixes: B rows, C channels in use, H W pixels, K choices of a gate, N classes.
 """
@@ -44,11 +44,11 @@ from dynaslim.nn.program import (
 from dynaslim.spec import TEACHER_INDEX, NetSpec, Route
 
 Choose = Callable[[Tensor, int], Tensor]
-"""Makes a gate of slimming logits: (logits_BK, gate number) -> one-hot (or soft) gate_BK."""
+"""Turns slimming logits into a choice: (logits_BK, gate number) -> one-hot (or soft) gate_BK."""
 
 
 class GatedOutput(NamedTuple):
-    """What a gated forward computed and decided; one entry per gate in the two tuples."""
+    """Logits and choices of a gated forward; the two tuples have one entry per gate."""
 
     logits: Tensor
     gate_logits: tuple[Tensor, ...]
@@ -56,29 +56,29 @@ class GatedOutput(NamedTuple):
 
 
 class SegmentOutput(NamedTuple):
-    """What leaves a segment: features and the next gate's logits, or class logits at the end."""
+    """A segment's features and the next gate's logits; class logits and None at the end."""
 
     features: Tensor
     gate_logits: Tensor | None
 
 
 class Crossing(NamedTuple):
-    """What a segment gives: what crosses the gate behind it, and what that gate reads."""
+    """A segment's result: the tensor that crosses the next gate, and the one that gate reads."""
 
     out: Tensor
     seen: Tensor
 
 
 RunSegment = Callable[[int, Tensor, int, Tensor | None], Tensor]
-"""(segment number, x, width index, dropout mask) -> features, as `SlimNet.segment` computes."""
+"""(segment number, x, width index, dropout mask) -> the features of `SlimNet.segment`."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def _left_to_python(function: Function) -> Function:
-    """What `torch.compiler.disable(recursive=False)` does, without importing the compiler for it.
+    """Do what `torch.compiler.disable(recursive=False)` does, without importing the compiler.
 
-    That import takes as long as all the rest of torch, and most processes compile nothing.
+    That import takes as long as the rest of torch, and most processes compile nothing.
     """
     try:
         from torch._C._dynamo import eval_frame
@@ -95,16 +95,16 @@ def _left_to_python(function: Function) -> Function:
 
 
 _disabled = cache(torch.compiler.disable)
-"""`torch.compiler.disable` of a function: neither it nor what it calls is traced."""
+"""`torch.compiler.disable` of a function: neither the function nor its callees are traced."""
 
 Program = Callable[["ElasticNet", Tensor, Tensor | None], Tensor]
 
-# beside the networks, not on them: functions made at run time cannot be pickled or copied
+# not attributes of the networks: functions made at run time cannot be pickled or copied
 _PROGRAMS: WeakKeyDictionary[ElasticNet, dict[tuple[int, ...], Program]] = WeakKeyDictionary()
 
 
 def _make_program(indices: tuple[int, ...]) -> Program:
-    """The static forward for given width indices, as a function with a code object of its own."""
+    """The static forward for given width indices, as a function with its own code object."""
 
     def run(net: ElasticNet, x: Tensor, dropout_mask: Tensor | None) -> Tensor:
         for number, index in enumerate(indices):
@@ -117,7 +117,7 @@ def _make_program(indices: tuple[int, ...]) -> Program:
 
 
 class _Weight(NamedTuple):
-    """A parameter or buffer, and what is left of its axes."""
+    """A parameter or buffer, and the part of each axis that is kept."""
 
     owner: nn.Module
     leaf: str
@@ -125,31 +125,31 @@ class _Weight(NamedTuple):
 
 
 class _Bound(NamedTuple):
-    """A step of a program and all that it needs."""
+    """A step of a program with its function and arguments resolved."""
 
     step: Step
     function: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     freed: tuple[str, ...]
-    """Results that nothing needs any more."""
+    """Results that are no longer needed after this step."""
 
 
 class ElasticNet(nn.Module, ABC):
-    """What all networks have in common: a `spec`, and segments that are run along a route."""
+    """Base class of all networks: a `spec`, and segments that run along a route."""
 
-    # added by `dynaslim.interop.hub`
+    # defined by `dynaslim.interop.hub`
     save_pretrained: ClassVar[Callable[..., Path]]
     push_to_hub: ClassVar[Callable[..., str]]
     from_pretrained: ClassVar[Callable[..., ElasticNet]]
 
     spec: Any
     has_weights: ClassVar[bool] = True
-    """Whether there are weights to train and to write to a checkpoint."""
+    """Whether the network has weights to train and to save in a checkpoint."""
 
     @property
     def plain_backend(self) -> str:
-        """The engine's backend that runs it without compiling anything."""
+        """The engine backend that runs the network without compiling."""
         return "eager"
 
     @abstractmethod
@@ -162,24 +162,24 @@ class ElasticNet(nn.Module, ABC):
         decide: bool = True,
         dropout_mask: Tensor | None = None,
     ) -> SegmentOutput:
-        """Run segment `number` on what the one before it returned (segment 0: on images)."""
+        """Run segment `number` on the previous segment's features (segment 0: on images)."""
 
     def prepare(self, number: int, choice: int) -> None:
-        """Make what a segment needs to run, so that a compiler need not trace how."""
+        """Build what a segment needs to run, so that a compiler does not trace the construction."""
 
     def _features(self, number: int, x: Tensor, index: int, dropout_mask: Tensor | None) -> Tensor:
         return self.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def rows_at_once(self, image_size_px: int, most: int) -> int:
-        """Rows of a forward pass without gradients, at most `most`.
+        """The number of rows, at most `most`, to run in one forward pass without gradients.
 
-        On a processor feature maps, of float32, are to stay below the size from which memory is
-        slow (`dynaslim._memory`).
+        On a CPU it keeps float32 feature maps below the size at which memory becomes slow
+        (`dynaslim._memory`).
         """
         if self.device.type != "cpu" or self.plain_backend != "eager":
             return most
@@ -188,7 +188,7 @@ class ElasticNet(nn.Module, ABC):
         return max(1, min(most, LARGE // (4 * max(cost.peak for cost in costs))))
 
     def check_input(self, x: Tensor) -> None:
-        """Raise `ValueError` unless x is a batch of images that the network takes."""
+        """Raise `ValueError` unless x is a batch of images that the network accepts."""
         if x.ndim != 4 or x.shape[1] != self.spec.in_channels:
             raise ValueError(
                 f"input of shape {tuple(x.shape)}: {self.spec.name} takes "
@@ -207,19 +207,19 @@ class ElasticNet(nn.Module, ABC):
             programs[indices] = _make_program(indices)
         return programs[indices]
 
-    # Each route's program has a code object of its own and this dispatcher is left to Python:
-    # torch.compile gives up on a code object after 8 shapes or constants, silently.
+    # Each route's program has its own code object, and this dispatcher is not compiled:
+    # torch.compile silently gives up on a code object after 8 shapes or constants.
     @_left_to_python
     def forward(
         self, x: Tensor, route: Route | str | Sequence[int], *, dropout_mask: Tensor | None = None
     ) -> Tensor:
         """Static forward: images (B, in_channels, H, W) along one route -> logits (B, classes).
 
-        `route` is a `Route`, its text or its widths. `dropout_mask` multiplies the pooled features
-        (the caller draws it, so that randomness is an argument).
+        `route` is a `Route`, its text or its widths. `dropout_mask` multiplies the pooled features;
+        the caller draws it, so randomness is an argument.
 
         Raises:
-            UsageError: if the route is not one of the network's, or the image is too small.
+            UsageError: if the network has no such route, or does not take images of this size.
             ValueError: if x is not a batch of images with the spec's channels.
         """
         resolve = ElasticNet._resolve
@@ -238,10 +238,10 @@ class ElasticNet(nn.Module, ABC):
     ) -> list[Tensor]:
         """Static forward along several routes -> logits (B, classes) of each, in order.
 
-        Segments that routes share from the images on (the trunk above all) run once, with equal
-        results and gradients. In training mode BN's running statistics there take one update.
-        `run_segment` stands in for this network's own `segment`, e.g. compiled. With `after_trunk`,
-        x is what segment 0 gives for the images, (B, C, H, W), and segment 0 does not run.
+        Leading segments that routes share, such as the trunk, run once, with equal results and
+        gradients. In training mode their BN running statistics are updated once. `run_segment`
+        replaces this network's `segment`, for example by a compiled one. With `after_trunk`, x is
+        the output of segment 0, (B, C, H, W), and segment 0 does not run.
 
         Raises:
             As `forward`.
@@ -259,26 +259,26 @@ class ElasticNet(nn.Module, ABC):
         return [done[path] for path in paths]
 
     def slimming_parameters(self) -> list[nn.Parameter]:
-        """The weights of the slimming heads: all that stage II trains."""
+        """The weights of the slimming heads, the only parameters that stage II trains."""
         weights = (m.slimming_weight for m in self.modules() if isinstance(m, Gate))
         return [weight for weight in weights if weight is not None]
 
 
 class SlimNet(ElasticNet):
-    """A dynamic slimmable network built from a spec, of the zoo or of a converted network.
+    """A dynamic slimmable network built from the spec of a zoo network or a converted one.
 
-    `net(x, route)` runs one sub-network; `net.forward_gated(x, choose)` lets gates choose for every
-    row and is differentiable through them; `net.segment(j, x, index)` is one piece of either,
-    which `dynaslim.Engine` runs on buckets of rows. All three agree to float tolerance.
-    The route is an argument: nothing is stored on the module between calls.
+    `net(x, route)` runs one sub-network. `net.forward_gated(x, choose)` lets the gates choose for
+    every row, and is differentiable through them. `net.segment(j, x, index)` runs one segment;
+    `dynaslim.Engine` calls it on buckets of rows. All three agree to float tolerance. The route is
+    an argument: nothing is stored on the module between calls.
 
-    A static forward does not use the slimming heads: freeze them (stage I) before wrapping it in
-    `DistributedDataParallel`. `torch.compile(net, fullgraph=True)` works;
-    inside another module that is compiled, leave `fullgraph` off.
+    A static forward does not use the slimming heads, so freeze them (stage I) before wrapping the
+    network in `DistributedDataParallel`. `torch.compile(net, fullgraph=True)` works. If the network
+    is part of another module that is compiled, leave `fullgraph` off.
     """
 
     graph: Graph
-    """The operations of its spec."""
+    """The operations that the spec describes."""
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class SlimNet(ElasticNet):
 
     @property
     def spec(self) -> Any:
-        """What the network is, a `NetSpec` or a `GraphSpec`."""
+        """The description of the network, a `NetSpec` or a `GraphSpec`."""
         return self._spec
 
     @spec.setter
@@ -324,15 +324,16 @@ class SlimNet(ElasticNet):
         self._segments: dict[tuple[int, int, int], tuple[_Bound, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        # a copy has parameters of its own
+        # bound segments refer to these parameters; a copy has other ones
         return {**self.__dict__, "_segments": {}}
 
     def at_size(self, height: int, width: int) -> SlimNet:
-        """The network for images of another size that it was converted for: with the same
-        parameters, and statistics of batch normalisation of its own, which are to be recalibrated.
+        """The network for another image size that it was converted for.
+
+        It shares the parameters but has its own BN statistics, which must be recalibrated.
 
         Raises:
-            UsageError: for a size that it was not converted for.
+            UsageError: if the network was not converted for this size.
         """
         made = copy.deepcopy(self, {id(parameter): parameter for parameter in self.parameters()})
         made.spec = self.spec.at_size(height, width)
@@ -348,7 +349,7 @@ class SlimNet(ElasticNet):
         return SlimBatchNorm2d(kept, kept_count(axis, {}), eps=eps, momentum=momentum, **place)
 
     def _shape(self, name: str) -> list[int]:
-        """Of a parameter; empty if there is none of that name."""
+        """The shape of a parameter, or an empty list if there is none of that name."""
         tensor = self.graph.tensors.get(name)
         return [] if tensor is None else [kept_count(axis, {}) for axis in tensor.axes]
 
@@ -366,7 +367,7 @@ class SlimNet(ElasticNet):
         return linear
 
     def _indices_by_channels(self, segment: int) -> dict[int, int]:
-        """Width index of a segment by the channels that leave it."""
+        """Map a segment's number of output channels to its width index."""
         axis, found = self.graph.cut_axes[segment], dict[int, int]()
         for index in (0, TEACHER_INDEX) if segment == 0 else range(self.spec.num_widths):
             units = self.graph.units(segment, index if segment > 1 else 0, index)
@@ -376,7 +377,7 @@ class SlimNet(ElasticNet):
     # -- one piece ----------------------------------------------------------------------------
 
     def bound(self, segment: int, before: int, choice: int) -> tuple[_Bound, ...]:
-        """A segment's program with its parameters, made at first use."""
+        """A segment's program with its arguments resolved, built on first use."""
         key = (segment, before, choice)
         if key not in self._segments:
             steps = program(self.graph, *key)
@@ -410,7 +411,7 @@ class SlimNet(ElasticNet):
             return _Weight(self.get_submodule(path), leaf, argument.slicers)
         if isinstance(argument, list):
             inner = [self._bind(value) for value in argument]
-            # without anything to fill in it is a constant
+            # a list without references is a constant
             return (
                 inner if any(isinstance(v, Read | _Weight | Rows) for v in inner) else tuple(inner)
             )
@@ -431,10 +432,11 @@ class SlimNet(ElasticNet):
         soft: SoftWidth | None = None,
         watch: Callable[[Step, Sequence[Any], Any], None] | None = None,
     ) -> Crossing:
-        """A segment's operations on what the one before gives (segment 0: on images).
+        """Run a segment's operations on the previous segment's output (segment 0: on images).
 
-        `soft` are widths that gates chose for every row, `choice` the widest of them. `watch` is
-        called with each operation, its arguments and its result.
+        `before` and `choice` are the width indices of the previous segment and of this one. With
+        `soft`, widths chosen per row, `choice` is the widest of them. `watch` is called with each
+        operation, its arguments and its result.
         """
         graph = self.graph
         results: dict[str, Any] = {graph.cuts[number - 1] if number else IMAGE: x}
@@ -480,7 +482,7 @@ class SlimNet(ElasticNet):
         return found
 
     def gate(self, number: int) -> Gate:
-        """The gate behind a segment."""
+        """The gate after a segment."""
         gate = self.get_submodule(self.graph.gates[number])
         assert isinstance(gate, Gate)
         return gate
@@ -494,11 +496,11 @@ class SlimNet(ElasticNet):
         decide: bool = True,
         dropout_mask: Tensor | None = None,
     ) -> SegmentOutput:
-        """Run segment `number` on what the one before it returned (segment 0: on images).
+        """Run segment `number` on the previous segment's features (segment 0: on images).
 
         `choice` is the width index of the segment: 0 for the trunk, `TEACHER_INDEX` for the
-        teacher's. With `decide` the next gate's logits are computed too; `dropout_mask` multiplies
-        the pooled features of the last segment, (B, C) or broadcastable.
+        teacher's trunk. With `decide` the next gate's logits are computed as well. `dropout_mask`,
+        (B, C) or broadcastable, multiplies the pooled features of the last segment.
         """
         out, seen = self._before_gate(number, x, choice, dropout_mask)
         if number == len(self.graph.gates):
@@ -506,10 +508,10 @@ class SlimNet(ElasticNet):
         return SegmentOutput(*self.gate(number)(out, seen, decide=decide))
 
     def segment_hidden(self, number: int, x: Tensor, choice: int) -> tuple[Tensor, Tensor]:
-        """As `segment`, with the next gate's hidden features (B, R) in place of its logits.
+        """Like `segment`, but with the next gate's hidden features (B, R) in place of its logits.
 
-        The logits of any slimming head (K, R) are a linear function of them. The last segment has
-        no gate behind it.
+        A slimming head (K, R) maps them linearly to its logits. Not for the last segment, which no
+        gate follows.
         """
         (out, seen), gate = self._before_gate(number, x, choice), self.gate(number)
         hidden_BR = gate.hidden(seen.mean((2, 3)))
@@ -518,7 +520,7 @@ class SlimNet(ElasticNet):
     def _before_gate(
         self, number: int, x: Tensor, choice: int, dropout_mask: Tensor | None = None
     ) -> Crossing:
-        """A segment's operations up to the next gate."""
+        """Run a segment's operations up to the next gate."""
         before, channels = 0, x.shape[1]
         if number:
             if channels not in self._behind[number - 1]:
@@ -527,16 +529,16 @@ class SlimNet(ElasticNet):
         return self.run_segment(number, x, before, choice, dropout_mask)
 
     def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:
-        """Gated forward: every row at the widths that its gates choose, differentiable.
+        """Gated forward: every row runs at the widths that its gates choose; differentiable.
 
         images (B, in_channels, H, W) -> logits (B, classes), gate logits and gates (B, K) each.
-        In a network of the zoo, rows are masked by batch normalisation, which costs what the widest
-        choices cost. A converted one, whose operations need not keep a mask, is the sum over all
-        options, each times its gate. For speed use `Engine`.
+        In a zoo network, batch normalisation masks the rows, and the cost is that of the widest
+        choices. The operations of a converted network may not preserve a mask, so its result is the
+        sum over all options, each times its gate. For speed use `Engine`.
 
         Raises:
             RuntimeError: in training mode. Rows of one batch differ in width, so there are no
-                batch statistics to use; where gates are trained the supernet is frozen.
+                batch statistics to use. The supernet is frozen while gates are trained.
         """
         if self.training:
             raise RuntimeError("forward_gated uses running statistics: call net.eval() first")
@@ -549,7 +551,7 @@ class SlimNet(ElasticNet):
             if number == len(self.graph.gates):
                 break
             gate = self.gate(number)
-            # a gate reads what its row has: the features of the options that it took
+            # a gate reads the features of the options that the row took
             hidden_BR = gate.hidden(_sum((o.share_B, o.x.seen.mean((2, 3))) for o in options))
             gate_logits.append(gate.decide(hidden_BR))
             gates.append(choose(gate_logits[-1], number))
@@ -562,8 +564,8 @@ class SlimNet(ElasticNet):
     def _options(
         self, number: int, before: Sequence[_Option], gate_BK: Tensor | None
     ) -> list[_Option]:
-        """What a segment gives for rows of different widths: once for each option of the gate
-        before it, or, where batch normalisation can mask them, for all rows at once.
+        """Run a segment for rows of different widths: once per option of the previous gate, or once
+        for all rows if batch normalisation can mask them.
         """
         choices = self.spec.gates[number - 1].choices if number else (0,)
         if isinstance(self.spec, NetSpec):
@@ -585,7 +587,7 @@ class SlimNet(ElasticNet):
 
 
 class _Option(NamedTuple):
-    """Features of all rows at one width, and the share that each row has of them (B,)."""
+    """Features of all rows at one width, and each row's weight for this option (B,)."""
 
     choice: int
     share_B: Tensor | None
@@ -593,7 +595,7 @@ class _Option(NamedTuple):
 
 
 def _sum(options: Iterable[tuple[Tensor | None, Tensor]]) -> Tensor:
-    """The sum of features, each times its rows' shares; narrow ones are filled up with zeros."""
+    """The sum of features, each times its row weights. Narrow ones are padded with zeros."""
     parts = [_weighted(x, share_B) for share_B, x in options]
     if len(parts) == 1:
         return parts[0]
@@ -615,7 +617,7 @@ def _initial(tensor: TensorSpec, conv: Node | None, place: Mapping[str, Any]) ->
     if tensor.kind != "weight":
         return made
     if conv is not None:
-        # He initialisation by fan-out (of one group), as MobileNets are trained from
+        # He initialisation by the fan-out of one group, as is usual for MobileNets
         groups = conv.args[6]
         groups = kept_count(groups["axis"], {}) if isinstance(groups, Mapping) else groups
         nn.init.normal_(made, std=math.sqrt(2.0 * groups / (math.prod(shape[2:]) * shape[0])))

@@ -1,4 +1,4 @@
-"""The operations of a graph at given widths: a program of one segment."""
+"""Programs: the operations of one segment of a graph at given widths."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch.nn import functional as F
 from dynaslim.graph import WHOLE, Axis, Graph, Node, Units, kept_count, kept_positions
 
 Slicer = int | tuple[int, ...] | None
-"""What is left of an axis: the first so many positions, these, or (None) all."""
+"""The kept part of an axis: an int n keeps the first n positions, a tuple those, None all."""
 
 
 def slicer(axis: Axis, units: Units) -> Slicer:
-    """What is left of an axis."""
+    """The kept part of an axis, given the units kept of each group."""
     left, whole = kept_count(axis, units), kept_count(axis, {})
     if left == whole:
         return None
-    if len(axis) == 1:  # one run is cut at its end
+    if len(axis) == 1:  # a single run keeps its first positions
         return left
     kept = kept_positions(axis, units)
     return left if kept == list(range(left)) else tuple(kept)
 
 
 def cut(tensor: Tensor, slicers: Sequence[Slicer]) -> Tensor:
-    """A tensor with what is left of each axis: a view where the first positions are."""
+    """Slice a tensor along each axis; the result is a view if only first positions are kept."""
     for axis, left in enumerate(slicers):
         if left is None:
             continue
@@ -42,14 +42,14 @@ def cut(tensor: Tensor, slicers: Sequence[Slicer]) -> Tensor:
 
 @dataclass(frozen=True)
 class Read:
-    """The result of an operation."""
+    """A reference to the result of an operation."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class Cut:
-    """A parameter at the widths of a program."""
+    """A parameter or buffer, sliced to the widths of a program."""
 
     name: str
     slicers: tuple[Slicer, ...]
@@ -57,25 +57,25 @@ class Cut:
 
 @dataclass(frozen=True)
 class Rows:
-    """So many times the rows of the batch."""
+    """A multiple of the batch size."""
 
     times: int
 
 
 @dataclass(frozen=True)
 class Step:
-    """An operation of a program: its arguments are plain values, `Read`, `Cut` and `Rows`."""
+    """An operation of a program. Its arguments are plain values, `Read`, `Cut` and `Rows`."""
 
     name: str
     op: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     norm: tuple[str, int] | None = None
-    """Of batch normalisation, the module and the slot of its statistics."""
+    """For batch normalisation, its module and the slot of its statistics."""
 
 
 def program(graph: Graph, segment: int, before: int, choice: int) -> list[Step]:
-    """A segment's operations at width index `choice` behind one at `before`."""
+    """A segment's operations at width index `choice`, after a segment at `before`."""
     units = graph.units(segment, before, choice)
 
     def resolve(value: Any) -> Any:
@@ -108,18 +108,20 @@ def program(graph: Graph, segment: int, before: int, choice: int) -> list[Step]:
 
 
 def norm_of(node: Node) -> str:
-    """The module that keeps a batch normalisation's statistics."""
+    """The name of the module that holds a batch normalisation's statistics."""
     return str(node.args[3]["tensor"]).removesuffix(".running_mean")
 
 
 def norm_slot(graph: Graph, node: Node, before: int, choice: int) -> int:
-    """The statistics that a batch normalisation uses: of what feeds it, at its own width."""
+    """The slot of a batch normalisation's statistics: `before` if all its cut channels come from
+    earlier segments (and there is a `before`), else `choice`.
+    """
     axis = graph.tensors[node.args[3]["tensor"]].axes[0]
     segments = {graph.groups[run[0]].segment for run in axis if run[0] != WHOLE}
     return before if segments and max(segments) < node.segment and before >= 0 else choice
 
 
-# Python's own bindings of the frequent ones: a call takes half as long
+# Python bindings of frequent operations: a call takes half as long as through torch.ops
 _BOUND: Mapping[str, Callable[..., Any]] = {
     "add.Tensor": torch.add,
     "conv2d.default": torch.conv2d,
@@ -135,7 +137,7 @@ _BOUND: Mapping[str, Callable[..., Any]] = {
 
 
 def overload(op: str) -> Callable[..., Any]:
-    """The function of an operation."""
+    """The callable that computes an operation."""
     if op in _BOUND:
         return _BOUND[op]
     name, _, kind = op.partition(".")
@@ -144,7 +146,7 @@ def overload(op: str) -> Callable[..., Any]:
 
 
 def reads(step: Step) -> Iterator[str]:
-    """Names of the operations whose results a step takes, as often as it takes them."""
+    """Names of the operations whose results a step reads, with repetitions."""
 
     def inner(value: Any) -> Iterator[str]:
         if isinstance(value, Read):

@@ -1,8 +1,8 @@
-"""A slimmable network out of a trained wide one: channels by importance, so the first are the best.
+"""Make a slimmable network from a trained wide one by sorting its channels by importance.
 
-Whatever carries a channel belongs to one group and is reordered together: filters and their batch
-normalisation, both ends of a shortcut, a depthwise layer and a gate in between, and the columns of
-the layers that read it. The widest network's answers do not depend on the order.
+All tensors that carry or read a channel belong to one group and are reordered together: filters and
+their batch normalisation, both ends of a shortcut, a depthwise layer and a gate in between, and the
+columns of the layers that read it. The widest network's answers do not depend on the order.
 
 Suffixes: C channels of a group.
 """
@@ -24,20 +24,20 @@ from dynaslim.nn.program import Step
 from dynaslim.spec import GateSpec, NetSpec
 
 Importance = Literal["activation", "bn", "weight"]
-"""How channels are compared."""
+"""The rule by which channels are ranked."""
 
 
 @dataclass
 class ChannelGroup:
-    """Channels that are reordered together, by units of so many positions each."""
+    """Units of channels that are reordered together; each has the same number of positions."""
 
     units: int
     carriers: list[tuple[Tensor, int]] = field(default_factory=list)
-    """Parameters and buffers with one entry per channel, and the axis that has them."""
+    """Parameters and buffers with entries for each channel, and the axis of these entries."""
     consumers: list[tuple[Tensor, int]] = field(default_factory=list)
-    """As these, the weights that read the channels."""
+    """Weights that read the channels, and the axis of their input channels."""
     positions: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """Of each of both, by the tensor's id and the axis: the positions (units, each)."""
+    """Positions along each of these axes (units, positions per unit), by tensor id and axis."""
 
     @torch.no_grad()
     def reorder(self, order_C: Tensor) -> None:
@@ -50,7 +50,7 @@ class ChannelGroup:
 
 
 def widest_alone(spec: NetSpec) -> NetSpec:
-    """The network of the last width of every stage, and of no other."""
+    """A spec with only the last width of every stage."""
     stages = tuple(
         replace(stage, widths=stage.widths[-1:], gate=stage.gate and GateSpec((0,)))
         for stage in spec.stages
@@ -59,12 +59,12 @@ def widest_alone(spec: NetSpec) -> NetSpec:
 
 
 def slimmable(wide: SlimNet, spec: NetSpec, batches: Iterable[Tensor]) -> SlimNet:
-    """A network of `spec` that answers along its largest route as `wide` does.
+    """A network of `spec` that gives the same answers along its largest route as `wide`.
 
-    `wide` is a network of `widest_alone(spec)`, of any number of classes. The channels of each
-    group are sorted by importance over `batches`, network inputs (B, C, H, W). Every width begins
-    with the BN statistics of `wide`; slimming heads are new, drawn by torch's global generator. The
-    network is in evaluation mode. Where several processes run, each brings batches of its own.
+    `wide` is a network of `widest_alone(spec)`, with any number of classes. The channels of each
+    group are sorted by importance over `batches`, network inputs (B, C, H, W). Every width starts
+    with the BN statistics of `wide`. Slimming heads are initialised with torch's global generator.
+    The network is in evaluation mode. If several processes run, each passes its own batches.
     """
     spec = spec.replace(num_classes=wide.spec.num_classes)
     net = SlimNet(spec, device=wide.device)
@@ -80,15 +80,15 @@ def slimmable(wide: SlimNet, spec: NetSpec, batches: Iterable[Tensor]) -> SlimNe
 def sort_channels(
     net: ElasticNet, batches: Iterable[Tensor] = (), rule: Importance = "activation"
 ) -> None:
-    """Sort each group's channels, the most important first; changes `net`, in evaluation mode, but
-    not its answers along the largest route.
+    """Sort the channels of each group in place, the most important first.
 
-    A channel's importance is the root mean square of its activations times the norm of the weights
-    that read it, summed over the layers that do. `batches` as in `slimmable`. By the rule `bn`,
-    scale and shift of batch normalisation stand in for the activations; by `weight`, nothing does.
+    `net` is in evaluation mode. Its answers along the largest route do not change. A channel's
+    importance is the root mean square of its activations times the norm of the weights that read
+    it, summed over the layers that read it. `batches` as in `slimmable`. The rule `bn` replaces the
+    activations by scale and shift of batch normalisation; `weight` uses the norms alone.
 
     Raises:
-        UsageError: by activations, if there are no batches.
+        UsageError: if the rule is `activation` and there are no batches.
     """
     assert isinstance(net, SlimNet)
     readers = _readers(net)
@@ -111,11 +111,11 @@ def sort_channels(
 
 
 _GROUPS: Final = 6
-"""Where convolutions take their number of groups."""
+"""Index of the `groups` argument of a convolution."""
 
 
 def _readers(net: SlimNet) -> dict[str, str]:
-    """Operations that mix all channels they are given, and the weights by which they do."""
+    """Operations that mix all their input channels, mapped to the weights they use for it."""
     found = {}
     for node in net.graph.nodes:
         kind = node.op.partition(".")[0]
@@ -124,7 +124,7 @@ def _readers(net: SlimNet) -> dict[str, str]:
         elif kind == "linear" or (kind.startswith("conv") and node.args[_GROUPS] == 1):
             found[node.name] = node.args[1]["tensor"]
     for number, path in enumerate(net.graph.gates):
-        if net.gate(number).expand_weight is not None:  # one that only chooses changes no answer
+        if net.gate(number).expand_weight is not None:  # else a gate scales nothing
             found[path] = f"{path}.reduce_weight"
     return found
 
@@ -132,7 +132,7 @@ def _readers(net: SlimNet) -> dict[str, str]:
 def _powers(
     net: SlimNet, readers: Mapping[str, str], batches: Iterable[Tensor]
 ) -> dict[str, Tensor]:
-    """Mean squares of the channels that weights read, summed over batches."""
+    """Mean squares of the channels that each weight reads, summed over batches."""
     power: dict[str, Tensor] = {}
 
     def add(reader: str, x: Tensor, channels: int) -> None:
@@ -160,7 +160,7 @@ def _powers(
 
 
 def _rms_of_norms(net: SlimNet, group: ChannelGroup) -> Tensor:
-    """Root mean square of what batch normalisation makes of each unit; 1 where there is none."""
+    """Root mean square of each unit after batch normalisation, or 1 if it has none."""
     total, count = torch.zeros(2, group.units, dtype=torch.float64)
     for node in net.graph.nodes:
         if node.op != "batch_norm.default" or node.args[1] is None:
@@ -174,7 +174,7 @@ def _rms_of_norms(net: SlimNet, group: ChannelGroup) -> Tensor:
 
 
 def channel_groups(net: SlimNet) -> list[ChannelGroup]:
-    """The groups of all channels that can be cut, in the order of `net.graph.groups`."""
+    """The groups of all channels that can be removed, in the order of `net.graph.groups`."""
     groups = [ChannelGroup(group.units) for group in net.graph.groups]
     transposed = {
         node.args[1].get("tensor")
@@ -183,7 +183,7 @@ def channel_groups(net: SlimNet) -> list[ChannelGroup]:
     }
     for name, spec in net.graph.tensors.items():
         tensor = net.tensor(name)
-        # of statistics the first axis is the slot
+        # the first axis of statistics is the slot
         for number, axis in enumerate(spec.axes, start=tensor.ndim - len(spec.axes)):
             reads = number == (0 if name in transposed else 1) and spec.kind == "weight"
             for group, positions in _positions(axis, net.graph.groups).items():
@@ -194,7 +194,7 @@ def channel_groups(net: SlimNet) -> list[ChannelGroup]:
 
 
 def _positions(axis: Axis, groups: Sequence[Group]) -> dict[int, Tensor]:
-    """Positions along an axis (units, each), by group."""
+    """Positions along an axis (units, positions per unit), by group."""
     found: dict[int, list[tuple[Tensor, Tensor]]] = {}
     at = 0
     for group, first, count, each in axis:

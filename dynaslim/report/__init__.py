@@ -1,4 +1,4 @@
-"""Reports on runs: an HTML page, and the demo's picture."""
+"""Reports on runs as HTML pages, and the demo's figure."""
 
 from dynaslim.recipes import ReportOptions
 from dynaslim.report.page import Report, build_report, make_report

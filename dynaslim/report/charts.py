@@ -1,9 +1,9 @@
-"""The charts of a report by matplotlib: SVG for the page, PNG for the demo.
+"""Charts drawn by matplotlib: SVG for a report's page, PNG for the demo.
 
-In the page's SVG a colour is a CSS variable and text is text, so that the style sheet sets the
-colours of the light and the dark mode, and the fonts. An artist's gid of the form "class|title"
-becomes the class of its SVG element and a `<title>`, which browsers show as a tooltip. Colours are
-those of Okabe and Ito, which colour-blind people can distinguish.
+In the page's SVG, colours are CSS variables and text is not converted to paths, so that the style
+sheet sets fonts and the colours of light and dark mode. An artist's gid of the form "class|title"
+becomes the class of its SVG element and a `<title>`, which browsers show as a tooltip. The colours
+are those of Okabe and Ito, which colour-blind people can distinguish.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ COLOURS: Final = {
     "r5": "#0d659c",
     "r6": "#08476f",
 }
-"""CSS variables with their colours in the light mode; r0 to r6 are routes by rising cost."""
+"""CSS variables with their colours in light mode; r0 to r6 are for routes by rising cost."""
 RAMP: Final = 7
 _PALE: Final = 4
-"""Light colours of the ramp, on which text is dark."""
+"""Number of light colours at the start of the ramp, on which text is dark."""
 _WIDTH, _HEIGHT = 460, 310
-"""In SVG units: about a pixel on a desktop, three quarters of one on a phone."""
+"""Size in SVG units; a unit is about one pixel on a desktop and 0.75 pixels on a phone."""
 _LEFT, _RIGHT, _TOP, _BOTTOM = 60, 14, 14, 46
 _STYLE: Final = {
-    "figure.dpi": 72,  # a point is an SVG unit
-    "font.family": "DejaVu Sans",  # measures the text; the style sheet sets the font
+    "figure.dpi": 72,  # one point is one SVG unit
+    "font.family": "DejaVu Sans",  # only to measure text; the style sheet sets the font
     "font.size": 12.5,
     "text.parse_math": False,  # names are not formulas
     "text.color": COLOURS["ink"],
@@ -86,14 +86,14 @@ _STYLE: Final = {
     "svg.hashsalt": "dynaslim",
 }
 _in_style = matplotlib.style.context(_STYLE, after_reset=True)
-"""Decorator of the functions that draw; the user's own settings of matplotlib have no effect."""
+"""Decorator for drawing functions; the user's matplotlib settings have no effect in them."""
 _BINS: Final = 20
 _EXAMPLES: Final = 12
 _MAX_STEPS: Final = 120
 
 
 class Key(NamedTuple):
-    """An entry of a legend: the CSS class of its symbol, and its meaning."""
+    """A legend entry: the CSS class of its symbol, and its text."""
 
     style: str
     name: str
@@ -101,7 +101,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart for the page, its legend, and a table of the values that it shows."""
+    """A chart for the page, with its legend and a table of the values shown."""
 
     view_box: str
     content: Markup
@@ -130,7 +130,7 @@ def _short(value: float) -> str:
 
 
 def _limits(values: Sequence[float]) -> tuple[float, float]:
-    """The range of values with some room around it."""
+    """The range of the values with some margin around it."""
     low, high = min(values), max(values)
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return low - room, high + room
@@ -139,10 +139,10 @@ def _limits(values: Sequence[float]) -> tuple[float, float]:
 def _chart(
     figure: Figure, keys: Sequence[Key], head: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> Chart:
-    """A chart whose SVG has ids that no other chart of the page has."""
+    """Convert a figure to a chart whose SVG ids are unique on the page."""
     raw = io.BytesIO()
     with warnings.catch_warnings():
-        # names may have characters that this font lacks and the reader's has
+        # names may have characters that only the reader's fonts have
         warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(raw, format="svg", transparent=True, metadata={"Date": None})
     root = ET.fromstring(raw.getvalue())
@@ -156,7 +156,7 @@ def _chart(
 
     for parent in list(root.iter()):
         for child in list(parent):
-            if child.tag.endswith(("}metadata", "}style")):  # the style is for the whole page
+            if child.tag.endswith(("}metadata", "}style")):  # styles apply page-wide
                 parent.remove(child)
     for element in root.iter():
         attributes = dict(element.attrib)
@@ -202,7 +202,7 @@ _PLACES: Final = {
     "uniform": ((-8, 8, "right"), (8, -16, "left"), (8, 8, "left"), (-8, -16, "right")),
     "baseline": ((0, -20, "center"), (0, 10, "center"), (9, -4, "left"), (-9, -4, "right")),
 }
-"""Offsets and alignment of a label beside its point, the preferred one first."""
+"""Offsets and alignments of a label relative to its point, the preferred one first."""
 _LETTER: Final = 7.2
 _MAX_LABELS: Final = 6
 
@@ -211,18 +211,18 @@ class _Point(NamedTuple):
     mode: Mode
     cost: float
     top1: float
-    """In percent, as all accuracies of a chart."""
+    """Top-1 in percent, like all accuracies in a chart."""
     interval: tuple[float, float] | None = None
     quartiles: tuple[float, float] | None = None
 
 
 def _points(modes: Sequence[Mode], *, by_ms: bool) -> dict[str, list[_Point]]:
-    """The modes that have a cost, by kind; kinds without a line are sorted by cost."""
+    """The modes with a known cost, by kind; kinds drawn without a line are sorted by cost."""
     found: dict[str, list[_Point]] = {kind: [] for kind in _SERIES}
     for mode in modes:
         cost = mode.ms if by_ms else mode.madds
         if cost is not None:
-            # intervals of many budgets would cover the others
+            # the intervals of many budgets would hide the others
             ends = None if mode.kind == "budget" else mode.interval
             interval = ends and (100 * ends[0], 100 * ends[1])
             quartiles = mode.quartiles if by_ms else None
@@ -239,8 +239,8 @@ def _points(modes: Sequence[Mode], *, by_ms: bool) -> dict[str, list[_Point]]:
 def cost_chart(modes: Sequence[Mode], suffixes: Mapping[str, str], *, by_ms: bool) -> Chart | None:
     """Top-1 against MAdds or milliseconds per image; None if no cost is known.
 
-    The cost axis starts at 0, so that distances on it are proportional to costs. `suffixes` are
-    appended to the names of the kinds of modes.
+    The cost axis starts at 0, so that distances from the origin are proportional to costs.
+    `suffixes` are appended to the names of the kinds of modes.
     """
     unit, digits = "million multiply-adds per image (mean)", 2
     if by_ms:
@@ -300,7 +300,7 @@ def _draw_points(axes: Axes, series: Mapping[str, Sequence[_Point]], digits: int
 
 
 def _draw_labels(axes: Axes, series: Mapping[str, Sequence[_Point]]) -> None:
-    """Write labels where they overlap no point and no other label; omit those without room."""
+    """Place labels so that they overlap no point and no other label; omit those without room."""
     at = axes.transData.transform
     centres = [at((point.cost, point.top1)) for points in series.values() for point in points]
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in centres]
@@ -342,7 +342,7 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 class Bar(NamedTuple):
-    """A row of shares with the sum 1, and the text at its end."""
+    """A stacked bar: its name, shares with the sum 1, and the text at its end."""
 
     name: str
     shares: tuple[float, ...]
@@ -350,14 +350,14 @@ class Bar(NamedTuple):
 
 
 def ramp(number: int, routes: int) -> str:
-    """The colour of a route out of `routes`, counted by rising cost."""
+    """The colour of route `number` out of `routes`, which are sorted by rising cost."""
     last = RAMP - 1
     return f"r{last if routes <= 1 else round(number * last / (routes - 1))}"
 
 
 @_in_style
 def share_chart(bars: Sequence[Bar], parts: Sequence[tuple[str, str]], *, end: str) -> Chart:
-    """Stacked bars; `parts` are (colour, name) of the shares, `end` heads the texts at the ends."""
+    """Stacked bars; `parts` are (colour, name) of the shares, `end` is the heading of end texts."""
     top, names, ends = 22, 118, 70
     height = top + 24 * len(bars)
     width = (_WIDTH - names - ends) / _WIDTH
@@ -412,7 +412,7 @@ def share_chart(bars: Sequence[Bar], parts: Sequence[tuple[str, str]], *, end: s
 
 @_in_style
 def histogram(value_N: np.ndarray, right_N: np.ndarray, *, unit: str) -> Chart:
-    """The number of images by a value of 0..1, wrong answers stacked on the right ones."""
+    """Histogram of images by a value in 0..1, with wrong answers stacked on right ones."""
     edges = np.linspace(0, 1, _BINS + 1)
     right = np.histogram(value_N[right_N], edges)[0]
     wrong = np.histogram(value_N[~right_N], edges)[0]
@@ -445,11 +445,11 @@ _LINES: Final = (
     ("violet", (0, (1, 2))),
     ("grey", "-"),
 )
-"""Colours and dashes of the curves; a curve's place here is its CSS class, l0 to l4."""
+"""Colours and dashes of the curves; the index of a style gives its CSS class, l0 to l4."""
 
 
 class Curve(NamedTuple):
-    """A quantity over the steps of a training."""
+    """Values of a quantity over training steps."""
 
     name: str
     style: int
@@ -480,7 +480,7 @@ def accuracy_chart(lines: Sequence[Mapping[str, Any]]) -> Chart | None:
 
 @_in_style
 def _curves_chart(curves: Sequence[Curve], unit: str, *, points: bool = False) -> Chart | None:
-    """Curves over steps; `points` marks the values if they are few."""
+    """A chart of curves over steps; with `points`, values are marked if they are few."""
     curves = [_averaged(curve) for curve in curves]
     if not curves:
         return None
@@ -499,7 +499,7 @@ def _curves_chart(curves: Sequence[Curve], unit: str, *, points: bool = False) -
 
 
 def _averaged(curve: Curve) -> Curve:
-    """A curve of at most `_MAX_STEPS` steps: the means of as many neighbours as that takes."""
+    """Reduce a curve to at most `_MAX_STEPS` steps by averaging neighbouring values."""
     size = -(-len(curve.steps) // _MAX_STEPS)
 
     def means(values: Sequence[float]) -> list[float]:
@@ -510,7 +510,7 @@ def _averaged(curve: Curve) -> Curve:
 
 
 def _curves_table(curves: Sequence[Curve], most: int = 12) -> list[tuple[str, ...]]:
-    """The values at a few evenly spaced steps, the last among them."""
+    """The values at a few evenly spaced steps, including the last."""
     steps = sorted({step for curve in curves for step in curve.steps})
     places = np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))
     found = [dict(zip(curve.steps, curve.values, strict=True)) for curve in curves]
@@ -527,9 +527,9 @@ def _curves_table(curves: Sequence[Curve], most: int = 12) -> list[tuple[str, ..
 def evaluation_figure(
     spec: NetSpec, result: Evaluation, images: ImageDataset, *, title: str
 ) -> bytes:
-    """Accuracy against MAdds, and below it example images sorted by the route they took: a PNG.
+    """A PNG with accuracy against MAdds, and below it example images by the route they took.
 
-    Only for networks with one gate, whose routes are its choices.
+    Works only for networks with a single gate, whose choices are the routes.
     """
     assert result.dynamic is not None
     assert len(spec.gates) == 1
@@ -562,7 +562,7 @@ def evaluation_figure(
     _draw_points(axes, series, 2)
     names = [_SERIES[kind].name for kind in series]
     axes.legend([axes.lines[n] for n in (0, -1)], names, loc="lower right")
-    figure.draw_without_rendering()  # places the axes
+    figure.draw_without_rendering()  # to place the axes
     _draw_labels(axes, series)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
@@ -570,7 +570,7 @@ def evaluation_figure(
 
 
 def _draw_strip(axes: Axes, images: ImageDataset, result: Evaluation, rows: torch.Tensor) -> None:
-    """One row of pictures with the names of their classes."""
+    """Draw one row of images with the names of their classes."""
     size = images.images_NCSS.shape[-1]
     gap = max(2, size // 5)
     step = size + gap
@@ -578,7 +578,7 @@ def _draw_strip(axes: Axes, images: ImageDataset, result: Evaluation, rows: torc
     for column, row in enumerate(rows.tolist()):
         pixels = images.images_NCSS[row].permute(1, 2, 0).numpy()
         left = column * step + gap // 2
-        canvas[2 : 2 + size, left : left + size] = pixels  # one channel spreads over three
+        canvas[2 : 2 + size, left : left + size] = pixels  # a single channel is broadcast to three
         is_right = bool(result.predictions[row] == images.labels_N[row])
         name = images.class_names[int(images.labels_N[row])]
         colour = COLOURS["quiet" if is_right else "orange"]

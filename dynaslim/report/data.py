@@ -1,4 +1,4 @@
-"""The data of a report: read from the run, evaluated on images, timed on this machine.
+"""Collects the data of a report: reads the run, evaluates on images, times on this machine.
 
 Suffixes: N images, B rows of a batch, C channels, S side in pixels, G gates, K options of a gate.
 """
@@ -57,10 +57,10 @@ from dynaslim.runtime.escalation import margins
 from dynaslim.spec import NetSpec, Route
 
 _MAX_TIMED: Final = 16
-"""Static routes that are timed of a network that has more."""
+"""Most static routes of a network that are timed."""
 _BUDGETS: Final = 8
 AS_ACCURATE: Final = 0.005
-"""Top-1 that a mode may be below a baseline and count as about as accurate."""
+"""A mode whose top-1 is at most this much below a baseline's counts as about as accurate."""
 _NOISY: Final = 0.3
 
 
@@ -68,7 +68,7 @@ _NOISY: Final = 0.3
 
 
 class Difference(NamedTuple):
-    """A difference of accuracies with the ends of its 95% confidence interval."""
+    """A difference of two accuracies with the ends of its 95% confidence interval."""
 
     value: float
     low: float
@@ -80,11 +80,11 @@ class Difference(NamedTuple):
 
 
 def paired_difference(better: int, worse: int, images: int) -> Difference:
-    """The difference of two accuracies on the same images, in 0..1, with its 95% interval.
+    """The difference of two accuracies (0..1) on the same images, with its 95% interval.
 
-    Only the first is right on `better` images, only the second on `worse`. The images on which
-    both are right or both wrong do not add to the variance, so the interval is narrower than that
-    of either accuracy.
+    On `better` images only the first is right, on `worse` images only the second. Images on which
+    both are right or both wrong do not add to the variance, so the interval is usually narrower
+    than for accuracies on different images.
     """
     assert images > 0
     value = (better - worse) / images
@@ -94,7 +94,7 @@ def paired_difference(better: int, worse: int, images: int) -> Difference:
 
 
 def at_cost(points: Sequence[tuple[float, float]], cost: float) -> float | None:
-    """The accuracy at a cost by linear interpolation of (cost, accuracy); None outside of them."""
+    """The accuracy at a cost, interpolated in (cost, accuracy) points; None outside their range."""
     for (left, low), (right, high) in itertools.pairwise(sorted(points)):
         if left <= cost <= right:
             share = (cost - left) / (right - left) if right > left else 0.0
@@ -113,14 +113,14 @@ class Gate:
 
 @dataclass(frozen=True)
 class Budget:
-    """A point of the budget curve and its result on the report's images, or at calibration."""
+    """A point of the budget curve with its result on the report's images or at calibration."""
 
     point: BudgetPoint
     madds: float
-    """Mean per image."""
+    """Mean multiply-adds per image."""
     top1: float
     images: int | None
-    """Number of images; None if the curve does not have it."""
+    """Number of images that `top1` was measured on; None if the curve does not record it."""
 
     @property
     def name(self) -> str:
@@ -129,14 +129,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Details:
-    """Confidence of gates and network on each evaluated image, in the evaluation's order."""
+    """Confidence of the gates and the network on each image, in the evaluation's order."""
 
     margin_N: Tensor
-    """(N,) float32, 0..1: the highest class probability minus the next."""
+    """(N,) float32, 0..1: the highest class probability minus the second highest."""
     gate_probability_GN: Tensor
-    """(G, N) float32, 0..1: each gate's probability of its choice; no row without gates."""
+    """(G, N) float32, 0..1: each gate's probability of its choice; (0, N) if no gate was run."""
     widest_right_N: Tensor
-    """(N,) bool: whether the widest route that the gates can take is right."""
+    """(N,) bool: whether the widest route (of those that trained gates can take) is right."""
 
 
 @dataclass(frozen=True)
@@ -147,19 +147,19 @@ class Mode:
     name: str
     top1: float
     madds: float | None
-    """Mean per image."""
+    """Mean multiply-adds per image."""
     images: int | None = None
-    """Number of images of the accuracy, if known."""
+    """Number of images that `top1` was measured on, if known."""
     label: str = ""
-    """Text beside the point of a chart."""
+    """Text beside the mode's point in a chart."""
     ms: float | None = None
-    """Median per image."""
+    """Median milliseconds per image."""
     quartiles: tuple[float, float] | None = None
-    """Of `ms`, where it was measured here."""
+    """Quartiles of `ms`, if it was measured for this report."""
     speed: float | None = None
     """How many times as fast as the widest route."""
     weights: int | None = None
-    """Numbers that its programs keep in memory: those of all variants where routes are mixed."""
+    """Number of weights that its programs hold in memory: of all variants, if routes are mixed."""
 
     @property
     def interval(self) -> Interval | None:
@@ -167,15 +167,15 @@ class Mode:
 
 
 class Comparison(NamedTuple):
-    """A baseline, and the fastest mode that is at least about as accurate and faster."""
+    """A baseline, and the fastest mode that is at least about as accurate and is faster."""
 
     baseline: Mode
     mode: Mode | None
-    """None where there is no such mode."""
+    """None if there is no such mode."""
 
     @property
     def speed(self) -> float | None:
-        """How many times as fast as the baseline the mode is."""
+        """The baseline's time divided by the mode's."""
         if self.mode is None or self.mode.ms is None or self.baseline.ms is None:
             return None
         return self.baseline.ms / self.mode.ms
@@ -183,12 +183,12 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class ReportData:
-    """All values of a report; missing ones are None, and `notes` give the reasons."""
+    """All values of a report; missing ones are None, and `notes` explain why."""
 
     options: ReportOptions
     run: RunInfo
     metrics: Metrics | None
-    """Of `run.model`."""
+    """Metrics of `run.model`."""
     gates: tuple[Gate, ...]
     """Every model with trained gates, sorted by target."""
     images: ReportImages | None
@@ -206,12 +206,12 @@ class ReportData:
 
     @property
     def evaluation(self) -> Evaluation | None:
-        """`metrics`, if they were measured for this report."""
+        """`metrics` if they were measured for this report, else None."""
         return self.metrics if isinstance(self.metrics, Evaluation) else None
 
     @cached_property
     def widest(self) -> RouteMetrics | None:
-        """The reference: the widest route that gates can take; without gates the costliest."""
+        """The reference: the gates' widest route; without a dynamic mode, the costliest route."""
         if self.metrics is None:
             return None
         if self.metrics.dynamic is None:
@@ -232,7 +232,7 @@ class ReportData:
 
     @cached_property
     def modes(self) -> tuple[Mode, ...]:
-        """All modes: the uniform routes by cost, the gates by target, budgets, baselines."""
+        """All modes: uniform routes by cost, gates by target, budgets, then baselines."""
         modes, routed = [], program_params(self.spec)
         for route in sorted(self.metrics.routes if self.metrics else (), key=lambda r: r.madds):
             assert self.metrics is not None
@@ -263,7 +263,7 @@ class ReportData:
 
     @cached_property
     def comparisons(self) -> tuple[Comparison, ...]:
-        """Of every baseline with a time, the fastest mode that is as accurate as it."""
+        """Compares each baseline that has a time with the fastest mode about as accurate."""
         own = [mode for mode in self.modes if mode.kind != "baseline" and mode.ms is not None]
         found = []
         for baseline in self.modes:
@@ -282,13 +282,13 @@ class ReportData:
         return replace(mode, ms=spread["median"], quartiles=quartiles, speed=self.speed(key))
 
     def speed(self, key: str) -> float | None:
-        """How many times as fast as the widest route a mode of `times` is; None if not timed."""
+        """The widest route's time divided by that of a mode in `times`; None if not timed."""
         if self.times is None or self.widest is None:
             return None
         return self.times.ratio(route_mode(self.widest.widths), key)
 
     def uniform_top1(self, cost: float, *, by_ms: bool) -> float | None:
-        """Top-1 of one route for all images at a cost, interpolated between measured routes."""
+        """Top-1 at a cost if all images take one route, interpolated between measured routes."""
         routes = [mode for mode in self.modes if mode.kind == "uniform"]
         costs = [mode.ms if by_ms else mode.madds for mode in routes]
         points = [(x, mode.top1) for x, mode in zip(costs, routes, strict=True) if x is not None]
@@ -306,12 +306,12 @@ class ReportData:
 
 
 def gather(path: str | Path, options: ReportOptions) -> ReportData:
-    """Read, evaluate and time; progress goes to standard error.
+    """Read a run, evaluate and time it; progress is shown on standard error.
 
     Raises:
-        UsageError: if there is no run, or an argument makes no sense.
+        UsageError: if there is no run, or an argument is invalid.
         CheckpointError: if a checkpoint cannot be read.
-        DataError: if images that were named cannot be read or do not fit the network.
+        DataError: if given images cannot be read or do not fit the network.
     """
     baselines = () if options.baselines is None else read_baselines(options.baselines)
     run = read_run(run_or_checkpoint(Path(path)), options.target)
@@ -394,7 +394,7 @@ def _budget_curve(model: Model, notes: list[str]) -> BudgetCurve | None:
 
 
 def _engine(options: ReportOptions, model: Model, notes: list[str]) -> Engine | None:
-    """The engine to time, made before long work so that a missing backend is an error at once."""
+    """The engine to time; created early, so that a missing backend is reported at once."""
     spec = model.checkpoint.net.spec
     if options.rounds == 0:
         notes.append("Milliseconds are left out, because of --rounds 0.")
@@ -409,7 +409,7 @@ def _engine(options: ReportOptions, model: Model, notes: list[str]) -> Engine | 
 def _evaluate(
     model: Model, images: ReportImages, options: ReportOptions, routes: Sequence[Route]
 ) -> Evaluation:
-    """Routes, and the dynamic mode of a model with trained gates."""
+    """Evaluate the routes, and the dynamic mode if the model has trained gates."""
     pre = model.checkpoint.preprocessing
     assert pre is not None
     model.checkpoint.net.to(options.device)
@@ -446,7 +446,7 @@ def measure_details(
     *,
     batch_size: int,
 ) -> Details:
-    """Run the evaluated images again, along the routes that they took and along the widest."""
+    """Run the evaluated images again, along the routes they took and along the widest route."""
     spec, device = net.spec, net.device
     widest = spec.widest_choice if evaluation.dynamic is not None else evaluation.taken[0]
     margin: list[Tensor] = []
@@ -472,7 +472,7 @@ def measure_details(
 
 
 def _run_paths(net: ElasticNet, x_BCSS: Tensor, choices_BG: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of rows along their paths, and the probability (G, B) of each gate's choice."""
+    """Logits (B, N) of rows along their paths, and probabilities (G, B) of the gates' choices."""
     spec = net.spec
     logits_BN = torch.empty(len(x_BCSS), spec.num_classes)
     chosen_GB = torch.empty(len(spec.gates), len(x_BCSS))
@@ -492,7 +492,7 @@ def _run_paths(net: ElasticNet, x_BCSS: Tensor, choices_BG: Tensor) -> tuple[Ten
 def _budgets(
     curve: BudgetCurve | None, model: Model, images: ReportImages | None, options: ReportOptions
 ) -> tuple[Budget, ...]:
-    """Evenly spaced points of the curve, measured on the images if there are any."""
+    """Evenly spaced points of the curve, measured on the images, if any."""
     if curve is None:
         return ()
     points = [curve.points[place] for place in _spaced(len(curve.points), _BUDGETS)]
@@ -515,7 +515,7 @@ def _times(
     images: ReportImages | None,
     budgets: Sequence[Budget],
 ) -> Times:
-    """Time on images with the shares of routes of all, or on noise if there are none."""
+    """Time on images with representative shares of routes, or on noise if there are no images."""
     spec, pre = engine.spec, engine.preprocessing
     assert pre is not None
     rows = rows_per_round(spec, pre.image_size_px)
@@ -544,6 +544,6 @@ def _times(
 
 
 def _spaced(total: int, most: int) -> list[int]:
-    """At most `most` evenly spaced positions out of `total`, the first and the last among them."""
+    """At most `most` evenly spaced positions out of `total`, including the first and the last."""
     count = max(min(total, most), 1)
     return sorted({round(n * (total - 1) / max(1, count - 1)) for n in range(count)})

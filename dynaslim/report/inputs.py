@@ -1,7 +1,7 @@
-"""What a report is made from: the files of a run, images to evaluate on, stored metrics, baselines.
+"""Reads the inputs of a report: a run's files, images to evaluate on, stored metrics, baselines.
 
-Only the checkpoints must be valid. Other files of a run may be missing, truncated or of another
-form; they are then left out, and `RunInfo.notes` names them.
+Only the checkpoints must be valid. Other files of a run may be missing, truncated or in another
+format; they are then ignored, and `RunInfo.notes` names those that exist.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dynaslim.spec import NetSpec
 Kind = Literal["supernet run", "gate run", "demo", "checkpoint", "package"]
 
 BASELINES: Final = "baselines.json"
-"""Name of the file of baselines that is read from a run's folder by default."""
+"""Name of the baselines file that is read from a run's folder by default."""
 _EXPECTED: Final = (
     "expected a checkpoint file, or the folder of a run: with gate*.safetensors, last.safetensors, "
     "best.safetensors or (the demo's) checkpoint.safetensors"
@@ -49,13 +49,13 @@ class Model:
     file: Path
     checkpoint: Checkpoint
     target: float | None = None
-    """Mean cost that the gate was trained for, as a share of the widest route's, if any."""
+    """Target mean cost of the gate, as a share of the widest route's; None if unknown."""
 
     @property
     def has_trained_gates(self) -> bool:
         """Whether the network has gates that were trained.
 
-        The network of stage I has gates too, with their initial weights.
+        A network of stage I has gates, too, but with their initial weights.
         """
         recipe = self.checkpoint.recipe
         return bool(self.checkpoint.net.spec.gates) and not (
@@ -64,13 +64,13 @@ class Model:
 
     @property
     def label(self) -> str:
-        """Name of its dynamic mode, which differs from those of the run's other targets."""
+        """Name of the model's dynamic mode; it is unique among the targets of a run."""
         return "dynamic" if self.target is None else f"dynamic, target {self.target:g}"
 
 
 @dataclass(frozen=True)
 class Curves:
-    """The lines of a metrics file under the title of their stage."""
+    """The lines of a metrics file, titled by the training stage."""
 
     title: str
     lines: tuple[Mapping[str, Any], ...]
@@ -78,24 +78,26 @@ class Curves:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The models of a run and the files beside them."""
+    """The models of a run and the content of its other files."""
 
     path: Path
     kind: Kind
     model: Model
-    """The one that the details of the report are about."""
+    """The model that the report shows in detail."""
     gated: tuple[Model, ...]
-    """All models with trained gates, sorted by target; `model` among them if it has such gates."""
+    """All models with trained gates, sorted by target; includes `model` if it has such gates."""
     curves: tuple[Curves, ...] = ()
     environments: tuple[Mapping[str, Any], ...] = ()
-    """Versions and hardware of every start of the run."""
+    """Versions and hardware, for each start of the run."""
     results: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()
-    """Files that could not be read."""
+    """Notes on files that could not be read, or on the networks of a cascade."""
 
 
 def read_run(path: Path, target: float | None = None) -> RunInfo:
-    """Read a run's folder or a checkpoint file; `target` selects the model, default the middle one.
+    """Read the folder of a run or package, or a checkpoint; `target` selects one of its models.
+
+    The default is the middle one by target.
 
     Raises:
         UsageError: if there is no run at the path, or no gate for the target.
@@ -130,7 +132,7 @@ def read_run(path: Path, target: float | None = None) -> RunInfo:
 
 
 def _notes_on_rungs(checkpoint: Checkpoint) -> Iterator[str]:
-    """For each route of a cascade its network, and how well signals rank the network's errors."""
+    """Yield a note for each route of a cascade: its network, and how well signals rank errors."""
     spec, ranked = checkpoint.net.spec, getattr(checkpoint, "notes", {}).get("risk_coverage")
     for number, rung in enumerate(spec.rungs if isinstance(spec, CascadeSpec) else (), start=1):
         areas = ""
@@ -173,7 +175,7 @@ def _select(path: Path, models: Sequence[Model], target: float | None) -> Model:
 
 
 def _curves(folder: Path, kind: Kind, model: Model, models: Sequence[Model]) -> Iterator[Curves]:
-    """Curves of the run; of a gate run those of the selected gate, after those of its supernet."""
+    """The run's curves; for a gate run, its supernet's and then the selected gate's."""
     lines = tuple(read_metrics(folder))
     if kind != "gate run":
         if lines:
@@ -184,12 +186,12 @@ def _curves(folder: Path, kind: Kind, model: Model, models: Sequence[Model]) -> 
     supernet = gate.get("supernet")
     if isinstance(supernet, str) and supernet:
         stage1 = Path(supernet).parent
-        # a run that was moved usually still has its supernet's run as a neighbour
+        # if the run was moved, its supernet's run is usually still in the same parent folder
         first = read_metrics(stage1) or read_metrics(folder.parent / stage1.name)
         if first:
             yield Curves("Stage I: the supernet", tuple(first))
     number = models.index(model)
-    # gates are trained in the order of the recipe, which may not be that of their targets
+    # gates are trained in the recipe's order, which may differ from the order of targets
     targets = gate.get("targets")
     if isinstance(targets, list) and model.target in targets:
         number = targets.index(model.target)
@@ -199,7 +201,7 @@ def _curves(folder: Path, kind: Kind, model: Model, models: Sequence[Model]) -> 
 
 
 def _read_json(file: Path, kind: type[Any], notes: list[str]) -> Any:
-    """The value in a JSON file; None, with a note if the file exists, if it is not of this type."""
+    """The value in a JSON file; None if missing, or with a note, if invalid or of another type."""
     if not file.exists():
         return None
     try:
@@ -221,31 +223,31 @@ class ReportImages:
 
     images: ImageDataset
     data: str
-    """The data set as the user or the recipe names it."""
+    """The data set, as named by the user or the recipe."""
     split: str
     held_back: float | None
-    """Share of the split that training held out, if these are those; None for a whole split."""
+    """The share of the split that training held out, if the images are that part; else None."""
     total: int
     """Number of images before `limit`."""
     trained_on: bool
-    """Whether the recipe names these as its training images."""
+    """Whether the recipe names these images as its training images."""
 
 
 class NoImagesError(Exception):
-    """No images were named and those of the recipe are not available; the message is the reason."""
+    """No images were given and the recipe's are not available; the message is the reason."""
 
 
 def open_images(
     checkpoint: Checkpoint, *, data: str | None, split: str | None, limit: int | None
 ) -> ReportImages:
-    """The images that `data` names, or else those that training held out.
+    """Open the images that `data` names, or else those that training held out.
 
-    `limit` selects that many at random, with a fixed seed.
+    With `limit`, that many images are selected at random, with a fixed seed.
 
     Raises:
-        NoImagesError: if none are named and those of the recipe are not available.
-        DataError: if those named cannot be read, or their classes are not the network's.
-        CheckpointError: if images are named and the checkpoint has no preprocessing.
+        NoImagesError: if `data` is None and the recipe's images are not available.
+        DataError: if the images of `data` cannot be read, or their classes are not the network's.
+        CheckpointError: if `data` is given and the checkpoint has no preprocessing.
     """
     pre = checkpoint.preprocessing
     if pre is None:
@@ -270,7 +272,7 @@ def open_images(
 
 
 def _shipped(checkpoint: Checkpoint, split: str | None) -> HeldOut:
-    """The data set that ships, for a network that the demo trained on it."""
+    """The data set shipped with dynaslim, for a network that the demo trained on it."""
     stages = [checkpoint.recipe.get(stage) for stage in ("supernet", "gate")]
     names = checkpoint.class_names
     if all(isinstance(stage, Mapping) for stage in stages) and names is not None:
@@ -306,7 +308,7 @@ def _is_trained_on(recipe: Mapping[str, Any], source: ImageSource) -> bool:
 
 
 def stored_metrics(metrics: Mapping[str, Any], spec: NetSpec) -> Metrics | None:
-    """Read `Evaluation.to_dict` from a checkpoint's metrics; None if it is of another form."""
+    """Read `Evaluation.to_dict` from a checkpoint's metrics; None if it is not valid."""
     try:
         found = msgspec.convert(metrics.get("val", metrics), Metrics)
         shares = found.dynamic.route_shares if found.dynamic else ()
@@ -335,16 +337,16 @@ def stored_metrics(metrics: Mapping[str, Any], spec: NetSpec) -> Metrics | None:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A static network to compare with, as the user measured it; costs are per image."""
+    """A static network to compare with, as measured by the user; costs are per image."""
 
     name: Annotated[str, msgspec.Meta(min_length=1)]
     top1: Annotated[float, msgspec.Meta(ge=0, le=1)]
     madds: Annotated[float, msgspec.Meta(ge=0)] | None = None
     ms: Annotated[float, msgspec.Meta(ge=0)] | None = None
     images: Annotated[int, msgspec.Meta(gt=0)] | None = None
-    """Number of images of the accuracy, for its interval."""
+    """Number of images that `top1` was measured on, for its confidence interval."""
     params: Annotated[int, msgspec.Meta(gt=0)] | None = None
-    """Its parameters, for the memory of its weights."""
+    """Number of parameters, from which the memory of the weights is computed."""
 
     def __post_init__(self) -> None:
         check(self.madds is not None or self.ms is not None, "give madds or ms, or both")
@@ -354,7 +356,7 @@ def read_baselines(path: Path) -> tuple[Baseline, ...]:
     """Read a JSON file with a list of baselines.
 
     Raises:
-        UsageError: if it cannot be read or is of another form.
+        UsageError: if the file cannot be read or has another format.
     """
     try:
         raw = parse_json(path.read_bytes())

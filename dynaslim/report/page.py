@@ -1,4 +1,4 @@
-"""The report of a run as one page of HTML that loads nothing else."""
+"""Renders the report of a run as a single HTML page without external resources."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from dynaslim.runtime.budget_search import accuracy_interval
 from dynaslim.version import __version__
 
 _MAX_RECIPE: Final = 20_000
-"""Characters of a recipe on the page."""
+"""Most characters of a recipe that are shown."""
 _FILTERS: Final = (
     *("count", "interval", "megabytes", "millions", "milliseconds", "percent", "plural", "points"),
     *("three_digits", "times", "widths_of"),
@@ -43,38 +43,38 @@ _ENVIRONMENT: Final = {
     "torch": "torch",
     "dynaslim": "dynaslim",
 }
-"""Keys of a run's environment with their labels on the page."""
+"""Labels on the page by key of a run's environment."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """A page, and its main numbers as plain JSON values."""
+    """An HTML page, and its main numbers as JSON values."""
 
     html: str
     summary: dict[str, Any]
 
 
 def make_report(run: str | Path, **options: Any) -> str:
-    """A page of HTML on a run: evaluated on images, timed on this machine.
+    """An HTML page about a run, which is evaluated on images and timed on this machine.
 
-    `run` is the folder of a run or of the demo, or a checkpoint; `options` are the fields of
-    `ReportOptions`.
+    `run` is the folder of a run, of the demo or of a package, or a checkpoint; `options` are the
+    fields of `ReportOptions`.
 
     Raises:
-        UsageError: if there is no run, or an argument makes no sense.
+        UsageError: if there is no run, or an argument is invalid.
         CheckpointError: if a checkpoint cannot be read.
-        DataError: if images that were named cannot be read or do not fit the network.
+        DataError: if given images cannot be read or do not fit the network.
     """
     return build_report(run, ReportOptions(**options)).html
 
 
 def build_report(run: str | Path, options: ReportOptions) -> Report:
-    """As `make_report`, with the main numbers beside the page."""
+    """Like `make_report`, but also returns the main numbers."""
     return render(gather(run, options))
 
 
 def render(data: ReportData) -> Report:
-    """The page of a report's data."""
+    """Render the data of a report."""
     # each paragraph of the template is a sentence; the first is the headline
     paragraphs = _environment().get_template("headline.txt.j2").render(_context(data)).split("\n\n")
     headline = [sentence for one in paragraphs if (sentence := " ".join(one.split()))]
@@ -133,7 +133,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # replaces characters that HTML cannot contain
+        # replace characters that HTML cannot contain
         finalize=lambda value: value if hasattr(value, "__html__") else text.clean(str(value)),
     )
     environment.filters |= {name: getattr(text, name) for name in _FILTERS} | {"g": "{:g}".format}
@@ -152,7 +152,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _summary(data: ReportData, headline: str) -> dict[str, Any]:
-    """The main numbers as plain JSON values; times in ms per image."""
+    """The main numbers as JSON values; times are in ms per image."""
     metrics, times, images, model = data.metrics, data.times, data.images, data.run.model
     dynamic, difference = metrics and metrics.dynamic, data.against_widest
     return {
@@ -185,7 +185,7 @@ def _summary(data: ReportData, headline: str) -> dict[str, Any]:
 
 
 def _default_title(data: ReportData) -> str:
-    """The network and the last part of the path of its images."""
+    """The network's name and the last part of the path of its images."""
     if data.images is None:
         return data.spec.name
     path = Path(data.images.data)
@@ -194,7 +194,7 @@ def _default_title(data: ReportData) -> str:
 
 
 def _started_on(data: ReportData) -> list[tuple[str, object]]:
-    """Versions and hardware of the run's last start; the demo has them in its results."""
+    """Versions and hardware at the run's last start; the demo stores them in its results."""
     starts = data.run.environments
     found = starts[-1] if starts else data.run.results and data.run.results.get("environment")
     if not isinstance(found, Mapping):
@@ -222,7 +222,7 @@ def _recipe_text(recipe: Mapping[str, Any]) -> str:
 
 
 def _commands(data: ReportData) -> dict[str, str]:
-    """Shell commands that repeat the run and the report, by their purpose."""
+    """Shell commands, by purpose, that repeat the run and the report."""
     run, images, file = data.run, data.images, str(data.run.model.file)
     source = ["--data", "PATH" if images is None else images.data]
     held_back = images is not None and images.held_back is not None
@@ -252,7 +252,7 @@ def _commands(data: ReportData) -> dict[str, str]:
 
 
 def _training_command(data: ReportData) -> list[str]:
-    """The command that started the run, or that of the demo from its recipe; empty if unknown."""
+    """The command that started the run; for the demo, rebuilt from its recipe; [] if unknown."""
     run = data.run
     if run.environments:
         command = run.environments[-1].get("command")

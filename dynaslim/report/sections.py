@@ -1,4 +1,4 @@
-"""The parts of a report that are computed from `ReportData` for the templates."""
+"""Computes the sections of a report from `ReportData` for the templates."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from dynaslim.report.charts import Bar, Chart, histogram, ramp, share_chart
 from dynaslim.report.data import ReportData
 
 _MAX_ROUTES: Final = 6
-"""Routes that are shown one by one; the rest are "other routes"."""
+"""Most routes that are shown one by one; the rest are "other routes"."""
 _MAX_CLASSES: Final = 30
-"""Classes that are listed; of more, `_ENDS` at both ends of the list."""
+"""Up to this number, all classes are listed; otherwise `_ENDS` at each end of the list."""
 _ENDS: Final = 12
 _MAX_GATES: Final = 4
 _MAX_MATRIX: Final = 20
-"""Classes of a confusion matrix."""
+"""Most classes for which a confusion matrix is shown."""
 _PAIRS: Final = 20
 _PAIRS_BESIDE_MATRIX: Final = 10
 _STRIP: Final = 6
-"""Pictures of a row."""
+"""Number of pictures in a row."""
 _SIDE_PX: Final = 128
-"""Larger pictures are made smaller: they are shown at about half of it."""
+"""Larger pictures are reduced to this size; they are shown at about half of it."""
 
 
 # -- routes ---------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ _SIDE_PX: Final = 128
 
 @dataclass(frozen=True)
 class RouteColumn:
-    """A route that is shown by itself, or (`number` None) all others together."""
+    """A route that is shown separately, or all others together if `number` is None."""
 
     number: int | None
     """Its position in `DynamicMetrics.route_shares` and in `Evaluation.taken`."""
@@ -57,7 +57,7 @@ class RouteColumn:
 
 
 def route_columns(data: ReportData) -> tuple[RouteColumn, ...]:
-    """The most used routes by rising cost, and then the others together."""
+    """The most used routes by rising cost, followed by all others together."""
     if data.metrics is None or data.metrics.dynamic is None:
         return ()
     shares = data.metrics.dynamic.route_shares
@@ -76,7 +76,7 @@ def route_columns(data: ReportData) -> tuple[RouteColumn, ...]:
 
 
 class TakenRoute(NamedTuple):
-    """The images that took a route, and accuracies on just these: their own and the widest's."""
+    """The images that took a route, and the accuracies of that and the widest route on them."""
 
     column: RouteColumn
     images: int
@@ -86,7 +86,7 @@ class TakenRoute(NamedTuple):
 
 
 def taken_routes(data: ReportData, columns: Sequence[RouteColumn]) -> tuple[TakenRoute, ...]:
-    """One entry for each column; none without a dynamic mode."""
+    """One entry per column; empty without images or a dynamic mode."""
     evaluation, details = data.evaluation, data.details
     if evaluation is None or details is None:
         return ()
@@ -109,7 +109,7 @@ def taken_routes(data: ReportData, columns: Sequence[RouteColumn]) -> tuple[Take
 
 
 def class_names(data: ReportData) -> tuple[str, ...]:
-    """The name of each class on the page."""
+    """The name of each class as shown on the page."""
     names: Sequence[str | None] = data.run.model.checkpoint.class_names or ()
     if not names and data.metrics is not None:
         names = [one.name for one in data.metrics.per_class]
@@ -124,15 +124,15 @@ class Classes(NamedTuple):
     chart: Chart | None
     """Routes by class; None without a dynamic mode."""
     listed: Sequence[ClassMetrics]
-    """By falling cost; without a dynamic mode by rising accuracy."""
+    """Classes by falling cost; without a dynamic mode, by rising accuracy."""
     total: int
-    """Classes with images."""
+    """Number of classes that have images."""
 
 
 def classes(
     data: ReportData, columns: Sequence[RouteColumn], names: Sequence[str]
 ) -> Classes | None:
-    """None if there are no metrics."""
+    """Accuracy and cost of the classes; None without metrics or classes with images."""
     if data.metrics is None:
         return None
     found = [one for one in data.metrics.per_class if one.images]
@@ -166,7 +166,7 @@ def classes(
 
 
 class Confidence(NamedTuple):
-    """Confidence of a gate in its choice, or (`gate` None) of the network in its answer."""
+    """Confidence of a gate in its choices, or of the network in its answers if `gate` is None."""
 
     gate: int | None
     gates: int
@@ -177,7 +177,7 @@ class Confidence(NamedTuple):
 
 
 def confidences(data: ReportData) -> tuple[Confidence, ...]:
-    """Those of the gates, then that of the network; none without images."""
+    """The confidences of the gates, then of the network; empty without images."""
     evaluation, details = data.evaluation, data.details
     if evaluation is None or details is None:
         return ()
@@ -203,13 +203,13 @@ def confidences(data: ReportData) -> tuple[Confidence, ...]:
 
 class Confusions(NamedTuple):
     matrix: Sequence[Sequence[int]]
-    """Number of images by class (rows) and answer (columns); empty for many classes."""
+    """Number of images by true class (rows) and answer (columns); empty if too many classes."""
     pairs: Sequence[tuple[str, str, int, float]]
-    """The most frequent mistakes: class, answer, images and their share of the class."""
+    """The most frequent mistakes: true class, answer, number of images, share of the class."""
 
 
 def confusions(data: ReportData, names: Sequence[str]) -> Confusions | None:
-    """Of the dynamic mode, or without it of the widest route; None without images."""
+    """Confusions of the dynamic mode, else of the widest route; None without images."""
     evaluation = data.evaluation
     if evaluation is None:
         return None
@@ -240,7 +240,7 @@ class Picture(NamedTuple):
 
     uri: str
     is_small: bool
-    """Has few pixels, which should stay visible."""
+    """Whether the image has few pixels, so that single pixels should stay visible."""
     label: str
     answer: str
     is_right: bool
@@ -248,7 +248,7 @@ class Picture(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Pictures by route, each row with its title, and the most confident mistakes."""
+    """Titled rows of pictures for each route, and the most confident mistakes."""
 
     routes: Sequence[tuple[RouteColumn | None, Sequence[tuple[str, Sequence[Picture]]]]]
     mistakes: Sequence[Picture]
@@ -257,9 +257,9 @@ class Gallery(NamedTuple):
 def gallery(
     data: ReportData, columns: Sequence[RouteColumn], names: Sequence[str]
 ) -> Gallery | None:
-    """The hardest and the easiest images of each route by their margin; None without images.
+    """The hardest and easiest images of each route, by their margin; None without images.
 
-    Of a route with few images each is shown once: first the hardest, then the easiest of the rest.
+    The easiest are chosen from those left after the hardest, so no image is in both rows.
     """
     evaluation, details, source = data.evaluation, data.details, data.images
     if evaluation is None or details is None or source is None:
@@ -292,7 +292,7 @@ def gallery(
 def _pictures(
     evaluation: Evaluation, images: ImageDataset, names: Sequence[str], places: Sequence[int]
 ) -> dict[int, Picture]:
-    """Pictures of evaluated images, by their position in the evaluation."""
+    """Pictures of evaluated images, by position in the evaluation."""
     batches = images.batches(64, evaluation.rows[torch.tensor(places, dtype=torch.int64)])
     pixels = itertools.chain.from_iterable(batch.numpy() for batch, _ in batches)
     return {

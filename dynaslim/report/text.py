@@ -1,4 +1,4 @@
-"""How a report writes numbers and names; also the filters of its templates."""
+"""Formats numbers and names for a report; some functions are filters in its templates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Final
 
 NONE: Final = "\u2013"
-"""A dash: the cell of an unknown value."""
+"""A dash, shown for an unknown value."""
 MINUS: Final = "\u2212"
 TIMES: Final = "\u00d7"
 _MAX_NAME: Final = 80
@@ -17,23 +17,23 @@ _UNPRINTABLE: Final = re.compile(
 
 
 def clean(text: str) -> str:
-    """Replace characters that a page cannot hold: controls, surrogates, changes of direction."""
+    """Replace characters unfit for a page: controls, surrogates, changes of text direction."""
     return _UNPRINTABLE.sub("\ufffd", text)
 
 
 def name_of(name: str | None, index: int) -> str:
-    """A class's name in one line, shortened if need be, or its number if it has none."""
+    """A class's name in one line, shortened if needed; without a name, "class" and its index."""
     line = " ".join(clean(name or "").split())
     return shorten(line, _MAX_NAME) if line else f"class {index}"
 
 
 def shorten(text: str, most: int) -> str:
-    """At most `most` characters, the last of them an ellipsis if some are left out."""
+    """Shorten text to at most `most` characters; an ellipsis marks that it was cut."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
 
 def percent(share: float | None, digits: int = 2) -> str:
-    """A share of 0..1 as 85.35%."""
+    """A share in 0..1 as 85.35%."""
     return NONE if share is None else f"{share:.{digits}%}"
 
 
@@ -54,23 +54,23 @@ def millions(madds: float | None) -> str:
 
 
 def megabytes(weights: int | None) -> str:
-    """What so many weights of four bytes take, as 12.9 MB."""
+    """The size of this many four-byte weights, as 12.9 MB."""
     return NONE if weights is None else f"{three_digits(4e-6 * weights)} MB"
 
 
 def milliseconds(ms: float | None) -> str:
-    """A time in ms with three digits."""
+    """A time in ms with three significant digits."""
     return NONE if ms is None else f"{three_digits(ms)} ms"
 
 
 def three_digits(value: float) -> str:
-    """A positive number as 0.0707, 1.52 or 153."""
+    """A positive number with three significant digits: 0.0707, 1.52 or 153."""
     exponent = next((e for e in (2, 1, 0, -1, -2, -3) if value >= 10.0**e), -4)
     return f"{value:.{2 - exponent}f}"
 
 
 def count(number: int) -> str:
-    """A whole number with separators: 2,000."""
+    """A whole number with thousands separators: 2,000."""
     return f"{number:,}"
 
 

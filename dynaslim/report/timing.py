@@ -1,4 +1,4 @@
-"""Time per image of a network's routes, gates and budgets on this machine, in interleaved rounds.
+"""Times a network's routes, gates and budgets per image on this machine, in interleaved rounds.
 
 Suffixes: B rows, C channels, S side in pixels, N images, G gates.
 """
@@ -30,23 +30,23 @@ from dynaslim.spec import Route
 BATCH_SIZE: Final = 32
 _MAX_BATCHES: Final = 8
 _MADDS_PER_ROUND: Final = 2e9
-"""Multiply-adds of the widest route in a round, which set the number of batches."""
+"""Multiply-adds per round on the widest route; they determine the number of batches."""
 _SECONDS: Final = 10.0
 _ROUNDS: Final = (7, 31)
-"""Fewest and most rounds where their number is not given."""
+"""Fewest and most rounds if no number is given."""
 
 
 @dataclass(frozen=True)
 class Times:
-    """Measured times; every mode ran the same images in every round."""
+    """Measured times; in each round, every mode ran the same images."""
 
     backend: str
     rounds: int
     images: int
-    """In each round."""
+    """Number of images in each round."""
     hardware: Mapping[str, Any]
     ms: Mapping[str, Sequence[float]]
-    """Milliseconds per image of every round, by mode (`route_mode`, `gate_mode`, `budget_mode`)."""
+    """Milliseconds per image in every round, by mode (`route_mode`, `gate_mode`, `budget_mode`)."""
 
     def spread(self, mode: str) -> dict[str, float] | None:
         """Median and quartiles of a mode in ms per image; None if it was not timed."""
@@ -63,7 +63,7 @@ class Times:
 
     @property
     def noise(self) -> float:
-        """Largest distance of a mode's quartiles, as a share of its median."""
+        """Largest interquartile range of a mode, as a share of its median."""
         spreads = [summary(values) for values in self.ms.values()]
         return max((one["q3"] - one["q1"]) / one["median"] for one in spreads)
 
@@ -74,7 +74,7 @@ def route_mode(widths: Sequence[int]) -> str:
 
 
 def gate_mode(number: int) -> str:
-    """Key of a gate's dynamic mode in `Times.ms`; 0 is the model that is reported in detail."""
+    """Key of a gate's dynamic mode in `Times.ms`; 0 is the model reported in detail."""
     return f"gate {number}"
 
 
@@ -84,7 +84,7 @@ def budget_mode(number: int) -> str:
 
 
 def rows_per_round(spec: AnySpec, image_size_px: int) -> int:
-    """Images of a round: several batches for a small network, one for a large one."""
+    """Number of images per round: several batches for a small network, one for a large network."""
     batch = madds(spec, spec.widest_choice, image_size_px) * BATCH_SIZE
     return BATCH_SIZE * int(min(max(_MADDS_PER_ROUND // batch, 1), _MAX_BATCHES))
 
@@ -92,9 +92,9 @@ def rows_per_round(spec: AnySpec, image_size_px: int) -> int:
 def representative_images(
     evaluation: Evaluation, images: ImageDataset, pre: Preprocessing, rows: int
 ) -> np.ndarray:
-    """Network input (rows, C, S, S), float32, whose routes have the shares of all images.
+    """Network input (rows, C, S, S), float32, with each route's share equal to that of all images.
 
-    The order is random with a fixed seed. Where there are fewer images, they are repeated.
+    The order is random with a fixed seed. If a route has too few images, they are repeated.
     """
     rng = np.random.default_rng(0)
     number_N = evaluation.taken_number.numpy()
@@ -110,7 +110,7 @@ def representative_images(
 
 
 def noise_images(spec: AnySpec, rows: int, image_size_px: int) -> np.ndarray:
-    """Normal noise to use without images: (rows, C, S, S) float32."""
+    """Gaussian noise for use without images: (rows, C, S, S) float32."""
     shape = (rows, spec.in_channels, image_size_px, image_size_px)
     x: np.ndarray = np.random.default_rng(0).standard_normal(shape, np.float32)
     return x
@@ -130,9 +130,10 @@ def measure_times(
 ) -> Times:
     """Time an engine's routes, budgets and dynamic mode, and the dynamic mode of other checkpoints.
 
-    `others` are the same network with other gates. With `shares` None the gates choose; otherwise
-    they are overruled so that routes have the shares given for each gate, the engine's first, and a
-    gate without shares is left out. `rounds` None takes about ten seconds. Closes the engine.
+    `others` are the same network with other gates. If `shares` is None, the gates choose. Otherwise
+    their choices are replaced so that routes have the given shares, one list per gate, the engine's
+    first; a gate without shares is not timed. With `rounds` None, timing takes about ten seconds.
+    Closes the engine.
     """
     batches = np.split(x_NCSS, range(BATCH_SIZE, len(x_NCSS), BATCH_SIZE))
 
@@ -164,9 +165,9 @@ def measure_times(
 
 
 def _rounds_for(arms: Mapping[str, Arm]) -> int:
-    """The number of rounds that take `_SECONDS`, within `_ROUNDS`."""
+    """The number of rounds that take about `_SECONDS`, within `_ROUNDS`."""
     for arm in arms.values():
-        arm()  # compiles
+        arm()  # compile first
     start = time.perf_counter()
     for arm in arms.values():
         arm()
@@ -175,7 +176,7 @@ def _rounds_for(arms: Mapping[str, Arm]) -> int:
 
 
 def _overruled(engine: Engine, shares: Sequence[RouteShare], batches: Sequence[np.ndarray]) -> Arm:
-    """The dynamic mode with the gates' decisions replaced by fixed ones in these shares."""
+    """The dynamic mode with the gates' choices replaced by fixed ones with these shares."""
     spec, router = engine.spec, engine.router
     paths = [spec.path_of(Route(one.widths)) for one in shares]
     rows = sum(map(len, batches))

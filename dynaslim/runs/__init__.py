@@ -1,4 +1,4 @@
-"""Training runs: a folder each, to start, stop, resume and look at."""
+"""Training runs: each has its own folder and can be stopped and resumed."""
 
 from dynaslim.recipes import RunOptions
 from dynaslim.runs.context import Stopped

@@ -1,4 +1,4 @@
-"""What the runs of both stages share: options, processes, signals, and callbacks between steps."""
+"""Code shared by the runs of both stages: processes, signals, evaluation, callbacks after steps."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from dynaslim.spec import Route
 class Stopped(BaseException):
     """The run was stopped by a signal and has saved a snapshot.
 
-    Not an `Exception`, so that no handler of failures catches it.
+    Not an `Exception`, so that no error handler catches it.
     """
 
     def __init__(self, number: int) -> None:
@@ -53,7 +53,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Whether SIGTERM or SIGINT has come; a second SIGINT interrupts at once."""
+    """Records SIGTERM or SIGINT as a request to stop; another SIGINT interrupts at once."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -64,11 +64,11 @@ class StopRequest:
         self.number = number
 
     def agreed(self) -> int | None:
-        """The signal that came to any of the run's processes, so that all stop after one step."""
+        """The signal that any process of the run received, so that all stop after the same step."""
         return largest(self.number or 0) or None
 
     def check(self) -> None:
-        """Raise `Stopped` if a signal has come; for work that a resumed run repeats."""
+        """Raise `Stopped` if a signal was received; for work that a resumed run repeats."""
         if self.number is not None:
             raise Stopped(self.number)
 
@@ -84,7 +84,7 @@ class StopRequest:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Take SIGTERM and SIGINT as requests while inside."""
+    """A context in which SIGTERM and SIGINT are recorded as requests to stop."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # Python lets only the main thread handle signals
@@ -100,7 +100,7 @@ def stop_requests() -> Iterator[StopRequest]:
 def note_if_busy() -> None:
     """Print a warning if other programs keep the processor busy.
 
-    The number of threads is left as it is: results depend on it.
+    The number of threads is not changed, because results depend on it.
     """
     if hasattr(os, "getloadavg") and "OMP_NUM_THREADS" not in os.environ:
         line = busy(os.getloadavg()[0], usable_cores(), torch.get_num_threads())
@@ -109,7 +109,7 @@ def note_if_busy() -> None:
 
 
 def busy(load: float, cores: int, threads: int) -> str | None:
-    """The warning for a load of so many running programs; None if it leaves enough cores."""
+    """The warning for a load average of `load`; None if enough cores are free."""
     if threads == 1 or load < cores / 2:
         return None
     return (
@@ -121,7 +121,7 @@ def busy(load: float, cores: int, threads: int) -> str | None:
 
 @contextmanager
 def launched(device: str) -> Iterator[torch.device]:
-    """Join the run's other processes, if torchrun started any; the device to work on.
+    """Join the run's other processes, if torchrun started any; yields the device to use.
 
     Raises:
         UsageError: if there is no such device.
@@ -138,8 +138,8 @@ def launched(device: str) -> Iterator[torch.device]:
             accelerator=device,
             devices=here,
             num_nodes=hosts,
-            # only its process group is used: gradients of all passes of a step are averaged once,
-            # by the step itself, where a wrapper around the module would do it once per pass
+            # only its process group is used: a step averages the gradients of all its passes once,
+            # whereas a wrapper around the module would average them once per pass
             strategy="ddp" if here * hosts > 1 else "auto",
         )
     except (MisconfigurationException, RuntimeError, ValueError) as error:
@@ -164,9 +164,9 @@ class RunContext:
     def open_images(
         self, data: DataRecipe, recipe: SupernetRecipe | GateRecipe, channels: int
     ) -> Training:
-        """`open_training` with a bar; can be stopped while it reads images into memory.
+        """Call `open_training` with a progress bar; it can be stopped while it reads into memory.
 
-        Prints how many images there are, and keeps their digests in the run's folder.
+        Prints the numbers of images and writes their digests to the run's folder.
         """
         with progress("reading images", None) as bar:
             opened = open_training(
@@ -189,7 +189,7 @@ class RunContext:
         if self.folder.is_main and not (self.folder.state is not None and record.exists()):
             seen = set(opened.feed.digests()) - {""}
             base = recipe.supernet if isinstance(recipe, GateRecipe) else recipe.init
-            if base is not None:  # its weights come from a run with images of its own
+            if base is not None:  # its weights come from a run on other images
                 seen |= trained_on(checkpoint_file(base))
             write_atomic(record, "".join(f"{one}\n" for one in sorted(seen)).encode())
         return opened
@@ -203,7 +203,7 @@ class RunContext:
         routes: Sequence[Route] | None = None,
         dynamic: bool = True,
     ) -> Evaluation | None:
-        """Evaluate on the held-out images, with a bar if there is a label; None without images."""
+        """Evaluate on the held-out images, with a progress bar if `label`; None without images."""
         if data.validation is None:
             return None
         with progress(label and f"evaluating {label}", len(data.validation)) as bar:
@@ -226,7 +226,7 @@ class RunContext:
         return results
 
     def results(self) -> dict[str, Any] | None:
-        """The results of a resumed run that has ended."""
+        """The results of a resumed run that has already ended, else None."""
         path = self.folder.file("results.json")
         if not (self.options.resume and path.exists()):
             return None
@@ -243,9 +243,9 @@ def opened(
     *,
     alone_for: str = "",
 ) -> Iterator[RunContext]:
-    """Join the other processes, handle signals and open the folder, while inside.
+    """A context that joins the other processes, handles signals and opens the folder.
 
-    `alone_for` names what needs a single process.
+    `alone_for` names a feature that needs a single process, for the message.
 
     Raises:
         UsageError: as `RunFolder`, for an unknown device, or for several processes where one is
@@ -266,7 +266,7 @@ def opened(
 
 
 def data_results(data: Training) -> dict[str, Any]:
-    """The entries of `results.json` on the images; skipped ones are those of all processes."""
+    """The entries of `results.json` on the images; `skipped` is over all processes."""
     held_out = data.validation.skipped.lines if data.validation is not None else ()
     everywhere = gather([*data.feed.skipped.lines, *held_out])
     return {
@@ -279,7 +279,7 @@ def data_results(data: Training) -> dict[str, Any]:
 
 
 class Callbacks:
-    """Logs steps and saves snapshots of the `state` of a loop over them."""
+    """Logs the steps of a training loop and saves snapshots of its `state`."""
 
     def __init__(
         self,
@@ -293,10 +293,10 @@ class Callbacks:
         self._saved = self._last = time.monotonic()
         self._window: deque[float] = deque(maxlen=self._options.log_every)
         self.seconds = 0.0
-        """Seconds spent on steps so far, evaluations left out."""
+        """Seconds spent on steps so far, without evaluations."""
 
     def after_step(self, step: int, values: dict[str, Any], note: str, *, save: bool) -> None:
-        """Log step number `step`; snapshot if `save` or if the last one is old.
+        """Log step number `step`; save a snapshot if `save` or if the last one is old.
 
         Raises:
             Stopped: on SIGTERM or SIGINT; a snapshot has been written.
@@ -317,5 +317,5 @@ class Callbacks:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Start the time of the next step now."""
+        """Start timing the next step now."""
         self._last = time.monotonic()

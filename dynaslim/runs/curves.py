@@ -1,4 +1,4 @@
-"""The curves of a training run, from its metrics file."""
+"""Plot the curves of a training run from its metrics file."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def curves_figure(lines: Sequence[Line]) -> bytes:
-    """Losses over the steps and, if there were evaluations, accuracy of the routes: a PNG."""
+    """A PNG of the losses over the steps and, if there were evaluations, the route accuracies."""
     steps, top1 = read_accuracies(lines)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     panels = figure.subplots(1, 2 if steps else 1, squeeze=False)[0]

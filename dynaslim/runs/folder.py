@@ -32,7 +32,7 @@ from dynaslim.version import __version__
 SNAPSHOT: Final = "snapshot.safetensors"
 METRICS: Final = "metrics.jsonl"
 TRAINED_ON: Final = "trained_on.txt"
-"""`digest` of the files of the training images, a line for each."""
+"""File with the `digest` of every training image's file, one per line."""
 _FORMAT: Final = "dynaslim-snapshot"
 _VERSION: Final = 1
 _FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices", "supernet"}
@@ -40,11 +40,11 @@ _FIXED: Final = {"model", "init", "optim.name", "objective", "targets", "choices
 
 
 class RunFolder:
-    """The folder of one run; use it as a context, so that its files are closed.
+    """The folder of one run; use it as a context manager, so that its files are closed.
 
     Raises:
-        UsageError: if the folder holds a run and is not to be resumed, or holds one of another
-            stage or (unless forced) recipe, or another process is at work in it.
+        UsageError: if the folder holds a run and `resume` is off, or a run of another stage or
+            (without `force`) with another recipe, or if another process uses the folder.
         OSError: if it cannot be written.
     """
 
@@ -156,14 +156,14 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         if self._board is not None:
-            # the first write that failed has been reported
+            # the first failed write has been reported already
             with contextlib.suppress(OSError):
                 self._board.close()
             threading.excepthook = self._thread_hook
         self._lock.release()
 
     def _on_thread_error(self, args: threading.ExceptHookArgs) -> None:
-        """TensorBoard's thread keeps its error for the next call, and would print it as well."""
+        """Do not print an OSError of TensorBoard's thread, which its next call raises."""
         if not isinstance(args.exc_value, OSError):
             self._thread_hook(args)
 
@@ -213,7 +213,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
@@ -240,7 +240,7 @@ def environment() -> dict[str, Any]:
 def _differences(
     before: Mapping[str, Any], now: Mapping[str, Any], around: Path, prefix: str = ""
 ) -> list[str]:
-    """What differs between two recipes; files beside the run may have moved along with it."""
+    """The differences between two recipes, except files that moved along with the run."""
     found = []
     for key in dict.fromkeys((*before, *now)):
         old, new = before.get(key), now.get(key)
@@ -252,7 +252,7 @@ def _differences(
 
 
 def _moved(old: Any, new: Any, around: Path) -> bool:
-    """Whether `new` is a file in the folder `around`, and `old` the same one in another place."""
+    """Whether `new` is a file below the folder `around`, and `old` its path before a move."""
     if not (isinstance(old, str) and isinstance(new, str) and Path(new).is_relative_to(around)):
         return False
     inside = Path(new).relative_to(around).parts
@@ -261,16 +261,16 @@ def _moved(old: Any, new: Any, around: Path) -> bool:
 
 
 # -- snapshots ------------------------------------------------------------------------------------
-# The whole state of a training (nested dicts, lists, plain values and tensors) in one safetensors
-# file, without pickle: tensors under numbered names, the rest as JSON in the metadata.
+# A snapshot is the whole training state (nested dicts, lists, plain values and tensors) in one
+# safetensors file, without pickle: tensors have numbered names, the rest is JSON in the metadata.
 
 
 def save_snapshot(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a state, whole or not at all.
+    """Write a state to a file atomically.
 
     Raises:
         CheckpointError: if a tensor has values that are not finite: no run could resume from them.
-        OSError: if the file cannot be written; an older one of that name is left as it was.
+        OSError: if the file cannot be written; an older file of that name is unchanged.
     """
     tensors: dict[str, Tensor] = {}
     packed = _pack(state, tensors)
@@ -287,7 +287,7 @@ def read_snapshot(path: str | Path) -> dict[str, Any]:
     """The state that `save_snapshot` wrote, on the CPU.
 
     Raises:
-        CheckpointError: if the file is no snapshot, is truncated, or is of another version.
+        CheckpointError: if the file is not a snapshot, is truncated, or has another version.
     """
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:

@@ -1,4 +1,4 @@
-"""Stage II as a run: one gate for each target cost, from one supernet."""
+"""Stage II as a run: train one gate for each target cost on one supernet."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from dynaslim.train.route_cache import RouteCache, cache_routes
 def run_gate(
     recipe: GateRecipe, out: str | Path, options: RunOptions | None = None
 ) -> dict[str, Any]:
-    """Train gates into folder `out`; returns the content of its `results.json`.
+    """Train gates and write them to folder `out`; returns the content of its `results.json`.
 
-    Writes `gate.safetensors`, or `gate_0.40.safetensors` for each target: the whole network, whose
-    slimming heads alone differ from the supernet's.
+    Writes `gate.safetensors`, or one file such as `gate_0.40.safetensors` for each target. A file
+    holds the whole network, which differs from the supernet in the slimming heads alone.
 
     Raises:
         UsageError: if the folder holds another run, the network has no gates, or a target cannot
             be met.
         CheckpointError: if the supernet cannot be read.
         DataError: if the images cannot be read, or their classes are not the network's.
-        TrainingError: if a loss is not finite; the last snapshot is left as it was.
+        TrainingError: if a loss is not finite; the last snapshot is unchanged.
         Stopped: on SIGTERM or SIGINT; a snapshot has been written.
-        OSError: if a file cannot be written; the last snapshot is left as it was.
+        OSError: if a file cannot be written; the last snapshot is unchanged.
     """
     check(bool(recipe.supernet), "name the trained supernet: --supernet CHECKPOINT")
     alone_for = "objective expected" if recipe.objective == "expected" else ""
@@ -51,7 +51,7 @@ def run_gate(
 
 
 def with_choices(net: ElasticNet, recipe: GateRecipe) -> ElasticNet:
-    """The network with the recipe's routing space, and fresh slimming heads for it.
+    """The network with the recipe's routing space, if it sets one, and new slimming heads for it.
 
     Raises:
         UsageError: if the network has no such widths, or another number of gates.
@@ -157,7 +157,7 @@ class _GateRun:
     # -- the exact expected loss --------------------------------------------------------------
 
     def _expected(self) -> Any:
-        """Cache the losses of every route once; a function that fits a gate to a target."""
+        """Cache the losses of every route; returns a function that fits a gate to a target."""
         recipe, feed = self.recipe.expected, self.data.feed
         steps = feed.steps_per_epoch * recipe.views
         with progress("caching routes", steps) as bar:

@@ -1,4 +1,4 @@
-"""Stage I as a run: train, validate, keep the best, resume, and write the results."""
+"""Stage I as a run: train, validate, keep the best network, resume, write the results."""
 
 from __future__ import annotations
 
@@ -33,27 +33,27 @@ from dynaslim.zoo import get_spec
 def run_supernet(
     recipe: SupernetRecipe, out: str | Path, options: RunOptions | None = None
 ) -> dict[str, Any]:
-    """Train a supernet into folder `out`; returns the content of its `results.json`.
+    """Train a supernet and write it to folder `out`; returns the content of its `results.json`.
 
     Writes `last.safetensors` (the averaged network), `last_live.safetensors` (the trained one) and,
-    where images are held out, `best.safetensors` (the averaged network of the best evaluation on
-    the way); all with BN statistics of their own for every route.
+    if images are held out, `best.safetensors` (the averaged network of the best evaluation during
+    training). Each has its own BN statistics, recalibrated for every route.
 
     Raises:
         UsageError: if the folder holds another run, or the recipe does not fit the data or the
             checkpoint that it starts from.
         CheckpointError: if that checkpoint cannot be read.
         DataError: if the images cannot be read.
-        TrainingError: if a loss is not finite; the last snapshot is left as it was.
+        TrainingError: if a loss is not finite; the last snapshot is unchanged.
         Stopped: on SIGTERM or SIGINT; a snapshot has been written.
-        OSError: if a file cannot be written; the last snapshot is left as it was.
+        OSError: if a file cannot be written; the last snapshot is unchanged.
     """
     with opened("supernet", recipe, out, options) as context:
         return _SupernetRun(recipe, context).run()
 
 
 def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
-    """The checkpoint to start from, checked to hold the recipe's model or its widest alone."""
+    """Read the start checkpoint: a converted network, the recipe's model, or its widest alone."""
     assert recipe.init is not None
     start = read(recipe.init)
     if isinstance(start.net.spec, GraphSpec):
@@ -67,7 +67,7 @@ def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
     if _shape(found) not in (_shape(spec), _shape(widest_alone(spec))):
         pairs = [(a.widths, b.widths) for a, b in zip(found.stages, spec.stages, strict=True)]
         unlike = [number for number, (its, own) in enumerate(pairs) if its != own]
-        # one that fits neither way, or where some stages fit the one and some the other, any
+        # a stage that fits neither way or, if each fits one way, the first that differs
         number = next((n for n in unlike if pairs[n][0] != pairs[n][1][-1:]), unlike[0])
         its, own = pairs[number]
         raise UsageError(
@@ -79,7 +79,7 @@ def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
 
 
 def _shape(spec: NetSpec, *, widths: bool = True) -> dict[str, Any]:
-    """A spec without the fields in which a network and its start may differ."""
+    """A spec as a dict, without the fields in which a network and its start may differ."""
     shape = spec.with_choices((0,)).replace(name="", num_classes=1).to_dict()
     if not widths:
         for stage in shape["stages"]:
@@ -88,7 +88,7 @@ def _shape(spec: NetSpec, *, widths: bool = True) -> dict[str, Any]:
 
 
 def _prepared_as(start: Checkpoint, data: DataRecipe) -> DataRecipe:
-    """The recipe's images, normalised as the weights expect unless the recipe has other values."""
+    """The recipe's data, with the checkpoint's mean and std unless the recipe sets its own."""
     pre = start.preprocessing
     if pre is None or data.mean is not None:
         return data
@@ -110,7 +110,7 @@ class _SupernetRun:
         data = recipe.data if start is None else _prepared_as(start, recipe.data)
         self.data = context.open_images(data, recipe, spec.in_channels)
         names = self.data.class_names
-        torch.manual_seed(recipe.seed)  # the initial weights; all else is seeded by its step
+        torch.manual_seed(recipe.seed)  # for the initial weights; all else is seeded by step
         self.classifier = "started anew"
         if start is not None:
             if spec is named and _shape(start.net.spec) != _shape(named):
@@ -138,7 +138,7 @@ class _SupernetRun:
         )
         self.best: dict[str, Any] | None = None
         self.misses = 0
-        """Evaluations in a row that were not better than the best."""
+        """Number of consecutive evaluations without a new best."""
         self.validated = 0
         state = context.folder.state
         if state is not None:
@@ -148,7 +148,7 @@ class _SupernetRun:
             self.data.feed.load_state(state)
 
     def _teacher(self, spec: NetSpec) -> OutsideTeacher | None:
-        """The recipe's teacher, by the route and BN statistics of the lowest loss on a sample."""
+        """The recipe's teacher, with the route and BN statistics of the lowest loss on a sample."""
         recipe, data = self.recipe, self.data
         if recipe.teacher is None:
             return None
@@ -163,7 +163,7 @@ class _SupernetRun:
         return teacher
 
     def _features(self, net: ElasticNet, outside: OutsideTeacher | None) -> TrunkFeatures:
-        """The trunk's features of the recipe's views of every training image."""
+        """Trunk features of the recipe's views of every training image."""
         recipe, feed = self.recipe, self.data.feed
         check(world_size() == 1, "trunk_views: runs in one process; leave torchrun out")
         check(bool(net.spec.gates), f"trunk_views: {net.spec.name} has no gate behind a trunk")
@@ -188,7 +188,7 @@ class _SupernetRun:
         return made
 
     def _slimmable(self, wide: SlimNet, spec: NetSpec) -> SlimNet:
-        """The recipe's model out of its widest widths alone: sorted, narrow routes calibrated."""
+        """Make the recipe's model from its widest alone: sort channels, calibrate narrow routes."""
         if self.folder.state is not None:
             return SlimNet(spec.replace(num_classes=wide.spec.num_classes))  # the snapshot has all
 
@@ -203,7 +203,7 @@ class _SupernetRun:
         before = {name: buffer.clone() for name, buffer in net.named_buffers()}
         recalibrate(net, batches(), on_batch=self.stop.check)
         for name, buffer in net.named_buffers():
-            buffer[-1] = before[name][-1]  # the last slot is that of the largest, which stays as is
+            buffer[-1] = before[name][-1]  # the last slot is the largest network's: unchanged
         return net
 
     def run(self) -> dict[str, Any]:
@@ -215,7 +215,7 @@ class _SupernetRun:
         with progress("stage I: supernet", training.total, done=training.step) as bar:
             callbacks = Callbacks(self.context, self._state, bar, recipe.batch_size)
             if training.step and self._is_due(every):
-                self._validate()  # stopped after the step and before this
+                self._validate()  # the run was stopped between the step and its evaluation
                 callbacks.restart_clock()
             for losses in () if self._has_ended() else training:
                 if self.context.device.type == "cpu":
@@ -250,7 +250,7 @@ class _SupernetRun:
         }
 
     def _has_ended(self) -> bool:
-        """Whether all steps are done, or the recipe's patience."""
+        """Whether all steps are done or the recipe's patience is exhausted."""
         patience = self.recipe.patience
         return self.training.step == self.training.total or (
             patience is not None and self.misses >= patience
@@ -262,7 +262,7 @@ class _SupernetRun:
         return self.validated < step and (step % every == 0 or at_end)
 
     def _validate(self) -> None:
-        """Evaluate the averaged network on the held-out images, and keep it if it is the best."""
+        """Evaluate the averaged network on the held-out images, and save it if it is the best."""
         self.validated = self.training.step
         if self.data.validation is None:
             return

@@ -1,1 +1,1 @@
-"""Running a network routed: the product. Each module is imported by name: not all need torch."""
+"""Routed inference. Import each module by name: some of them do not need torch."""

@@ -1,4 +1,4 @@
-"""What another precision changes on labelled images: one engine beside another.
+"""Effect of a lower precision on accuracy and routes: two engines compared on labelled images.
 
 Suffixes: B rows of a batch, C channels, S side in pixels, G gates, K classes.
 """
@@ -29,15 +29,15 @@ def accuracy_report(
     batch_size: int = 128,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Two engines of one network on the same images, the first `limit` of them: plain JSON values.
+    """Compare two engines of one network on the first `limit` images; returns plain JSON values.
 
-    - `images`: how many there were; those that cannot be read are left out;
+    - `images`: the number of images, without those that cannot be read;
     - `routes`: the names of the `cheapest` and the `widest` route that the gates can take;
-    - `reference`, `quantised`: for each engine `backend`, `precision`, the shares 0..1 of images
-      that are answered right when routed (`top1`) and along those two routes (`top1_cheapest`,
-      `top1_widest`), and the mean multiply-adds of an image that is routed (`madds`);
-    - `same_prediction`, `same_route`: the shares of images for which the two, routed, agree;
-    - `largest_probability_difference`: of any class of any image, routed.
+    - `reference`, `quantised`: each engine's `backend` and `precision`, the shares (0..1) of images
+      it classifies correctly when routed (`top1`) and along those two routes (`top1_cheapest`,
+      `top1_widest`), and its mean multiply-adds per routed image (`madds`);
+    - `same_prediction`, `same_route`: the shares of images on which the routed engines agree;
+    - `largest_probability_difference`: the largest over all classes and images, routed.
 
     Raises:
         UsageError: if the engines run different networks, or for a limit or batch size below 1.

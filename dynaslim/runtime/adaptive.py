@@ -1,6 +1,6 @@
-"""A budget that adapts to the load: levels along a network's curve, and what chooses among them.
+"""A budget that adapts to the load: levels along a network's curve, and control over them.
 
-Nothing here has a thread or a clock of its own.
+Nothing here starts a thread or reads a clock.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from dynaslim.runtime.budget import MOST_SHARE, BudgetCurve, BudgetPoint
 LEVELS: Final = 8
 """Largest number of levels of an adaptive budget."""
 WINDOW: Final = 9
-"""Batches that the throughput is the median of."""
+"""Batches over which the median throughput is taken."""
 LEAST_BATCHES: Final = 3
-"""Batches that the throughput needs: a single one may have been held up."""
+"""Batches needed before the throughput is known: a single batch may have been delayed."""
 SETTLE_S: Final = 0.1
 """Time after lowering the budget before it may be lowered again."""
 CALM_S: Final = 2.0
-"""Time almost without waiting after which the budget rises by a level."""
+"""Time almost without waiting after which the budget rises by one level."""
 LONGEST_CALM_S: Final = 60.0
 CALM_SHARE: Final = 0.25
-"""Part of the target wait below which the load counts as calm."""
+"""Fraction of the target wait below which the load counts as calm."""
 PANIC: Final = 3.0
 """Multiple of the target wait at which the budget drops to its lowest level at once."""
 
@@ -53,7 +53,7 @@ def spread(costs: Sequence[float], most: int) -> list[int]:
 
 
 class Throughput:
-    """Work per second of busy time, the median of recent batches: of rows, or of multiply-adds."""
+    """Work (rows or multiply-adds) per second of busy time: the median over recent batches."""
 
     def __init__(self) -> None:
         self._seconds_per_row: deque[float] = deque(maxlen=WINDOW)
@@ -66,7 +66,7 @@ class Throughput:
             self._median = statistics.median(self._seconds_per_row)
 
     def seconds_for(self, rows: float) -> float:
-        """Expected time of so many rows; 0 until there are enough batches."""
+        """Expected time for `rows` rows; 0 until there are enough batches."""
         return rows * self._median
 
     def rows_in(self, seconds: float, least: int, most: int) -> int:
@@ -77,17 +77,17 @@ class Throughput:
 
 
 class BudgetControl:
-    """Chooses among levels of cost so that the wait stays below a target.
+    """Chooses a cost level such that the wait stays below a target.
 
     The level falls as soon as the wait is too long, and rises after a calm period. The period
-    doubles each time the wait comes straight back, so that the level does not oscillate under a
-    steady load that it cannot carry.
+    doubles whenever the wait becomes too long again soon after a rise, so that the level does not
+    oscillate under a steady load that the higher level cannot handle.
     """
 
     def __init__(self, levels: int, target_s: float, now: float) -> None:
         assert levels >= 1
         self.level = levels - 1
-        """From 0, the cheapest."""
+        """Current level; 0 is the cheapest."""
         self._highest = levels - 1
         self._target_s = target_s
         self._calm_since = now
@@ -96,7 +96,7 @@ class BudgetControl:
         self._raised = -math.inf
 
     def observe(self, wait_s: float, now: float) -> int:
-        """The level for an expected wait of a row that comes now."""
+        """Update the level, given the expected wait of a row that arrives now; returns it."""
         if wait_s > self._target_s:
             self._calm_since = now
             if self.level and now - self._lowered >= SETTLE_S:

@@ -1,8 +1,8 @@
 """The few array operations of routing, in numpy and in torch.
 
-Rows are opaque: a buffer is (rows, *row) and only ever cut or gathered along its first axis. numpy
-keeps features as (C, H, W), the layout of the runtimes; torch as (H, W, C), since its convolutions
-are faster in channels_last and a gathered row is then one piece of memory.
+Rows are opaque: a buffer is (rows, *row), and is only sliced or gathered along its first axis.
+numpy stores features as (C, H, W), the layout of the runtimes; torch as (H, W, C), because its
+convolutions are faster in channels_last and a gathered row is then contiguous.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ class NumpyArrays:
     """Buffers of rows in numpy, float32."""
 
     def row(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """How a row of features (C, H, W), or of logits, lies in memory."""
+        """Memory layout of a row of features, given as (C, H, W), or of logits."""
         return tuple(shape)
 
     def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> Array:
-        """A new buffer, uninitialised; with `floats` of float32 whatever the precision."""
+        """Allocate an uninitialised buffer; with `floats`, in float32 whatever the precision."""
         return np.empty((rows, *row), np.float32)
 
     def take(self, source: Array, index: np.ndarray, out: Array) -> None:
         """Copy the rows at `index` into `out`."""
-        # without a mode that needs no check of the indices, `take` fills a second buffer first
+        # in the default mode, which checks the indices, `take` fills a temporary buffer first
         np.take(source, index, axis=0, out=out, mode="clip")
 
     def mirrored(self, images: Array, index: np.ndarray) -> Array:
-        """The images (B, C, H, W) at `index`, left and right exchanged, in new memory."""
+        """The images (B, C, H, W) at `index`, flipped left to right, as a new array."""
         return np.ascontiguousarray(images[index][..., ::-1])
 
     def host(self, rows: np.ndarray) -> np.ndarray:
-        """Logits as numpy, float32; waits for a device."""
+        """Logits as a float32 numpy array; waits for a device to finish."""
         return rows
 
     def images(self, x: Array) -> Array:
-        """A caller's images (B, C, H, W), numpy or torch, in the library of the programs."""
+        """Convert a caller's images (B, C, H, W), numpy or torch, to the programs' library."""
         values = x if isinstance(x, np.ndarray) else x.detach().cpu().float().numpy()
         return np.ascontiguousarray(values, np.float32)
 
 
 class TorchArrays:
-    """As `NumpyArrays`, in torch, on a device and in a type."""
+    """Like `NumpyArrays`, but in torch, with a given device and dtype."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         import torch
@@ -65,7 +65,7 @@ class TorchArrays:
 
     def empty(self, rows: int, row: tuple[int, ...], *, floats: bool = False) -> Array:
         dtype = self._torch.float32 if floats else self.dtype
-        with self._torch.inference_mode(False):  # the next call may come from outside of it
+        with self._torch.inference_mode(False):  # the next call may run outside inference mode
             return self._torch.empty((rows, *row), device=self.device, dtype=dtype)
 
     def take(self, source: Array, index: np.ndarray, out: Array) -> None:
@@ -82,7 +82,7 @@ class TorchArrays:
 
     def images(self, x: Array) -> Array:
         if isinstance(x, np.ndarray):
-            # torch takes no other strides, byte orders and read-only memory
+            # torch does not accept other strides, other byte orders or read-only memory
             tensor = self._torch.from_numpy(np.require(x, np.float32, ["C", "W"]))
         else:
             tensor = x.detach()
@@ -93,12 +93,12 @@ Arrays = NumpyArrays | TorchArrays
 
 
 def check_finite(x: Array, start: int = 0) -> None:
-    """Raise `ValueError` if images, rows of a batch from `start`, hold NaN or infinity.
+    """Raise `ValueError` if images contain NaN or infinity; `start` is their first row's number.
 
-    Looking at them brings the rows into the cache that are needed next.
+    The check also brings rows that are needed next into the cache.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        # one number, on a device to wait for; a sum is not finite where a value is not
+        # a sum is not finite if any value is not; on a device, only one number has to be fetched
         total = float(x.sum())
     if math.isfinite(total):
         return

@@ -1,4 +1,4 @@
-"""Backend "auto": the fastest of those that are installed, by a measurement of a few seconds."""
+"""Backend "auto": measures the installed backends for a few seconds and takes the fastest."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from dynaslim.runtime.variants import VariantSource
 
 ROUNDS: Final = 5
 QUARTERS: Final = 4
-"""Parts in which a batch comes half of the time: what is fastest for whole batches may be slow for
-small ones, where changing shapes and waiting for threads cost most."""
+"""Parts into which half of the measured batches are divided. The backend that is fastest for whole
+batches may be slow for small ones, where changing shapes and waiting for threads cost most."""
 FILE: Final = "auto.json"
 
 
 def candidates(source: VariantSource, resources: Resources) -> list[str]:
-    """Backends worth measuring for a source, those first that are usually fast.
+    """Backends worth measuring for a source; the usually fast ones come first.
 
-    The compiler of torch takes minutes: it takes part where its programs lie in the cache.
+    inductor compiles for minutes, so it is included only if its programs are in the cache.
 
     Raises:
-        UsageError: if none is installed; the message is the line that installs one.
+        UsageError: if none is installed; the message says how to install one.
     """
     installed = available(source.precision)
     if not source.has_modules:
         found: list[str] = [name for name in FROM_PACKAGE if name in installed]
         if not found:
-            make_backend(FROM_PACKAGE[0], source, resources)  # raises, with the line to run
+            make_backend(FROM_PACKAGE[0], source, resources)  # raises; says what to install
         return found
     device = getattr(source, "device", None)
     if device is not None and device.type != "cpu":
@@ -54,9 +54,9 @@ def candidates(source: VariantSource, resources: Resources) -> list[str]:
 def fastest(
     source: VariantSource, resources: Resources, size: tuple[int, int], rows: int
 ) -> tuple[Backend, dict[str, float]]:
-    """The backend that routes a batch of so many images of (height, width) fastest.
+    """The backend that routes a batch of `rows` images of `size` (height, width) fastest.
 
-    Returns it and the milliseconds of each that was measured (`measure`). The result is kept beside
+    Also returns the milliseconds of each backend measured (`measure`). The result is stored beside
     the cached programs.
     """
     names = candidates(source, resources)
@@ -79,7 +79,7 @@ def fastest(
 
 
 def _read_note(cache: Cache | None) -> dict[str, dict[str, float]]:
-    """What was measured before; an older version's note, or a damaged one, counts for nothing."""
+    """Stored measurements; the file of an older version or a damaged one is ignored."""
     note = None if cache is None else cache.find(FILE)
     if note is None:
         return {}
@@ -94,8 +94,8 @@ def measure(
 ) -> dict[str, float]:
     """Milliseconds of a routed batch on each backend that can run it.
 
-    The mean of the batch as one call and as `QUARTERS` calls, medians of interleaved rounds. Rows
-    take all options in turn.
+    This is the mean of two medians over interleaved rounds: of the batch as one call, and as
+    `QUARTERS` calls. Rows take all options of a gate in turn.
     """
     spec = source.spec
     x = np.random.default_rng(0).standard_normal((rows, spec.in_channels, *size), np.float32)
@@ -117,7 +117,7 @@ def measure(
         try:
             for parts in counts:
                 run(parts)  # compiles
-        except PackageError:  # a file has gone: no other backend does without it
+        except PackageError:  # a file has gone: other backends need it too
             raise
         except DynaslimError:
             continue

@@ -1,8 +1,9 @@
-"""Budgets at run time: one gate for a range of costs, and the curve of what each cost gives.
+"""Budgets at run time: one gate serves a range of costs, along a measured curve of accuracy.
 
 A *shift* moves every gate's decision towards cheaper options (positive) or wider ones (negative).
-A `BudgetPoint` is one setting of shift and escalation (`runtime.escalation`) and what it costs; a
-`BudgetCurve` is what was measured on held-out images (`runtime.budget_search`). No torch here.
+A `BudgetPoint` is a setting of shift and escalation (`runtime.escalation`) with its cost and
+accuracy; a `BudgetCurve` is a set of points measured on held-out images (`runtime.budget_search`).
+No torch here.
 
 Suffixes: B rows, K options of a gate.
 """
@@ -43,7 +44,7 @@ FORMS: Final = (
     "given up ('drop=0.3')"
 )
 MOST_SHARE: Final = 2.0
-"""Largest budget as a share: every image along the widest route, and its mirror image too."""
+"""Largest budget as a share: every image and its mirror image along the widest route."""
 _NUMBER: Final = r"(\d+\.?\d*|\.\d+)(e[+-]?\d+)?"
 _PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
     "share": re.compile(rf"(?P<value>{_NUMBER})"),
@@ -52,20 +53,20 @@ _PATTERNS: Final[Mapping[Kind, re.Pattern[str]]] = {
     "drop": re.compile(rf"drop ?= ?(?P<value>{_NUMBER})"),
 }
 SHOWN: Final = 2.0
-"""Standard errors by which a cheaper point has to be more accurate than the widest route."""
+"""Standard errors by which a cheaper point must be more accurate to replace the widest route."""
 NEAR: Final = 0.9
-"""A message is due where a point uses less than this part of a budget."""
+"""Fraction of a budget below which a point's use of it deserves a message."""
 ROUNDING: Final = 1e-9
-"""Relative: a budget that is written as a point's own cost affords that point."""
+"""Relative tolerance: a budget equal to a point's cost affords that point despite rounding."""
 
 
 # -- decisions ------------------------------------------------------------------------------------
 
 
 def option_costs(table: CostTable) -> tuple[Floats, ...]:
-    """For every gate (K,): what a route with that option, and else the cheapest, costs.
+    """For every gate (K,), the cost of a route with each option and otherwise the cheapest ones.
 
-    As a share of the widest route's cost.
+    Costs are shares of the widest route's cost.
     """
     options = [len(segment[0]) for segment in table.segments[1:]]
     costs = []
@@ -78,29 +79,29 @@ def option_costs(table: CostTable) -> tuple[Floats, ...]:
 class _Target(NamedTuple):
     path_G: Ints
     cost: float
-    """Of the whole path."""
+    """Cost of the whole path."""
     more: float
-    """What it adds to that of a row that goes on; a second look adds all of it."""
+    """Cost that it adds to a row that escalates to it; a second look adds `cost` instead."""
 
 
 class PathCosts:
-    """A table's costs of paths, laid out for use at every call."""
+    """Costs of paths from a table, arranged for fast use in every call."""
 
     def __init__(self, table: CostTable) -> None:
         self.table = table
         self.options = option_costs(table)
         trunk, *segments = table.segments
-        # up to the end of the segment behind the first gate, by its option
+        # cost up to the end of the segment behind the first gate, by that gate's option
         self._first_K = trunk[0][0] + np.array(segments[0][0])
         self._segments = [np.array(segment) for segment in segments[1:]]
         self._targets: dict[Path, _Target] = {}
         self.cheapest = float(self._first_K[0] + sum(segment[0, 0] for segment in self._segments))
-        """Of the path that takes the first option of every gate."""
+        """Cost of the path that takes the first option of every gate."""
 
     @cached_property
     def more(self) -> list[Floats]:
-        """For every gate (K before, K): what an option costs more than the first, and first options
-        behind it; of the first gate (1, K).
+        """For every gate, (previous gate's K, K): extra cost of an option over the first option, if
+        all later gates take their first options. For the first gate, (1, K).
         """
         own = [self._first_K[None, :], *self._segments]
         behind = [segment[:, 0] for segment in self._segments] + [np.zeros(len(own[-1][0]))]
@@ -108,14 +109,14 @@ class PathCosts:
         return [total - total[:, :1] for total in totals]
 
     def of(self, options_BG: Ints) -> Floats:
-        """Of whole paths (B,)."""
+        """Costs (B,) of whole paths, given by their options (B, G)."""
         total_B: Floats = self._first_K.take(options_BG[:, 0])
         for number, segment in enumerate(self._segments, start=1):
             total_B += segment[options_BG[:, number - 1], options_BG[:, number]]
         return total_B
 
     def target(self, path: Path) -> _Target:
-        """What going on along a path comes to."""
+        """The costs of escalating to a path."""
         known = self._targets.get(path)
         if known is None:
             known = self._targets[path] = _Target(
@@ -124,10 +125,10 @@ class PathCosts:
         return known
 
     def may_escalate(self, options_BG: Ints, target: Path, *, mirror: bool = False) -> Bools:
-        """Which rows (B,) may escalate to a target, by the paths of their answers.
+        """Rows (B,) that may escalate to a target, given the paths of their answers.
 
-        Those whose path is cheaper and narrower behind some gate; with `mirror`, to a second look,
-        those on the target.
+        These are rows whose path is cheaper and is narrower behind some gate. With `mirror`, for a
+        second look, they are the rows on the target path.
         """
         path_G, cost, _ = self.target(target)
         if mirror:
@@ -138,19 +139,19 @@ class PathCosts:
 
 
 def choose(gate_logits_BK: Logits, shift: float, costs_K: Floats, limit: int | None = None) -> Ints:
-    """The option (B,) with the highest `logits - shift * costs`; of equals the cheaper one.
+    """The option (B,) with the highest `logits - shift * costs`; the cheaper one if equal.
 
-    Positive shifts choose cheaper, negative ones wider, 0 is the gate's own decision. `costs_K`
-    rise (`option_costs`); options above `limit` are left out. A row's option never grows with the
-    shift, to the last bit.
+    Positive shifts choose cheaper options, negative ones wider options; 0 is the gate's own
+    decision. `costs_K` are ascending (`option_costs`); options above `limit` are excluded. A row's
+    option never increases with the shift, even by rounding.
     """
     return choose_by_prices(gate_logits_BK, prices(shift, costs_K, limit))
 
 
 def prices(shift: float, costs_K: Floats, limit: int | None = None) -> Floats:
-    """(K, K): how much higher the logit of an option (column) must be to beat an earlier one (row).
+    """(K, K): how much higher an option's logit (column) must be to beat an earlier option (row).
 
-    Infinite for the option itself and those before. The same for all rows of many calls.
+    Infinite on and below the diagonal. Independent of the images, so reusable over calls.
     """
     costs_K = np.asarray(costs_K, np.float64)[: None if limit is None else limit + 1]
     price_KK = shift * (costs_K[None, :] - costs_K[:, None])
@@ -159,10 +160,10 @@ def prices(shift: float, costs_K: Floats, limit: int | None = None) -> Floats:
 
 
 def choose_by_prices(gate_logits_BK: Logits, price_KK: Floats) -> Ints:
-    """As `choose`."""
+    """Like `choose`, with the result of `prices`."""
     logits_BK = np.asarray(gate_logits_BK, np.float64)[:, : len(price_KK)]
-    # option by option rather than by argmax: rounding could make the latter go back and forth.
-    # The choice is the first option that no later one beats; the last is never beaten.
+    # pairwise rather than by argmax, which rounding could make non-monotonic in the shift. The
+    # choice is the first option that no later one beats; the last is never beaten.
     gain_BKK = logits_BK[:, None, :] - logits_BK[:, :, None]
     option_B: Ints = (gain_BKK > price_KK).any(2).argmin(1)
     return option_B
@@ -172,10 +173,10 @@ def choose_by_prices(gate_logits_BK: Logits, price_KK: Floats) -> Ints:
 
 
 def parse_budget(budget: float | str) -> tuple[Kind, float]:
-    """What a budget limits, and its value: a share, MAdds per image, ms per image or points.
+    """The kind of a budget and its value: a share, MAdds per image, ms per image or points.
 
     Raises:
-        UsageError: if it is none of `FORMS`.
+        UsageError: if it has none of the forms in `FORMS`.
     """
     if isinstance(budget, str):
         text = budget.strip()
@@ -203,49 +204,49 @@ _STEPS: Final = (
     ("tau_then", "escalate_then"),
     ("tau_mirror", "mirror_along"),
 )
-"""Fields of a point that have the threshold and the path of a step of escalation."""
+"""For every step of escalation, the fields of a point with its threshold and its path."""
 
 
 @dataclass(frozen=True)
 class BudgetPoint:
-    """One setting of shift and escalation, and what it gave on the held-out images.
+    """One setting of shift and escalation, with its results on the held-out images.
 
-    Costs and shares are means over all of them; no label has a part in these. `top1` (0..1) is
-    measured on the images that did not select the points, unless all did.
+    Costs and shares are means over all images and do not depend on labels. `top1` (0..1) is
+    measured on the images that were not used to select points, unless all were.
     """
 
     shift: float
     tau: _Amount | None
-    """Rows of a smaller margin escalate; None for the gate alone."""
+    """Rows with a smaller margin escalate; None for the gate alone."""
     escalate_to: _Options | None
     """The option of every gate on the target path; None for the gate alone."""
     madds: _Amount
-    """Multiply-adds per image, slimming heads and escalation included."""
+    """Multiply-adds per image, including slimming heads and escalation."""
     share: _Amount
-    """`madds` of the widest route's."""
+    """`madds` as a share of the widest route's."""
     ms: _Amount | None
-    """Milliseconds per image by the latency table that was given; None without one."""
+    """Milliseconds per image according to the latency table; None without one."""
     top1: _Share
     escalated: _Share
     """Share of the images that escalated, 0..1."""
     top1_selecting: _Share | None = None
-    """Accuracy on the images by which the points were picked: optimistic, and what decides which
-    point is the better one. None stands for `top1`."""
+    """Accuracy on the images that selected the points. It is optimistic, but ranks points against
+    each other. None means that it is equal to `top1`."""
     tau_then: _Amount | None = None
-    """As `tau`, for the second step of escalation; None where there is no second."""
+    """Like `tau`, for the second step of escalation; None if there is no second step."""
     escalate_then: _Options | None = None
-    """As `escalate_to`, for the second step."""
+    """Like `escalate_to`, for the second step."""
     tau_mirror: _Amount | None = None
-    """Rows of a smaller margin that stand on `mirror_along` see their mirror image too; None for no
-    second look."""
+    """Rows with a smaller margin whose answer is from `mirror_along` get a second look; None for
+    no second look."""
     mirror_along: _Options | None = None
     """The widest path, which the mirror image takes; None for no second look."""
     top1_interval: tuple[_Share, _Share] | None = None
-    """Ends of the 95% interval of `top1`; None where it was not measured."""
+    """Bounds of the 95% confidence interval of `top1`; None if it was not measured."""
 
     @property
     def escalations(self) -> tuple[Escalation, ...]:
-        """The steps of escalation, none for the gate alone; a second look is the last."""
+        """The steps of escalation, empty for the gate alone; a second look comes last."""
         steps = ((getattr(self, tau), getattr(self, path), path) for tau, path in _STEPS)
         return tuple(
             Escalation(tau, target, path == "mirror_along")
@@ -263,13 +264,13 @@ class BudgetPoint:
 
     @property
     def merit(self) -> float:
-        """What makes a point better than another."""
+        """The accuracy by which points are compared with each other."""
         return self.top1 if self.top1_selecting is None else self.top1_selecting
 
     def check_fits(self, spec: AnySpec, *, mirror: bool = False) -> None:
-        """Raise `UsageError` unless the point can be one of this network.
+        """Raise `UsageError` unless the point is valid for this network.
 
-        `mirror` is whether that may be shown mirror images.
+        `mirror` says whether the network may be given mirror images.
         """
         options = [len(gate.choices) for gate in spec.gates]
         for _, name in _STEPS:
@@ -300,17 +301,17 @@ class BudgetPoint:
 
 @dataclass(frozen=True)
 class BudgetCurve:
-    """What a gate gives over a range of costs, measured on held-out images.
+    """Accuracy of a network over a range of costs, measured on held-out images.
 
-    Points stand in the order of their cost, and every one is more accurate than the one before on
-    the selecting images, except that the widest route is always there. Only points with a second
-    look cost more. `gate_points` are without escalation. With a latency table `ms_points` and
-    `ms_gate_points` are the same by milliseconds; where they are empty the others stand in.
+    Points are in order of cost. On the selecting images, each is more accurate than the one before,
+    except that the widest route is always included. Only points with a second look cost more than
+    that route. `gate_points` have no escalation. With a latency table, `ms_points` and
+    `ms_gate_points` are the same in order of milliseconds; if empty, the other two are used.
     """
 
     image_size_px: _Count
     images: _Count
-    """Held-out images."""
+    """Number of held-out images."""
     widest_madds: _Amount
     widest_ms: _Amount | None
     widest_top1: _Share
@@ -322,22 +323,23 @@ class BudgetCurve:
     ms_points: tuple[BudgetPoint, ...] = ()
     ms_gate_points: tuple[BudgetPoint, ...] = ()
     reporting_images: _Count | None = None
-    """How many of the images every `top1` is measured on; the others picked the points. None if all
-    did both, which makes every `top1` optimistic."""
+    """Number of the images on which every `top1` is measured; the others selected the points. None
+    if all images did both, which makes every `top1` optimistic."""
 
     def at(self, budget: float | str | BudgetPoint, *, escalate: bool = True) -> BudgetPoint:
-        """The best point for a budget; without `escalate`, of the gate alone.
+        """The best point for a budget; without `escalate`, among those of the gate alone.
 
-        A number or numeric string in (0, 1] is a share of the widest route's MAdds, up to 2 where
-        the curve has points with a second look; "250M" and "4.5ms" are means per image: the most
-        accurate point of at most that cost, the cheapest if there is none. The widest route, where
-        it is afforded, gives way to a cheaper point only if that is shown to be more accurate: 1
-        means the best that there is. "drop=0.3" is the cheapest point whose top-1 is at most 0.3
-        percentage points below the widest route's. A point is taken as it is.
+        A number or numeric string in (0, 1] is a share of the widest route's MAdds (up to 2 if the
+        curve has points with a second look); "250M" and "4.5ms" are means per image. These give
+        the most accurate point of at most that cost, or the cheapest if there is none. If the
+        widest route is affordable, a cheaper point replaces it only if it is shown to be more
+        accurate: 1 means the best available. "drop=0.3" gives the cheapest point whose top-1 is at
+        most 0.3 percentage points below the widest route's. A `BudgetPoint` is returned as it is.
 
         Raises:
-            UsageError: if the budget is of none of these variants, in ms without a latency table,
-                a drop that no point stays within, or a point that escalates though it must not.
+            UsageError: if the budget has none of these forms, is in ms and there is no latency
+                table, is a drop that no point achieves, or is a point that escalates without
+                `escalate`.
         """
         if isinstance(budget, BudgetPoint):
             check(
@@ -367,10 +369,10 @@ class BudgetCurve:
         afforded = [point for point in points if _cost(point, kind) <= limit]
         if not afforded:
             return points[0]
-        # the cheapest of the most accurate: points stand in the order of their cost
+        # the cheapest of the most accurate: points are in order of cost
         best = max(afforded, key=lambda point: point.merit)
         widest = next((point for point in afforded if self._is_widest(point)), best)
-        # a second look is kept only where it was shown to be worth it
+        # points with a second look are on the curve only if they were shown to be worth it
         shown = best.tau_mirror is not None or self._shown(best, widest)
         return best if shown or best.share >= widest.share else widest
 
@@ -378,15 +380,15 @@ class BudgetCurve:
         return point.share >= 1 - ROUNDING and not point.escalations
 
     def _shown(self, best: BudgetPoint, other: BudgetPoint) -> bool:
-        """Whether the images that picked the points show that one is better than another."""
+        """Whether the images that selected the points show that one is better than another."""
         images = self.images - (self.reporting_images or 0)
         variance = sum(point.merit * (1 - point.merit) for point in (best, other)) / max(1, images)
         return best.merit - other.merit > SHOWN * math.sqrt(variance)
 
     def share_of(self, budget: float | str) -> float:
-        """What a budget allows on average, as a share of the widest route's multiply-adds.
+        """Mean cost that a budget allows, as a share of the widest route's multiply-adds.
 
-        Of those in ms and drop= it is that of their point; raises `UsageError` as `at`.
+        For budgets in ms and drop=, this is the cost of their point. Raises `UsageError` like `at`.
         """
         kind, value = parse_budget(budget)
         if kind in ("share", "madds"):
@@ -394,7 +396,7 @@ class BudgetCurve:
         return self.at(budget).share
 
     def out_of_reach(self, budget: float | str | BudgetPoint) -> str | None:
-        """A sentence with what is reachable, for a share or MAdds that are not; None otherwise."""
+        """A message saying what is reachable, if a share or MAdds are not; otherwise None."""
         if isinstance(budget, BudgetPoint) or parse_budget(budget)[0] not in ("share", "madds"):
             return None
         share, used, dearest = self.share_of(budget), self.at(budget), self.points[-1]
@@ -413,7 +415,7 @@ class BudgetCurve:
 
     @cached_property
     def reachable(self) -> tuple[BudgetPoint, ...]:
-        """The points that some share leads to, cheapest first."""
+        """The points that can be selected by a share, cheapest first."""
         shares = [1.0 if self._is_widest(point) else point.share for point in self.points]
         return tuple(dict.fromkeys(map(self.at, shares)))
 
@@ -432,9 +434,9 @@ class BudgetCurve:
         )
 
     def check_fits(self, spec: AnySpec, *, mirror: bool = False) -> None:
-        """Raise `UsageError` unless the curve can be one of this network.
+        """Raise `UsageError` unless the curve is valid for this network.
 
-        `mirror` is whether that may be shown mirror images.
+        `mirror` says whether the network may be given mirror images.
         """
         spec.check_image_size(self.image_size_px, self.image_size_px)
         widest = CostTable.from_madds(spec, self.image_size_px).widest_cost
@@ -448,8 +450,8 @@ class BudgetCurve:
                 point.check_fits(spec, mirror=mirror)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; `from_dict` reads them back to an equal curve."""
-        # through JSON, which makes lists of tuples
+        """Convert to plain JSON values, from which `from_dict` restores an equal curve."""
+        # through JSON, which converts tuples to lists
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
         return plain
 
@@ -458,8 +460,8 @@ class BudgetCurve:
         """Rebuild a curve from `to_dict`.
 
         Raises:
-            UsageError: for missing or unknown keys, values of another type or that cannot be such,
-                or points that are not in the order of their cost; the message names the value.
+            UsageError: for missing or unknown keys, values of a wrong type or out of range, or
+                points that are not in order of cost; the message names the value.
         """
         curve = validated(data, cls, "budget curve")
         curve._check_points()
@@ -497,7 +499,7 @@ _LISTS: Final = ("points", "gate_points", "ms_points", "ms_gate_points")
 
 
 def needed_curve(curve: BudgetCurve | None, setting: str) -> BudgetCurve:
-    """A network's curve; raises `UsageError` if it has none, which names what needs it."""
+    """Return a network's curve; if there is none, raise a `UsageError` that names `setting`."""
     if curve is None:
         raise UsageError(
             f"{setting}: the network has no budget curve; measure one with: "

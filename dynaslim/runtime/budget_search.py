@@ -1,11 +1,11 @@
-"""Budget curves: shift and escalation threshold tried out together on held-out images.
+"""Search for budget curves: shifts and escalation thresholds tried jointly on held-out images.
 
-Thousands of settings are compared in seconds, on the table of `dynaslim.runtime.calibrate_budget`.
-The setting that looks best of many is flattered by chance: one half of the images picks the
-settings, the other half measures how accurate they are.
+Thousands of settings are compared in seconds, using the table of `runtime.calibrate_budget`. The
+best of many settings looks better than it is, by chance. Therefore one half of the images selects
+the settings, and the other half measures their accuracy.
 
-Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, V those of a second
-step, M those of a second look, U units of cost, H the selecting and the reporting half.
+Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, V thresholds of a
+second step, M thresholds of a second look, U units of cost, H the selecting and reporting halves.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from dynaslim.runtime.calibrate_budget import PathAnswers, walk
 from dynaslim.runtime.escalation import Bools, Floats, Ints, escalation_cost
 
 SHIFTS: Final = 41
-"""Shifts that are tried, beside 0 and those that send all images along one end."""
+"""Shifts tried, besides 0 and the two that send all images along the cheapest or widest route."""
 TAUS: Final = 25
-"""Thresholds that are tried for each shift and target."""
+"""Thresholds tried for each shift and target."""
 TAUS_OF_TWO: Final = 12
-"""Thresholds of each step that are tried for each shift and pair of targets."""
+"""Thresholds tried for each of two steps, per shift and pair of targets."""
 TAUS_OF_LOOKS: Final = 8
-"""Thresholds of a second look, and of each step before it, that are tried together."""
+"""Thresholds tried for a second look, and for each step before it."""
 MOST_ESCALATED: Final = 0.6
-"""Share of the images beyond which a wider first route is the better idea."""
+"""Largest share of escalated images that is tried; beyond it, a wider first route is better."""
 LEAST_IMAGES: Final = 100
-"""Fewer give a curve of chance."""
+"""With fewer images, a curve is mostly chance."""
 FEW_IMAGES: Final = 1000
-"""Of fewer its points are hard to tell apart."""
+"""With fewer images, the points of a curve are hard to tell apart."""
 Z: Final = NormalDist().inv_cdf(0.975)
 KEPT: Final = 20
-"""Points that are kept of each front, about evenly spaced by cost."""
+"""Maximum number of points kept of each front, about evenly spaced by cost."""
 NOISE: Final = 1.0
-"""Standard errors by which gates must beat one route for all, and a second look no second look."""
+"""Standard errors by which gates must beat a single route, and a second look must beat none."""
 SMALLEST_GROUP: Final = 0.01
-"""Share of the images; the mean cost of fewer is too noisy to judge by."""
+"""Share of the images that a group must have: the mean cost of fewer is too noisy to judge by."""
 _ROUNDING: Final = 1e-12
-"""Relative, of sums of costs."""
+"""Relative tolerance for sums of costs."""
 
 
 def split_rows(images: int) -> tuple[Ints, Ints]:
-    """Rows that select settings and rows that report on them: halves, the same at every call.
+    """Rows that select settings, and rows that report their accuracy: two halves, always the same.
 
-    Drawn at random, because sets are often stored with their classes in turn.
+    They are drawn at random, because data sets are often stored in a fixed order of classes.
     """
     order = np.random.default_rng(0).permutation(images)
     return np.sort(order[1::2]), np.sort(order[0::2])
@@ -63,10 +63,10 @@ def split_rows(images: int) -> tuple[Ints, Ints]:
 def fit_curve(
     answers: PathAnswers, *, latency: CostTable | None = None, split: bool = True
 ) -> BudgetCurve:
-    """The settings worth having, from cheap to accurate; see `BudgetCurve`.
+    """Find the settings worth having, from cheap to accurate; see `BudgetCurve`.
 
-    `latency` is a table in ms for the same network and adds the curve by milliseconds. Without
-    `split` all images select and report: for sets too small to divide.
+    `latency` is a table in ms for the same network, which adds the curve by milliseconds. Without
+    `split`, all images both select and report, for sets too small to divide.
 
     Raises:
         UsageError: if `latency` is in another unit or for another network, or there is no image
@@ -101,27 +101,27 @@ def fit_curve(
 
 
 class Interval(NamedTuple):
-    """The ends of a 95% confidence interval."""
+    """Bounds of a 95% confidence interval."""
 
     low: float
     high: float
 
 
 def accuracy_interval(top1: float, images: int) -> Interval:
-    """The binomial 95% interval of an accuracy (0..1) on so many images, by Wilson's score."""
+    """Wilson score interval (95%) of an accuracy (0..1) measured on `images` images."""
     assert images > 0
     spread = Z * Z / images
     centre = (top1 + spread / 2) / (1 + spread)
     half = Z / (1 + spread) * math.sqrt(top1 * (1 - top1) / images + spread / 4 / images)
-    # rounding may put an end on the wrong side of what was measured, or of 0 and 1
+    # rounding may put a bound on the wrong side of the accuracy, of 0 or of 1
     return Interval(max(0.0, min(centre - half, top1)), min(1.0, max(centre + half, top1)))
 
 
 def shift_grid(answers: PathAnswers) -> Floats:
-    """Shifts worth trying, rising: 0, quantiles of where decisions change, and two far ones.
+    """Shifts worth trying, ascending: 0, quantiles of where decisions change, and two extremes.
 
-    With the far ones every image takes the last option of every gate, or the first. A cascade's
-    gate is the same for all images, and there is one shift for each rung.
+    With the extremes, every image takes the last option of every gate, or the first. A cascade's
+    gate decides the same for all images, so there is one shift for each rung.
     """
     if isinstance(answers.spec, CascadeSpec):
         (costs_K,) = option_costs(answers.table)
@@ -137,15 +137,15 @@ def shift_grid(answers: PathAnswers) -> Floats:
         if len(changes):
             quantiles.append(np.quantile(changes, shares))
             farthest = max(farthest, float(np.abs(changes).max()))
-    # every gate has the same weight, however many prefixes it decides behind
+    # every gate has the same weight, however many prefixes lead to it
     grid = np.quantile(np.concatenate(quantiles), shares) if quantiles else np.zeros(0)
-    # far beyond what was seen, so that images not seen are as sure to go there
+    # far beyond the values seen, so that it also works for images not seen
     far = math.ceil(4 * farthest) + 1.0
     return np.unique(np.concatenate([grid, [0.0, -far, far]]))
 
 
 def _changes(logits_NK: Floats, costs_K: Floats) -> Floats:
-    """Shifts (N, K - 1) from which on a row's option is k or lower, for every k but the last."""
+    """Shifts (N, K - 1) above which a row's option is k or lower, for every k but the last."""
     count = len(costs_K)
     if count == 1:
         return np.zeros((len(logits_NK), 0))
@@ -153,13 +153,13 @@ def _changes(logits_NK: Floats, costs_K: Floats) -> Floats:
         below_NKK = (logits_NK[:, None, :] - logits_NK[:, :, None]) / (
             costs_K[None, :] - costs_K[:, None]
         )
-    # below this shift, some option behind k beats k
+    # below this shift, some option after k beats k
     beaten_NK = np.stack([below_NKK[:, k, k + 1 :].max(1) for k in range(count - 1)], axis=1)
     return np.asarray(np.minimum.accumulate(beaten_NK, axis=1))
 
 
 class _Settings(NamedTuple):
-    """Settings that were tried, and what they gave."""
+    """Settings that were tried, and their results."""
 
     shift_S: Floats
     tau_S: Floats
@@ -167,16 +167,16 @@ class _Settings(NamedTuple):
     target_S: Ints
     """Number of the target; -1 without escalation."""
     tau_then_S: Floats
-    """Of a second step; NaN without."""
+    """NaN without a second step."""
     target_then_S: Ints
     tau_mirror_S: Floats
-    """Of a second look; NaN without."""
+    """NaN without a second look."""
     escalated_S: Ints
-    """How many of all images."""
+    """Number of escalated images, of both halves."""
     right_HS: Ints
-    """How many of each half's images."""
+    """Number of correctly classified images in each half."""
     cost_US: Floats
-    """Means over all images, in MAdds and, with a latency table, in ms."""
+    """Mean costs over all images, in MAdds and, with a latency table, in ms."""
 
     @classmethod
     def of(
@@ -192,14 +192,14 @@ class _Settings(NamedTuple):
         target_then: Ints | int = -1,
         tau_mirror: Floats | float = np.nan,
     ) -> _Settings:
-        """Settings of one shift; other single values are of all of them, too."""
+        """Settings with one shift; other scalars also apply to all of them."""
         steps = (shift, tau, target, tau_then, target_then, tau_mirror)
         columns = [np.broadcast_to(values, len(escalated_S)) for values in steps]
         return cls(*columns, escalated_S, right_HS, cost_US)  # type: ignore[call-arg]
 
 
 class _Tried:
-    """All settings that are tried, and the fronts among them."""
+    """All settings that are tried, and their Pareto fronts."""
 
     def __init__(
         self, answers: PathAnswers, latency: CostTable | None, selecting: Ints, reporting: Ints
@@ -212,23 +212,22 @@ class _Tried:
         self.half_HN[1, reporting] = 1
         differ_N = answers.correct_NP[selecting, 0] != answers.correct_NP[selecting, -1]
         self.noise = math.sqrt(np.count_nonzero(differ_N))
-        """Standard error of a difference between two settings, in images that are right."""
+        """Standard error of the difference between two settings, in correctly classified images."""
         parts = [part for shift in shift_grid(answers) for part in self._of_shift(float(shift))]
         self.all = _Settings(*(np.concatenate(column, -1) for column in zip(*parts, strict=True)))
-        # the shifts rise
+        # shifts are ascending: from the widest to the cheapest
         alone = np.flatnonzero(self._is_alone)
         self.widest, self.cheapest = int(alone[0]), int(alone[-1])
         self._detours: dict[int, bool] = {}
 
     @property
     def _is_alone(self) -> Bools:
-        """Which settings (S,) are those of the gate alone."""
+        """Which settings (S,) use the gate alone."""
         return (self.all.target_S < 0) & np.isnan(self.all.tau_mirror_S)
 
     def _of_shift(self, shift: float) -> Iterator[_Settings]:
-        """The gate alone, then thresholds for every target, then for every pair of them.
-
-        Last those with a second look.
+        """Settings of one shift: the gate alone, thresholds for every target, for every pair of
+        targets, and those with a second look.
         """
         answers = self.answers
         own_N, everyone = answers.taken(shift), np.arange(len(answers))
@@ -245,7 +244,7 @@ class _Tried:
             tau_T = _thresholds(margin_N[able], len(answers), TAUS)
             count_T = np.searchsorted(margin_N[able], tau_T, side="left")
             gain_N = answers.correct_NP[:, answers.paths.index(target)] - right_N
-            # what the first so many rows that escalate win or lose
+            # net gain in right answers if the first n of these rows escalate
             gained = np.cumsum((self.half_HN * gain_N)[:, able], axis=1)
             added_U = [escalation_cost(table, target) for table in self.tables]
             yield _Settings.of(
@@ -266,18 +265,18 @@ class _Tried:
     def _in_steps(
         self, shift: float, own_N: Ints, first: int, then: int, looked_N: Bools | None = None
     ) -> Iterator[_Settings]:
-        """Thresholds for a target, from there for a wider one, and for a second look at the end.
+        """Settings with steps to target `first`, then to a wider one, `then`, then a second look.
 
-        See `escalation.EscalationState`. A `first` of -1 is no step, and then `then` may be none
-        as well; the second look, whose answers are right where `looked_N`, follows the widest
-        target alone.
+        See `escalation.EscalationState`. With `first` -1, the step to `then` is the only one, and
+        settings without it are included. The second look follows only the widest target; its
+        answers are right where `looked_N` is true.
         """
         answers, everyone = self.answers, np.arange(len(self.answers))
         count = TAUS_OF_TWO if looked_N is None else TAUS_OF_LOOKS
         targets = answers.targets[first], answers.targets[then]
         middle, last = map(answers.paths.index, targets)
         able_N = answers.may_escalate(targets[0])[own_N] & (first >= 0)
-        # the path of a row's answer before the second step, if the first escalated it
+        # the path of a row's answer before the second step, if the first step escalated it
         stands_N = np.where(able_N, middle, own_N)
         able_then_N = answers.may_escalate(targets[1])[stands_N]
         margin_N = answers.margins_NP[everyone, own_N]
@@ -286,7 +285,7 @@ class _Tried:
             return
         none, never = np.array([np.nan], np.float32), np.zeros(1, np.float32)
         tau_T = none if first < 0 else _thresholds(np.sort(margin_N[able_N]), len(answers), count)
-        # rows that some threshold of the first step leaves for the second
+        # rows that reach the second step for some threshold of the first
         reached_N = able_then_N & (~able_N | (margin_N < tau_T[-1]))
         if first >= 0 and not reached_N.any():
             return
@@ -299,8 +298,8 @@ class _Tried:
             if not reached_N.any():
                 return
             tau_M = _thresholds(np.sort(end_N[reached_N]), len(answers), count)
-        # the first threshold of every step under which a row is; a row that a step cannot escalate
-        # goes to the next step at every threshold
+        # index of the lowest threshold of each step under which a row falls; a row that a step
+        # cannot escalate proceeds to the next step at every threshold
         from_T_N = np.where(able_N, np.searchsorted(tau_T, margin_N, side="right"), 0)
         from_V_N = np.where(able_then_N, np.searchsorted(tau_V, then_N, side="right"), len(tau_V))
         from_V_N[there_N] = 0
@@ -309,7 +308,7 @@ class _Tried:
         cell_N = np.ravel_multi_index((from_T_N, from_V_N, from_M_N), shape)
 
         def run(step: int, weight_N: Ints) -> Ints:
-            """Sums over the rows that run a step: (T, 1, 1), (T, V, 1) or (T, V, M)."""
+            """Sums of weights over the rows that run a step: (T, 1, 1), (T, V, 1) or (T, V, M)."""
             counts = np.bincount(cell_N, weight_N, math.prod(shape)).reshape(shape)
             sums: Ints = counts.astype(np.int64).cumsum(0).cumsum(1).cumsum(2)
             under, everywhere = slice(0, -1), slice(-1, None)
@@ -343,7 +342,7 @@ class _Tried:
             taus.ravel().astype(np.float64)
             for taus in np.meshgrid(tau_T, tau_V, tau_M, indexing="ij")
         )
-        if first < 0:  # the only step is the first, and where its threshold is 0 there is none
+        if first < 0:  # `then` becomes the first step; a threshold of 0 means no step
             stays_S = then_TVM == 0
             steps: dict[str, Any] = {
                 "tau": np.where(stays_S, np.nan, then_TVM),
@@ -357,13 +356,13 @@ class _Tried:
         )
 
     def fronts(self, unit: int) -> tuple[tuple[BudgetPoint, ...], tuple[BudgetPoint, ...]]:
-        """Points of all settings and of the gate alone by one unit's cost.
+        """Front points of all settings, and of the gate alone, by cost in one unit.
 
-        The widest route is the last of the gate's points and among both. Dearer points are those
-        with a second look alone.
+        Both include the widest route, which is the last point of the gate alone. Only points with
+        a second look cost more.
         """
         cost_S, looks_S = self.all.cost_US[unit], ~np.isnan(self.all.tau_mirror_S)
-        # without a second look no budget leads to more than the widest route's cost
+        # without a second look, no budget leads to more than the widest route's cost
         most_S = cost_S[self.widest] * np.where(looks_S, MOST_SHARE, 1) * (1 + _ROUNDING)
         within = np.flatnonzero(cost_S <= most_S)
         while True:
@@ -374,11 +373,11 @@ class _Tried:
             within = np.setdiff1d(within, detours)
 
     def _is_detour(self, number: int) -> bool:
-        """Whether some group of rows would cost less on the widest route from the start.
+        """Whether some group of rows would cost less if it took the widest route directly.
 
         Groups are the rows that the gates send along one route, and the rows that run one step of
-        escalation. On average, with all later steps, they must cost no more than the widest route
-        at once. A second look is not counted: it costs the same behind that route.
+        escalation. Their mean cost, including all later steps, must not exceed that of taking the
+        widest route directly. A second look is not counted: it would cost the same after that.
         """
         if number not in self._detours:
             point, answers = self.point(number), self.answers
@@ -401,12 +400,12 @@ class _Tried:
         return self._detours[number]
 
     def _fronts(self, within: Ints, cost_S: Floats) -> tuple[Ints, Ints]:
-        """Of some settings those of both fronts."""
+        """The fronts of all and of the gate-only settings among those `within`."""
         looks_S = ~np.isnan(self.all.tau_mirror_S)
         once, twice = within[~looks_S[within]], within[looks_S[within]]
         alone = self._thinned(within[self._is_alone[within]], cost_S)
         worth = self._worth_a_gate(once, cost_S)
-        # the gate's points are candidates too, so that escalation never makes a budget worse
+        # gate-only points are candidates too, so that escalation never makes a budget worse
         kept = [self._thinned(worth, cost_S), alone[np.isin(alone, worth)]]
         if len(twice):
             worth_twice = self._worth_a_gate(within, cost_S)
@@ -414,10 +413,10 @@ class _Tried:
         return self._front(np.concatenate(kept), cost_S), alone
 
     def _worth_a_look(self, settings: Ints, without: Ints, cost_S: Floats) -> Ints:
-        """The best with a second look that beat the best without at the same cost.
+        """The best settings with a second look that beat the best without one at the same cost.
 
-        By a standard error of the difference, counted over the images that one of the two alone
-        gets right.
+        They must do so by a standard error of the difference, which is estimated from the images
+        that only one of the two gets right.
         """
         if not len(settings):
             return settings
@@ -436,12 +435,12 @@ class _Tried:
         return walk(self.answers, point.shift, point.escalations).right_N
 
     def _worth_a_gate(self, settings: Ints, cost_S: Floats) -> Ints:
-        """Without those whose gates gain no more than chance over one first route for all images.
+        """Drop settings whose gates gain no more than chance over a single first route.
 
-        Of many shifts the best looks good by chance. A setting whose gates divide the images must
-        beat those of one first route at its cost, by a standard error.
+        The best of many shifts looks good by chance. A setting whose gates divide the images must
+        beat, by a standard error, those with a single first route for all images at its cost.
         """
-        if isinstance(self.answers.spec, CascadeSpec):  # whose gate sends all images the same way
+        if isinstance(self.answers.spec, CascadeSpec):  # its gate sends all images the same way
             return settings
         right_S, shift_S = self.all.right_HS[0], self.all.shift_S
         alike = np.isin(shift_S[settings], (shift_S[self.widest], shift_S[self.cheapest]))
@@ -451,7 +450,7 @@ class _Tried:
         return np.asarray(settings[alike | (right_S[settings] > beaten + NOISE * self.noise)])
 
     def _front(self, settings: Ints, cost_S: Floats) -> Ints:
-        """The Pareto front by cost and right answers on the selecting half, rising in both."""
+        """The Pareto front by cost and right answers on the selecting half, ascending in both."""
         right_S = self.all.right_HS[0]
         order = settings[np.lexsort((-right_S[settings], cost_S[settings]))]
         best = np.maximum.accumulate(right_S[order])
@@ -459,7 +458,7 @@ class _Tried:
         return better
 
     def _thinned(self, settings: Ints, cost_S: Floats) -> Ints:
-        """The front of the settings; of many, the best within each of evenly spaced costs."""
+        """The front of the settings, reduced to the best within each of `KEPT` spaced costs."""
         front = self._front(settings, cost_S)
         costs = cost_S[front]
         limits = np.linspace(costs[0], costs[-1], KEPT) * (1 + _ROUNDING)
@@ -474,7 +473,7 @@ class _Tried:
         return tuple(self.point(number) for number in numbers)
 
     def point(self, number: int) -> BudgetPoint:
-        """A setting as a point of a curve."""
+        """Convert a setting to a point of a curve."""
         target, then = int(self.all.target_S[number]), int(self.all.target_then_S[number])
         tau_mirror = float(self.all.tau_mirror_S[number])
         costs = self.all.cost_US[:, number].tolist()
@@ -501,10 +500,11 @@ class _Tried:
 def _thresholds(
     margins_N: npt.NDArray[np.float32], images: int, count: int
 ) -> npt.NDArray[np.float32]:
-    """Margins (T,), rising, at most `count`, under which about evenly spaced shares of them fall.
+    """At most `count` ascending thresholds (T,) below which evenly spaced shares of margins fall.
 
-    `margins_N` are sorted, of the images that can escalate. A threshold stands between two of them
-    where there is room, so that rounding elsewhere moves no image across; at least one is under it.
+    `margins_N` are those of the images that can escalate, sorted. A threshold is midway between
+    two margins where possible, so that rounding elsewhere moves no image across it. At least one
+    margin is below it.
     """
     most = min(len(margins_N), math.ceil(MOST_ESCALATED * images))
     count_T = np.unique(np.ceil(np.arange(1, count + 1) * most / count).astype(np.int64))

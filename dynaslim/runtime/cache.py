@@ -1,4 +1,4 @@
-"""Where compiled programs are kept: a folder for every network, on every kind of machine."""
+"""The cache of compiled programs: one folder per network and kind of machine."""
 
 from __future__ import annotations
 
@@ -22,23 +22,24 @@ from dynaslim.version import __version__
 
 VARIABLE = "DYNASLIM_CACHE"
 ROOM: Final = 1 << 20
-"""Bytes that a folder must have room for to be called writable; a program takes about as many."""
+"""Free bytes that a writable folder must have; about the size of a program."""
 
 
 def cache_folder(key: str, cache_dir: str | Path = "auto") -> Path:
-    """The folder for programs of a source with this key; made when the first is written.
+    """The folder for programs of a source with this key; created when the first is written.
 
-    "auto" is the value of the environment variable `DYNASLIM_CACHE`, else `~/.cache/dynaslim`.
+    "auto" is the value of the environment variable `DYNASLIM_CACHE`, else `dynaslim` in
+    `XDG_CACHE_HOME` or `~/.cache`.
 
     Raises:
-        RuntimeError: if neither is set, and the user has no home.
+        RuntimeError: if neither variable is set and the user has no home directory.
     """
     folder = cache_root() if cache_dir == "auto" else Path(cache_dir)
     return folder / f"{key[:24]}-{machine_digest()}"
 
 
 def cache_root() -> Path:
-    """The folder of everything that is kept; see `cache_folder`."""
+    """The root folder of the cache; see `cache_folder`."""
     if folder := os.environ.get(VARIABLE):
         return Path(folder)
     base = os.environ.get("XDG_CACHE_HOME")
@@ -46,9 +47,9 @@ def cache_root() -> Path:
 
 
 def open_cache(key: str, cache_dir: str | Path | None) -> Cache | None:
-    """The cache of a source with this key; None where none is wanted, or there is no place for it.
+    """The cache of a source with this key; None if `cache_dir` is None or no folder can be found.
 
-    `cache_dir` as for `cache_folder`; None keeps nothing.
+    `cache_dir` is as for `cache_folder`; None turns caching off.
     """
     if cache_dir is None:
         return None
@@ -60,10 +61,10 @@ def open_cache(key: str, cache_dir: str | Path | None) -> Cache | None:
 
 
 class Cache:
-    """A folder of compiled programs; a problem with it is one warning, and no failure.
+    """A folder of compiled programs; a problem with it causes one warning, never a failure.
 
-    Programs that are there are read, even where none can be written. At the first that cannot be
-    written a `DynaslimWarning` gives the reason, and no other is tried.
+    Existing programs are read even if none can be written. The first failure to write gives a
+    `DynaslimWarning` with the reason; after that, no more writes are attempted.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -71,7 +72,7 @@ class Cache:
         self._writable: bool | None = None  # not tried yet
 
     def find(self, name: str) -> Path | None:
-        """The file of that name, if it is there and may be seen."""
+        """The path of a file, or None if it does not exist or is not accessible."""
         path = self.folder / name
         try:
             return path if path.is_file() else None
@@ -79,7 +80,7 @@ class Cache:
             return None
 
     def names(self, suffix: str) -> dict[str, int]:
-        """Files that end so, with when each was last written, in ns."""
+        """Names of files with this suffix, and when each was last modified, in ns."""
         try:
             with os.scandir(self.folder) as entries:
                 return {e.name: e.stat().st_mtime_ns for e in entries if e.name.endswith(suffix)}
@@ -87,7 +88,7 @@ class Cache:
             return {}
 
     def writable(self) -> bool:
-        """Whether programs can be kept; at first makes the folder and tries."""
+        """Whether programs can be written; the first call creates the folder and tests it."""
         if self._writable is None:
             self._writable = True
             why = why_not_writable(self.folder)
@@ -99,7 +100,7 @@ class Cache:
         return self._writable
 
     def write(self, name: str, content: bytes) -> bool:
-        """Write a file, whole or not at all; whether that could be done."""
+        """Write a file, whole or not at all; return whether this succeeded."""
         if self.writable():
             try:
                 write_atomic(self.folder / name, content)
@@ -109,10 +110,10 @@ class Cache:
 
     @contextmanager
     def room_for(self, name: str, suffix: str = ".tmp") -> Iterator[Path]:
-        """A path beside the file of that name, for a compiler to write to; renamed at the end.
+        """A temporary path for a compiler to write to, which is renamed to `name` at the end.
 
-        Others may be at the same program, in this process or another. After an error the half of a
-        file is removed; the error is raised as it is.
+        Other threads or processes may write the same program at the same time. After an error, the
+        partial file is removed and the error propagates.
         """
         path = self.folder / f"{name}.{os.getpid()}.{threading.get_ident()}{suffix}"
         try:
@@ -123,7 +124,7 @@ class Cache:
                 path.unlink(missing_ok=True)
 
     def give_up(self, why: str | BaseException) -> None:
-        """Write no more; warn of what is wrong with the folder, or of `why` if that is unknown."""
+        """Stop writing; warn of what is wrong with the folder, or else of `why`."""
         self._writable = False
         found = why_not_writable(self.folder)
         if found is None:
@@ -138,7 +139,7 @@ _reported: set[str] = set()
 
 
 def _warn(message: str) -> None:
-    """Once in a process: every engine and backend meets the same folder."""
+    """Warn once per process: all engines and backends use the same folder."""
     if message not in _reported:
         _reported.add(message)
         warnings.warn(
@@ -150,7 +151,7 @@ def _warn(message: str) -> None:
 
 
 def why_not_writable(folder: Path) -> str | None:
-    """Why a folder that may yet have to be made can keep no programs; None if it can."""
+    """Why no programs can be written to a folder, which need not exist yet; None if they can."""
     try:
         nearest = next(path for path in (folder, *folder.parents) if path.exists())
         if not nearest.is_dir():
@@ -169,25 +170,25 @@ def why_not_writable(folder: Path) -> str | None:
 
 @lru_cache(maxsize=1)
 def machine_digest() -> str:
-    """Digest of what compiled programs depend on: processor, its features, and our version."""
+    """Digest of what compiled programs depend on: processor, its features, dynaslim's version."""
     text = f"{__version__} {platform.machine()} {processor_name()} {processor_flags()}"
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def usable_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor_name() -> str:
-    """The processor's name, where the system has it."""
+    """The processor's name, as far as the system provides it."""
     return _from_proc("model name") or platform.processor() or platform.machine()
 
 
 def processor_flags() -> str:
-    """Instruction sets, where the system lists them."""
+    """The processor's instruction sets; empty if the system does not list them."""
     return _from_proc("flags")
 
 

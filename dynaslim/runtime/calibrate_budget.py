@@ -1,12 +1,12 @@
-"""What a network answers along every path, so that any budget's outcome is arithmetic.
+"""A network's answers along every path, from which the outcome of any budget can be computed.
 
-The network runs every path of its gates once on held-out images (`answer_paths`). What any shift,
-margin threshold and target would give follows from that table in numpy (`simulate`);
+The network runs every path of its gates once on held-out images (`answer_paths`). The results of
+any shift, margin threshold and target follow from that table in numpy (`simulate`);
 `dynaslim.runtime.budget_search` looks for the settings worth having.
 
 Suffixes: B rows of a batch, N images, K options of a gate, P paths, Q prefixes.
-A path's number counts the options of its gates like the digits of a number, the last gate's
-fastest; so does that of a prefix, the options of the gates before one.
+The options of a path are the digits of its number, the last gate's being the least significant.
+A prefix is the options of the gates before a gate, and is numbered in the same way.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ MAX_PATHS: Final = 256
 
 @dataclass(frozen=True)
 class PathAnswers:
-    """What every path of a network answers for every image, and what its gates would decide."""
+    """Answers of every path of a network for every image, and the logits of its gates."""
 
     spec: AnySpec
     image_size_px: int
     gate_logits: tuple[npt.NDArray[np.float32], ...]
-    """For every gate (Q, N, K), by prefix."""
+    """Logits of every gate (Q, N, K), by prefix."""
     correct_NP: Bools
     margins_NP: npt.NDArray[np.float32]
     second_look_N: Bools | None = None
     """Whether the widest path's answers for an image and its mirror image, averaged, are right;
-    None where mirror images are not shown."""
+    None if mirror images were not run."""
 
     def __len__(self) -> int:
         return len(self.correct_NP)
@@ -77,21 +77,24 @@ class PathAnswers:
 
     @cached_property
     def targets(self) -> tuple[Path, ...]:
-        """Where rows may escalate to: all gates' options in step, but for the cheapest."""
+        """Paths to which rows may escalate: the same option at every gate, except the cheapest.
+
+        Gates with fewer options take their last.
+        """
         options = [len(gate.choices) for gate in self.spec.gates]
         steps = range(1, max(options))
         return tuple(dict.fromkeys(tuple(min(k, n - 1) for n in options) for k in steps))
 
     def costs(self, table: CostTable) -> Floats:
-        """What one image costs along every path (P,), in the table's unit."""
+        """Cost of one image along every path (P,), in the table's unit."""
         return PathCosts(table).of(np.array(self.paths))
 
     def may_escalate(self, target: Path, *, mirror: bool = False) -> Bools:
-        """Which paths (P,) may go on to a target, or look again along it."""
+        """Paths (P,) from which rows may escalate to a target, or with `mirror` look again."""
         return PathCosts(self.table).may_escalate(np.array(self.paths), target, mirror=mirror)
 
     def taken(self, shift: float) -> Ints:
-        """The number of the path (N,) that the gates choose under a shift."""
+        """Numbers of the paths (N,) that the gates choose under a shift."""
         path_N = np.zeros(len(self), np.int64)
         everyone = np.arange(len(self))
         for logits_QNK, costs_K in zip(self.gate_logits, option_costs(self.table), strict=True):
@@ -101,7 +104,7 @@ class PathAnswers:
 
 
 class Outcome(NamedTuple):
-    """Means over images: cost in the tables' units, accuracy and escalated share in 0..1."""
+    """Means over images: costs in the tables' units, accuracy and escalated share in 0..1."""
 
     madds: float
     ms: float | None
@@ -110,10 +113,10 @@ class Outcome(NamedTuple):
 
 
 def count_paths(spec: AnySpec) -> int:
-    """How many paths a network's gates have.
+    """The number of paths that a network's gates have.
 
     Raises:
-        UsageError: if it has no gates, or more paths than a table is made for.
+        UsageError: if it has no gates, or more than `MAX_PATHS` paths.
     """
     check(bool(spec.gates), f"{spec.name} has no gates: there is nothing to shift")
     count = math.prod(len(gate.choices) for gate in spec.gates)
@@ -132,7 +135,7 @@ def answer_images(
     *,
     on_answers: Callable[[int, npt.NDArray[np.float32], Ints], None] | None = None,
 ) -> PathAnswers:
-    """`answer_paths` of a checkpoint on images that can be read, with a progress bar."""
+    """Run `answer_paths` for a checkpoint, on the images that are readable, with a progress bar."""
     assert checkpoint.preprocessing is not None
     pre = checkpoint.preprocessing
     rows = checkpoint.net.rows_at_once(pre.image_size_px, batch_size)
@@ -157,15 +160,15 @@ def answer_paths(
 ) -> PathAnswers:
     """Run every path on batches of (network input (B, C, S, S), labels (B,)).
 
-    Paths run depth first and share what they have in common, the trunk above all. With `mirror`
-    the widest runs on the mirror images too. `on_batch` is called with the number of images of
+    Paths run depth first and share their common beginnings, above all the trunk. With `mirror`, the
+    widest path also runs on the mirror images. `on_batch` is called with the number of images of
     each batch, `on_answers` with a path's number, its logits (B, N) and the labels (B,) of a batch.
 
     Raises:
         UsageError: for a network in training mode, one without gates or with too many paths, or
-            images that are not square or not of one size.
+            images that are not square or differ in size.
         DataError: if there are no images.
-        DynaslimError: if what the network computes is not finite.
+        DynaslimError: if logits are not finite.
     """
     spec = net.spec
     count = count_paths(spec)
@@ -179,7 +182,7 @@ def answer_paths(
     sides: set[tuple[int, int]] = set()
 
     def run(number: int, x: Tensor, index: int, at: int) -> None:
-        """Segment `number` at a width index, which is prefix `at`, and all behind it."""
+        """Run segment `number` at a width index, which makes prefix `at`, and all after it."""
         out = net.segment(number, x, index)
         if out.gate_logits is None:
             logits_BN = _finite(f"route {at}", out.features)
@@ -235,13 +238,13 @@ def simulate(
     latency: CostTable | None = None,
     rows: Ints | None = None,
 ) -> Outcome:
-    """What a shift, and after it escalation in some steps, gives on the images.
+    """The outcome of a shift, followed by steps of escalation, on the images.
 
-    `rows` takes the means over these alone.
+    `rows` restricts the means to these images.
 
     Raises:
-        UsageError: if a target is none of the network's paths, or for a second look that was not
-            run.
+        UsageError: if a target is not one of the network's paths, or for a second look that was
+            not run.
     """
     walked = walk(answers, shift, escalations, latency=latency)
     some = slice(None) if rows is None else rows
@@ -254,7 +257,7 @@ def simulate(
 
 
 class Walked(NamedTuple):
-    """What became of every image."""
+    """The outcome for every image."""
 
     madds_N: Floats
     ms_N: Floats | None
@@ -269,7 +272,7 @@ def walk(
     *,
     latency: CostTable | None = None,
 ) -> Walked:
-    """As `simulate`, image by image."""
+    """Like `simulate`, but for each image."""
     own_N = answers.taken(shift)
     everyone = np.arange(len(answers))
     right_N = answers.correct_NP[everyone, own_N]
@@ -311,9 +314,9 @@ def uniform_outcomes(
     latency: CostTable | None = None,
     rows: Ints | None = None,
 ) -> list[tuple[Route, Outcome]]:
-    """What the cheapest path and every target give where all images take it, to compare with.
+    """Outcomes if all images take one route, for comparison: the cheapest path and every target.
 
-    Accuracy is that of `rows`, by default of all images.
+    Accuracy is measured on `rows`, by default on all images.
     """
     some = slice(None) if rows is None else rows
     result = []

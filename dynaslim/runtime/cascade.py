@@ -1,4 +1,4 @@
-"""Cascades of whole networks: made of networks that are there, run by the engine, no training."""
+"""Cascades of whole existing networks, run by the engine; no training is needed."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ from dynaslim.spec import Route
 
 _WITH_ROUTE: Final = re.compile(r"(?P<name>.+)@(?P<route>\d+(?:-\d+)*)")
 _ROWS: Final = 2
-"""Of the example that a network is tried with: enough to see whether it takes batches."""
+"""Rows of the example with which a network is tried: enough to see whether it takes batches."""
 
 
 @dataclass(frozen=True)
 class Rung:
-    """A classifier for a cascade, with the preparation of its images."""
+    """A classifier for a cascade, with the preprocessing of its images."""
 
     model: nn.Module | str | Path
     """A torch module in evaluation mode, or an ONNX file: images (B, C, S, S) to scores (B, N)."""
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
-    """None takes its classes in the order of the other rungs'."""
+    """Class names in order; None means the same order as in the other rungs."""
     name: str = ""
-    """For messages and tables; by default the module's type or the file."""
+    """Name in messages and tables; by default that of the module's type or of the file."""
 
 
 def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
-    """A cascade of whole networks in the place of a checkpoint: for `Engine`, `evaluate`, export.
+    """Make a cascade of whole networks, usable as a checkpoint by `Engine`, `evaluate` and export.
 
-    A rung is a `Checkpoint` (its widest route) or a pair of one and a route, the name of a
-    checkpoint or of an exported package (`FILE@ROUTE` for another route than the widest), an ONNX
-    file of fixed image size (`FILE.onnx@SIZE` where the size is not fixed; normalised as
-    ImageNet's), or a `Rung`. Classes have the same names in any order. Rungs that do not come in
-    the order of their multiply-adds are put in that order, with a warning.
+    A rung is a `Checkpoint` (its widest route), a pair of a `Checkpoint` and a route, the name of a
+    checkpoint or of an exported package (`FILE@ROUTE` for a route other than the widest), an ONNX
+    file of fixed image size (`FILE.onnx@SIZE` if the size is not fixed; images are normalised as
+    for ImageNet), or a `Rung`. All rungs have the same class names, in any order. Rungs that are
+    not in the order of their multiply-adds are sorted, with a warning.
 
-    Its images are prepared for the rung with the largest image size, of several the dearest.
+    Images are prepared for the rung with the largest image size; among several, the costliest.
 
     Raises:
         UsageError: for a single rung, classes or channels that differ, rungs of the same cost, or
@@ -103,7 +103,7 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
             f"leave one of them out",
         )
     names = next((one.class_names for one in opened if one.class_names is not None), None)
-    # of several of one size the dearest
+    # among several of the same size, the costliest
     largest = max(reversed(opened), key=lambda one: one.preprocessing.image_size_px)
     given = largest.preprocessing
     rungs = tuple(
@@ -114,7 +114,7 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
     spec = CascadeSpec(name, first.num_classes, *size, rungs, _trunk(opened, given))
     behind = [spec.behind_trunk(number)[0] for number in range(len(rungs))]
     if any(after <= before for before, after in itertools.pairwise(behind)):
-        spec = replace(spec, trunk=None)  # the options of a gate rise in cost
+        spec = replace(spec, trunk=None)  # the options of a gate must rise in cost
     programs = [replace(one, order=_order(one, names, first)) for one in opened]
     return ProgramCheckpoint(
         ProgramNet(CascadeSource(spec, given, programs)),
@@ -125,7 +125,7 @@ def cascade(rungs: Sequence[Any], *, name: str = "cascade") -> Checkpoint:
 
 
 def _trunk(opened: Sequence[RungProgram], given: Preprocessing) -> TrunkSpec | None:
-    """What the first rung has in common with others: the trunk of their network."""
+    """The trunk that the first rung shares with rungs of the same network, if there is one."""
     first, own = opened[0], opened[0].parts
     if own is None:
         return None
@@ -151,7 +151,7 @@ def _trunk(opened: Sequence[RungProgram], given: Preprocessing) -> TrunkSpec | N
 
 
 def _costs(opened: Sequence[RungProgram]) -> list[int]:
-    """Multiply-adds of each, with those of resizing the largest rung's images."""
+    """Multiply-adds of each rung, including resizing from the largest image size."""
     side = max(one.preprocessing.image_size_px for one in opened)
     return [
         one.madds + resize_madds(one.preprocessing.channels, side, one.preprocessing.image_size_px)
@@ -162,7 +162,7 @@ def _costs(opened: Sequence[RungProgram]) -> list[int]:
 def _order(
     one: RungProgram, names: tuple[str, ...] | None, first: RungProgram
 ) -> tuple[int, ...] | None:
-    """The rung's class for each class of the cascade; None if they are in the same order."""
+    """For each class of the cascade, the rung's class index; None if the order is the same."""
     check(
         one.num_classes == first.num_classes,
         f"{one.name}: has {one.num_classes} classes, {first.name} {first.num_classes}",
@@ -180,7 +180,7 @@ def _order(
 
 
 def open_rung(given: Any) -> RungProgram:
-    """A rung as `cascade` takes it, tried on two images; raises as that."""
+    """Open a rung, given as for `cascade`, and try it on two images; raises like `cascade`."""
     if isinstance(given, Checkpoint):
         return _of_checkpoint(given, None, given.net.spec.name)
     if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], Checkpoint):
@@ -204,7 +204,7 @@ def open_rung(given: Any) -> RungProgram:
 
 
 def split_name(text: str) -> tuple[str, str | None]:
-    """A rung's name as it is given, and the route or the image size behind an @."""
+    """Split a rung's name into the name proper and the route or image size after an @, or None."""
     found = _WITH_ROUTE.fullmatch(text)
     if found is None or Path(text).exists() or is_hub_address(text):
         return text, None
@@ -246,7 +246,7 @@ def _of_checkpoint(checkpoint: Checkpoint, route: Route | str | None, name: str)
 
 
 def _parts(source: NetworkSource, route: Route, side: int) -> Parts | None:
-    """A route's trunk apart, if it is the one that the network's other routes have."""
+    """A route divided into trunk and rest, if the network's other routes share this trunk."""
     spec = source.spec
     if not spec.gates or spec.segment_indices(route)[0] != 0:
         return None
@@ -276,7 +276,7 @@ def _of_module(rung: Rung, module: nn.Module) -> RungProgram:
     _check_scores(name, scores, rung)
     digest = hashlib.sha256(repr(own).encode())
     add_weights(digest, own)
-    # the code of a module is in nothing that could be read: what it answers stands for it
+    # a module's code cannot be hashed: its answers represent it
     digest.update(scores.numpy().round(3).tobytes())
 
     def model() -> Any:
@@ -325,13 +325,13 @@ def _check_scores(name: str, scores: Tensor, rung: Rung) -> None:
 
 
 def _are_probabilities(scores: Tensor) -> bool:
-    """Whether rows add up to 1, as softmax gives them."""
+    """Whether rows are probabilities: not negative, with a sum of 1."""
     ones = torch.ones(len(scores))
     return bool((scores >= 0).all()) and torch.allclose(scores.sum(1), ones, atol=1e-3)
 
 
 class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Finds the largest result of what runs within it."""
+    """Records the size of the largest tensor computed while it is active."""
 
     values = 0
 
@@ -348,10 +348,10 @@ class _Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def onnx_rung(
     text: str, mean: tuple[float, ...] | None = None, std: tuple[float, ...] | None = None
 ) -> Rung:
-    """The rung of an ONNX file, named as for `cascade`; by default normalised as ImageNet's.
+    """Make a rung from an ONNX file, named as for `cascade`; by default normalised as for ImageNet.
 
     Raises:
-        UsageError: if it is no classifier of images of one size; the message gives the reason.
+        UsageError: if it is not a classifier of images of one size; the message says why.
     """
     name, size = split_name(text)
     file = Path(name)
@@ -375,16 +375,17 @@ def _load(file: Path) -> Any:
     check(file.is_file(), f"{file}: no such file")
     try:
         return onnx.load(file)
-    except Exception as error:  # of protocol buffers, or of a file beside it
+    except Exception as error:  # from protocol buffers, or about a file of external weights
         why = first_line(error)
         raise UsageError(f"{file}: not readable as ONNX: {why:.200}") from None
 
 
 def _input_of(file: Path, model: Any) -> tuple[str, Any, Any, Any, Any]:
-    """Name and four sizes of a model's input; a size that is not fixed is None.
+    """The name and four sizes of a model's input; a size that is not fixed is None.
 
     Raises:
-        UsageError: if it has several inputs or outputs, or its input is not a batch of images.
+        UsageError: if there is not exactly one input and one output, or the input is not a float32
+            batch of images of dynamic batch size.
     """
     inputs = inputs_of(model)
     for what, values in (("inputs", inputs), ("outputs", list(model.graph.output))):
@@ -443,7 +444,7 @@ def _of_model(name: str, model: Any, rung: Rung) -> RungProgram:
 def _run_inside(
     name: str, model: Any, pre: Preprocessing
 ) -> tuple[Tensor, dict[str, tuple[int, ...]]]:
-    """What a model answers for the example, and the shapes of all that it computes on the way."""
+    """A model's answers for the example, and the shapes of all its tensors by name."""
     onnx, seen = require("onnx"), copy.deepcopy(model)
     outputs = {value.name for value in model.graph.output}
     inner = [out for node in model.graph.node for out in node.output if out]
@@ -455,7 +456,7 @@ def _run_inside(
         session = onnx_session(seen.SerializeToString(), options)
         (image,) = session.get_inputs()
         made = session.run(None, {image.name: x})
-    except Exception as error:  # of no common kind
+    except Exception as error:  # no common base class
         raise _cannot_run(name, pre, error) from None
     values = dict(zip((out.name for out in session.get_outputs()), made, strict=True))
     shapes = {out: np.shape(value) for out, value in values.items()}
@@ -465,11 +466,11 @@ def _run_inside(
 
 
 _KINDS: Final = {"Conv": "conv2d", "ConvTranspose": "conv_transpose2d", "MatMul": "matmul"}
-"""Operations by their names in ONNX."""
+"""ONNX operator -> operation of `cost.operation_madds`."""
 
 
 def _onnx_madds(model: Any, shapes: dict[str, tuple[int, ...]]) -> int:
-    """Multiply-adds of convolutions and products of matrices, for the rows that were run."""
+    """Multiply-adds of convolutions and matrix products, for the rows that were run."""
     total = 0
     for node in model.graph.node:
         if node.op_type in _KINDS:
@@ -509,7 +510,7 @@ def _of_package(package: Package, route: str | None, name: str) -> RungProgram:
 
 
 def _chained(models: Iterable[Path | bytes]) -> Any:
-    """Segments one after the other as one model; the gates' logits are left out."""
+    """Merge consecutive segments into one model, without the gates' logits."""
     onnx, merged = require("onnx"), None
     compose = require("onnx.compose")
     for number, model in enumerate(models):

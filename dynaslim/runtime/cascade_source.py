@@ -1,9 +1,8 @@
 """Variants of a cascade: its trunk, and a network for every rung.
 
-A rung's variant takes the cascade's images, or what the trunk hands on. It resizes images to the
-rung's size, normalises them as the rung expects, runs the network, and puts its classes in the
-cascade's order. All of that is within its torch module and its ONNX graph, so that every backend
-runs the same.
+A rung's variant takes the cascade's images, or the trunk's output. It resizes images to the rung's
+size, normalises them as the rung expects, runs the network, and puts its classes in the cascade's
+order. All of that is part of its torch module and its ONNX graph, so all backends compute the same.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ from dynaslim.runtime.onnx_graph import (
 from dynaslim.runtime.variants import Precision, RouteVariant, Variant
 
 BANDS: Final = 8
-"""Parts that a side is resized in. A row of the resizing matrix has few values that are not zero:
-eight small products take a quarter of the time of a whole one."""
+"""Number of bands into which a resizing matrix is divided. Its rows have few non-zero values, so
+eight small products take a quarter of the time of the full product."""
 
 
 @dataclass(frozen=True)
 class Resize:
-    """Resizing of a side by a matrix, which is zero outside of its bands."""
+    """Resizing of an image side by a matrix that is zero outside its bands."""
 
     bands: tuple[tuple[int, int, Tensor], ...]
-    """First and last + 1 input position, and weights (outputs, inputs) of each part."""
+    """For each band: first and last + 1 input position, and weights (outputs, inputs)."""
 
     @classmethod
     def of(cls, before: int, after: int) -> Resize:
-        """Antialiased bilinear, as `torch.nn.functional.interpolate` and Pillow do it."""
+        """Antialiased bilinear resizing, as in `torch.nn.functional.interpolate` and Pillow."""
         eye = torch.eye(before)[None, None]
         whole = F.interpolate(eye, (after, before), mode="bilinear", antialias=True)[0, 0]
         bands = []
@@ -64,7 +63,7 @@ class Resize:
         return cls(tuple(bands))
 
     def madds(self, channels: int, before: int, after: int) -> int:
-        """Multiply-adds of both sides of an image."""
+        """Multiply-adds of resizing both sides of an image."""
         return sum(weight.numel() for *_, weight in self.bands) * channels * (before + after)
 
 
@@ -77,10 +76,10 @@ def resize_madds(channels: int, before: int, after: int) -> int:
 
 @dataclass(frozen=True)
 class RungProgram:
-    """The network of a rung, ready to run: as a module, as an ONNX model, or both.
+    """The network of a rung, ready to run: as an ONNX model, and usually also as a module.
 
-    A module maps normalised images (B, C, S, S) to class logits (B, N). A model has one input and
-    one output of these shapes.
+    The module maps normalised images (B, C, S, S) to class logits (B, N). The ONNX model has one
+    input and one output of these shapes.
     """
 
     name: str
@@ -90,39 +89,39 @@ class RungProgram:
     madds: int
     params: int
     peak: int
-    """Values of the largest feature map of an image."""
+    """Number of values in the largest feature map of an image."""
     module: nn.Module | None
-    """None for what is there as ONNX only."""
+    """None if it exists only as ONNX."""
     model: Callable[[], Any]
-    """Gives the `onnx.ModelProto`."""
+    """Returns the `onnx.ModelProto`."""
     digest: str
-    """Of all that its answers depend on."""
+    """Digest of everything that its answers depend on."""
     probabilities: bool = False
-    """Whether it gives probabilities, whose logarithms are logits."""
+    """Whether it returns probabilities, whose logarithms are used as logits."""
     mirror: bool = False
-    """Whether a mirror image is of the same class."""
+    """Whether mirroring an image keeps its class."""
     order: tuple[int, ...] | None = None
-    """The rung's class for each class of the cascade; None if they are the same."""
+    """For each class of the cascade, the rung's class index; None if the order is the same."""
     parts: Parts | None = None
-    """Its trunk apart, for a route of a network that has one."""
+    """The network divided at its trunk, if other routes of it have the same trunk."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A network as a trunk, which other routes of it have too, and what is behind."""
+    """A route of a network, divided into a trunk that other routes share, and the rest."""
 
     key: str
-    """Of the network."""
+    """Digest of the network."""
     trunk: Callable[[], nn.Module]
-    """Makes what gives features of normalised images."""
+    """Creates a module from normalised images to features."""
     tail: Callable[[], nn.Module]
-    """Makes what gives logits of features."""
+    """Creates a module from features to logits."""
     cost: SegmentCost
-    """Of the trunk."""
+    """Cost of the trunk."""
 
 
 class _Trunk(nn.Module):
-    """Hands the images on, with the same gate logits for every row."""
+    """Passes images through, with the same gate logits for every row."""
 
     logits: Tensor
 
@@ -135,7 +134,7 @@ class _Trunk(nn.Module):
 
 
 class _SharedTrunk(_Trunk):
-    """Hands on features, and the images if need be, as channels of one pixel."""
+    """Returns features, and the images if other rungs need them, as channels of a single pixel."""
 
     def __init__(
         self, logits_K: np.ndarray, network: nn.Module, prepare: nn.Module, with_images: bool
@@ -151,7 +150,7 @@ class _SharedTrunk(_Trunk):
 
 
 class _Part(nn.Module):
-    """Features or images, out of what a trunk hands on."""
+    """Extracts features or images from the output of a `_SharedTrunk`."""
 
     def __init__(self, first: int, shape: tuple[int, int, int]) -> None:
         super().__init__()
@@ -163,7 +162,7 @@ class _Part(nn.Module):
 
 
 class _RungModule(nn.Module):
-    """A rung's network behind the preparation of what it takes."""
+    """A rung's network, preceded by the preparation of its input."""
 
     order: Tensor
 
@@ -182,7 +181,7 @@ class _RungModule(nn.Module):
 
 
 class _Preparation(nn.Module):
-    """Images as a rung takes them, out of the cascade's."""
+    """Converts the cascade's images to those that a rung expects."""
 
     scale: Tensor
     shift: Tensor
@@ -194,7 +193,7 @@ class _Preparation(nn.Module):
         for number, (*_, weight) in enumerate(() if resize is None else resize.bands):
             self.register_buffer(f"band{number}", weight)
         self.normalises = affine is not None
-        if affine is not None:  # a buffer of None is not exported
+        if affine is not None:  # a buffer that is None cannot be exported
             self.register_buffer("scale", affine[0])
             self.register_buffer("shift", affine[1])
 
@@ -208,13 +207,13 @@ class _Preparation(nn.Module):
 
 
 _LEAST: Final = 1e-30
-"""Of a probability."""
+"""Smallest probability whose logarithm is taken."""
 
 
 def _preparation(
     rung: RungProgram, given: Preprocessing
 ) -> tuple[Resize | None, tuple[Tensor, Tensor] | None]:
-    """Resizing, and scale and shift (1, C, 1, 1), from the cascade's images to the rung's."""
+    """Resizing, and scale and shift (1, C, 1, 1), that map the cascade's images to the rung's."""
     own = rung.preprocessing
     before, after = given.image_size_px, own.image_size_px
     resize = None if before == after else Resize.of(before, after)
@@ -237,7 +236,7 @@ class CascadeSource:
         rungs: Sequence[RungProgram],
         precision: Precision = "fp32",
     ) -> None:
-        """`rungs` in the order of the spec; `preprocessing` is that of the cascade's images."""
+        """`rungs` are in the order of the spec; `preprocessing` is that of the cascade's images."""
         self.spec = spec
         self.precision: Precision = precision
         self._preprocessing = preprocessing
@@ -251,7 +250,7 @@ class CascadeSource:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         modules = (rung.module for rung in self._rungs if rung.module is not None)
         weights = (weight for module in modules for weight in module.parameters())
         return next((weight.device for weight in weights), torch.device("cpu"))
@@ -268,7 +267,7 @@ class CascadeSource:
 
     @cached_property
     def key(self) -> str:
-        """Digest of the networks, their order and preparation, and the precision."""
+        """Digest of the networks, their class order and preparation, and the precision."""
         digest = hashlib.sha256(f"{self.spec} {self.precision} {self._preprocessing}".encode())
         for rung in self._rungs:
             parts = (rung.preprocessing, rung.order, rung.probabilities, rung.digest)
@@ -277,7 +276,7 @@ class CascadeSource:
 
     @cached_property
     def _gate_logits(self) -> np.ndarray:
-        """(K,) float32: the first rung is the gate's choice, and every other one that of a shift.
+        """(K,) float32, such that the gate chooses the first rung, and shifts select the others.
 
         Rung k is chosen by shifts from -k - 1 to -k (`budget.choose`).
         """
@@ -294,7 +293,7 @@ class CascadeSource:
         return module if dtype == torch.float32 else copy.deepcopy(module).to(dtype)
 
     def _behind_trunk(self, variant: Variant) -> bool:
-        """Whether a variant takes what a trunk hands on."""
+        """Whether a variant takes the output of a shared trunk."""
         return self.spec.trunk is not None and not variant.takes_images
 
     def _made(self, number: int | None, behind_trunk: bool) -> nn.Module:
@@ -324,7 +323,7 @@ class CascadeSource:
 
     @property
     def _first_pixel(self) -> int:
-        """Where the image begins in what a trunk hands on."""
+        """Position of the image's first value in the output of a shared trunk."""
         assert self.spec.trunk is not None
         return self.spec.trunk.values - math.prod(self._image)
 
@@ -342,9 +341,9 @@ class CascadeSource:
         return content
 
     def _rung_model(self, number: int, behind_trunk: bool) -> Any:
-        """The rung's model with the preparation of its images before it, and its classes' order.
+        """The rung's model, preceded by the preparation of its input and followed by class sorting.
 
-        Of the operations added there is one variant for all versions that models are written in.
+        The added operations have the same form in all ONNX versions in which models are written.
         """
         onnx, rung = require("onnx"), self._rungs[number]
         helper, floats = onnx.helper, onnx.TensorProto.FLOAT
@@ -413,13 +412,13 @@ class CascadeSource:
 
 
 def inputs_of(model: Any) -> list[Any]:
-    """The inputs of an ONNX model that are no weights."""
+    """The inputs of an ONNX model that are not weights."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in weights]
 
 
 def _rung_of(spec: CascadeSpec, variant: Variant) -> int | None:
-    """The index of the rung that a variant is; None for the trunk."""
+    """The index of a variant's rung; None for the trunk."""
     if isinstance(variant, RouteVariant):
         return spec.segment_indices(variant.route)[1]
     return variant.choice if variant.segment else None

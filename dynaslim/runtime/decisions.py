@@ -1,4 +1,4 @@
-"""A call's budget, escalation and cap as decisions of the router.
+"""Converts a call's budget, escalation and cap into decisions for the router.
 
 Suffixes: B rows, G gates, K options of a gate, N classes.
 """
@@ -24,26 +24,26 @@ from dynaslim.spec import TEACHER_INDEX, Route
 
 Budget = float | str | BudgetPoint
 CASCADE_BUDGET: Final = "drop=0.5"
-"""Of a cascade with a curve, where none is given: its gate alone would send all images to the first
-rung."""
+"""Default budget of a cascade with a curve. Without one, its gate would send all images to the
+first rung."""
 SAVED: Final = 16
-"""Images of which smaller calls have to save the budget up before thresholds are the curve's."""
+"""Calls with fewer rows than this use lower thresholds until enough of the budget is saved up."""
 _HALVINGS: Final = 40
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """How the rows of a call choose their routes; good for any number of calls."""
+    """How the rows of a call choose their routes; reusable for any number of calls."""
 
     spec: AnySpec
     costs: PathCosts
     shift: float
     escalations: tuple[Escalation, ...]
-    """Rows of a margin under their taus escalate."""
+    """Steps of escalation, in order."""
     limits: tuple[int, ...] | None
-    """The highest option of every gate that is allowed."""
+    """The highest allowed option of every gate; None without a cap."""
     held: float | None = None
-    """What rows may cost on average, as a share of the widest route's; None if no budget holds."""
+    """Bound on the mean cost, as a share of the widest route's; None without `hold`."""
 
     @cached_property
     def _prices(self) -> list[np.ndarray]:
@@ -67,7 +67,7 @@ class Decisions:
     def unsure(
         self, logits_BN: np.ndarray, options_BG: np.ndarray, call: HeldCall | None = None
     ) -> Iterator[Escalated]:
-        """Rows that escalate, step after step; of a call that holds as many as it affords."""
+        """Yield the rows that escalate, step by step; with `call`, only those it can afford."""
         if not self.escalations:
             return
         state, last_BG = EscalationState(len(logits_BN)), options_BG.copy()
@@ -85,14 +85,14 @@ class Decisions:
                 last_BG[members] = step.target
 
     def within(self, rows: int, allowance: float) -> HeldCall:
-        """These for one call of so many rows, which together may cost an allowance (a share)."""
+        """Decisions for one call whose rows together may cost `allowance` widest routes."""
         assert self.held is not None
         widest = self.costs.table.widest_cost
         return HeldCall(self, rows, allowance * widest, self.held * widest)
 
     def results(self, routed: Routed) -> tuple[np.ndarray, ...]:
         """Logits (B, N), width indices (B, G) of the routes that gave them, multiply-adds (B,)
-        float64, which rows escalated and which of these looked at their mirror image (B,) bool.
+        float64, rows that escalated (B,) bool, and those of them with a second look (B,) bool.
         """
         logits_BN, options_BG, passes = routed
         madds_B = self.costs.of(options_BG)
@@ -112,14 +112,14 @@ class Decisions:
 class HeldCall:
     """The decisions of one call whose rows together may cost no more than an allowance.
 
-    Every row may take the cheapest route. Where the gates want more than is left, they are shifted
-    towards cheaper options until it suffices; where more rows are unsure than can be afforded,
-    those of the smallest margins escalate. A call of a few rows cannot choose among them: there,
-    the less is saved up, the smaller a margin has to be.
+    Every row can at least take the cheapest route. If the gates' choices cost more than is left,
+    the gates are shifted towards cheaper options until it suffices. If more rows are unsure than
+    can be afforded, those with the smallest margins escalate. A call with few rows has few to
+    choose from: its thresholds are lowered, the more so the less is saved up.
     """
 
     def __init__(self, decisions: Decisions, rows: int, allowance: float, limit: float) -> None:
-        """`allowance` and `limit`, of all rows and of one, in multiply-adds."""
+        """`allowance` is for all rows together, `limit` is the mean per row; in multiply-adds."""
         costs = decisions.costs
         self._decisions = decisions
         self._more = costs.more
@@ -129,7 +129,7 @@ class HeldCall:
         self._left = allowance - rows * costs.cheapest
 
     def decide(self, gate: int, logits_BK: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """As `Decisions.decide`, within what is left."""
+        """Like `Decisions.decide`, within what is left."""
         decisions = self._decisions
         limit = None if decisions.limits is None else decisions.limits[gate]
         more_BK = self._more[gate][self._before_B[rows]]
@@ -137,7 +137,7 @@ class HeldCall:
         option_B = decisions.decide(gate, logits_BK, rows)
         if more_BK[each, option_B].sum() > self._left:
             dear, cheap, step = decisions.shift, decisions.shift, 1.0
-            for _ in range(_HALVINGS):  # shifts that are dear enough are reached by doubling
+            for _ in range(_HALVINGS):  # double the step until the shift is cheap enough
                 cheap, step = cheap + step, 2 * step
                 option_B = budgets.choose(logits_BK, cheap, self._options[gate], limit)
                 if more_BK[each, option_B].sum() <= self._left:
@@ -156,19 +156,19 @@ class HeldCall:
         return option_B
 
     def unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
-        """As `Decisions.unsure`."""
+        """Like `Decisions.unsure`, within what is left."""
         return self._decisions.unsure(logits_BN, options_BG, self)
 
     @property
     def ease(self) -> float:
-        """Part of a threshold that holds: the less is saved up, the smaller."""
+        """Factor on thresholds, 0..1: in a small call, the less is saved up, the smaller."""
         return min(1.0, max(0.0, self._left) / self._savings) if self._savings else 1.0
 
     def afforded(self, members: Ints, margin_B: np.ndarray, number: int) -> Ints:
-        """The rows of the smallest margins that a step of escalation can pay for; pays for them.
+        """The rows with the smallest margins that step `number` can afford; deducts their cost.
 
-        Every step may spend an equal part of what is left, the last all of it: cheap first steps
-        are not to use up what the dear ones need.
+        Each step may spend an equal part of what is left, and the last step all of it, so that
+        cheap early steps do not use up what expensive later ones need.
         """
         steps, left = self._decisions.escalations, max(0.0, self._left)  # rounding may overdraw
         step = steps[number]
@@ -193,12 +193,12 @@ def make_decisions(
     max_route: Route | str | Sequence[int] | None,
     hold: bool = False,
 ) -> Decisions:
-    """From the arguments of a call; `mirror` is whether the network may be shown mirror images.
+    """Make decisions from a call's arguments; `mirror` allows second looks at mirror images.
 
     Raises:
-        UsageError: for a budget without a curve, a budget and a shift, an `escalate` that is no
-            margin, a second look where it may not be, a cap below the cheapest route, or a budget
-            to hold that none was given for or that is below the cheapest route.
+        UsageError: for a budget without a curve, both a budget and a shift, an `escalate` that is
+            not a margin, a second look where mirroring is not allowed, a cap below the cheapest
+            route, or a `hold` without a budget or with one below the cheapest route's cost.
     """
     check(budget is None or shift is None, "give a budget or a shift, not both")
     point = None
@@ -222,23 +222,23 @@ def make_decisions(
             f"escalate {escalate!r}: give 'auto', None, or a margin from 0 to 1",
         )
         widest = tuple(len(gate.choices) - 1 for gate in spec.gates)
-        # of a cascade every rung in turn
+        # in a cascade, every rung in turn
         targets = [(n + 1,) for n in range(*widest)] if isinstance(spec, CascadeSpec) else [widest]
         steps = tuple(Escalation(float(escalate), target) for target in targets)
     if limits is not None:
         steps = tuple(step._replace(target=tuple(map(min, step.target, limits))) for step in steps)
     shift = 0.0 if shift is None else shift
-    # decisions are kept by their arguments: no tensor, whose value may change
+    # decisions are cached by their arguments: no tensor, because its value may change
     check(
         isinstance(shift, Real) and bool(np.isfinite(shift)), f"shift {shift}: give a finite number"
     )
     held = _held(costs, curve, budget) if hold else None
-    steps = tuple(step for step in steps if step.tau)  # no margin is below 0
+    steps = tuple(step for step in steps if step.tau)  # no margin is below a tau of 0
     return Decisions(spec, costs, float(shift), steps, limits, held)
 
 
 def _held(costs: PathCosts, curve: BudgetCurve | None, budget: Budget | None) -> float:
-    """The mean cost that holds, as a share of the widest route's."""
+    """The bound on the mean cost, as a share of the widest route's."""
     if budget is None:
         raise UsageError("hold: give the budget that is to hold")
     if isinstance(budget, BudgetPoint):
@@ -256,7 +256,7 @@ def _held(costs: PathCosts, curve: BudgetCurve | None, budget: Budget | None) ->
 
 
 def _limits(spec: AnySpec, max_route: Route | str | Sequence[int]) -> tuple[int, ...]:
-    """The highest option of every gate whose width is at most the route's."""
+    """For every gate, the highest option whose width is at most the route's."""
     route = spec.coerce_route(max_route)
     limits = []
     for gate, most in zip(spec.gates, spec.segment_indices(route)[1:], strict=True):

@@ -1,4 +1,4 @@
-"""Routed inference: the product. Needs no torch where a package is run.
+"""Routed inference: the engine. Running a package needs no torch.
 
 Suffixes: B rows, G gates, K options of a gate, N classes.
 """
@@ -50,11 +50,11 @@ class Engine:
         logits, routes, madds = engine(x)
         logits, routes, madds = engine(x, budget=0.6)       # of the widest route's cost
 
-    The trunk runs on the whole batch; at each gate rows are sorted into buckets by choice, and each
-    bucket runs the next segment as a dense network of just its width. A row's answer does not
-    depend on the rows it came with, to float tolerance. The weights are copied: a network that is
-    trained further needs a new engine. Programs are compiled when they are first needed (`warm_up`
-    does it ahead) and kept on disk. May be called by several threads at once.
+    The trunk runs on the whole batch. At each gate, rows are sorted into buckets by their choice,
+    and each bucket runs the next segment as a dense network of exactly that width. Within float
+    tolerance, a row's answer does not depend on the other rows of the batch. The weights are
+    copied: after further training, make a new engine. Programs are compiled when first needed, or
+    ahead by `warm_up`, and kept on disk. An engine is thread-safe.
     """
 
     def __init__(
@@ -67,17 +67,17 @@ class Engine:
         calibration: Any = None,
         **options: Any,
     ) -> None:
-        """Make an engine of a network, or of a checkpoint or a package, which bring a budget curve.
+        """Make an engine from a network, or from a checkpoint or package, with its budget curve.
 
-        `backend` is one of `dynaslim.runtime.backends.BACKENDS` or "auto", which measures those
-        that are installed for a few seconds and takes the fastest. `precision` is fp32, bf16 or
-        int8; int8 needs `calibration`, an iterable of normalised batches (B, C, H, W). A `source`
-        has the network's segments in a precision of its own. Other options are the fields of
-        `EngineOptions`.
+        `backend` is one of `dynaslim.runtime.backends.BACKENDS` or "auto", which measures the
+        installed ones for a few seconds and takes the fastest. `precision` is fp32, bf16 or int8;
+        int8 needs `calibration`, an iterable of normalised batches (B, C, H, W). A `source`, if
+        given, provides the network's segments and determines the precision. Other options are the
+        fields of `EngineOptions`.
 
         Raises:
             UsageError: for an unknown backend or one that is not installed, a precision that it
-                does not have, an option that makes no sense, or a network without gates.
+                does not support, an invalid option, or a network without gates.
             RuntimeError: if the network is in training mode.
         """
         self._options = EngineOptions.named(options)
@@ -102,14 +102,14 @@ class Engine:
         self.class_names = net.class_names
         self.preprocessing = net.preprocessing
         self.mirror = net.mirror
-        """Whether unsure images may be shown as their mirror images too."""
+        """Whether unsure images may also be run mirrored."""
         self.curve: BudgetCurve | None = None
         if net.budget is not None:
             self.curve = BudgetCurve.from_dict(net.budget)
             self.curve.check_fits(self.spec, mirror=self.mirror)
         self.latency = self._options.table(self.spec)
         self.measured: dict[str, float] = {}
-        """What "auto" measured: milliseconds of a batch by backend."""
+        """Milliseconds of a batch by backend, as measured by "auto"."""
         cache = open_cache(source.key, self._options.cache_dir)
         self._resources = Resources(self._options.workers or usable_cores(), cache)
         self._costs: dict[tuple[int, int], PathCosts] = {}
@@ -123,7 +123,7 @@ class Engine:
     def _source_of(
         self, net: ElasticNet, backend: str, precision: Precision, calibration: Any
     ) -> VariantSource:
-        """The source of a network's variants, in a precision."""
+        """Create the source of a network's variants in a precision."""
         if precision == "int8" and net.has_weights:
             from dynaslim.runtime.quantise import QuantisedSource
 
@@ -139,9 +139,9 @@ class Engine:
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, *, device: Any = None, **options: Any) -> Engine:
-        """An engine of a checkpoint file; options as those of `Engine`.
+        """Make an engine from a checkpoint file; options are those of `Engine`.
 
-        `device` None is the CPU, and for backend cudagraph the GPU.
+        `device` None means the GPU, if there is one, for backend cudagraph, and else the CPU.
 
         Raises:
             CheckpointError: as `dynaslim.read`.
@@ -155,18 +155,18 @@ class Engine:
 
     @classmethod
     def cascade(cls, rungs: Sequence[Any], **options: Any) -> Engine:
-        """An engine of a cascade of whole networks: all images run on the first, unsure ones go on.
+        """Make an engine from a cascade of whole networks: unsure images go to the next network.
 
             engine = dynaslim.Engine.cascade(["small.safetensors", "large.safetensors"])
             logits, rungs, madds = engine(x, escalate=0.3)      # a margin
             engine.calibrate(batches)                           # of held-out images and labels
             logits, rungs, madds = engine(x)                    # at most 0.5 points are lost
 
-        `rungs` are as for `dynaslim.cascade`, which gives what `export_package` and `evaluate`
-        take; options as those of `Engine`.
+        `rungs` are as for `dynaslim.cascade`, whose result `export_package` and `evaluate` also
+        accept. Options are those of `Engine`.
 
         Raises:
-            As `dynaslim.cascade` and `Engine`.
+            The errors of `dynaslim.cascade` and `Engine`.
         """
         from dynaslim.runtime.cascade import cascade
 
@@ -176,7 +176,7 @@ class Engine:
     def from_source(
         cls, source: VariantSource, checkpoint: Checkpoint, *, backend: str = "auto", **options: Any
     ) -> Engine:
-        """An engine of a checkpoint's network with a source of its own; options as above.
+        """Make an engine from a checkpoint and a given source; options are those of `Engine`.
 
         Raises:
             UsageError: as `Engine`.
@@ -185,15 +185,14 @@ class Engine:
 
     @classmethod
     def from_package(cls, path: str | Path, *, backend: str = "auto", **options: Any) -> Engine:
-        """An engine of an exported package, by onnxruntime or openvino; torch is not needed.
+        """Make an engine from an exported package, run by onnxruntime or openvino without torch.
 
-        Options as those of `Engine`, but precision and calibration, which were settled when the
-        package was made.
+        Options are those of `Engine`, except precision and calibration, which the export fixed.
 
         Raises:
             PackageError: if a file is missing, altered, or of a newer version.
-            UsageError: if the backend does not run packages, or is not installed, or for a
-                precision or calibration.
+            UsageError: if the backend cannot run packages or is not installed, or if a precision
+                or calibration is given.
         """
         for name in ("precision", "calibration"):
             check(
@@ -213,7 +212,7 @@ class Engine:
         return self._router
 
     def _running(self, size: tuple[int, int] | None = None) -> Router:
-        """The router; "auto" chooses here, for the first batch's size if none was given."""
+        """The router; "auto" chooses a backend here, by default for the first batch's size."""
         if self._router is not None:
             return self._router
         with self._starting:
@@ -231,19 +230,19 @@ class Engine:
             return self._router
 
     def _side(self) -> int:
-        """The side of the images that the network is for."""
+        """Side in pixels of the images that the network is meant for."""
         if self.preprocessing is not None:
             return self.preprocessing.image_size_px
         return self.spec.usual_image_size
 
     @property
     def backend(self) -> str:
-        """The name of the backend; "auto" has chosen when this returns."""
+        """The name of the backend; makes "auto" choose if it has not yet."""
         return self.router.backend.name
 
     @property
     def router(self) -> Router:
-        """What divides and runs the batches."""
+        """The router, which divides and runs batches."""
         return self._running()
 
     @property
@@ -252,7 +251,7 @@ class Engine:
         return self.router.backend.counts
 
     def warm_up(self, image_size: int | None = None) -> None:
-        """Compile all that routing needs for images of `image_size` pixels, before it is needed."""
+        """Compile ahead everything that routing images of `image_size` pixels needs."""
         side = self._side() if image_size is None else image_size
         self.spec.check_image_size(side, side)
         self._running((side, side)).warm_up((side, side))
@@ -260,11 +259,11 @@ class Engine:
     def calibrate(self, batches: Iterable[tuple[Any, Any]]) -> BudgetCurve:
         """Measure the budget curve on held-out images, and use it from now on.
 
-        `batches` are tensors of normalised images (B, C, S, S) and labels (B,), together 100 images
-        or more. For a cascade this finds the thresholds of all rungs together.
+        `batches` are pairs of tensors, normalised images (B, C, S, S) and labels (B,), with at
+        least 100 images in all. For a cascade, the thresholds of all rungs are optimised jointly.
 
         Raises:
-            UsageError: if there are fewer images, or they are not square or not of one size.
+            UsageError: if there are fewer images, or they are not square or differ in size.
         """
         from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
         from dynaslim.runtime.calibrate_budget import answer_paths
@@ -295,25 +294,26 @@ class Engine:
     ) -> RoutedOutput:
         """Images (B, in_channels, H, W), normalised -> logits, routes and costs of every row.
 
-        `budget` is a share of the widest route's multiply-adds (0.6), "250M" of them or "4.5ms" as
-        means per image, or "drop=0.3" points of accuracy (see `BudgetCurve.at`); it needs a curve.
-        `shift` moves the gates' decisions by hand: positive is cheaper. `escalate` "auto" lets rows
-        escalate, to a wider route or to their mirror image, as the curve sets for the budget; a
-        number lets rows whose margin (likeliest minus next probability) is below it, on top of the
-        budget; None never. `max_route` caps the width of every row. A cascade with a curve takes
-        "drop=0.5" where neither a budget nor a shift is given, and a number lets its rows go on
-        from rung to rung.
+        `budget` is a share of the widest route's multiply-adds (0.6), a mean per image such as
+        "250M" multiply-adds or "4.5ms", or a loss of accuracy in points, "drop=0.3" (see
+        `BudgetCurve.at`); it needs a curve. `shift` adjusts the gates' decisions directly: positive
+        is cheaper. `escalate` "auto" lets rows escalate, to a wider route or to their mirror image,
+        as the curve's point for the budget says. A number instead lets rows escalate whose margin
+        (largest minus second largest probability) is below it, at a cost on top of the budget; None
+        turns escalation off. `max_route` caps the width of every row. A cascade with a curve uses
+        "drop=0.5" if `budget`, `shift` and `escalate` are left out; a number for `escalate` applies
+        at each of its rungs.
 
-        A budget is what images like those of the curve cost on average. With `hold` it is a bound:
-        the mean cost of all rows of the engine's calls with this budget and `hold` never exceeds
-        it, whatever they are. Fewer rows then take wider routes or escalate, which depends on the
-        rows before and beside them, and on nothing else. A `Ledger` instead of True counts the
-        rows of the calls that it is given to. Of budgets in ms and drop= it is the mean multiply-
-        adds of their point that holds.
+        A budget is the average cost of images like those of the curve. With `hold` it is a bound:
+        the mean cost over all rows of the engine's calls with this budget and `hold` never exceeds
+        it, whatever the images. Fewer rows then take wider routes or escalate; which ones depends
+        only on the rows before and beside them. A `Ledger` instead of True applies the bound to the
+        calls that share it. For budgets in ms or drop=, the bound is the mean multiply-adds of
+        their point.
 
         Raises:
             UsageError (a ValueError): if x is not a batch of images that the network takes, or the
-                arguments do not fit; the engine works on.
+                arguments are invalid or conflict. The engine remains usable.
             ValueError: if an image has values that are not finite.
         """
         size = check_images(x, self.spec)
@@ -336,10 +336,10 @@ class Engine:
         )
 
     def static(self, route: Route | str | Sequence[int]) -> Callable[[Any], Any]:
-        """One route for all images and no gate: images (B, in_channels, H, W) -> logits (B, N).
+        """A function that runs all images along one route: (B, in_channels, H, W) -> (B, N) logits.
 
-        A package runs it segment by segment, which costs a little more than one program, and only
-        along routes that its gates can take.
+        A package runs the route segment by segment, which is a little slower than one program, and
+        supports only routes that its gates can take.
 
         Raises:
             UsageError: if the route is not one of the network's, or not in the package.
@@ -369,7 +369,7 @@ class Engine:
         return run
 
     def close(self) -> None:
-        """Let the threads go; the next call starts new ones."""
+        """End the threads; the next call starts new ones."""
         if self._router is not None:
             self._router.workers.close()
 
@@ -381,9 +381,9 @@ class Engine:
         router: Router,
         run: Callable[[Array, int], tuple[np.ndarray, ...]],
     ) -> list[Any]:
-        """What `run` gives for at most `max_batch` images, and the row of the first, at a time.
+        """Call `run` on up to `max_batch` images at a time, with the number of their first row.
 
-        Its results are joined, and given as the caller gave the images.
+        Returns the joined results in the library and on the device of the caller's images.
         """
         images, most = router.backend.arrays.images(x), self._options.max_batch
         parts = [run(images[n : n + most], n) for n in range(0, len(images), most)]
@@ -392,16 +392,16 @@ class Engine:
         return [like(x, result) for result in joined]
 
     def _decisions(self, size: tuple[int, int], **arguments: Any) -> Decisions:
-        """The decisions of a call by its arguments; those of the last calls are kept."""
-        # types too: True is no budget, though it equals 1.0
+        """The decisions for a call's arguments, cached over calls."""
+        # the key has the types too: True is not a budget, although it equals 1.0
         key = (size, *arguments.values(), *map(type, arguments.values()))
         try:
             known = self._decided.get(key)
-        except TypeError:  # a list cannot be looked up
+        except TypeError:  # a list is not hashable
             return self._make_decisions(size, arguments)
         if known is None:
             known = self._make_decisions(size, arguments)
-            if len(self._decided) >= _KEPT_DECISIONS:  # a budget that moves all the time
+            if len(self._decided) >= _KEPT_DECISIONS:  # the budget may change at every call
                 self._decided.clear()
             self._decided[key] = known
         return known
@@ -413,13 +413,13 @@ class Engine:
         return make_decisions(self.spec, costs, self.curve, mirror=self.mirror, **arguments)
 
     def _ledger(self, decisions: Decisions, hold: bool | Ledger) -> Ledger | None:
-        """Where a call counts what it costs; None if its budget need not hold."""
+        """The ledger in which a call records its cost; None without `hold`."""
         if decisions.held is None:
             return None
         check(not self._options.merge, "hold: not with merge, which makes routes wider afterwards")
         if isinstance(hold, Ledger):
             return hold
-        if len(self._ledgers) >= _KEPT_DECISIONS:  # a new one starts from 0, and holds as well
+        if len(self._ledgers) >= _KEPT_DECISIONS:  # new ones start from 0, which keeps the bound
             self._ledgers.clear()
         return self._ledgers.setdefault(decisions.held, Ledger())
 
@@ -427,7 +427,7 @@ class Engine:
     def _routed(
         router: Router, images: Array, decisions: Decisions, first: int, ledger: Ledger | None
     ) -> tuple[np.ndarray, ...]:
-        """One part of a batch; a budget that holds is taken from the ledger."""
+        """Route one part of a batch; with a ledger, within what is left of the budget."""
 
         def answers(chosen: Decisions | HeldCall) -> tuple[np.ndarray, ...]:
             return decisions.results(
@@ -444,7 +444,7 @@ class Engine:
             made = answers(decisions.within(len(images), unspent))
             unspent -= float(made[2].sum()) / decisions.costs.table.widest_cost
         except BaseException:
-            unspent -= len(images) * decisions.held  # as if the call had not been made
+            unspent -= len(images) * decisions.held  # as if the call had never happened
             raise
         finally:
             ledger.give_back(unspent)

@@ -1,10 +1,10 @@
-"""Escalation: rows that are unsure of their answer get another one, along a wider path.
+"""Escalation: rows whose answer is unsure are run again along a wider path.
 
-The *margin* of a row is how sure it is of its answer. A step of escalation sends rows of a margin
-under *tau* on to a *target* path, from the trunk's features, which were kept; its answer replaces
-the one before. A row that was sure enough for one step takes no further one. The last step may be a
-*second look*: rows that stand on its target see their mirror image too, along the same path from
-the first layer on, and both answers are averaged.
+The *margin* of a row measures how sure its answer is. A step of escalation runs rows with a margin
+below *tau* along a *target* path, starting from the trunk's features, which were kept; the new
+answer replaces the old one. Once a row's margin has passed a step, it takes no further step. The
+last step may be a *second look*: for rows whose answer is from the target path, the mirror image is
+run along the same path from the first layer on, and both answers are averaged.
 
 No torch here. A *path* is one option per gate: its position in `GateSpec.choices`.
 
@@ -29,33 +29,33 @@ Path = tuple[int, ...]
 
 
 class Escalation(NamedTuple):
-    """One step: rows of a margin under `tau`, if they can, go on along `target`."""
+    """One step: rows with a margin below `tau` continue along `target`, where that is possible."""
 
     tau: float
     target: Path
     mirror: bool = False
-    """Whether it is a second look: of the mirror image, by rows whose last answer is `target`'s."""
+    """Whether the step is a second look: rows whose last answer is from `target` run mirrored."""
 
 
 def margins(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
-    """Probability of the likeliest class minus that of the next (B,), in the type of the logits.
+    """Probability of the likeliest class minus that of the next one (B,), in the logits' dtype.
 
-    In 0..1; 1 where there is a single class.
+    In 0..1; 1 if there is only one class.
     """
     rows, classes = logits_BN.shape
     if classes == 1:
         return np.ones(rows, logits_BN.dtype)
     top_BN = np.partition(logits_BN, (classes - 2, classes - 1), axis=1)
     highest_B = top_BN[:, classes - 1]
-    # relative to the highest, so that nothing overflows
+    # relative to the highest, to avoid overflow
     sum_B = np.exp(logits_BN - highest_B[:, None]).sum(1)
     return np.asarray(-np.expm1(top_BN[:, classes - 2] - highest_B) / sum_B, logits_BN.dtype)
 
 
 def escalation_cost(table: CostTable, target: Sequence[int], *, mirror: bool = False) -> float:
-    """What escalating a row adds to its cost: the target path without the trunk, which was kept.
+    """Cost that escalation adds to a row: the target path without the trunk, which is not repeated.
 
-    A second look costs the whole path: the mirror image has features of its own.
+    A second look costs the whole path, because the mirror image has different features.
     """
     return table.route_cost(target) - (0.0 if mirror else table.segments[0][0][0])
 
@@ -65,7 +65,7 @@ def averaged(
 ) -> npt.NDArray[Any]:
     """Scores (B, N) whose softmax is the mean of the two answers' probabilities.
 
-    As the views of an evaluation are averaged; the released code takes the mean of logits.
+    Evaluation averages views in the same way; the released code averages logits.
     """
     log_probs_BN, other_probs_BN = map(_log_softmax, (logits_BN, other_BN))
     mean_BN = np.logaddexp(log_probs_BN, other_probs_BN) - math.log(2)
@@ -73,7 +73,7 @@ def averaged(
 
 
 def probabilities(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
-    """Softmax of every row (B, N), in the type of the logits."""
+    """Softmax of every row (B, N), in the logits' dtype."""
     powers_BN = np.exp(logits_BN - logits_BN.max(1, keepdims=True))
     return np.asarray(powers_BN / powers_BN.sum(1, keepdims=True))
 
@@ -84,18 +84,18 @@ def _log_softmax(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
 
 
 class EscalationState:
-    """Which rows may still escalate, step after step."""
+    """Tracks, over the steps, which rows may still escalate."""
 
     def __init__(self, rows: int) -> None:
         self._open_B: Bools = np.ones(rows, bool)
 
     def next(self, able_B: Bools, margin_B: npt.NDArray[Any], tau: float) -> Bools:
-        """Which rows escalate (B,): of those open and able, the unsure. The sure are closed."""
+        """Rows (B,) that escalate: open, able and unsure. Closes those that are able but sure."""
         candidates_B = self._open_B & able_B
         escalated_B: Bools = candidates_B & (margin_B < tau)
         self._open_B &= escalated_B | ~candidates_B
         return escalated_B
 
     def close(self, members: Ints) -> None:
-        """Rows that stay with the answer they have, though they are unsure."""
+        """Exclude rows from further steps; they keep their answers although these are unsure."""
         self._open_B[members] = False

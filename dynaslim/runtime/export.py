@@ -1,6 +1,6 @@
-"""Writing networks for others to run: packages, single files, plain sub-networks.
+"""Export of networks for use elsewhere: packages, single files, plain sub-networks.
 
-What is written is run once before it is handed over, and compared with the network.
+Every exported model is run once and compared with the network before it is put in place.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from dynaslim.spec import Route
 from dynaslim.version import __version__
 
 TOLERANCE: Final = 1e-4
-"""Largest difference to the network, of its largest value, for what is computed in float32."""
+"""Allowed difference of a float32 export from the network, relative to the largest value."""
 SLACK: Final = 8
-"""More than that only where torch's own float32 is off by more than an eighth of the difference."""
+"""A larger difference is allowed up to this multiple of the error of torch's own float32."""
 _APART: Final = 256
-"""Bytes from which a weight goes into the common file."""
+"""Smallest size in bytes of a weight that is stored in the common file."""
 _ALIGNMENT: Final = 4096
-"""Of weights in the common file: whole pages, so that they can be mapped."""
+"""Alignment in bytes of weights in the common file: whole pages, so that they can be mapped."""
 
 
 def export_package(
@@ -58,15 +58,15 @@ def export_package(
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Write a network as a package, whole or not at all.
 
-    Returns its manifest, and how far each variant is from the network (by name, as a share of the
-    largest value). `source` is by default that of `checkpoint` in float32; parity is checked on
-    images of `image_size` pixels, by default the checkpoint's. An older package of that name is
-    replaced. `notes` go into the manifest: plain JSON values.
+    Returns its manifest, and each variant's difference from the network (by name, relative to the
+    largest value). The default `source` is that of `checkpoint` in float32. Parity is checked on
+    images of `image_size` pixels, by default the checkpoint's. An existing package at `out` is
+    replaced. `notes` (plain JSON values) go into the manifest.
 
     Raises:
-        UsageError: if `out` is a file or a folder of something else, the network has no gates, or
-            `onnx` and `onnxruntime` are not installed.
-        DynaslimError: if what was written does not compute what the network does.
+        UsageError: if `out` is a file or a folder with other content, the network has no gates, or
+            `onnx` or `onnxruntime` is not installed.
+        DynaslimError: if the package does not compute the same as the network.
         OSError: if it cannot be written.
     """
     target = free_folder(out)
@@ -108,7 +108,7 @@ def export_package(
                 path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
                 for path in sorted(folder.iterdir())
             }
-            # through JSON once: what is hashed is what a reader will hash (tuples become lists)
+            # through JSON once, so that the hash matches a reader's (tuples become lists)
             manifest = json.loads(json.dumps(manifest, allow_nan=False))
             manifest["sha256"] = manifest_digest(manifest)
             write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -124,10 +124,10 @@ def export_route(
 ) -> float:
     """Write one sub-network as a plain ONNX file; returns the parity error.
 
-    Input `x` (batch, channels, height, width), output `logits`.
+    The input is `x` (batch, channels, height, width), the output `logits`.
 
     Raises:
-        As `export_package`, and UsageError for a route that is not the network's.
+        The errors of `export_package`, and UsageError for a route that is not the network's.
     """
     target = check_writable(out)
     source, spec = source_of(checkpoint.net), checkpoint.net.spec
@@ -144,9 +144,9 @@ def export_route(
 def export_single_file(
     checkpoint: Checkpoint, out: str | Path, *, image_size: int | None = None
 ) -> float:
-    """Write the whole network as one ONNX file that routes one image at a time by `If`.
+    """Write the whole network as one ONNX file that routes one image at a time with `If` nodes.
 
-    Returns the parity error on several images; raises as `export_package`.
+    Returns the largest parity error over several images; raises like `export_package`.
     """
     target = check_writable(out)
     content, worst = checked_single_file(checkpoint, image_size)
@@ -155,13 +155,13 @@ def export_single_file(
 
 
 def checked_single_file(checkpoint: Checkpoint, image_size: int | None) -> tuple[bytes, float]:
-    """The content of `export_single_file`, and its parity error."""
+    """The content of the file that `export_single_file` writes, and its parity error."""
     spec = checkpoint.net.spec
     check(bool(spec.gates), f"{spec.name} has no gates: export a route of it (--static-route)")
     content: bytes = single_file(source_of(checkpoint.net)).SerializeToString()
     x, session, worst = images_like(checkpoint, image_size, rows=2), onnx_session(content), 0.0
     allowed = 0.0
-    # by decisions that are forced: one that hangs on the last digit may fall either way
+    # with forced decisions: close ones may differ by rounding
     for option in range(max(len(gate.choices) for gate in spec.gates)):
         path = [gate.choices[min(option, len(gate.choices) - 1)] for gate in spec.gates]
         biases = {
@@ -183,7 +183,7 @@ def checked_single_file(checkpoint: Checkpoint, image_size: int | None) -> tuple
 
 
 def free_folder(out: str | Path) -> Path:
-    """A folder that a package may be written to; raises `UsageError` as `export_package`."""
+    """Check that a package may be written to `out`; raises `UsageError` like `export_package`."""
     target = Path(out)
     check(bool(target.name), f"{str(out)!r}: name a folder to write")
     if (
@@ -196,7 +196,7 @@ def free_folder(out: str | Path) -> Path:
 
 
 def _write_variants(source: VariantSource, folder: Path) -> dict[str, str]:
-    """The ONNX files and the weights that they share; returns their names by variant."""
+    """Write the ONNX files and their common weights; returns the file names by variant."""
     onnx = require("onnx")
     set_external_data = require("onnx.external_data_helper").set_external_data
     names: dict[str, str] = {}
@@ -226,7 +226,7 @@ def _write_variants(source: VariantSource, folder: Path) -> dict[str, str]:
 
 
 def _put_in_place(folder: Path, target: Path) -> None:
-    """Rename; an older package makes room first and comes back if that fails."""
+    """Rename a folder; an existing package is moved aside first, and restored if that fails."""
     os.chmod(folder, 0o755)
     if not target.exists():
         os.replace(folder, target)
@@ -243,7 +243,7 @@ def _put_in_place(folder: Path, target: Path) -> None:
 
 
 def image_side(checkpoint: Checkpoint, image_size: int | None = None) -> int:
-    """Side of the images in pixels: as given, else the checkpoint's, else the usual one."""
+    """Side of the images in pixels: as given, or else the checkpoint's, or else the usual one."""
     pre = checkpoint.preprocessing
     usual: int = checkpoint.net.spec.usual_image_size
     return image_size or (pre.image_size_px if pre else usual)
@@ -255,13 +255,13 @@ def image_side(checkpoint: Checkpoint, image_size: int | None = None) -> int:
 def _parity(
     source: VariantSource, exact: ProgramNet, folder: Path, names: Mapping[str, str], side: int
 ) -> dict[str, float]:
-    """Largest difference of each variant to the exact result, as a share of its largest value."""
+    """Largest difference of each variant from the exact result, relative to its largest value."""
     generator = torch.Generator().manual_seed(0)
     errors = {}
     for variant in segment_variants(source.spec):
         shape = variant.shape(source.spec, (side, side))
         x = torch.randn(2, *shape.row_in, generator=generator)
-        if isinstance(source, QuantisedSource):  # good for what arrives there, and no more
+        if isinstance(source, QuantisedSource):  # accurate only in the range of real features
             x = torch.from_numpy(source.sample(variant)[:2])
         ours = run_onnx(folder / names[variant.name], {"x": x.numpy()})
         with torch.inference_mode():
@@ -269,7 +269,7 @@ def _parity(
             single = _outputs(exact.program(variant)(x))
         errors[variant.name] = max(map(_difference, ours, double))
         if source.precision == "fp32":
-            # a gate that decides by small differences of large features is as inexact in torch
+            # gates that depend on small differences of large features are inexact in torch too
             inexact = max(map(_difference, single, double))
             _check_parity(variant.name, errors[variant.name], SLACK * inexact)
     return errors
@@ -280,13 +280,13 @@ def _outputs(made: Any) -> list[np.ndarray]:
 
 
 class _Exact(NamedTuple):
-    """What a route gives."""
+    """Reference result of a route."""
 
     logits: np.ndarray
-    """In float64."""
+    """Logits computed in float64."""
     tolerance: float
-    """How far float32 may be from that, as a share of the largest logit: torch's own is not exact
-    either, least of all in deep networks that were not trained."""
+    """Allowed difference in float32, relative to the largest logit. torch's own float32 is not
+    exact either, especially in deep untrained networks."""
 
 
 def _exact(checkpoint: Checkpoint, route: Route, x: np.ndarray) -> _Exact:
@@ -298,7 +298,7 @@ def _exact(checkpoint: Checkpoint, route: Route, x: np.ndarray) -> _Exact:
 
 
 def _whole_parity(checkpoint: Checkpoint, folder: Path, precision: str, side: int) -> None:
-    """The package, opened as its users will, computes what the network does."""
+    """Check that the package, opened as users will open it, computes the same as the network."""
     x, spec = images_like(checkpoint, side), checkpoint.net.spec
     engine = Engine.from_package(folder, backend="onnxruntime", workers=1, cache_dir=None)
     if not np.isfinite(engine(x).logits).all():
@@ -311,7 +311,7 @@ def _whole_parity(checkpoint: Checkpoint, folder: Path, precision: str, side: in
 
 
 def images_like(checkpoint: Checkpoint, image_size: int | None, *, rows: int = 8) -> np.ndarray:
-    """Rows of noise that differ in level and roughness, so that gates may differ too."""
+    """Noise images that differ in level and amplitude, so that gates may decide differently."""
     spec, side = checkpoint.net.spec, image_side(checkpoint, image_size)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((rows, spec.in_channels, side, side), np.float32)
@@ -320,7 +320,7 @@ def images_like(checkpoint: Checkpoint, image_size: int | None, *, rows: int = 8
 
 
 def run_onnx(model: bytes | Path, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-    """All outputs of a model, a file or its content, by ONNX Runtime."""
+    """Run a model, given as a file or its content, in ONNX Runtime; returns all outputs."""
     results: list[np.ndarray] = onnx_session(model).run(None, dict(inputs))
     return results
 

@@ -1,9 +1,9 @@
-"""Sub-networks cut out of a supernet: plain operations with weights of exactly their width.
+"""Extraction of sub-networks from a supernet: plain operations with weights of exactly their width.
 
-A slice of a wide weight is not contiguous, so backends repack it at every call; and batch
-normalisation with fixed statistics is an affine map that the convolution before it can carry. What
-comes out here has neither slices nor such BN, and is independent of the supernet: it can be
-compiled or exported like any other module.
+A slice of a wide weight is not contiguous, so backends would repack it at every call. Batch
+normalisation with fixed statistics is an affine map that can be folded into the convolution before
+it. Extracted modules have neither slices nor such BN and are independent of the supernet, so they
+can be compiled or exported like any other module.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from dynaslim.nn.program import Cut, Read, Rows, Step, cut, overload, program, r
 from dynaslim.spec import TEACHER_INDEX, Route
 
 Shared = dict[Any, nn.Parameter]
-"""Weights of plain modules, by what they were made of."""
+"""Weights shared by plain modules, by what they were made from."""
 
 
 def extract(
     net: SlimNet, route: Route, *, behind_trunk: bool = False, shared: Shared | None = None
 ) -> fx.GraphModule:
-    """The sub-network along a route as a plain module: images (B, C, H, W) -> logits (B, classes).
+    """Extract the sub-network of a route as a module: images (B, C, H, W) -> logits (B, classes).
 
-    With `behind_trunk` it takes what segment 0 gives, and is what lies behind that.
-    Equal to `net(x, route)` to float tolerance, on a copy of the weights, in evaluation mode.
+    With `behind_trunk`, it omits segment 0 and takes that segment's output. Within float tolerance
+    it is equal to `net(x, route)`. It has a copy of the weights and is in evaluation mode.
 
     Raises:
         UsageError: if the route is not one of the network's.
-        RuntimeError: if the network is in training mode: its BN statistics still move.
+        RuntimeError: if the network is in training mode, in which BN statistics still change.
     """
     builder, graph, before = _Builder(net, shared), net.graph, 0
     for number, index in enumerate(net.spec.segment_indices(net.spec.coerce_route(route))):
@@ -62,14 +62,14 @@ def extract_segment(
     decide: bool = True,
     shared: Shared | None = None,
 ) -> fx.GraphModule:
-    """Segment `number` at width index `choice`, behind one at `before`, as a plain module.
+    """Extract segment `number` at width index `choice`, after one at `before`, as a plain module.
 
-    Takes what the segment before gives; segment 0 takes images, and ignores `before`. Gives
-    (features, logits (B, K) of the next gate), without `decide` the features alone; the last
-    segment gives class logits. Equal to `net.segment` to float tolerance.
+    Its input is the previous segment's output; segment 0 takes images and ignores `before`. It
+    returns (features, logits (B, K) of the next gate), or without `decide` only the features; the
+    last segment returns class logits. Within float tolerance it is equal to `net.segment`.
 
-    The forms of a segment that differ in `before` alone differ in their first layers alone: those
-    that are made with one dict `shared` have the memory of all others in common.
+    Variants of a segment that differ only in `before` differ only in their first layers. Those
+    extracted with the same dict `shared` share the memory of all other layers.
 
     Raises:
         UsageError: if there is no such segment.
@@ -89,7 +89,7 @@ def extract_segment(
 
 
 class _Builder:
-    """Writes operations of a network into a graph of their own."""
+    """Writes some operations of a network into a new graph."""
 
     def __init__(self, net: SlimNet, shared: Shared | None) -> None:
         if net.training:
@@ -107,7 +107,7 @@ class _Builder:
         return fx.GraphModule(self.root, self.graph).eval().requires_grad_(False)
 
     def constant(self, made_of: tuple[Any, ...], make: Callable[[], Tensor]) -> fx.Node:
-        """A weight; `made_of` begins with a name, and is where one that is shared is found."""
+        """A weight, made if needed; `made_of` is its key among the shared ones."""
         if made_of not in self.shared:
             value = make().detach().clone(memory_format=torch.contiguous_format)
             self.shared[made_of] = nn.Parameter(value, requires_grad=False)
@@ -119,7 +119,7 @@ class _Builder:
         return self.graph.call_function(function, args, kwargs)
 
     def segment(self, number: int, before: int, choice: int) -> fx.Node:
-        """A segment's operations, behind what is there of the segment before, or the input."""
+        """Append a segment's operations to the previous segment's, or else to the input."""
         graph = self.net.graph
         self.units = graph.units(number, before, choice)
         if number:
@@ -130,7 +130,7 @@ class _Builder:
         folded = _folds(steps, kept)
         norms = {step.name: step for step in steps if step.name in folded.values()}
         for step in steps:
-            if step.name in norms:  # within its convolution
+            if step.name in norms:  # folded into its convolution
                 made = self.results[step.args[0].name]
             elif step.norm is not None:
                 made = self.normalised(step)
@@ -141,10 +141,10 @@ class _Builder:
                 x = self.value(step.args[0])
                 made, _ = self.gate(step.name, x, x, channels)
             else:
-                # the batch is what is left over: traced, a number of rows would become a constant
+                # -1 for the batch: when traced, a number of rows would become a constant
                 sizes = step.op == "reshape.default"
                 args = [self.value(argument, sizes=sizes) for argument in step.args]
-                if step.op in ("expand.default", "repeat.default"):  # of traced sizes
+                if step.op in ("expand.default", "repeat.default"):  # their sizes may be traced
                     made = self.graph.call_method(step.op.partition(".")[0], tuple(args))
                 else:
                     made = self.call(overload(step.op), *args, **self._kwargs(step.kwargs))
@@ -173,7 +173,7 @@ class _Builder:
         return cut(self.net.tensor(argument.name), argument.slicers)
 
     def normalised(self, step: Step) -> fx.Node:
-        """Batch normalisation that no convolution before it can carry."""
+        """Batch normalisation that cannot be folded into a convolution."""
         assert step.norm is not None
         norm = self._norm(step)
         mean, var, weight, bias = (
@@ -192,7 +192,7 @@ class _Builder:
         return norm
 
     def _affine(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Scale and shift of batch normalisation, in double: what is folded is rounded once."""
+        """Scale and shift of batch normalisation, in double so that folding rounds only once."""
         assert step.norm is not None
         norm = self._norm(step)
         mean, var, weight, bias = (t.detach().double() for t in norm.affine(step.norm[1]))
@@ -200,7 +200,7 @@ class _Builder:
         return scale, bias - mean * scale
 
     def folded(self, step: Step, norm: Step) -> fx.Node:
-        """A convolution with the batch normalisation behind it."""
+        """A convolution with the following batch normalisation folded in."""
         weight_cut, bias_cut = step.args[1], step.args[2]
 
         def weight() -> Tensor:
@@ -226,15 +226,16 @@ class _Builder:
     def gate_behind(
         self, number: int, x: fx.Node, decide: bool = False
     ) -> tuple[fx.Node, fx.Node | None]:
-        """What the gate behind a segment makes of what crosses it, and its logits (B, K)."""
+        """Apply the gate behind a segment to its output x; returns the result and logits (B, K)."""
         seen, graph = self.net.graph.gate_input(number), self.net.graph
         return self.gate(graph.gates[number], x, self.results[seen.node], seen.axis, decide)
 
     def gate(
         self, path: str, x: fx.Node, seen: fx.Node, axis: Axis, decide: bool = False
     ) -> tuple[fx.Node, fx.Node | None]:
-        """What a gate makes of x, and its logits (B, K); it reads features (B, C, H, W) with the
-        channels of an axis.
+        """Apply a gate to x; returns the result and the gate's logits (B, K), or None.
+
+        The gate reads the features `seen` (B, C, H, W), whose channels are those of `axis`.
         """
         gate = self.net.get_submodule(path)
         assert isinstance(gate, Gate)
@@ -271,7 +272,7 @@ def _times(rows: int, times: int) -> int:
 
 
 def _folds(steps: Sequence[Step], kept: Collection[str]) -> dict[str, str]:
-    """Convolutions that nothing but a batch normalisation reads: name of each, and of that."""
+    """Convolution -> batch normalisation, by name, where only the latter reads the former."""
     readers: dict[str, list[Step]] = {}
     for step in steps:
         for name in reads(step):

@@ -1,7 +1,7 @@
-"""What every variant of a network takes on this machine: measured, and kept as a cost table in ms.
+"""Measured time of every variant of a network on this machine, stored as a cost table in ms.
 
-The file is one that `cost_file.read_cost_table` reads, so that gates can be trained on it; the
-times for every number of rows stand in its note, for merging buckets and for people.
+`cost_file.read_cost_table` can read the file, so gates can be trained on it. The times for every
+number of rows are in its note, for merging buckets and for human readers.
 """
 
 from __future__ import annotations
@@ -34,23 +34,23 @@ class LatencyTable:
     """Milliseconds of every variant of every segment by the number of rows."""
 
     table: CostTable
-    """In ms per image, at `rows[-1]` rows."""
+    """Costs in ms per image, at `rows[-1]` rows."""
     image_size_px: int
     rows: tuple[int, ...]
-    """Rising."""
+    """Numbers of rows that were measured, ascending."""
     ms: dict[str, tuple[float, ...]]
-    """SegmentVariant's name -> time of a step of so many rows, medians."""
+    """Name of a `SegmentVariant` -> median time of a step, for each of `rows`."""
     spread: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    """SegmentVariant's name -> difference between the quartiles, in ms."""
+    """Name of a `SegmentVariant` -> interquartile range in ms, for each of `rows`."""
     note: dict[str, Any] = field(default_factory=dict)
     """Backend, precision, hardware and threads."""
 
     @classmethod
     def read(cls, path: str | Path, spec: AnySpec) -> LatencyTable:
-        """Read what `write` wrote for this network.
+        """Read a table that `write` wrote for this network.
 
         Raises:
-            UsageError: if the file is no cost table of the network, or has no times by rows.
+            UsageError: if the file is not a cost table of the network, or has no times by rows.
         """
         table = read_cost_table(path, spec)
         data = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ class LatencyTable:
         return made
 
     def write(self, path: str | Path, spec: AnySpec) -> Path:
-        """Write the table, whole or not at all; raises `OSError` if that cannot be done."""
+        """Write the table, whole or not at all; raises `OSError` if it cannot be written."""
         note = {
             **self.note,
             "rows": list(self.rows),
@@ -81,7 +81,7 @@ class LatencyTable:
         return write_cost_table(path, self.table, spec, self.image_size_px, note=note)
 
     def check_fits(self, spec: AnySpec) -> None:
-        """Raise `UsageError` unless all variants of the network have their times."""
+        """Raise `UsageError` unless the table has times for all variants of the network."""
         check(self.table.unit == "ms", f"latency table: unit {self.table.unit!r}, not ms")
         check(
             bool(self.rows) and all(a < b for a, b in itertools.pairwise((0, *self.rows))),
@@ -95,7 +95,7 @@ class LatencyTable:
             )
 
     def step_ms(self, variant: SegmentVariant, rows: int) -> float:
-        """Time of a step of so many rows: between those measured on a line, beyond proportional."""
+        """Time of a step with `rows` rows: interpolated linearly; proportional beyond the table."""
         if not rows:
             return 0.0
         times = self.ms[variant.name]
@@ -106,11 +106,11 @@ class LatencyTable:
     def merge(
         self, variants: VariantTable, gate: int, before: int, counts: np.ndarray
     ) -> np.ndarray:
-        """Where the rows of each option (K,) go: their own, or a wider one if that saves time.
+        """For each option (K,), the option its rows should take: a wider one if that saves time.
 
-        `variants` are the network's, `before` is the option of the gate before. `counts` may be
-        those of the first options alone, where others are not allowed.
-        From the cheapest on, a bucket joins the wider one with which the two take least time.
+        `variants` are the network's, `before` is the option of the previous gate, `counts` are the
+        rows of each option (only the first options if the others are not allowed). From the
+        cheapest on, a bucket joins the wider one with which it saves most time.
         """
         goes, left = np.arange(len(counts)), counts.astype(int)
         buckets = variants[gate + 1][before]
@@ -143,8 +143,8 @@ def profile(
 ) -> LatencyTable:
     """Measure every variant of a network at 1, 2, 4, ... `batch_size` rows.
 
-    `on_variant` is called after each. Each is timed as the engine would run it, divided among its
-    workers. Medians of `rounds`.
+    Each variant is timed as the engine would run it, divided among its workers; times are medians
+    over `rounds`. `on_variant` is called after each variant.
 
     Raises:
         UsageError: for a batch size below 1, or an image too small for the network.
@@ -177,9 +177,9 @@ def time_variant(
     rounds: int,
     rng: np.random.Generator,
 ) -> list[list[float]]:
-    """One variant as `profile` times it: milliseconds of every round, for each number of rows.
+    """Time one variant: milliseconds of every round, for each number of rows.
 
-    The numbers of rows take turns.
+    Within a round, the numbers of rows are measured in turn.
     """
     arrays, shape = router.backend.arrays, sized.shape
     values = rng.standard_normal((rows[-1], *shape.row_in), np.float32)
@@ -198,8 +198,8 @@ def time_variant(
             item = WorkItem(sized, source[:n], None, tuple(out[:n] for out in outs), n)
             start = time.perf_counter()
             router.run([item])
-            arrays.host(outs[-1][:1])  # a device may still be busy
-            if turn:  # the first compiles, and meets cold memory
+            arrays.host(outs[-1][:1])  # wait for a device that may still be busy
+            if turn:  # the first round compiles, and its memory is cold
                 times[at].append((time.perf_counter() - start) * 1e3)
     return times
 

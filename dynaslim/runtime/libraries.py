@@ -1,4 +1,4 @@
-"""Libraries that only some backends need: imported where used; errors name how to install one."""
+"""Optional libraries: imported where they are used, with errors that say how to install them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from dynaslim.errors import UsageError
 
 
 def installed(library: str) -> bool:
-    """Whether a library can be found, without importing it."""
+    """Whether a library is installed, without importing it."""
     try:
         return find_spec(library) is not None
-    except (ImportError, ValueError):  # of a damaged installation
+    except (ImportError, ValueError):  # the installation is damaged
         return False
 
 
@@ -22,20 +22,20 @@ def require(module: str) -> Any:
     """Import a module of an optional library.
 
     Raises:
-        UsageError: if it is not installed; the message is the line that installs it.
+        UsageError: if it is not installed or does not load; the message says how to install it.
     """
     library = module.partition(".")[0]
     try:
         return import_module(module)
     except ImportError as error:
-        # not the extra of dynaslim, which would bring torch where a package runs without it
+        # not dynaslim's extra, which would install torch where a package runs without it
         raise UsageError(
             f"{library} is not installed or does not load ({error}): pip install {library}"
         ) from None
 
 
 def onnx_session(model: bytes | Path, options: Any = None) -> Any:
-    """A session of ONNX Runtime on the CPU, of a file or its content; by default with all cores."""
+    """Open a file or its content in ONNX Runtime on the CPU; by default on all cores."""
     ort = require("onnxruntime")
     options = options or ort.SessionOptions()
     options.log_severity_level = 3

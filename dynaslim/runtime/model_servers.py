@@ -1,4 +1,4 @@
-"""Model repositories: networks laid out for OpenVINO Model Server and for Triton."""
+"""Export of networks as model repositories for OpenVINO Model Server and Triton."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from dynaslim.runtime.triton import OUTPUTS
 from dynaslim.runtime.variants import VariantSource
 
 VERSION: Final = "1"
-"""The folder of a model's only version."""
+"""Folder name of a model's only version."""
 _CONFIG: Final = "config.json"
 _LABELS: Final = "labels.txt"
 _MAX_BATCH: Final = 32
@@ -51,13 +51,13 @@ _NAME: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 def export_ovms(checkpoint: Checkpoint, out: str | Path, name: str | None = None) -> float:
     """Write a network for OpenVINO Model Server: OUT/NAME/1/model.onnx and OUT/config.json.
 
-    The model is the single file, for images of the checkpoint's size; returns its parity error.
-    Other models of the folder stay in its config.
+    The model is the single file, for images of the checkpoint's size. Returns its parity error.
+    Other models in the config are kept.
 
     Raises:
-        UsageError: if the model is there already, the name cannot be a folder's, `config.json` is
-            not a model server's, or the network has no gates.
-        DynaslimError: if what was written does not compute what the network does.
+        UsageError: if the model exists already, the name is not valid for a folder, `config.json`
+            is not a model server's, or the network has no gates.
+        DynaslimError: if the model does not compute the same as the network.
         OSError: if it cannot be written.
     """
     root, name = Path(out), _model_name(checkpoint, name)
@@ -79,15 +79,15 @@ def export_triton(
 ) -> float:
     """Write a network for Triton: the models OUT/NAME and OUT/NAME_single.
 
-    NAME is a model of the Python backend that routes batches: a package beside a `model.py`, whose
-    class is in `dynaslim.runtime.triton`. NAME_single is the single file for the ONNX Runtime
-    backend, one image at a time. Returns the larger of their parity errors. `source` and `notes`
-    are those of `export_package`.
+    NAME is a model for the Python backend that routes batches: a package and a `model.py`, which
+    uses `dynaslim.runtime.triton`. NAME_single is the single file for the ONNX Runtime backend,
+    which runs one image at a time. Returns the largest parity error. `source` and `notes` are as
+    for `export_package`.
 
     Raises:
-        UsageError: if a model is there already, the name cannot be a folder's, or the network has
-            no gates.
-        DynaslimError: if what was written does not compute what the network does.
+        UsageError: if a model exists already, the name is not valid for a folder, or the network
+            has no gates.
+        DynaslimError: if a model does not compute the same as the network.
         OSError: if it cannot be written.
     """
     root, name = Path(out), _model_name(checkpoint, name)
@@ -103,7 +103,7 @@ def export_triton(
             folder / single / VERSION / "model.onnx": content,
         }
         if checkpoint.class_names is not None:
-            # a line for each class: names may have line breaks
+            # one line per class: names may contain line breaks
             lines = [" ".join(one.split()) + "\n" for one in checkpoint.class_names]
             files[folder / name / _LABELS] = "".join(lines)
         for path, text in files.items():
@@ -170,14 +170,14 @@ def _model_name(checkpoint: Checkpoint, name: str | None) -> str:
 
 @contextmanager
 def _new_models(root: Path, names: list[str]) -> Iterator[Path]:
-    """A temporary folder whose folders of these names go into the repository at the end."""
+    """A temporary folder; at the end, its folders of these names move into the repository."""
     check(not root.is_file(), f"{root}: is a file; name a folder")
     for name in names:
         there = root / name
         check(not there.exists(), f"{there}: is there already; remove it, or give another --name")
     with naming(root):
         root.mkdir(parents=True, exist_ok=True)
-        # not inside, where a server may look for models
+        # not inside the repository, where a server may look for models
         folder = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.absolute().parent))
         try:
             yield folder
@@ -188,7 +188,7 @@ def _new_models(root: Path, names: list[str]) -> Iterator[Path]:
 
 
 def _with_model(path: Path, name: str) -> dict[str, Any]:
-    """The config of a model server with one model more."""
+    """The config of a model server with one more model."""
     config: Any = {"model_config_list": []}
     if path.exists():
         try:
@@ -204,8 +204,8 @@ def _with_model(path: Path, name: str) -> dict[str, Any]:
 
 
 def _server_file(checkpoint: Checkpoint) -> tuple[bytes, float]:
-    """The single file without optional inputs and of one image size, and its parity error."""
-    # servers show a model's inputs to clients, and compile a network of known shapes better
+    """The single file with one image size and without optional inputs, and its parity error."""
+    # servers show a model's inputs to clients, and compile networks with fixed shapes better
     onnx = require("onnx")
     content, error = checked_single_file(checkpoint, None)
     model = onnx.load_from_string(content)

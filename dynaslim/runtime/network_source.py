@@ -1,4 +1,4 @@
-"""Variants of a network in memory."""
+"""The `VariantSource` of a network in memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dynaslim.spec import NetSpec, Route
 
 
 def add_weights(digest: Any, module: nn.Module) -> None:
-    """Feed a hash the names, types, shapes and values of a module's parameters and buffers."""
+    """Add names, types, shapes and values of a module's parameters and buffers to a hash."""
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         values = tensor.detach().cpu().contiguous().reshape(-1)
@@ -28,9 +28,9 @@ def add_weights(digest: Any, module: nn.Module) -> None:
 
 
 class NetworkSource:
-    """A network's variants, from a copy of its weights: what becomes of it later does not matter.
+    """A network's variants, from a copy of its weights, so that later changes have no effect.
 
-    Variants of one segment at one width share the memory of all that they have in common.
+    Variants of a segment with the same width share the memory of the layers they have in common.
 
     Raises:
         RuntimeError: if the network is in training mode.
@@ -50,7 +50,7 @@ class NetworkSource:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self._net.device
 
     @cached_property
@@ -70,7 +70,7 @@ class NetworkSource:
         return self._extracted(extract_segment, 0, 0, 0, decide=False)
 
     def tail(self, route: Route) -> nn.Module:
-        """What is behind segment 0 along a route."""
+        """A route without segment 0."""
         return self._extracted(extract, route, behind_trunk=True)
 
     def _extracted(
@@ -80,7 +80,7 @@ class NetworkSource:
         dtype: torch.dtype = torch.float32,
         **named: Any,
     ) -> nn.Module:
-        with self._lock:  # modules share weights, those of one type
+        with self._lock:  # modules of the same dtype share weights
             shared = self._shared.setdefault(dtype, {})
             return cut_out(self._net, *args, shared=shared, **named).to(dtype)
 

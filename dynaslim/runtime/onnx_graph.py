@@ -1,4 +1,4 @@
-"""Plain sub-networks and segments as ONNX graphs, by PyTorch's exporter; the batch is dynamic."""
+"""Export of plain sub-networks and segments to ONNX by PyTorch's exporter, with a dynamic batch."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
     import onnx
 
 OPSET: Final = 17
-"""Old enough for the runtimes of several years, and all that these layers need."""
+"""Old enough for runtimes of several years ago, and sufficient for these layers."""
 IR_VERSION: Final = 8
-"""What goes with the opset."""
+"""The ONNX IR version that belongs to the opset."""
 FEATURES: Final = "features"
 GATE_LOGITS: Final = "gate_logits"
 LOGITS: Final = "logits"
 INPUT: Final = "x"
 
 _LOCK = threading.Lock()
-"""The exporter has global state."""
+"""Held during export, because the exporter has global state."""
 
 
 def to_onnx(
     plain: nn.Module, example: Tensor, outputs: Sequence[str], name: str, *, any_size: bool
 ) -> bytes:
-    """A plain module as an ONNX model: input `x`, these outputs, a graph of this name.
+    """Export a plain module as an ONNX model with input `x`, the given outputs and graph name.
 
-    `example` is an input (B, C, H, W); with `any_size` height and width are as dynamic as B.
+    `example` is an input (B, C, H, W). B is dynamic; with `any_size`, so are height and width.
 
     Raises:
-        UsageError: if the package `onnx` is not installed, the weights are not float32, or an
-            operation has no ONNX form.
+        UsageError: if the package `onnx` is not installed, weights are not float32, or an operation
+            cannot be exported to ONNX.
     """
     onnx = require("onnx")
     for weight in filter(Tensor.is_floating_point, plain.parameters()):
@@ -73,7 +73,7 @@ def to_onnx(
 
 
 def _give_weights_back(graph: onnx.GraphProto) -> None:
-    """A weight of its own for every layer: the exporter lets equal ones be one, by `Identity`."""
+    """Give every layer its own weight: the exporter merges equal ones, using `Identity` nodes."""
     weights = {weight.name: weight for weight in graph.initializer}
     copies = [n for n in graph.node if n.op_type == "Identity" and n.input[0] in weights]
     for node in copies:

@@ -18,26 +18,26 @@ MAX_BATCH: Final = 256
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine works on this machine; all of it finds a good value by itself."""
+    """Settings of an engine on this machine; the defaults suit most uses."""
 
     image_size: int | None = None
-    """Side in pixels of the images that "auto" measures with; by default those
-    that the network is for, or the first batch's."""
+    """Side in pixels of the images that "auto" measures with; by default that of the first batch,
+    or before a batch the size that the network is meant for."""
     batch_size: int = 32
-    """Images of the batches that "auto" measures with."""
+    """Number of images in the batches that "auto" measures with."""
     max_batch: int = MAX_BATCH
-    """Larger batches are split: they need less memory, and are no faster."""
+    """Larger batches are split, which saves memory and is no slower."""
     workers: int | None = None
-    """Cores to use; by default all that the process may."""
+    """Cores to use; by default all that the process may use."""
     rows_per_piece: int | None = None
-    """Most rows that one call of a program gets; by default as many as stay in the cache."""
+    """Maximum rows per call of a program; by default as many as fit in the cache."""
     cache_dir: str | Path | None = "auto"
-    """Where compiled programs are kept: "auto" is `DYNASLIM_CACHE` or `~/.cache/dynaslim`, None
-    nowhere."""
+    """Folder for compiled programs: "auto" is `DYNASLIM_CACHE` or `~/.cache/dynaslim`, None keeps
+    none."""
     latency: LatencyTable | str | Path | None = None
-    """A measured table, or its file (`dynaslim profile`)."""
+    """A measured latency table, or its file (`dynaslim profile`)."""
     merge: bool = False
-    """Let small buckets join wider ones where this is faster by the table: it changes results."""
+    """Let small buckets join wider ones where the table says it is faster; this changes results."""
 
     def __post_init__(self) -> None:
         for name in ("image_size", "batch_size", "max_batch", "workers", "rows_per_piece"):
@@ -52,14 +52,14 @@ class EngineOptions:
 
     @classmethod
     def named(cls, options: Mapping[str, Any]) -> EngineOptions:
-        """Of a caller's keywords; raises `UsageError` for one that is none of the fields."""
+        """Make options from keyword arguments; raises `UsageError` for an unknown name."""
         known = [field.name for field in fields(cls)]
         for name in options:
             check(name in known, f"{name}: no option of an engine, which has {', '.join(known)}")
         return cls(**options)
 
     def table(self, spec: AnySpec) -> LatencyTable | None:
-        """The latency table, checked; raises `UsageError` if it is not one for the network."""
+        """Read and check the latency table; raises `UsageError` if it is not for this network."""
         if self.latency is None or isinstance(self.latency, LatencyTable):
             table = self.latency
         else:
@@ -71,24 +71,24 @@ class EngineOptions:
 
 @dataclass(frozen=True)
 class RoutedOutput:
-    """What the engine answers for a batch, row by row in the order of the input.
+    """The engine's results for a batch, one row per image in the order of the input.
 
-    Numpy arrays for numpy images, tensors on their device for tensors. Unpacks as
-    `logits, routes, madds`.
+    The fields are numpy arrays for numpy images, and tensors on the images' device for tensors.
+    Unpacks as `logits, routes, madds`.
     """
 
     logits: Any
     """(B, N) float32."""
     routes: Any
     """(B, G) int64: the width index behind each gate on the route that gave the answer;
-    `Engine.route_of` names the route."""
+    `Engine.route_of` converts a row to a route."""
     madds: Any
-    """(B,) float64: multiply-adds that each row cost, slimming heads and all routes of an
-    escalated row included."""
+    """(B,) float64: multiply-adds of each row, including slimming heads and all routes of an
+    escalated row."""
     escalated: Any
-    """(B,) bool: rows that escalated, since an answer was unsure."""
+    """(B,) bool: rows that escalated because an answer was unsure."""
     mirrored: Any
-    """(B,) bool: those of them whose answer is the mean of two, for the image and its mirror image;
+    """(B,) bool: escalated rows whose answer averages those for the image and its mirror image;
     the softmax of their logits is the mean of both probabilities."""
 
     def __iter__(self) -> Iterator[Any]:
@@ -96,7 +96,7 @@ class RoutedOutput:
 
 
 def check_images(x: Any, spec: AnySpec) -> tuple[int, int]:
-    """Height and width of a batch of images.
+    """Check a batch of images; returns their height and width.
 
     Raises:
         UsageError: if x is not a batch of normalised images that the network takes.
@@ -105,7 +105,7 @@ def check_images(x: Any, spec: AnySpec) -> tuple[int, int]:
     check(numbers, f"input of type {type(x).__name__}: give a numpy array or a tensor")
     floating = x.dtype.kind == "f" if isinstance(x, np.ndarray) else x.is_floating_point()
     if not floating:
-        # not `check`: numpy takes long to name a type, and this runs at every call
+        # not `check`: numpy is slow to name a dtype, and this runs at every call
         raise UsageError(f"input of {x.dtype}: give normalised images in floating point")
     if len(x.shape) != 4 or x.shape[1] != spec.in_channels:
         raise UsageError(
@@ -118,7 +118,7 @@ def check_images(x: Any, spec: AnySpec) -> tuple[int, int]:
 
 
 def like(x: Any, result: np.ndarray) -> Any:
-    """A result as the caller gave the images: numpy, or a tensor on their device."""
+    """Convert a result to the kind of the images x: numpy, or a tensor on their device."""
     if isinstance(x, np.ndarray):
         return result
     import torch

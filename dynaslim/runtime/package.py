@@ -1,9 +1,9 @@
-"""An exported network as a folder: what reads it needs numpy, msgspec and a runtime, no torch.
+"""An exported network as a folder, which is read with numpy, msgspec and a runtime, without torch.
 
-manifest.json     what it is: spec, preprocessing, classes, budget curve, whether mirror images are
-of the same class, versions, the SHA-256 of every other file, and that of its own content
-*.onnx            one for every variant of every segment; batch, height and width are dynamic
-weights.bin       the weights of all of them; what variants have in common is there once
+manifest.json     its description: spec, preprocessing, classes, budget curve, whether mirroring
+keeps the class, versions, the SHA-256 of every other file and of the manifest's own content
+*.onnx            one per variant; dynamic batch, and dynamic size if the network supports it
+weights.bin       the weights of all variants; shared weights are stored once
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 FORMAT: Final = "dynaslim-package"
 VERSION: Final = 2
-"""1 had no hash of the manifest, and values that nothing read; such packages are read as well."""
+"""Version 1, which can still be read, had no hash of the manifest and had some unused values."""
 WEIGHTS: Final = "weights.bin"
 MOST_BYTES: Final = 1 << 24
-"""Of a manifest."""
+"""Largest size of a manifest."""
 
 Spec = TypeVar("Spec", bound=AnySpec)
 Name = Annotated[str, msgspec.Meta(max_length=1000)]
@@ -55,7 +55,7 @@ class _Versions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class _Manifest(msgspec.Struct, Generic[Spec], frozen=True, forbid_unknown_fields=True):
-    """What stands in a manifest."""
+    """Content of a manifest."""
 
     format: Literal["dynaslim-package"]
     version: Literal[1, 2]
@@ -72,7 +72,7 @@ class _Manifest(msgspec.Struct, Generic[Spec], frozen=True, forbid_unknown_field
     mirror: bool
 
     def check_fits(self) -> None:
-        """Raise `UsageError` unless the parts fit together."""
+        """Raise `UsageError` unless the parts are consistent."""
         spec, names, pre = self.spec, self.class_names, self.preprocessing
         check(
             names is None or len(names) == spec.num_classes,
@@ -88,7 +88,7 @@ class _Manifest(msgspec.Struct, Generic[Spec], frozen=True, forbid_unknown_field
         if self.budget is not None:
             BudgetCurve.from_dict(self.budget).check_fits(spec, mirror=self.mirror)
         left = dict(self.forms)
-        for variant in segment_variants(spec):  # may be very many: the first missing one ends it
+        for variant in segment_variants(spec):  # may be very many: stop at the first missing one
             file = left.pop(variant.name, None)
             check(file is not None, f"forms: has no {variant.name!r}")
             check(file == f"{variant.name}.onnx", f"forms: {variant.name} is in {file!r:.60}")
@@ -105,14 +105,14 @@ class PackageError(DynaslimError):
 
 
 class PackageSource:
-    """A package's variants."""
+    """The `VariantSource` of a package."""
 
     has_modules = False
 
     def __init__(
         self, folder: Path, spec: AnySpec, precision: Precision, key: str, files: Mapping[str, Path]
     ) -> None:
-        """`files` are those of the folder by name: where they are, links followed."""
+        """`files` are the paths of the folder's files by name, with links resolved."""
         self.spec = spec
         self.precision: Precision = precision
         self.key = key
@@ -120,33 +120,33 @@ class PackageSource:
         self._files = files
 
     def module(self, variant: Variant, dtype: torch.dtype) -> nn.Module:
-        """As `VariantSource.module`: there is none."""
+        """Like `VariantSource.module`, but always raises `UsageError`."""
         raise UsageError(f"{self._folder}: a package has no torch modules")
 
     def onnx(self, variant: Variant) -> Path | bytes:
-        """As `VariantSource.onnx`; with its weights inside where they lie in another folder.
+        """Like `VariantSource.onnx`; weights from another folder are put into the model.
 
         Raises:
             UsageError: if the package has no such variant.
-            PackageError: if its file, or that of the weights, has gone since it was opened.
+            PackageError: if its file, or the weights file, has gone since the package was opened.
         """
         name = f"{variant.name}.onnx"
         if name not in self._files:
             raise UsageError(f"{self._folder}: the package has no {variant.name}")
         path, weights = self._files[name], self._files[WEIGHTS]
-        # variants are read when they are first needed; a runtime's own words would not help
+        # variants are read when first needed; a runtime's own message would not help the user
         for needed in (name, WEIGHTS):
             _check_there(self._files[needed], self._folder / needed)
         if weights == path.parent / WEIGHTS:
             return path
-        # the hub's cache has a link for each file, to one whose name is a hash; runtimes take
-        # weights from the folder of the variant alone
+        # in the hub's cache, each file is a link to one named by its hash; runtimes look for
+        # weights only in the folder of the variant
         return with_weights(path.read_bytes(), weights)
 
 
 @dataclass(frozen=True)
 class Package:
-    """What a package holds."""
+    """An opened package."""
 
     folder: Path
     source: PackageSource
@@ -154,18 +154,18 @@ class Package:
     preprocessing: Preprocessing | None
     budget: Mapping[str, Any] | None
     mirror: bool
-    """Whether images may be shown to it as their mirror images, too."""
+    """Whether images may also be run mirrored."""
     manifest: Mapping[str, Any]
-    """Its whole manifest."""
+    """The whole manifest."""
 
     @property
     def spec(self) -> AnySpec:
-        """The network's."""
+        """The network's specification."""
         return self.source.spec
 
 
 def open_package(path: str | Path) -> Package:
-    """Read a package's manifest and check all its files against it; links are followed once.
+    """Read a package's manifest and check all files against it; links are resolved only once.
 
     Raises:
         PackageError: if there is no package, it is of a newer version, its manifest is not valid,
@@ -193,11 +193,11 @@ def open_package(path: str | Path) -> Package:
 
 
 def write_budget(folder: str | Path, budget: Mapping[str, Any]) -> None:
-    """Put another budget curve into a package's manifest, whole or not at all.
+    """Replace the budget curve in a package's manifest, whole or not at all.
 
     Raises:
         PackageError: as `open_package`.
-        OSError: if it cannot be written.
+        OSError: if the manifest cannot be written.
     """
     manifest = {**open_package(folder).manifest, "budget": dict(budget)}
     if manifest["version"] > 1:
@@ -235,7 +235,7 @@ def _checked_manifest(manifest: Any) -> _Manifest[Any]:
         )
     held = dict(manifest)
     if version == 1:
-        for name in ("routes", "input", "parity"):  # which follow from the rest, and nothing reads
+        for name in ("routes", "input", "parity"):  # redundant, and not used any more
             check(name in held, f"not valid: has no {name!r}")
             del held[name]
         held.setdefault("mirror", False)
@@ -252,7 +252,7 @@ def _checked_manifest(manifest: Any) -> _Manifest[Any]:
 
 
 def _checked_file(path: Path, entry: _File) -> Path:
-    """Where a file of a package is, if its content matches the manifest."""
+    """Check a package's file against the manifest; returns its path with links resolved."""
     _check_there(path, path)
     found = path.resolve()
     if found.stat().st_size != entry.bytes or file_digest(found) != entry.sha256:
@@ -271,20 +271,20 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# -- weights that lie elsewhere -------------------------------------------------------------------
+# -- weights in another folder --------------------------------------------------------------------
 
-# numbers of fields in ONNX's protocol buffers
+# field numbers in ONNX's protocol buffers
 _GRAPH: Final = 7  # of a model
 _INITIALIZER: Final = 5  # of a graph
 _RAW_DATA, _EXTERNAL_DATA, _DATA_LOCATION = 9, 13, 14  # of a tensor
-_VARINT, _LENGTH = 0, 2  # kinds of fields; the others have a fixed size
+_VARINT, _LENGTH = 0, 2  # wire types; the others have a fixed size
 _FIXED: Final = {1: 8, 5: 4}
 
 
 def with_weights(model: bytes, weights: Path) -> bytes:
-    """An ONNX model with its external weights inside.
+    """Put the external weights of an ONNX model into it.
 
-    It is done on the bytes: where a package runs there need be no library for ONNX files.
+    This works on the bytes, because running a package must not require the `onnx` library.
     """
     with open(weights, "rb") as file:
 
@@ -308,7 +308,7 @@ def with_weights(model: bytes, weights: Path) -> bytes:
 
 
 def _replaced(content: memoryview, wanted: int, change: Callable[[memoryview], bytes]) -> bytes:
-    """A message, with what its fields of a number hold changed."""
+    """Copy a message, applying `change` to the values of fields with number `wanted`."""
     return b"".join(
         _field(number, change(held)) if number == wanted else bytes(whole)
         for number, whole, held in _fields(content)
@@ -320,7 +320,7 @@ def _field(number: int, held: bytes) -> bytes:
 
 
 def _fields(content: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]:
-    """Number, all bytes, and the bytes of the value, of each field of a message."""
+    """For each field of a message: its number, all its bytes, and the bytes of its value."""
     at = 0
     while at < len(content):
         start = at
@@ -337,7 +337,7 @@ def _fields(content: memoryview) -> Iterator[tuple[int, memoryview, memoryview]]
 
 
 def _read_varint(content: memoryview, at: int) -> tuple[int, int]:
-    """A whole number, seven bits a byte, and where it ends."""
+    """Decode an integer with seven bits per byte; also returns the position after it."""
     value = shift = 0
     while True:
         byte = content[at]

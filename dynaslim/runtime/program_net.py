@@ -1,4 +1,4 @@
-"""A network that is known by its programs alone: an exported package, or a cascade of networks."""
+"""A network of which only programs are available: an exported package, or a cascade."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _CHOICE: Final = "_dynaslim_choice"
 
 
 class ProgramNet(ElasticNet):
-    """The programs of a `VariantSource` as the segments of a network.
+    """A network whose segments are the programs of a `VariantSource`.
 
-    It is evaluated, calibrated and reported on as any other network. It has no weights to train or
-    to write to a checkpoint.
+    It can be evaluated, calibrated and reported on like any other network, but has no weights to
+    train or to write to a checkpoint.
     """
 
     has_weights = False
@@ -43,7 +43,7 @@ class ProgramNet(ElasticNet):
 
     @property
     def device(self) -> torch.device:
-        """Where its programs run."""
+        """The device on which its programs run."""
         return device_of(self.source)
 
     @property
@@ -52,7 +52,7 @@ class ProgramNet(ElasticNet):
         return "eager" if plain else "onnxruntime"
 
     def program(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A variant as a module; one that exists as ONNX only runs in ONNX Runtime, in float32."""
+        """A variant as a module; if it exists only as ONNX, it runs in ONNX Runtime, in float32."""
         if (variant, dtype) not in self._programs:
             try:
                 made = self.source.module(variant, dtype)
@@ -70,8 +70,8 @@ class ProgramNet(ElasticNet):
         decide: bool = True,
         dropout_mask: Tensor | None = None,
     ) -> SegmentOutput:
-        """Run segment `number` on what the one before it returned, as `SlimNet.segment`."""
-        # programs differ by the choice before them, which is recorded nowhere else
+        """Run segment `number` on the previous segment's result, like `SlimNet.segment`."""
+        # the program depends on the previous choice, which is stored only on the tensor
         before = getattr(x, _CHOICE, 0) if number > 1 else 0
         made = self.program(SegmentVariant(number, before, choice))(x.float())
         if number == len(self.spec.gates):
@@ -104,16 +104,16 @@ class OnnxModule(nn.Module):
 
 @dataclass(frozen=True)
 class ProgramCheckpoint(Checkpoint):
-    """A `ProgramNet` in the place of a checkpoint; it has no recipe."""
+    """A checkpoint whose network is a `ProgramNet`; it has no recipe."""
 
     mirror: bool = False
-    """Whether a mirror image is of the same class, by its parts or its manifest."""
+    """Whether mirroring an image keeps its class, according to its parts or its manifest."""
     notes: Mapping[str, Any] = field(default_factory=dict)
-    """Of a package's manifest."""
+    """Notes from a package's manifest."""
 
 
 def read_model(name: str | Path) -> tuple[Checkpoint, Path]:
-    """A checkpoint or a package by any name (`model_names`), and its file or folder.
+    """Read a checkpoint or package by any name (`model_names`); also returns its file or folder.
 
     Raises:
         CheckpointError, HubError, PackageError: if it cannot be read.
@@ -135,15 +135,15 @@ def read_model(name: str | Path) -> tuple[Checkpoint, Path]:
 
 
 def program_net(net: ElasticNet) -> ProgramNet:
-    """A network that is run by its variants alone."""
+    """Wrap a network in a `ProgramNet`, unless it is one."""
     return net if isinstance(net, ProgramNet) else ProgramNet(NetworkSource(net))
 
 
 def source_of(net: ElasticNet, precision: Precision = "fp32") -> VariantSource:
-    """The variants of a network in a precision.
+    """The source of a network's variants in a precision.
 
     Raises:
-        UsageError: for a precision that a package was not exported in.
+        UsageError: for a precision in which the package was not exported, or int8 for a cascade.
         RuntimeError: if the network is in training mode.
     """
     if not isinstance(net, ProgramNet):

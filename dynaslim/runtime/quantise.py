@@ -1,15 +1,16 @@
 """Variants in 8-bit integers: post-training quantisation of a network in memory.
 
-Each variant is calibrated on the features that arrive at it, and rounded by ONNX Runtime's
-quantiser in the QDQ format, which every backend of precision int8 reads. What is rounded, and what
-was tried instead, is measured in docs/performance.md:
+Each variant is calibrated on the features that reach it. ONNX Runtime's quantiser rounds it in the
+QDQ format, which all int8 backends read. docs/performance.md has measurements of these choices and
+of their alternatives:
 
-- the inputs of convolutions and their weights, these per channel; gates, slimming heads and the
-  classifier stay float, for they decide and cost nothing;
-- no depthwise convolution: of little work, and their 9 weights a channel suffer most;
-- not the convolution that takes images: 3 channels fill no integer kernel;
-- the outputs of those convolutions too, without which onnxruntime runs them in float; but not for
-  openvino, which is then faster and closer to float. Both run either kind of graph.
+- The inputs and weights of convolutions are rounded, weights per channel. Gates, slimming heads and
+  the classifier stay in float, because they decide and cost almost nothing.
+- Depthwise convolutions are not rounded: they do little work, and their 9 weights per channel
+  suffer most.
+- The convolution that takes images is not rounded: 3 channels do not fill an integer kernel.
+- The outputs of rounded convolutions are rounded too, or else onnxruntime runs them in float; but
+  not for openvino, which is then faster and closer to float. Both run either kind of graph.
 """
 
 from __future__ import annotations
@@ -48,26 +49,25 @@ if TYPE_CHECKING:
     import onnx
 
 IMAGES: Final = 256
-"""Calibration images that are used, at most."""
+"""Maximum number of calibration images."""
 ROWS: Final = 16
-"""Images that are run at once: 9 MB at 224 px, and features of a few times that."""
+"""Images that are run at once: 9 MB at 224 px, and features of a few times that size."""
 KEPT_BYTES: Final = 256 * 2**20
-"""Features that are kept for the next variant; others are computed again."""
+"""Bytes of features that are kept for later variants; others are computed again."""
 METHOD: Final = 1
-"""Counts the changes to what is rounded and how: files made by an older method are not used."""
+"""Version of the quantisation method: files made by another version are not used."""
 
 
 class QuantisedSource:
     """A network's variants as ONNX graphs with 8-bit convolutions; a `VariantSource`.
 
-    Making one reads the calibration images; a variant is calibrated and rounded at its first use
-    (seconds at 224 px), and kept on disk, where the next process finds it. May be used by several
-    threads at once.
+    The constructor reads the calibration images. A variant is calibrated and rounded at its first
+    use (seconds at 224 px), and kept on disk for later processes. Thread-safe.
     """
 
     precision: Precision = "int8"
     has_modules = True
-    """It has programs of whole routes, though no torch modules."""
+    """It has whole routes, although no torch modules."""
 
     def __init__(
         self,
@@ -78,18 +78,18 @@ class QuantisedSource:
         backend: str = "any",
         cache_dir: str | Path | None = "auto",
     ) -> None:
-        """Variants of a network, calibrated on batches (B, C, H, W) of normalised images.
+        """Calibrate a network's variants on batches (B, C, H, W) of normalised images.
 
-        All images have one size; the first `images` rows are used.
+        All images must have the same size; the first `images` rows are used.
 
-        `backend` is the one that the graphs are for, and decides whether outputs are rounded too,
-        see above: by "openvino" they are not, by "auto" if openvino is not installed, by any other
-        name they are, which suits graphs that go elsewhere. `cache_dir` is where graphs are kept,
-        as for `Engine`; None keeps none.
+        `backend` is the one that will run the graphs. It decides whether outputs are rounded (see
+        the module's description): not for "openvino", for "auto" only if openvino is not installed,
+        and always for any other name, which suits graphs for use elsewhere. `cache_dir` is the
+        folder for graphs, as for `Engine`; None keeps none.
 
         Raises:
             UsageError: if onnx or onnxruntime, which does the rounding, is not installed; if the
-                calibration has no images, or any that the network does not take.
+                calibration has no images, or any that the network cannot take.
             RuntimeError: if the network is in training mode.
         """
         require("onnx")
@@ -102,9 +102,9 @@ class QuantisedSource:
         self.rounds_outputs = not (
             backend == "openvino" or (backend == "auto" and installed("openvino"))
         )
-        """Whether convolutions' outputs are rounded too."""
+        """Whether the outputs of convolutions are rounded too."""
         self.reduced_range = saturates()
-        """Whether weights have 7 bits, see `saturates`."""
+        """Whether weights have only 7 bits; see `saturates`."""
         self._cache = open_cache(self.key, cache_dir)
         self._kept: dict[Variant, bytes] = {}
         self._missing = set(segment_variants(self.spec))
@@ -112,7 +112,7 @@ class QuantisedSource:
 
     @cached_property
     def key(self) -> str:
-        """Digest of spec, weights, calibration images, and how they are made into programs."""
+        """Digest of spec, weights, calibration images and quantisation method."""
         digest = hashlib.sha256(
             f"{self._source.key} onnxruntime {self._version} method {METHOD} "
             f"outputs {self.rounds_outputs} reduced {self.reduced_range} "
@@ -122,33 +122,33 @@ class QuantisedSource:
         return digest.hexdigest()
 
     def module(self, variant: Variant, dtype: torch.dtype) -> nn.Module:
-        """As `VariantSource.module`: raises `UsageError`."""
+        """Like `VariantSource.module`, but always raises `UsageError`."""
         raise UsageError(
             f"{variant.name}: precision int8 has no torch modules; it runs on onnxruntime and "
             f"openvino"
         )
 
     def onnx(self, variant: Variant) -> bytes:
-        """As `VariantSource.onnx`: calibrates the variant, unless it was made before."""
+        """Like `VariantSource.onnx`; calibrates and rounds the variant if it is not stored yet."""
         with self._lock:
             if variant in self._kept:
                 return self._kept[variant]
             file = f"{variant.name}.int8.onnx"
             path = None if self._cache is None else self._cache.find(file)
             if path is not None:
-                with suppress(OSError):  # what cannot be read is made again
+                with suppress(OSError):  # a file that cannot be read is made again
                     return path.read_bytes()
             made = self._make(variant)
             if self._cache is None or not self._cache.write(file, made):
                 self._kept[variant] = made
             self._missing.discard(variant)
-            if not self._missing:  # whole routes, if any are still to come, take images
+            if not self._missing:  # whole routes may still follow, but they take images
                 self._activations.forget()
             return made
 
     def sample(self, variant: Variant) -> np.ndarray:
-        """A few calibration rows as they arrive at a variant, (B, C, H, W) float32: what to compare
-        programs on, for features of any other kind lie outside the ranges that were calibrated.
+        """A few calibration rows as they reach a variant, (B, C, H, W) float32. Compare programs on
+        these, because other features are outside the calibrated ranges.
         """
         with self._lock:
             return next(self._activations.at(variant))
@@ -158,7 +158,7 @@ class QuantisedSource:
         plain = self._source.onnx(variant)
         model = onnx.load_from_string(plain)
         nodes = rounded_convolutions(model, takes_images=variant.takes_images)
-        if not nodes:  # a trunk of the first and a depthwise convolution
+        if not nodes:  # for example a trunk of the first and a depthwise convolution
             return plain
         return quantise(
             model,
@@ -177,14 +177,14 @@ def quantise(
     rounds_outputs: bool,
     reduced_range: bool,
 ) -> bytes:
-    """A float ONNX model -> the same with those convolutions in 8 bits, in the QDQ format.
+    """Convert the convolutions `nodes` of a float ONNX model to 8 bits, in the QDQ format.
 
     `batches` are inputs (B, C, H, W), float32, whose extremes set the ranges of the activations.
-    Activations are uint8 with a zero point, weights int8 per channel and symmetric. An activation
-    that only cuts off (ReLU, ReLU6) becomes part of the rounding behind it.
+    Activations are uint8 with a zero point; weights are int8, per channel and symmetric. An
+    activation function that only clips (ReLU, ReLU6) is absorbed by the rounding after it.
     """
     quantization = require("onnxruntime.quantization")
-    # without this note it logs a warning that the model should be cleaned up first
+    # without this entry, it warns that the model should be pre-processed first
     model.metadata_props.add(key="onnx.quant.pre_process", value="onnxruntime.quant")
     cuts = [node.name for node in model.graph.node if node.op_type in ("Relu", "Clip")]
     with tempfile.TemporaryDirectory(prefix="dynaslim") as folder:
@@ -209,7 +209,7 @@ def quantise(
 
 
 class _Reader:
-    """Batches as the quantiser reads them; it calls no other method."""
+    """Batches in the form that the quantiser reads; it calls only `get_next`."""
 
     def __init__(self, batches: Iterator[np.ndarray]) -> None:
         self._batches = batches
@@ -220,7 +220,7 @@ class _Reader:
 
 
 def rounded_convolutions(model: onnx.ModelProto, *, takes_images: bool) -> list[str]:
-    """Names of the convolutions that are worth rounding: not depthwise, not of images."""
+    """Names of the convolutions worth rounding: neither depthwise (or grouped) nor of images."""
     found = []
     for node in model.graph.node:
         if node.op_type != "Conv" or (takes_images and node.input[0] == INPUT):
@@ -231,9 +231,10 @@ def rounded_convolutions(model: onnx.ModelProto, *, takes_images: bool) -> list[
 
 
 def saturates() -> bool:
-    """Whether this processor multiplies 8-bit pairs by an instruction whose sums overflow.
+    """Whether this processor's instruction for 8-bit products can saturate.
 
-    x86 without VNNI adds two products of uint8 and int8 in 16 bits; weights of 7 bits fit.
+    x86 without VNNI adds two products of uint8 and int8 in 16 bits, for which weights must be
+    limited to 7 bits.
     """
     if platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686"):
         return False
@@ -243,11 +244,11 @@ def saturates() -> bool:
 def calibration_images(
     spec: AnySpec, batches: Iterable[Tensor | np.ndarray], images: int
 ) -> Tensor:
-    """The first images of the batches as one tensor (N, C, H, W), float32, on the CPU.
+    """The first `images` rows of the batches as one tensor (N, C, H, W), float32, on the CPU.
 
     Raises:
-        UsageError: if there are none, or a batch is not one of normalised images, all of one size,
-            that the network takes.
+        UsageError: if there are none, or if batches are not normalised images that the network
+            takes, all of one size.
     """
     wanted = f"give batches (rows, {spec.in_channels}, height, width) of normalised images"
     check(isinstance(batches, Iterable), f"calibration of type {type(batches).__name__}: {wanted}")
@@ -286,26 +287,26 @@ def _batch(spec: AnySpec, batch: Any, what: str, wanted: str) -> Tensor:
     return x
 
 
-# -- what arrives at each variant -----------------------------------------------------------------
+# -- inputs of each variant -----------------------------------------------------------------------
 #
-# A variant's input has the statistics of the path that led to it. All paths would be too many, so
-# every image takes one path, drawn once and for all gates such that each choice gets its share of
-# images: the variants behind a width see all images, those of each width before it on parts of
-# their own.
+# The statistics of a variant's input depend on the path that led to it. There may be too many paths
+# to run all, so every image takes one path, drawn once such that at each gate, every choice gets an
+# equal share of the images. A variant sees all images, each along its path up to the segment before
+# the previous one, and through the previous segment at the variant's `before` width.
 
 
 class Part(NamedTuple):
     """Images of a batch that leave a segment at the same width."""
 
     width: int
-    """Its index."""
+    """Index of the width."""
     rows: np.ndarray
-    """Which of the batch."""
+    """Row numbers in the batch."""
     features: Tensor
 
 
 class ActivationSampler:
-    """Float features of the segments of a network, for images (N, C, H, W), float32, on the CPU."""
+    """Computes float features between segments for images (N, C, H, W), float32, on the CPU."""
 
     def __init__(self, variants: NetworkSource, images: Tensor) -> None:
         self._source = variants
@@ -320,7 +321,7 @@ class ActivationSampler:
         self._bytes = 0
 
     def at(self, variant: Variant) -> Iterator[np.ndarray]:
-        """What a variant takes, in batches (B, C, H, W): one row for every image."""
+        """Inputs of a variant in batches (B, C, H, W), with one row for every image."""
         for start in range(0, len(self._images), ROWS):
             if isinstance(variant, RouteVariant) or variant.takes_images:
                 yield self._images[start : start + ROWS].numpy()
@@ -329,13 +330,13 @@ class ActivationSampler:
                 yield part.features.cpu().numpy()
 
     def forget(self) -> None:
-        """Let go of the features that were kept."""
+        """Free the features that were kept."""
         self._kept.clear()
         self._bytes = 0
 
     def _leaving(self, segment: int, width: int, start: int) -> list[Part]:
-        """Features behind a segment at one width, of a batch that comes to it along its paths: one
-        part, its rows in the order of those paths' widths.
+        """Features of a batch after a segment at one width, which the images reach along their
+        paths. A single part, whose rows are in the order of the previous widths.
         """
 
         def compute() -> list[Part]:
@@ -353,7 +354,7 @@ class ActivationSampler:
         return self._once((segment, start, width), compute)
 
     def _along_paths(self, segment: int, start: int) -> list[Part]:
-        """Features behind a segment, each image at the width that its path takes there."""
+        """Features after a segment, each image at the width that its path takes there."""
         if segment == 0:
             return self._leaving(0, 0, start)
 
@@ -384,7 +385,7 @@ class ActivationSampler:
         return features
 
     def _once(self, key: tuple[int, ...], compute: Callable[[], list[Part]]) -> list[Part]:
-        """Features that are kept, or are from now on; those used least recently make room."""
+        """Return features from the cache or compute and keep them; the least recently used go."""
         if key in self._kept:
             self._kept.move_to_end(key)
             return self._kept[key]

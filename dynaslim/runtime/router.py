@@ -1,9 +1,8 @@
-"""Routing: rows of a batch sorted into buckets at every gate, each bucket through dense segments.
+"""Routing: sorts the rows of a batch into buckets at every gate and runs each bucket densely.
 
-A bucket is the rows that made the same choice, wherever they came from: its features lie in one
-buffer, into which every variant of its segment writes its part. A piece of a bucket is gathered by
-the thread that runs it, right before it does. What is decided is decided in numpy, on the few
-logits of the gates.
+A bucket is the rows that made the same choice, whatever their previous choices. Its features are
+in one buffer, into which every variant of its segment writes its part. The thread that runs a
+piece of a bucket gathers the rows right before. Decisions are made in numpy, on the gates' logits.
 
 Suffixes: B rows, G gates, K options of a gate, N classes.
 """
@@ -30,12 +29,12 @@ from dynaslim.runtime.workers import Workers, Workspace, Workspaces
 from dynaslim.spec import Route
 
 Decide = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
-"""(gate, its logits (B, K), which rows of the batch) -> options (B,) int64."""
+"""(gate, its logits (B, K), row numbers in the batch (B,)) -> options (B,) int64."""
 
 Merge = Callable[[int, int, np.ndarray], np.ndarray]
-"""(gate, option before, rows of each option (K,)) -> the option (K,) each goes to instead.
+"""(gate, option of the previous gate, rows of each option (K,)) -> options that replace them (K,).
 
-Given the allowed options alone, the first so many."""
+K counts only the allowed options, which are the first ones."""
 
 _FIRST: Final = np.zeros(1, np.int64)
 _ROW: Final = MicroBatch(0, 0, 1)
@@ -43,19 +42,19 @@ _ROW: Final = MicroBatch(0, 0, 1)
 
 @dataclass(slots=True, eq=False)
 class SizedVariant:
-    """A variant for one size of image, with all that running it needs."""
+    """A variant for one image size, with everything needed to run it."""
 
     variant: Variant
     shape: VariantShape
     rows_out: tuple[tuple[int, ...], ...]
-    """How a row of features and one of gate logits, or one of class logits, lie in memory."""
+    """Memory layouts of a row of features and of gate logits, or of class logits alone."""
     most_rows: int
-    """Of a piece."""
+    """Maximum number of rows of a piece."""
     row_time: RowTime
 
 
 Table = tuple[tuple[tuple[SizedVariant, ...], ...], ...]
-"""Of every segment, by the options before and behind it."""
+"""Laid out like `variants.VariantTable`."""
 
 
 @dataclass(slots=True)
@@ -64,19 +63,19 @@ class Bucket:
 
     option: int
     members: np.ndarray
-    """Which rows of the batch."""
+    """Row numbers in the batch."""
     outs: tuple[Array, ...]
-    """Features and gate logits; behind the last gate class logits."""
+    """Features and gate logits, or in the last segment class logits."""
 
     def part(self, start: int, stop: int) -> tuple[Array, ...]:
-        """Where a variant writes its results for rows `start` to `stop`."""
+        """The buffers in which a variant writes its results for rows `start` to `stop`."""
         if stop - start == len(self.members):
             return self.outs
         return tuple(out[start:stop] for out in self.outs)
 
 
 class WorkItem(NamedTuple):
-    """Rows for a variant: those `picked` of `source` (None: all, in order); results into `outs`."""
+    """Rows for a variant: `picked` from `source` (None: all, in order); results go into `outs`."""
 
     sized: SizedVariant
     source: Array
@@ -84,11 +83,11 @@ class WorkItem(NamedTuple):
     outs: tuple[Array, ...]
     rows: int
     first: int = 0
-    """Which row of the caller's batch the source begins with."""
+    """Number of the source's first row in the caller's batch."""
 
 
 class Router:
-    """Runs a network's variants on batches of images of any size; keeps nothing of a call."""
+    """Runs a network's variants on batches of images of any size; keeps no results of a call."""
 
     def __init__(
         self,
@@ -105,7 +104,7 @@ class Router:
         self.workers = Workers(backend)
         self._workspaces = Workspaces(backend.arrays)
         self._running: set[int] = set()
-        """Threads that are inside a step."""
+        """Identifiers of the threads that are running a step."""
         self._tables: dict[tuple[int, int], Table] = {}
         self._routes: dict[tuple[Route, tuple[int, int]], SizedVariant] = {}
 
@@ -119,11 +118,11 @@ class Router:
                 tuple(tuple(self._prepared(variant, size) for variant in row) for row in segment)
                 for segment in variant_table(self.spec)
             )
-            table = self._tables.setdefault(size, made)  # another thread's, if it was first
+            table = self._tables.setdefault(size, made)  # another thread may have been first
         return table
 
     def whole(self, route: Route, size: tuple[int, int]) -> SizedVariant:
-        """A route as one program."""
+        """A whole route as one variant."""
         key = (route, size)
         if key not in self._routes:
             self._routes.setdefault(key, self._prepared(RouteVariant(route), size))
@@ -143,7 +142,7 @@ class Router:
         return self.backend.program(sized.variant, sized.shape, wide=wide)
 
     def warm_up(self, size: tuple[int, int]) -> None:
-        """Compile all variants for images of (height, width), for both kinds of calls."""
+        """Compile all variants for images of (height, width), for wide and for parallel calls."""
         for sized in chain.from_iterable(chain.from_iterable(self.table(size))):
             self.program(sized, wide=True)
             if self.backend.workers > 1:
@@ -152,16 +151,16 @@ class Router:
     # -- running ------------------------------------------------------------------------------
 
     def static(self, x: Array, route: Route, *, first: int = 0) -> Array:
-        """All rows along one route, without gates -> logits (B, N) in a new buffer.
+        """Run all rows along one route, without gates -> logits (B, N) in a new buffer.
 
-        `first` is what errors count the rows from.
+        `first` is the number of the first row for error messages.
         """
         logits = self.backend.arrays.empty(len(x), (self.spec.num_classes,), floats=True)
         self.run([WorkItem(self.whole(route, _size(x)), x, None, (logits,), len(x), first)])
         return logits
 
     def along(self, x: Array, path: Sequence[int], *, first: int = 0) -> np.ndarray:
-        """As `static`, segment by segment, along a path that the gates could choose."""
+        """Like `static`, but segment by segment, along a path that the gates could choose."""
         workspace, table = self._workspaces.borrow(), self.table(_size(x))
         trunk = self._trunk(workspace, table, x, first)
         logits_BN = self._together(workspace, table, trunk, None, _fixed(path)).copy()
@@ -177,18 +176,18 @@ class Router:
         limits: Sequence[int] | None = None,
         first: int = 0,
     ) -> Routed:
-        """Every row along its own route.
+        """Run every row along its own route.
 
-        `escalate` yields, from logits and options of all rows, which of them escalate from the
-        trunk's features, and along which path; their answers replace those before, step after step.
-        For a second look their mirror images run from the beginning, and the answers are averaged
-        (`escalation.averaged`). No buckets are merged into options above `limits`. `first` is what
-        errors count the rows from.
+        `escalate` gets the logits and options of all rows and yields, step by step, rows that
+        escalate and their path. These run again from the trunk's features, and their new answers
+        replace the old ones. For a second look, their mirror images run from the first layer on,
+        and the answers are averaged (`escalation.averaged`). No buckets are merged into options
+        above `limits`. `first` is the number of the first row for error messages.
         """
         workspace, table, rows = self._workspaces.borrow(), self.table(_size(x)), len(x)
         options_BG = np.empty((rows, len(self.spec.gates)), np.int64)
         trunk = self._trunk(workspace, table, x, first)
-        if rows == 1 and self._merge is None:  # need not be sorted
+        if rows == 1 and self._merge is None:  # no sorting needed
 
             def choose(gate: int, bucket: Bucket) -> int:
                 options_BG[0, gate] = option = decide(gate, self._gate_logits(bucket), _FIRST)[0]
@@ -210,14 +209,14 @@ class Router:
             else:
                 logits_BN[members] = self._together(workspace, table, trunk, members, along)
             passes.append(unsure)
-        # not where a call was interrupted: its pieces may still be writing
+        # an interrupted call does not give it back: its pieces may still be writing
         self._workspaces.give_back(workspace)
         return Routed(logits_BN, options_BG, tuple(passes))
 
     def _trunk(
         self, workspace: Workspace, table: Table, x: Array, first: int = 0, *, beside: bool = False
     ) -> Bucket:
-        """All images through the trunk; with `beside` into other memory than without."""
+        """Run all images through the trunk; `beside` selects a second set of buffers."""
         bucket = self._bucket(workspace, table[0][0], 0, np.arange(len(x)), beside=beside)
         self.run([WorkItem(table[0][0][0], x, None, bucket.outs, len(x), first)])
         return bucket
@@ -230,18 +229,17 @@ class Router:
         picked: np.ndarray | None,
         choose: Callable[[int, Bucket], int],
     ) -> np.ndarray:
-        """Some rows of the trunk to the end, all of them by the option that is chosen at each gate.
+        """Run some rows of the trunk to the end, all with the one option chosen at each gate.
 
-        Returns their logits, in the workspace. Buffers may be those of an earlier pass, which is
-        over.
+        Returns their logits, in the workspace, whose buffers may be reused from an earlier pass.
         """
-        # the trunk's rows stand in order: their numbers are those in the batch
+        # the trunk's rows are in order, so their positions are their numbers in the batch
         members = bucket.members if picked is None else picked
         if len(members) == len(bucket.members):
             picked = None
         for number in range(1, len(table)):
             option = choose(number - 1, bucket)
-            # whatever the option before, what leaves a segment by an option is of one shape
+            # the output shape of an option does not depend on the previous option
             made = self._bucket(workspace, table[number][0], option, members)
             sized = table[number][bucket.option][option]
             self.run([WorkItem(sized, bucket.outs[0], picked, made.outs, len(members))])
@@ -258,10 +256,10 @@ class Router:
         logits_BN: np.ndarray,
         limits: Sequence[int] | None,
     ) -> None:
-        """All rows of the trunk to the end, in buckets by their options; fills the results."""
+        """Run all rows of the trunk to the end, in buckets by option; fills the result arrays."""
         buckets = [trunk]
         for number, gate in enumerate(self.spec.gates, start=1):
-            # buckets and which of their rows, None for all, by the option that they took
+            # option -> buckets, each with the positions of its rows that took it (None: all)
             arriving: dict[int, list[tuple[Bucket, np.ndarray | None]]] = {}
             for bucket in buckets:
                 picked = decide(number - 1, self._gate_logits(bucket), bucket.members)
@@ -308,7 +306,7 @@ class Router:
         *,
         beside: bool = False,
     ) -> Bucket:
-        """Room for the rows that leave a segment by an option; `leaving` are variants by option."""
+        """A bucket with buffers for an option's outputs; `leaving` are variants by option."""
         sized, rows = leaving[option], len(members)
         last = len(sized.rows_out) == 1
         features = workspace.rows((sized, beside), rows, sized.rows_out[0], floats=last)
@@ -337,7 +335,7 @@ class Router:
             self._running.discard(caller)
 
     def _divided(self, items: Sequence[WorkItem]) -> None:
-        """As `plan_step` divides them."""
+        """Run the items divided as in `plan_step`."""
         if len(items) == 1 and items[0].rows == 1:  # planning would take as long as a small network
             self._piece(items[0], _ROW, self.program(items[0].sized, wide=True))
             return
@@ -352,7 +350,7 @@ class Router:
                 item = items[piece.bucket]
                 self._piece(item, piece, self.program(item.sized, wide=True))
             return
-        # compiled here, in one thread, before any piece waits for it
+        # compile here, in one thread, rather than while pieces wait for it
         programs = [self.program(item.sized, wide=False) for item in items]
 
         def task(piece: MicroBatch) -> Callable[[], None]:
@@ -392,15 +390,15 @@ class Router:
         rows: int,
         rows_out: Sequence[tuple[int, ...]],
     ) -> None:
-        """Run a program, which takes `rows` rows, on fewer: those of x, into those of `outs`.
+        """Run a program for exactly `rows` rows on the fewer rows of x, writing them into `outs`.
 
-        Behind x stand zeros; what the program makes of them is ignored.
+        x is padded with zeros; the results for the padding are ignored.
         """
         workspace, last = self._workspaces.of_thread(), len(outs) - 1
         full = workspace.rows("pad", rows, tuple(x.shape[1:]))
         full[: len(x)] = x
         full[len(x) :] = 0
-        # the last are logits: float32 whatever the precision
+        # the last output is logits: float32 whatever the precision
         room = [
             workspace.rows(("padded", n == last), rows, row, floats=n == last)
             for n, row in enumerate(rows_out)
@@ -415,7 +413,7 @@ def _fixed(path: Sequence[int]) -> Callable[[int, Bucket], int]:
 
 
 def _by_option(picked: np.ndarray) -> list[tuple[int, np.ndarray | None]]:
-    """The options that were picked, and where, in rising order; None for everywhere."""
+    """The options that were picked, ascending, with the positions of each; None for all."""
     counts = np.bincount(picked)
     if counts[-1] == len(picked):
         return [(len(counts) - 1, None)]
@@ -429,27 +427,27 @@ def _size(x: Array) -> tuple[int, int]:
 
 
 class Escalated(NamedTuple):
-    """Rows that escalate, one or more in rising order, and the option of every gate on the
-    path that they take.
-    """
+    """One or more rows that escalate together."""
 
     members: np.ndarray
+    """Row numbers in the batch, ascending."""
     path: tuple[int, ...]
+    """Option of every gate on the path that they take."""
     mirror: bool = False
-    """Whether it is their mirror images that run, from the first layer on."""
+    """Whether their mirror images run, from the first layer on."""
 
 
 class Routed(NamedTuple):
-    """What a batch gave."""
+    """Results of a routed batch."""
 
     logits: np.ndarray
-    """(B, N), of every row's last route."""
+    """(B, N) class logits, from every row's last route."""
     options: np.ndarray
-    """(B, G) of every row's first route, the one that the gates chose."""
+    """(B, G) options of every row's first route, which the gates chose."""
     passes: tuple[Escalated, ...]
-    """Which rows escalated, in the order of the passes."""
+    """The rows that escalated, in the order of the passes."""
 
 
 WhoEscalates = Callable[[np.ndarray, np.ndarray], Iterator[Escalated]]
 """(logits (B, N) of every row's last route, options (B, G) of its first) -> rows that
-escalate; when the generator goes on, the logits hold what these answered."""
+escalate. When the generator resumes, the logits include the answers of those rows."""

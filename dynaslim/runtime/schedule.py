@@ -1,10 +1,10 @@
-"""How a step of a batch is divided: pieces of buckets, and who runs them.
+"""Division of a step into pieces of buckets, and their distribution among cores.
 
-A step is what lies between two decisions: the trunk, or all buckets of one segment. Several cores
-do more work side by side, each on pieces of its own, than together on one piece (no waiting for
-each other inside every layer); together they are only better where there is too little to share
-out. Pieces are as many rows as stay in the cache, and are made smaller where the last of them
-would keep one core busy and the others idle. Of a result only the last bits can depend on it.
+A step is the work between two decisions: the trunk, or all buckets of one segment. Cores get more
+done on separate pieces than together on one piece, because they need not synchronise within every
+layer. Working together is faster only where there is too little to divide. A piece has as many
+rows as fit in the cache, or fewer where the last piece would keep one core busy and the others
+idle. The division can affect only the last bits of a result.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from itertools import pairwise
 from typing import Final, NamedTuple
 
 CACHE_VALUES: Final = 3_000_000
-"""Values of the largest feature map of a piece: measured, 8 rows of ds_mbnet's trunk at 224 px."""
+"""Values in the largest feature map of a piece: measured, 8 rows of ds_mbnet's trunk at 224 px."""
 LEAST_ROWS: Final = 4
 MOST_ROWS: Final = 256
-"""Rows of the largest piece."""
+"""Maximum number of rows of a piece."""
 UNEVEN: Final = 1.01
-"""Longest over mean time of the workers that is not worth more pieces."""
+"""Ratio of the workers' longest to mean time up to which further division is not worthwhile."""
 TOGETHER: Final = 1.2
-"""Longest over mean time from which all cores on one piece at a time are faster."""
+"""Ratio of the workers' longest to mean time above which all cores work on one piece at a time."""
 START_RATE: Final = 2.5e10
-"""Multiply-adds per second and core that a variant is taken to run at until it has been timed."""
+"""Multiply-adds per second and core that are assumed for a variant until it has been timed."""
 
 
 def rows_in_cache(peak_values: int, values: int = CACHE_VALUES) -> int:
-    """Rows of a piece whose largest feature map has `peak_values` a row and about `values` in all.
+    """Rows of a piece whose largest feature map has `peak_values` per row, about `values` in all.
 
-    A power of two, and at least `LEAST_ROWS`: fewer rows share the reading of the weights badly.
+    A power of two of at least `LEAST_ROWS`: with fewer, reading the weights costs too much per row.
     """
     rows = LEAST_ROWS
     while rows < MOST_ROWS and rows * 2 * peak_values <= 1.2 * values:
@@ -49,7 +49,7 @@ class MicroBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Pieces in the order they are to be taken; with `wide` one at a time, by all cores."""
+    """Pieces in execution order; if `wide`, all cores run one piece at a time."""
 
     pieces: tuple[MicroBatch, ...]
     wide: bool
@@ -58,11 +58,11 @@ class Plan:
 def plan_step(
     rows: Sequence[int], seconds: Sequence[float], caps: Sequence[int], workers: int
 ) -> Plan:
-    """Divide buckets of so many rows among workers.
+    """Divide buckets with `rows` rows each among workers.
 
-    `seconds` is what one row of each takes on one core, `caps` the most rows of a piece. Every
-    piece reads all weights of its variant, so the widest buckets, whose rows cost most, are handed
-    out first and whole where they fit; those of cheap rows are cut to fill what is left.
+    For each bucket, `seconds` is the time per row on one core and `caps` the maximum rows per
+    piece. Every piece reads all weights of its variant. The widest buckets, whose rows cost most,
+    are therefore assigned first, whole where they fit; cheaper ones are cut to fill the gaps.
     """
     if len(rows) == 1:
         return _plan_one(rows[0], caps[0], workers)
@@ -85,14 +85,14 @@ def plan_step(
             start += left
     if max(loads) > TOGETHER * mean:
         return _together(rows, caps)
-    # an idle core takes the next, the longest first: a core that is held up holds up no other
+    # an idle core takes the next piece, longest first: a core that is delayed delays no other
     pieces.sort(key=lambda piece: -(piece.stop - piece.start) * seconds[piece.bucket])
     return Plan(tuple(pieces), wide=False)
 
 
 @lru_cache(maxsize=4096)
 def _plan_one(rows: int, cap: int, workers: int) -> Plan:
-    """One bucket, in equal shares; the same at every call of as many rows."""
+    """Divide a single bucket into equal shares; cached by the number of rows."""
     if workers == 1 or -(-rows // workers) > TOGETHER * rows / workers:
         return _together([rows], [cap])
     bounds = [rows * n // workers for n in range(workers + 1)]
@@ -115,26 +115,26 @@ def _together(rows: Sequence[int], caps: Sequence[int]) -> Plan:
 
 
 def _even(rows: int, cap: int) -> list[tuple[int, int]]:
-    """Parts of at most `cap` rows, as equal as can be."""
+    """Divide rows into parts of at most `cap` rows, as equal as possible."""
     count = -(-rows // cap)
     return [(rows * n // count, rows * (n + 1) // count) for n in range(count)]
 
 
 class RowTime:
-    """Seconds per row of a variant on one core, learnt from the pieces that are run.
+    """Seconds per row of a variant on one core, estimated from the pieces that have run.
 
-    Written by several threads without a lock: a lost update costs nothing but itself.
+    Several threads update it without a lock: a lost update does no harm.
     """
 
     def __init__(self, madds: float) -> None:
-        """Guessed by the multiply-adds of a row until a piece was timed."""
+        """Estimate the time from the multiply-adds of a row until a piece has been timed."""
         self.seconds = madds / START_RATE
         self._measured = False
 
     def add(self, rows: int, seconds: float) -> None:
-        """A piece of so many rows took so long."""
+        """Record the time of a piece with `rows` rows."""
         now = seconds / rows
-        # a slow piece may have been held up by another program: follow downwards faster
+        # a slow piece may have been delayed by another program: follow decreases faster
         weight = 0.3 if now < self.seconds else 0.1
         self.seconds = self.seconds + weight * (now - self.seconds) if self._measured else now
         self._measured = True

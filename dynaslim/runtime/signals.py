@@ -1,6 +1,6 @@
-"""How well signals of being unsure rank a network's errors: risk-coverage curves.
+"""How well confidence signals rank a network's errors, by risk-coverage curves.
 
-Suffixes: B rows of a batch, N images (of logits: classes).
+Suffixes: B rows of a batch, N images (for logits: classes).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ Sureness = npt.NDArray[np.float64]
 def aurc(sure_N: npt.NDArray[Any], right_N: Bools) -> float:
     """Area under the risk-coverage curve, 0..1: the lower, the better a signal ranks errors.
 
-    The mean, over the numbers of images answered, of the error rate of the surest so many
-    (Geifman et al., arXiv 1805.08206). Images that are as sure as each other share their errors.
+    The mean over k of the error rate of the k surest images (Geifman et al., arXiv 1805.08206).
+    The errors of equally sure images are shared evenly among them.
     """
     _, place_N, count = np.unique(-sure_N, return_inverse=True, return_counts=True)
     wrong = np.bincount(place_N, ~right_N) / count
@@ -40,13 +40,13 @@ SIGNALS: Final[Mapping[str, Callable[[npt.NDArray[np.float32]], Sureness]]] = {
     "probability": lambda logits_BN: probabilities(logits_BN.astype(np.float64)).max(1),
     "entropy": _entropy,
 }
-"""By name: logits (B, N) -> how sure each row is (B,)."""
+"""Signal name -> function from logits (B, N) to how sure each row is (B,)."""
 AGREEMENT: Final = "agreement"
-"""The margin, behind that of all rows whose class the rung before agreed on."""
+"""The margin, plus 1 for rows that the previous rung gave the same class."""
 
 
 class SignalTable:
-    """Collects what rungs answer, for the table of how each signal ranks their errors."""
+    """Collects the answers of rungs, to tabulate how well each signal ranks their errors."""
 
     def __init__(self, rungs: int) -> None:
         self._sure: list[list[dict[str, Sureness]]] = [[] for _ in range(rungs)]
@@ -54,14 +54,14 @@ class SignalTable:
         self._right: list[list[Bools]] = [[] for _ in range(rungs)]
 
     def add(self, rung: int, logits_BN: npt.NDArray[np.float32], labels_B: Ints) -> None:
-        """The answers of one rung for a batch."""
+        """Add the answers of one rung for a batch."""
         picked_B = logits_BN.argmax(1)
         self._sure[rung].append({name: of(logits_BN) for name, of in SIGNALS.items()})
         self._picked[rung].append(picked_B)
         self._right[rung].append(picked_B == labels_B)
 
     def rows(self) -> list[dict[str, float]]:
-        """For every rung its error rate and the `aurc` of each signal."""
+        """For every rung, its error rate and the `aurc` of each signal."""
         found, before_N = [], None
         for sure, picked, right in zip(self._sure, self._picked, self._right, strict=True):
             right_N, picked_N = np.concatenate(right), np.concatenate(picked)

@@ -1,10 +1,10 @@
-"""A whole routed network in one ONNX graph, for consumers of one image at a time.
+"""A whole routed network in one ONNX graph, for applications that run one image at a time.
 
-Every decision is an `If`: only the branch that is taken runs. Branches name weights of the main
-graph, where each is once, whatever variants share it; so the file grows with the variants'
-differences, not with their number, and sequence, not nesting, keeps it from growing with their
-combinations.
-Each gate's logits get a bias that is an input with a default of zero: a budget from outside.
+Every decision is an `If` node, which runs only the branch taken. Weights are stored once, in the
+main graph, and branches refer to them, so the file grows with the differences between variants, not
+with their number. Segments follow each other instead of being nested, so the file does not grow
+with the number of routes either. Each gate's logits get a bias, an input with a default of zero,
+through which a budget can be set from outside.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Parts:
-    """Variants' graphs with names of their own and their weights in common."""
+    """Loads the graphs of variants, with unique names and common weights."""
 
     def __init__(self, source: VariantSource) -> None:
         self._onnx = require("onnx")
@@ -35,7 +35,7 @@ class _Parts:
         self.weights: list[Any] = []
 
     def nodes(self, variant: SegmentVariant, x: str, prefix: str) -> tuple[list[Any], list[str]]:
-        """A variant's nodes, reading `x`, and the names of its outputs."""
+        """The nodes of a variant with input `x`, and the names of its outputs."""
         graph = self._onnx.load_from_string(self._source.onnx(variant)).graph
         names = {"x": x}
         for tensor in graph.initializer:
@@ -57,10 +57,10 @@ class _Parts:
 
 
 def single_file(source: VariantSource) -> onnx.ModelProto:
-    """The network as one ONNX model.
+    """Build the network as one ONNX model.
 
-    Inputs: `x` (1, channels, height, width), and `bias_g` (options,) for each gate g, which is
-    added to its logits and may be left out. Outputs: `logits` (1, classes) and `choices` (1, gates)
+    Inputs: `x` (1, channels, height, width), and for each gate g an optional `bias_g` (options,),
+    which is added to the gate's logits. Outputs: `logits` (1, classes) and `choices` (1, gates)
     int64, the width index that each gate chose.
 
     Raises:
@@ -84,14 +84,14 @@ def single_file(source: VariantSource) -> onnx.ModelProto:
     def outputs(names: Sequence[str], number: int) -> list[Any]:
         if number == len(spec.gates):
             return [info(names[0], [1, spec.num_classes])]
-        # branches differ in their channels
+        # the number of channels depends on the branch
         options = len(spec.gates[number].choices)
         return [info(names[0], [1, None, None, None]), info(names[1], [1, options])]
 
     def branches(
         number: int, cases: Sequence[SegmentVariant], first: int, x: str, case: str, at: str
     ) -> Any:
-        """A graph that runs the variant of number `case`, counted from `first`: a tree of `If`."""
+        """A tree of `If`s that runs variant number `case` among `cases`, numbered from `first`."""
         last = number == len(spec.gates)
         results = [f"{at}_logits"] if last else [f"{at}_features", f"{at}_gate"]
         if len(cases) == 1:
@@ -101,7 +101,7 @@ def single_file(source: VariantSource) -> onnx.ModelProto:
                 for a, b in zip(made, results, strict=True)
             ]
             return helper.make_graph([*nodes, *same], at, [], outputs(results, number))
-        # halves, so that a variant is reached in few steps
+        # bisect, so that a variant is reached in few steps
         middle = len(cases) // 2
         bound = constant(np.array([first + middle], np.int64), f"{at}_bound")
         less = node("Less", [case, bound], f"{at}_less")
@@ -128,7 +128,7 @@ def single_file(source: VariantSource) -> onnx.ModelProto:
         nodes.append(node("Add", [logits, f"bias_{number - 1}"], f"{at}_sum"))
         nodes.append(node("ArgMax", [f"{at}_sum"], f"{at}_option", axis=1, keepdims=0))
         case = f"{at}_option"
-        if number > 1:  # which variant depends on both choices
+        if number > 1:  # the variant depends on both choices
             scale = constant(np.array([options], np.int64), f"{at}_options")
             nodes.append(node("Mul", [before_option, scale], f"{at}_row"))
             nodes.append(node("Add", [f"{at}_row", case], f"{at}_case"))

@@ -1,7 +1,8 @@
-"""What images really cost: beside what a budget's curve promises, and of a budget that holds.
+"""Actual costs of images: compared with a budget's curve, or bounded by the budget (`hold`).
 
-A curve's costs are means over the images that it was measured on. `Spending` compares the images
-that came with that; a `Ledger` is what calls that must keep a budget share. No torch here.
+A curve's costs are means over the images it was measured on. `Spending` compares these with the
+costs of the images that arrive. Calls that together must keep a budget share a `Ledger`. No torch
+here.
 """
 
 from __future__ import annotations
@@ -13,24 +14,25 @@ from collections.abc import Iterable
 from typing import Final
 
 CLEAR: Final = 3.0
-"""Standard errors from which on a difference is not put down to chance."""
+"""Number of standard errors above which a difference is not attributed to chance."""
 LEAST_DIFFERENCE: Final = 0.1
-"""Of the curve's cost; smaller ones are no news."""
+"""Smallest difference that counts, as a fraction of the curve's cost."""
 LEAST_SPREAD: Final = 1.0
-"""Of the curve's cost, between single images: a few that happen to cost the same show little."""
+"""Smallest standard deviation assumed between images, as a fraction of the curve's cost: a few
+images that happen to cost the same prove little."""
 
 
 class Spending:
-    """The cost of images as a multiple of what the curve has for their budgets."""
+    """The cost of images as a multiple of the curve's cost for their budgets."""
 
     def __init__(self, last: int | None = None) -> None:
-        """Count all images, or the `last` so many."""
+        """Count all images, or only the `last` ones."""
         self.images = 0
         self._recent: deque[float] | None = None if last is None else deque(maxlen=last)
         self._sum = self._squares = 0.0
 
     def add(self, madds: Iterable[float], expected: float) -> None:
-        """Count images: what each cost, and the curve's mean for their budget."""
+        """Count images, given the multiply-adds of each and the curve's mean for their budget."""
         for one in madds:
             ratio = one / expected
             if self._recent is not None:
@@ -45,12 +47,12 @@ class Spending:
 
     @property
     def ratio(self) -> float:
-        """The mean, 1 for what the curve promises; NaN before the first image."""
+        """The mean multiple; 1 if the curve is right, NaN before the first image."""
         return self._sum / self.images if self.images else math.nan
 
     @property
     def differs(self) -> bool:
-        """Whether the images cost clearly more or less than those of the curve."""
+        """Whether the images cost significantly more or less than those of the curve."""
         if not self.images:
             return False
         variance = max(0.0, self._squares / self.images - self.ratio**2)
@@ -59,9 +61,9 @@ class Spending:
 
 
 class Ledger:
-    """What is left of a budget that holds, over the calls that share it; for several threads.
+    """Unspent part of a budget that several calls share; thread-safe.
 
-    In shares of the widest route's cost.
+    In units of the widest route's cost.
     """
 
     def __init__(self) -> None:
@@ -69,12 +71,12 @@ class Ledger:
         self._left = 0.0
 
     def reserve(self, rows: int, limit: float) -> float:
-        """Add what so many rows may cost, and take all that is left: others must not spend it."""
+        """Add `limit` for each row, then take all that is left, so that no other call spends it."""
         with self._lock:
             allowance, self._left = self._left + rows * limit, 0.0
             return allowance
 
     def give_back(self, share: float) -> None:
-        """What a call has not spent; where it failed, all of what it was given."""
+        """Return what a call has not spent, or after an error what it took out."""
         with self._lock:
             self._left += share

@@ -1,7 +1,7 @@
 """A routed network in Triton's Python backend: the class that an exported `model.py` imports.
 
-One request is a batch of images; the requests that Triton hands over together run in one batch of
-the engine where their budgets are the same. No torch is needed.
+A request is a batch of images. Requests that Triton passes together and that have the same
+parameters run as one batch of the engine. No torch is needed.
 
 Suffixes: B images, C channels, G gates, N classes, S side in pixels.
 """
@@ -43,7 +43,7 @@ class _Setting(NamedTuple):
 
 
 class TritonModel:
-    """`TritonPythonModel` of a package; `model.py` has a subclass that names the package."""
+    """Base class of `TritonPythonModel` in `model.py`, which sets the package's folder."""
 
     package: Path
     """The folder of the package."""
@@ -65,7 +65,7 @@ class TritonModel:
         self._engine.warm_up()
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Answers of the requests, each with its own images, or with its own error."""
+        """Return one response per request, with its outputs or an error."""
         import triton_python_backend_utils as pb_utils
 
         made: list[Any] = [None] * len(requests)
@@ -97,7 +97,7 @@ class TritonModel:
         return made
 
     def finalize(self) -> None:
-        """End the engine's threads."""
+        """Stop the engine's threads."""
         self._engine.close()
 
     def _images(self, pb_utils: Any, request: Any) -> np.ndarray:
@@ -110,9 +110,9 @@ class TritonModel:
         array: np.ndarray = tensor.as_numpy()
         if name == "x":
             finite = bool(np.isfinite(array).all())
-            check(finite, "input x: has values that are not finite")  # others share its batch
+            check(finite, "input x: has values that are not finite")  # would fail the whole batch
             return array
-        # no limit but Pillow's own, of 179 million pixels
+        # the only limit is Pillow's own, 179 million pixels
         if pre is None:
             raise UsageError("input image: the package has no preprocessing; send x")
         files = array.ravel()

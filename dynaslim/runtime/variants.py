@@ -1,7 +1,7 @@
-"""What of a network is compiled alone: variants of its segments, and whole routes. No torch.
+"""The units of compilation: variants of a network's segments, and whole routes. No torch.
 
-Where their programs come from is a `VariantSource`: a network in memory (`network_source`) or an
-exported package (`package`).
+A `VariantSource` provides the models of variants, from a network in memory (`network_source`), its
+int8 version (`quantise`), a cascade (`cascade_source`) or an exported package (`package`).
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ PRECISIONS: Final[tuple[Precision, ...]] = get_args(Precision)
 
 @dataclass(frozen=True)
 class VariantShape:
-    """Sizes of a variant for one size of image, per row."""
+    """Sizes and cost of a variant per row, for one image size."""
 
     row_in: tuple[int, int, int]
-    """Channels, height, width."""
+    """Channels, height and width of the input."""
     rows_out: tuple[tuple[int, ...], ...]
-    """Of features and gate logits, or of class logits."""
+    """Shapes of the outputs: features and gate logits, or class logits alone."""
     peak: int
-    """Values of the largest feature map."""
+    """Number of values in the largest feature map."""
     madds: int
-    """Multiply-adds, those of the gate behind it included."""
+    """Multiply-adds, including those of the gate behind it."""
 
 
 class SegmentVariant(NamedTuple):
-    """A segment at width index `choice` behind one at `before`; the trunk is segment 0, both 0."""
+    """A segment at width index `choice` that follows one at `before`; 0, 0, 0 is the trunk."""
 
     segment: int
     before: int = 0
@@ -47,12 +47,12 @@ class SegmentVariant(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name used for its files."""
         return f"segment{self.segment}_{self.before}_{self.choice}"
 
     @property
     def takes_images(self) -> bool:
-        """Whether its input is images, not the features of the segment before."""
+        """Whether its input is images rather than the previous segment's features."""
         return self.segment == 0
 
     def shape(self, spec: AnySpec, size: tuple[int, int]) -> VariantShape:
@@ -74,13 +74,13 @@ class SegmentVariant(NamedTuple):
 
 
 class RouteVariant(NamedTuple):
-    """All segments along a route as one program, without the gates' decisions."""
+    """All segments of a route as one program, without the gates' decisions."""
 
     route: Route
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name used for its files."""
         return f"route_{self.route}"
 
     @property
@@ -88,7 +88,7 @@ class RouteVariant(NamedTuple):
         return True
 
     def shape(self, spec: AnySpec, size: tuple[int, int]) -> VariantShape:
-        """As `SegmentVariant.shape`."""
+        """Like `SegmentVariant.shape`."""
         peak = max(cost.peak for cost in route_costs(spec, self.route, size))
         whole = madds(spec, self.route, size)
         return VariantShape((spec.in_channels, *size), ((spec.num_classes,),), peak, whole)
@@ -96,13 +96,13 @@ class RouteVariant(NamedTuple):
 
 Variant = SegmentVariant | RouteVariant
 VariantTable = tuple[tuple[tuple[SegmentVariant, ...], ...], ...]
-"""Variants of every segment, by the options before and behind it."""
+"""Variants by segment, option of the previous segment's gate, and option of its own gate."""
 
 
 def variant_table(spec: AnySpec) -> VariantTable:
-    """All variants, laid out as `CostTable.segments`.
+    """All variants, laid out like `CostTable.segments`.
 
-    Here alone the options of gates become width indices of segments.
+    This is the only place where gate options are converted to width indices of segments.
     """
     return tuple(
         tuple(tuple(SegmentVariant(number, a, b) for b in behind) for a in before)
@@ -111,7 +111,7 @@ def variant_table(spec: AnySpec) -> VariantTable:
 
 
 def segment_variants(spec: AnySpec) -> Iterator[SegmentVariant]:
-    """Every variant of every segment, one by one."""
+    """Iterate over every variant of every segment."""
     for number, (before, behind) in enumerate(segment_choices(spec)):
         for a in before:
             for b in behind:
@@ -119,41 +119,41 @@ def segment_variants(spec: AnySpec) -> Iterator[SegmentVariant]:
 
 
 class VariantSource(Protocol):
-    """Where the programs of a network's variants come from."""
+    """Provides a network's variants as torch modules or ONNX models."""
 
     @property
     def spec(self) -> AnySpec:
-        """The network's."""
+        """The network's specification."""
 
     @property
     def precision(self) -> Precision:
-        """What its numbers are stored and computed in."""
+        """Number format in which it is stored and computed."""
 
     @property
     def key(self) -> str:
-        """Digest of all that its programs depend on: what caches are filed under."""
+        """Digest of everything that its programs depend on; names the cache folder."""
 
     @property
     def has_modules(self) -> bool:
-        """Whether it has torch modules, and programs of whole routes; a package has neither."""
+        """Whether it has torch modules (none in int8) and whole routes; a package has neither."""
 
     def module(self, variant: Variant, dtype: torch.dtype) -> nn.Module:
-        """The variant as a plain torch module; layers are shared, so only their layout may change.
+        """The variant as a plain torch module; it shares layers, so change only their layout.
 
         Raises:
-            UsageError: if this source has none.
+            UsageError: if this source has no such module.
         """
 
     def onnx(self, variant: Variant) -> Path | bytes:
-        """The variant as an ONNX file or its content.
+        """The variant as an ONNX file (its path) or as the content of one.
 
         Raises:
-            UsageError: if this source has none.
+            UsageError: if this source has no such variant.
         """
 
 
 def check_precision(precision: str) -> Precision:
-    """The precision, if it is one."""
+    """Return a precision's name; raise `UsageError` if it is unknown."""
     check(precision in PRECISIONS, f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
     found: Any = precision
     return found  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""Threads that take the pieces of a step, and the buffers that calls work in."""
+"""Threads that run the pieces of a step, and the buffers that calls use."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _LOOK_S: Final = 0.5
 
 
 class Workers:
-    """Runs tasks side by side, in the order they are given; calls of several threads may overlap.
+    """Runs tasks in parallel, starting them in order; calls of several threads may overlap.
 
-    The caller takes tasks too, unless the backend keeps off its thread. Work is handed over by
-    queues that wait on a bare lock: a step of a small network takes a millisecond, and the futures
-    of a thread pool took a tenth of that.
+    The calling thread runs tasks too, unless the backend must not use it (`own_threads`). Work is
+    passed through queues that wait on a bare lock: a step of a small network takes a millisecond,
+    and the futures of a thread pool took a tenth of that.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -37,10 +37,10 @@ class Workers:
         self._threads: list[threading.Thread] = []
 
     def run(self, tasks: Iterable[Task]) -> None:
-        """Run all tasks; raises what the first of them to fail raised, the caller's own first."""
+        """Run all tasks; re-raise the first error, preferring one from the calling thread."""
         waiting = deque(tasks)
         total = left = len(waiting)
-        # one for each task that a helper took; nothing waits for a helper that wakes too late
+        # one per task that a helper took, so that no helper that wakes up too late is waited for
         outcomes: _Outcomes = SimpleQueue()
 
         def help_out() -> None:
@@ -51,7 +51,7 @@ class Workers:
                     return
                 try:
                     task()
-                except BaseException as error:  # the batch has failed: none need go on
+                except BaseException as error:  # the batch has failed: drop the remaining tasks
                     for _ in range(_drop(waiting)):
                         outcomes.put(None)
                     outcomes.put(error)
@@ -73,7 +73,7 @@ class Workers:
         except Exception as error:
             left -= _drop(waiting)
             failure = error
-        except BaseException:  # an interrupt, maybe between taking a task and counting it
+        except BaseException:  # an interrupt, possibly between taking a task and counting it
             _drop(waiting)
             raise
         try:
@@ -86,8 +86,8 @@ class Workers:
                 raise failure
 
     def _hand_over(self, work: Task, count: int) -> None:
-        """Have so many helpers do it; starts them at the first call."""
-        with self._lock:  # dismissed helpers would never take it
+        """Pass the work to `count` helpers; the first call starts them."""
+        with self._lock:  # helpers that were dismissed meanwhile would never take it
             inbox = self._started() if self._inbox is None else self._inbox
             for _ in range(count):
                 inbox.put(work)
@@ -104,7 +104,7 @@ class Workers:
             for number in range(self._helpers)
         ]
         try:
-            # all of them start here: starting one changes the whole process for a moment
+            # start all of them now: `start_worker` briefly changes a setting of the whole process
             for thread in threads:
                 thread.start()
             for failure in [_next(outcomes) for _ in threads]:
@@ -114,24 +114,24 @@ class Workers:
             _dismiss(inbox, self._helpers)
             raise
         self._inbox, self._threads = inbox, threads
-        # not joined there: the collector runs at any time, in any thread
+        # the finaliser does not join them: garbage collection may run in any thread
         weakref.finalize(self, _dismiss, inbox, self._helpers).atexit = False
         _LIVE.add(self)
         _HELPERS.update(threads)
         return inbox
 
     def close(self) -> None:
-        """Let the threads go, as soon as they have done what they are at."""
+        """End the threads once they have finished their current work."""
         with self._lock:
             inbox, threads = self._inbox, self._threads
-            self._inbox, self._threads = None, []  # first: an interrupt may come while they end
+            self._inbox, self._threads = None, []  # first, as an interrupt may come during joins
             if inbox is not None:
                 _dismiss(inbox, self._helpers)
                 for thread in threads:
                     thread.join()
 
     def forget(self) -> None:
-        """Start anew: this is a child of the process whose threads these were."""
+        """Reset in a forked child process, where the parent's threads do not exist."""
         self._lock = threading.Lock()
         self._inbox, self._threads = None, []
 
@@ -142,10 +142,10 @@ _HELPERS: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 
 @atexit.register
 def _close_all() -> None:
-    """Nobody is inside a library when it is taken down, nor on the way out of one."""
+    """End all helpers before libraries are unloaded, so that none is still running their code."""
     for workers in list(_LIVE):
         workers.close()
-    for thread in list(_HELPERS):  # of workers that were collected a moment ago
+    for thread in list(_HELPERS):  # of `Workers` that were garbage-collected just now
         thread.join()
 
 
@@ -160,7 +160,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork
 
 
 def _next(outcomes: _Outcomes) -> BaseException | None:
-    """The next outcome; looks up now and then: a signal just before a wait does not end it."""
+    """The next outcome. Waits with timeouts: a signal just before a wait would not end it."""
     while True:
         try:
             return outcomes.get(timeout=_LOOK_S)
@@ -169,7 +169,7 @@ def _next(outcomes: _Outcomes) -> BaseException | None:
 
 
 def _drop(waiting: deque[Task]) -> int:
-    """Take what is left; returns how many these were."""
+    """Remove the remaining tasks; return how many there were."""
     dropped = 0
     while waiting:
         try:
@@ -195,18 +195,18 @@ def _serve(inbox: _Inbox, start: Callable[[], None], outcomes: _Outcomes) -> Non
     outcomes.put(None)
     while (work := inbox.get()) is not None:
         work()
-        del work  # and with it the buffers of its call
+        del work  # releases the buffers of its call
 
 
 class Workspace:
-    """Buffers of one call, kept for the next: each grows to the largest it has had to be."""
+    """Buffers of one call, reused by later calls; each grows to the largest size requested."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
         self._buffers: dict[object, Array] = {}
 
     def rows(self, key: object, rows: int, row: tuple[int, ...], *, floats: bool = False) -> Array:
-        """A buffer (rows, *row); the same key gives the same memory again."""
+        """A buffer (rows, *row); the same key and row shape return the same memory."""
         buffer = self._buffers.get((key, row))
         if buffer is None or len(buffer) < rows:
             buffer = self._arrays.empty(rows, row, floats=floats)
@@ -215,7 +215,7 @@ class Workspace:
 
 
 class Workspaces:
-    """As many workspaces as there are calls at once."""
+    """A pool with as many workspaces as there are concurrent calls."""
 
     def __init__(self, arrays: Arrays) -> None:
         self._arrays = arrays
@@ -223,7 +223,7 @@ class Workspaces:
         self._of_thread = threading.local()
 
     def borrow(self) -> Workspace:
-        """One that is not in use, to be given back."""
+        """Take a workspace that is not in use; return it with `give_back`."""
         try:
             return self._idle.pop()
         except IndexError:
@@ -233,7 +233,7 @@ class Workspaces:
         self._idle.append(workspace)
 
     def of_thread(self) -> Workspace:
-        """The calling thread's own, for what lives no longer than a task."""
+        """The calling thread's own workspace, for data that lives no longer than a task."""
         found: Workspace | None = getattr(self._of_thread, "workspace", None)
         if found is None:
             found = self._of_thread.workspace = Workspace(self._arrays)

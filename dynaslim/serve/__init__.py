@@ -1,9 +1,9 @@
-"""A network served over HTTP; the images of all requests are batched together.
+"""Serve networks over HTTP; the images of concurrent requests to a network share batches.
 
     app = create_app("package", ServeOptions(token="..."))     # a FastAPI application
     with Batcher(engine) as batcher: ...                       # the same batches without HTTP
 
-Names are imported on first use: a batcher needs no web framework.
+Names are imported on first use, so that a batcher needs no web framework.
 """
 
 from importlib import import_module
@@ -40,7 +40,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'dynaslim.serve' has no attribute {name!r}")
     if name == "create_app":
         for library in ("fastapi", "python_multipart", "prometheus_client"):
-            require(library)  # its error has the line that installs it
+            require(library)  # its error message shows how to install it
     return getattr(import_module(_HOME[name]), name)
 
 

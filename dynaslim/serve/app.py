@@ -1,4 +1,4 @@
-"""The FastAPI application of a server: its routes, pages, errors and token."""
+"""The FastAPI application: routes, web pages, error bodies and the token check."""
 
 import asyncio
 import functools
@@ -82,16 +82,16 @@ def create_app(
     workers: int | None = None,
     cache_dir: str | Path | None = "auto",
 ) -> FastAPI:
-    """An application that serves models: engines, or checkpoints and packages by path.
+    """An application that serves models: engines, or paths of checkpoints and packages.
 
-    A string NAME=PATH gives a model another name than its network's. `backend`, `workers` (cores)
-    and `cache_dir` are for engines that are made here. The application can be run by any ASGI
+    The string NAME=PATH serves a model under another name than its network's. `backend`, `workers`
+    (cores) and `cache_dir` apply to engines created here. The application can be run by any ASGI
     server, or mounted in another application. Compiling begins when it starts, or with the first
     request if the outer application does not start it. Its `Service` is `app.state.service`; call
     `service.close()` if the outer application ends without shutting this one down.
 
     Raises:
-        UsageError: for options that a model does not fit, two models of one name, or a missing
+        UsageError: for options that do not suit a model, two models of the same name, or a missing
             library; as `Engine`.
         CheckpointError, PackageError: if a model cannot be read.
     """
@@ -168,7 +168,7 @@ def create_app(
 
 
 def _named(text: str | Path) -> tuple[str | None, str | Path]:
-    """Name and path of NAME=PATH; a file or folder of that very name comes first."""
+    """Split NAME=PATH; an existing file or folder whose name contains "=" is taken as a path."""
     name, equals, path = str(text).partition("=")
     if not equals or "/" in name or Path(text).exists():
         return None, text
@@ -180,7 +180,7 @@ def _named(text: str | Path) -> tuple[str | None, str | Path]:
 
 
 def _protected(service: Service, body: type = ErrorBody) -> APIRouter:
-    """A router whose routes document their token; `_TokenMiddleware` checks it."""
+    """A router that documents the token its routes need; `_TokenMiddleware` checks the token."""
     if service.options.token is None:
         return APIRouter()
     bearer = HTTPBearer(scheme_name="token", auto_error=False)
@@ -192,7 +192,7 @@ def _not_ready(body: type) -> dict[int | str, dict[str, Any]]:
 
 
 def _is_ready(response: Response, service: Service, served: Service | ServedModel) -> bool:
-    """Whether predictions are accepted; if not, the response is a 503."""
+    """Whether predictions are accepted; if not, set the response's status to 503."""
     service.start()
     if not served.accepting:
         response.status_code, response.headers["retry-after"] = 503, "2"
@@ -211,7 +211,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
         """Results are in the order of the images. Formats are detected from the images' content."""
 
     endpoint = Endpoint(service, PredictCall, lambda scope: model_named(scope["query_string"]))
-    # of two routes with the same path the first one gets the requests; FastAPI documents the other
+    # the first of two routes with this path handles requests; FastAPI documents the second
     app.router.routes.append(Route(PREDICT, endpoint, methods=["POST"]))
     documented.post(
         PREDICT,
@@ -229,7 +229,7 @@ def _add_predict(app: FastAPI, service: Service) -> None:
 
 
 def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> None:
-    """Add the routes for the state of the server, its model and its metrics."""
+    """Add the routes for the server's health, its metrics and its list of models."""
 
     @app.get("/healthz", summary="Whether the process is alive.")
     async def healthz() -> Status:
@@ -245,7 +245,7 @@ def _add_state(app: FastAPI, service: Service, samples: list[SampleLink]) -> Non
     @protected.get(
         "/metrics",
         summary="Metrics for Prometheus.",
-        response_class=Response,  # has no type, so that errors are documented as JSON
+        response_class=Response,  # without a media type, so that errors are documented as JSON
         response_description="In Prometheus' text format.",
         responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
@@ -329,13 +329,13 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
         body: infer_request(service.options.deadline_ms),  # type: ignore[valid-type]
         inference_header_content_length: Annotated[int | SkipJsonSchema[None], Header(ge=0)] = None,
     ) -> None:
-        """Binary tensors follow the JSON, whose length Inference-Header-Content-Length is; where
-        that is 0, the body is one image. Images' formats are detected from their content.
+        """Binary tensors follow the JSON; the header Inference-Header-Content-Length is the length
+        of the JSON. If it is 0, the body is one image. Formats are detected from images' content.
         """
 
     endpoint = Endpoint(service, InferCall, lambda scope: scope["path_params"]["name"])
     for prefix, shown in ((_MODEL, True), (f"{_MODEL}/versions/{{version}}", False)):
-        # before the documented one, as for PREDICT
+        # before the documented route, as for PREDICT
         app.router.routes.append(Route(f"{prefix}/infer", endpoint, methods=["POST"]))
         protected.include_router(model, prefix=prefix, include_in_schema=shown)
     app.include_router(protected)
@@ -344,7 +344,7 @@ def _add_protocol(app: FastAPI, service: Service) -> None:
 def _add_repository(app: FastAPI, service: Service) -> None:
     """Add the routes of the protocol's model repository extension.
 
-    They read bodies themselves: FastAPI reads them without a limit, before any token is checked.
+    They read bodies themselves: FastAPI would read them without a limit and before the token check.
     """
 
     def documented(body: type[BaseModel], *statuses: int) -> dict[str, Any]:
@@ -379,7 +379,7 @@ def _add_repository(app: FastAPI, service: Service) -> None:
 
     @app.post("/v2/repository/models/{name}/unload", summary="Unload a model.", **change)
     async def unload(name: str, request: Request) -> None:  # noqa: ARG001
-        """Returns when what the model has accepted is answered. Needs the admin token."""
+        """Returns when all requests that the model accepted are answered. Needs the admin token."""
         await repository.change(service, request, Service.unload)
 
 
@@ -424,7 +424,7 @@ def _add_errors(app: FastAPI) -> None:
 
 
 class _TokenMiddleware:
-    """Refuses requests for protected paths without a token."""
+    """Refuses requests for protected paths that do not have a valid token."""
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app

@@ -1,11 +1,11 @@
-"""Images of many callers, run by one engine in batches: a bounded queue, deadlines, no HTTP.
+"""Runs the images of many callers in batches on one engine, with a bounded queue and deadlines.
 
     with Batcher(engine) as batcher:
         answers = batcher.submit([pixels_CSS]).result().answers
 
-One thread takes whatever is queued as soon as the engine is free. It does not wait for a batch to
-fill: the next batch collects while the engine works. Only for images that are still being decoded
-does it wait, a few milliseconds at most.
+One thread takes the queued images as soon as the engine is free. It does not wait for a batch to
+fill up: images queue while the engine runs, and form the next batch. It waits only for images that
+are being decoded, and for a few milliseconds at most (`max_wait_ms`).
 
 Suffixes: B rows of a batch, C channels, G gates, K likeliest classes, N classes, S side in pixels.
 """
@@ -33,16 +33,16 @@ from dynaslim.serve.budgets import Budgets, Setting
 from dynaslim.serve.options import ServeOptions
 
 LEAST_ROWS: Final = 4
-"""Smallest limit that `max_batch_ms` can put on a batch."""
+"""`max_batch_ms` never limits a batch to fewer rows than this."""
 MARGIN: Final = 2.0
-"""A request is refused unless this many times its expected wait is left before its deadline. Speed
-varies, and a shorter queue keeps the engine just as busy."""
+"""A request is refused if less than this multiple of its expected wait is left before its deadline.
+Speed varies, and a shorter queue keeps the engine just as busy."""
 LEAST_RETRY_S: Final = 1.0
-"""Shortest `retry_after_s`."""
+"""Smallest value of `retry_after_s`."""
 
 
 class QueueFullError(DynaslimError):
-    """The queue has no room, or the wait is too long; try again in `retry_after_s` seconds."""
+    """The queue is full or the wait too long; try again in `retry_after_s` seconds."""
 
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
@@ -59,47 +59,47 @@ class StoppingError(DynaslimError):
 
 @dataclass(slots=True, eq=False)
 class WorkItem:
-    """The images of one request; they may run in several batches."""
+    """The images (rows) of one request; they may run in several batches."""
 
     rows: InitVar[int]
     setting: Setting
     top_k: int
     deadline: float | None
     future: Future[WorkItem] = field(default_factory=Future)
-    """Has the item as its result once it has all its answers, or its error."""
+    """Resolved with this item once all its rows have answers, or with its error."""
     answers: list[Answer | None] = field(init=False)
     pixels: list[np.ndarray | None] = field(init=False)
     ready: deque[int] = field(default_factory=deque)
     """Decoded rows that wait for the engine."""
     undecoded: int = field(init=False)
     postponed: int = 0
-    """Those of the undecoded rows that no batch waits for."""
+    """Number of undecoded rows that no batch waits for."""
     missing: int = field(init=False)
-    """Rows without an answer."""
+    """Number of rows without an answer."""
     error: BaseException | None = None
     used: str | None = None
-    """The budget that its last rows ran with."""
+    """The budget that its most recent rows ran with."""
     batch_size: int = 0
-    """Rows of the largest batch that any of its rows ran in."""
+    """Size of the largest batch that any of its rows ran in."""
     decoded: float = 0.0
     """When its last row was decoded."""
     started: float = 0.0
-    """When its last row went to the engine."""
+    """When the engine started its last rows."""
     finished: float = 0.0
-    """When its last row came back."""
+    """When the engine finished its last rows."""
 
     def __post_init__(self, rows: int) -> None:
         self.answers, self.pixels = [None] * rows, [None] * rows
         self.undecoded = self.missing = rows
-        self.future.set_running_or_notify_cancel()  # from now on its holder cannot cancel it
+        self.future.set_running_or_notify_cancel()  # the caller can no longer cancel it
 
     @property
     def done(self) -> bool:
-        """Whether it has all its answers, has failed, or was cancelled."""
+        """Whether all rows have answers, or the item has failed or was cancelled."""
         return self.missing == 0
 
     def resolve(self) -> None:
-        """Hand the item over to who waits for it; without the batcher's lock."""
+        """Resolve the future; to be called without holding the batcher's lock."""
         if self.error is None:
             self.future.set_result(self)
         else:
@@ -108,11 +108,11 @@ class WorkItem:
 
 Batch = tuple[Setting, list[tuple[WorkItem, int]], list[np.ndarray]]
 OnBatch = Callable[[RoutedOutput, Setting, float], None]
-"""Gets what the engine answered for a batch, the batch's setting, and the seconds that it took."""
+"""Called with the engine's output for a batch, the batch's setting and its time in seconds."""
 
 
 def inputs_of(rows: Sequence[np.ndarray], preprocessing: Preprocessing) -> np.ndarray:
-    """Normalised images (B, C, S, S) of rows (C, S, S): uint8 pixels, or float32 as they are."""
+    """Stack rows (C, S, S) into (B, C, S, S); uint8 pixels are normalised, float32 rows kept."""
     if all(row.dtype == np.uint8 for row in rows):
         return normalise_pixels(np.stack(rows), preprocessing)
     one = [row if row.dtype == np.float32 else normalise_pixels(row, preprocessing) for row in rows]
@@ -120,9 +120,9 @@ def inputs_of(rows: Sequence[np.ndarray], preprocessing: Preprocessing) -> np.nd
 
 
 class Turns:
-    """Lets a number of batches run at once, first come, first served.
+    """A fair semaphore: lets `places` batches run at once, first come, first served.
 
-    With a semaphore of the standard library, a model with a long queue would keep its place.
+    The standard library's semaphores are not fair: a model with a long queue would keep its place.
     """
 
     def __init__(self, places: int) -> None:
@@ -147,7 +147,7 @@ class Turns:
 
 
 class Batcher:
-    """Runs an engine for callers in any thread; see the module."""
+    """Runs images from any thread in batches on an engine; see the module's docstring."""
 
     def __init__(
         self,
@@ -158,10 +158,10 @@ class Batcher:
         clock: Callable[[], float] = time.monotonic,
         turns: AbstractContextManager[object] | None = None,
     ) -> None:
-        """Start the thread; batches of batchers with the same `turns` share the cores.
+        """Start the thread. Batchers with the same `turns` take turns on the cores.
 
         Raises:
-            UsageError: if the engine has no preprocessing, or lacks the options' budgets.
+            UsageError: if the engine has no preprocessing or cannot run with the options' budget.
         """
         self.options = ServeOptions() if options is None else options
         self._engine = engine
@@ -171,21 +171,21 @@ class Batcher:
         self._on_batch = on_batch
         self._turns = nullcontext() if turns is None else turns
         self.throughput = Throughput()
-        """Includes the time in which batches of other models ran."""
+        """Throughput that counts the time in which batches of other models ran."""
         self._speed = Throughput()
-        """Does not."""
+        """Throughput without that time."""
         self._changed = threading.Condition()
         self._ready: deque[WorkItem] = deque()
-        """Items with decoded rows, in the order in which they got their first."""
+        """Items with decoded rows, in the order in which their first rows were decoded."""
         self._ready_rows = 0
         """Decoded rows in the queue."""
         self._decoding = 0
-        """Rows in the queue that are about to be decoded."""
+        """Rows in the queue that are not decoded yet, without the postponed ones."""
         self._postponed = 0
         """Rows of large images: in the queue, but no batch waits for them."""
         self._running = 0
         self._busy_since = 0.0
-        """When the engine last ended a batch, or the first row came after it was idle."""
+        """When the engine last finished a batch, or the first row arrived while it was idle."""
         self._stopping = False
         self._closed = False
         self._idle = False
@@ -203,16 +203,16 @@ class Batcher:
         top_k: int = 5,
         deadline_s: float | None = None,
     ) -> Future[WorkItem]:
-        """Queue images, each uint8 (C, S, S) as `decode_image` returns them, or float32 normalised.
+        """Queue images (C, S, S), each uint8 as `decode_image` returns it or normalised float32.
 
-        The future's result has their `answers` in order; it cannot be cancelled. It fails with
-        `DeadlineError` if they have not been run after `deadline_s` seconds, or with the error of
-        the engine.
+        The future cannot be cancelled. Its result has the `answers` in the order of the images. It
+        fails with `DeadlineError` if they have not run after `deadline_s` seconds, or with the
+        engine's error.
 
         Raises:
-            UsageError: for pixels of another shape or not finite, no images, or a budget that the
-                network does not have.
-            QueueFullError: if there is no room, or the wait would be longer than the deadline.
+            UsageError: for pixels of another shape or type or not finite, no images, or a budget
+                that the network cannot run with.
+            QueueFullError: if there is no room, or the deadline would pass during the wait.
             StoppingError: if the batcher accepts no more images.
         """
         side, channels = self.preprocessing.image_size_px, self.preprocessing.channels
@@ -235,20 +235,20 @@ class Batcher:
         return item.future
 
     def admit(self, rows: int, setting: Setting, *, top_k: int, deadline: float | None) -> WorkItem:
-        """Reserve room for rows that will be `put`; raises errors as `submit`."""
+        """Reserve room for rows that `put` will deliver later; raises errors as `submit`."""
         with self._changed:
             self._check_room(rows, deadline)
             self._expect(rows)
             return WorkItem(rows, setting, top_k, deadline)
 
     def _expect(self, rows: int) -> None:
-        """Count rows that are about to be decoded."""
+        """Count rows that will be decoded."""
         if not self._unanswered:
             self._busy_since = self._clock()
         self._decoding += rows
 
     def check_room(self, deadline: float | None = None) -> None:
-        """Raise what `admit` would for one row."""
+        """Raise the error that `admit` would raise for one row, if any."""
         with self._changed:
             self._check_room(1, deadline)
 
@@ -265,7 +265,7 @@ class Batcher:
         ahead = self._unanswered
         if deadline is None or not ahead:
             return
-        # rows come back in whole batches, which rows of other requests fill up
+        # answers arrive in whole batches, which rows of other requests fill up
         batch = self._batch_rows()
         wait_s = self.throughput.seconds_for(-(-(ahead + rows) // batch) * batch)
         late = self._clock() + MARGIN * wait_s - deadline
@@ -294,8 +294,8 @@ class Batcher:
             item.pixels += [None] * rows
 
     def postpone(self, item: WorkItem) -> None:
-        """Let no batch wait for one image of an item, and no request be refused because of it;
-        raises `QueueFullError` if such images fill their half of the queue already.
+        """Mark one image of an item as large: no batch waits for it, and it does not count towards
+        expected waits. Raises `QueueFullError` if such images already fill their half of the queue.
         """
         with self._changed:
             if item.done:
@@ -311,11 +311,11 @@ class Batcher:
     def put(
         self, item: WorkItem, row: int, pixels_CSS: np.ndarray, *, postponed: bool = False
     ) -> None:
-        """Hand in the pixels of one row; `postponed` if the row was."""
+        """Deliver the pixels of one row; set `postponed` if `postpone` was called for it."""
         with self._changed:
             if item.done:
                 return
-            if postponed:  # from now on a row like any other
+            if postponed:  # it now counts like any other row
                 self._expect(1)
                 item.postponed -= 1
                 self._postponed -= 1
@@ -336,7 +336,7 @@ class Batcher:
                 self._changed.notify_all()
 
     def fail(self, item: WorkItem, error: BaseException) -> None:
-        """End an item with an error, unless it is done."""
+        """Fail an item with an error, unless it is done."""
         with self._changed:
             if item.done:
                 return
@@ -344,7 +344,7 @@ class Batcher:
         item.resolve()
 
     def cancel(self, item: WorkItem) -> None:
-        """Drop an item whose client has left or whose time is up, unless it is done."""
+        """Drop an item whose client has disconnected or whose time is up, unless it is done."""
         with self._changed:
             if not item.done:
                 self._drop(item, None)
@@ -371,29 +371,29 @@ class Batcher:
 
     @property
     def _unanswered(self) -> int:
-        """Rows in the queue or in the engine, postponed ones left out."""
+        """Rows in the queue or in the engine, without the postponed ones."""
         return self._decoding + self._ready_rows + self._running
 
     @property
     def expected_wait_s(self) -> float:
-        """How long an image that comes now will wait, by the recent throughput."""
+        """How long an image that arrives now will wait, at the recent throughput."""
         return self.throughput.seconds_for(self._unanswered)
 
     @property
     def budget(self) -> Setting:
-        """The setting of requests that name no budget, at the present load."""
+        """The setting of requests without a budget, at the present load."""
         with self._changed:
             wait_s = self.throughput.seconds_for(self._ready_rows)
-            self.budgets.observe(wait_s, self._clock())  # it also rises with time alone
+            self.budgets.observe(wait_s, self._clock())  # it also rises over time
             return self.budgets.current
 
     def observe(self, rows: int, seconds: float, waited_s: float = 0.0) -> None:
-        """Record the time of a batch, of which `waited_s` belonged to other models."""
+        """Record a batch and its time, which includes `waited_s` of waiting for other models."""
         self.throughput.add(rows, max(1e-6, seconds))
         self._speed.add(rows, max(1e-6, seconds - waited_s))
 
     def _batch_rows(self) -> int:
-        """Largest number of rows of the next batch."""
+        """The most rows that the next batch may have."""
         most = self.options.max_batch
         least = min(LEAST_ROWS, most)
         return self._speed.rows_in(self.options.max_batch_ms / 1000, least, most)
@@ -405,7 +405,7 @@ class Batcher:
             self._changed.notify_all()
 
     def close(self) -> None:
-        """`stop`, wait until all images are answered, and end the thread."""
+        """Call `stop`, wait until all images are answered, and end the thread."""
         with self._changed:
             self._stopping = self._closed = True
             self._changed.notify_all()
@@ -433,13 +433,13 @@ class Batcher:
                     for item in dict.fromkeys(item for item, _ in members):
                         self.fail(item, error)
                 finally:
-                    del batch, members, pixels  # frees the pixels while the thread waits
+                    del batch, members, pixels  # free the pixels before the thread waits
                     with self._changed:
                         self._running = 0
                         self._busy_since = self._clock()
 
     def _wait(self) -> bool:
-        """Wait until a batch may run; false after `close`."""
+        """Wait until a batch may run; returns False after `close`."""
         longest = self.options.max_wait_ms / 1000
         until: float | None = None
         while True:
@@ -472,7 +472,7 @@ class Batcher:
         return late
 
     def _take(self) -> Batch | None:
-        """The next batch; None if its rows were cancelled or late while others had their turn."""
+        """The next batch; None if all rows were cancelled or late while other models ran."""
         with self._changed:
             now = self._clock()
             late = self._expired(now)
@@ -482,7 +482,7 @@ class Batcher:
         return batch
 
     def _pick(self, now: float) -> Batch:
-        """Rows of one setting, the oldest first."""
+        """Take rows that share a setting for the next batch, the oldest first."""
         self.budgets.observe(self.throughput.seconds_for(self._ready_rows), now)
         setting = self.budgets.in_use(self._ready[0].setting)
         members: list[tuple[WorkItem, int]] = []

@@ -1,6 +1,6 @@
-"""The budget that a row runs with: its request's, the server's, or a cheaper one under load.
+"""Selects the budget of a row: its request's, the server's, or a cheaper one under load.
 
-Nothing here has a thread or a clock of its own.
+This module starts no threads and reads no clock; callers pass the time.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ class Setting(NamedTuple):
     """How the engine runs a request's rows; rows with the same setting can share a batch."""
 
     point: BudgetPoint | None = None
-    """None: as trained."""
+    """The budget's point on the curve; None to run the gates as trained."""
     escalate: Escalate = "auto"
     requested: str | None = None
-    """The budget as the request, or else the server, named it."""
+    """The budget as given by the request, or else by the server's options."""
     used: str | None = None
     """The budget that `point` was looked up for."""
     hold: bool = False
-    """Whether the mean cost of all images with this budget is kept below it."""
+    """Whether the mean cost of all images with this budget is kept below the budget."""
 
     def runs_as(self, other: Setting) -> bool:
         """Whether rows of both can share a batch."""
@@ -34,11 +34,11 @@ class Setting(NamedTuple):
 
 
 class Budgets:
-    """The budgets of a network, fixed or adaptive."""
+    """Selects the settings of a network's requests, with a fixed or an adaptive budget."""
 
     def __init__(self, curve: BudgetCurve | None, options: ServeOptions, now: float) -> None:
-        """Raise `UsageError` for a budget, fixed or adaptive, without a curve, or for a range that
-        holds fewer than two points of it.
+        """Raises `UsageError` if the network cannot run with the options' budget, or if an adaptive
+        range holds fewer than two points of the curve.
         """
         self._curve = curve
         self._default = options.budget
@@ -78,12 +78,12 @@ class Budgets:
         return Setting(point, escalate, requested, requested, self._hold)
 
     def observe(self, wait_s: float, now: float) -> None:
-        """Adapt to the expected wait of a row that comes now."""
+        """Adapt the budget to the expected wait of a row that arrives now."""
         if self._control is not None:
             self._control.observe(wait_s, now)
 
     def in_use(self, setting: Setting) -> Setting:
-        """The setting at the present load: the cheaper of its own budget and the level's."""
+        """The setting at the present load, with the cheaper of its budget and the current level."""
         if self._control is None or self._curve is None or setting.point is None:
             return setting
         level = self._levels[self._control.level]
@@ -96,5 +96,5 @@ class Budgets:
 
     @property
     def current(self) -> Setting:
-        """The setting of a request that names no budget."""
+        """The setting of a request without a budget, at the present load."""
         return self.in_use(self.setting(None, "auto"))

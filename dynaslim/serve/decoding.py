@@ -1,9 +1,9 @@
-"""From a client's bytes to pixels, within limits of time and memory; large images in processes.
+"""Decodes clients' images within limits of time and memory; large images in separate processes.
 
-What is not safe to decode is refused by its header. A call of Pillow cannot be interrupted, and
-some hold the GIL for as long as they take. So large images are decoded in processes of their own, a
-few at a time, the smallest first: a process can be killed, returns all its memory, has a memory
-limit, and leaves the cores to the server's threads.
+Images that are not safe to decode are refused by their headers. A call to Pillow cannot be
+interrupted, and some calls hold the GIL until they return. Large images are therefore decoded in
+separate processes, a few at a time, the smallest first. A process can be killed, frees all its
+memory when it ends, has a memory limit, and has a lower priority than the server's threads.
 """
 
 from __future__ import annotations
@@ -31,48 +31,48 @@ from dynaslim.data.skipped import CorruptImageError
 from dynaslim.preprocessing import Preprocessing
 
 FORMATS: Final = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Accepted formats, by Pillow's names; some of its others start programs or lack checks."""
+"""Accepted formats by Pillow's names; some of its other plugins start programs or lack checks."""
 _SIGNATURES: Final = (
     b"BM", b"GIF87a", b"GIF89a", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF", b"II*\0",
     b"MM\0*", b"II+\0", b"MM\0+", *(b"P%d" % n for n in range(1, 7)),
 )  # fmt: skip
-"""The first bytes of files of these formats."""
+"""The bytes that files of the accepted formats start with."""
 MOST_SCANS: Final = 100
-"""Of a JPEG: a small file can have so many scans that it takes minutes to decode."""
+"""Most scans of a JPEG: a small file can have so many that decoding takes minutes."""
 BYTES_PER_PIXEL: Final = 7
-"""Memory for all images that are being decoded, per pixel of the largest accepted one."""
+"""Memory for all images being decoded, in bytes per pixel of the largest accepted image."""
 LARGE: Final = 1_000_000
-"""Work above which an image is decoded in a process."""
+"""An image with more work (`DecodingCost.work`) is decoded in a separate process."""
 _USUAL_SCANS: Final = 10
-"""Of a progressive JPEG; each more takes a tenth of the image's time again."""
+"""Scans of a usual progressive JPEG; each further scan adds a tenth of the usual time."""
 _WEBP_WORK: Final = 4
-"""Work of a pixel of WebP: Pillow holds the GIL while it decodes it."""
-# measured upper bounds of the bytes per pixel while an image is decoded
+"""Work per pixel of a WebP: Pillow holds the GIL while it decodes one."""
+# upper bounds, measured, of the bytes per pixel while an image is decoded
 _WEBP_BYTES: Final = 17
 _USUAL_BYTES: Final = 5
 _WIDE_BYTES: Final = 9
 _USUAL_MODES: Final = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "I;16", "I;16B")
-"""Modes of Pillow; pixels of others are copied when they are converted to RGB."""
+"""Pillow's modes whose pixels are not copied when they are converted to RGB."""
 _CONTENT_COPIES: Final = 3
-"""Copies of the file in memory while it is decoded."""
+"""Copies of the file's content in memory while the image is decoded."""
 
 MOST_PROCESSES: Final = 4
 IDLE_S: Final = 5.0
-"""Time without work after which a process is ended."""
+"""Time without work after which a process is stopped."""
 _POLL_S: Final = 0.02
-"""How often a process is checked for being still needed."""
+"""How often the server checks whether a process's image is still wanted."""
 _NICE: Final = 10
 _SLACK: Final = 32_000_000
 """Bytes that a process may use beyond the image's estimate."""
 _DECODED: Final = b"+"
 _DAMAGED: Final = b"-"
 _NO_MEMORY: Final = b"m"
-# nice before the imports, which would compete with the server as well
+# lower the priority before the imports, which also compete with the server
 _MAIN: Final = f"import os; os.nice({_NICE}); from dynaslim.serve.decoding import main; main()"
 
 
 class ImageError(Exception):
-    """An image that is refused; `code` is one of the HTTP interface's error codes."""
+    """An image was refused; `code` is one of the HTTP interface's error codes."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
@@ -80,27 +80,27 @@ class ImageError(Exception):
 
 
 class DecodingCost(NamedTuple):
-    """What decoding an image takes, estimated from its header."""
+    """The time and memory that decoding an image takes, estimated from its header."""
 
     work: int
-    """Pixels, or the number of pixels that take as long."""
+    """Time, as the number of pixels of a simple image that takes as long."""
     memory: int
-    """In bytes."""
+    """Bytes of memory."""
 
     @property
     def large(self) -> bool:
-        """Whether it is to be decoded in a process."""
+        """Whether the image must be decoded in a separate process."""
         return self.work > LARGE
 
 
 class Decoder:
-    """Decodes as `dynaslim.predict` does, within limits."""
+    """Decodes images like `dynaslim.predict`, within limits."""
 
     def __init__(self, preprocessing: Preprocessing, max_pixels: int) -> None:
         self.preprocessing = preprocessing
         self._max_pixels = max_pixels
         self.memory = BYTES_PER_PIXEL * max_pixels
-        """Bytes for all images that are being decoded, and so the most for one."""
+        """Bytes for all images being decoded together, and thus the limit for one image."""
 
     def __call__(self, content: bytes) -> np.ndarray:
         """The pixels, uint8 (C, S, S); raises `ImageError` if the image is damaged."""
@@ -110,7 +110,10 @@ class Decoder:
             raise _damaged(error.reason) from None
 
     def cost(self, content: bytes) -> DecodingCost:
-        """Raises `ImageError` for images that are damaged, too large, or of other formats."""
+        """The cost of decoding an image, from its header.
+
+        Raises `ImageError` if it is damaged, too large, or of a format that is not accepted.
+        """
         if not content:
             raise ImageError("image_unreadable", "the image is empty")
         try:
@@ -145,10 +148,10 @@ class Decoder:
         if isinstance(opened, JpegImageFile):
             side = min(opened.size) * self.preprocessing.crop_fraction
             reduced = jpeg_scale(side, self.preprocessing.image_size_px) ** 2
-            # of several scans all coefficients are kept, two bytes each
+            # with several scans, all coefficients are kept, two bytes each
             kept = 0 if scans == 1 else 2 * len(opened.getbands())
             return kept + _WIDE_BYTES / reduced
-        # not the plugin's own getexif, which may decode the image to find it
+        # the base class's method: a plugin's own getexif may decode the whole image
         orientation = Image.Image.getexif(opened).get(ExifTags.Base.Orientation, 1)
         turned = orientation not in (0, 1)
         if opened.format == "WEBP":
@@ -182,15 +185,15 @@ class DecodingTask(NamedTuple):
     preprocessing: Preprocessing
     wanted: Callable[[], bool]
     deliver: Callable[[np.ndarray | Exception], None]
-    """Gets its pixels, uint8 (C, S, S), or an `ImageError`, in any thread; nothing if `wanted` has
-    become false."""
+    """Called in any thread with the pixels, uint8 (C, S, S), or an error; not called for an image
+    dropped because `wanted` returned False."""
 
 
 class DecodingPool:
-    """Processes that decode large images, and the images that wait for memory and a process."""
+    """Processes that decode large images, and the images waiting for memory and a process."""
 
     def __init__(self, memory: int, processes: int) -> None:
-        """Share `memory` bytes among all images that are being decoded."""
+        """All images being decoded share `memory` bytes."""
         self._memory = memory
         self._free = memory
         self._changed = threading.Condition()
@@ -210,7 +213,7 @@ class DecodingPool:
             self._changed.notify()
 
     def close(self) -> None:
-        """End the processes and threads, and drop the images that wait."""
+        """End the processes and threads, and drop the waiting images."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -244,7 +247,7 @@ class DecodingPool:
         return not self._closed and task.wanted()
 
     def _next(self, idle_s: float | None) -> DecodingTask | None:
-        """The smallest image that fits in the free memory; None after `idle_s`, or at the end."""
+        """The smallest image that fits in free memory; None after `idle_s` or when closed."""
         with self._changed:
             while not self._closed:
                 self._tasks = [task for task in self._tasks if task.wanted()]
@@ -264,7 +267,7 @@ class _Process:
     def __init__(self, memory: int) -> None:
         self._memory = memory
         self.spent = False
-        """Whether it cannot be used again."""
+        """Whether the process cannot be used again."""
         self._connection, other = Pipe()
         with other:
             self._process = subprocess.Popen(
@@ -315,9 +318,9 @@ class _Process:
 
 def main() -> None:
     """Decode images from the pipe until the server closes it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the server ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C: the server ends this process
     start = 0
-    with suppress(OSError):  # /proc is missing
+    with suppress(OSError):  # there may be no /proc
         start = process_bytes("address space")
     with Connection(int(sys.argv[1])) as connection, suppress(EOFError, OSError):
         while True:
@@ -338,7 +341,7 @@ def _decoded(content: bytes, preprocessing: Preprocessing) -> bytes:
 
 
 def _limit_address_space(most: int) -> None:
-    import resource  # not on all systems
+    import resource  # does not exist on all systems
 
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))

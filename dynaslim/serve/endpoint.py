@@ -1,7 +1,8 @@
-"""What the routes that predict have in common, as ASGI applications.
+"""The common part of the prediction routes, which are ASGI applications.
 
-FastAPI documents them (`app`), but does not parse their requests: a body is read only if the queue
-has room, within limits and before the deadline, and the rest of a refused body after the answer.
+FastAPI documents these routes (`app`) but does not parse their requests. A body is read only if the
+queue has room, within limits and before the deadline. The rest of a refused body is read after the
+answer.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from dynaslim.serve.schemas import PredictParameters
 from dynaslim.serve.service import ServedModel, Service
 
 WATCH_AFTER_S: Final = 0.05
-"""Time after which a waiting client is watched for disconnecting; most have their answer before."""
+"""Time after which the server checks whether a client has left; most are answered by then."""
 TICK_S: Final = 0.02
 RETRY_STARTING_S: Final = 2.0
 RETRY_STOPPING_S: Final = 5.0
@@ -50,9 +51,10 @@ _log = logging.getLogger("dynaslim.serve")
 
 
 class Lag:
-    """The delay of the event loop, measured by a timer that runs while there are requests.
+    """Measures the delay of the event loop with a timer that runs while requests arrive.
 
-    A turn of the loop handles all events that are there, so a new one waits for about one turn.
+    One iteration of the loop handles all pending events, so a new event waits for about one
+    iteration.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -62,7 +64,7 @@ class Lag:
         self.seconds = 0.0
 
     def request(self) -> float:
-        """The recent delay in seconds; called for every request."""
+        """The recent delay in seconds; to be called for every request."""
         self._requested = True
         if self._due is None:
             self._schedule()
@@ -83,7 +85,7 @@ class Lag:
 
 
 def _loop_time(when: float) -> float:
-    """A time of `time.monotonic` by the clock of the running loop."""
+    """Convert a time of `time.monotonic` to the clock of the running loop."""
     return asyncio.get_running_loop().time() + when - time.monotonic()
 
 
@@ -91,7 +93,7 @@ def _loop_time(when: float) -> float:
 
 
 class Endpoint:
-    """A route whose requests are predictions by the model that each names."""
+    """A route that answers prediction requests; each request selects a model by name."""
 
     def __init__(
         self,
@@ -99,7 +101,7 @@ class Endpoint:
         kind: type[Call],
         name_of: Callable[[dict[str, Any]], str | None],
     ) -> None:
-        """`name_of` finds the model's name in a scope; None stands for the first model."""
+        """`name_of` returns the model's name from an ASGI scope, or None for the first model."""
         self._service, self._kind, self._name_of = service, kind, name_of
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -154,7 +156,7 @@ class Reply(NamedTuple):
 
 
 class Call(ABC):
-    """A request for a prediction."""
+    """One prediction request."""
 
     def __init__(
         self,
@@ -164,7 +166,7 @@ class Call(ABC):
         reader: BodyReader,
         began: float,
     ) -> None:
-        """`began` is a time of `time.monotonic`."""
+        """`began` is when the request arrived, by `time.monotonic`."""
         self._model = model
         self._service = model.service
         self._scope = scope
@@ -217,7 +219,7 @@ class Call(ABC):
             raise HTTPError(422, "bad_parameter", str(error)) from None
 
     async def _read(self, deadline_ms: float) -> bytes:
-        """The body, if the queue has room."""
+        """Read the body, if the queue has room."""
         deadline = self._deadline(deadline_ms)
         try:
             self._model.batcher.check_room(deadline)
@@ -235,7 +237,7 @@ class Call(ABC):
         setting: Setting,
         start: Callable[[WorkItem], object],
     ) -> WorkItem:
-        """Queue rows, `start` handing them in, and wait for their answers."""
+        """Reserve room for rows, let `start` deliver them, and wait for their answers."""
         batcher, deadline = self._model.batcher, self._deadline(parameters.deadline_ms)
         top_k = min(parameters.top_k, self._model.engine.spec.num_classes)
         try:
@@ -245,7 +247,7 @@ class Call(ABC):
                 async with asyncio.timeout_at(_loop_time(deadline)):
                     await _wait(item, self._receive)
             finally:
-                batcher.cancel(item)  # of no effect once it has its answers
+                batcher.cancel(item)  # has no effect once it is answered
         except (QueueFullError, StoppingError) as error:
             raise self._unavailable(error) from None
         except (DeadlineError, TimeoutError):
@@ -255,7 +257,7 @@ class Call(ABC):
         return item
 
     def _deadline(self, deadline_ms: float) -> float:
-        """The deadline, unless it passed while the request waited for the event loop."""
+        """The deadline; raises `HTTPError` if it has already passed."""
         deadline = self._began + deadline_ms / 1000
         if time.monotonic() > deadline:
             raise _late(deadline_ms)
@@ -264,7 +266,7 @@ class Call(ABC):
     # -- in a decoder's thread ----------------------------------------------------------------
 
     def _decode(self, item: WorkItem, content: bytes, row: int) -> None:
-        """Decode an image, here or in a process, and hand in its pixels."""
+        """Decode an image in this thread or a process, and pass its pixels to the batcher."""
         batcher, decoder = self._model.batcher, self._model.decoder
         try:
             if item.done:
@@ -287,7 +289,7 @@ class Call(ABC):
             self._hand_in(item, row, error)
 
     def _hand_in(self, item: WorkItem, row: int, result: np.ndarray | Exception) -> None:
-        """Hand in a large image's pixels, or an image's error."""
+        """Pass a large image's pixels, or any image's error, to the batcher."""
         if isinstance(result, np.ndarray):
             self._model.batcher.put(item, row, result, postponed=True)
             return
@@ -298,18 +300,18 @@ class Call(ABC):
 
 
 def no_such_model(service: Service, name: str) -> HTTPError:
-    """The error of a name that no model has."""
+    """The error for a name that no model has."""
     known = ", ".join(service.models) or "none"
     return HTTPError(404, "not_found", f"model {name!r:.60}: there is {known}")
 
 
 def stopping(message: str) -> HTTPError:
-    """The error of a request that comes too late."""
+    """The error for a request that arrives while the server or its model is stopping."""
     return HTTPError(503, "stopping", message, retry_after_s=RETRY_STOPPING_S)
 
 
 def bad_parameter(message: str) -> HTTPError:
-    """The error of a parameter that is unknown, repeated or wrong."""
+    """The error for a parameter that is unknown, repeated or invalid."""
     return HTTPError(422, "bad_parameter", message)
 
 
@@ -318,7 +320,7 @@ def _late(deadline_ms: float) -> HTTPError:
 
 
 async def _wait(item: WorkItem, receive: Receive) -> None:
-    """Wait until an item has its answers; raises its error, or `ClientDisconnect`."""
+    """Wait until an item is answered; raises the item's error, or `ClientDisconnect`."""
     answered = asyncio.wrap_future(item.future)
     gone: asyncio.Future[Any] | None = None
     try:
@@ -337,7 +339,7 @@ async def _wait(item: WorkItem, receive: Receive) -> None:
 
 
 def log_access(path: str, status: int, began: float, images: int = 0) -> None:
-    """Write a line of JSON to standard error."""
+    """Write an access log line (JSON) to standard error."""
     line = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "method": "POST",

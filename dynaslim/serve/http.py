@@ -1,4 +1,4 @@
-"""HTTP errors, and the bodies of requests: read up to a limit, then parsed."""
+"""HTTP errors, and request bodies, which are read up to a limit and then parsed."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 MULTIPART: Final = b"multipart/form-data"
 _COMMAS: Final = 10_000
-"""In a JSON body, besides those of its images: more values could fill the memory."""
+"""Most commas in a JSON body beyond two per image: more values could fill the memory."""
 _DISCARD_S: Final = 1.0
-"""How long the rest of a refused body is read before the answer."""
+"""Longest time that the rest of a refused body is read before the answer."""
 _LINGER_S: Final = 2.0
-"""How long it is read after the answer."""
+"""Longest time that the rest of a refused body is read after the answer."""
 _LINGER_BODIES: Final = 8
-"""How much of it, as a multiple of the largest body."""
+"""Most bytes read after the answer, as a multiple of the largest accepted body."""
 _HOW: Final = (
     f"send multipart/form-data with files in the field {FIELD}, or application/json "
     '{"images": [{"data": BASE64}]}'
@@ -48,7 +48,7 @@ _encode: Final = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
 
 
 class HTTPError(Exception):
-    """A request that is answered with an error."""
+    """The request is answered with this error."""
 
     def __init__(
         self,
@@ -60,7 +60,7 @@ class HTTPError(Exception):
         retry_after_s: float | None = None,
         headers: Headers = (),
     ) -> None:
-        """`image` is the number of the image at fault, from 0."""
+        """`image` is the index of the image that caused the error, from 0."""
         super().__init__(message)
         self.status = status
         self.code = code
@@ -74,7 +74,7 @@ class HTTPError(Exception):
 
 
 def error_body(error: HTTPError, path: str) -> ErrorBody | ProtocolError:
-    """The body of an error for a path; the Open Inference Protocol has the message alone."""
+    """The body of an error on a path; the Open Inference Protocol's has only the message."""
     if path != "/v2" and not path.startswith("/v2/"):
         return error.body
     image = error.body["error"].get("image")
@@ -82,13 +82,13 @@ def error_body(error: HTTPError, path: str) -> ErrorBody | ProtocolError:
 
 
 def path_of(scope: Mapping[str, Any]) -> str:
-    """The path of a request within the application, which may be mounted below another path."""
+    """A request's path within the application, which may be mounted below another path."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
 
 def bearer_is(headers: Headers, *tokens: str | None) -> bool:
-    """Whether a request has one of the tokens; takes as long whatever it has instead."""
+    """Whether a request has one of the tokens; the comparison's time does not reveal them."""
     scheme, _, rest = dict(headers).get(b"authorization", b"").partition(b" ")
     given = scheme.capitalize() + b" " + rest.strip()
     expected = [f"Bearer {token}".encode() for token in tokens if token is not None]
@@ -96,13 +96,13 @@ def bearer_is(headers: Headers, *tokens: str | None) -> bool:
 
 
 def unauthorised(message: str) -> HTTPError:
-    """The error of a missing or wrong token."""
+    """The error for a missing or wrong token."""
     bearer = [(b"www-authenticate", b"Bearer")]
     return HTTPError(401, "unauthorised", message, headers=bearer)
 
 
 def internal_error(error: BaseException) -> HTTPError:
-    """The answer to an error of the server; only messages of our own errors are shown."""
+    """The answer to an internal error; shows the message only of errors of this package."""
     known = isinstance(error, DynaslimError)
     return HTTPError(500, "failed", str(error) if known else "an error of the server; see its log")
 
@@ -110,14 +110,14 @@ def internal_error(error: BaseException) -> HTTPError:
 async def send_bytes(
     send: Send, status: int, body: bytes, headers: Headers, *, more: bool = False
 ) -> None:
-    """Send a whole body; with `more`, the caller ends the response."""
+    """Send a response with its whole body; with `more`, the caller must end the response."""
     length = (b"content-length", str(len(body)).encode())
     await send({"type": "http.response.start", "status": status, "headers": [*headers, length]})
     await send({"type": "http.response.body", "body": body, "more_body": more})
 
 
 def encode_json(value: Any) -> bytes:
-    """A JSON body."""
+    """Encode a value as a JSON body."""
     return _encode(value).encode()
 
 
@@ -125,7 +125,7 @@ def encode_json(value: Any) -> bytes:
 
 
 class BodyReader:
-    """Reads one body; `release` returns its bytes to the buffers."""
+    """Reads the body of one request; `release` stops counting its bytes in the buffers."""
 
     def __init__(self, scope: dict[str, Any], limit: int, buffers: Buffers) -> None:
         self._path = path_of(scope)
@@ -138,14 +138,14 @@ class BodyReader:
         self.type = headers.get(b"content-type", b"")
         self.encoding = headers.get(b"content-encoding", b"")
         self.json_length = headers.get(b"inference-header-content-length")
-        """Bytes of JSON before binary tensors."""
+        """Length in bytes of the JSON before binary tensors, as the header states it."""
         length = headers.get(b"content-length", b"")
         self._length = int(length) if length.isdigit() else None
         self._expects_continue = b"expect" in headers
 
     async def read(self, receive: Receive) -> bytes:
-        """The body; raises `HTTPError` if it is too large, or all bodies in memory are, and
-        `ClientDisconnect` if it ends early.
+        """Read the whole body. Raises `HTTPError` if it is too large, or if all bodies in memory
+        together are, and `ClientDisconnect` if it ends early.
         """
         if self._length is not None and self._length > self._limit:
             raise self._too_large()
@@ -180,11 +180,12 @@ class BodyReader:
     async def refuse(
         self, error: HTTPError, receive: Receive, send: Send, *, close: bool = False
     ) -> None:
-        """Send an error so that a client which is still sending the body receives it.
+        """Send an error in such a way that a client that is still sending its body receives it.
 
-        The rest of the body is read for a moment, without keeping it: if the connection were closed
-        before, it would be reset, and the error could be lost. A short rest is read before the
-        error, and the connection kept; a long one is read after it. Raises `ClientDisconnect`.
+        The rest of the body is read for a moment and discarded: if the connection were closed
+        earlier, it would be reset, and the error could be lost. A short rest is read before the
+        error is sent, and the connection is kept open; a long one is read afterwards. Raises
+        `ClientDisconnect`.
         """
         self.release()
         if error.status != 408 and (self._length is None or self._length <= 2 * self._limit):
@@ -200,7 +201,7 @@ class BodyReader:
             await send({"type": "http.response.body"})
 
     async def _discard(self, receive: Receive, most: int, seconds: float) -> None:
-        if self._expects_continue:  # the client has not sent the body, and will not
+        if self._expects_continue:  # the client has not sent the body, and never will
             return
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
@@ -215,7 +216,7 @@ class BodyReader:
 
 
 def form_boundary(content_type: bytes) -> bytes:
-    """The boundary of a multipart body; empty for JSON, an `HTTPError` for any other type."""
+    """The boundary of a multipart body, or b"" for JSON; raises `HTTPError` for other types."""
     from python_multipart.multipart import parse_options_header
 
     kind, options = parse_options_header(content_type)
@@ -231,7 +232,7 @@ def form_boundary(content_type: bytes) -> bytes:
 
 
 def parse_body(body: bytes, boundary: bytes, max_images: int) -> list[Upload]:
-    """The images of a body; raises `HTTPError` if it cannot be read, or has anything else."""
+    """The images of a body; raises `HTTPError` if it is malformed or has other content."""
     uploads = _parse_form(body, boundary, max_images) if boundary else _parse_json(body, max_images)
     if not uploads:
         raise HTTPError(422, "no_images", f"no images: {_HOW}")
@@ -307,12 +308,12 @@ def _json_image(image: Any, number: int) -> Upload:
     if not isinstance(data, str) or not isinstance(name, str | None):
         message = "data and name of an image must be strings"
         raise HTTPError(422, "bad_body", message, image=number)
-    # base64 in lines is common; any other character outside of its alphabet is an error
+    # base64 broken into lines is common; other characters outside its alphabet are errors
     return Upload(name=name, data=decode_base64("".join(data.split()), number))
 
 
 def decode_base64(text: str, number: int) -> bytes:
-    """The file of an image in JSON; raises `HTTPError` if it is not base64."""
+    """Decode an image file in JSON; raises `HTTPError` if it is not base64."""
     try:
         return base64.b64decode(text, validate=True)
     except ValueError as error:

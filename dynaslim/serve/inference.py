@@ -1,4 +1,4 @@
-"""POST /v2/models/NAME/infer: the Open Inference Protocol, with Triton's binary tensors.
+"""POST /v2/models/NAME/infer: the Open Inference Protocol with Triton's binary tensors.
 
 Suffixes: B images, C channels, G gates, K likeliest classes, N classes, S side in pixels.
 """
@@ -40,22 +40,22 @@ from dynaslim.serve.schemas import (
 from dynaslim.serve.service import ServedModel
 
 VERSION: Final = "1"
-"""Of every model."""
+"""The only version of every model."""
 EXTENSIONS: Final = ["binary_tensor_data", "classification", "parameters", "model_repository"]
 DATATYPES: Final = {"image": "BYTES", "pixels": "UINT8", "x": "FP32"}
 _DTYPES: Final = {"UINT8": np.uint8, "FP32": np.float32}
 _NUMPY: Final = {"FP32": "<f4", "INT64": "<i8", "FP64": "<f8", "BOOL": "?", "BYTES": "O"}
 _AT_ONCE: Final = 1 << 18
-"""Bytes up to which a body is parsed without a thread; longer ones would stop the event loop."""
+"""A longer body (in bytes) is parsed in a thread, because it would block the event loop."""
 _NUMBERS: Final = 1_000_000
-"""Largest number of values in JSON; each takes up to 32 bytes of memory while it is read."""
+"""Most values in JSON; each takes up to 32 bytes of memory while it is parsed."""
 _RANGE: Final = 10.0
-"""Largest value of a normalised tensor, relative to the largest that a pixel can have."""
+"""Largest absolute value of a normalised tensor, as a multiple of the largest pixel's."""
 Rows = Sequence[bytes] | np.ndarray
 
 
 def describe(model: ServedModel) -> ModelMetadata:
-    """The model for clients; a request gives one of the inputs."""
+    """The model's metadata for clients; a request must have exactly one of the inputs."""
     spec, side = model.engine.spec, model.info.side
     image = [-1, spec.in_channels, side, side]
     shapes = {"logits": [-1, spec.num_classes], "choices": [-1, len(spec.gates)]}
@@ -126,7 +126,7 @@ class InferCall(Call):
                 f"Inference-Header-Content-Length {json_length.decode('latin-1'):.40}: must be a "
                 f"number of bytes, at most the body's {len(body)}"
             )
-        if not length and json_length is not None:  # a body that is an image and nothing else
+        if not length and json_length is not None:  # the body is one image
             return limited(inputs=[_ONE_IMAGE]), [body]
         head = body[:length]
         if head.count(b",") > _NUMBERS:
@@ -153,13 +153,13 @@ class InferCall(Call):
         return request, self._rows(tensor, memoryview(body)[length:])
 
     def _rows(self, tensor: InferInput, binary: memoryview) -> Rows:
-        """The images of an input: files, uint8 or float32 (B, C, S, S)."""
+        """The images of an input: a list of files, or uint8 or float32 (B, C, S, S)."""
         pre, most = self._model.batcher.preprocessing, self._service.options.max_images
         shape, kind = tensor.shape, DATATYPES[tensor.name]
         if tensor.datatype != kind:
             raise _bad(tensor, f"datatype {tensor.datatype}: must be {kind}")
         image = [pre.channels, pre.image_size_px, pre.image_size_px]
-        # of images, Triton's clients often send a column
+        # Triton's clients often send files with shape [n, 1]
         if shape[1:] not in ([[], [1]] if kind == "BYTES" else [image]):
             wanted = [-1] if kind == "BYTES" else [-1, *image]
             raise _bad(tensor, f"shape {shape}: must be {wanted}, -1 for the number of images")
@@ -219,7 +219,7 @@ class InferCall(Call):
     def _output(
         self, output: InferOutput, answers: Sequence[Answer], as_binary: bool
     ) -> tuple[OutputTensor, list[bytes]]:
-        """An output, and its binary content, if any."""
+        """An output tensor and a list with its binary content, if any."""
         name, count = output.name, output.parameters.classification
         values: Any
         if count is not None:
@@ -267,7 +267,7 @@ def _check_type(reader: BodyReader) -> None:
         shown = reader.encoding.decode("latin-1")
         raise HTTPError(415, "content_type", f"content encoding {shown:.40}: send it uncompressed")
     kind = reader.type.partition(b";")[0].strip().lower()
-    # Triton's client names no type
+    # Triton's client sends no content type
     if kind not in (b"", b"application/json", b"application/octet-stream"):
         raise HTTPError(
             415,
@@ -278,7 +278,7 @@ def _check_type(reader: BodyReader) -> None:
 
 
 def invalid_body(error: ValidationError) -> HTTPError:
-    """The first error of a request, in one line."""
+    """The first validation error of a request, as one line."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return _unreadable(f"not JSON: {first['ctx']['error']}")
@@ -298,7 +298,7 @@ def _bad(tensor: InferInput, message: str) -> HTTPError:
 
 
 def _files(tensor: InferInput, binary: memoryview) -> list[bytes]:
-    """The elements of a tensor of BYTES, in JSON in base64, else each behind its length."""
+    """The elements of a BYTES tensor: base64 in JSON, or binary, each preceded by its length."""
     count = tensor.shape[0]
     files = list(_split(tensor, binary)) if tensor.data is None else _decoded(tensor, tensor.data)
     if len(files) != count:
@@ -329,13 +329,13 @@ def _decoded(tensor: InferInput, data: list[Any]) -> list[bytes]:
 
 
 def _prefixed(text: str) -> bytes:
-    """An element of a binary tensor of BYTES."""
+    """An element of a binary BYTES tensor: its length, then its content."""
     content = text.encode("utf-8", "replace")
     return struct.pack("<I", len(content)) + content
 
 
 def _numbers(tensor: InferInput, binary: memoryview) -> np.ndarray:
-    """A tensor of numbers in its shape."""
+    """The numbers of a tensor as an array of its shape."""
     shape, dtype = tensor.shape, _DTYPES[tensor.datatype]
     if tensor.data is None:
         size = math.prod(shape) * np.dtype(dtype).itemsize

@@ -1,4 +1,4 @@
-"""A model's routes, their costs and measured times, and its limits."""
+"""A model's routes with their costs and measured times, and its description for clients."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
     from dynaslim.serve.schemas import BudgetRange, Model, SampleLink, Stage, TimedRoute
 
 MOST_ROUTES: Final = 64
-"""Up to this number, all routes are listed, and timed one by one."""
+"""Up to this number, all routes are listed and timed one by one."""
 MEASURE_S: Final = 1.0
 MEASURE_ROUNDS: Final = 25
 MEASURE_TRIES: Final = 3
 _STEADY: Final = 0.9
-"""Times are not steady where a costlier route takes less than this part of a cheaper one's time."""
+"""Times are unsteady if a costlier route takes less than this part of a cheaper route's time."""
 _SPREAD: Final = 2.0
-"""Nor where the quartiles of a route's times differ by more than this factor."""
+"""Times are also unsteady if the quartiles of a route's times differ by more than this factor."""
 _PROFILE_ROUNDS: Final = 3
 
 
 @dataclass
 class RouteInfo:
-    """A route of the gates, with the fields of `schemas.TimedRoute`."""
+    """A route that the gates can take; the fields are those of `schemas.TimedRoute`."""
 
     route: str
     widths: list[int]
@@ -48,11 +48,11 @@ class RouteInfo:
     """The width index behind each gate."""
     madds: float
     ms: float | None = None
-    """Time of a single image, measured at the start; None if times were not steady."""
+    """Time of a single image in ms, measured at the start; None if times were not steady."""
 
 
 class ModelInfo:
-    """The routes of a model by their choices, looked up on demand."""
+    """A model's routes with costs and times, looked up by the gates' choices when needed."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
@@ -69,7 +69,7 @@ class ModelInfo:
         self.widest = self.route(tuple(gate.choices[-1] for gate in self.spec.gates))
 
     def route(self, choices: tuple[int, ...]) -> RouteInfo:
-        """The route with these width indices."""
+        """The route with these width indices behind the gates."""
         known = self._routes.get(choices)
         if known is None:
             path, route = self.spec.path_at(choices), self.spec.route_at(choices)
@@ -83,11 +83,12 @@ class ModelInfo:
     def ms_of(
         self, route: RouteInfo, madds: float, escalated: bool, *, mirrored: bool = False
     ) -> float | None:
-        """Time of a single image that ended on a route, in ms; with all runs if it escalated.
+        """Time in ms of a single image whose answer is from this route, including all its runs.
 
-        The earlier routes of an `escalated` image are the one or two whose cost fits its `madds`
-        best. The trunk is counted once, since its features are kept. For a `mirrored` image the
-        last route counts twice, with the trunk, and there may be no earlier routes.
+        The earlier routes of an `escalated` image are estimated: the one or two routes whose cost
+        fits its `madds` best. The trunk is counted once, since its features are kept. For a
+        `mirrored` image the last route counts twice, trunk included, and there may be no earlier
+        routes. None if times were not steady.
         """
         if mirrored and route.ms is not None:
             first = self.ms_of(route, madds - route.madds, madds > 2 * route.madds + 0.5)
@@ -112,7 +113,7 @@ class ModelInfo:
 
     @cached_property
     def listed(self) -> list[RouteInfo]:
-        """The routes, the cheapest first; of many, those with the same choice behind all gates."""
+        """The routes, cheapest first; if there are too many, those with one choice at all gates."""
         gates = self.spec.gates
         if self._many_routes:
             shared = set(gates[0].choices).intersection(*(gate.choices for gate in gates))
@@ -123,9 +124,10 @@ class ModelInfo:
         return sorted(map(self.route, space), key=lambda route: route.madds)
 
     def measure(self) -> None:
-        """Time a single image along every route, and the trunk, for about a second.
+        """Time a single image along every route, and through the trunk, for about a second.
 
-        Repeated up to `MEASURE_TRIES` times until the times are steady; else there are none.
+        This is tried up to `MEASURE_TRIES` times until the times are steady; otherwise the routes
+        have no times.
         """
         for _ in range(MEASURE_TRIES):
             self.steady = self._measure_segments() if self._many_routes else self._measure_routes()
@@ -136,7 +138,7 @@ class ModelInfo:
             route.ms = None
 
     def _measure_segments(self) -> bool:
-        """Time each segment; returns whether the sums are steady."""
+        """Time each segment; returns whether the sums along routes are steady."""
         by_variant = profile(self._engine.router, self.side, 1, rounds=_PROFILE_ROUNDS)
         self._ms_table = by_variant.table
         self._trunk_ms = self._ms_table.segments[0][0][0]
@@ -171,14 +173,14 @@ class ModelInfo:
         return narrow and self._rise()
 
     def _rise(self) -> bool:
-        """Whether times rise with the cost of the routes, nearly."""
+        """Whether times rise with the routes' costs, within the tolerance `_STEADY`."""
         ms = [route.ms for route in self.listed if route.ms is not None]
         return all(b >= _STEADY * a for a, b in itertools.pairwise(ms))
 
     def describe(
         self, name: str, backend: str | None, options: ServeOptions, samples: list[SampleLink]
     ) -> Model:
-        """The model for `/v1/models`."""
+        """The model's entry in `/v1/models`."""
         spec, names = self.spec, self._engine.class_names
         return {
             "name": name,
@@ -209,7 +211,7 @@ class ModelInfo:
         low, dearest = (float(share_text(curve.points[end])) for end in (0, -1))
         return {
             "low": low,
-            "high": max(1.0, dearest),  # above 1 only where unsure images are worth a second run
+            "high": max(1.0, dearest),  # above 1 only if a second run of unsure images pays off
             "unit": "share",
             "points": [
                 {
@@ -229,8 +231,8 @@ def _always(path: Sequence[int]) -> Decide:
 
 
 def _stages(spec: AnySpec) -> Iterator[Stage]:
-    """Stages as the page draws them; of a converted network its segments, widths in percent; of a
-    cascade one, whose widths are the numbers of its rungs.
+    """The stages that the page draws. For a converted network, these are its segments, with widths
+    in percent; for a cascade, a single stage whose widths are the numbers of its rungs.
     """
 
     def stage(name: str, widths: Iterable[int], *, gated: bool, blocks: int = 1) -> Stage:

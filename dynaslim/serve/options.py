@@ -1,4 +1,4 @@
-"""The options of a server."""
+"""Options of the server and of its process."""
 
 from __future__ import annotations
 
@@ -19,51 +19,52 @@ class ServeOptions:
     """Limits and behaviour of a server."""
 
     max_batch: int = 32
-    """Most images that run at once."""
+    """Most images in a batch."""
     max_batch_ms: float = 100.0
-    """Longest that a batch should take, by the recent speed; four images are always allowed."""
+    """Milliseconds that a batch should take at most, at the recent speed; four images are always
+    allowed."""
     max_wait_ms: float = 3.0
-    """How long an image waits for others that are being decoded."""
+    """Most milliseconds that a batch waits for images that are being decoded."""
     queue: int = 256
-    """Images that may wait for a model, including those being decoded; requests beyond are refused
-    (429)."""
+    """Most images that may wait for a model, including those being decoded; further requests are
+    refused (429)."""
     deadline_ms: float = 2000.0
-    """Default and longest time that a request has; later it is answered 504."""
+    """Default and longest deadline of a request in milliseconds; a late one is answered 504."""
     max_body_mb: float = 20.0
     """Largest body of a request, in millions of bytes."""
     max_buffer_mb: float = 256.0
-    """Bodies of all requests in memory together, in millions of bytes."""
+    """Most memory for the bodies of all requests together, in millions of bytes."""
     max_pixels: int = 50_000_000
-    """Width times height of the largest image. All images that are being decoded share seven bytes
-    of memory for each of these pixels."""
+    """Largest width times height of an image. All images being decoded share seven bytes of memory
+    for each of these pixels."""
     max_images: int = 32
-    """Most images of a request."""
+    """Most images in a request."""
     decoders: int | None = None
     """Threads that decode images, and processes for large ones, of which there are at most four.
     Default: the number of cores."""
     budget: str | None = None
-    """Budget of requests that name none, such as 0.6 or 4.5ms. Default: as trained."""
+    """Budget of requests that specify none, such as 0.6 or 4.5ms. Default: as trained."""
     hold: bool = False
-    """Keep the mean cost of all images with a budget below it, whatever the images are."""
+    """Keep the mean cost of all images with a budget below that budget, for any images."""
     adaptive_budget: str | None = None
-    """LOW or LOW:HIGH, such as 0.3:0.8, shares of the widest route's cost: the budget at high load,
-    and at none."""
+    """LOW or LOW:HIGH, such as 0.3:0.8: the budgets at high load and without load, as shares of the
+    widest route's cost."""
     adaptive_wait_ms: float = 100.0
-    """Time in the queue that an adaptive budget keeps below."""
+    """Milliseconds in the queue that an adaptive budget tries to stay below."""
     token: str | None = field(default=None, repr=False)
-    """What clients must send as a bearer token; better by DYNASLIM_TOKEN."""
+    """Bearer token that clients must send; it is safer to set DYNASLIM_TOKEN."""
     model_folder: Path | None = None
     """Folder of models that may be loaded while the server runs; needs an admin token."""
     admin_token: str | None = field(default=None, repr=False)
-    """Bearer token that loads and unloads models; better by DYNASLIM_ADMIN_TOKEN. Default: nobody
-    can."""
+    """Bearer token for loading and unloading models; it is safer to set DYNASLIM_ADMIN_TOKEN.
+    Default: models cannot be changed."""
     samples: Path | None = None
-    """Folder of images that the page offers to try."""
+    """Folder of sample images that the page offers."""
     name: str | None = None
-    """What a single model is called in answers. Default: as its network is, or as a model that
-    ships is."""
+    """Name of a single model in answers. Default: the name of its network, or of the model that
+    ships."""
     access_log: bool = False
-    """Write a line of JSON to standard error for every prediction and change of models."""
+    """Write a line of JSON to standard error for every prediction and every change of models."""
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "queue", "max_pixels", "max_images", "decoders"):
@@ -113,7 +114,7 @@ class ServeOptions:
             self.model_folder is None or self.model_folder.is_dir(),
             f"--model-folder {self.model_folder}: no such folder",
         )
-        from dynaslim.runtime.budget import parse_budget  # NumPy, which a parser is made without
+        from dynaslim.runtime.budget import parse_budget  # needs NumPy, which help must not import
 
         if self.budget is not None:
             parse_budget(self.budget)
@@ -126,7 +127,7 @@ class ServeOptions:
         return round(self.max_body_mb * MEGABYTE)
 
     def adaptive_range(self) -> tuple[float, float]:
-        """Lowest and highest share of `adaptive_budget`.
+        """The lowest and the highest share of `adaptive_budget`.
 
         Raises:
             UsageError: if it is not LOW or LOW:HIGH, or does not fit `budget`.
@@ -156,20 +157,20 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Where a server listens, what runs its models, and how it stops."""
+    """Where the server listens, how it runs its models, and how it stops."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 for all: set a token then."""
+    """Address to listen on; 0.0.0.0 for all addresses (set a token then)."""
     port: int = 8000
-    """Port to listen at; 0 takes a free one."""
+    """Port to listen on; 0 picks a free one."""
     backend: str = "auto"
-    """What runs the networks; auto takes the fastest that is installed."""
+    """Backend that runs the networks; auto picks the fastest installed one."""
     workers: int | None = None
-    """Cores that a batch runs on. Default: all."""
+    """Number of cores that a batch runs on. Default: all."""
     drain_s: float = 30.0
-    """Seconds that accepted requests have to finish in after the server gets a stop signal."""
+    """Seconds that accepted requests may take to finish after a stop signal."""
     no_cache: bool = False
-    """Keep no compiled programs on disk, and read none."""
+    """Do not use the on-disk cache of compiled programs."""
 
     def __post_init__(self) -> None:
         check(self.drain_s >= 0, f"--drain-s {self.drain_s:g}: must be at least 0")

@@ -1,4 +1,4 @@
-"""The web page: its files, the sample images that it offers, and its page on the interface."""
+"""The web page: its files, its sample images, and the page that documents the HTTP interface."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TYPES: Final = {
     ".css": "text/css; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-"""Files with other extensions are not served."""
+"""Media types by file extension; files with other extensions are not served."""
 PAGE_HEADERS: Final = {
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; font-src 'self'; "
@@ -42,11 +42,11 @@ _SHIPPED: Final = "dynaslim.data.fashion_mnist_mini"
 
 
 class File(Response):
-    """Constant content, as an ASGI endpoint for GET and HEAD: 304 if the client has it."""
+    """An ASGI endpoint for GET and HEAD with fixed content; answers 304 if the client has it."""
 
     def __init__(self, content: bytes, media_type: str, *, max_age_s: int = 0) -> None:
         self._etag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-        # a new version keeps the name, so clients have to revalidate by the ETag
+        # a new version keeps the URL, so clients must revalidate by the ETag
         cache = f"max-age={max_age_s}" if max_age_s else "no-cache"
         headers = {"cache-control": cache, "etag": self._etag, **PAGE_HEADERS}
         super().__init__(content, headers=headers, media_type=media_type)
@@ -62,7 +62,7 @@ class File(Response):
 
 
 def web_files() -> dict[str, File]:
-    """The files of the page by their names."""
+    """The files of the web page by name."""
     files = {}
     for entry in (resources.files("dynaslim.serve") / "web").iterdir():
         media_type = TYPES.get(Path(entry.name).suffix)
@@ -75,7 +75,7 @@ def web_files() -> dict[str, File]:
 
 
 class Sample(NamedTuple):
-    """A sample image."""
+    """A sample image that the page offers."""
 
     name: str
     content: bytes
@@ -85,7 +85,7 @@ class Sample(NamedTuple):
 def find_samples(
     folder: Path | None, model: Path | None, class_names: Sequence[str] | None
 ) -> list[Sample]:
-    """The images of a folder, else of the model's folder `samples`, else shipped ones that fit.
+    """The images of `folder`, else of the model's folder `samples`, else suitable shipped ones.
 
     Raises:
         UsageError: if `folder` does not exist, or has no images.
@@ -139,7 +139,7 @@ def _shipped_samples(class_names: Sequence[str] | None) -> list[Sample]:
 
 
 def interface_page(document: Mapping[str, Any]) -> File:
-    """An OpenAPI document as one HTML page that loads nothing from elsewhere."""
+    """Render an OpenAPI document as a single HTML page without external resources."""
     title = escape(document["info"]["title"])
     operations = "\n".join(
         _operation(f"{method.upper()} {path}", operation)

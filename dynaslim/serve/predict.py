@@ -1,4 +1,4 @@
-"""POST /v1/predict: images in a form or in JSON, answers in JSON."""
+"""POST /v1/predict: images as a form or as JSON, answers as JSON."""
 
 from __future__ import annotations
 
@@ -114,17 +114,17 @@ class PredictCall(Call):
 
 @lru_cache(256)
 def model_named(query: bytes) -> str | None:
-    """The model that a URL's query names."""
+    """The model named in a URL's query, or None."""
     try:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=100)
-    except ValueError:  # the endpoint refuses it
+    except ValueError:  # the endpoint will refuse it
         return None
     return dict(pairs).get("model")
 
 
 @lru_cache(256)
 def parse_parameters(model: type[QueryParameters], query: bytes) -> QueryParameters:
-    """The parameters of a URL's query; raises `HTTPError` for one that is not as declared."""
+    """The parameters in a URL's query; raises `HTTPError` if one is unknown or invalid."""
     try:
         pairs = parse_qsl(query.decode("latin-1"), keep_blank_values=True, max_num_fields=100)
     except ValueError:
@@ -145,7 +145,7 @@ def parse_parameters(model: type[QueryParameters], query: bytes) -> QueryParamet
 
 
 def _content(upload: Upload) -> bytes:
-    """Take an upload's file, so that it is freed before the answer."""
+    """Remove and return an upload's file, so that its memory is freed before the answer."""
     content, upload.data = upload.data, b""
     return content
 

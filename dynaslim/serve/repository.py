@@ -1,6 +1,7 @@
 """The model repository extension of the Open Inference Protocol: index, load and unload.
 
-Names are those of a folder, and cannot leave it; whoever changes models has the admin token.
+Models are loaded by name from one folder, and names cannot refer to files outside of it. Loading
+and unloading require the admin token.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from dynaslim.serve.schemas import ChangeRequest, IndexEntry, IndexRequest
 from dynaslim.serve.service import Service
 
 NAME: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
-"""Of a model: no separator of folders, and not `..`."""
+"""Valid names of models; they contain no path separator and cannot be `..`."""
 _SUFFIX: Final = ".safetensors"
 _MOST_BODY: Final = 100_000
 _STATES: Final[dict[str, Any]] = {"ready": "READY", "failed": "UNAVAILABLE"}
@@ -38,10 +39,10 @@ B = TypeVar("B", bound=BaseModel)
 
 
 def find_in_folder(folder: Path | None, name: str) -> Path:
-    """The package or checkpoint: NAME, NAME.safetensors, or the one in NAME, such as a run's.
+    """The path of a model: NAME, NAME.safetensors, or the checkpoint in NAME, such as a run's.
 
     Raises:
-        UsageError: if the folder has no such model, or a link of it leads elsewhere.
+        UsageError: if the folder has no such model, or the model has a link that leaves the folder.
     """
     missing = f"model {name!r:.60}: is not in the model folder"
     if folder is None or NAME.fullmatch(name) is None:
@@ -71,7 +72,7 @@ def _names_in(folder: Path | None) -> set[str]:
 
 
 async def index(service: Service, request: Request) -> list[IndexEntry]:
-    """The models that are served; for who has the admin token those that can be loaded, too."""
+    """List the served models and, for holders of the admin token, those that can be loaded."""
     only_ready = (await _body(service, request, IndexRequest)).ready
     models = service.models
     found = [
@@ -92,7 +93,7 @@ async def index(service: Service, request: Request) -> list[IndexEntry]:
 
 
 async def change(service: Service, request: Request, make: Callable[[Service, str], None]) -> None:
-    """Change the models, for who has the admin token; `make` is `load` or `Service.unload`."""
+    """Load or unload a model with the admin token; `make` is `load` or `Service.unload`."""
     token = service.options.admin_token
     if token is None:
         raise HTTPError(403, "forbidden", "models cannot be changed: there is no admin token")
@@ -104,7 +105,7 @@ async def change(service: Service, request: Request, make: Callable[[Service, st
         await asyncio.to_thread(make, service, request.path_params["name"])
         if service.options.access_log:
             log_access(request.url.path, 200, began)
-        await asyncio.to_thread(gc.collect)  # a model is in cycles, and has much memory
+        await asyncio.to_thread(gc.collect)  # models are in reference cycles and use much memory
     except StoppingError as error:
         raise stopping(str(error)) from None
     except (UsageError, OSError) as error:
@@ -112,7 +113,7 @@ async def change(service: Service, request: Request, make: Callable[[Service, st
 
 
 def load(service: Service, name: str) -> None:
-    """Load a model of the folder, anew if it is served already."""
+    """Load a model from the folder; one that is already served is loaded again."""
     path = find_in_folder(service.options.model_folder, name)
     try:
         service.load(name, path)
@@ -128,7 +129,7 @@ def load(service: Service, name: str) -> None:
 
 
 async def _body(service: Service, request: Request, model: type[B]) -> B:
-    """The body of a request, which may be empty."""
+    """Read and validate a request's body, which may be empty."""
     options = service.options
     limit = min(_MOST_BODY, options.body_bytes)
     reader = BodyReader(dict(request.scope), limit, service.buffers)

@@ -1,8 +1,8 @@
 """The fields of the HTTP interface: parameters, bodies, answers and errors, each declared once.
 
-FastAPI builds the OpenAPI document from these types. Parameters and bodies are pydantic models,
-which validate. Answers are typed dicts: mypy checks the code that builds them, and at run time they
-cost nothing.
+FastAPI builds the OpenAPI document from these types. Parameters and bodies are pydantic models, so
+that they are validated. Answers are typed dicts: mypy checks the code that builds them, and they
+cost nothing at run time.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ _NUMBER: Final = r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?"
 
 
 def _text(pattern: str, expected: str) -> WrapValidator:
-    """Accept only text of a pattern, and give every error the same message."""
+    """A validator that accepts only text matching `pattern`; all errors have the same message."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
-            if re.fullmatch(pattern, str(value)):  # a number in JSON, else text
+            if re.fullmatch(pattern, str(value)):  # JSON may have a number instead of text
                 return handler(value)
         except ValidationError:
             pass
@@ -70,29 +70,30 @@ class PredictParameters(BaseModel):
         Field(ge=1),
         _text(r"[0-9]{1,1000}", "must be a whole number of at least 1"),
     ] = 5
-    """Number of likeliest classes to return; all of them where there are fewer."""
+    """Number of likeliest classes to return; all classes if there are fewer."""
     escalate: Annotated[
         Literal["auto", "never"] | Annotated[float, Field(ge=0, le=1)],
         _text(f"auto|never|{_NUMBER}", "give auto, never, or a margin from 0 to 1"),
     ] = "auto"
-    """Whether unsure images escalate to a wider route: `auto` as the budget has it, which may run
-    the mirror image too; `never`; or below this margin between the two likeliest classes."""
+    """Whether unsure images escalate to a wider route: `auto` as the budget prescribes, which may
+    also run the mirror image; `never`; or a number: if the margin between the two likeliest classes
+    is below it."""
     deadline_ms: _Milliseconds
-    """Milliseconds from the request's head after which an answer is of no use."""
+    """Milliseconds after the arrival of the request's head when an answer is no longer useful."""
 
 
 class QueryParameters(PredictParameters):
     """The query parameters of `/v1/predict`."""
 
     model: str | SkipJsonSchema[None] = None
-    """Name of the model. Default: the server's first."""
+    """Name of the model. Default: the server's first model."""
 
 
 P = TypeVar("P", bound=PredictParameters)
 
 
 def limited_parameters(parameters: type[P], max_deadline_ms: float) -> type[P]:
-    """Parameters of a server, whose own deadline is the default and the maximum."""
+    """`parameters` with the server's deadline as the default and maximum of `deadline_ms`."""
 
     def check(value: float) -> float:
         if value > max_deadline_ms:
@@ -111,14 +112,14 @@ def limited_parameters(parameters: type[P], max_deadline_ms: float) -> type[P]:
 
 @cache
 def query_parameters(max_deadline_ms: float) -> type[QueryParameters]:
-    """`QueryParameters` of a server."""
+    """`QueryParameters` for a server with this longest deadline."""
     return limited_parameters(QueryParameters, max_deadline_ms)
 
 
 # -- bodies ---------------------------------------------------------------------------------------
 
 FIELD: Final = "images"
-"""The only field of a body."""
+"""Name of the only field of a body."""
 
 
 class Upload(BaseModel):
@@ -127,7 +128,7 @@ class Upload(BaseModel):
     model_config = _CLOSED
 
     name: InstanceOf[str] | None = None
-    """Returned with the result; any string, also one that is not valid Unicode."""
+    """Any string, even invalid Unicode; it is returned with the result."""
     data: Annotated[
         bytes, WithJsonSchema({"type": "string", "format": "byte", "contentEncoding": "base64"})
     ]
@@ -135,7 +136,7 @@ class Upload(BaseModel):
 
 
 class JSONBody(BaseModel):
-    """A body of type application/json, without the limits of a server."""
+    """A body of type application/json, before a server's limits are applied."""
 
     model_config = _CLOSED
 
@@ -143,7 +144,7 @@ class JSONBody(BaseModel):
 
 
 def limited_bodies(max_images: int) -> tuple[type[BaseModel], type[BaseModel]]:
-    """The bodies of a server, as JSON and as a form, for the OpenAPI document."""
+    """The types of a server's JSON and form bodies, for the OpenAPI document."""
     count = Field(min_length=1, max_length=max_images)
 
     class Images(JSONBody):
@@ -166,7 +167,7 @@ _STRICT: Final = ConfigDict(extra="forbid", use_attribute_docstrings=True, stric
 
 
 class InferParameters(PredictParameters):
-    """The parameters of a request: those of a prediction, as JSON, and two of Triton's."""
+    """The parameters of a request: those of a prediction, and two that Triton defines."""
 
     model_config = _STRICT
 
@@ -179,23 +180,23 @@ class InferParameters(PredictParameters):
         | SkipJsonSchema[None]
     ) = Field(None, description=PredictParameters.model_fields["budget"].description)
     timeout: Annotated[int, Field(ge=0)] = 0
-    """Triton's name for the deadline, in microseconds; 0 for the server's."""
+    """The deadline in microseconds, as Triton names it; 0 uses the server's."""
     binary_data_output: bool = False
-    """Whether outputs are binary unless they say otherwise."""
+    """Whether outputs without `binary_data` are binary."""
 
 
 class InputParameters(BaseModel):
     model_config = _STRICT
 
     binary_data_size: Annotated[int, Field(ge=0)] | SkipJsonSchema[None] = None
-    """Bytes of the tensor behind the JSON, in the order of the inputs."""
+    """Number of bytes of the tensor, which follows the JSON."""
     content_type: Literal["base64"] = "base64"
-    """How images are written in JSON."""
+    """Encoding of images in JSON."""
 
 
 class InferInput(BaseModel):
-    """An input: `image` BYTES [n], encoded files; `pixels` UINT8 [n, c, s, s], as they are after
-    cropping and resizing; or `x` FP32 [n, c, s, s], normalised.
+    """An input: `image` BYTES [n], encoded image files; `pixels` UINT8 [n, c, s, s], cropped and
+    resized; or `x` FP32 [n, c, s, s], normalised as well.
     """
 
     model_config = _STRICT
@@ -205,7 +206,7 @@ class InferInput(BaseModel):
     shape: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=4)]
     parameters: InputParameters = InputParameters()
     data: list[Any] | SkipJsonSchema[None] = None
-    """Numbers in the order of their memory, nested or flat; images in base64."""
+    """Numbers in row-major order, nested or flat; or images in base64."""
 
 
 class OutputParameters(BaseModel):
@@ -214,7 +215,7 @@ class OutputParameters(BaseModel):
     binary_data: bool | SkipJsonSchema[None] = None
     """Whether the tensor follows the JSON in binary form."""
     classification: Annotated[int, Field(ge=1)] | SkipJsonSchema[None] = None
-    """Of `logits`: this many of the largest, as text LOGIT:INDEX:CLASS."""
+    """For `logits` only: return this many of the largest, as text LOGIT:INDEX:CLASS."""
 
 
 class InferOutput(BaseModel):
@@ -225,13 +226,13 @@ class InferOutput(BaseModel):
 
 
 class InferRequest(BaseModel):
-    """A request; without `outputs`, all are returned."""
+    """A request; without `outputs`, all outputs are returned."""
 
     model_config = _STRICT
 
     id: str | SkipJsonSchema[None] = None
     model_name: str | SkipJsonSchema[None] = None
-    """Not in the protocol, but KServe's client sends it; the path names the model."""
+    """Ignored, since the path names the model; not in the protocol, but sent by KServe's client."""
     parameters: InferParameters = Field(default_factory=dict, validate_default=True)
     inputs: Annotated[list[InferInput], Field(min_length=1, max_length=1)]
     outputs: Annotated[list[InferOutput], Field(max_length=16)] = []
@@ -239,7 +240,7 @@ class InferRequest(BaseModel):
 
 @cache
 def infer_request(max_deadline_ms: float) -> type[InferRequest]:
-    """`InferRequest` of a server, whose own deadline is the default and the maximum."""
+    """`InferRequest` with the server's deadline as the default and maximum of `deadline_ms`."""
     limited = limited_parameters(InferParameters, max_deadline_ms)
 
     class Limited(InferRequest):
@@ -259,12 +260,12 @@ class IndexRequest(BaseModel):
 
 
 class ChangeRequest(BaseModel):
-    """Of a load or unload: a model's configuration and files are those of the model folder."""
+    """A load or unload; a model's configuration and files always come from the model folder."""
 
     model_config = _STRICT
 
     parameters: dict[Literal["unload_dependents"], bool] = {}
-    """Of no effect: no model depends on another."""
+    """Has no effect, as no model depends on another."""
 
 
 # -- answers --------------------------------------------------------------------------------------
@@ -274,10 +275,10 @@ _Count = Annotated[int, Field(ge=0)]
 
 @with_config(_CLOSED)
 class _Answer(TypedDict):
-    """Makes the answers derived from it have no further fields."""
+    """Base class of answers; forbids fields that are not declared."""
 
 
-LikelyClass = TypedDict(  # by a call, as one field's name is a keyword
+LikelyClass = TypedDict(  # created by a call, since "class" is a keyword
     "LikelyClass",
     {"index": _Count, "class": str | None, "probability": Annotated[float, Field(ge=0, le=1)]},
 )
@@ -304,7 +305,7 @@ class Result(_Route):
 
 
 class Timing(_Answer):
-    """Milliseconds of a request."""
+    """Milliseconds that the stages of a request took."""
 
     decode: float
     queue: float
@@ -313,7 +314,7 @@ class Timing(_Answer):
 
 
 class Prediction(_Answer):
-    """The answer to a request, with the results in the order of its images."""
+    """The answer to a request; results are in the order of its images."""
 
     model: str
     budget: str | None
@@ -334,7 +335,7 @@ class Stage(_Answer):
 
 
 class TimedRoute(_Route):
-    """A route, and the time of one image along it; null where times were not steady."""
+    """A route and the time of one image along it; null if times were not steady."""
 
     ms: float | None
 
@@ -409,7 +410,7 @@ class ServerMetadata(_Answer):
 
 
 class ModelMetadata(_Answer):
-    """A model; a request has one of the inputs."""
+    """A model; a request must have one of the inputs."""
 
     name: str
     versions: list[str]
@@ -441,14 +442,14 @@ class IndexEntry(_Answer):
 
 
 class OutputTensor(TensorMetadata):
-    """An output; binary ones have `binary_data_size` among their parameters instead of data."""
+    """An output; a binary one has the parameter `binary_data_size` instead of data."""
 
     parameters: NotRequired[dict[str, int]]
     data: NotRequired[list[Any]]
 
 
 class InferResponse(_Answer):
-    """The answer; `parameters` has the budget asked for and the one used, if any."""
+    """The answer; `parameters` has the requested budget and the one used, if any."""
 
     model_name: str
     model_version: str
@@ -461,7 +462,7 @@ class InferResponse(_Answer):
 
 
 class ErrorDetail(_Answer):
-    """An error; `image` is the number of the image at fault, from 0."""
+    """An error; `image` is the index of the image that caused it, from 0."""
 
     code: str
     message: str
@@ -505,7 +506,7 @@ RETRY_AFTER: Final[dict[str, Any]] = {
 
 
 def error_responses(*statuses: int, body: type = ErrorBody) -> dict[int | str, dict[str, Any]]:
-    """Errors of a route, for its `responses`."""
+    """Error responses in the form of FastAPI's `responses` argument."""
     return {
         status: {
             "model": body,

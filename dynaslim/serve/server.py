@@ -1,4 +1,4 @@
-"""`dynaslim serve`: the application in uvicorn, from binding the port to a graceful stop."""
+"""`dynaslim serve`: runs the application in uvicorn, from binding the port to a graceful stop."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 LIBRARIES: Final = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 LINGER_S: Final = 0.3
-"""Shortest time that the port stays open when the server stops, and the time that its connections
-stay open after that: their clients get a 503 instead of a reset."""
+"""Least time that the port stays open when the server stops, and time that connections stay open
+after that, so that clients get a 503 instead of a connection reset."""
 _CLOSE_S: Final = 3
-"""Time for clients that do not read their answer."""
+"""Time that the server waits at the end for clients that do not read their answers."""
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _KEEP_ALIVE_S: Final = 75
 _TICK_S: Final = 0.02
@@ -47,12 +47,12 @@ def serve(
 ) -> int:
     """Serve until SIGTERM or SIGINT; returns the exit code.
 
-    After the signal, accepted requests are answered; the code is 0 if that took at most `drain_s`
-    seconds, else 1. A second signal ends the process at once with code 128 plus its number.
+    After the signal, accepted requests are answered; the exit code is 0 if this took at most
+    `drain_s` seconds, else 1. A second signal ends the process at once with 128 plus its number.
 
     Raises:
-        UsageError: for a host or port that does not exist, or a missing library; as `create_app`.
-        DynaslimError: if the port is in use, or the model does not start.
+        UsageError: for an invalid host or port, or a missing library; as `create_app`.
+        DynaslimError: if the port is in use, or a model does not start.
     """
     check_libraries()
     uvicorn = require("uvicorn")
@@ -107,14 +107,14 @@ def serve(
             )
         finally:
             for number, handler in handlers.items():
-                if handler is not None:  # None: not installed from Python
+                if handler is not None:  # None: was not set from Python
                     signal.signal(number, handler)
     finally:
         listener.close()
 
 
 def check_libraries() -> None:
-    """Raise `UsageError` if a library is missing; the message has the line that installs all."""
+    """Raise `UsageError` if libraries are missing; the message has the command to install them."""
     missing = [library for library in LIBRARIES if not installed(library)]
     if missing:
         raise UsageError(
@@ -125,10 +125,10 @@ def check_libraries() -> None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that is bound to an address, and does not listen yet.
+    """A socket that is bound to an address but does not listen yet.
 
     Raises:
-        UsageError: if the host or port does not exist.
+        UsageError: if the host is unknown or the port out of range.
         DynaslimError: if the port is in use or not permitted.
     """
     check(0 <= port <= 65535, f"--port {port}: must be from 0 to 65535")
@@ -159,17 +159,17 @@ def _is_loopback(listener: socket.socket) -> bool:
 
 
 def _quiet() -> None:
-    """Do not log what clients send: it is answered and counted."""
+    """Do not log invalid input of clients: it is answered with errors, which are counted."""
     for name in ("uvicorn.error", "python_multipart"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="PIL")
     libtiff = ctypes.CDLL(_imaging.__file__)
     for name in ("TIFFSetErrorHandler", "TIFFSetWarningHandler"):
-        if hasattr(libtiff, name):  # libtiff prints what Pillow raises anyway
+        if hasattr(libtiff, name):  # libtiff prints errors that Pillow raises anyway
             handler = getattr(libtiff, name)
             handler.argtypes, handler.restype = [ctypes.c_void_p], ctypes.c_void_p
             handler(None)
-    require("prometheus_client").disable_created_metrics()  # a second, unused series for each
+    require("prometheus_client").disable_created_metrics()  # unused extra series
 
 
 async def _run(
@@ -202,7 +202,7 @@ async def _run(
         stop.set()
     left = await _drain(service, drain_s)
     if left or compiling or service.change is not None:
-        # a call that hangs in a library cannot be interrupted
+        # a call that blocks in a library cannot be interrupted
         if left:
             sys.stderr.write(f"dynaslim: requests not answered in {drain_s:g} s: {left}\n")
         sys.stderr.flush()
@@ -222,7 +222,7 @@ async def _run(
 
 
 async def _drain(service: Service, drain_s: float) -> int:
-    """Answer the accepted requests, refuse new ones; returns the number without an answer."""
+    """Answer accepted requests and refuse new ones; returns how many remain unanswered."""
     service.stop()
     start = time.monotonic()
     while True:
@@ -233,7 +233,7 @@ async def _drain(service: Service, drain_s: float) -> int:
 
 
 async def _close_port(server: Any, listener: socket.socket) -> None:
-    """Accept the waiting connections, which closing the port would reset, then close it."""
+    """Accept the pending connections, which closing the port would reset, then close the port."""
     connections = []
     with suppress(OSError):
         while True:

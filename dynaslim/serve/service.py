@@ -1,4 +1,4 @@
-"""The models that are served: each with its batcher, state and metrics; HTTP is in `app`."""
+"""The served models, each with its batcher, state and metrics; HTTP is handled in `app`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from dynaslim.serve.options import MEGABYTE, ServeOptions
 State = Literal["new", "starting", "ready", "failed", "unloading"]
 MEASURED_ROWS: Final = 8
 RECENT: Final = 1000
-"""Images whose mean cost is compared with the curve."""
+"""Number of recent images whose mean cost is compared with the budget curve."""
 _SECONDS: Final = (
     0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0,
 )  # fmt: skip
@@ -40,7 +40,7 @@ _ROWS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Buffers:
-    """Bytes of all bodies in memory, and the limit for them."""
+    """The bytes that all request bodies in memory take, and their limit."""
 
     def __init__(self, most: int) -> None:
         self.held = 0
@@ -48,12 +48,12 @@ class Buffers:
 
 
 class ServedModel:
-    """One model: its engine, queue, costs, state and metrics."""
+    """A served model: its engine, queue, costs, state and metrics."""
 
     def __init__(
         self, service: Service, name: str, engine: Engine, path: Path | None = None
     ) -> None:
-        """Check the server's options against the model, as `Batcher`; nothing is compiled yet."""
+        """Check the server's options against the model, as `Batcher` does; compiles nothing."""
         self.service = service
         self.name = name
         self.engine = engine
@@ -61,24 +61,24 @@ class ServedModel:
         self.batcher = Batcher(engine, options, on_batch=self._count, turns=service.turns)
         self.info = ModelInfo(engine)
         self.file_bytes = float("nan") if path is None else _file_bytes(path)
-        """Bytes of the model's files; NaN for an engine that was made elsewhere."""
+        """Bytes of the model's files; NaN if an engine was passed instead of a path."""
         self.spending = Spending(last=RECENT)
-        """Costs of recent images with a budget, compared with the curve."""
+        """Costs of recent images with a budget, relative to the budget curve."""
         self.decoder = Decoder(self.batcher.preprocessing, options.max_pixels)
         self.state: State = "new"
         self.error: Exception | None = None
-        """Set if the state is "failed"."""
+        """Why the model did not start; set if the state is "failed"."""
         self.backend: str | None = None
-        """Set when it is ready."""
+        """Name of the engine's backend; set once the model is ready."""
         self.metrics = Metrics(self)
 
     @property
     def accepting(self) -> bool:
-        """Whether a prediction that comes now is accepted."""
+        """Whether a prediction that arrives now is accepted."""
         return self.state == "ready" and not self.service.stopping
 
     def warm_up(self) -> None:
-        """Compile and time the network; sets `error` if that fails."""
+        """Compile and time the network; sets `error` on failure."""
         try:
             self.engine.warm_up()
             self.backend = self.engine.backend
@@ -91,7 +91,7 @@ class ServedModel:
             self.state = "failed"
 
     def _measure_throughput(self) -> None:
-        """Run batches, so that their memory is allocated and the throughput is known."""
+        """Run batches to allocate their memory and to measure the throughput."""
         spec, side, most = self.engine.spec, self.info.side, self.service.options.max_batch
         shape = (spec.in_channels, side, side)
         x_BCSS = np.random.default_rng(0).standard_normal((most, *shape), np.float32)
@@ -100,11 +100,11 @@ class ServedModel:
             with self.service.turns:
                 start = time.perf_counter()
                 self.engine(x_BCSS[:count])
-            if turn > 2:  # before, caches are cold
+            if turn > 2:  # caches are cold before
                 self.batcher.observe(rows, time.perf_counter() - start)
 
     def close(self) -> None:
-        """Accept no more predictions, answer those accepted, and end the thread."""
+        """Accept no more predictions, answer the accepted ones, and end the thread."""
         self.state = "unloading"
         self.batcher.close()
 
@@ -115,17 +115,17 @@ class ServedModel:
 
     @property
     def budget_share(self) -> float:
-        """Budget of requests that name none, as a share of the widest route's cost; or NaN."""
+        """Budget of requests without one, as a share of the widest route's cost; NaN if none."""
         point = self.batcher.budget.point
         return float("nan") if point is None else point.share
 
 
 Source = tuple[str | None, Engine, Path | None]
-"""A model's name, if it was given one, its engine, and its file or folder."""
+"""A model's name (None for the network's), its engine, and its file or folder (if any)."""
 
 
 class Service:
-    """The models of a server and what they share: cores, decoders, limits of memory."""
+    """The models of a server and what they share: cores, decoders and memory limits."""
 
     def __init__(
         self,
@@ -134,8 +134,9 @@ class Service:
         open_model: Callable[[Path], Engine],
         places: int = 1,
     ) -> None:
-        """Up to `places` batches run at once; `open_model` is for models that are loaded later.
-        Raises `UsageError` for two models of one name, and as `ServedModel`.
+        """Up to `places` batches run at once; `open_model` opens models that are loaded later.
+        Raises `UsageError` if two models have the same name, for options that exclude each other,
+        and as `ServedModel`.
         """
         several = len(sources) > 1
         check(
@@ -151,20 +152,20 @@ class Service:
         self.buffers = Buffers(round(options.max_buffer_mb * MEGABYTE))
         self.stopping = False
         self.in_flight = 0
-        """Accepted predictions without an answer."""
+        """Number of accepted predictions that are not answered yet."""
         self.tracer: Any = None
-        """Of OpenTelemetry, where it is on."""
+        """OpenTelemetry's tracer; None if tracing is off."""
         self.lag_s = 0.0
-        """Estimated time that the last prediction waited for the event loop."""
+        """Estimated time that the most recent request waited for the event loop."""
         self.change: tuple[str, Literal["LOADING", "UNLOADING"]] | None = None
-        """The model that is being loaded or unloaded."""
+        """Name of the model that is being loaded or unloaded, and which of the two."""
         self.failures: dict[str, str] = {}
-        """Why the last load of a model failed, for those for which it did."""
+        """Error messages by name of the models whose most recent load failed."""
         self._open_model = open_model
         self._changing = threading.Lock()
         self._lock = threading.Lock()
         self.models: dict[str, ServedModel] = {}
-        """By name, the first one first; replaced when models change, never altered."""
+        """Models by name, `first` first; the dict is replaced on changes, never modified."""
         for given, engine, path in sources:
             name = options.name or given or engine.spec.name
             try:
@@ -177,7 +178,7 @@ class Service:
                     raise UsageError(f"model {name}: {error}") from None
                 raise
         self.first = next(iter(self.models))
-        """The model of requests that name none."""
+        """Name of the model for requests that name none."""
         threads = options.decoders or usable_cores()
         self.decoders = ThreadPoolExecutor(threads, "dynaslim-serve-decode")
         self.large = DecodingPool(BYTES_PER_PIXEL * options.max_pixels, threads)
@@ -191,7 +192,7 @@ class Service:
 
     @property
     def state(self) -> State:
-        """That of the models together."""
+        """The models' combined state: "failed", "starting" or "new" if any is so, else "ready"."""
         states = {model.state for model in self.models.values()}
         some: tuple[State, ...] = ("failed", "starting", "new")
         return next((state for state in some if state in states), "ready")
@@ -202,7 +203,7 @@ class Service:
         return self.state == "ready" and not self.stopping
 
     def start(self) -> None:
-        """Compile and time the networks in a thread, in turn; does nothing the second time."""
+        """Compile and time the networks one by one in a thread; further calls do nothing."""
         with self._lock:
             if self.state != "new":
                 return
@@ -219,11 +220,13 @@ class Service:
         threading.Thread(target=warm_up, name="dynaslim-start", daemon=True).start()
 
     def load(self, name: str, path: Path) -> None:
-        """Serve the model of a path; one of that name serves until then. May take minutes.
+        """Load and serve the model at a path, which may take minutes.
+
+        A model of the same name serves until the new one is ready.
 
         Raises:
             StoppingError: if the server is stopping.
-            Exception: if the model cannot be read, or does not start; the others are as before.
+            Exception: if the model cannot be read or does not start; served models do not change.
         """
         with self._one_change(name, "LOADING"):
             model = ServedModel(self, name, self._open_model(path), path)
@@ -240,8 +243,8 @@ class Service:
             raise model.error or StoppingError("the server is stopping")
 
     def unload(self, name: str) -> None:
-        """Serve a model no more, when all that it has accepted is answered; raises `UsageError` if
-        there is no such model.
+        """Stop serving a model; returns when all requests it accepted are answered. Raises
+        `UsageError` if there is no such model.
         """
         with self._one_change(name, "UNLOADING"):
             model = self.models.get(name)
@@ -265,17 +268,17 @@ class Service:
         return text
 
     def stop(self) -> None:
-        """Accept no more predictions; those accepted are answered."""
+        """Accept no more predictions; accepted ones are still answered."""
         with self._lock:
             self.stopping = True
 
     def close(self) -> None:
-        """Answer what was accepted, and end the threads and processes."""
+        """Answer the accepted predictions, and end all threads and processes."""
         self.stop()
         for model in self.models.values():
             model.batcher.stop()
         for model in self.models.values():
-            model.close()  # before the decoders, which it waits for
+            model.close()  # before the decoders, as it waits for decoded images
         self.decoders.shutdown()
         self.large.close()
 
@@ -292,7 +295,7 @@ def _one_pixel() -> bytes:
 
 
 class Metrics:
-    """A model's metrics for Prometheus, in a registry of their own (see docs/serving.md)."""
+    """A model's Prometheus metrics in a separate registry (see docs/serving.md)."""
 
     def __init__(self, model: ServedModel) -> None:
         self._model = model
@@ -353,20 +356,20 @@ class Metrics:
             self._latency.observe(seconds)
 
     def batch(self, output: RoutedOutput, seconds: float) -> None:
-        """Count a batch, which took so long in the engine."""
+        """Count a batch that took `seconds` in the engine."""
         rows = len(output.madds)
         self._batches.observe(rows)
         self._engine.inc(seconds)
         spent = float(output.madds.sum())
         self._madds.inc(spent)
-        # escalated images may cost more than the widest route; a counter must not fall, so the
-        # excess is deducted from what later batches save
+        # escalated images may cost more than the widest route, but a counter must not fall: the
+        # excess is deducted from the savings of later batches
         saved = self._model.info.widest_madds * rows - spent - self._owed
         self._saved.inc(max(0.0, saved))
         self._owed = max(0.0, -saved)
         self._escalated.inc(int(output.escalated.sum()))
         self._mirrored.inc(int(output.mirrored.sum()))
-        # numpy's unique rows would take longer than a small network
+        # np.unique with axis=0 would take longer than a small network
         for path, count in Counter(map(tuple, output.routes.tolist())).items():
             self._images.labels(self._model.info.route(path).route).inc(count)
 
@@ -379,7 +382,7 @@ class _ModelMetrics:
         self._labelled = labelled
 
     def collect(self) -> Iterable[Any]:
-        """For Prometheus' library."""
+        """The metric families; called by Prometheus' client library."""
         merged: dict[str, Any] = {}
         for model in self._service.models.values():
             label = {"model": model.name} if self._labelled else {}

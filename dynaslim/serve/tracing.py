@@ -1,6 +1,6 @@
-"""OpenTelemetry spans of requests, and of their time in the queue and in the engine.
+"""OpenTelemetry spans for requests and for their time in the queue and in the engine.
 
-On where the process has set up OpenTelemetry's SDK, as `opentelemetry-instrument` does.
+Tracing is on if the process has set up OpenTelemetry's SDK, as `opentelemetry-instrument` does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _EXCLUDED: Final = "healthz,readyz,metrics,v2/health/"
 
 
 def instrument(app: Any) -> Any:
-    """The tracer for an application, whose requests get spans; None where tracing is off."""
-    api: Any = sys.modules.get("opentelemetry.trace")  # whoever sets up the SDK has imported it
+    """Add spans to an application's requests and return the tracer; None if tracing is off."""
+    api: Any = sys.modules.get("opentelemetry.trace")  # it is imported if the SDK is set up
     if api is None or not hasattr(api.get_tracer_provider(), "add_span_processor"):
         return None
     done = getattr(app, "_is_instrumented_by_opentelemetry", False)
@@ -31,7 +31,7 @@ def instrument(app: Any) -> Any:
 
 
 def record(tracer: Any, model: str, item: WorkItem) -> None:
-    """Spans of an item that has its answers, below that of its request."""
+    """Record the queue and engine spans of an answered item as children of its request's span."""
     offset = time.time() - time.monotonic()
     attributes = {
         "dynaslim.model": model,

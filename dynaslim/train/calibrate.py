@@ -28,15 +28,15 @@ def recalibrate(
 ) -> None:
     """Replace the running statistics by cumulative averages over `batches` along `routes`.
 
-    During training a width's statistics lag behind weights that other widths keep moving; the
-    authors reset and average them anew before evaluation. `batches` are network inputs
-    (B, C, H, W); `routes` default to `calibration_routes` of each batch. Widths that none of them
-    runs keep their statistics; so does the trunk where, with `after_trunk`, the batches are its
-    features. The network is left in evaluation mode. Where several processes
-    run, each brings batches of its own and the averages go over all of them.
+    During training, other widths keep changing the shared weights, so a width's statistics lag
+    behind them; the authors recompute them before evaluation. `batches` are network inputs
+    (B, C, H, W), or trunk features with `after_trunk`. `routes` defaults to `calibration_routes` of
+    each batch. Widths on none of the routes keep their statistics, and so does the trunk with
+    `after_trunk`. The network is left in evaluation mode. If several processes run, each passes its
+    own batches and the averages are over all of them.
 
     Raises:
-        TrainingError: if there are no batches; all statistics stay as they were.
+        TrainingError: if there are no batches; no statistics change.
     """
     norms = [module for module in net.modules() if isinstance(module, SlimBatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
@@ -69,7 +69,7 @@ def recalibrate(
 
 
 def _average_by_updates(norms: Sequence[SlimBatchNorm2d]) -> None:
-    """Cumulative averages over the updates of all processes, whose numbers may differ."""
+    """Average the statistics over all processes, weighted by their numbers of updates."""
     updates = [norm.num_batches_tracked.to(norm.running_mean.dtype)[:, None] for norm in norms]
     statistics = [(norm.running_mean, norm.running_var) for norm in norms]
     for pair, weight in zip(statistics, updates, strict=True):
@@ -83,11 +83,11 @@ def _average_by_updates(norms: Sequence[SlimBatchNorm2d]) -> None:
 
 
 def calibration_routes(spec: AnySpec, number: int) -> tuple[Route, ...]:
-    """The uniform routes and the largest; where there are several gates, mixed routes too.
+    """The uniform routes and the largest; with several gates also mixed routes.
 
-    A width behind one gate may be fed by any behind the gate before, which its BN statistics do not
-    distinguish: they are to be those of all. The mixed routes, as many as there are widths, are
-    drawn for batch `number`: every gate's widths are shuffled, and each route takes one of each.
+    A segment at one width may follow any width of the previous segment. Its BN statistics do not
+    distinguish them and must represent all. The mixed routes, one per width, are drawn for batch
+    `number`: every gate's widths are shuffled, and each route takes one of each gate.
     """
     routes = (*spec.routes, spec.largest)
     if len(spec.gates) < 2:

@@ -1,20 +1,20 @@
-"""Gates fitted on the exact expected loss, over cached losses of every route.
+"""Fit gates to the exact expected loss, from cached losses along every route.
 
-In stage II the supernet is frozen, so an image's loss along every route and the features that
-every gate would see there are computed once (`dynaslim.train.route_cache`). What a gate then
-learns is the mean over images of
+In stage II the supernet is frozen, so each image's loss along every route and the features that
+every gate reads there are computed once (`dynaslim.train.route_cache`). The gates then minimise the
+mean over images of
 
     sum over paths of  probability(path) * (loss(path) + cost_weight * cost(path) / widest cost)
 
-with no sampling noise and no network in the loop: a smooth function of the slimming heads alone,
-which L-BFGS minimises over the whole cache. On its own it tends to end with one path for all
-images, or two, where probabilities have saturated; so the entropy of the paths is rewarded, much
-at first and a little to the end. The paper trains by samples instead (arXiv 2103.13258, section
-3.3; `dynaslim.train.step.gate_step`).
+This has no sampling noise and does not run the network. It is a smooth function of the slimming
+heads alone, which L-BFGS minimises over the whole cache. By itself it tends to saturate, with one
+or two paths for all images. Therefore the entropy of the paths is rewarded, strongly at first and
+weakly at the end. The paper trains on samples instead (arXiv 2103.13258, section 3.3;
+`dynaslim.train.step.gate_step`).
 
-Where not all paths are cached, a gate's probabilities are renormalised over the options that lead
-to a cached path, and its argmax is taken among those: an image that the network would send along
-another path counts as one that takes the best-liked cached option there.
+If not all paths are cached, a gate's probabilities are renormalised over the options that lead to
+a cached path, and its argmax is taken among these. An image that the network would send along
+another path then counts as taking the cached option with the highest logit.
 
 Suffixes: N images, P paths, Q prefixes, K options of a gate, R hidden features.
 """
@@ -38,28 +38,28 @@ from dynaslim.train.losses import sgs_target, sgs_weights
 from dynaslim.train.route_cache import RouteCache
 
 TARGET_TOLERANCE: Final = 0.002
-"""How far under its target, as a share of it, a mean cost may stay without further search."""
+"""The search ends if the mean cost is below the target by at most this share of the target."""
 LARGEST_WEIGHT: Final = 8.0**5
 SMALLEST_WEIGHT: Final = 8.0**-5
 
 
 class FitResult(NamedTuple):
-    """What argmax gates do on a cache: means over its rows."""
+    """The results of argmax gates on a cache: means over its rows."""
 
     loss: float
     accuracy: float
     mean_cost: float
     shares: tuple[float, ...]
-    """Part of the rows on each of the cache's paths."""
+    """Share of the rows on each of the cache's paths."""
 
 
 @dataclass(frozen=True)
 class GateFit:
-    """Fitted slimming heads, one (K, R) for each gate, and what they do.
+    """Fitted slimming heads, one (K, R) for each gate, and their results.
 
-    `loss` (nats), `accuracy` (0..1) and `mean_cost` (the table's unit) are by argmax, on the
-    held-out cache if there was one; the two expectations are of the probabilities, on the cache
-    that was fitted.
+    `loss` (nats), `accuracy` (0..1) and `mean_cost` (the table's unit) are for argmax gates, on
+    the held-out cache if there was one. `expected_loss` and `expected_cost` are expectations under
+    the gates' probabilities, on the cache that was fitted.
     """
 
     heads: tuple[Tensor, ...]
@@ -76,9 +76,9 @@ class GateFit:
 
 class _Decisions(NamedTuple):
     logits: list[Tensor]
-    """(Q, K, N) of every gate."""
+    """Slimming logits (Q, K, N) of every gate."""
     reach: list[Tensor]
-    """(Q, N) log-probability of every prefix, by length; the last are the paths'."""
+    """Log-probabilities (Q, N) of the prefixes of each length; the last ones are those of paths."""
 
 
 def _decide(cache: RouteCache, heads: Sequence[Tensor], rows: slice) -> _Decisions:
@@ -104,12 +104,12 @@ def path_probabilities(
 
 
 class ExpectedObjective:
-    """What `fit_gate` minimises, without its weight decay; differentiable in the heads.
+    """The objective of `fit_gate` without weight decay; differentiable in the heads.
 
-    Mean over rows of the expected loss, plus `cost_weight` times the expected cost as a share of
-    the widest route's, less `entropy_weight` times the entropy (nats) of the paths' probabilities.
-    A call gives the part of some rows; all parts together are the whole. Of `sgs` only `hard` and
-    `easy_share` are used.
+    The mean over rows of the expected loss, plus `cost_weight` times the expected cost as a share
+    of the widest route's, minus `entropy_weight` times the entropy (nats) of path probabilities,
+    plus `sgs_weight` times the SGS loss, for which only `hard` and `easy_share` of `sgs` are used.
+    A call returns the contribution of some rows; those of all rows sum to the objective.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ExpectedObjective:
             prefixes, options, images = logits_QKN.shape
             target_QN = sgs_target(easy_N, options, hopeless_N).expand(prefixes, images)
             wrong_QN = F.cross_entropy(logits_QKN, target_QN, reduction="none")
-            # a gate answers where images arrive; they are not to arrive where it answers well
+            # detached, because images must not be routed to where a gate is right anyway
             arriving_QN = reach_QN.detach().exp() * weights_N.to(reach_QN.dtype)
             total = total + (arriving_QN * wrong_QN).sum()
         return total / len(decided.logits)
@@ -167,12 +167,12 @@ def fit_gate(
 ) -> GateFit:
     """Slimming heads that minimise `ExpectedObjective` at a cost weight, by L-BFGS.
 
-    Its entropy weight is `recipe.entropy` times the spread of the prices (loss and weighted cost)
-    between the paths; it comes down to that in steps. Heads are fitted on features divided by their
-    deviation, which is folded into them at the end. Deterministic, for a given number of threads.
+    The entropy weight decreases in steps to `recipe.entropy` times the spread of the prices (loss
+    plus weighted cost) between the paths. Heads are fitted to features divided by their deviation,
+    which is folded into the heads at the end. Deterministic for a given number of threads.
 
     Raises:
-        UsageError: if the table is not one for this network.
+        UsageError: if the table is for another network.
         TrainingError: if the objective becomes infinite or not a number.
     """
     objective = ExpectedObjective(cache, table, cost_weight, recipe.sgs_weight, sgs or SgsRecipe())
@@ -199,7 +199,7 @@ def fit_gate(
             raise TrainingError(f"cost weight {cost_weight:g}: the gates' objective is {total}")
         return total
 
-    # falling to the last by factors of about 3; to 0 from where it hardly counts any more
+    # falls to recipe.entropy by factors of about 3; if that is 0, from 0.03, which hardly counts
     falling = [entropy for entropy in (1.0, 0.3, 0.1, 0.03) if entropy > recipe.entropy]
     for entropy in (*falling, recipe.entropy):
         entropy_weight = entropy * objective.spread
@@ -249,19 +249,19 @@ def fit_to_target(
     sgs: SgsRecipe | None = None,
     holdout: RouteCache | None = None,
 ) -> GateFit:
-    """The gates whose argmax has a mean cost of `target_cost` (the table's unit) or just under it.
+    """Fit gates whose argmax has a mean cost of `target_cost` (the table's unit) or just below.
 
-    The cost is that on `holdout`, or else on the cache itself. Cost weights are bisected on a log
-    scale, every fit from the same start, so that it depends on its weight alone. The mean cost
-    can jump between two weights however close; so at last the heads of the two nearest, one above
-    and one below the target, are mixed, by bisection too: the logits move on a straight line, and
-    images change their path one by one.
+    The cost is measured on `holdout`, or on the cache if there is none. Cost weights are bisected
+    on a log scale. Every fit has the same start, so that it depends on its weight alone. The mean
+    cost can jump between two weights, however close. Finally, therefore, the heads of the nearest
+    fits above and below the target are interpolated, also by bisection: the logits move along a
+    straight line, and images change their paths one by one.
 
-    The result costs less than the target where a cost weight of 0 does (more would not lower the
-    loss), or where images that no gate can distinguish would have to be separated.
+    The result costs less than the target if a cost weight of 0 does (a higher cost would not lower
+    the loss), or if images that no gate can distinguish would have to be separated.
 
     Raises:
-        UsageError: if the target is below the cheapest or above the dearest cached route's cost.
+        UsageError: if the target is outside the range of the cached routes' costs.
         TrainingError: as `fit_gate`.
     """
     costs_P = (holdout or cache).path_costs(table)
@@ -275,7 +275,7 @@ def fit_to_target(
     def fit(weight: float) -> GateFit:
         return fit_gate(cache, table, cost_weight=weight, recipe=recipe, sgs=sgs, holdout=holdout)
 
-    # the two ends: above the target, and at or under it
+    # bracket the target: `wide` costs more, `narrow` at most as much
     wide = fit(0.0)
     if wide.mean_cost <= target_cost:
         return wide
@@ -289,7 +289,7 @@ def fit_to_target(
             narrow = found
         if target_cost * (1 - TARGET_TOLERANCE) <= found.mean_cost <= target_cost:
             return found
-        # from 1 outwards until the target is between two weights
+        # from 1 outwards until two weights bracket the target
         if wide.cost_weight == 0:
             weight /= 8
         elif narrow.cost_weight == math.inf:
@@ -308,7 +308,7 @@ def _mix(
     table: CostTable,
     target_cost: float,
 ) -> GateFit:
-    """As much of the heads of `wide` in those of `narrow` as the target allows."""
+    """Interpolate from the heads of `narrow` to those of `wide` as far as the target allows."""
     share, step, heads = 0.0, 0.5, narrow.heads
     for _ in range(24):
         pairs = zip(narrow.heads, wide.heads, strict=True)
@@ -322,7 +322,7 @@ def _mix(
 
 
 def _all_first(cache: RouteCache) -> list[Tensor]:
-    """Heads that always take the first option: hidden features are never negative."""
+    """Heads that always take the first option, since hidden features are never negative."""
     heads = [
         torch.zeros(len(gate.choices), features.shape[2])
         for gate, features in zip(cache.spec.gates, cache.features, strict=True)
@@ -332,13 +332,13 @@ def _all_first(cache: RouteCache) -> list[Tensor]:
     return heads
 
 
-# -- what fitted gates do --------------------------------------------------------------------------
+# -- results of fitted gates -----------------------------------------------------------------------
 
 
 def argmax_paths(cache: RouteCache, heads: Sequence[Tensor]) -> Tensor:
-    """Number (N,) in `cache.paths` of the path that the highest logits take, as `Engine` routes.
+    """Index (N,) in `cache.paths` of the path that the highest logits select, as in `Engine`.
 
-    At a gate one of whose options leads to no cached path, the highest of the others.
+    Options that lead to no cached path are ignored.
     """
     at_N = torch.zeros(len(cache.labels), dtype=torch.int64)
     for head_KR, features, child_QK in zip(heads, cache.features, cache.children, strict=True):
@@ -355,10 +355,10 @@ def argmax_paths(cache: RouteCache, heads: Sequence[Tensor]) -> Tensor:
 
 
 def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -> FitResult:
-    """Mean loss, accuracy, mean cost and route shares of a cache's rows by argmax gates.
+    """Mean loss, accuracy, mean cost and route shares of argmax gates on a cache's rows.
 
     Raises:
-        UsageError: if the table is not one for this network.
+        UsageError: if the table is for another network.
     """
     path_N = argmax_paths(cache, heads)
     chosen_N1 = path_N[:, None]
@@ -374,10 +374,10 @@ def evaluate_fit(cache: RouteCache, heads: Sequence[Tensor], table: CostTable) -
 
 @torch.no_grad()
 def apply_heads(net: ElasticNet, heads: Sequence[Tensor]) -> None:
-    """Write slimming heads (K, R), one for each gate, into a network.
+    """Copy slimming heads (K, R), one for each gate, into a network.
 
     Raises:
-        UsageError: if their number or shapes are not the network's.
+        UsageError: if their number or shapes do not fit the network.
     """
     own = net.slimming_parameters()
     shapes, needed = [tuple(h.shape) for h in heads], [tuple(h.shape) for h in own]

@@ -1,8 +1,8 @@
-"""Features behind the trunk, computed once for some augmented views of every training image.
+"""Trunk features, computed once for some augmented views of every training image.
 
-Where only what lies behind the first gate is trained, the trunk gives the same features for the
-same image every time. Stage I then needs neither the images nor the trunk, which is a third of the
-multiply-adds and more of the time.
+If only the layers after the first gate are trained, the trunk's features of an image never change.
+Stage I then needs neither the images nor the trunk, which takes a third of the multiply-adds and a
+larger share of the time.
 
 Suffixes: V views, N images, B rows, C channels, H W pixels, K classes.
 """
@@ -25,19 +25,19 @@ Predict = Callable[[Tensor], Tensor]
 
 
 class Batch(NamedTuple):
-    """What one step of stage I learns from."""
+    """The training data of one step of stage I."""
 
     x: Tensor
     """Images or trunk features (B, C, H, W)."""
     labels: Tensor
     """Classes (B,)."""
     outside: Tensor | None
-    """Probabilities (B, K) of another network, if one teaches."""
+    """Probabilities (B, K) predicted by another network, if there is a teacher."""
 
 
 @dataclass(frozen=True)
 class TrunkFeatures:
-    """Features of every image, kept in float16, with labels and what a teacher predicted."""
+    """Features of every image in float16, with labels and the predictions of a teacher."""
 
     features_VNCHW: Tensor
     labels_VN: Tensor
@@ -49,9 +49,9 @@ class TrunkFeatures:
         return self.features_VNCHW.nbytes
 
     def batches(self, start: int, stop: int, size: int, purpose: str = "train") -> Iterator[Batch]:
-        """Global steps start to stop - 1 of `size` rows; an epoch goes over one view of all images.
+        """Batches of `size` rows for global steps start to stop - 1; an epoch uses one view.
 
-        The order is a function of (seed, epoch), and each purpose has its own.
+        The order is a function of (seed, epoch, purpose).
         """
         views, images = self.labels_VN.shape
         steps = images // size
@@ -78,7 +78,7 @@ def trunk_features(
 ) -> TrunkFeatures:
     """Run the trunk in evaluation mode on normalised images (B, C, H, W) and labels (B,).
 
-    `shape` is views and batches of each; `batches` are equally large, one view after the other.
+    `shape` is (views, batches per view). All `batches` have the same size; views come in turn.
 
     Raises:
         TrainingError: if a feature is not finite in float16.

@@ -1,4 +1,4 @@
-"""Gates fitted to images in memory: from pixels to heads in one call."""
+"""Fit gates to images in memory: from pixels to slimming heads in one call."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def fit_gate_to_images(
     target: float | None = None,
     on_batch: Callable[[], None] | None = None,
 ) -> GateFit:
-    """Stage II by the exact expected loss at a cost of MAdds; changes the slimming heads of `net`.
+    """Stage II by the exact expected loss, with costs in MAdds; sets the slimming heads of `net`.
 
-    `target` is a mean cost as a share of the widest route's. For runs that are saved, held-out
-    images and costs in ms see `dynaslim.runs.run_gate`.
+    `target` is the mean cost as a share of the widest route's. For saved runs, held-out images and
+    costs in ms see `dynaslim.runs.run_gate`.
 
     Raises:
         UsageError: if the network has no gates, or the target is out of reach.
@@ -68,7 +68,7 @@ def fit_to(
     target: float | None,
     holdout: RouteCache | None = None,
 ) -> GateFit:
-    """Fit to a target, a share of the widest route's cost, or to the recipe's cost weight."""
+    """Fit to a target (a share of the widest route's cost), or by the recipe's cost weight."""
     if target is None:
         return fit_gate(
             cache,
@@ -85,7 +85,7 @@ def fit_to(
 def augmented_views(
     feed: Feed, augment: Augment, device: torch.device, views: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every training image `views` times, augmented anew: network input and labels."""
+    """Network inputs and labels of `views` epochs of training images, each augmented anew."""
     for step, (pixels, labels) in enumerate(feed.batches(0, feed.steps_per_epoch * views)):
         x = augment(pixels.to(device), step_seed(seed, step, "augment cache"))
         yield x, labels.to(device)

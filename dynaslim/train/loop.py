@@ -1,12 +1,12 @@
-"""The two stages as iterators over their steps; the loops know no loss, only steps.
+"""The two training stages as iterators over optimizer steps.
 
     training = SupernetTraining(net, feed, augment, recipe)
     for losses in training:
-        ...                       # one optimizer step has been made
+        ...                       # one optimizer step is done
     averaged = training.averaged_network()
 
-Between two steps everything that training has changed is in `state()`, and everything random is a
-function of (seed, step): restored there, a run goes on as if nothing had happened.
+Between two steps, `state()` holds everything that training has changed, and all randomness is a
+function of (seed, step). A run restored from it continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ from dynaslim.train.step import (
 from dynaslim.train.teacher import make_teacher
 
 PAPER_SCALE: Final = 1e9 / 565.45e6
-"""The paper's T of the cost term over the MAdds of its widest route (arXiv 2103.13258, eq. 9)."""
+"""The cost term's T in the paper over the MAdds of its widest route (arXiv 2103.13258, eq. 9)."""
 
 Losses = TypeVar("Losses", SupernetLosses, GateLosses)
 
 
 class _Training(ABC, Generic[Losses]):
-    """What the two stages have in common: batches, schedule, the count of steps, and the state."""
+    """Base class of the two stages: batches, learning-rate schedule, step count and state."""
 
     def __init__(
         self,
@@ -78,7 +78,7 @@ class _Training(ABC, Generic[Losses]):
 
     @property
     def epoch(self) -> int:
-        """Epochs that are done."""
+        """The number of finished epochs."""
         return self.step // self.feed.steps_per_epoch
 
     @property
@@ -87,7 +87,7 @@ class _Training(ABC, Generic[Losses]):
         return float(self.schedule.get_last_lr()[0])
 
     def __iter__(self) -> Iterator[Losses]:
-        """Make the steps that are left, one at a time."""
+        """Run the remaining steps, one at a time."""
         with self._only_trainable():
             for batch in self._batches():
                 losses = self._make_step(batch)
@@ -96,7 +96,7 @@ class _Training(ABC, Generic[Losses]):
                 yield losses
 
     def _batches(self) -> Iterator[Batch]:
-        """What the steps that are left learn from, on the network's device."""
+        """The batches of the remaining steps, on the network's device."""
         for pixels, labels in self.feed.batches(self.step, self.total):
             seed = step_seed(self._seed, self.step, _of_rank("augment"))
             x = self.augment(pixels.to(self.device, non_blocking=True), seed)
@@ -112,10 +112,10 @@ class _Training(ABC, Generic[Losses]):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state` returned, in this or another process.
+        """Continue from what `state` returned, in this or another process.
 
         Raises:
-            UsageError: if it is the state of another network or optimizer.
+            UsageError: if the state is of another network or optimizer.
         """
         ours = [dict(group) for group in self.optimizer.param_groups]
         try:
@@ -131,14 +131,14 @@ class _Training(ABC, Generic[Losses]):
         self.schedule.last_epoch = state["schedule"]["last_epoch"]
         factor = self.schedule.lr_lambdas[0](self.step)
         for group, own in zip(self.optimizer.param_groups, ours, strict=True):
-            # the recipe's current values: it may have been changed
+            # the recipe may have been changed: keep its current settings
             group.update({key: value for key, value in own.items() if key != "params"})
             group["lr"] = group["initial_lr"] * factor
         self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
         for parameter, kept in self.optimizer.state.items():
             for key, value in kept.items():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    # in the weights' memory format: mixed ones take the optimizer's slow path
+                    # in the weights' memory format: if formats differ, the optimizer is slow
                     kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def _modules(self) -> dict[str, nn.Module]:
@@ -155,7 +155,7 @@ class _Training(ABC, Generic[Losses]):
 
     @contextmanager
     def _only_trainable(self) -> Iterator[None]:
-        """Require gradients of what this stage trains alone while inside."""
+        """A context in which only the parameters that this stage trains require gradients."""
         before = [p.requires_grad for p in self.net.parameters()]
         self.net.requires_grad_(False)
         for parameter in self._trainable():
@@ -168,14 +168,14 @@ class _Training(ABC, Generic[Losses]):
 
 
 class SupernetTraining(_Training[SupernetLosses]):
-    """Stage I: trains `net` in place, with an averaged (EMA) network beside it.
+    """Stage I: trains `net` in place and maintains an averaged (EMA) network.
 
-    `outside` predicts probabilities for every route to learn, as set by `recipe.teacher`. With
-    `features` the trunk is not trained: they stand in for the images and for `outside`.
+    `outside` predicts the probabilities that every route learns (`recipe.teacher`). With `features`
+    the trunk is not trained: they replace the images and the predictions of `outside`.
 
     Raises:
         TrainingError: if there are fewer images than a batch, or (in a step) a loss is not finite.
-        UsageError: if a batch cannot be run in as many parts as the recipe sets.
+        UsageError: if a batch is too small for the number of parts that the recipe sets.
     """
 
     def __init__(
@@ -202,19 +202,19 @@ class SupernetTraining(_Training[SupernetLosses]):
         net.train()
 
     def averaged_network(self) -> ElasticNet:
-        """A copy of the averaged network, to be recalibrated and used."""
+        """A copy of the averaged network; recalibrate it before use."""
         copied = _plain_copy(self.net)
         copied.load_state_dict(self.teacher.module.state_dict())
         return copied
 
     def live_network(self) -> ElasticNet:
-        """A copy of the network that is trained."""
+        """A copy of the network in training."""
         return _plain_copy(self.net)
 
     def recalibrate(
         self, net: ElasticNet, batches: int, *, on_batch: Callable[[], None] | None = None
     ) -> ElasticNet:
-        """Take the trained routes' BN statistics anew from `batches` augmented batches."""
+        """Recompute the BN statistics of `net` along the trained routes from augmented batches."""
         routes = (net.spec.largest,) if self.recipe.routes == "largest" else None
         if self.features is None:
             fresh = calibration_batches(self.feed, self.augment, self.device, batches, self._seed)
@@ -254,7 +254,7 @@ class SupernetTraining(_Training[SupernetLosses]):
                 f"{len(x)} images of a batch on each process do not make {recipe.optim.accumulate} "
                 f"parts of at least 2"
             )
-        labels_alone = 0.0  # how much of the loss is the labels' alone
+        labels_alone = 0.0  # share of the loss from the labels alone
         if recipe.label_warmup:
             labels_alone = max(0.0, 1 - self.step / (recipe.label_warmup * self.total))
         seed = step_seed(self._seed, self.step, _of_rank("mix"))
@@ -292,8 +292,8 @@ class SupernetTraining(_Training[SupernetLosses]):
 class GateTraining(_Training[GateLosses]):
     """Stage II by sandwich gate sparsification: trains the slimming heads of `net` in place.
 
-    `table` is what the cost term counts in; `target` is a share of its widest route's cost, the
-    scale of the cost term where the recipe names none.
+    `table` gives the costs of the cost term. `target`, a share of its widest route's cost, is the
+    scale of that term if the recipe sets none.
 
     Raises:
         UsageError: if the network has no gates.
@@ -341,9 +341,9 @@ class GateTraining(_Training[GateLosses]):
 
 
 def compiled_segments(net: ElasticNet, backend: str = "inductor") -> RunSegment:
-    """A `RunSegment` for `forward_many` by torch.compile: every variant is compiled once.
+    """A `RunSegment` for `forward_many` that compiles every segment variant once.
 
-    Compiling whole routes would compile, and run, the trunk that they share once for each.
+    Compiling whole routes would compile and run their shared trunk once per route.
     """
 
     @cache
@@ -353,7 +353,7 @@ def compiled_segments(net: ElasticNet, backend: str = "inductor") -> RunSegment:
         def run(x: Tensor, dropout_mask: Tensor | None) -> Tensor:
             return net.segment(number, x, index, decide=False, dropout_mask=dropout_mask).features
 
-        # a code object of its own: torch.compile gives up on one after 8 constants, silently
+        # its own code object: torch.compile silently gives up on one after 8 constants
         name = f"segment_{number}_{index}".replace("-", "minus")
         code = run.__code__.replace(co_name=name)
         own = FunctionType(code, run.__globals__, name, None, run.__closure__)
@@ -363,7 +363,7 @@ def compiled_segments(net: ElasticNet, backend: str = "inductor") -> RunSegment:
 
 
 def _plain_copy(net: ElasticNet) -> ElasticNet:
-    """A copy in torch's default memory format: it answers as it will when saved and loaded."""
+    """A copy in torch's default memory format, with the answers that a saved network will give."""
     copied: ElasticNet = copy.deepcopy(net).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return copied.requires_grad_(True).eval()
 
@@ -377,7 +377,7 @@ def check_has_gates(net: ElasticNet) -> None:
 def make_optimizer(
     recipe: OptimRecipe, parameters: list[dict[str, object]]
 ) -> torch.optim.Optimizer:
-    """The recipe's optimizer over parameter groups."""
+    """Make the recipe's optimizer for parameter groups."""
     if recipe.name == "adamw":
         return torch.optim.AdamW(parameters, lr=recipe.lr)
     return torch.optim.SGD(
@@ -391,7 +391,7 @@ def make_optimizer(
 def training_batches(
     feed: Feed, augment: Augment, device: torch.device, count: int, seed: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """At most an epoch of augmented training batches and labels, in an order of their own."""
+    """At most one epoch of augmented training batches and labels, in a separate order."""
     stop = min(count, feed.steps_per_epoch)
     for step, (pixels, labels) in enumerate(feed.batches(0, stop, purpose="calibrate")):
         x = augment(pixels.to(device), step_seed(seed, step, _of_rank("augment calibrate")))
@@ -406,7 +406,7 @@ def calibration_batches(
 
 
 def _of_rank(purpose: str) -> str:
-    """A purpose whose randomness differs between processes, as their images do."""
+    """The purpose with the rank, so that processes draw different random numbers."""
     return f"{purpose} {rank()}" if rank() else purpose
 
 
@@ -424,7 +424,7 @@ def train_supernet(
     *,
     on_step: Callable[[SupernetLosses], None] | None = None,
 ) -> ElasticNet:
-    """Stage I on images in memory: train `net` in place; the averaged network, recalibrated.
+    """Stage I on images in memory: train `net` in place, return the recalibrated average.
 
     For runs that are saved and can be resumed see `dynaslim.runs.run_supernet`.
 
@@ -449,13 +449,13 @@ def train_gate(
     *,
     on_step: Callable[[GateLosses], None] | None = None,
 ) -> None:
-    """Stage II by sandwich gate sparsification on images in memory, at a cost of MAdds.
+    """Stage II by sandwich gate sparsification on images in memory, with costs in MAdds.
 
-    Trains the slimming heads of `net` in place; all else stays as it is. For the other objective
-    see `fit_gate_to_images`, for runs that are saved and can be resumed `dynaslim.runs.run_gate`.
+    Trains only the slimming heads of `net`, in place. For the other objective see
+    `fit_gate_to_images`; for runs that are saved and can be resumed see `dynaslim.runs.run_gate`.
 
     Raises:
-        UsageError: if the network has no gates, or the recipe's objective is another.
+        UsageError: if the network has no gates, or the recipe has the other objective.
         TrainingError: if there are fewer images than a batch, or a loss is not finite.
         DataError: if the images do not fit the network or the preprocessing.
     """

@@ -1,4 +1,4 @@
-"""Losses: tensors in, tensors out. Suffixes: B rows, N classes, K choices of a gate."""
+"""Losses as functions of tensors. Suffixes: B rows, N classes, K choices of a gate."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def supernet_loss(
     label_weight: float,
     label_smoothing: float,
 ) -> Tensor:
-    """What a route of the supernet minimises, a scalar.
+    """The loss of one route of the supernet, a scalar.
 
-    Cross-entropy against a teacher's probabilities times `soft_weight`, plus that against smoothed
-    labels, classes (B,) or probabilities (B, N), times `label_weight`; without probabilities the
-    labels' alone.
+    `soft_weight` times the cross-entropy against a teacher's probabilities `soft_BN`, plus
+    `label_weight` times that against smoothed labels, classes (B,) or probabilities (B, N). With
+    `soft_BN` None it is the cross-entropy against the labels, at weight 1.
     """
     logits_BN = logits.float()
     if soft_BN is None:
@@ -35,7 +35,8 @@ def supernet_loss(
 
 
 def ensemble_target(teacher_logits: Sequence[Tensor]) -> Tensor:
-    """The mean of several predictions' probabilities (B, N): IEB's target for the smallest route.
+    """The mean probabilities (B, N) of several predictions: the target of the smallest route in
+    in-place ensemble bootstrapping (IEB).
 
     Source: arXiv 2103.13258, section 3.2.
     """
@@ -45,15 +46,15 @@ def ensemble_target(teacher_logits: Sequence[Tensor]) -> Tensor:
 def sgs_target(easy_B: Tensor, choices: int, hopeless_B: Tensor | None = None) -> Tensor:
     """Sandwich gate sparsification labels (B,): first choice if easy, else the last ("try best").
 
-    An image is easy if the smallest route classifies it right (arXiv 2103.13258, section 3.3).
-    Hopeless ones, which even the widest route gets wrong, take the first choice too where they are
-    given ("give up").
+    An image is easy if the smallest route classifies it correctly (arXiv 2103.13258, section 3.3).
+    If `hopeless_B` is given, the images that even the widest route gets wrong also get the first
+    choice ("give up").
     """
     return torch.where(labelled_first(easy_B, hopeless_B), 0, choices - 1)
 
 
 def labelled_first(easy_B: Tensor, hopeless_B: Tensor | None) -> Tensor:
-    """Which images (B,) are labelled with the first choice: see `sgs_target`."""
+    """Mask (B,) of the images that are labelled with the first choice: see `sgs_target`."""
     return easy_B if hopeless_B is None else easy_B | hopeless_B
 
 
@@ -63,12 +64,12 @@ def sgs_weights(
     hopeless_B: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Weight of every image (B,) in the SGS loss, together 1.
+    """Weights (B,) of the images in the SGS loss; they sum to 1.
 
-    `easy_share` is the weight that the images with the first choice as label have together,
-    whatever their number; None weighs every image the same, as in the paper. `counts` (2,) are
-    the numbers of images so labelled and of the others where they are not those of these rows
-    alone: means over the parts of a batch.
+    `easy_share` is the total weight of the images labelled with the first choice, whatever their
+    number. None weights every image equally, as in the paper. For a batch in several parts,
+    `counts` (2,) holds the numbers of images so labelled and of the others, as means over the
+    parts; by default the rows themselves are counted.
     """
     first_B = labelled_first(easy_B, hopeless_B)
     first, others = (first_B.sum(), (~first_B).sum()) if counts is None else counts
@@ -88,8 +89,8 @@ def sgs_loss(
 ) -> Tensor:
     """Mean over gates of the cross-entropy of gate *logits* (B, K) against the SGS labels.
 
-    The released code feeds probabilities to a cross-entropy that takes softmax again; ours does
-    not. See `sgs_target` for `hopeless_B` and `sgs_weights` for the others.
+    The released code passes probabilities to a cross-entropy that applies softmax again; this one
+    does not. See `sgs_target` for `hopeless_B`, and `sgs_weights` for `easy_share` and `counts`.
     """
     weights_B = sgs_weights(easy_B, easy_share, hopeless_B, counts).to(gate_logits[0].dtype)
     losses = [

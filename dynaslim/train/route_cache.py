@@ -1,7 +1,7 @@
-"""What stage II needs of a frozen supernet, computed once: losses of every route, gate features.
+"""The results of a frozen supernet that stage II needs: losses along every route, gate features.
 
-A *path* is one option per gate (its position in `GateSpec.choices`); a *prefix* the options of
-the gates before one. Where there are many paths a sample of them is cached.
+A *path* is one option per gate (its position in `GateSpec.choices`); a *prefix* is the options of
+the gates before a given one. If there are many paths, a sample of them is cached.
 
 Suffixes: B rows of a batch, N images, P paths, Q prefixes, K options of a gate, R hidden features.
 """
@@ -28,25 +28,25 @@ from dynaslim.nn.net import ElasticNet, SlimNet
 Path = tuple[int, ...]
 
 FLOAT32_BYTES: Final = 2**30
-"""Hidden features above this size are kept in half the bytes."""
+"""Hidden features that are larger than this are stored as float16."""
 CHUNK_FLOATS: Final = 2**25
-"""Features that are at work at a time, in floats; what takes more is summed part by part."""
+"""The most feature values to process at a time; larger caches are processed in chunks."""
 
 
 @dataclass(frozen=True)
 class RouteCache:
-    """Every image's losses along the paths, and the features that the gates decide by; on the CPU.
+    """Losses of every image along the paths, and the features that the gates read; on the CPU.
 
-    Several augmented views of an image are several rows.
+    Each augmented view of an image is a row.
     """
 
     spec: AnySpec
     paths: tuple[Path, ...]
-    """Rising; all combinations of options, or a sample of them."""
+    """All combinations of options or a sample of them, in ascending order."""
     losses_NP: Tensor
     """Cross-entropy in nats, float32."""
     correct_NP: Tensor
-    """Whether the prediction is the label."""
+    """Whether the prediction is correct."""
     features: tuple[Tensor, ...]
     """For every gate (Q, N, R): hidden features by prefix, in the order of `prefixes`."""
     labels: Tensor
@@ -59,28 +59,28 @@ class RouteCache:
 
     @cached_property
     def children(self) -> tuple[Tensor, ...]:
-        """For every gate (Q, K): where in the next prefixes an option leads, -1 if not cached."""
+        """For every gate (Q, K): an option's index in the next level of `prefixes`, or -1."""
         return _children(self.spec, self.prefixes)
 
     @cached_property
     def deviations(self) -> tuple[Tensor, ...]:
-        """For every gate (R,): what each feature is divided by to be fitted.
+        """For every gate (R,): the divisor of each feature for fitting.
 
-        Its standard deviation, but at least a tenth of its root mean square; 1 if it is always 0.
+        The standard deviation, but at least a tenth of the root mean square; 1 for constant zeros.
         """
         return tuple(_deviation(features) for features in self.features)
 
     def chunks(self) -> list[slice]:
-        """Rows in parts of a size to work on, all but the last of the same."""
+        """Slices of the rows to process at a time; all but the last have the same length."""
         floats_per_row = sum(features.shape[0] * features.shape[2] for features in self.features)
         step = max(1, CHUNK_FLOATS // floats_per_row)
         return [slice(start, start + step) for start in range(0, len(self.labels), step)]
 
     def path_costs(self, table: CostTable) -> Tensor:
-        """(P,) float64: what one image costs along every path, in the table's unit.
+        """(P,) float64: the cost of one image along every path, in the table's unit.
 
         Raises:
-            UsageError: if the table is not one for this network.
+            UsageError: if the table is for another network.
         """
         table.check_fits(self.spec)
         return torch.tensor([table.route_cost(path) for path in self.paths], dtype=torch.float64)
@@ -89,9 +89,9 @@ class RouteCache:
 def choose_paths(spec: AnySpec, max_routes: int, seed: int) -> tuple[Path, ...]:
     """All combinations of the gates' options if they are at most `max_routes`, else a sample.
 
-    The sample has the uniform routes that the gates can take and, by option, first to last of every
-    gate in step (so the cheapest, the widest and every option of every gate), even where these are
-    more than `max_routes`; the rest is drawn by `seed`.
+    The sample always has the uniform routes that the gates can take, and the paths that take the
+    first option of every gate, the second, and so on to the last (so the cheapest, the widest and
+    every option of every gate). Others are drawn by `seed` until there are `max_routes`.
     """
     options = [len(gate.choices) for gate in spec.gates]
     total = math.prod(options)
@@ -103,7 +103,7 @@ def choose_paths(spec: AnySpec, max_routes: int, seed: int) -> tuple[Path, ...]:
         if all(index in gate.choices for gate in spec.gates)
     }
     chosen |= {tuple(min(k, n - 1) for n in options) for k in range(max(options))}
-    # as many numbers as are needed at most: those that are chosen already may be among them
+    # enough numbers even if they include all the paths that are chosen already
     for number in random.Random(seed).sample(range(total), min(total, max_routes + len(chosen))):
         if len(chosen) >= max_routes:
             break
@@ -126,9 +126,9 @@ def cache_routes(
 ) -> RouteCache:
     """Run every path of a frozen network on batches of (network input (B, C, H, W), labels (B,)).
 
-    Pixels go to the network's device; paths run depth first and share what they have in common,
-    the trunk above all. See `choose_paths` for `max_routes` and `seed`. Features above
-    `FLOAT32_BYTES` are kept as float16.
+    Inputs are moved to the network's device. Paths run depth first and share the segments of common
+    prefixes, such as the trunk. See `choose_paths` for `max_routes` and `seed`. Features are stored
+    as float16 if they are larger than `FLOAT32_BYTES`.
 
     Raises:
         UsageError: if the network has no gates or is in training mode.
@@ -149,7 +149,7 @@ def cache_routes(
     stored_bytes, dtype = 0, torch.float32
 
     def run(number: int, x: Tensor, index: int, at: int) -> None:
-        """Segment `number` at a width index, which leads to prefix `at`, and all behind it."""
+        """Run segment `number` at a width index, on prefix `at`, and all later segments."""
         if number == gates:
             logits = net.segment(number, x, index, decide=False).features.float()
             loss_PB[at] = F.cross_entropy(logits, labels_B, reduction="none")
@@ -183,7 +183,7 @@ def cache_routes(
         raise TrainingError("no images to fit gates on")
     losses_NP = torch.cat(losses)
     features = []
-    while hidden:  # one gate at a time, so that only its parts are held twice
+    while hidden:  # one gate at a time, so that only its parts are in memory twice
         features.append(torch.cat(hidden.pop(0), dim=1))
     for path, values_N in zip(paths, losses_NP.T, strict=True):
         bad = int((~values_N.isfinite()).sum())
@@ -215,7 +215,7 @@ def _children(spec: AnySpec, prefixes: Sequence[Sequence[Path]]) -> tuple[Tensor
 
 
 def _deviation(features_QNR: Tensor) -> Tensor:
-    """In float64 sums, part by part."""
+    """As `RouteCache.deviations`, for one gate; sums are in float64, part by part."""
     total_R = torch.zeros(features_QNR.shape[2], dtype=torch.float64)
     squares_R = torch.zeros_like(total_R)
     for start in range(0, features_QNR.shape[1], 4096):
@@ -225,6 +225,6 @@ def _deviation(features_QNR: Tensor) -> Tensor:
     count = features_QNR.shape[0] * features_QNR.shape[1]
     square_R = squares_R / count
     deviation_R = (square_R - (total_R / count).square()).clamp_min(0).sqrt()
-    # a feature that hardly varies is a bias to its gate: not to be blown up
+    # a feature that hardly varies is a bias to its gate: do not amplify it
     deviation_R = deviation_R.maximum(0.1 * square_R.sqrt())
     return torch.where(deviation_R > 0, deviation_R, 1.0).float()

@@ -1,4 +1,4 @@
-"""One optimizer step of each stage, testable without a loop.
+"""One optimizer step of each stage, as functions that can be tested without a loop.
 
 Suffixes: B rows, C channels, H W pixels, N classes, K choices of a gate.
 """
@@ -39,7 +39,7 @@ class Sandwich(NamedTuple):
     largest: Route
     randoms: tuple[Route, ...]
     smallest: Route | None
-    """None where the largest is trained alone."""
+    """None if the largest is trained alone."""
 
     @property
     def narrow(self) -> tuple[Route, ...]:
@@ -47,12 +47,12 @@ class Sandwich(NamedTuple):
 
 
 def sandwich_routes(spec: AnySpec, rng: random.Random, randoms: int = 2) -> Sandwich:
-    """The largest, `randoms` random routes and the smallest.
+    """The largest, `randoms` different random routes and the smallest.
 
-    Random routes take every gate's width index uniformly (arXiv 2103.13258 samples from the second
-    width up), are never the smallest, and never the largest where that is a route: it learns the
-    labels, and would learn its own prediction. They differ; where there are not so many routes
-    between the two, they are all that there are.
+    Random routes draw every gate's width index uniformly (arXiv 2103.13258 draws from the second
+    width up). They are never the smallest, and never the largest if that is a route: it learns the
+    labels, and would otherwise learn its own prediction. If there are fewer routes between the two,
+    all are taken.
     """
     gates, widths = len(spec.gates), spec.num_widths
     # a combination is a number in base `widths`: 0 is the smallest route, the last the widest
@@ -70,11 +70,11 @@ class SupernetLosses(NamedTuple):
     largest: float
     randoms: tuple[float, ...]
     smallest: float
-    """The largest's where that is trained alone."""
+    """Equal to `largest` if that is trained alone."""
 
 
 class GateLosses(NamedTuple):
-    """Terms of one stage-II step, before their weights, and the mean cost of its routes.
+    """Unweighted loss terms of one stage-II step, and the mean cost of its routes.
 
     `mean_cost` is in the unit of the cost table.
     """
@@ -109,18 +109,19 @@ def supernet_step(
 ) -> SupernetLosses:
     """One step by the sandwich rule, with in-place ensemble bootstrapping by default.
 
-    The largest learns the labels: classes (B,) or, of mixed images, probabilities (B, N). The
-    others learn the probabilities that `target` names (see `SupernetRecipe`); with "ensemble"
-    (arXiv 2103.13258, section 3.2) random routes learn the EMA network's largest, and the smallest
-    the mean of the EMA network's probabilities along the largest and the random routes. Where
-    `outside_BN` is given, all routes, the largest too, learn these probabilities.
-    `soft_weight` multiplies the cross-entropy against those probabilities, `label_weight` that
-    against the labels beside it; routes that learn the labels alone learn them at weight 1.
+    The largest learns the labels: classes (B,), or probabilities (B, N) for mixed images. The
+    others learn the probabilities that `target` names (see `SupernetRecipe`). With "ensemble"
+    (arXiv 2103.13258, section 3.2), random routes learn the EMA network's prediction along the
+    largest route, and the smallest learns the mean of the EMA network's probabilities along the
+    largest and the random routes. If `outside_BN` is given, all routes, including the largest,
+    learn these probabilities. `soft_weight` multiplies the cross-entropy against probabilities and
+    `label_weight` the added one against labels. Routes without probabilities learn the labels at
+    weight 1.
 
-    Gradients of all passes add up, over `accumulate` parts of the batch one after the other; they
-    are averaged over the processes of the run once, with the BN statistics; then the optimizer
-    steps once and the EMA follows. `run_segment` stands in for `net.segment` (e.g. compiled). With
-    `after_trunk`, x_BCHW are the trunk's features, and the trunk is not trained.
+    Gradients of all passes accumulate over `accumulate` consecutive parts of the batch. They are
+    averaged once over all processes, together with the BN statistics. Then the optimizer steps once
+    and the EMA is updated. `run_segment` replaces `net.segment` (e.g. compiled). With `after_trunk`
+    x_BCHW holds the trunk's features, and the trunk is not trained.
 
     Raises:
         TrainingError: if a loss is not finite on any process; the optimizer has not stepped.
@@ -128,7 +129,7 @@ def supernet_step(
     averaged = teacher.module
     assert isinstance(averaged, ElasticNet)
     narrow = routes.narrow
-    # drawn for the whole batch of all processes: they together drop what one alone would
+    # a part of the mask of all processes, so that their number does not change the dropout
     mask = dropout_mask(net, len(x_BCHW), dropout, generator, x_BCHW.device)
     autocast = torch.autocast(x_BCHW.device.type, torch.bfloat16, enabled=bf16)
     totals = torch.zeros(1 + len(narrow), device=x_BCHW.device)
@@ -153,7 +154,7 @@ def supernet_step(
             )
         kept = None if mask is None else mask[part]
         if target == "distillation" and kept is not None:
-            # the same features without dropout: what the others learn
+            # also without dropout, as the target of the other routes
             kept = torch.stack([kept, torch.ones_like(kept)])
         with autocast:
             (logits,) = net.forward_many(
@@ -171,7 +172,7 @@ def supernet_step(
         torch.autograd.backward(loss)
         if not narrow:
             continue
-        # the other routes share their trunk, so they run together and go backward as one sum
+        # the other routes share their trunk, so they run together, with one backward pass
         with autocast:
             all_logits = net.forward_many(
                 x, narrow, run_segment=run_segment, after_trunk=after_trunk
@@ -183,7 +184,7 @@ def supernet_step(
     parameters = [p for p in net.parameters() if p.grad is not None]
     statistics = [b for b in net.buffers() if b.is_floating_point()]
     average_([totals, *(p.grad for p in parameters if p.grad is not None), *statistics])
-    # looked at once, after all passes: on a GPU each look waits for what runs
+    # read once, after all passes: on a GPU every read waits for the running kernels
     largest, *others = totals.tolist()
     names = ["the largest network", *(f"route {route}" for route in narrow)]
     for name, value in zip(names, (largest, *others), strict=True):
@@ -202,9 +203,9 @@ def _teacher_targets(
     outside_BN: Tensor | None,
     soft_weight: float,
 ) -> list[Tensor | None]:
-    """Probabilities that the largest and the others learn; None for labels.
+    """Probabilities that the largest and each other route learn; None for labels alone.
 
-    `answer` gives the averaged network's logits along several routes.
+    `answer` returns the averaged network's logits along several routes.
     """
     learners = 1 + len(routes.narrow)
     if soft_weight == 0:
@@ -225,9 +226,9 @@ def dropout_mask(
     generator: torch.Generator | None,
     device: torch.device,
 ) -> Tensor | None:
-    """Inverted dropout for the pooled features of the largest network (rows, channels), or None.
+    """Inverted dropout mask (rows, channels) for the largest network's pooled features, or None.
 
-    `rows` are this process's; the mask is its part of one for the rows of all processes.
+    `rows` is the number of rows of this process, which uses its part of a mask for all processes.
     """
     if dropout == 0:
         return None
@@ -293,7 +294,7 @@ def gate_step(
     classification = F.cross_entropy(
         out.logits.float(), labels_B, label_smoothing=recipe.label_smoothing
     )
-    # what is not a mean over images needs its numbers from all processes before the gradient
+    # terms that are not means over images need numbers from all processes before the gradient
     first_B = labelled_first(easy_B, hopeless_B)
     counts = torch.stack([first_B.sum(), (~first_B).sum()]).to(classification.dtype)
     mean_cost = table.expected(out.gates).mean()
@@ -329,7 +330,7 @@ def gate_step(
 def parameter_groups(
     parameters: Iterable[nn.Parameter], weight_decay: float
 ) -> list[dict[str, object]]:
-    """Optimizer groups: decay on weights of two or more dimensions, none on BN and biases."""
+    """Optimizer groups: weight decay on tensors of two or more dimensions, not on BN and biases."""
     every = list(parameters)
     return [
         {"params": [p for p in every if p.ndim > 1], "weight_decay": weight_decay},

@@ -1,4 +1,4 @@
-"""Networks that teach a supernet: its own moving average, or another trained network."""
+"""Teachers of a supernet: its own moving average, or another trained network."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from dynaslim.spec import Route
 
 
 def make_teacher(net: ElasticNet, decay: float) -> AveragedModel:
-    """The EMA network, which normalises by the statistics of each batch and keeps none.
+    """The EMA network, which normalises with the statistics of each batch and stores none.
 
-    The released code averages the running statistics too and teaches in evaluation mode. Averaged
-    statistics do not belong to averaged weights: in the first thousands of steps such a teacher is
-    no better than chance. `recalibrate` gives the averaged network statistics of its own.
+    The released code also averages the running statistics and uses the teacher in evaluation mode.
+    Averaged statistics do not match averaged weights: in the first thousands of steps such a
+    teacher is no better than chance. `recalibrate` computes statistics for the averaged network.
 
-    The decay warms up, (1 + t) / (10 + t), so that a short run's average is not its beginning.
+    The decay warms up as (1 + t) / (10 + t), so that the start does not dominate a short run.
     """
 
     def update(averaged: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
@@ -53,14 +53,14 @@ def _use_batch_statistics(module: torch.nn.Module) -> None:
 
 
 class OutsideTeacher:
-    """A trained network that predicts for a supernet's images, along its best route.
+    """A trained network that predicts for a supernet's images, along the route that `choose` sets.
 
-    `teacher(x)` -> probabilities (B, N), classes in the order of `class_names`; x (B, C, H, W) is
-    normalised by `preprocessing`.
+    `teacher(x)` -> probabilities (B, N), with classes in the order of `class_names`; x (B, C, H, W)
+    is normalised by `preprocessing`. Before `choose`, the route is the largest.
 
     Raises:
         CheckpointError: if the checkpoint cannot be read.
-        UsageError: if its classes, image size or channels are others.
+        UsageError: if its classes, image size or channels are different.
     """
 
     def __init__(
@@ -102,8 +102,8 @@ class OutsideTeacher:
 
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (B, N) of normalised images, classes in the order of the images'."""
-        # by statistics of the batch, rows are to stay together
+        """Logits (B, N) of normalised images, with classes in the order of `class_names`."""
+        # with batch statistics the rows must stay together
         rows = len(x) if self.net.training else self.net.rows_at_once(x.shape[-1], len(x))
         parts = (
             self.net(part * self._scale + self._shift, self.route) for part in torch.split(x, rows)
@@ -115,11 +115,11 @@ class OutsideTeacher:
         return self.logits(x).softmax(1)
 
     def choose(self, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, Any]:
-        """Take the route and the BN statistics that have the lowest cross-entropy.
+        """Select the route and the kind of BN statistics with the lowest cross-entropy.
 
-        `batches` are normalised images and their classes; the means are over the batches of all
-        processes. Routes are the largest and the widest that its gates choose; statistics its own
-        or those of each batch. Returns what was taken and its cross-entropy.
+        `batches` are normalised images and their classes; means are over the batches of all
+        processes. The candidates are the largest route and the widest that the gates can choose,
+        with running or batch statistics. Returns the selection and its cross-entropy.
         """
         spec = self.net.spec
         routes = tuple(dict.fromkeys((spec.largest, spec.widest_choice)))

@@ -1,4 +1,4 @@
-"""What compiles and runs variants: a base class, and the backends by name."""
+"""Backends, which compile and run variants: their base class and a registry by name."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ from dynaslim.runtime.variants import Precision, Variant, VariantShape, VariantS
 
 
 class Program(Protocol):
-    """A variant, compiled."""
+    """A compiled variant."""
 
     def __call__(self, x: Array, outs: Sequence[Array]) -> None:
-        """Run rows x (n, *row), or images (n, C, H, W), and write what comes out into `outs`.
+        """Run rows x (n, *row), or images (n, C, H, W), and write the results into `outs`.
 
-        May be called by several threads at once, on outputs of their own.
+        Several threads may call it at once, each with its own outputs.
         """
 
 
 @dataclass
 class Counts:
-    """How the programs of a backend came to be."""
+    """Names of a backend's programs, by where they came from."""
 
     compiled: list[str] = field(default_factory=list)
-    """Names of those made in this process."""
+    """Programs compiled in this process."""
     cached: list[str] = field(default_factory=list)
-    """Names of those read from disk."""
+    """Programs read from disk."""
 
 
 class Backend(ABC):
-    """Compiles variants, each once; may be used by several threads at once."""
+    """Compiles each variant once; thread-safe."""
 
     name: str
-    """As in `BACKENDS`."""
+    """Its key in `BACKENDS`."""
     arrays: Arrays
-    """What its programs take and give."""
+    """Array library of its programs' inputs and outputs."""
     workers: int
-    """Calls that it does best at once, each with one core; 1 if one call uses all there is."""
+    """Best number of concurrent calls, each on one core; 1 if a call uses all cores or the GPU."""
     own_threads = False
-    """Whether work must stay off the caller's thread, whose settings are the caller's."""
+    """Whether programs must not run on the caller's thread, whose settings belong to the caller."""
     sizes: tuple[int, ...] | None = None
-    """Rising numbers of rows that programs are made for; None if any number will do."""
+    """Numbers of rows that programs are made for, ascending; None if any number works."""
     own_core_rows = 0
-    """Steps of so few rows stay on the core of their caller while every core has a caller."""
+    """While every core has a caller, steps of up to this many rows run on the caller's core."""
     piece_values = CACHE_VALUES
-    """Values of the largest feature map of a piece that it runs fastest."""
+    """Number of values in the largest feature map of a piece at which it runs fastest."""
     fixed_size = False
-    """Whether a program is for one size of image."""
+    """Whether a program supports only one image size."""
     fixed_threads = False
-    """Whether a program is for one number of cores."""
+    """Whether a program supports only one number of cores."""
 
     def __init__(self, source: VariantSource, resources: Resources) -> None:
         self._source = source
@@ -67,15 +67,15 @@ class Backend(ABC):
         self._compiling = threading.Lock()
 
     def program(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
-        """The variant's program for rows of this shape; `wide` uses all cores for one call.
+        """Return the variant's program for rows of this shape; `wide` uses all cores for one call.
 
         Raises:
-            UsageError: if the source has not what the backend needs.
+            UsageError: if the source cannot provide what the backend needs.
         """
         key = (variant, shape.row_in if self.fixed_size else None, wide and self.fixed_threads)
         program = self._programs.get(key)
         if program is None:
-            with self._compiling:  # one compilation at a time, and none twice
+            with self._compiling:  # one compilation at a time, and never the same one twice
                 program = self._programs.get(key)
                 if program is None:
                     program = self._programs[key] = self.compile(variant, shape, wide=wide)
@@ -83,20 +83,20 @@ class Backend(ABC):
 
     @abstractmethod
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
-        """As `program`; called once for each that differs."""
+        """Compile what `program` returns; called once for each distinct program."""
 
     def start_worker(self) -> None:  # noqa: B027
-        """Called once in every thread that runs programs side by side."""
+        """Called once in every thread that runs programs in parallel with others."""
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a backend may use."""
+    """Resources that a backend may use."""
 
     threads: int
-    """Cores."""
+    """Number of cores."""
     cache: Cache | None
-    """Folder for compiled programs of this source on this machine; None keeps none."""
+    """Cache for compiled programs of this source on this machine; None to keep none."""
 
 
 BACKENDS: Final = {
@@ -110,7 +110,7 @@ BACKENDS: Final = {
     "openvino": ("dynaslim.runtime.backends.openvino", "OpenVinoBackend", ("openvino",)),
     "cudagraph": ("dynaslim.runtime.backends.cudagraph", "CudaGraphBackend", ("torch",)),
 }
-"""Name -> module, class, and the libraries that it needs."""
+"""Name -> module, class, and the libraries it needs."""
 
 FROM_PACKAGE: Final = ("onnxruntime", "openvino")
 """Backends that run an exported package."""
@@ -122,21 +122,21 @@ SUPPORTED: Final[dict[str, tuple[Precision, ...]]] = {
     "openvino": ("fp32", "bf16", "int8"),
     "cudagraph": ("fp32", "bf16"),
 }
-"""Precisions of each backend: onnxruntime's CPU kernels have no bfloat16 convolution."""
+"""Precisions of each backend. ONNX Runtime's CPU kernels have no bfloat16 convolution."""
 
 
 def check_backend(name: str) -> None:
-    """Raise `UsageError` if there is no backend of that name."""
+    """Raise `UsageError` if there is no backend with this name."""
     known = ("auto", *BACKENDS)
     check(name in known, f"backend {name!r}: choose from {', '.join(known)}")
 
 
 def make_backend(name: str, source: VariantSource, resources: Resources) -> Backend:
-    """A backend for a network's variants.
+    """Create a backend for a network's variants.
 
     Raises:
-        UsageError: if there is no such backend, its library is not installed (the message is the
-            line that installs it), or it does not have the source's precision.
+        UsageError: if there is no such backend, its library is not installed (the message says
+            how to install it), or it does not support the source or its precision.
     """
     check_backend(name)
     if name not in FROM_PACKAGE and not source.has_modules:
@@ -157,7 +157,7 @@ def make_backend(name: str, source: VariantSource, resources: Resources) -> Back
 
 
 def default_device(backend: str) -> str:
-    """Where a network that is read for a backend is put: that which needs a GPU gets one."""
+    """The device on which to load a network for a backend: a GPU only for `cudagraph`."""
     if backend != "cudagraph":
         return "cpu"
     import torch
@@ -166,7 +166,7 @@ def default_device(backend: str) -> str:
 
 
 def available(precision: Precision) -> list[str]:
-    """The backends whose libraries are installed and that have a precision."""
+    """Backends that support a precision and whose libraries are installed."""
     return [
         name
         for name, (_, _, libraries) in BACKENDS.items()

@@ -1,7 +1,7 @@
-"""CUDA graphs: a variant recorded once for every size of bucket, then replayed without launches.
+"""CUDA graphs: a variant is recorded once per bucket size, then replayed as a single launch.
 
 A graph has fixed shapes and fixed memory, so buckets are padded to a few sizes and copied in and
-out; all graphs share one pool of memory, since one runs at a time.
+out. All graphs share one memory pool, because only one runs at a time.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 _WARM_UP = 3
-"""Runs before recording: libraries choose their kernels and take their memory."""
+"""Runs before recording, in which libraries choose kernels and allocate memory."""
 
 
 class _Recording:
-    """A variant at one number of rows: fixed input, graph, fixed outputs."""
+    """A variant recorded for one number of rows: fixed input, graph, fixed outputs."""
 
     def __init__(self, module: nn.Module, x: Tensor, pool: Any) -> None:
         self.x = x
@@ -36,14 +36,14 @@ class _Recording:
                 module(self.x)
         torch.cuda.current_stream(x.device).wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        # other threads may take memory meanwhile
+        # other threads may allocate memory meanwhile
         with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             made = module(self.x)
         self.outs: tuple[Tensor, ...] = (made,) if isinstance(made, Tensor) else tuple(made)
 
 
 class _Replayed:
-    """The recordings of a variant, made at the first use of a size."""
+    """A variant's recordings, each made when its number of rows is first used."""
 
     def __init__(
         self, backend: CudaGraphBackend, variant: Variant, module: nn.Module, shape: VariantShape
@@ -57,7 +57,7 @@ class _Replayed:
     @torch.inference_mode()
     def __call__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
         features = x if self._form.takes_images else x.permute(0, 3, 1, 2)
-        with self._backend.lock:  # graphs share their memory
+        with self._backend.lock:  # graphs share memory
             if len(x) not in self._recordings:
                 self._recordings[len(x)] = self._record(len(x))
             recording = self._recordings[len(x)]
@@ -76,10 +76,10 @@ class _Replayed:
 
 
 class CudaGraphBackend(Backend):
-    """Recorded modules on a GPU.
+    """Modules recorded as CUDA graphs.
 
     Raises:
-        UsageError: if the network is not on a CUDA device.
+        UsageError: if there is no CUDA GPU or the network is not on one.
     """
 
     name = "cudagraph"

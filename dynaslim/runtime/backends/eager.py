@@ -1,4 +1,4 @@
-"""Plain modules run by PyTorch as they are, on the CPU or a GPU, in channels_last."""
+"""Plain modules run by PyTorch without compilation, on the CPU or a GPU, in channels_last."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _STARTING = threading.Lock()
-"""Held by the thread that changes what new threads begin with, for all engines of the process."""
+"""Held, for all engines of the process, while the thread count of new threads is changed."""
 
 
 def device_of(source: VariantSource) -> torch.device:
-    """Where a source's weights are, by default on the CPU."""
+    """The device of a source's weights; the CPU if the source does not say."""
     found: torch.device = getattr(source, "device", torch.device("cpu"))
     return found
 
 
 class ModuleProgram:
-    """A module, or anything that is called like one."""
+    """A program that calls a module, or anything callable like one."""
 
     def __init__(self, module: nn.Module, *, images: bool) -> None:
         self._module = module
@@ -40,19 +40,19 @@ class ModuleProgram:
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:
-    """The module with its convolutions' weights in that layout."""
+    """Convert the weights of a module's convolutions to channels_last; returns the module."""
     return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
 
 
 def copy_out(made: Tensor | Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-    """Write (B, C, H, W) features and logits into buffers of rows."""
+    """Write features (B, C, H, W) and logits into buffers of rows."""
     results = (made,) if isinstance(made, Tensor) else made
     for result, out in zip(results, outs, strict=True):
         out.copy_(result.permute(0, 2, 3, 1) if result.ndim == 4 else result)
 
 
 class EagerBackend(Backend):
-    """PyTorch without a compiler; one module serves calls of any number of cores."""
+    """PyTorch without a compiler; one module serves calls on any number of cores."""
 
     name = "eager"
     own_threads = True
@@ -69,11 +69,11 @@ class EagerBackend(Backend):
         return ModuleProgram(module, images=variant.takes_images)
 
     def start_worker(self) -> None:
-        """One core for each thread."""
+        """Limit the calling thread to one core."""
         with _STARTING:
             before = torch.get_num_threads()
             torch.set_num_threads(1)
-            # that is also what threads that start later begin with: put it back, from another one
+            # this also sets the default for later threads: restore that from another thread
             other = threading.Thread(target=torch.set_num_threads, args=(before,))
             other.start()
             other.join()

@@ -1,7 +1,7 @@
-"""PyTorch's compiler ahead of time, with frozen weights: a shared library for every variant.
+"""PyTorch's ahead-of-time compiler with frozen weights: one shared library per variant.
 
-A library is compiled once (half a minute each, by the machine's C++ compiler) for any number of
-rows and any size of image, and kept in the cache; loading one takes milliseconds.
+A library is compiled once (half a minute each, by the machine's C++ compiler) for one image size
+and up to `MOST_ROWS` rows, and kept in the cache; loading one takes milliseconds.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 MOST_ROWS = 4096
 _CONFIGS = {
     "freezing": True,
-    # as many threads as the caller has; otherwise as many as there were when it was compiled, and
-    # programs side by side would have more threads than there are cores (measured: half the speed)
+    # use the caller's thread count rather than that at compile time, with which parallel programs
+    # would have more threads than there are cores (measured: half the speed)
     "cpp.dynamic_threads": True,
 }
 
 
 class InductorBackend(EagerBackend):
-    """As eager, with compiled modules."""
+    """Like the eager backend, with compiled modules."""
 
     name = "inductor"
     fixed_size = True
@@ -38,8 +38,8 @@ class InductorBackend(EagerBackend):
     def __init__(self, source: VariantSource, resources: Resources) -> None:
         super().__init__(source, resources)
         self._cache = resources.cache
-        # its programs hold Python's lock while they run, so no two run side by side (measured: two
-        # threads take twice as long as one); each uses all cores instead
+        # programs hold the GIL while they run, so no two run in parallel (measured: two threads
+        # take twice as long as one); each uses all cores instead
         self.workers = 1
 
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
@@ -54,7 +54,7 @@ class InductorBackend(EagerBackend):
         if path is not None:
             try:
                 loaded = _open(path)
-            except (OSError, RuntimeError):  # a damaged file is made again
+            except (OSError, RuntimeError):  # a damaged file is compiled again
                 loaded = None
             if loaded is not None:
                 self.counts.cached.append(variant.name)
@@ -88,12 +88,12 @@ def _compile(module: nn.Module, example: torch.Tensor, path: Path) -> None:
     batch = torch.export.Dim("batch", min=1, max=MOST_ROWS)
     try:
         with torch.inference_mode(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own deprecations, in its own code
+            warnings.simplefilter("ignore")  # deprecations within torch itself
             exported = torch.export.export(module, (example,), dynamic_shapes=({0: batch},))
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(path), inductor_configs=_CONFIGS
         )
-    except Exception as error:  # of many kinds, a missing C++ compiler among them
+    except Exception as error:  # of many types, for example if there is no C++ compiler
         raise DynaslimError(
             f"inductor: a segment does not compile ({first_line(error)}); it needs a C++ compiler "
             f"such as g++"

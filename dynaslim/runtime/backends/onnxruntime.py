@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU.
 
-Side by side, each call runs on its caller's thread alone: one pool of threads per session, and a
-network has a session for every variant, spins for work and takes the cores from the others
-(measured: 0.58 of the ideal). The wide programs' pools stop spinning when their call ends.
+In parallel, each call runs only on its caller's thread. A session's own thread pool would spin
+while waiting for work and take cores from other sessions, of which a network has one per variant
+(measured: 0.58 of the ideal). The pools of wide programs stop spinning when their call ends.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from dynaslim.runtime.libraries import onnx_session, require
 from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 _BINDINGS: Final = 64
-"""Kept per session."""
+"""Bindings kept per session."""
 _FOLDER_OF_WEIGHTS: Final = "session.model_external_initializers_file_folder_path"
-"""Option of a session that is opened from memory; since ONNX Runtime 1.21."""
+"""Session option for models opened from memory; since ONNX Runtime 1.21."""
 
 
 class _Session:
-    """A session whose outputs are written where they are wanted."""
+    """A session that writes its outputs directly into the caller's buffers."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
         self._outputs = [output.name for output in session.get_outputs()]
         self._idle: dict[tuple[int, ...], Any] = {}
-        """Bindings by number of rows and addresses: calls come back to the same buffers."""
+        """Bindings by input shape and buffer addresses: calls tend to reuse the same buffers."""
 
     def __call__(self, x: np.ndarray, outs: Sequence[np.ndarray]) -> None:
         key = (*x.shape, x.ctypes.data, *(out.ctypes.data for out in outs))
-        # taken out while it is in use: a binding serves one thread
+        # removed while in use: a binding serves one thread at a time
         binding = self._idle.pop(key, None)
         if binding is None:
             binding = self._session.io_binding()
@@ -43,18 +43,18 @@ class _Session:
             for name, out, address in zip(self._outputs, outs, key[5:], strict=True):
                 binding.bind_output(name, "cpu", 0, np.float32, out.shape, address)
         self._session.run_with_iobinding(binding)
-        if len(self._idle) >= _BINDINGS:  # of callers who give new images each time
+        if len(self._idle) >= _BINDINGS:  # callers may pass new images each time
             self._idle.clear()
         self._idle[key] = binding
 
 
 class OnnxRuntimeBackend(Backend):
-    """Sessions on one core each, or one with all."""
+    """Sessions on one core each, and wide sessions on all cores."""
 
     name = "onnxruntime"
     fixed_threads = True
-    own_core_rows = 2  # measured: threads of several calls that wait for each other by spinning
-    piece_values = 500_000  # measured: 4 rows of the trunk of ds_mbnet at 224 px, 4 to 8 behind
+    own_core_rows = 2  # measured: the threads of concurrent wide calls spin, waiting for each other
+    piece_values = 500_000  # measured: 4 rows of ds_mbnet's trunk at 224 px, 4 to 8 of the rest
 
     def __init__(self, source: VariantSource, resources: Resources) -> None:
         super().__init__(source, resources)
@@ -63,7 +63,7 @@ class OnnxRuntimeBackend(Backend):
         self.workers = resources.threads
 
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
-        """As `Backend.compile`; a session takes images of any size."""
+        """Like `Backend.compile`; one session serves all image sizes."""
         return _Session(self._open(variant, wide))
 
     def _open(self, variant: Variant, wide: bool) -> Any:
@@ -74,12 +74,12 @@ class OnnxRuntimeBackend(Backend):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         level = ort.GraphOptimizationLevel
         cache, found = self._resources.cache, None
-        # what the optimiser makes depends on the machine, not on the number of threads
+        # the optimised model depends on the machine, not on the number of threads
         file = f"{variant.name}.ort{ort.__version__}.onnx"
         model = None if self._source.has_modules else self._source.onnx(variant)
-        if isinstance(model, Path):  # a package's, whose weights are in a file beside it
-            # an optimised variant still names the file of weights, without its folder; without this
-            # option the runtime would take a file of that name where the process works
+        if isinstance(model, Path):  # from a package, with its weights in a file beside it
+            # an optimised variant still names the weights file, without its folder; without this
+            # option the runtime would look for that file in the working directory
             options.add_session_config_entry(_FOLDER_OF_WEIGHTS, str(model.parent))
             if _version(ort) < (1, 21):
                 cache = None
@@ -89,7 +89,7 @@ class OnnxRuntimeBackend(Backend):
             options.graph_optimization_level = level.ORT_DISABLE_ALL
             try:
                 session = onnx_session(found.read_bytes(), options)
-            except Exception:  # of no common kind; a damaged file is made again
+            except Exception:  # no common base class; a damaged file is written again
                 session = None
             if session is not None:
                 self._note(self.counts.cached, variant, wide)
@@ -103,9 +103,9 @@ class OnnxRuntimeBackend(Backend):
             with cache.room_for(file) as temporary:
                 options.optimized_model_filepath = str(temporary)
                 return onnx_session(model, options)
-        except Exception as error:  # of no common kind: of the file, or of the model
+        except Exception as error:  # no common base class; caused by the file or by the model
             options.optimized_model_filepath = ""
-            session = onnx_session(model, options)  # the model's own fault is raised again
+            session = onnx_session(model, options)  # raises again if the model is the cause
             cache.give_up(error)
             return session
 
@@ -115,6 +115,6 @@ class OnnxRuntimeBackend(Backend):
 
 
 def _version(ort: Any) -> tuple[int, int]:
-    """Its first two numbers."""
+    """ONNX Runtime's major and minor version."""
     major, minor = ort.__version__.split(".")[:2]
     return int(major), int(minor)

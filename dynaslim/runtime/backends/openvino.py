@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: side by side, one stream for each core; wide, one stream with all."""
+"""OpenVINO on the CPU: one stream per core for parallel calls, one stream on all cores if wide."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from dynaslim.runtime.libraries import require
 from dynaslim.runtime.variants import Variant, VariantShape, VariantSource
 
 _BLOB: Final = ".blob"
-"""Suffix of what the library keeps in its cache."""
+"""Suffix of the files that the library caches."""
 
 
 @lru_cache(maxsize=1)
 def _core() -> Any:
-    """One for the process, never let go.
+    """The process's only `openvino.Core`, which is never freed.
 
-    Where a thread has a signal stack (Python's faulthandler makes one), the first core puts a
-    larger one in its place, and frees it with itself; if that happens in another thread, the next
-    signal, such as Ctrl-C, ends the process.
+    If a thread has an alternate signal stack (Python's faulthandler creates one), the first core
+    replaces it by a larger one, and frees that when it is itself freed. If this happens in another
+    thread, the next signal, such as Ctrl-C, ends the process.
     """
     return require("openvino").Core()
 
 
 class _Compiled:
-    """A compiled model with its idle requests: one request serves one thread at a time."""
+    """A compiled model with its idle requests. A request serves one thread at a time."""
 
     def __init__(self, openvino: Any, model: Any) -> None:
         self._tensor = openvino.Tensor
@@ -44,7 +44,7 @@ class _Compiled:
             request = self._idle.get_nowait()
         except queue.Empty:
             request = self._model.create_infer_request()
-        if not x.flags.writeable:  # a caller's own images; such memory cannot be shared
+        if not x.flags.writeable:  # a caller's read-only images: such memory cannot be shared
             x = x.copy()
         request.set_input_tensor(0, self._tensor(x, shared_memory=True))
         for number, out in enumerate(outs):
@@ -54,7 +54,7 @@ class _Compiled:
 
 
 class OpenVinoBackend(Backend):
-    """One compiled model for every variant, size of image and kind of call."""
+    """One compiled model per variant, image size and kind of call (parallel or wide)."""
 
     name = "openvino"
     fixed_size = fixed_threads = True
@@ -67,7 +67,7 @@ class OpenVinoBackend(Backend):
         self.workers = resources.threads
 
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
-        """As `Backend.compile`; height and width are fixed, the batch is not."""
+        """Like `Backend.compile`; height and width are fixed, the batch size is not."""
         onnx = self._source.onnx(variant)
         model = self._core.read_model(str(onnx) if isinstance(onnx, Path) else onnx)
         model.reshape({0: [-1, *shape.row_in]})
@@ -77,7 +77,7 @@ class OpenVinoBackend(Backend):
             "NUM_STREAMS": 1 if wide else threads,
             "INFERENCE_NUM_THREADS": threads,
             "INFERENCE_PRECISION_HINT": precision,
-            # pinned, the first streams of two models would share a core and leave another idle
+            # if pinned, the first streams of two models would share a core and leave another idle
             "ENABLE_CPU_PINNING": False,
         }
         compiled, found = self._compile_or_find(model, config)
@@ -96,12 +96,12 @@ class OpenVinoBackend(Backend):
             compiled = self._core.compile_model(
                 model, "CPU", {**config, "CACHE_DIR": str(cache.folder)}
             )
-        except RuntimeError as error:  # of the folder, or of the model, which raises once more
+        except RuntimeError as error:  # if the model and not the folder is at fault, raised again
             compiled = self._core.compile_model(model, "CPU", config)
             cache.give_up(error)
             return compiled, False
         found = bool(compiled.get_property("LOADED_FROM_CACHE"))
-        # where a program does not fit, the library goes on without a word
+        # if a program does not fit on the disk, the library continues silently
         if not found and cache.writable() and cache.names(_BLOB) == before:
             cache.give_up("OpenVINO wrote none")
         return compiled, found
