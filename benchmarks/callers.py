@@ -48,7 +48,7 @@ Call = Callable[[np.ndarray, np.ndarray], object]
 """A call with the images of a batch and their options (batch, gates)."""
 
 
-class Together:
+class Undivided:
     """A backend that does not divide batches among cores: it runs them on all cores or on one."""
 
     workers = 1
@@ -326,7 +326,7 @@ def main() -> None:
         routers[name] = {"engine": Router(source.spec, backend)}
         if backend.workers > 1 and not backend.own_threads:
             for way in WAYS[1:]:
-                together: Any = Together(backend, wide=way == "all cores")
+                together: Any = Undivided(backend, wide=way == "all cores")
                 routers[name][way] = Router(source.spec, together)
     batches = list(map(int, options.batch_sizes.split(",")))
     result: dict[str, Any] = {

@@ -22,7 +22,7 @@ from PIL import Image
 
 from dynaslim.bench.timing import hardware
 from dynaslim.predict import open_engine
-from dynaslim.predict_stream import Stream, StreamOptions, StreamRow, Waiting, reading
+from dynaslim.predict_stream import Stream, StreamOptions, StreamRow, Waiting, start_reader
 
 SIDE = 96
 THRESHOLDS = (None, 4.0, 8.0, 16.0, 32.0)
@@ -56,7 +56,7 @@ def sequence(data: Path, scenes: int, frames: int, speed: float) -> Iterator[tup
 
 def answers(engine: Any, frames: list[bytes], same_frame: float | None) -> list[StreamRow]:
     waiting = Waiting()
-    reading(lambda: all(map(waiting.put, frames)) or None, waiting)
+    start_reader(lambda: all(map(waiting.put, frames)) or None, waiting)
     rows = Stream(engine, StreamOptions(same_frame=same_frame)).answers(waiting)
     return [row for row in rows if isinstance(row, StreamRow)]
 

@@ -47,8 +47,8 @@ SIZES = (1, 2, 4, 8, 16, 32)
 class CopiedOrt(OnnxRuntimeBackend):
     """Without IO binding: the runtime allocates the results, which are then copied."""
 
-    def compile(self, form: Variant, shape: VariantShape, *, wide: bool) -> Any:
-        session = self._open(form, wide)
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Any:
+        session = self._open(variant, wide)
 
         def run(x: np.ndarray, outs: Any) -> None:
             for made, out in zip(session.run(None, {"x": x}), outs, strict=True):
@@ -63,8 +63,8 @@ class ConfiguredOpenVino(OpenVinoBackend):
     config: dict[str, Any] = {}  # noqa: RUF012
     fixed = False
 
-    def compile(self, form: Variant, shape: VariantShape, *, wide: bool) -> Any:
-        source = self._source.onnx(form)
+    def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Any:
+        source = self._source.onnx(variant)
         compiled: dict[int, Any] = {}
 
         def of(rows: int) -> Any:
@@ -112,8 +112,8 @@ class Fixed(ConfiguredOpenVino):
 class FixedCapped(Router):
     """The engine's own piece sizes, so that padding is the only difference."""
 
-    def _prepared(self, form: Variant, size: tuple[int, int]) -> SizedVariant:
-        return replace(super()._prepared(form, size), most_rows=8)
+    def _prepared(self, variant: Variant, size: tuple[int, int]) -> SizedVariant:
+        return replace(super()._prepared(variant, size), most_rows=8)
 
 
 class GatherInside(Router):
@@ -121,14 +121,14 @@ class GatherInside(Router):
 
     def __init__(self, net: SlimNet, backend: OnnxRuntimeBackend) -> None:
         super().__init__(net.spec, backend)
-        self._forms = NetworkSource(net)
+        self._source = NetworkSource(net)
         self._sessions: dict[Variant, Any] = {}
 
-    def _session(self, form: Variant) -> Any:
-        if form not in self._sessions:
+    def _session(self, variant: Variant) -> Any:
+        if variant not in self._sessions:
             import onnxruntime
 
-            model = onnx.load_from_string(self._forms.onnx(form))
+            model = onnx.load_from_string(self._source.onnx(variant))
             for node in model.graph.node:
                 node.input[:] = ["gathered" if name == "x" else name for name in node.input]
             model.graph.node.insert(
@@ -140,14 +140,16 @@ class GatherInside(Router):
             options = onnxruntime.SessionOptions()
             options.intra_op_num_threads = 1
             options.log_severity_level = 3
-            self._sessions[form] = onnxruntime.InferenceSession(model.SerializeToString(), options)
-        return self._sessions[form]
+            self._sessions[variant] = onnxruntime.InferenceSession(
+                model.SerializeToString(), options
+            )
+        return self._sessions[variant]
 
     def _piece(self, job: WorkItem, piece: MicroBatch, program: Any) -> None:
         if job.picked is None:
             super()._piece(job, piece, program)
             return
-        session, rows = self._session(job.sized.form), job.picked[piece.start : piece.stop]
+        session, rows = self._session(job.sized.variant), job.picked[piece.start : piece.stop]
         binding = session.io_binding()
         source = job.source
         binding.bind_input("x", "cpu", 0, np.float32, source.shape, source.ctypes.data)
@@ -237,26 +239,26 @@ def main() -> None:
     traffic = mixed(net.spec, [float(s) for s in options.mix.split(",")], options.batch_size)
     picked = np.array(traffic.rows)
     x = np.random.default_rng(0).standard_normal((options.batch_size, 3, side, side), np.float32)
-    forms, resources = NetworkSource(net), Resources(2, None)
+    source, resources = NetworkSource(net), Resources(2, None)
 
     def serial(kind: type[Any]) -> Router:
-        backend = kind(forms, resources)
+        backend = kind(source, resources)
         backend.workers = 1  # so that every program uses all cores, one piece at a time
         return Router(net.spec, backend)
 
     ort, ov = OnnxRuntimeBackend, OpenVinoBackend
     routers = {
-        "onnxruntime": Router(net.spec, ort(forms, resources)),
+        "onnxruntime": Router(net.spec, ort(source, resources)),
         "onnxruntime, one piece at a time by all cores": serial(ort),
-        "onnxruntime, whole buckets": Router(net.spec, ort(forms, resources), rows_per_piece=999),
-        "onnxruntime, no IO binding": Router(net.spec, CopiedOrt(forms, resources)),
-        "onnxruntime, gather inside the segment": GatherInside(net, ort(forms, resources)),
-        "openvino": Router(net.spec, ov(forms, resources)),
+        "onnxruntime, whole buckets": Router(net.spec, ort(source, resources), rows_per_piece=999),
+        "onnxruntime, no IO binding": Router(net.spec, CopiedOrt(source, resources)),
+        "onnxruntime, gather inside the segment": GatherInside(net, ort(source, resources)),
+        "openvino": Router(net.spec, ov(source, resources)),
         "openvino, one piece at a time by all cores": serial(ov),
-        "openvino, whole buckets": Router(net.spec, ov(forms, resources), rows_per_piece=999),
-        "openvino, pinned threads": Router(net.spec, Pinned(forms, resources)),
-        "openvino, throughput hint": Router(net.spec, Hinted(forms, resources)),
-        "openvino, fixed shapes": FixedCapped(net.spec, Fixed(forms, resources)),
+        "openvino, whole buckets": Router(net.spec, ov(source, resources), rows_per_piece=999),
+        "openvino, pinned threads": Router(net.spec, Pinned(source, resources)),
+        "openvino, throughput hint": Router(net.spec, Hinted(source, resources)),
+        "openvino, fixed shapes": FixedCapped(net.spec, Fixed(source, resources)),
     }
 
     def arm(router: Router) -> Callable[[], object]:

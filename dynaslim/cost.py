@@ -91,7 +91,7 @@ def segment_cost(
     """
     if isinstance(spec, GraphSpec):
         spec = spec.at_size(*size)
-        form = spec.costs[segment, before, choice]
+        variant = spec.costs[segment, before, choice]
         gate = spec.gate_madds(segment, before, choice)
         graph, units = graph_of(spec), spec.units(segment, before, choice)
         own = [
@@ -102,7 +102,7 @@ def segment_cost(
         if segment < len(spec.gates):
             parts = ("reduce_weight", "reduce_bias", "slimming_weight")
             head = _values(graph, [f"{graph.gates[segment]}.{part}" for part in parts], units)
-        return SegmentCost(form.madds - gate, 0, gate, params, head, form.out, form.peak)
+        return SegmentCost(variant.madds - gate, 0, gate, params, head, variant.out, variant.peak)
     spec.check_image_size(*size)
     if isinstance(spec, CascadeSpec):
         image, trunk = (spec.in_channels, *size), spec.trunk

@@ -191,7 +191,7 @@ def evaluate(
     gated = dynamic and bool(spec.gates)
     run = (*chosen, cheapest) if not chosen or (gated and cheapest not in chosen) else chosen
     modes = _Modes(checkpoint, run, preprocessing, gated=gated, views=views, bf16=bf16)
-    own = _everyone(lambda: list(_own_answers(modes, images, batch_size, on_batch)))
+    own = _gathered(lambda: list(_own_answers(modes, images, batch_size, on_batch)))
     parts = [part for process in own for part in process]
     if not parts:
         raise DataError(f"{images.name or 'data'}: none of its {len(images)} images can be read")
@@ -488,7 +488,7 @@ def _own_answers(
             on_batch(len(labels_B))
 
 
-def _everyone(work: Callable[[], T]) -> list[T]:
+def _gathered(work: Callable[[], T]) -> list[T]:
     """Gather every process's result. If one process fails, all raise instead of waiting for it."""
     if world_size() == 1:
         return [work()]

@@ -171,7 +171,7 @@ class Graph(Operations):
 
 
 @dataclass(frozen=True)
-class FormCost:
+class VariantCost:
     """Cost of a segment at width index `choice` behind one at `before`, for one image."""
 
     segment: int
@@ -191,7 +191,7 @@ class OtherSize:
     image_size: tuple[int, int]
     nodes: tuple[Node, ...]
     """Operations that differ between any of the sizes."""
-    forms: tuple[FormCost, ...]
+    forms: tuple[VariantCost, ...]
     cut_axes: tuple[Axis, ...] = field(default=(), metadata=NOT_IN_OLD_FILES)
     """Axes of the tensors that cross the gates; empty if equal to those of the network's size."""
 
@@ -214,7 +214,7 @@ class GraphSpec(Routed, Operations):
     gates: tuple[GateSpec, ...]
     hidden: int
     """Number of hidden features of each gate."""
-    forms: tuple[FormCost, ...]
+    forms: tuple[VariantCost, ...]
     sorted_by: str = ""
     """The criterion by which channels were sorted."""
     other_sizes: tuple[OtherSize, ...] = ()
@@ -350,22 +350,23 @@ class GraphSpec(Routed, Operations):
                     old = tensors[key]
                     tensors[key] = dataclasses.replace(old, axes=(rows, *old.axes[1:]))
             changes["tensors"] = tensors
-            changes["forms"] = tuple(self._with_classes(form, classes) for form in self.forms)
+            changes["forms"] = tuple(self._with_classes(variant, classes) for variant in self.forms)
             changes["other_sizes"] = tuple(
                 dataclasses.replace(
-                    other, forms=tuple(self._with_classes(form, classes) for form in other.forms)
+                    other,
+                    forms=tuple(self._with_classes(variant, classes) for variant in other.forms),
                 )
                 for other in self.other_sizes
             )
         return dataclasses.replace(self, **changes)
 
-    def _with_classes(self, form: FormCost, classes: int) -> FormCost:
-        if form.segment != self.num_segments - 1:
-            return form
+    def _with_classes(self, variant: VariantCost, classes: int) -> VariantCost:
+        if variant.segment != self.num_segments - 1:
+            return variant
         axis = self.tensors[f"{self.classifier}.weight"].axes[1]
-        inside = kept_count(axis, self.units(form.segment, form.before, form.choice))
+        inside = kept_count(axis, self.units(variant.segment, variant.before, variant.choice))
         more = (classes - self.num_classes) * inside
-        return dataclasses.replace(form, madds=form.madds + more, out=(classes, 1, 1))
+        return dataclasses.replace(variant, madds=variant.madds + more, out=(classes, 1, 1))
 
     def with_choices(self, *choices: Sequence[int]) -> GraphSpec:
         """A copy with another routing space: one sequence of width indices per gate, or for all."""
@@ -403,7 +404,7 @@ class GraphSpec(Routed, Operations):
     # -- costs --------------------------------------------------------------------------------
 
     @cached_property
-    def costs(self) -> dict[tuple[int, int, int], FormCost]:
+    def costs(self) -> dict[tuple[int, int, int], VariantCost]:
         """Costs by (segment, before, choice)."""
         return {(f.segment, f.before, f.choice): f for f in self.forms}
 

@@ -5,7 +5,7 @@
     hf://user/model@v1          a repository on the hub: its checkpoint, downloaded
     cifar10                     a network that ships with dynaslim (`dynaslim.shipped`)
     package                     the folder of an exported package
-    imagenet                    a package that is made on first use (`MADE`)
+    imagenet                    a package that is made on first use (`MADE_ON_FIRST_USE`)
     ds_mbnet, net.yaml          an architecture of the zoo, or a spec file
 
 A file or a package takes precedence over a shipped network of the same name; other folders, such as
@@ -31,9 +31,9 @@ WEIGHTS: Final = "model.safetensors"
 """The checkpoint in a folder of `save_pretrained`; the file name is the hub's convention."""
 MANIFEST: Final = "manifest.json"
 """The file by which a folder is recognised as an exported package."""
-_OF_RUNS: Final = ("last", "best", "last_live", "checkpoint")
+_RUN_CHECKPOINTS: Final = ("last", "best", "last_live", "checkpoint")
 """Checkpoints of a run of stage I, in order of preference, and the demo's."""
-MADE: Final[dict[str, Callable[[], Path]]] = {}
+MADE_ON_FIRST_USE: Final[dict[str, Callable[[], Path]]] = {}
 """Functions that make the packages of these names on first use; `dynaslim.cli` adds them."""
 _ADDRESS: Final = re.compile(r"hf:/+(?P<name>[^@]+)(?:@(?P<revision>.+))?")
 
@@ -61,8 +61,8 @@ def find_model(name: str | Path, kinds: tuple[Kind, ...] = KINDS) -> Model:
         return Model("architecture", path)
     if "package" in kinds and is_package(path):
         return Model("package", path)
-    if "package" in kinds and text in MADE and not path.exists():
-        return Model("package", MADE[text]())
+    if "package" in kinds and text in MADE_ON_FIRST_USE and not path.exists():
+        return Model("package", MADE_ON_FIRST_USE[text]())
     if text in shipped.names() and not path.is_file():
         return Model("checkpoint", shipped.path(text))
     if (address := _ADDRESS.fullmatch(text)) is not None:
@@ -121,7 +121,7 @@ def run_checkpoints(folder: str | Path) -> list[Path]:
     Gates are in the order of their targets. The list is empty for any other folder.
     """
     gates = sorted(Path(folder).glob("gate*.safetensors"))
-    others = (Path(folder) / f"{name}.safetensors" for name in _OF_RUNS)
+    others = (Path(folder) / f"{name}.safetensors" for name in _RUN_CHECKPOINTS)
     return gates or [file for file in others if file.is_file()][:1]
 
 

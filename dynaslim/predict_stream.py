@@ -332,7 +332,7 @@ def watch_folder(folder: Path, waiting: Waiting) -> None:
         time.sleep(POLL_S)
 
 
-def reading(read: Callable[[], object], waiting: Waiting) -> threading.Thread:
+def start_reader(read: Callable[[], object], waiting: Waiting) -> threading.Thread:
     """Start a thread that reads frames; `Waiting.take` raises its error."""
 
     def run() -> None:

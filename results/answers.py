@@ -82,7 +82,7 @@ class Table:
         return float(CostTable.from_madds(self.spec, self.image_size_px).segments[0][0][0])
 
     @cached_property
-    def sure_NR(self) -> npt.NDArray[np.float32]:
+    def margins_NR(self) -> npt.NDArray[np.float32]:
         """The margin of every route's answer."""
         shape = self.logits_NRC.shape
         found: npt.NDArray[np.float32] = margins(self.logits_NRC.reshape(-1, shape[2]))
@@ -109,7 +109,7 @@ class Table:
             self.image_size_px,
             (self.gate_logits_NR[None],),
             self.correct_NR,
-            self.sure_NR,
+            self.margins_NR,
             None
             if self.mirrored_NC is None
             else averaged(self.logits_NRC[:, -1], self.mirrored_NC).argmax(1) == self.labels_N,

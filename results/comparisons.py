@@ -134,7 +134,7 @@ def escalation(choosing: Table) -> list[dict[str, Any]]:
         settings = []
         for target in range(1, len(costs)):
             room = (limit - costs[0]) / (costs[target] - choosing.trunk)
-            tau = _spending(choosing.sure_NR[:, 0], room)
+            tau = _spending(choosing.margins_NR[:, 0], room)
             settings.append(_setting(FAR, [Escalation(tau, (target,))]))
         found.append(max(settings, key=lambda setting: _at(choosing, setting).top1))
     return found
@@ -157,8 +157,8 @@ def ladder(choosing: Table, judging: Table) -> list[Outcome]:
     for middle in range(1, last):
         for first, second in itertools.product(range(2, 25, 2), repeat=2):
             taus = (
-                policies.threshold_for(choosing.sure_NR[:, 0], first / STEPS),
-                policies.threshold_for(choosing.sure_NR[:, middle], second / STEPS),
+                policies.threshold_for(choosing.margins_NR[:, 0], first / STEPS),
+                policies.threshold_for(choosing.margins_NR[:, middle], second / STEPS),
             )
             settings.append((middle, taus))
             seen.append(_climb(choosing, middle, taus))
@@ -170,7 +170,9 @@ def ladder(choosing: Table, judging: Table) -> list[Outcome]:
 
 def _climb(table: Table, middle: int, taus: Sequence[float]) -> Outcome:
     steps = (0, middle, len(table.costs_R) - 1)
-    return policies.ladder(table.correct_NR, table.sure_NR, table.costs_R, table.trunk, steps, taus)
+    return policies.ladder(
+        table.correct_NR, table.margins_NR, table.costs_R, table.trunk, steps, taus
+    )
 
 
 Networks = Mapping[int, Table]
@@ -193,7 +195,7 @@ def cascade(choosing: Networks, judging: Networks) -> list[Outcome]:
         settings = []
         for first, second in itertools.combinations(sorted(choosing), 2):
             room = (limit - costs[first]) / costs[second]
-            tau = _spending(choosing[first].sure_NR[:, 0], room)
+            tau = _spending(choosing[first].margins_NR[:, 0], room)
             if costs[first] <= limit or first == min(choosing):
                 settings.append((first, second, tau))
         # ties go to wider networks
@@ -206,7 +208,7 @@ def _cascade(tables: Networks, first: int, second: int, tau: float) -> Outcome:
     a, b = tables[first], tables[second]
     return policies.cascade(
         a.correct_NR[:, 0],
-        a.sure_NR[:, 0],
+        a.margins_NR[:, 0],
         b.correct_NR[:, 0],
         (a.costs_R[0], b.costs_R[0]),
         tau,

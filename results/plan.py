@@ -139,18 +139,18 @@ def headline(folder: str | None, seeds: Sequence[int]) -> list[Job]:
         for seed in seeds
         for k in (3, 2, 1, 0)
     ]
-    return _taught("headline", RECIPE, folder, seeds) + statics
+    return _jobs("headline", RECIPE, folder, seeds) + statics
 
 
 def _static(experiment: str, variant: str, recipe: SupernetRecipe, width: int, lr: float) -> Job:
     """A static network, trained on the labels whatever the recipe's target."""
     cell = Cell(experiment, variant, recipe.seed)
-    return Job(cell, "static", replace(at_rate(recipe, lr), **UNTAUGHT), width=width)
+    return Job(cell, "static", replace(at_rate(recipe, lr), **TEACHING_DEFAULTS), width=width)
 
 
 def distillation(folder: str | None, seeds: Sequence[int]) -> list[Job]:
     """CIFAR-10: in-place distillation, the usual slimmable baseline; without gates."""
-    jobs = _taught("distillation", "distillation", folder, seeds)
+    jobs = _jobs("distillation", "distillation", folder, seeds)
     return [job for job in jobs if job.kind == "supernet"]
 
 
@@ -165,14 +165,14 @@ def sgs(folder: str | None, seeds: Sequence[int]) -> list[Job]:
             Cell("sgs", variant, seed),
             "gate",
             gate(cifar10(folder, seed), objective="sgs", targets=(), epochs=2, sgs=way),
-            needs=_taught("ensemble", "ensemble", folder, [seed])[0],
+            needs=_jobs("ensemble", "ensemble", folder, [seed])[0],
         )
         for seed in seeds
         for variant, way in SGS.items()
     ]
 
 
-def _taught(
+def _jobs(
     experiment: str,
     way: str,
     folder: str | None,
@@ -208,7 +208,11 @@ def quick(_: str | None, seeds: Sequence[int]) -> list[Job]:
     ]
 
 
-UNTAUGHT: Final[dict[str, Any]] = {"label_weight": 0.0, "label_warmup": 0.0, "ema_decay": 0.997}
+TEACHING_DEFAULTS: Final[dict[str, Any]] = {
+    "label_weight": 0.0,
+    "label_warmup": 0.0,
+    "ema_decay": 0.997,
+}
 """Values of the recipe fields that a way of teaching does not set."""
 TEACHING: Final[dict[str, dict[str, Any]]] = {
     "labels": {"target": "labels"},
@@ -256,7 +260,7 @@ def at_best(experiment: str, recipe: SupernetRecipe, way: str) -> SupernetRecipe
     ways = ways_of(experiment)
     others = [other for other in ways if other.startswith(f"{way}_ema")]
     chosen, rate = best_settings(experiment, (way, *others))
-    return replace(at_rate(recipe, rate), **UNTAUGHT | ways[chosen])
+    return replace(at_rate(recipe, rate), **TEACHING_DEFAULTS | ways[chosen])
 
 
 def best_settings(experiment: str, variants: Sequence[str]) -> tuple[str, float]:
@@ -303,7 +307,7 @@ def _rates(
         Job(
             Cell(experiment, f"{way}_lr{lr:g}", recipe.seed),
             "supernet",
-            replace(at_rate(recipe, lr), **UNTAUGHT | dict(fields)),
+            replace(at_rate(recipe, lr), **TEACHING_DEFAULTS | dict(fields)),
         )
         for recipe in recipes
         for lr in rates
@@ -347,12 +351,12 @@ SEARCHES: Final = {
 """Searches of the learning rate."""
 EXPERIMENTS: Final = {
     "headline": headline,
-    "labels": partial(_taught, "labels", "labels"),
-    "ensemble": partial(_taught, "ensemble", "ensemble"),
+    "labels": partial(_jobs, "labels", "labels"),
+    "ensemble": partial(_jobs, "ensemble", "ensemble"),
     "distillation": distillation,
     "sgs": sgs,
-    "longer": partial(_taught, "longer", RECIPE, epochs=None),
-    "longer_labels": partial(_taught, "longer_labels", "labels", epochs=None),
+    "longer": partial(_jobs, "longer", RECIPE, epochs=None),
+    "longer_labels": partial(_jobs, "longer_labels", "labels", epochs=None),
     "gates": gates,
     "quick": quick,
     **SEARCHES,

@@ -98,7 +98,7 @@ def gated(correct_NR: Bools, costs_R: Sequence[float], option_N: Ints) -> Outcom
 
 def ladder(
     correct_NR: Bools,
-    sure_NR: Floats,
+    margins_NR: Floats,
     costs_R: Sequence[float],
     trunk: float,
     steps: Sequence[int],
@@ -118,7 +118,7 @@ def ladder(
     on_N = np.ones(len(correct_NR), bool)
     again = 0.0
     for before, step, tau in zip(steps, steps[1:], taus, strict=False):
-        on_N &= sure_NR[:, before] < tau
+        on_N &= margins_NR[:, before] < tau
         right_N[on_N] = correct_NR[on_N, step]
         cost_N[on_N] += costs[step] - trunk
         again += float(on_N.mean())

@@ -39,7 +39,7 @@ COMMANDS = ("dynaslim", "make", "python", "pip", "export", "torchrun", "curl", "
 """First words of shell commands."""
 DATA_LANGUAGES = ("text", "yaml", "json", "ini", "nginx", "html", "diff")
 
-SHORTER = {
+SHORTENING_FLAGS = {
     "train supernet": "--epochs 1 --batch-size 16 --calibration-batches 1 "
     "--val-calibration-batches 1 --workers 0",
     "train gate": "--batch-size 16 --expected.iterations 5 --expected.bisections 2 --workers 0",
@@ -53,7 +53,7 @@ SHORTER = {
     "examples/finetune_folder.py": "1",
 }
 """Flags added to commands so that they take seconds: fewer epochs, images and rounds."""
-FINE = {"doctor": (0, 1)}
+ACCEPTED_EXIT_CODES = {"doctor": (0, 1)}
 """Accepted exit codes; doctor's is 1 if something on this machine does not work."""
 SHORTER_INT8 = "--calibration-images 8 --report-images 8"
 
@@ -87,7 +87,7 @@ class Block:
     text: str
     title: str | None
     """The file that a fence shows."""
-    excuse: str | None
+    reason_not_run: str | None
     """The reason why it is not run; None if it is."""
 
     @property
@@ -98,26 +98,28 @@ class Block:
 def blocks_of(path: Path) -> list[Block]:
     """All blocks of a page in order."""
     lines = path.read_text().split("\n")
-    found, number, excuse = [], 0, None
+    found, number, reason_not_run = [], 0, None
     while number < len(lines):
         line = lines[number]
         if marker := re.fullmatch(r"<!-- not run: (.*\S) -->", line.strip()):
-            excuse = marker[1]
+            reason_not_run = marker[1]
         elif opened := re.fullmatch(r"```(\w*)(.*)", line):
             end = lines.index("```", number + 1)
             title = re.search(r'title="(.+?)"', opened[2])
             body = "\n".join(lines[number + 1 : end])
-            found.append(Block(path.name, number + 2, opened[1], body, title and title[1], excuse))
-            number, excuse = end, None
+            found.append(
+                Block(path.name, number + 2, opened[1], body, title and title[1], reason_not_run)
+            )
+            number, reason_not_run = end, None
         elif line.startswith("    ") and line.split()[0] in COMMANDS:
             end = number
             while end < len(lines) and lines[end].startswith("    "):
                 end += 1
             body = "\n".join(text[4:] for text in lines[number:end])
-            found.append(Block(path.name, number + 1, "bash", body, None, excuse))
-            number, excuse = end - 1, None
+            found.append(Block(path.name, number + 1, "bash", body, None, reason_not_run))
+            number, reason_not_run = end - 1, None
         elif line.strip():
-            excuse = None  # a marker is only valid for the block right after it
+            reason_not_run = None  # a marker is only valid for the block right after it
         number += 1
     return found
 
@@ -181,7 +183,7 @@ def run_command(line: str, servers: Servers) -> None:
         case ["dynaslim", *argv]:
             argv = shortened(argv)
             code = cli.run(argv)
-            fine = FINE.get(verb_of(argv), (0,))
+            fine = ACCEPTED_EXIT_CODES.get(verb_of(argv), (0,))
             assert code in fine, f"dynaslim {shlex.join(argv)} ended with {code}"
         case ["make", target]:
             # other tests run the targets; here it only has to exist
@@ -190,7 +192,7 @@ def run_command(line: str, servers: Servers) -> None:
         case ["python", script, *argv] if script.startswith("examples/"):
             # documents assume the project's folder, but commands run in a temporary one
             there = [str(ROOT / word) if word.startswith("docs/") else word for word in argv]
-            run_script(script, [*there, *SHORTER.get(script, "").split()])
+            run_script(script, [*there, *SHORTENING_FLAGS.get(script, "").split()])
         case _:
             raise AssertionError(
                 f"{line}: not a command that this test can run; if it is right as it is, put "
@@ -210,7 +212,7 @@ def shortened(argv: list[str]) -> list[str]:
     }
     if verb == "report":
         words["RUN"] = "runs/demo"  # an existing run
-    extra = SHORTER.get(verb, "").split()
+    extra = SHORTENING_FLAGS.get(verb, "").split()
     if "int8" in argv:
         extra = SHORTER_INT8.split()
     return [*(words.get(word, word) for word in argv), *extra]

@@ -154,7 +154,7 @@ def test_a_page_works_as_written(path, given, servers, monkeypatch):
     blocks = blocks_of(path)
     for number, block in enumerate(blocks):
         try:
-            if block.excuse is not None:
+            if block.reason_not_run is not None:
                 for line in commands_of(block) if block.language == "bash" else ():
                     check_flags(line, monkeypatch)
             elif block.language == "bash":
@@ -195,7 +195,7 @@ def test_no_block_hides_what_it_is(path):
 def test_what_is_not_run_is_little(capsys):
     """Excuses are for what needs other machines, minutes or a network."""
     blocks = [b for p in PAGES for b in blocks_of(p) if b.language in ("bash", "python")]
-    excused = [f"{b.where}: {b.excuse}" for b in blocks if b.excuse is not None]
+    excused = [f"{b.where}: {b.reason_not_run}" for b in blocks if b.reason_not_run is not None]
     assert len(excused) < len(blocks) / 3, "\n".join(excused)
 
 
@@ -207,8 +207,8 @@ def test_a_marker_excuses_the_next_block_alone(tmp_path):
         '```yaml title="a.yaml"\na: 1\n```\n'
     )
     fleet, peace, titled = blocks_of(page)
-    assert (fleet.excuse, fleet.text, fleet.line) == ("needs a fleet", "make war", 4)
-    assert (peace.excuse, commands_of(peace)) == (None, ["make peace  # now"])
+    assert (fleet.reason_not_run, fleet.text, fleet.line) == ("needs a fleet", "make war", 4)
+    assert (peace.reason_not_run, commands_of(peace)) == (None, ["make peace  # now"])
     assert titled.title == "a.yaml"
 
 

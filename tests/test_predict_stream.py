@@ -325,7 +325,7 @@ def test_a_growing_folder(tmp_path):
     for name in ("b.jpg", "a.jpg", "notes.txt"):
         (tmp_path / name).write_bytes(jpeg(3))
     (tmp_path / "sub.jpg").mkdir()
-    reader = predict_stream.reading(lambda: watch_folder(tmp_path, waiting), waiting)
+    reader = predict_stream.start_reader(lambda: watch_folder(tmp_path, waiting), waiting)
 
     def name():
         return waiting.take(lambda _: False).content.name

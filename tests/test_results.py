@@ -146,7 +146,7 @@ def test_the_arithmetic_here_is_the_runtimes():
     table = _table()
     for target, tau in [(1, 0.3), (3, 0.7)]:
         ours = policies.ladder(
-            table.correct_NR, table.sure_NR, table.costs_R, table.trunk, (0, target), (tau,)
+            table.correct_NR, table.margins_NR, table.costs_R, table.trunk, (0, target), (tau,)
         )
         found = simulate(table.paths, comparisons.FAR, [Escalation(tau, (target,))])
         assert (ours.cost, ours.top1) == pytest.approx((found.madds, found.top1))
@@ -247,10 +247,10 @@ def test_a_cascade_of_one_network_pays_its_trunk_twice():
     alone = {k: table.route(k) for k in range(4)}
     (first, *_) = comparisons.cascade(alone, alone)
     assert first.escalated == 0 or first.cost > table.costs_R[0]
-    tau = policies.threshold_for(table.sure_NR[:, 0], 0.3)
+    tau = policies.threshold_for(table.margins_NR[:, 0], 0.3)
     whole = comparisons._cascade(alone, 0, 3, tau)
     kept = policies.ladder(
-        table.correct_NR, table.sure_NR, table.costs_R, table.trunk, (0, 3), (tau,)
+        table.correct_NR, table.margins_NR, table.costs_R, table.trunk, (0, 3), (tau,)
     )
     assert whole.top1 == kept.top1
     assert whole.cost == pytest.approx(kept.cost + 0.3 * table.trunk, rel=1e-3)

@@ -32,7 +32,7 @@ from dynaslim.cli import (
 )
 from dynaslim.cli.output import echo, fail, help_columns, shell_lines
 from dynaslim.errors import DynaslimError, DynaslimWarning
-from dynaslim.model_names import MADE
+from dynaslim.model_names import MADE_ON_FIRST_USE
 from dynaslim.shipped import IMAGENET
 from dynaslim.version import __version__
 
@@ -129,7 +129,7 @@ def _imagenet() -> Path:
     return package()
 
 
-MADE[IMAGENET] = _imagenet
+MADE_ON_FIRST_USE[IMAGENET] = _imagenet
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:

@@ -137,7 +137,7 @@ def evaluate(
     loaded.net.to(to_device(images.device))
     routes = None if parsed is None else (loaded.net.spec.coerce_route(parsed),)
     opened = open_images(loaded, images.data, split or "test", corrupt_limit=images.corrupt_limit)
-    opened, note = _unseen(opened, file, split)
+    opened, note = _without_trained_images(opened, file, split)
     source = opened.source
     assert source is not None
     with progress("evaluating", len(opened)) as bar:
@@ -177,7 +177,9 @@ def evaluate(
         echo(f"{table}: a line for every image")
 
 
-def _unseen(images: ImageDataset, checkpoint: Path, split: str | None) -> tuple[ImageDataset, str]:
+def _without_trained_images(
+    images: ImageDataset, checkpoint: Path, split: str | None
+) -> tuple[ImageDataset, str]:
     """The images to measure, and a note if the network was trained on some of them.
 
     Those are left out if the set has no splits and no split was given.
@@ -323,11 +325,11 @@ def calibrate_budget(
             raise UsageError(f"--table {table}: is in {latency.unit}, give one in ms")
     held_share, given_split = None, split
     if split is None:
-        split, held_share = _held_back(checkpoint, loaded.recipe)
+        split, held_share = _held_out_split(checkpoint, loaded.recipe)
     opened = open_images(
         loaded, images.data, split, share=held_share, corrupt_limit=images.corrupt_limit
     )
-    opened, note = _unseen(opened, file, given_split)
+    opened, note = _without_trained_images(opened, file, given_split)
     source = opened.source
     assert source is not None
     net = loaded.net.to(to_device(images.device))
@@ -415,7 +417,7 @@ def print_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: st
         )
 
 
-def _held_back(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
+def _held_out_split(checkpoint: Path, recipe: Mapping[str, Any]) -> tuple[str, float | None]:
     """The validation split of training, or the training split and the share held out of it."""
     from dynaslim.data.images import held_out
 

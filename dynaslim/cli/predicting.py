@@ -262,7 +262,7 @@ def _stream(
         StreamSummary,
         Waiting,
         read_pipe,
-        reading,
+        start_reader,
         watch_folder,
     )
 
@@ -278,7 +278,7 @@ def _stream(
     write = _json_line if json else _CsvLines(sys.stdout).write
     read = partial(read_pipe, 0) if source == "-" else partial(watch_folder, Path(source))
     with _stopped_by_signals(waiting):
-        reading(partial(read, waiting), waiting)
+        start_reader(partial(read, waiting), waiting)
         try:
             for row in answering.answers(waiting):
                 summary.add(row)

@@ -32,13 +32,13 @@ from dynaslim.graph import (
     PACKED,
     WHOLE,
     Axis,
-    FormCost,
     GateInput,
     GraphSpec,
     Group,
     Node,
     OtherSize,
     TensorSpec,
+    VariantCost,
     kept_count,
 )
 from dynaslim.nn.net import SlimNet
@@ -152,7 +152,7 @@ class Conversion:
                 found[node] = tuple(live)
         return found
 
-    def _alone(self, node: fx.Node) -> bool:
+    def _is_single_map(self, node: fx.Node) -> bool:
         """Whether the result of an operation is a feature map and all that is needed after it."""
         value = self.analysis.value(node)
         return (
@@ -160,7 +160,7 @@ class Conversion:
         )
 
     def _cuts(self, gate_at: Sequence[str]) -> list[fx.Node]:
-        places = [list(filter(self._alone, self.crossing)), list(self.crossing)]
+        places = [list(filter(self._is_single_map, self.crossing)), list(self.crossing)]
         done, total = {}, 0
         for node in self.captured.nodes:
             total += self._madds(node)
@@ -178,7 +178,7 @@ class Conversion:
                         f"tensors or fewer are all that is needed; a gate can be behind "
                         f"{', '.join(list(names)[:40])}"
                     )
-                cuts.append(self._behind((inside[0] or inside[1])[-1]))
+                cuts.append(self._after_activations((inside[0] or inside[1])[-1]))
             check(len(set(cuts)) == len(cuts), f"gate_at {list(gate_at)}: two gates at one place")
             return sorted(cuts, key=self.position.__getitem__)
         parts = ((0.1, 0.6), (1e-9, 1 - 1e-9))
@@ -207,7 +207,7 @@ class Conversion:
             values = math.log2(sum(math.prod(shape_of(live)) for live in self.crossing[node]))
             return 0.5 * away + 0.05 * values - elastic[node] / total
 
-        return [self._behind(min(near, key=badness))]
+        return [self._after_activations(min(near, key=badness))]
 
     def _layers(self) -> Iterator[tuple[fx.Node, int, list[np.ndarray]]]:
         """Yield layers, their multiply-adds, and the channel labels of each side that has some."""
@@ -245,7 +245,7 @@ class Conversion:
                     found[cut] += madds / 2 * sum(made > at for made in made_at)
         return found
 
-    def _behind(self, node: fx.Node) -> fx.Node:
+    def _after_activations(self, node: fx.Node) -> fx.Node:
         """The last of the normalisations and activations that directly follow an operation."""
         nodes = self.captured.nodes
         while self.position[node] + 1 < len(nodes):
@@ -619,7 +619,7 @@ class Conversion:
         return net
 
     def _verify(self, net: SlimNet) -> None:
-        runs = list(form_costs(net, self.example[:1]))
+        runs = list(variant_costs(net, self.example[:1]))
         net.spec = replace(net.spec, forms=tuple(cost for cost, _, _ in runs))
         self.error = verify_whole(self, net, runs[-1][2])
         two = torch.cat([self.example[:1], self.example[-1:].flip(3)])
@@ -663,7 +663,7 @@ def load_weights(net: SlimNet, tensors: Mapping[str, Tensor]) -> None:
             value.copy_(tensors[name].expand_as(value))
 
 
-def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tensor]]:
+def variant_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[VariantCost, Tensor, Tensor]]:
     """Yield cost, input and output of every segment at every width, for one image (1, C, H, W).
 
     Raises:
@@ -692,7 +692,7 @@ def form_costs(net: SlimNet, x: Tensor) -> Iterable[tuple[FormCost, Tensor, Tens
                 madds = counted.madds + spec.gate_madds(segment, before, choice)
                 last = segment == len(spec.gates)
                 size = (spec.num_classes, 1, 1) if last else (*out.shape[1:4],)
-                yield FormCost(segment, before, choice, madds, size, counted.peak), into, out
+                yield VariantCost(segment, before, choice, madds, size, counted.peak), into, out
 
 
 class _Counter:

@@ -14,16 +14,16 @@ from torch import Tensor, fx
 from dynaslim.conversion.capture import BATCH, Outputs, arguments, operation
 from dynaslim.conversion.channels import REDUCING, Value
 from dynaslim.errors import ConversionError, UsageError
-from dynaslim.graph import FormCost, GraphSpec, Node, kept_count, kept_positions
+from dynaslim.graph import GraphSpec, Node, VariantCost, kept_count, kept_positions
 from dynaslim.nn.net import SlimNet
 from dynaslim.runtime.extract import extract_segment
 
 if TYPE_CHECKING:
     from dynaslim.conversion.build import Conversion
 
-EXACT: Final = 1e-5
+WHOLE_TOLERANCE: Final = 1e-5
 """Tolerance of answers at full width, relative to the largest."""
-NEAR: Final = 1e-4
+SEGMENT_TOLERANCE: Final = 1e-4
 """Tolerance of segments, relative to the largest value. Extracted segments that exceed it are
 compared again in double precision."""
 
@@ -41,11 +41,13 @@ def verify_whole(conversion: Conversion, net: SlimNet, out: Tensor) -> float:
         UsageError: if the error is above 1e-5; the message names the first operation that differs.
     """
     image, route = conversion.example[:1], net.spec.largest
-    error = apart(out, conversion.captured.outputs.logits)
-    if error > EXACT:  # perhaps rounding; what remains in double is a real error
+    error = relative_error(out, conversion.captured.outputs.logits)
+    if error > WHOLE_TOLERANCE:  # perhaps rounding; what remains in double is a real error
         model, twice = copy.deepcopy(conversion.model).double(), copy.deepcopy(net).double()
-        error = apart(twice(image.double(), route), Outputs.of(model(image.double())).logits)
-    if not error <= EXACT:
+        error = relative_error(
+            twice(image.double(), route), Outputs.of(model(image.double())).logits
+        )
+    if not error <= WHOLE_TOLERANCE:
         own: Results = {}
         theirs = conversion.results(image)
         features, before = image.expand(BATCH, -1, -1, -1), 0
@@ -68,7 +70,7 @@ def verify_widths(
     conversion: Conversion,
     net: SlimNet,
     x: Tensor,
-    runs: Sequence[tuple[FormCost, Tensor, Tensor]],
+    runs: Sequence[tuple[VariantCost, Tensor, Tensor]],
 ) -> bool:
     """Compare every segment at every width with its extracted module, and with the segment at full
     width in which the weights that read the other channels are zero.
@@ -81,14 +83,14 @@ def verify_widths(
     """
     masked = Masked.of(conversion, net)
     compared = masked is not None
-    for form, source, out in runs:
-        _verify_extracted(net, form, source, out)
-        if masked is not None and form.segment and form.choice < net.spec.num_widths - 1:
-            compared &= masked.verify(form, source, out)
+    for variant, source, out in runs:
+        _verify_extracted(net, variant, source, out)
+        if masked is not None and variant.segment and variant.choice < net.spec.num_widths - 1:
+            compared &= masked.verify(variant, source, out)
     last = net.spec.num_segments - 1
-    alone = next(out for form, _, out in runs if (form.segment, form.choice) == (last, 0))
-    error = apart(net(x, net.spec.smallest)[:1], alone)
-    if not error <= NEAR:
+    alone = next(out for variant, _, out in runs if (variant.segment, variant.choice) == (last, 0))
+    error = relative_error(net(x, net.spec.smallest)[:1], alone)
+    if not error <= SEGMENT_TOLERANCE:
         raise UsageError(
             f"{net.spec.name}: an image has other answers in a batch than alone, by {error:.1e} of "
             f"the largest: it cannot be routed"
@@ -96,29 +98,29 @@ def verify_widths(
     return compared
 
 
-def apart(got: Tensor, expected: Tensor) -> float:
+def relative_error(got: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest value."""
     if got.shape != expected.shape:
         return float("inf")
     return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
 
 
-def _verify_extracted(net: SlimNet, form: FormCost, source: Tensor, out: Tensor) -> None:
-    at = (form.segment, form.before, form.choice)
+def _verify_extracted(net: SlimNet, variant: VariantCost, source: Tensor, out: Tensor) -> None:
+    at = (variant.segment, variant.before, variant.choice)
     plain = extract_segment(net, *at)
-    error = apart(_features(plain(source)), out)
-    if error > NEAR:
+    error = relative_error(_features(plain(source)), out)
+    if error > SEGMENT_TOLERANCE:
         net, source = copy.deepcopy(net).double(), source.double()
         plain, out = extract_segment(net, *at), net.run_segment(at[0], source, *at[1:]).out
-        error = apart(_features(plain(source)), out)
-    if not error <= NEAR:
+        error = relative_error(_features(plain(source)), out)
+    if not error <= SEGMENT_TOLERANCE:
         own: Results = {}
         net.run_segment(at[0], source, *at[1:], watch=_watch(own))
         other = _Recorder(plain)
         other.run(source)
         raise refuse_at(
             _first_apart(net.spec, other.results, own),
-            f"{_width(net.spec, form)} the extracted network differs from the converted one by "
+            f"{_width(net.spec, variant)} the extracted network differs from the converted one by "
             f"{error:.1e} of the largest value: it is not to be used",
         )
 
@@ -176,14 +178,14 @@ class Masked:
             made += others
         return cls(conversion, net, replace(net.spec, nodes=tuple(made)))
 
-    def verify(self, form: FormCost, source: Tensor, out: Tensor) -> bool:
+    def verify(self, variant: VariantCost, source: Tensor, out: Tensor) -> bool:
         """Compare a segment that maps `source` to `out` at a width; False if it overflows.
 
         Raises:
             UsageError: if the two differ; the message names the operation.
         """
-        spec, number, last = self.spec, form.segment, self.spec.num_widths - 1
-        units = spec.units(number, form.before, form.choice)
+        spec, number, last = self.spec, variant.segment, self.spec.num_widths - 1
+        units = spec.units(number, variant.before, variant.choice)
         for name, axis in self.readers.get(number, []):
             tensor = self.masked.tensor(name)
             tensor.copy_(self.net.tensor(name))
@@ -192,17 +194,17 @@ class Masked:
             tensor.index_fill_(axis, torch.from_numpy(gone), 0)
         entry = spec.cut_axes[number - 1]
         padded = source.new_zeros(1, kept_count(entry, {}), *source.shape[2:])
-        arriving = spec.units(number - 1, form.before, form.before)
+        arriving = spec.units(number - 1, variant.before, variant.before)
         padded[:, kept_positions(entry, arriving)] = source
         whole = (number, padded, last if number > 1 else 0, last)
-        sliced = (number, source, form.before, form.choice)
+        sliced = (number, source, variant.before, variant.choice)
         if self.mixed:
             out = self.net.run_segment(*sliced).out
             if not torch.isfinite(out).all():
                 return False
         end = spec.output if number == len(spec.gates) else spec.cuts[number]
-        error = apart(out, self._kept(end, self.masked.run_segment(*whole).out, units))
-        if not error <= NEAR:
+        error = relative_error(out, self._kept(end, self.masked.run_segment(*whole).out, units))
+        if not error <= SEGMENT_TOLERANCE:
             own: Results = {}
             masked: Results = {}
             self.net.run_segment(*sliced, watch=_watch(own))
@@ -214,8 +216,8 @@ class Masked:
             }
             raise refuse_at(
                 _first_apart(spec, own, kept),
-                f"{_width(spec, form)} the network differs from the whole one without the others, "
-                f"by {error:.1e} of the largest value: it is not to be used",
+                f"{_width(spec, variant)} the network differs from the whole one without the "
+                f"others, by {error:.1e} of the largest value: it is not to be used",
             )
         return True
 
@@ -277,8 +279,8 @@ def _first_apart(spec: GraphSpec, got: Results, expected: Results) -> Node:
     """The first operation with different results, or else the last operation."""
     for node in spec.nodes:
         if node.name in got and node.name in expected:
-            found = apart(got[node.name].double(), expected[node.name].double())
-            if not found <= NEAR:
+            found = relative_error(got[node.name].double(), expected[node.name].double())
+            if not found <= SEGMENT_TOLERANCE:
                 return node
     return spec.nodes[-1]
 
@@ -288,7 +290,7 @@ def refuse_at(node: Node, reason: str) -> ConversionError:
     return ConversionError(node.path, node.op.partition(".")[0], reason)
 
 
-def _width(spec: GraphSpec, form: FormCost) -> str:
-    if not form.segment:
+def _width(spec: GraphSpec, variant: VariantCost) -> str:
+    if not variant.segment:
         return "before the gate"
-    return f"at {spec.percents[form.choice]} % of the channels"
+    return f"at {spec.percents[variant.choice]} % of the channels"

@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dynaslim import distributed
 from dynaslim.data.decode import Crop, decode_entry, random_crop
-from dynaslim.data.images import ImageDataset, ahead, channel_statistics, holdout, label_mapping
+from dynaslim.data.images import ImageDataset, channel_statistics, holdout, label_mapping, map_ahead
 from dynaslim.data.skipped import LIMIT, CorruptImageError, Skipped
 from dynaslim.data.source import Entry, ImageSource, fetched, open_source
 from dynaslim.data.transforms import Augment
@@ -36,13 +36,13 @@ from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import AugmentRecipe, DataRecipe
 from dynaslim.seeds import step_seed
 
-_HASHED: Final = 20_000
+_MOST_HASHED: Final = 20_000
 """The most files on disk to hash at the start of a run."""
 _AHEAD: Final = 2
 """Number of batches that each worker decodes ahead."""
 _READ_AHEAD: Final = 3
 """Number of batches of a stream to read and decode ahead."""
-_JUDGED: Final = 1_000
+_LEAST_TRIED: Final = 1_000
 """Images of a stream to read before the share of corrupt ones is checked."""
 
 
@@ -193,7 +193,7 @@ class ImageFeed(Feed):
             yield batch.pixels_BCSS, batch.labels_B
 
     def digests(self) -> Sequence[str]:
-        return self.images.digests(_HASHED)
+        return self.images.digests(_MOST_HASHED)
 
 
 class _Batch(NamedTuple):
@@ -303,7 +303,7 @@ class StreamFeed(Feed):
             raise UsageError(
                 f"{stream.name}: does not say how many images it has; give --data.stream_images"
             )
-        skipped = Skipped(stream.name, limit=corrupt_limit, at_least=_JUDGED)
+        skipped = Skipped(stream.name, limit=corrupt_limit, at_least=_LEAST_TRIED)
         super().__init__(stream, images, batch_size, seed, skipped, augment)
         self._stream = stream
         self._preprocessing = preprocessing
@@ -366,7 +366,9 @@ class StreamFeed(Feed):
             ]
 
         try:
-            with closing(ahead(reader, read, range(first, first + steps), _READ_AHEAD)) as read_in:
+            with closing(
+                map_ahead(reader, read, range(first, first + steps), _READ_AHEAD)
+            ) as read_in:
                 for batch in read_in:
                     seen = self.skipped.images + len(own)
                     self.skipped.images = min(seen, self.num_images)

@@ -149,7 +149,7 @@ class ImageDataset:
         indices = chain.from_iterable(part.tolist() for part in parts)
         with (
             ThreadPoolExecutor(self.workers) as pool,
-            closing(ahead(pool, self._decode, indices, _AHEAD * batch_size)) as decoded,
+            closing(map_ahead(pool, self._decode, indices, _AHEAD * batch_size)) as decoded,
         ):
             for part in parts:
                 pixels_BCSS = np.zeros((len(part), *self.shape), dtype=np.uint8)
@@ -180,7 +180,7 @@ class ImageDataset:
         tasks = torch.split(torch.arange(len(self)), _PER_TASK)
         with (
             ThreadPoolExecutor(self.workers) as pool,
-            closing(ahead(pool, decode, tasks, 2 * self.workers)) as decoded,
+            closing(map_ahead(pool, decode, tasks, 2 * self.workers)) as decoded,
         ):
             for number, (image, hashed) in enumerate(chain.from_iterable(decoded)):
                 if isinstance(image, CorruptImageError):
@@ -278,7 +278,7 @@ class _Places(Sequence[str]):
         return self._source[int(self._rows[at])].where
 
 
-def ahead(
+def map_ahead(
     pool: ThreadPoolExecutor, work: Callable[[T], R], items: Iterable[T], count: int
 ) -> Generator[R, None, None]:
     """Yield `work(item)` for each item in order, with up to `count` tasks in the pool."""

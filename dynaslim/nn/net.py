@@ -124,7 +124,7 @@ class _Weight(NamedTuple):
     slicers: tuple[Slicer, ...]
 
 
-class _Bound(NamedTuple):
+class _BoundStep(NamedTuple):
     """A step of a program with its function and arguments resolved."""
 
     step: Step
@@ -320,8 +320,10 @@ class SlimNet(ElasticNet):
     def spec(self, spec: AnySpec) -> None:
         assert isinstance(spec, NetSpec | GraphSpec)
         self._spec, self.graph = spec, graph_of(spec)
-        self._behind = [self._indices_by_channels(n) for n in range(len(self.graph.cuts))]
-        self._segments: dict[tuple[int, int, int], tuple[_Bound, ...]] = {}
+        self._index_by_channels = [
+            self._indices_by_channels(n) for n in range(len(self.graph.cuts))
+        ]
+        self._segments: dict[tuple[int, int, int], tuple[_BoundStep, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # bound segments refer to these parameters; a copy has other ones
@@ -376,7 +378,7 @@ class SlimNet(ElasticNet):
 
     # -- one piece ----------------------------------------------------------------------------
 
-    def bound(self, segment: int, before: int, choice: int) -> tuple[_Bound, ...]:
+    def bound_steps(self, segment: int, before: int, choice: int) -> tuple[_BoundStep, ...]:
         """A segment's program with its arguments resolved, built on first use."""
         key = (segment, before, choice)
         if key not in self._segments:
@@ -389,7 +391,7 @@ class SlimNet(ElasticNet):
             for name, number in last.items():
                 freed.setdefault(number, []).append(name)
             self._segments[key] = tuple(
-                _Bound(
+                _BoundStep(
                     step,
                     self._function(step),
                     tuple(map(self._bind, step.args)),
@@ -418,8 +420,8 @@ class SlimNet(ElasticNet):
         return argument
 
     def prepare(self, number: int, choice: int) -> None:
-        for before in (0,) if number == 0 else self._behind[number - 1].values():
-            self.bound(number, before, choice)
+        for before in (0,) if number == 0 else self._index_by_channels[number - 1].values():
+            self.bound_steps(number, before, choice)
 
     def run_segment(
         self,
@@ -454,7 +456,7 @@ class SlimNet(ElasticNet):
                 return [value(inner) for inner in argument]
             return argument
 
-        for step, function, arguments, named, freed in self.bound(number, before, choice):
+        for step, function, arguments, named, freed in self.bound_steps(number, before, choice):
             if step.norm is not None:
                 args = [value(arguments[0])]
                 made = function(args[0], step.norm[1] if soft is None else soft)
@@ -523,9 +525,9 @@ class SlimNet(ElasticNet):
         """Run a segment's operations up to the next gate."""
         before, channels = 0, x.shape[1]
         if number:
-            if channels not in self._behind[number - 1]:
+            if channels not in self._index_by_channels[number - 1]:
                 raise ValueError(f"segment {number}: {channels} channels are of none of its widths")
-            before = self._behind[number - 1][channels]
+            before = self._index_by_channels[number - 1][channels]
         return self.run_segment(number, x, before, choice, dropout_mask)
 
     def forward_gated(self, x: Tensor, choose: Choose) -> GatedOutput:

@@ -49,7 +49,7 @@ class ChannelGroup:
             tensor.copy_(tensor.index_select(axis, index.to(tensor.device)))
 
 
-def widest_alone(spec: NetSpec) -> NetSpec:
+def widest_only(spec: NetSpec) -> NetSpec:
     """A spec with only the last width of every stage."""
     stages = tuple(
         replace(stage, widths=stage.widths[-1:], gate=stage.gate and GateSpec((0,)))
@@ -61,7 +61,7 @@ def widest_alone(spec: NetSpec) -> NetSpec:
 def slimmable(wide: SlimNet, spec: NetSpec, batches: Iterable[Tensor]) -> SlimNet:
     """A network of `spec` that gives the same answers along its largest route as `wide`.
 
-    `wide` is a network of `widest_alone(spec)`, with any number of classes. The channels of each
+    `wide` is a network of `widest_only(spec)`, with any number of classes. The channels of each
     group are sorted by importance over `batches`, network inputs (B, C, H, W). Every width starts
     with the BN statistics of `wide`. Slimming heads are initialised with torch's global generator.
     The network is in evaluation mode. If several processes run, each passes its own batches.

@@ -135,7 +135,7 @@ class Details:
     """(N,) float32, 0..1: the highest class probability minus the second highest."""
     gate_probability_GN: Tensor
     """(G, N) float32, 0..1: each gate's probability of its choice; (0, N) if no gate was run."""
-    widest_right_N: Tensor
+    widest_correct_N: Tensor
     """(N,) bool: whether the widest route (of those that trained gates can take) is right."""
 
 
@@ -226,7 +226,7 @@ class ReportData:
         if self.details is None or evaluation is None or evaluation.dynamic is None:
             return None
         right_N = evaluation.predictions == evaluation.labels
-        widest_N = self.details.widest_right_N
+        widest_N = self.details.widest_correct_N
         better, worse = int((right_N & ~widest_N).sum()), int((~right_N & widest_N).sum())
         return paired_difference(better, worse, len(right_N))
 

@@ -91,7 +91,7 @@ def taken_routes(data: ReportData, columns: Sequence[RouteColumn]) -> tuple[Take
     if evaluation is None or details is None:
         return ()
     right_N = (evaluation.predictions == evaluation.labels).numpy()
-    widest_N = details.widest_right_N.numpy()
+    widest_N = details.widest_correct_N.numpy()
     number_N = evaluation.taken_number.numpy()
     shown = [column.number for column in columns if column.number is not None]
     found = []
@@ -171,9 +171,9 @@ class Confidence(NamedTuple):
     gate: int | None
     gates: int
     chart: Chart
-    surest_top1: float | None
+    surer_half_top1: float | None
     """Accuracy on the half of the images with the higher confidence; None for a single image."""
-    other_top1: float | None
+    other_half_top1: float | None
 
 
 def confidences(data: ReportData) -> tuple[Confidence, ...]:

@@ -241,11 +241,11 @@ def opened(
     out: str | Path,
     options: RunOptions | None,
     *,
-    alone_for: str = "",
+    single_process_for: str = "",
 ) -> Iterator[RunContext]:
     """A context that joins the other processes, handles signals and opens the folder.
 
-    `alone_for` names a feature that needs a single process, for the message.
+    `single_process_for` names a feature that needs a single process, for the message.
 
     Raises:
         UsageError: as `RunFolder`, for an unknown device, or for several processes where one is
@@ -255,8 +255,8 @@ def opened(
     options = options or RunOptions()
     with launched(options.device) as device, stop_requests() as stop:
         check(
-            not alone_for or world_size() == 1,
-            f"{alone_for}: runs in one process; leave torchrun out",
+            not single_process_for or world_size() == 1,
+            f"{single_process_for}: runs in one process; leave torchrun out",
         )
         folder = RunFolder(
             Path(out), stage, recipe.to_dict(), resume=options.resume, force=options.force

@@ -45,8 +45,8 @@ def run_gate(
         OSError: if a file cannot be written; the last snapshot is unchanged.
     """
     check(bool(recipe.supernet), "name the trained supernet: --supernet CHECKPOINT")
-    alone_for = "objective expected" if recipe.objective == "expected" else ""
-    with opened("gate", recipe, out, options, alone_for=alone_for) as context:
+    single_process_for = "objective expected" if recipe.objective == "expected" else ""
+    with opened("gate", recipe, out, options, single_process_for=single_process_for) as context:
         return _GateRun(recipe, context).run()
 
 

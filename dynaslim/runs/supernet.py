@@ -17,7 +17,7 @@ from dynaslim.errors import UsageError, check
 from dynaslim.evaluation import Evaluation
 from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.nn.net import ElasticNet, SlimNet
-from dynaslim.nn.sorting import slimmable, widest_alone
+from dynaslim.nn.sorting import slimmable, widest_only
 from dynaslim.progress import note, progress
 from dynaslim.recipes import DataRecipe, RunOptions, SupernetRecipe
 from dynaslim.runs.context import Callbacks, RunContext, data_results, opened
@@ -64,7 +64,7 @@ def _start(recipe: SupernetRecipe, spec: NetSpec) -> Checkpoint:
         f"init {recipe.init}: holds {found.name}, which is not the recipe's model {recipe.model}; "
         f"name the model that it was trained as",
     )
-    if _shape(found) not in (_shape(spec), _shape(widest_alone(spec))):
+    if _shape(found) not in (_shape(spec), _shape(widest_only(spec))):
         pairs = [(a.widths, b.widths) for a, b in zip(found.stages, spec.stages, strict=True)]
         unlike = [number for number, (its, own) in enumerate(pairs) if its != own]
         # a stage that fits neither way or, if each fits one way, the first that differs

@@ -218,7 +218,7 @@ class _Tried:
         # shifts are ascending: from the widest to the cheapest
         alone = np.flatnonzero(self._is_alone)
         self.widest, self.cheapest = int(alone[0]), int(alone[-1])
-        self._detours: dict[int, bool] = {}
+        self._wasteful: dict[int, bool] = {}
 
     @property
     def _is_alone(self) -> Bools:
@@ -367,19 +367,19 @@ class _Tried:
         within = np.flatnonzero(cost_S <= most_S)
         while True:
             both, alone = self._fronts(within, cost_S)
-            detours = [number for number in both.tolist() if self._is_detour(number)]
-            if not detours:
+            wasteful = [number for number in both.tolist() if self._is_wasteful(number)]
+            if not wasteful:
                 return self._points(both, cost_S), self._points(alone, cost_S)
-            within = np.setdiff1d(within, detours)
+            within = np.setdiff1d(within, wasteful)
 
-    def _is_detour(self, number: int) -> bool:
+    def _is_wasteful(self, number: int) -> bool:
         """Whether some group of rows would cost less if it took the widest route directly.
 
         Groups are the rows that the gates send along one route, and the rows that run one step of
         escalation. Their mean cost, including all later steps, must not exceed that of taking the
         widest route directly. A second look is not counted: it would cost the same after that.
         """
-        if number not in self._detours:
+        if number not in self._wasteful:
             point, answers = self.point(number), self.answers
             steps = [step for step in point.escalations if not step.mirror]
             walked = [
@@ -393,26 +393,26 @@ class _Tried:
             for before_N, after_N in itertools.pairwise(walked):
                 groups.append((after_N > before_N, total_N - before_N, at_once))
             least = max(1, len(answers) * SMALLEST_GROUP)
-            self._detours[number] = any(
+            self._wasteful[number] = any(
                 np.count_nonzero(who_N) >= least and cost_N[who_N].mean() > most * (1 + _ROUNDING)
                 for who_N, cost_N, most in groups
             )
-        return self._detours[number]
+        return self._wasteful[number]
 
     def _fronts(self, within: Ints, cost_S: Floats) -> tuple[Ints, Ints]:
         """The fronts of all and of the gate-only settings among those `within`."""
         looks_S = ~np.isnan(self.all.tau_mirror_S)
         once, twice = within[~looks_S[within]], within[looks_S[within]]
         alone = self._thinned(within[self._is_alone[within]], cost_S)
-        worth = self._worth_a_gate(once, cost_S)
+        worth = self._better_than_uniform(once, cost_S)
         # gate-only points are candidates too, so that escalation never makes a budget worse
         kept = [self._thinned(worth, cost_S), alone[np.isin(alone, worth)]]
         if len(twice):
-            worth_twice = self._worth_a_gate(within, cost_S)
-            kept.append(self._worth_a_look(worth_twice[looks_S[worth_twice]], worth, cost_S))
+            worth_twice = self._better_than_uniform(within, cost_S)
+            kept.append(self._worth_second_look(worth_twice[looks_S[worth_twice]], worth, cost_S))
         return self._front(np.concatenate(kept), cost_S), alone
 
-    def _worth_a_look(self, settings: Ints, without: Ints, cost_S: Floats) -> Ints:
+    def _worth_second_look(self, settings: Ints, without: Ints, cost_S: Floats) -> Ints:
         """The best settings with a second look that beat the best without one at the same cost.
 
         They must do so by a standard error of the difference, which is estimated from the images
@@ -434,7 +434,7 @@ class _Tried:
         point = self.point(number)
         return walk(self.answers, point.shift, point.escalations).right_N
 
-    def _worth_a_gate(self, settings: Ints, cost_S: Floats) -> Ints:
+    def _better_than_uniform(self, settings: Ints, cost_S: Floats) -> Ints:
         """Drop settings whose gates gain no more than chance over a single first route.
 
         The best of many shifts looks good by chance. A setting whose gates divide the images must

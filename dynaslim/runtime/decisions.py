@@ -26,7 +26,7 @@ Budget = float | str | BudgetPoint
 CASCADE_BUDGET: Final = "drop=0.5"
 """Default budget of a cascade with a curve. Without one, its gate would send all images to the
 first rung."""
-SAVED: Final = 16
+SMALL_CALL: Final = 16
 """Calls with fewer rows than this use lower thresholds until enough of the budget is saved up."""
 _HALVINGS: Final = 40
 
@@ -64,7 +64,7 @@ class Decisions:
             return options
         return budgets.choose_by_prices(logits_BK, self._prices[gate])
 
-    def unsure(
+    def escalating(
         self, logits_BN: np.ndarray, options_BG: np.ndarray, call: HeldCall | None = None
     ) -> Iterator[Escalated]:
         """Yield the rows that escalate, step by step; with `call`, only those it can afford."""
@@ -74,7 +74,7 @@ class Decisions:
         for number, step in enumerate(self.escalations):
             able_B = self.costs.may_escalate(last_BG, step.target, mirror=step.mirror)
             margin_B = margins(logits_BN)
-            tau = step.tau if call is None else step.tau * call.ease
+            tau = step.tau if call is None else step.tau * call.tau_factor
             members = state.next(able_B, margin_B, tau).nonzero()[0]
             if call is not None:
                 afforded = call.afforded(members, margin_B, number)
@@ -125,7 +125,7 @@ class HeldCall:
         self._more = costs.more
         self._options = costs.options
         self._before_B = np.zeros(rows, np.int64)
-        self._savings = max(0, SAVED - rows) * (limit - costs.cheapest)
+        self._savings = max(0, SMALL_CALL - rows) * (limit - costs.cheapest)
         self._left = allowance - rows * costs.cheapest
 
     def decide(self, gate: int, logits_BK: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -155,12 +155,12 @@ class HeldCall:
         self._left -= float(more_BK[each, option_B].sum())
         return option_B
 
-    def unsure(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
-        """Like `Decisions.unsure`, within what is left."""
-        return self._decisions.unsure(logits_BN, options_BG, self)
+    def escalating(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
+        """Like `Decisions.escalating`, within what is left."""
+        return self._decisions.escalating(logits_BN, options_BG, self)
 
     @property
-    def ease(self) -> float:
+    def tau_factor(self) -> float:
         """Factor on thresholds, 0..1: in a small call, the less is saved up, the smaller."""
         return min(1.0, max(0.0, self._left) / self._savings) if self._savings else 1.0
 

@@ -432,7 +432,7 @@ class Engine:
         def answers(chosen: Decisions | HeldCall) -> tuple[np.ndarray, ...]:
             return decisions.results(
                 router.routed(
-                    images, chosen.decide, chosen.unsure, limits=decisions.limits, first=first
+                    images, chosen.decide, chosen.escalating, limits=decisions.limits, first=first
                 )
             )
 

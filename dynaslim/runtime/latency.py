@@ -188,9 +188,10 @@ def time_variant(
         source = arrays.empty(rows[-1], arrays.row(shape.row_in))
         moved = values if arrays.row(shape.row_in) == shape.row_in else values.transpose(0, 2, 3, 1)
         source[:] = arrays.images(np.ascontiguousarray(moved))
-    last = len(shape.rows_out) == 1
+    last = len(shape.output_rows) == 1
     outs = [
-        arrays.empty(rows[-1], row, floats=last or n == 1) for n, row in enumerate(sized.rows_out)
+        arrays.empty(rows[-1], row, floats=last or n == 1)
+        for n, row in enumerate(sized.output_rows)
     ]
     times: list[list[float]] = [[] for _ in rows]
     for turn in range(rounds + 1):

@@ -90,5 +90,5 @@ class NetworkSource:
         size = (spec.total_stride,) * 2 if any_size else spec.image_size
         shape = variant.shape(spec, size)
         example = torch.zeros(2, *shape.row_in, device=self.device)
-        outputs = (LOGITS,) if len(shape.rows_out) == 1 else (FEATURES, GATE_LOGITS)
+        outputs = (LOGITS,) if len(shape.output_rows) == 1 else (FEATURES, GATE_LOGITS)
         return to_onnx(self.module(variant), example, outputs, variant.name, any_size=any_size)

@@ -46,7 +46,7 @@ class SizedVariant:
 
     variant: Variant
     shape: VariantShape
-    rows_out: tuple[tuple[int, ...], ...]
+    output_rows: tuple[tuple[int, ...], ...]
     """Memory layouts of a row of features and of gate logits, or of class logits alone."""
     most_rows: int
     """Maximum number of rows of a piece."""
@@ -134,8 +134,8 @@ class Router:
             rows = backend.sizes[-1] if rows is None else min(rows, backend.sizes[-1])
         elif rows is None:
             rows = rows_in_cache(shape.peak, backend.piece_values)
-        rows_out = tuple(backend.arrays.row(row) for row in shape.rows_out)
-        return SizedVariant(variant, shape, rows_out, rows, RowTime(shape.madds))
+        output_rows = tuple(backend.arrays.row(row) for row in shape.output_rows)
+        return SizedVariant(variant, shape, output_rows, rows, RowTime(shape.madds))
 
     def program(self, sized: SizedVariant, *, wide: bool) -> Program:
         """A variant's program; the first use compiles it."""
@@ -308,11 +308,11 @@ class Router:
     ) -> Bucket:
         """A bucket with buffers for an option's outputs; `leaving` are variants by option."""
         sized, rows = leaving[option], len(members)
-        last = len(sized.rows_out) == 1
-        features = workspace.rows((sized, beside), rows, sized.rows_out[0], floats=last)
+        last = len(sized.output_rows) == 1
+        features = workspace.rows((sized, beside), rows, sized.output_rows[0], floats=last)
         if last:
             return Bucket(option, members, (features,))
-        logits = workspace.rows((sized, beside, "gate"), rows, sized.rows_out[1], floats=True)
+        logits = workspace.rows((sized, beside, "gate"), rows, sized.output_rows[1], floats=True)
         return Bucket(option, members, (features, logits))
 
     # -- one step -----------------------------------------------------------------------------
@@ -380,7 +380,9 @@ class Router:
         if sizes is None or rows in sizes:
             program(x, outs)
         else:
-            self._padded(program, x, outs, next(n for n in sizes if n > rows), item.sized.rows_out)
+            self._padded(
+                program, x, outs, next(n for n in sizes if n > rows), item.sized.output_rows
+            )
 
     def _padded(
         self,
@@ -388,7 +390,7 @@ class Router:
         x: Array,
         outs: Sequence[Array],
         rows: int,
-        rows_out: Sequence[tuple[int, ...]],
+        output_rows: Sequence[tuple[int, ...]],
     ) -> None:
         """Run a program for exactly `rows` rows on the fewer rows of x, writing them into `outs`.
 
@@ -401,7 +403,7 @@ class Router:
         # the last output is logits: float32 whatever the precision
         room = [
             workspace.rows(("padded", n == last), rows, row, floats=n == last)
-            for n, row in enumerate(rows_out)
+            for n, row in enumerate(output_rows)
         ]
         program(full, room)
         for out, made in zip(outs, room, strict=True):

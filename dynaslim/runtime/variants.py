@@ -30,7 +30,7 @@ class VariantShape:
 
     row_in: tuple[int, int, int]
     """Channels, height and width of the input."""
-    rows_out: tuple[tuple[int, ...], ...]
+    output_rows: tuple[tuple[int, ...], ...]
     """Shapes of the outputs: features and gate logits, or class logits alone."""
     peak: int
     """Number of values in the largest feature map."""
@@ -66,11 +66,11 @@ class SegmentVariant(NamedTuple):
         if self.segment > 0:
             behind = self.before if self.segment > 2 else 0
             row_in = segment_cost(spec, self.segment - 1, behind, self.before, size).out
-        rows_out: tuple[tuple[int, ...], ...] = ((spec.num_classes,),)
+        output_rows: tuple[tuple[int, ...], ...] = ((spec.num_classes,),)
         if self.segment < len(spec.gates):
-            rows_out = (cost.out, (len(spec.gates[self.segment].choices),))
+            output_rows = (cost.out, (len(spec.gates[self.segment].choices),))
         madds = cost.madds + cost.pool_adds + cost.head_madds
-        return VariantShape(row_in, rows_out, cost.peak, madds)
+        return VariantShape(row_in, output_rows, cost.peak, madds)
 
 
 class RouteVariant(NamedTuple):

@@ -119,7 +119,7 @@ def inputs_of(rows: Sequence[np.ndarray], preprocessing: Preprocessing) -> np.nd
     return np.stack(one)
 
 
-class Turns:
+class FairSemaphore:
     """A fair semaphore: lets `places` batches run at once, first come, first served.
 
     The standard library's semaphores are not fair: a model with a long queue would keep its place.
@@ -226,7 +226,7 @@ class Batcher:
         check(bool(pixels), "no images: give at least one")
         item = self.admit(
             len(pixels),
-            self.budgets.setting(budget, escalate),
+            self.budgets.parse(budget, escalate),
             top_k=top_k,
             deadline=None if deadline_s is None else self._clock() + deadline_s,
         )
@@ -484,14 +484,14 @@ class Batcher:
     def _pick(self, now: float) -> Batch:
         """Take rows that share a setting for the next batch, the oldest first."""
         self.budgets.observe(self.throughput.seconds_for(self._ready_rows), now)
-        setting = self.budgets.in_use(self._ready[0].setting)
+        setting = self.budgets.limited_by_load(self._ready[0].setting)
         members: list[tuple[WorkItem, int]] = []
         pixels: list[np.ndarray] = []
         left: deque[WorkItem] = deque()
         most = self._batch_rows()
         while self._ready and len(members) < most:
             item = self._ready.popleft()
-            own = self.budgets.in_use(item.setting)
+            own = self.budgets.limited_by_load(item.setting)
             if not own.runs_as(setting):
                 left.append(item)
                 continue

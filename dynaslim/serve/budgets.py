@@ -55,9 +55,9 @@ class Budgets:
             )
             self._default = self._levels[-1]
             self._control = BudgetControl(len(self._levels), options.adaptive_wait_ms / 1000, now)
-        self.setting(None, "auto")
+        self.parse(None, "auto")
 
-    def setting(self, budget: str | None, escalate: Escalate) -> Setting:
+    def parse(self, budget: str | None, escalate: Escalate) -> Setting:
         """The setting of a request; raises `UsageError` if the network cannot run with it."""
         check(
             escalate in ("auto", None)
@@ -82,7 +82,7 @@ class Budgets:
         if self._control is not None:
             self._control.observe(wait_s, now)
 
-    def in_use(self, setting: Setting) -> Setting:
+    def limited_by_load(self, setting: Setting) -> Setting:
         """The setting at the present load, with the cheaper of its budget and the current level."""
         if self._control is None or self._curve is None or setting.point is None:
             return setting
@@ -97,4 +97,4 @@ class Budgets:
     @property
     def current(self) -> Setting:
         """The setting of a request without a budget, at the present load."""
-        return self.in_use(self.setting(None, "auto"))
+        return self.limited_by_load(self.parse(None, "auto"))

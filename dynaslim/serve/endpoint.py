@@ -214,7 +214,7 @@ class Call(ABC):
     def _setting(self, parameters: PredictParameters) -> Setting:
         escalate = None if parameters.escalate == "never" else parameters.escalate
         try:
-            return self._model.batcher.budgets.setting(parameters.budget, escalate)
+            return self._model.batcher.budgets.parse(parameters.budget, escalate)
         except UsageError as error:
             raise HTTPError(422, "bad_parameter", str(error)) from None
 

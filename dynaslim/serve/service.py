@@ -23,7 +23,7 @@ from dynaslim.runtime.cache import usable_cores
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.options import RoutedOutput
 from dynaslim.runtime.spending import Spending
-from dynaslim.serve.batcher import Batcher, StoppingError, Turns
+from dynaslim.serve.batcher import Batcher, FairSemaphore, StoppingError
 from dynaslim.serve.budgets import Setting
 from dynaslim.serve.decoding import BYTES_PER_PIXEL, Decoder, DecodingPool
 from dynaslim.serve.model_info import ModelInfo
@@ -148,7 +148,7 @@ class Service:
             "--model-folder: set DYNASLIM_ADMIN_TOKEN, without which nothing can be loaded",
         )
         self.options = options
-        self.turns = Turns(places)
+        self.turns = FairSemaphore(places)
         self.buffers = Buffers(round(options.max_buffer_mb * MEGABYTE))
         self.stopping = False
         self.in_flight = 0

@@ -9,7 +9,7 @@ from helpers import ZOO_NAMES, assert_rows_close, lively, micro_spec, noise
 from dynaslim.errors import UsageError
 from dynaslim.nn import SlimNet
 from dynaslim.nn.layers import SlimBatchNorm2d
-from dynaslim.nn.sorting import channel_groups, slimmable, sort_channels, widest_alone
+from dynaslim.nn.sorting import channel_groups, slimmable, sort_channels, widest_only
 from dynaslim.spec import TEACHER_INDEX, StageSpec
 from dynaslim.zoo import ZOO
 
@@ -19,7 +19,7 @@ def pair(request):
     """A zoo entry, and its largest network alone, which is not to be changed."""
     spec = micro_spec() if request.param == "micro" else ZOO[request.param]
     spec = spec.replace(num_classes=7)
-    net = lively(widest_alone(spec))
+    net = lively(widest_only(spec))
     for module in net.modules():
         if isinstance(module, SlimBatchNorm2d):
             module.num_batches_tracked.fill_(9)

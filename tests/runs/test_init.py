@@ -19,7 +19,7 @@ from helpers import (
 from dynaslim import cli
 from dynaslim.checkpoint import Checkpoint, read, save, with_classes
 from dynaslim.errors import UsageError
-from dynaslim.nn.sorting import widest_alone
+from dynaslim.nn.sorting import widest_only
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import DataRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runs import RunOptions, run_supernet, supernet
@@ -43,7 +43,7 @@ def folder(tmp_path_factory):
     write_parquet(root / "images", bright_pngs(64), 4, "train")
     write_spec(root / "micro.yaml", micro_spec())
     spec = micro_spec(num_classes=4).with_choices(*CHOICES)
-    wide = widest_alone(spec.replace(name="plain"))
+    wide = widest_only(spec.replace(name="plain"))
     made = [("same", NAMES, spec), ("others", tuple("abcd"), spec)]
     made += [("wide", NAMES, wide), ("wide_others", tuple("abcd"), wide)]
     made += [

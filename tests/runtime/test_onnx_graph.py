@@ -57,7 +57,7 @@ def test_every_form_as_its_module(name):
             x = torch.randn(rows, *shape.row_in)
             _check(net, form, module, session, x)
             made = session.run(None, {"x": x.numpy()})
-            assert [one.shape[1:] for one in made] == list(shape.rows_out), form
+            assert [one.shape[1:] for one in made] == list(shape.output_rows), form
 
 
 @pytest.mark.parametrize("name", ["micro", *ZOO_NAMES])

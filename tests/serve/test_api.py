@@ -146,8 +146,8 @@ def test_budgets_beyond_the_widest_are_offered_where_there_are_points(engine, mo
     offered = ModelInfo(engine).budget_range()
     assert offered["high"] == offered["points"][-1]["budget"] == 1.25
     budgets = Budgets(looks, ServeOptions(), 0.0)
-    assert budgets.setting("1.3", "auto").point == dear
-    assert budgets.setting("1.3", None).point.share == 1.0
+    assert budgets.parse("1.3", "auto").point == dear
+    assert budgets.parse("1.3", None).point.share == 1.0
     with pytest.raises(UsageError, match=r"budget '1\.3': above 1 are points"):
         Budgets(curve, ServeOptions(), 0.0).setting("1.3", "auto")
 
@@ -733,7 +733,7 @@ def test_closing_answers_what_is_still_being_decoded(engine):
         service.decoders.submit(batcher.put, item, 1, pixels)
         batcher.put(item, 0, pixels)
 
-    setting = batcher.budgets.setting(None, "auto")
+    setting = batcher.budgets.parse(None, "auto")
     item = batcher.admit(2, setting, top_k=1, deadline=None)
     service.decoders.submit(decode_first)
     closing = threading.Thread(target=service.close)

@@ -88,7 +88,7 @@ def test_a_request_larger_than_a_batch_is_put_together_again(steps):
 def test_images_wait_for_others_that_are_being_decoded(steps):
     engine, make = steps
     batcher = make(max_wait_ms=60_000)
-    setting = batcher.budgets.setting(None, "auto")
+    setting = batcher.budgets.parse(None, "auto")
     jobs = [batcher.admit(1, setting, top_k=1, deadline=None) for _ in range(2)]
     batcher.put(jobs[0], 0, pixels(1))
     assert not engine.entered.acquire(timeout=0.05)
@@ -103,7 +103,7 @@ def test_images_wait_for_others_that_are_being_decoded(steps):
 def test_they_wait_only_so_long(steps, how):
     engine, make = steps
     batcher = make(max_wait_ms=20 if how == "time" else 60_000, max_batch=2)
-    setting = batcher.budgets.setting(None, "auto")
+    setting = batcher.budgets.parse(None, "auto")
     slow = batcher.admit(1, setting, top_k=1, deadline=None)
     future = batcher.submit([pixels(3)])
     if how == "cancelled":
@@ -217,7 +217,7 @@ def test_what_is_cancelled_is_not_run_and_frees_its_room(steps):
     batcher = make(queue=3)
     batcher.submit([pixels(1)])
     assert engine.entered.acquire(timeout=WAIT_S)
-    setting = batcher.budgets.setting(None, "auto")
+    setting = batcher.budgets.parse(None, "auto")
     job = batcher.admit(2, setting, top_k=1, deadline=None)
     batcher.put(job, 0, pixels(2))
     batcher.cancel(job)
@@ -319,7 +319,7 @@ def test_no_request_waits_for_what_takes_long_to_decode(steps):
     engine.go.release(100)
     now = [0.0]
     batcher = make(lambda: now[0], queue=4, max_wait_ms=60_000)
-    setting = batcher.budgets.setting(None, "auto")
+    setting = batcher.budgets.parse(None, "auto")
     large = batcher.admit(1, setting, top_k=1, deadline=None)
     batcher.postpone(large)
     assert batcher.waiting == 1, "it has its place in the queue"
@@ -337,7 +337,7 @@ def test_no_request_waits_for_what_takes_long_to_decode(steps):
 def test_what_takes_long_to_decode_has_half_of_the_queue(steps):
     engine, make = steps
     batcher = make(queue=4)
-    setting, jobs = batcher.budgets.setting(None, "auto"), []
+    setting, jobs = batcher.budgets.parse(None, "auto"), []
     for _ in range(3):
         jobs.append(batcher.admit(1, setting, top_k=1, deadline=None))
         if len(jobs) < 3:

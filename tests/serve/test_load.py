@@ -21,18 +21,18 @@ def _budgets(engine, **options):
 def test_adaptive_budget(engine):
     lowest, middle, highest = engine.curve.points
     budgets = _budgets(engine, adaptive_budget="0.01")
-    own = budgets.setting(None, "auto")
-    capped = budgets.setting(f"{middle.share}", "auto")
+    own = budgets.parse(None, "auto")
+    capped = budgets.parse(f"{middle.share}", "auto")
     assert budgets.current.point == highest == own.point
     assert budgets.current.used == "1"
     budgets.observe(0.2, 1.0)
     assert budgets.current.point == middle
-    assert budgets.in_use(own).requested == "1"
-    assert budgets.in_use(own).used == f"{math.ceil(middle.share * 1e4) / 1e4:g}"
-    assert budgets.in_use(capped) == capped, "never more than a request sets"
+    assert budgets.limited_by_load(own).requested == "1"
+    assert budgets.limited_by_load(own).used == f"{math.ceil(middle.share * 1e4) / 1e4:g}"
+    assert budgets.limited_by_load(capped) == capped, "never more than a request sets"
     budgets.observe(9.0, 2.0)
-    assert budgets.current.point == budgets.in_use(capped).point == lowest
-    assert budgets.in_use(budgets.setting(None, 0.5)).escalate == 0.5
+    assert budgets.current.point == budgets.limited_by_load(capped).point == lowest
+    assert budgets.limited_by_load(budgets.parse(None, 0.5)).escalate == 0.5
 
     narrow = _budgets(engine, adaptive_budget=f"0.01:{middle.share}")
     assert narrow.current.point == middle

@@ -18,7 +18,7 @@ from dynaslim import predict as predicting
 from dynaslim.errors import UsageError
 from dynaslim.runtime.engine import Engine
 from dynaslim.serve import Batcher, ServeOptions, create_app, model_info
-from dynaslim.serve.batcher import Turns
+from dynaslim.serve.batcher import FairSemaphore
 from dynaslim.serve.repository import find_in_folder
 
 ADMIN = {"authorization": "Bearer admin"}
@@ -173,7 +173,7 @@ def test_batches_of_all_models_share_the_cores(engine, places):
                 running_[0] -= 1
             return engine(x, **arguments)
 
-    turns, options = Turns(places), ServeOptions(max_batch=1, max_images=1)
+    turns, options = FairSemaphore(places), ServeOptions(max_batch=1, max_images=1)
     pixels = [np.zeros((3, 16, 16), np.uint8)]
     with (
         Batcher(Counting("a"), options, turns=turns) as a,
@@ -189,7 +189,7 @@ def test_batches_of_all_models_share_the_cores(engine, places):
 
 
 def test_who_is_late_after_the_turns_of_others_is_not_run(engine):
-    turns = Turns(1)
+    turns = FairSemaphore(1)
     with Batcher(engine, turns=turns) as batcher:
         with turns:
             late = batcher.submit([np.zeros((3, 16, 16), np.uint8)], deadline_s=0.05)

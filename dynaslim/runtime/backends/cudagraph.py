@@ -49,14 +49,14 @@ class _Replayed:
         self, backend: CudaGraphBackend, variant: Variant, module: nn.Module, shape: VariantShape
     ) -> None:
         self._backend = backend
-        self._form = variant
+        self._variant = variant
         self._module = module
         self._shape = shape
         self._recordings: dict[int, _Recording] = {}
 
     @torch.inference_mode()
     def __call__(self, x: Tensor, outs: Sequence[Tensor]) -> None:
-        features = x if self._form.takes_images else x.permute(0, 3, 1, 2)
+        features = x if self._variant.takes_images else x.permute(0, 3, 1, 2)
         with self._backend.lock:  # graphs share memory
             if len(x) not in self._recordings:
                 self._recordings[len(x)] = self._record(len(x))
@@ -71,7 +71,7 @@ class _Replayed:
             (rows, *self._shape.row_in), device=backend.arrays.device, dtype=backend.arrays.dtype
         ).contiguous(memory_format=torch.channels_last)
         recording = _Recording(self._module, x, backend.pool)
-        backend.counts.compiled.append(f"{self._form.name} rows {rows}")
+        backend.counts.compiled.append(f"{self._variant.name} rows {rows}")
         return recording
 
 
