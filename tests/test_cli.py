@@ -471,11 +471,9 @@ def test_a_recipe_is_printed_and_read_back(capsys, tmp_path):
 def test_help_shows_defaults_that_are_informative():
     parser, _ = _parse("train gate", "--out", "x")
     text = " ".join(parser.format_help().split())
-    assert "--seed N Of everything random in the stage. (default: 0)" in text
+    assert "--seed N Seed of all randomness in the stage. (default: 0)" in text
     assert "--bf16 {true,false} bfloat16 autocast of the forward passes. (default: false)" in text
-    assert (
-        "--resume Go on where the run in the folder stopped; starts it if there is none. " in text
-    )
+    assert "--resume Continue the run in the folder; start a new one if there is none. " in text
     assert "None)" not in text
     assert "<class" not in text
 

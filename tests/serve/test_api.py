@@ -149,7 +149,7 @@ def test_budgets_beyond_the_widest_are_offered_where_there_are_points(engine, mo
     assert budgets.parse("1.3", "auto").point == dear
     assert budgets.parse("1.3", None).point.share == 1.0
     with pytest.raises(UsageError, match=r"budget '1\.3': above 1 are points"):
-        Budgets(curve, ServeOptions(), 0.0).setting("1.3", "auto")
+        Budgets(curve, ServeOptions(), 0.0).parse("1.3", "auto")
 
 
 def test_the_time_of_an_image_that_ran_twice(engine):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -291,8 +292,12 @@ def test_small_files_of_large_pictures_do_not_starve_others(package, pictures, m
 def family(process):
     """A process and its children."""
     own = f"/proc/{process.pid}"
-    tasks = [Path(own, "task", name, "children") for name in os.listdir(f"{own}/task")]
-    return [own, *(f"/proc/{pid}" for task in tasks for pid in task.read_text().split())]
+    found = [own]
+    for name in os.listdir(f"{own}/task"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            children = Path(own, "task", name, "children").read_text().split()
+            found += [f"/proc/{pid}" for pid in children]
+    return found
 
 
 def used(process):
