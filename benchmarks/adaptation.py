@@ -48,8 +48,6 @@ from dynaslim.runtime.engine import Engine
 from dynaslim.spec import Route
 
 HERE: Final = Path(__file__).parent
-SHARES: Final = (0.5, 0.3)
-"""Multiply-adds of the pruned networks, as shares of the original's."""
 BUDGETS: Final = (0.35, 0.4, 0.45, 0.5)
 """For each of these limits, the largest budget of a seed's curve within it is used."""
 METHODS: Final = ("magnitude", "taylor")
@@ -63,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--seeds", default="0")
+    parser.add_argument(
+        "--shares", default="0.5,0.3", help="of the original's multiply-adds, for pruned networks"
+    )
     parser.add_argument("--pruned-seeds", help="those whose original is pruned too, all by default")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptation"))
@@ -99,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         images = done.data.images
         assert images is not None
         for method in METHODS if seed in pruned_seeds else ():
-            for share in SHARES:
+            for share in map(float, given.shares.split(",")):
                 name = f"pruned by {method} to {share:g}"
                 rival = _rival(given, folder, method, share, done)
                 found = evaluate(
