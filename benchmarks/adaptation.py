@@ -48,9 +48,10 @@ from dynaslim.runtime.engine import Engine
 from dynaslim.spec import Route
 
 HERE: Final = Path(__file__).parent
+SHARES: Final = (0.5, 0.3)
+"""Multiply-adds of the pruned networks, as shares of the original's."""
 BUDGETS: Final = (0.35, 0.4, 0.45, 0.5)
 """For each of these limits, the largest budget of a seed's curve within it is used."""
-METHODS: Final = ("magnitude", "taylor")
 BATCHES: Final = (1, 32)
 
 
@@ -61,9 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument(
-        "--shares", default="0.5,0.3", help="of the original's multiply-adds, for pruned networks"
-    )
+    parser.add_argument("--methods", default="magnitude,taylor", help="of the pruned networks")
     parser.add_argument("--pruned-seeds", help="those whose original is pruned too, all by default")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptation"))
@@ -99,8 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             timed[name] = mode.name
         images = done.data.images
         assert images is not None
-        for method in METHODS if seed in pruned_seeds else ():
-            for share in map(float, given.shares.split(",")):
+        for method in given.methods.split(",") if seed in pruned_seeds else ():
+            for share in SHARES:
                 name = f"pruned by {method} to {share:g}"
                 rival = _rival(given, folder, method, share, done)
                 found = evaluate(

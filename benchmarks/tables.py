@@ -225,25 +225,14 @@ def cores() -> str:
 
 
 def adapted() -> str:
-    """An adapted network compared with pruned ones at 128 px: means over seeds, and times."""
-    return _adaptation(results("adaptation"))
-
-
-def adapted_224() -> str:
-    """The same at 224 px."""
-    return _adaptation(results("adaptation_224"))
-
-
-def _adaptation(found: dict[str, Any]) -> str:
+    """An adapted network compared with pruned ones: means over seeds, and times."""
+    found = results("adaptation")
     rows, times = found["rows"], found["times"]
-    seeds = len(rows["the original"]["top1"])
 
     def line(name: str, timed: str) -> list[str]:
         row = rows[name]
         madds = statistics.mean(row["madds"]) / 1e6
-        accuracy, own = f"{row['mean_top1']:.1%}", len(row["top1"])
-        accuracy += f" ± {100 * row['deviation']:.1f}" if own > 1 else ""
-        accuracy += f" ({own} of {seeds} seeds)" if own < seeds else ""
+        accuracy = f"{row['mean_top1']:.1%} ± {100 * (row['deviation'] or 0):.1f}"
         speed = [
             f"{times[batch][timed]['median']:.2f} "
             f"({times[batch]['route 100-100']['median'] / times[batch][timed]['median']:.2f}x)"
@@ -275,7 +264,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
         callers,
         cores,
     ),
-    "adapt.md": (adapted, adapted_224),
+    "adapt.md": (adapted,),
 }
 
 
