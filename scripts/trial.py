@@ -383,7 +383,9 @@ def mistakes():
         seconds = getrusage(RUSAGE_CHILDREN).ru_utime - began
         expect(done.returncode in (1, 2), f"{argv}: left with {done.returncode}")
         expect(len(done.stderr.splitlines()) == 1, f"{argv}: {done.stderr}")
-        expect(seconds < CPU_S, f"{argv[0]} {argv[1]}: {seconds:.1f} s of a core")
+        if seconds >= CPU_S:  # on a slow machine torch takes longer, too
+            fine = seconds < 1.5 * taken(sys.executable, "-c", "import torch")
+            expect(fine, f"{argv[0]} {argv[1]}: {seconds:.1f} s of a core")
     taken(DYNASLIM, "predict", DRAWINGS[0])  # which compiles
     # a ratio, since shared machines are at times several times slower
     ratio = min(
