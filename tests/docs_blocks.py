@@ -45,7 +45,7 @@ SHORTENING_FLAGS = {
     "train gate": "--batch-size 16 --expected.iterations 5 --expected.bisections 2 --workers 0",
     "calibrate": "--batches 1 --batch-size 8 --workers 0",
     "profile": "--batch-size 2 --rounds 2",
-    "bench": "--image-size 32 --batch-size 4 --rounds 2 --backend eager",
+    "bench": "--image-size 32 --batch-size 4 --rounds 2",
     "report": "--rounds 2 --backend eager",
     "adapt": "--image-size 32 --epochs 1 --views 1 --batch-size 16 --val-share 0.8 --backend eager",
     "convert": "--image-size 32",

@@ -23,7 +23,7 @@ from dynaslim.runs.context import busy
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo")
-    return run_demo(out, DemoOptions(epochs=2), train_images=1280), out
+    return run_demo(out, DemoOptions(epochs=5), train_images=1280), out
 
 
 def test_what_was_saved_in_a_sentence(done):
@@ -51,7 +51,7 @@ def test_demo_learns_and_writes_what_it_reports(done):
     assert [line["step"] for line in lines] == list(range(10, 10 * len(lines) + 1, 10))
     assert lines[-1]["largest"] < lines[0]["largest"]
     best = max(route.top1 for route in demo.evaluation.routes)
-    assert best > 0.2, "ten classes: twice chance after 20 steps"
+    assert best > 0.3, "ten classes: three times chance after 50 steps"
     results = json.loads((out / "results.json").read_text())
     assert results["routes"][0]["top1"] == demo.evaluation.routes[0].top1
     assert results["environment"]["torch"] == torch.__version__
@@ -121,7 +121,7 @@ def test_a_busy_machine_is_reported():
 
 def test_same_seed_same_numbers(done, tmp_path):
     demo, out = done
-    again = run_demo(tmp_path, DemoOptions(epochs=2), train_images=1280)
+    again = run_demo(tmp_path, DemoOptions(epochs=5), train_images=1280)
     assert again.evaluation.to_dict() == demo.evaluation.to_dict()
     assert (tmp_path / "accuracy.png").read_bytes() == (out / "accuracy.png").read_bytes()
     weights = read(out / "checkpoint.safetensors").net.state_dict()
