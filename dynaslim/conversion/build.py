@@ -382,11 +382,11 @@ class Conversion:
         for axis, (size, rows) in enumerate(zip(value.shape, value.rows, strict=True)):
             if rows and axis == value.axis:
                 vector = value.labels.reshape(-1)[: size // BATCH]
-                found.append({"rows": _listed(self.axis(vector))})
+                found.append({"rows": self.axis(vector)})
             elif rows:
                 found.append({"rows": rows})
             elif axis == value.axis:
-                found.append({"axis": _listed(self.axis(value.labels.reshape(-1)))})
+                found.append({"axis": self.axis(value.labels.reshape(-1))})
             else:
                 found.append(int(size))
         return found
@@ -398,57 +398,57 @@ class Conversion:
         if isinstance(counted, int):
             return counted
         axis = self.axis(counted)
-        return {"axis": _listed(axis)} if any(run[0] != WHOLE for run in axis) else len(counted)
+        return {"axis": axis} if any(run[0] != WHOLE for run in axis) else len(counted)
 
     def _nodes(self) -> list[Node]:
-        alias: dict[fx.Node, str] = {self.captured.image: IMAGE}
+        self.alias: dict[fx.Node, str] = {self.captured.image: IMAGE}
         made = []
-
-        def encoded(value: Any) -> Any:
-            """An argument in the form that a `Node` stores."""
-            if isinstance(value, fx.Node):
-                if value in self.captured.names:
-                    return {"tensor": self.captured.names[value]}
-                return {"node": alias[value]}
-            if isinstance(value, list | tuple):
-                return list(map(encoded, value))
-            if isinstance(value, torch.dtype):
-                return {"dtype": str(value).removeprefix("torch.")}
-            check(
-                value is None or isinstance(value, bool | int | float | str | dict),
-                f"argument {value!r}: not of a kind that can be kept",
-            )
-            return value
-
         self.crossed: list[tuple[str, Axis, GateInput]] = []
         for node in self.captured.nodes:
             if self.segment_of(node) > len(self.crossed):
-                made += self._crossing_nodes(alias)
+                made += self._crossing_nodes()
             if operation(node) in PASSED:
-                alias[node] = alias[node.all_input_nodes[0]]
+                self.alias[node] = self.alias[node.all_input_nodes[0]]
                 continue
-            alias[node] = node.name
+            self.alias[node] = node.name
             op, args, kwargs = self._operation(node)
             made.append(
                 Node(
                     node.name,
                     op,
-                    tuple(map(encoded, args)),
-                    {key: encoded(value) for key, value in kwargs.items()},
+                    tuple(map(self._encoded, args)),
+                    self._encoded(kwargs),
                     self.segment_of(node),
                     where(node),
                 )
             )
-        self.alias = alias
         return made
 
-    def _crossing_nodes(self, alias: dict[fx.Node, str]) -> list[Node]:
+    def _encoded(self, value: Any) -> Any:
+        """An argument in the form that a `Node` stores and its file contains: without tuples."""
+        if isinstance(value, fx.Node):
+            if value in self.captured.names:
+                return {"tensor": self.captured.names[value]}
+            return {"node": self.alias[value]}
+        if isinstance(value, list | tuple):
+            return list(map(self._encoded, value))
+        if isinstance(value, dict):
+            return {key: self._encoded(item) for key, item in value.items()}
+        if isinstance(value, torch.dtype):
+            return {"dtype": str(value).removeprefix("torch.")}
+        check(
+            value is None or isinstance(value, bool | int | float | str),
+            f"argument {value!r}: not of a kind that can be kept",
+        )
+        return value
+
+    def _crossing_nodes(self) -> list[Node]:
         """Where necessary, operations that pack all tensors that cross the next gate into one
         feature map before it, and unpack them after it; `alias` then names the unpacked tensors.
         """
         number = len(self.crossed)
         cut = self.cuts[number]
-        names = {node: alias[node] for node in self.crossing[cut]}  # copies have one name
+        names = {node: self.alias[node] for node in self.crossing[cut]}  # copies have one name
         live = {name: node for node, name in names.items()}
         value, name = self.analysis.value(cut), names[cut]
         channels = value.axis_of_channels
@@ -459,7 +459,8 @@ class Conversion:
         made: list[Node] = []
 
         def add(kind: str, op: str, *args: Any, behind: bool = False) -> dict[str, str]:
-            node = Node(f"{cut.name}{kind}", op, args, {}, number + behind, where(cut))
+            encoded = tuple(map(self._encoded, args))
+            node = Node(f"{cut.name}{kind}", op, encoded, {}, number + behind, where(cut))
             made.append(node)
             return {"node": node.name}
 
@@ -473,7 +474,7 @@ class Conversion:
         values: Axis = ()
         for at, (part, node) in enumerate(live.items()):
             own = self.axis(self.analysis.value(node).flat())
-            sizes.append({"axis": _listed(own)})
+            sizes.append({"axis": own})
             values += own
             shape = [{"rows": 1}, sizes[-1], 1, 1]
             flat.append(add(f"_flat{at}", "reshape.default", {"node": part}, shape))
@@ -485,7 +486,7 @@ class Conversion:
             one = add(f"_one{at}", "getitem", parts, at, behind=True)
             shape = self._sizes(self.analysis.value(node))
             behind[part] = add(f"_part{at}", "reshape.default", one, shape, behind=True)["node"]
-        alias.update((node, behind[part]) for node, part in names.items())
+        self.alias.update((node, behind[part]) for node, part in names.items())
         return made
 
     def _operation(self, node: fx.Node) -> tuple[str, list[Any], dict[str, Any]]:
@@ -709,11 +710,6 @@ class _Counter:
         self.peak = max(self.peak, result.numel())
         shapes = [argument.shape for argument in args if isinstance(argument, Tensor)]
         self.madds += operation_madds(step.op.partition(".")[0], shapes, result.shape)
-
-
-def _listed(axis: Axis) -> list[list[int]]:
-    """An axis as nested lists, as in arguments that were read from a file."""
-    return list(map(list, axis))
 
 
 def _kept(units: int, each: int, width: float) -> int:

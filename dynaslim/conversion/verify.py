@@ -234,8 +234,11 @@ class Masked:
 
 
 def _unmixed(conversion: Conversion, captured: fx.Node, node: Node) -> list[Node]:
-    """Operations that replace one that computes with all channels and keep its labels; empty if
-    there are none. Their results are bounded, so that nothing is divided by zero.
+    """Operations to compare with in place of one that combines channels that may be cut.
+
+    In their results each channel depends on itself alone. The list is `[node]` if the operation
+    combines none, and empty if there is no replacement. Replacements are bounded (tanh); that of a
+    reduction is also positive (sigmoid), because later operations may divide by it.
     """
     kind, given = operation(captured), arguments(captured)
     bounded = replace(node, op="tanh.default", args=node.args[:1], kwargs={})

@@ -247,8 +247,8 @@ def calibration_images(
     """The first `images` rows of the batches as one tensor (N, C, H, W), float32, on the CPU.
 
     Raises:
-        UsageError: if there are none, or if batches are not normalised images that the network
-            takes, all of one size.
+        UsageError: if there are no batches, or a batch does not consist of normalised images of
+            the network's channels and size, the same size in all batches.
     """
     wanted = f"give batches (rows, {spec.in_channels}, height, width) of normalised images"
     check(isinstance(batches, Iterable), f"calibration of type {type(batches).__name__}: {wanted}")
