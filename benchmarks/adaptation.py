@@ -52,6 +52,7 @@ SHARES: Final = (0.5, 0.3)
 """Multiply-adds of the pruned networks, as shares of the original's."""
 BUDGETS: Final = (0.35, 0.4, 0.45, 0.5)
 """For each of these limits, the largest budget of a seed's curve within it is used."""
+METHODS: Final = ("magnitude", "taylor")
 BATCHES: Final = (1, 32)
 
 
@@ -62,8 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True)
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--methods", default="magnitude,taylor", help="of the pruned networks")
-    parser.add_argument("--pruned-seeds", help="those whose original is pruned too, all by default")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptation"))
     parser.add_argument("--backend", default="auto")
@@ -75,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows: dict[str, dict[str, list[float]]] = {}
     timed: dict[str, str] = {}
     arms: dict[str, tuple[Checkpoint, str]] = {}
-    pruned_seeds = (given.pruned_seeds or given.seeds).split(",")
-    for seed in given.seeds.split(","):
+    for seed in map(int, given.seeds.split(",")):
         folder = given.runs / f"{Path(given.data).name}_{given.size}" / f"seed{seed}"
         done = adapt(
             given.model,
@@ -86,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             weights=given.weights,
             image_size=given.size,
             epochs=given.epochs,
-            seed=int(seed),
+            seed=seed,
             backend=given.backend,
         )
         for mode in done.data.modes:
@@ -98,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             timed[name] = mode.name
         images = done.data.images
         assert images is not None
-        for method in given.methods.split(",") if seed in pruned_seeds else ():
+        for method in METHODS:
             for share in SHARES:
                 name = f"pruned by {method} to {share:g}"
                 rival = _rival(given, folder, method, share, done)
