@@ -71,8 +71,7 @@ def open_engine(
         engine = Engine.from_checkpoint(
             found.path, precision=precision, image_size=image_size, **options
         )
-    pre = engine.preprocessing
-    side = image_size or (pre.image_size_px if pre else engine.spec.usual_image_size)
+    side = image_size or engine.usual_image_size
     engine.spec.check_image_size(side, side)
     return engine, side
 

@@ -218,7 +218,7 @@ class Engine:
         with self._starting:
             if self._router is None:
                 given = self._options.image_size
-                side = self._side() if given is None else given
+                side = self.usual_image_size if given is None else given
                 backend, self.measured = fastest(
                     self.source,
                     self._resources,
@@ -229,7 +229,8 @@ class Engine:
             assert self._router is not None
             return self._router
 
-    def _side(self) -> int:
+    @property
+    def usual_image_size(self) -> int:
         """Side in pixels of the images that the network is meant for."""
         if self.preprocessing is not None:
             return self.preprocessing.image_size_px
@@ -252,7 +253,7 @@ class Engine:
 
     def warm_up(self, image_size: int | None = None) -> None:
         """Compile ahead everything that routing images of `image_size` pixels needs."""
-        side = self._side() if image_size is None else image_size
+        side = self.usual_image_size if image_size is None else image_size
         self.spec.check_image_size(side, side)
         self._running((side, side)).warm_up((side, side))
 
