@@ -150,8 +150,12 @@ def _rival(given: Any, folder: Path, method: str, share: float, done: Adapted) -
         original = read(done.files["original"])
         model = _module(given, original)
         images = open_images(original, given.data, "train")
+        example = _example(original)
+        # pruned, the network would get its gate elsewhere, and with it another trunk
+        trunk = [node.name for node in Conversion(model, example).cuts]
         pruned = _pruned(model, original, images, method, share)
-        conversion = Conversion(pruned, _example(original), (1.0,), name=f"{method}_{share:g}")
+        name = f"{method}_{share:g}"
+        conversion = Conversion(pruned, example, (1.0,), name=name, cuts=trunk)
         start = folder / f"{method}_{share:g}.safetensors"
         save(start, replace(original, net=conversion.net(), metrics={}))
         recipe = recipe_from_dict(SupernetRecipe, read(done.files["checkpoint"]).recipe["supernet"])

@@ -16,7 +16,6 @@ from helpers import (
     bright_pngs,
     encoded,
     fails,
-    png,
     run_ok,
     start_dynaslim,
     wait_for_steps,
@@ -271,7 +270,9 @@ def test_a_disk_that_is_full_from_the_start_is_one_line(read_before, data, tmp_p
     cache = tmp_path / "cache"
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
     if read_before:
-        code = "import sys; from dynaslim.data import open_source; open_source(sys.argv[1], 'train')"
+        code = (
+            "from dynaslim.data import open_source as read; import sys; read(sys.argv[1], 'train')"
+        )
         subprocess.run([sys.executable, "-c", code, data], check=True)
 
     def no_disk():
