@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import sys
 import time
 import warnings
@@ -36,6 +37,8 @@ _CLOSE_S: Final = 3
 _STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 _KEEP_ALIVE_S: Final = 75
 _TICK_S: Final = 0.02
+_ATTACH_FILTER: Final = 26
+"""`SO_ATTACH_FILTER` of Linux, which Python's `socket` does not have."""
 
 
 def serve(
@@ -235,6 +238,13 @@ async def _drain(service: Service, drain_s: float) -> int:
 async def _close_port(server: Any, listener: socket.socket) -> None:
     """Accept the pending connections, which closing the port would reset, then close the port."""
     connections = []
+    # a packet filter of one instruction, "keep 0 bytes": Linux drops all further requests for
+    # connections, so none can be made after the last that is accepted here; clients try again
+    keep_nothing = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+    with suppress(OSError):
+        if sys.platform == "linux":
+            packet_filter = struct.pack("HP", 1, ctypes.addressof(keep_nothing))
+            listener.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, packet_filter)
     with suppress(OSError):
         while True:
             connections.append(listener.accept()[0])

@@ -549,7 +549,7 @@ def metric(text, name):
 def test_metrics(serve, engine, pictures):
     pre = engine.preprocessing
     output = engine(normalise_pixels(np.stack([decode_image(p, pre, "") for p in pictures]), pre))
-    with serve() as client:
+    with serve(max_wait_ms=10_000) as client:
         client.post("/v1/predict", files=form(*pictures))
         client.post("/v1/predict", files=form(b"x"))
         response = client.get("/metrics")

@@ -27,6 +27,15 @@ def slow(*given):
 batcher.normalise_pixels = slow
 cli.main(sys.argv[1:])
 """
+# connections have time to come between the last that is accepted and the closed port
+SLOW_CLOSE = """
+import asyncio, time
+close = asyncio.base_events.Server.close
+def slowly(server):
+    time.sleep(0.2)
+    close(server)
+asyncio.base_events.Server.close = slowly
+"""
 
 
 def ended(process, seconds=30):
@@ -88,7 +97,7 @@ def test_a_stop_resets_no_new_connection(package, pictures):
         b"Content-Type: multipart/form-data; boundary=b\r\n\r\n%s" % (len(body), body)
     )
     outcomes = Counter()
-    with running(package, script=SLOW % 0.005) as (process, url):
+    with running(package, script=SLOW_CLOSE + SLOW % 0.005) as (process, url):
         port = int(url.rpartition(":")[2])
 
         def client():
