@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from importlib.util import find_spec
@@ -133,9 +134,17 @@ def noise(
 
 
 @cache
-def lively_net(name: str) -> SlimNet:
-    """The micro network or a zoo entry with ten classes, made `lively`; shared, do not modify."""
-    return lively(micro_spec() if name == "micro" else ZOO[name].replace(num_classes=10))
+def lively_net(name: str, most_blocks: int | None = None) -> SlimNet:
+    """The micro network or a zoo entry with ten classes, made `lively`; shared, do not modify.
+
+    With `most_blocks`, stages have that many blocks at most: as many kinds of blocks and variants,
+    whose export takes less time.
+    """
+    spec = micro_spec() if name == "micro" else ZOO[name].replace(num_classes=10)
+    if most_blocks is not None:
+        stages = (replace(s, blocks=min(most_blocks, s.blocks)) for s in spec.stages)
+        spec = spec.replace(stages=tuple(stages))
+    return lively(spec)
 
 
 def row_by_row(net: SlimNet, x: torch.Tensor, routes: list[Route]) -> torch.Tensor:

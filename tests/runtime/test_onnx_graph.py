@@ -45,7 +45,7 @@ def _check(net, form, module, session, x):
 
 @pytest.mark.parametrize("name", ["micro", *ZOO_NAMES])
 def test_every_form_as_its_module(name):
-    net = lively_net(name)
+    net = lively_net(name, most_blocks=2)
     spec, forms = net.spec, NetworkSource(net)
     side = max(32, spec.total_stride)
     torch.manual_seed(0)

@@ -36,7 +36,7 @@ NAMES = ["micro", *ZOO_NAMES]
 
 
 def _checkpoint(name):
-    net = lively_net(name)
+    net = lively_net(name, most_blocks=2)
     side = max(32, net.spec.total_stride)
     names = tuple(f"class {n}" for n in range(net.spec.num_classes))
     return Checkpoint(net, class_names=names, preprocessing=Preprocessing(side))
