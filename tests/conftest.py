@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import subprocess
+from functools import partial
 
 import pytest
 import torch
@@ -26,6 +27,16 @@ def _own_program_cache(tmp_path_factory):
     """Compiled programs of the tests stay out of the user's cache, processes of theirs included."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DYNASLIM_CACHE", str(tmp_path_factory.mktemp("programs")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _adapt_times_few_rounds():
+    """The report of `adapt` would else time networks of no size for ten seconds."""
+    from dynaslim import adaptation
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adaptation, "ReportOptions", partial(adaptation.ReportOptions, rounds=2))
         yield
 
 
