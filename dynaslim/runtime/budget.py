@@ -80,7 +80,7 @@ class _Target(NamedTuple):
     path_G: Ints
     cost: float
     """Cost of the whole path."""
-    more: float
+    extra: float
     """Cost that it adds to a row that escalates to it; a second look adds `cost` instead."""
 
 
@@ -99,7 +99,7 @@ class PathCosts:
         """Cost of the path that takes the first option of every gate."""
 
     @cached_property
-    def more(self) -> list[Floats]:
+    def extra(self) -> list[Floats]:
         """For every gate, (previous gate's K, K): extra cost of an option over the first option, if
         all later gates take their first options. For the first gate, (1, K).
         """

@@ -101,7 +101,7 @@ class Decisions:
             escalated_B[rows.members] = True
             mirrored_B[rows.members] |= rows.mirror
             target = self.costs.target(rows.path)
-            madds_B[rows.members] += target.cost if rows.mirror else target.more
+            madds_B[rows.members] += target.cost if rows.mirror else target.extra
             options_BG[rows.members] = rows.path
         widths_BG = np.empty_like(options_BG)
         for gate, widths_K in enumerate(self._widths):
@@ -122,7 +122,7 @@ class HeldCall:
         """`allowance` is for all rows together, `limit` is the mean per row; in multiply-adds."""
         costs = decisions.costs
         self._decisions = decisions
-        self._more = costs.more
+        self._extra = costs.extra
         self._options = costs.options
         self._before_B = np.zeros(rows, np.int64)
         self._savings = max(0, SMALL_CALL - rows) * (limit - costs.cheapest)
@@ -132,27 +132,27 @@ class HeldCall:
         """Like `Decisions.decide`, within what is left."""
         decisions = self._decisions
         limit = None if decisions.limits is None else decisions.limits[gate]
-        more_BK = self._more[gate][self._before_B[rows]]
+        extra_BK = self._extra[gate][self._before_B[rows]]
         each = np.arange(len(rows))
         option_B = decisions.decide(gate, logits_BK, rows)
-        if more_BK[each, option_B].sum() > self._left:
+        if extra_BK[each, option_B].sum() > self._left:
             dear, cheap, step = decisions.shift, decisions.shift, 1.0
             for _ in range(_HALVINGS):  # double the step until the shift is cheap enough
                 cheap, step = cheap + step, 2 * step
                 option_B = budgets.choose(logits_BK, cheap, self._options[gate], limit)
-                if more_BK[each, option_B].sum() <= self._left:
+                if extra_BK[each, option_B].sum() <= self._left:
                     break
             else:
                 option_B = np.zeros(len(rows), np.int64)
             for _ in range(_HALVINGS):
                 middle = (dear + cheap) / 2
                 tried_B = budgets.choose(logits_BK, middle, self._options[gate], limit)
-                if more_BK[each, tried_B].sum() <= self._left:
+                if extra_BK[each, tried_B].sum() <= self._left:
                     cheap, option_B = middle, tried_B
                 else:
                     dear = middle
         self._before_B[rows] = option_B
-        self._left -= float(more_BK[each, option_B].sum())
+        self._left -= float(extra_BK[each, option_B].sum())
         return option_B
 
     def escalating(self, logits_BN: np.ndarray, options_BG: np.ndarray) -> Iterator[Escalated]:
@@ -173,11 +173,11 @@ class HeldCall:
         steps, left = self._decisions.escalations, max(0.0, self._left)  # rounding may overdraw
         step = steps[number]
         target = self._decisions.costs.target(step.target)
-        more = target.cost if step.mirror else target.more
-        count = int(left / (len(steps) - number) / more)
+        extra = target.cost if step.mirror else target.extra
+        count = int(left / (len(steps) - number) / extra)
         if count < len(members):
             members = np.sort(members[margin_B[members].argsort(kind="stable")[:count]])
-        self._left -= len(members) * more
+        self._left -= len(members) * extra
         return members
 
 

@@ -31,7 +31,7 @@ class Workers:
     def __init__(self, backend: Backend) -> None:
         self._helpers = backend.workers if backend.own_threads else backend.workers - 1
         self._caller_works = not backend.own_threads
-        self._start = backend.start_worker
+        self._start_worker = backend.start_worker
         self._lock = threading.Lock()
         self._inbox: _Inbox | None = None
         self._threads: list[threading.Thread] = []
@@ -97,7 +97,7 @@ class Workers:
         threads = [
             threading.Thread(
                 target=_serve,
-                args=(inbox, self._start, outcomes),
+                args=(inbox, self._start_worker, outcomes),
                 name=f"dynaslim_{number}",
                 daemon=True,  # they end with the workers, or at exit
             )
