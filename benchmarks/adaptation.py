@@ -21,6 +21,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -238,7 +239,7 @@ def _cut(
         for pixels, labels in images.sample(256).batches(32):
             assert original.preprocessing is not None
             x = normalise(pixels, original.preprocessing)
-            F.cross_entropy(model(x), labels).backward()
+            torch.autograd.backward(F.cross_entropy(model(x), labels))
     pruner.step()
     return model.eval()
 
@@ -262,7 +263,7 @@ def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -
     for mode, budget in zip(
         [mode for mode in done.data.modes if mode.kind == "budget"], done.data.budgets, strict=True
     ):
-        runs[mode.name] = lambda batch, point=budget.point: engine(batch, budget=point)
+        runs[mode.name] = partial(engine, budget=budget.point)
     engines = [engine]
     for name, (checkpoint, route) in arms.items():
         if route:

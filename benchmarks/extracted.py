@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch.nn.utils import fuse_conv_bn_eval
 from dynaslim import extract
 from dynaslim.bench.models import random_network
 from dynaslim.bench.timing import hardware, interleave, ratio, summary
+from dynaslim.runtime.backends.eager import to_channels_last
 
 
 def fused(network: nn.Module) -> nn.Module:
@@ -49,17 +51,17 @@ def main() -> None:
     x = torch.randn(shape).contiguous(memory_format=torch.channels_last)
     routes: dict[str, Any] = {}
     for route in (net.spec.cheapest_choice, net.spec.widest_choice):
-        ours = extract(net, route).to(memory_format=torch.channels_last)
-        by_hand = plain_network(net.spec, route).eval()
+        ours = to_channels_last(extract(net, route))
+        by_hand: nn.Module = plain_network(net.spec, route).eval()
         with torch.no_grad():  # its own statistics, so that activations keep their scale
             for norm in by_hand.modules():
                 if isinstance(norm, nn.BatchNorm2d):
                     norm.momentum = None
             by_hand.train()(x)
-        by_hand = fused(by_hand.eval()).to(memory_format=torch.channels_last)
+        by_hand = to_channels_last(fused(by_hand.eval()))
         with torch.inference_mode():
             times = interleave(
-                {"extracted": lambda m=ours: m(x), "by_hand": lambda m=by_hand: m(x)},
+                {"extracted": partial(ours, x), "by_hand": partial(by_hand, x)},
                 options.rounds,
             )
         routes[str(route)] = {

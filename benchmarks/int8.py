@@ -60,7 +60,7 @@ def main() -> None:
     arms: dict[str, Callable[[], object]] = {}
     for backend in options.backends.split(","):
         for precision in ("fp32", "int8"):
-            more = {"calibration": seen} if precision == "int8" else {}
+            more: dict[str, Any] = {"calibration": seen} if precision == "int8" else {}
             engine = Engine(net, backend=backend, precision=precision, cache_dir=None, **more)
             for route in ends:
                 arms[f"{backend} {precision} {route}"] = static(engine, route)

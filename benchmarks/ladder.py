@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,7 +22,7 @@ import torch
 from imagenet import CLASSES
 
 from dynaslim._files import write_atomic
-from dynaslim.bench.timing import hardware, interleave, ratio, summary
+from dynaslim.bench.timing import hardware, interleave, summary
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.conversion.efficientnet_lite import EfficientNetLite, preprocessing, pretrained
 from dynaslim.data.images import ImageDataset
@@ -39,40 +40,51 @@ RUNGS: Final = (
     ("efficientnet_lite2", 260),
 )
 """All three make one cascade, the last two another."""
-SHARES: Final = (0.3, 0.4, 0.5, 0.55, 0.6, 0.7)
+SHARES: Final = (0.3, 0.4, 0.5, 0.6)
+BACKENDS: Final = ("onnxruntime", "openvino")
 BATCHES: Final = (1, 32)
-TIMED: Final = 64
-"""Images that are timed, as many of each class as there are in the split."""
+TIMED: Final = 96
+"""The number of images that are timed, a random choice."""
+Ladders = Mapping[str, tuple[Checkpoint, PathAnswers]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data")
     parser.add_argument("--images", type=int, help="so many, a fixed random choice")
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "ladder.json")
     given = parser.parse_args(argv)
     names = open_source(given.data, "test").class_names
-    made: dict[str, Any] = {"hardware": hardware(), "command": sys.argv, "classes": names}
     whole = cascade([_rung(*rung, names) for rung in RUNGS])
     assert whole.preprocessing is not None
     images = ImageDataset.of(open_source(given.data, "test"), whole.preprocessing)
     if given.images is not None:
         images = images.sample(given.images)
     answers = answer_images(whole, images, 32)
-    made["images"] = len(answers)
-    made["three rungs"] = _measured(whole, answers, images, given)
-    # the answers of the last two are the same without the first
     two = cascade([_rung(*rung, names) for rung in RUNGS[1:]])
-    answers = replace(
-        answers,
-        spec=two.net.spec,
-        gate_logits=tuple(logits[..., 1:] for logits in answers.gate_logits),
-        correct_NP=answers.correct_NP[:, 1:],
-        margins_NP=answers.margins_NP[:, 1:],
-    )
-    made["two rungs"] = _measured(two, answers, images, given)
+    ladders = {
+        "three rungs": (whole, answers),
+        # the answers of the last two rungs are the same without the first
+        "two rungs": (
+            two,
+            replace(
+                answers,
+                spec=two.net.spec,
+                gate_logits=tuple(logits[..., 1:] for logits in answers.gate_logits),
+                correct_NP=answers.correct_NP[:, 1:],
+                margins_NP=answers.margins_NP[:, 1:],
+            ),
+        ),
+    }
+    made: dict[str, Any] = {
+        "hardware": hardware(),
+        "command": sys.argv,
+        "classes": names,
+        "images": len(answers),
+        "rows": _rows(ladders),
+        "times": _times(ladders, images, given.rounds),
+    }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
     return 0
 
@@ -89,24 +101,27 @@ def _rung(name: str, side: int, names: Sequence[str]) -> Rung:
     return Rung(model.eval(), pre, tuple(names), f"{name}@{side}")
 
 
-def _measured(
-    checkpoint: Checkpoint, answers: PathAnswers, images: ImageDataset, given: Any
-) -> dict[str, Any]:
+def _rows(ladders: Ladders) -> dict[str, dict[str, float]]:
+    """Top-1 and cost, as a share of the last rung's, of the rungs and of budgets."""
+    whole, answers = ladders["three rungs"]
     widest = answers.table.widest_cost
-    halves = split_rows(len(answers))
+    outcomes = uniform_outcomes(answers)
     rows = {
-        f"rung {rung.name}": {"top1": out.top1, "share": out.madds / widest}
-        for rung, (_, out) in zip(checkpoint.net.spec.rungs, uniform_outcomes(answers), strict=True)
+        rung.name: {"top1": out.top1, "share": out.madds / widest}
+        for rung, (_, out) in zip(whole.net.spec.rungs, outcomes, strict=True)
     }
-    for share in SHARES:
-        found = []
-        for chosen_on, judged_on in (halves, halves[::-1]):
-            point = fit_curve(_of(answers, chosen_on), split=False).at(share)
-            found.append(simulate(answers, point.shift, point.escalations, rows=judged_on))
-        top1 = float(np.mean([out.top1 for out in found]))
-        cost = float(np.mean([out.madds for out in found])) / widest
-        rows[f"budget {share:g}"] = {"top1": top1, "share": cost}
-    return {"rows": rows, "times": _times(checkpoint, answers, images, given)}
+    for name, (_, answers) in ladders.items():
+        halves = split_rows(len(answers))
+        for share in SHARES:
+            found = []
+            for chosen_on, judged_on in (halves, halves[::-1]):
+                point = fit_curve(_of(answers, chosen_on), split=False).at(share)
+                found.append(simulate(answers, point.shift, point.escalations, rows=judged_on))
+            rows[f"{name}, budget {share:g}"] = {
+                "top1": float(np.mean([out.top1 for out in found])),
+                "share": float(np.mean([out.madds for out in found])) / answers.table.widest_cost,
+            }
+    return rows
 
 
 def _of(answers: PathAnswers, rows: Any) -> PathAnswers:
@@ -119,45 +134,41 @@ def _of(answers: PathAnswers, rows: Any) -> PathAnswers:
     )
 
 
-def _times(
-    checkpoint: Checkpoint, answers: PathAnswers, images: ImageDataset, given: Any
-) -> dict[str, Any]:
-    """Milliseconds per image of each rung and budget, interleaved; budgets are of all images."""
-    pre = checkpoint.preprocessing
+def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any]:
+    """Milliseconds per image of every row and backend, interleaved; budgets are of all images."""
+    whole, _ = ladders["three rungs"]
+    pre = whole.preprocessing
     assert pre is not None
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TIMED]
     x = np.concatenate([normalise(pixels, pre).numpy() for pixels, _ in images.batches(32, order)])
-    curve = fit_curve(answers)
-    engine = Engine(checkpoint, backend=given.backend)
-    runs: dict[str, Callable[[np.ndarray], Any]] = {}
-    for rung, (route, _) in zip(checkpoint.net.spec.rungs, uniform_outcomes(answers), strict=True):
-        runs[f"rung {rung.name}"] = engine.static(route)
-    for share in SHARES:
-        point = curve.at(share)
-        runs[f"budget {share:g}"] = lambda batch, point=point: engine(batch, budget=point)
-    found: dict[str, Any] = {"backend": engine.backend, "rounds": given.rounds}
-    last = f"rung {checkpoint.net.spec.rungs[-1].name}"
+    runs: dict[tuple[str, str], Callable[[np.ndarray], Any]] = {}
+    timed_share = {}
+    for backend in BACKENDS:
+        for name, (checkpoint, answers) in ladders.items():
+            engine = Engine(checkpoint, backend=backend)
+            if checkpoint is whole:
+                outcomes = uniform_outcomes(answers)
+                for rung, (route, _) in zip(whole.net.spec.rungs, outcomes, strict=True):
+                    runs[rung.name, backend] = engine.static(route)
+            curve = fit_curve(answers)
+            for share in SHARES:
+                row, point = f"{name}, budget {share:g}", curve.at(share)
+                runs[row, backend] = partial(engine, budget=point)
+                cost = float(np.mean(engine(x, budget=point).madds))
+                timed_share[row] = cost / answers.table.widest_cost
+    # the cost of the images that are timed, which differs a little from the mean over all
+    found: dict[str, Any] = {"rounds": rounds, "timed_share": timed_share}
     for size in BATCHES:
         batches = np.split(x, len(x) // size)
 
         def arm(run: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> Callable[[], Any]:
             return lambda: [run(batch) for batch in batches]
 
-        times = interleave({name: arm(run, batches) for name, run in runs.items()}, given.rounds)
+        arms = {f"{row} by {backend}": arm(run, batches) for (row, backend), run in runs.items()}
+        times = interleave(arms, rounds)
         found[f"batch {size}"] = {
-            name: {
-                "ms": summary([value / len(x) for value in values]),
-                "share_of_last": ratio(values, times[last]),
-            }
-            for name, values in times.items()
+            name: summary([value / len(x) for value in values]) for name, values in times.items()
         }
-    # what the timed images cost, which differs a little from the mean over all
-    found["timed_share"] = {
-        name: float(np.mean(run(x).madds)) / answers.table.widest_cost
-        for name, run in runs.items()
-        if name.startswith("budget")
-    }
-    engine.close()
     return found
 
 

@@ -33,6 +33,10 @@ from dynaslim.spec import NetSpec
 class MaskedConv(nn.Module):
     """Convolution at full width, a mask, and normalisation by statistics of each row's width."""
 
+    mean: Tensor
+    var: Tensor
+    mask: Tensor
+
     def __init__(
         self, ins: int, widths: list[int], kernel: int, stride: int, *, depthwise: bool = False
     ) -> None:
@@ -54,14 +58,16 @@ class MaskedConv(nn.Module):
     def forward(self, x: Tensor, gate_BK: Tensor) -> Tensor:
         x = self.conv(x)
         if self.plain is not None:
-            return self.act(self.plain(x))
+            plain: Tensor = self.act(self.plain(x))
+            return plain
         x = x * (gate_BK @ self.mask)[:, :, None, None]
         mean = (gate_BK @ self.mean)[:, :, None, None].expand_as(x)
         var = (gate_BK @ self.var)[:, :, None, None].expand_as(x)
         weight, bias = (
             ((gate_BK @ self.mask) * value)[:, :, None, None] for value in (self.weight, self.bias)
         )
-        return self.act(weight * (x - mean) / torch.sqrt(var + 1e-5) + bias)
+        out: Tensor = self.act(weight * (x - mean) / torch.sqrt(var + 1e-5) + bias)
+        return out
 
 
 class MaskedAttention(nn.Module):
@@ -116,7 +122,8 @@ class Masked(nn.Module):
             gate_BK = torch.cat([gate_BK, torch.zeros_like(gate_BK[:, :1])], 1)
         for layer in self.layers:
             x = layer(x, gate_BK) if isinstance(layer, MaskedConv) else layer(x)
-        return self.head(x.mean((2, 3)))
+        logits: Tensor = self.head(x.mean((2, 3)))
+        return logits
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:

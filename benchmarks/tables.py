@@ -248,6 +248,30 @@ def adapted() -> str:
     return table(header, lines)
 
 
+def ladder() -> str:
+    """Cascades of pretrained networks: accuracy, cost and times next to the last rung's.
+
+    Each at the backend that is fastest for it.
+    """
+    found = results("ladder")
+
+    def fastest(row: str, batch: str) -> float:
+        times = found["times"][batch].items()
+        own = [value["median"] for name, value in times if name.startswith(f"{row} by ")]
+        return float(min(own))
+
+    last = max(found["rows"], key=lambda row: found["rows"][row]["share"])
+    rows = []
+    for name, row in found["rows"].items():
+        cells = [name, f"{row['top1']:.1%}", f"{row['share']:.2f}"]
+        for batch in ("batch 32", "batch 1"):
+            ms = fastest(name, batch)
+            cells.append(f"{ms:.2f} ({ms / fastest(last, batch):.2f})")
+        rows.append(cells)
+    header = ["", "top-1", "multiply-adds", "ms per image, batches of 32", "one image"]
+    return table(header, rows)
+
+
 PAGES: dict[str, tuple[Callable[[], str], ...]] = {
     "performance.md": (
         machine,
@@ -265,6 +289,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
         cores,
     ),
     "adapt.md": (adapted,),
+    "cascades.md": (ladder,),
 }
 
 
@@ -276,12 +301,10 @@ def filled(name: str) -> str:
     if sorted(places) != sorted(made):
         sys.exit(f"{name} has places for {sorted(places)}, not for {sorted(made)}")
     for place in places:
-        page = re.sub(
-            rf"(<!-- table: {place} -->\n).*?(<!-- end -->)",
-            lambda found, place=place: f"{found[1]}\n{made[place]()}\n\n{found[2]}",
-            page,
-            flags=re.DOTALL,
-        )
+        start = f"<!-- table: {place} -->\n"
+        before, _, behind = page.partition(start)
+        rest = behind[behind.index("<!-- end -->") :]
+        page = f"{before}{start}\n{made[place]()}\n\n{rest}"
     return page
 
 

@@ -34,14 +34,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from plain import plain_network
-from torch import Tensor, nn
+from torch import Tensor, autograd, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
@@ -94,26 +96,27 @@ def ideal(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
     built: dict[Route, nn.Module] = {}
     for route in dict.fromkeys((*net.spec.routes, net.spec.largest)):
-        built[route] = plain_network(net.spec, route).to(memory_format=layout)
+        built[route] = plain_network(net.spec, route).to(memory_format=layout)  # type: ignore[call-overload]
         # a network's first pass is slower, so it runs here, untimed
-        F.cross_entropy(built[route](x), labels).backward()
+        autograd.backward(F.cross_entropy(built[route](x), labels))
 
     def plain(route: Route) -> nn.Module:
         return built[route]
 
     def run(routes: Sandwich, step: int) -> None:
-        for route in built.values():
-            route.zero_grad()
+        for network in built.values():
+            network.zero_grad()
         with torch.no_grad():
             targets = [
                 plain(route).eval()(x).softmax(1) for route in (routes.largest, *routes.randoms)
             ]
         mean = torch.stack(targets).mean(0)
         goals = [labels, *[targets[0]] * len(routes.randoms), mean]
+        assert routes.smallest is not None
         for route, goal in zip(
             (routes.largest, *routes.randoms, routes.smallest), goals, strict=True
         ):
-            F.cross_entropy(plain(route).train()(x), goal).backward()
+            autograd.backward(F.cross_entropy(plain(route).train()(x), goal))
 
     return run
 
@@ -133,7 +136,7 @@ def naive(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
             (routes.largest, *routes.randoms, routes.smallest), goals, strict=True
         ):
             loss = F.cross_entropy(net(x, route), goal)
-            loss.backward()
+            autograd.backward(loss)
             loss.item()
         optimizer.step()
         with torch.no_grad():
@@ -148,12 +151,12 @@ def naive(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
 def largest_alone(net: SlimNet, x: Tensor, labels: Tensor) -> Arm:
     """A plain training step of the largest network, the reference for memory."""
     layout = torch.channels_last if is_channels_last(x) else torch.contiguous_format
-    plain = plain_network(net.spec, net.spec.largest).to(memory_format=layout)
+    plain = plain_network(net.spec, net.spec.largest).to(memory_format=layout)  # type: ignore[call-overload]
     optimizer = sgd(plain)
 
     def run(routes: Sandwich, step: int) -> None:
         optimizer.zero_grad()
-        F.cross_entropy(plain(x), labels).backward()
+        autograd.backward(F.cross_entropy(plain(x), labels))
         optimizer.step()
 
     return run
@@ -168,7 +171,7 @@ def make(options: argparse.Namespace) -> tuple[SlimNet, Tensor, Tensor]:
     size = options.image_size
     x = torch.randn(options.batch_size, net.spec.in_channels, size, size)
     if options.channels_last:
-        net.to(memory_format=torch.channels_last)
+        net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         x = x.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(0, net.spec.num_classes, (options.batch_size,))
     return net, x, labels
@@ -234,6 +237,14 @@ def same_network(model: str) -> tuple[SlimNet, SlimNet]:
     return zoo, converted
 
 
+def _run_numbered(step: Arm, routes: Sequence[Sandwich], number: int) -> None:
+    step(routes[number], number)
+
+
+def _run_batch(engine: Engine, images: np.ndarray, number: int) -> None:
+    engine(images)
+
+
 def measure_converted(options: argparse.Namespace) -> dict[str, Any]:
     """Interleaved rounds of both networks: a training step, and batches in the engine."""
     torch.set_num_threads(1)
@@ -250,15 +261,17 @@ def measure_converted(options: argparse.Namespace) -> dict[str, Any]:
                 head.zero_()[choice] = 1.0
             engines.append(Engine(net, backend="onnxruntime", workers=1))
             assert (engines[-1](images).routes == choice).all()
-    layout = {"memory_format": torch.channels_last}
-    steps = [ours(net.train().to(**layout), x.contiguous(**layout), labels) for net in nets]
+    x = x.contiguous(memory_format=torch.channels_last)
+    for net in nets:
+        net.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps = [ours(net, x, labels) for net in nets]
     arms: dict[str, Callable[[int], Any]] = {}
     for name, net, step in zip(("zoo", "converted"), nets, steps, strict=True):
         routes = [sandwich_routes(net.spec, random.Random(k)) for k in range(options.rounds + 8)]
-        arms[f"{name} step"] = lambda k, step=step, routes=routes: step(routes[k], k)
+        arms[f"{name} step"] = partial(_run_numbered, step, routes)
     for name, pair in (("zoo", engines[:2]), ("converted", engines[2:])):
         for route, engine in zip(("narrowest", "widest"), pair, strict=True):
-            arms[f"{name} {route}"] = lambda _, engine=engine: engine(images)
+            arms[f"{name} {route}"] = partial(_run_batch, engine, images)
     times: dict[str, list[float]] = {name: [] for name in arms}
     for k in range(options.warm_up + options.rounds):
         for name, run in arms.items() if k % 2 else reversed(arms.items()):
@@ -286,7 +299,9 @@ def spread(values: list[float]) -> dict[str, float]:
 def resident(field: str) -> int:
     """Resident memory of the process, now (VmRSS) or at its peak (VmHWM), in KiB."""
     status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1])
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)
+    assert found is not None
+    return int(found[1])
 
 
 def held_tensors() -> int:

@@ -23,6 +23,7 @@ from dynaslim.data import ImageDataset, load_images, open_source
 from dynaslim.data.images import holdout
 from dynaslim.data.transforms import readable_batches
 from dynaslim.errors import UsageError
+from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.calibrate_budget import PathAnswers
 from dynaslim.runtime.escalation import averaged, margins
@@ -125,7 +126,8 @@ class Table:
     def save(self, path: Path) -> None:
         buffer = io.BytesIO()
         about = json.dumps({"spec": self.spec.to_dict(), "image_size_px": self.image_size_px})
-        np.savez(buffer, about=np.array(about), **self._arrays())
+        arrays: dict[str, Any] = self._arrays()
+        np.savez(buffer, about=np.array(about), **arrays)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, buffer.getvalue())
 
@@ -151,7 +153,7 @@ def answer(checkpoint: Checkpoint, images: ImageDataset, batch_size: int = 250) 
         UsageError: for a network of several gates, or a checkpoint without preprocessing.
     """
     net, spec, pre = checkpoint.net.eval(), checkpoint.net.spec, checkpoint.preprocessing
-    if len(spec.gates) != 1 or pre is None:
+    if len(spec.gates) != 1 or pre is None or not isinstance(net, SlimNet):
         raise UsageError(f"{spec.name}: a table needs one gate, and how images are prepared")
     names = (*_ARRAYS, *(("mirrored_NC",) if checkpoint.mirror else ()))
     parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}

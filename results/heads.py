@@ -83,12 +83,12 @@ def fit(
         ) -> Tensor:
             optimizer.zero_grad()
             logs = module(x).log_softmax(1)
-            total = (logs.exp() * (prices + weight * logs)).sum(1).mean()
+            total: Tensor = (logs.exp() * (prices + weight * logs)).sum(1).mean()
             total = total + DECAY / 2 * sum(p.square().sum() for p in parameters if p.ndim > 1)
-            total.backward()
+            torch.autograd.backward(total)
             return total
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
     return Head(module.eval(), mean, deviation, cost_weight)
 
 

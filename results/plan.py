@@ -7,7 +7,7 @@ labels and runs one pass per step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -349,7 +349,7 @@ SEARCHES: Final = {
     "rates_cifar10": rates_cifar10,
 }
 """Searches of the learning rate."""
-EXPERIMENTS: Final = {
+EXPERIMENTS: Final[dict[str, Callable[..., list[Job]]]] = {
     "headline": headline,
     "labels": partial(_jobs, "labels", "labels"),
     "ensemble": partial(_jobs, "ensemble", "ensemble"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from results.cells import HERE, all_cells, digest
@@ -43,8 +43,10 @@ def compared(name: str) -> tuple[str, dict[int, dict[str, Any]]]:
     return split, {seed: cell[split] for seed, cell in cells.items() if split in cell}
 
 
-def _over(cells: Mapping[int, Any], value: Callable[[Any], float]) -> dict[str, float]:
-    return spread([value(cell) for cell in cells.values()])
+def _over_routes(cells: Mapping[int, Any], name: str) -> list[dict[str, float]]:
+    """The spread over seeds of a value of every route."""
+    rows = (cell[name] for cell in cells.values())
+    return [spread(list(values)) for values in zip(*rows, strict=True)]
 
 
 # -- supernets with their gates --------------------------------------------------------------------
@@ -57,14 +59,13 @@ def supernets(name: str) -> dict[str, Any]:
         return {}
     first = next(iter(cells.values()))
     times = {seed: run for seed, run in _times(name).items() if seed in cells}
-    routes = range(len(first["madds"]))
     found: dict[str, Any] = {
         "split": split,
         "images": first["images"],
         "seeds": sorted(cells),
         "madds": first["madds"],
         "shares": first["shares"],
-        "routes": [_over(cells, lambda c, k=k: c["top1"][k]) for k in routes],
+        "routes": _over_routes(cells, "top1"),
         **_oracle(cells),
         "ways": _ways(cells),
         "gates": _gates([c["gates"] for c in cells.values()]),
@@ -73,7 +74,7 @@ def supernets(name: str) -> dict[str, Any]:
     for other in ("static_top1", "distillation_top1"):
         some = {seed: c for seed, c in cells.items() if other in c}
         if some:
-            found[other] = [_over(some, lambda c, k=k, other=other: c[other][k]) for k in routes]
+            found[other] = _over_routes(some, other)
             found[f"supernet_less_{other}"] = spread(
                 [statistics.fmean(c["top1"]) - statistics.fmean(c[other]) for c in some.values()]
             )
@@ -96,7 +97,7 @@ def _oracle(cells: Mapping[int, Any]) -> dict[str, Any]:
     if all(cell.get("seen_twice") for cell in cells.values()):
         names.append("seen_twice")
     return {
-        name: {key: _over(cells, lambda c, n=name, k=key: c[n][k]) for key in _ORACLE}
+        name: {key: spread([cell[name][key] for cell in cells.values()]) for key in _ORACLE}
         for name in names
     }
 
@@ -144,7 +145,7 @@ def fastest(times: Mapping[int, Mapping[str, Any]]) -> str:
 
     def routed(backend: str) -> float:
         runs = [run["ms_per_image"][backend] for run in times.values()]
-        return sum(arm["median"] for run in runs for name, arm in run.items() if "@" in name)
+        return float(sum(arm["median"] for run in runs for name, arm in run.items() if "@" in name))
 
     return min(_backends(times), key=routed)
 
