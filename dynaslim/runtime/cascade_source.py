@@ -30,7 +30,6 @@ from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import (
     FEATURES,
     GATE_LOGITS,
-    INPUT,
     LOGITS,
     to_onnx,
 )
@@ -186,16 +185,21 @@ class _Preparation(nn.Module):
     scale: Tensor
     shift: Tensor
 
-    def __init__(self, rung: RungProgram, given: Preprocessing) -> None:
+    def __init__(self, own: Preprocessing, given: Preprocessing) -> None:
         super().__init__()
-        resize, affine = _preparation(rung, given)
-        self.bands = [] if resize is None else [(low, high) for low, high, _ in resize.bands]
-        for number, (*_, weight) in enumerate(() if resize is None else resize.bands):
+        before, after = given.image_size_px, own.image_size_px
+        bands = () if before == after else Resize.of(before, after).bands
+        self.bands = [(low, high) for low, high, _ in bands]
+        for number, (*_, weight) in enumerate(bands):
             self.register_buffer(f"band{number}", weight)
-        self.normalises = affine is not None
-        if affine is not None:  # a buffer that is None cannot be exported
-            self.register_buffer("scale", affine[0])
-            self.register_buffer("shift", affine[1])
+        self.normalises = (own.mean, own.std) != (given.mean, given.std)
+        if self.normalises:  # a buffer that is None cannot be exported
+            mean, std, own_mean, own_std = (
+                torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
+                for values in (given.mean, given.std, own.mean, own.std)
+            )
+            self.register_buffer("scale", (std / own_std).float())
+            self.register_buffer("shift", ((mean - own_mean) / own_std).float())
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bands:
@@ -208,22 +212,6 @@ class _Preparation(nn.Module):
 
 _LEAST: Final = 1e-30
 """Smallest probability whose logarithm is taken."""
-
-
-def _preparation(
-    rung: RungProgram, given: Preprocessing
-) -> tuple[Resize | None, tuple[Tensor, Tensor] | None]:
-    """Resizing, and scale and shift (1, C, 1, 1), that map the cascade's images to the rung's."""
-    own = rung.preprocessing
-    before, after = given.image_size_px, own.image_size_px
-    resize = None if before == after else Resize.of(before, after)
-    if (own.mean, own.std) == (given.mean, given.std):
-        return resize, None
-    mean, std, own_mean, own_std = (
-        torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1)
-        for values in (given.mean, given.std, own.mean, own.std)
-    )
-    return resize, ((std / own_std).float(), ((mean - own_mean) / own_std).float())
 
 
 class CascadeSource:
@@ -301,7 +289,7 @@ class CascadeSource:
         if trunk is None and number is None:
             return _Trunk(self._gate_logits)
         rung = self._rungs[number or 0]
-        prepare: nn.Module = _Preparation(rung, self._preprocessing)
+        prepare = self._prepare(rung, behind_trunk)
         if trunk is not None and number is None:
             assert rung.parts is not None
             others = len(trunk.rungs) < len(self._rungs)
@@ -313,9 +301,14 @@ class CascadeSource:
             raise UsageError(
                 f"{rung.name}: is an ONNX model, which runs on onnxruntime and openvino"
             )
-        if behind_trunk:
-            prepare = nn.Sequential(_Part(self._first_pixel, self._image), prepare)
         return _RungModule(rung.module, prepare, rung)
+
+    def _prepare(self, rung: RungProgram, behind_trunk: bool) -> nn.Module:
+        """A module from the input of a rung's variant to the images that the rung expects."""
+        prepare = _Preparation(rung.preprocessing, self._preprocessing)
+        if not behind_trunk:
+            return prepare
+        return nn.Sequential(_Part(self._first_pixel, self._image), prepare)
 
     @property
     def _image(self) -> tuple[int, int, int]:
@@ -346,68 +339,36 @@ class CascadeSource:
         The added operations have the same form in all ONNX versions in which models are written.
         """
         onnx, rung = require("onnx"), self._rungs[number]
-        helper, floats = onnx.helper, onnx.TensorProto.FLOAT
-        model = require("onnx.compose").add_prefix(rung.model(), "net_", inplace=False)
-        graph = model.graph
-        front: list[Any] = []
-        back: list[Any] = []
-
-        def constant(value: Any, name: str) -> str:
-            array = value.numpy() if isinstance(value, Tensor) else value
-            tensor = onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
-            graph.initializer.append(tensor)
-            return name
-
-        def node(where: list[Any], kind: str, inputs: list[str], out: str, **given: Any) -> str:
-            where.append(helper.make_node(kind, inputs, [out], name=f"{out}_node", **given))
-            return out
-
-        resize, affine = _preparation(rung, self._preprocessing)
-        x = INPUT
-        row: Sequence[int] = self._image
+        compose, helper = require("onnx.compose"), onnx.helper
+        prepare, row = self._prepare(rung, behind_trunk), self._image
         if behind_trunk and self.spec.trunk is not None:
             row = (self.spec.trunk.values, 1, 1)
-            where = {"first": self._first_pixel, "last": row[0], "axis": 1}
-            names = [constant(np.array([at], np.int64), f"image_{k}") for k, at in where.items()]
-            values = node(front, "Slice", [x, *names], "image_values")
-            shape = constant(np.array([-1, *self._image], np.int64), "image_shape")
-            x = node(front, "Reshape", [values, shape], "image")
-        for axis in (2, 3) if resize is not None else ():
-            assert resize is not None
-            parts = []
-            for n, (low, high, weight) in enumerate(resize.bands):
-                at = f"resize{axis}_{n}"
-                ends = [np.array([value], np.int64) for value in (low, high, axis)]
-                names = [constant(v, f"{at}_{k}") for k, v in zip("abc", ends, strict=True)]
-                band = node(front, "Slice", [x, *names], f"{at}_in")
-                matrix = constant(weight if axis == 2 else weight.T, f"{at}_weight")
-                inputs = [matrix, band] if axis == 2 else [band, matrix]
-                parts.append(node(front, "MatMul", inputs, f"{at}_out"))
-            x = node(front, "Concat", parts, f"resize{axis}", axis=axis)
-        if affine is not None:
-            scale, shift = affine
-            x = node(front, "Mul", [x, constant(scale, "scale")], "scaled")
-            x = node(front, "Add", [x, constant(shift, "shift")], "prepared")
-        (image,), own_output = inputs_of(model), graph.output[0].name
-        node(front, "Identity", [x], image.name)
-        y = own_output
+        content = to_onnx(prepare, torch.zeros(2, *row), ("prepared",), rung.name, any_size=False)
+        front = onnx.load_from_string(content).graph
+        model = compose.add_prefix(rung.model(), "net_", inplace=False)
+        (image,), y = inputs_of(model), model.graph.output[0].name
+        graph = compose.merge_graphs(front, model.graph, io_map=[("prepared", image.name)])
+        graph.name = self.spec.rungs[number].name
+
+        def node(kind: str, inputs: list[str], out: str, **given: Any) -> str:
+            graph.node.append(helper.make_node(kind, inputs, [out], name=f"{out}_node", **given))
+            return out
+
+        def constant(value: np.ndarray, name: str) -> str:
+            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
+            return name
+
         if rung.probabilities:
             least = constant(np.array(_LEAST, np.float32), "least")
-            y = node(back, "Log", [node(back, "Max", [y, least], "positive")], "log")
+            y = node("Log", [node("Max", [y, least], "positive")], "log")
         if rung.order is not None:
             order = constant(np.array(rung.order, np.int64), "order")
-            y = node(back, "Gather", [y, order], "in_order", axis=1)
-        node(back, "Identity", [y], LOGITS)
-        nodes = [*front, *graph.node, *back]
-        del graph.node[:], graph.output[:]
-        graph.node.extend(nodes)
-        inputs = [i for i in graph.input if i.name != image.name]
-        del graph.input[:]
-        taken = helper.make_tensor_value_info(INPUT, floats, ["batch", *row])
-        graph.input.extend([taken, *inputs])
-        given = ["batch", self.spec.num_classes]
-        graph.output.append(helper.make_tensor_value_info(LOGITS, floats, given))
-        graph.name = self.spec.rungs[number].name
+            y = node("Gather", [y, order], "in_order", axis=1)
+        node("Identity", [y], LOGITS)
+        del graph.output[:]
+        shape = ["batch", self.spec.num_classes]
+        graph.output.append(helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, shape))
+        model.graph.CopyFrom(graph)
         return model
 
 
