@@ -31,6 +31,7 @@ from dynaslim.runtime.onnx_graph import (
     FEATURES,
     GATE_LOGITS,
     LOGITS,
+    OPSET,
     to_onnx,
 )
 from dynaslim.runtime.variants import Precision, RouteVariant, Variant
@@ -336,16 +337,21 @@ class CascadeSource:
     def _rung_model(self, number: int, behind_trunk: bool) -> Any:
         """The rung's model, preceded by the preparation of its input and followed by class sorting.
 
-        The added operations have the same form in all ONNX versions in which models are written.
+        The added operations are of the model's ONNX version, or of an older one in which they have
+        the same form.
         """
         onnx, rung = require("onnx"), self._rungs[number]
         compose, helper = require("onnx.compose"), onnx.helper
         prepare, row = self._prepare(rung, behind_trunk), self._image
         if behind_trunk and self.spec.trunk is not None:
             row = (self.spec.trunk.values, 1, 1)
-        content = to_onnx(prepare, torch.zeros(2, *row), ("prepared",), rung.name, any_size=False)
-        front = onnx.load_from_string(content).graph
         model = compose.add_prefix(rung.model(), "net_", inplace=False)
+        opset = min(
+            OPSET, *(used.version for used in model.opset_import if used.domain in ("", "ai.onnx"))
+        )
+        example = torch.zeros(2, *row)
+        content = to_onnx(prepare, example, ("prepared",), rung.name, any_size=False, opset=opset)
+        front = onnx.load_from_string(content).graph
         (image,), y = inputs_of(model), model.graph.output[0].name
         graph = compose.merge_graphs(front, model.graph, io_map=[("prepared", image.name)])
         graph.name = self.spec.rungs[number].name

@@ -31,7 +31,13 @@ _LOCK = threading.Lock()
 
 
 def to_onnx(
-    plain: nn.Module, example: Tensor, outputs: Sequence[str], name: str, *, any_size: bool
+    plain: nn.Module,
+    example: Tensor,
+    outputs: Sequence[str],
+    name: str,
+    *,
+    any_size: bool,
+    opset: int = OPSET,
 ) -> bytes:
     """Export a plain module as an ONNX model with input `x`, the given outputs and graph name.
 
@@ -60,7 +66,7 @@ def to_onnx(
                 input_names=[INPUT],
                 output_names=list(outputs),
                 dynamic_axes=axes,
-                opset_version=OPSET,
+                opset_version=opset,
                 dynamo=False,
             )
     except Exception as error:

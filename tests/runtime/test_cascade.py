@@ -314,12 +314,12 @@ def package(made, tmp_path_factory):
     return folder
 
 
-def _onnx(module, path, *, side=40, batch="rows", free=False, rows=2):
+def _onnx(module, path, *, side=40, batch="rows", free=False, rows=2, opset=13):
     axes = {0: batch, 2: "h", 3: "w"} if free else {0: batch}
     torch.onnx.export(
         module, (torch.zeros(rows, 3, side, side),), path, input_names=["pixels"],
         output_names=["scores"], dynamic_axes={"pixels": axes} if batch else None,
-        opset_version=13, dynamo=False,
+        opset_version=opset, dynamo=False,
     )  # fmt: skip
     return path
 
@@ -366,6 +366,23 @@ def test_rungs_of_packages_and_onnx_files(backend, made, package, tmp_path):
     unnamed = cascade([f"{package}@1", f"{file}@40"])
     assert unnamed.class_names == made.class_names
     assert len(list(export_package(mixed, tmp_path / "mixed")[1])) == 4
+
+
+@pytest.mark.parametrize("opset", [11, 18])
+def test_an_onnx_file_of_another_version_behind_a_shared_trunk(opset, tmp_path):
+    _, zoo, large = _rungs()
+    file = _onnx(large.model, tmp_path / "large.onnx", opset=opset)
+    routes = [(zoo, route) for route in (zoo.net.spec.smallest, zoo.net.spec.widest_choice)]
+    made = cascade([*routes, Rung(file, GIVEN, large.class_names)])
+    assert made.net.spec.trunk.rungs == (0, 1)
+    x = torch.randn(3, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    engine = Engine(made, backend="onnxruntime", workers=1, cache_dir=None)
+    (expected,) = _by_hand([large], x, made.class_names)
+    assert_rows_close(engine.static("3")(x), expected)
+    out = engine(x, escalate=1.0)
+    behind_trunk = np.flatnonzero(out.routes.flatten() == 2)
+    assert len(behind_trunk)
+    assert_rows_close(out.logits[behind_trunk], expected[behind_trunk])
 
 
 def test_a_package_is_calibrated_in_place(made, package, tmp_path):
