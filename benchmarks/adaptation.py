@@ -247,6 +247,12 @@ def _cut(
 # -- time -----------------------------------------------------------------------------------------
 
 
+def run_all(run: Callable[[np.ndarray], Any], batches: Sequence[np.ndarray]) -> None:
+    """Run an arm on each of the batches."""
+    for batch in batches:
+        run(batch)
+
+
 def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -> dict[str, Any]:
     """Milliseconds per image of every network, interleaved, on images of the test split."""
     images = done.data.images
@@ -273,10 +279,8 @@ def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -
     for size in BATCHES:
         batches = np.split(x, len(x) // size)[: max(2, 16 // size)]
 
-        def arm(run: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> Callable[[], Any]:
-            return lambda: [run(batch) for batch in batches]
-
-        times = interleave({name: arm(run, batches) for name, run in runs.items()}, given.rounds)
+        ready = {name: partial(run_all, run, batches) for name, run in runs.items()}
+        times = interleave(ready, given.rounds)
         rows = sum(map(len, batches))
         found[f"batch {size}"] = {
             name: summary([value / rows for value in values]) for name, values in times.items()

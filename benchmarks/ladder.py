@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from adaptation import run_all
 from imagenet import CLASSES
 
 from dynaslim._files import write_atomic
@@ -143,14 +144,14 @@ def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any
     x = np.concatenate([normalise(pixels, pre).numpy() for pixels, _ in images.batches(32, order)])
     runs: dict[tuple[str, str], Callable[[np.ndarray], Any]] = {}
     timed_share = {}
-    for backend in BACKENDS:
-        for name, (checkpoint, answers) in ladders.items():
+    for name, (checkpoint, answers) in ladders.items():
+        curve = fit_curve(answers)
+        for backend in BACKENDS:
             engine = Engine(checkpoint, backend=backend)
             if checkpoint is whole:
                 outcomes = uniform_outcomes(answers)
                 for rung, (route, _) in zip(whole.net.spec.rungs, outcomes, strict=True):
                     runs[rung.name, backend] = engine.static(route)
-            curve = fit_curve(answers)
             for share in SHARES:
                 row, point = f"{name}, budget {share:g}", curve.at(share)
                 runs[row, backend] = partial(engine, budget=point)
@@ -160,11 +161,10 @@ def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any
     found: dict[str, Any] = {"rounds": rounds, "timed_share": timed_share}
     for size in BATCHES:
         batches = np.split(x, len(x) // size)
-
-        def arm(run: Callable[[np.ndarray], Any], batches: list[np.ndarray]) -> Callable[[], Any]:
-            return lambda: [run(batch) for batch in batches]
-
-        arms = {f"{row} by {backend}": arm(run, batches) for (row, backend), run in runs.items()}
+        arms = {
+            f"{row} by {backend}": partial(run_all, run, batches)
+            for (row, backend), run in runs.items()
+        }
         times = interleave(arms, rounds)
         found[f"batch {size}"] = {
             name: summary([value / len(x) for value in values]) for name, values in times.items()

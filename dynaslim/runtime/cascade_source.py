@@ -290,10 +290,9 @@ class CascadeSource:
         if trunk is None and number is None:
             return _Trunk(self._gate_logits)
         rung = self._rungs[number or 0]
-        prepare = self._prepare(rung, behind_trunk)
         if trunk is not None and number is None:
             assert rung.parts is not None
-            others = len(trunk.rungs) < len(self._rungs)
+            others, prepare = len(trunk.rungs) < len(self._rungs), self._prepare(rung, False)
             return _SharedTrunk(self._gate_logits, rung.parts.trunk(), prepare, others)
         if behind_trunk and trunk is not None and number in trunk.rungs:
             assert rung.parts is not None
@@ -302,7 +301,7 @@ class CascadeSource:
             raise UsageError(
                 f"{rung.name}: is an ONNX model, which runs on onnxruntime and openvino"
             )
-        return _RungModule(rung.module, prepare, rung)
+        return _RungModule(rung.module, self._prepare(rung, behind_trunk), rung)
 
     def _prepare(self, rung: RungProgram, behind_trunk: bool) -> nn.Module:
         """A module from the input of a rung's variant to the images that the rung expects."""
@@ -346,9 +345,8 @@ class CascadeSource:
         if behind_trunk and self.spec.trunk is not None:
             row = (self.spec.trunk.values, 1, 1)
         model = compose.add_prefix(rung.model(), "net_", inplace=False)
-        opset = min(
-            OPSET, *(used.version for used in model.opset_import if used.domain in ("", "ai.onnx"))
-        )
+        used = [one.version for one in model.opset_import if one.domain in ("", "ai.onnx")]
+        opset = min([OPSET, *used])
         example = torch.zeros(2, *row)
         content = to_onnx(prepare, example, ("prepared",), rung.name, any_size=False, opset=opset)
         front = onnx.load_from_string(content).graph
