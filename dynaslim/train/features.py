@@ -18,6 +18,8 @@ from torch import Tensor
 
 from dynaslim.errors import TrainingError
 from dynaslim.nn.net import ElasticNet
+from dynaslim.runtime.program_net import frozen
+from dynaslim.runtime.variants import SegmentVariant
 from dynaslim.seeds import step_seed
 
 Predict = Callable[[Tensor], Tensor]
@@ -84,11 +86,9 @@ def trunk_features(
         TrainingError: if a feature is not finite in float16.
     """
     was_training = net.training
-    net.eval()
+    trunk = frozen(net.eval(), SegmentVariant(0))
+    net.train(was_training)
     kept: dict[str, Tensor] = {}
-
-    def trunk(x: Tensor) -> Tensor:
-        return net.segment(0, x, 0, decide=False).features.half()
 
     def keep(name: str, number: int, part: Tensor) -> None:
         view, at = divmod(number, shape[1])
@@ -98,20 +98,17 @@ def trunk_features(
             )
         kept[name][view, at * len(part) : (at + 1) * len(part)] = part
 
-    try:
-        for number, (x, labels_B) in enumerate(batches):
-            rows = net.rows_at_once(x.shape[-1], len(x))
-            features = torch.cat(list(map(trunk, torch.split(x, rows))))
-            if not torch.isfinite(features).all():
-                raise TrainingError(
-                    "trunk_views: the trunk's features are not finite in float16; set it to 0"
-                )
-            keep("features", number, features)
-            keep("labels", number, labels_B)
-            if outside is not None:
-                keep("outside", number, outside(x))
-            if on_batch is not None:
-                on_batch()
-    finally:
-        net.train(was_training)
+    for number, (x, labels_B) in enumerate(batches):
+        rows = net.rows_at_once(x.shape[-1], len(x))
+        features = torch.cat([trunk(part)[0].half() for part in torch.split(x, rows)])
+        if not torch.isfinite(features).all():
+            raise TrainingError(
+                "trunk_views: the trunk's features are not finite in float16; set it to 0"
+            )
+        keep("features", number, features)
+        keep("labels", number, labels_B)
+        if outside is not None:
+            keep("outside", number, outside(x))
+        if on_batch is not None:
+            on_batch()
     return TrunkFeatures(kept["features"], kept["labels"], kept.get("outside"), seed)

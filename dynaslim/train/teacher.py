@@ -17,6 +17,8 @@ from dynaslim.graph import AnySpec
 from dynaslim.nn.layers import SlimBatchNorm2d
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.program_net import frozen
+from dynaslim.runtime.variants import RouteVariant
 from dynaslim.spec import Route
 
 
@@ -93,6 +95,8 @@ class OutsideTeacher:
         self._scale = (std / own_std).float()
         self._shift = ((mean - own_mean) / own_std).float()
         self.route = theirs.largest
+        self._frozen: dict[Route, torch.nn.Module] = {}
+        """Routes with the network's own statistics, made at first use."""
 
     def to(self, device: torch.device) -> OutsideTeacher:
         self.net.to(device)
@@ -103,12 +107,14 @@ class OutsideTeacher:
     @torch.no_grad()
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, N) of normalised images, with classes in the order of `class_names`."""
-        # with batch statistics the rows must stay together
-        rows = len(x) if self.net.training else self.net.rows_at_once(x.shape[-1], len(x))
-        parts = (
-            self.net(part * self._scale + self._shift, self.route) for part in torch.split(x, rows)
-        )
-        logits = torch.cat(list(parts)).float()
+        if self.net.training:  # with batch statistics the rows must stay together
+            logits: Tensor = self.net(x * self._scale + self._shift, self.route).float()
+        else:
+            if self.route not in self._frozen:
+                self._frozen[self.route] = frozen(self.net, RouteVariant(self.route))
+            run, rows = self._frozen[self.route], self.net.rows_at_once(x.shape[-1], len(x))
+            parts = (run(part * self._scale + self._shift) for part in torch.split(x, rows))
+            logits = torch.cat(list(parts)).float()
         return logits if self._order is None else logits[:, self._order]
 
     def __call__(self, x: Tensor) -> Tensor:
