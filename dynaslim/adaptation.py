@@ -328,7 +328,8 @@ class _Adaptation:
             batch_size=options.batch_size,
             trunk_views=self.views or 0,
             random_routes=1,
-            calibration_batches=30,
+            # like the best evaluation, which is kept
+            calibration_batches=SupernetRecipe.val_calibration_batches,
             seed=options.seed,
             optim=OptimRecipe(lr=options.lr),
             data=DataRecipe(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -32,6 +32,7 @@ from dynaslim.graph import AnySpec
 from dynaslim.nn.net import ElasticNet
 from dynaslim.preprocessing import MAX_VIEWS, Preprocessing
 from dynaslim.runtime.engine import Engine
+from dynaslim.runtime.program_net import for_evaluation
 from dynaslim.spec import Route
 
 T = TypeVar("T")
@@ -184,7 +185,9 @@ def evaluate(
     check(batch_size >= 1, f"batch_size {batch_size}: must be at least 1")
     check(not net.training, "evaluate uses running statistics: call net.eval() first")
     images.check_fits(preprocessing, spec.num_classes)
-    batch_size = net.rows_at_once(preprocessing.image_size_px, batch_size)
+    many = 0 if bf16 else len(images)
+    net, batch_size = for_evaluation(net, preprocessing.image_size_px, many, batch_size)
+    checkpoint = replace(checkpoint, net=net)
     chosen = tuple(spec.routes if routes is None else routes)
     # the SGS targets of the gates depend on whether the gates' cheapest route is right
     cheapest = spec.cheapest_choice

@@ -1,17 +1,24 @@
 import json
 
+import numpy as np
 import pytest
 import torch
+from convertible import trained
 from evaluation_workers import PRE, noise_images
-from helpers import lively, micro_spec
+from helpers import lively, micro_spec, toy_images
 
 from dynaslim import Engine
+from dynaslim.checkpoint import Checkpoint
+from dynaslim.conversion import convert
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset, label_mapping
 from dynaslim.data.transforms import normalise
 from dynaslim.errors import DataError, UsageError
 from dynaslim.evaluation import evaluate
+from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.calibrate_budget import answer_images
+from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.zoo import get_spec
 
 
@@ -116,3 +123,39 @@ def test_refusals():
         evaluate(net, noise_images(8).subset(torch.arange(0)), PRE)
     with pytest.raises(UsageError, match=r"net\.eval"):
         evaluate(net.train(), noise_images(8), PRE)
+
+
+def test_many_large_images_are_run_by_onnx_runtime_with_the_same_results(monkeypatch):
+    net = convert(trained("residual"), torch.zeros(2, 3, 16, 16))
+    images, pre = toy_images(40), Preprocessing(16)
+
+    def results():
+        answers = answer_images(Checkpoint(net, preprocessing=pre), images, 16)
+        return evaluate(net, images, pre, batch_size=16), answers
+
+    expected, paths = results()
+    monkeypatch.setattr("dynaslim.nn.net.LARGE", 1)  # bytes from which a feature map is large
+    monkeypatch.setattr(SlimNet, "run_segment", None)  # by PyTorch no segment can run
+    monkeypatch.setattr(NetworkSource, "module", _only_for_export(NetworkSource.module))
+    found, answers = results()
+    assert torch.equal(found.predictions, expected.predictions)
+    assert torch.equal(found.choices, expected.choices)
+    for one, other in zip(found.routes, expected.routes, strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+    np.testing.assert_allclose(answers.margins_NP, paths.margins_NP, atol=1e-5)
+    np.testing.assert_array_equal(answers.correct_NP, paths.correct_NP)
+
+
+def _only_for_export(module):
+    """Modules whose forward passes fail with images or features; an export traces two zeros."""
+
+    def made(self, variant, dtype=torch.float32):
+        one = module(self, variant, dtype)
+        one.register_forward_pre_hook(_refuse_images)
+        return one
+
+    return made
+
+
+def _refuse_images(_, args):
+    assert not torch.count_nonzero(args[0]), "run by PyTorch"

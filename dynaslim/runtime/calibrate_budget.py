@@ -43,6 +43,7 @@ from dynaslim.runtime.escalation import (
     escalation_cost,
     margins,
 )
+from dynaslim.runtime.program_net import for_evaluation
 from dynaslim.spec import Route
 
 MAX_PATHS: Final = 256
@@ -138,10 +139,10 @@ def answer_images(
     """Run `answer_paths` for a checkpoint, on the images that are readable, with a progress bar."""
     assert checkpoint.preprocessing is not None
     pre = checkpoint.preprocessing
-    rows = checkpoint.net.rows_at_once(pre.image_size_px, batch_size)
+    net, rows = for_evaluation(checkpoint.net, pre.image_size_px, len(images), batch_size)
     with progress("running every path", len(images)) as bar:
         return answer_paths(
-            checkpoint.net,
+            net,
             readable_batches(images, pre, rows),
             mirror=checkpoint.mirror,
             on_batch=bar.advance,
