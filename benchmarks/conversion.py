@@ -156,13 +156,13 @@ def tried(name: str) -> dict[str, Any]:
         reason = f"{type(error).__name__}: {error} ({where.name}, line {where.lineno})"
         return {"converts": False, "wrong": True, "reason": reason}
     seconds = time.process_time() - started
-    forms = spec.costs
-    trunk, widest = forms[0, 0, 0].madds, forms[1, 0, spec.num_widths - 1].madds
+    costs = spec.costs
+    trunk, widest = costs[0, 0, 0].madds, costs[1, 0, spec.num_widths - 1].madds
     return {
         "converts": True,
         "elastic": round(float(conversion.elastic_share), 3),
         "trunk": round(trunk / (trunk + widest), 3),
-        "narrowest": round((trunk + forms[1, 0, 0].madds) / (trunk + widest), 3),
+        "narrowest": round((trunk + costs[1, 0, 0].madds) / (trunk + widest), 3),
         "error": conversion.error,
         "masked": conversion.masked,
         "seconds": round(seconds, 1),

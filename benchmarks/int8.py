@@ -100,9 +100,9 @@ def main() -> None:
     if options.checkpoint is not None:
         checkpoint = read(options.checkpoint)
         batches = calibration_batches(checkpoint, options.data, options.calibration_split, 256)
-        forms = QuantisedSource(checkpoint.net, batches, backend="onnxruntime", cache_dir=None)
+        source = QuantisedSource(checkpoint.net, batches, backend="onnxruntime", cache_dir=None)
         result["accuracy"] = compare_precisions(
-            checkpoint, forms, options.data, options.split, options.images
+            checkpoint, source, options.data, options.split, options.images
         )
         result["accuracy"]["model"] = checkpoint.net.spec.name
         print(json.dumps(result["accuracy"], indent=1))

@@ -149,18 +149,18 @@ def test_info_json_of_ds_mbnet(capsys):
 
 @pytest.mark.parametrize("name", sorted(ZOO))
 def test_segments_add_up_to_routes(name, capsys):
-    """Multiply-adds and parameters of the forms on a path, less the gates' heads, are a route's."""
+    """Variants on a path, less the heads of gates, cost and weigh what their route does."""
     spec = ZOO[name]
     data = _info(capsys, name)
     for option in (0, -1):
         path = [0, *[option] * len(spec.gates)]
-        forms = [(0, 0), *itertools.pairwise(path)]
+        variants = [(0, 0), *itertools.pairwise(path)]
         size = data["image_size_px"]
         route = spec.cheapest_choice if option == 0 else spec.widest_choice
-        costs = [s["madds"][a][b] for s, (a, b) in zip(data["segments"], forms, strict=True)]
+        costs = [s["madds"][a][b] for s, (a, b) in zip(data["segments"], variants, strict=True)]
         assert sum(costs) == madds(spec, route, size, slimming_heads=True)
         heads = sum(cost.head_params for cost in route_costs(spec, route, size))
-        sizes = [s["params"][a][b] for s, (a, b) in zip(data["segments"], forms, strict=True)]
+        sizes = [s["params"][a][b] for s, (a, b) in zip(data["segments"], variants, strict=True)]
         assert sum(sizes) == params(spec, route) + heads
 
 

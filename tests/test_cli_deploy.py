@@ -151,7 +151,7 @@ def test_a_package_is_profiled_and_not_benched(micro, tmp_path, capsys):
     assert printed["forms"] == 9
     assert printed["parity"] < 1e-4
     assert open_package(package).preprocessing == Preprocessing(16)
-    assert "9 segment forms" in run_ok(capsys, "export", micro[0], package)
+    assert "9 segment variants" in run_ok(capsys, "export", micro[0], package)
     argv = ["--backend", "onnxruntime", "--batch-size", "2", "--rounds", "2"]
     run_ok(capsys, "profile", package, tmp_path / "t.json", *argv)
     message = f"{package}: a package has no programs of whole routes to compare with; bench the"

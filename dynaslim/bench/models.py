@@ -116,15 +116,15 @@ def calibration_batches(
 
 
 def compare_precisions(
-    checkpoint: Checkpoint, forms: Any, data: str, split: str, images: int
+    checkpoint: Checkpoint, source: Any, data: str, split: str, images: int
 ) -> dict[str, Any]:
-    """Compare int8 segment forms with the float32 network on images; returns JSON values."""
+    """Compare int8 segment variants with the float32 network on images; returns JSON values."""
     from dynaslim.runtime.accuracy import accuracy_report
 
     pre = _prepared(checkpoint)
     loaded = ImageDataset.of(open_source(data, split), pre)
     reference = Engine(checkpoint, backend="onnxruntime", cache_dir=None)
-    quantised = Engine.from_source(forms, checkpoint, backend="onnxruntime", cache_dir=None)
+    quantised = Engine.from_source(source, checkpoint, backend="onnxruntime", cache_dir=None)
     report: dict[str, Any] = accuracy_report(reference, quantised, loaded, pre, limit=images)
     return report
 

@@ -56,9 +56,9 @@ def profile(
     engine, side = open_engine(
         model, backend, image_size, precision, batch_size, cache=not no_cache
     )
-    forms = list(segment_variants(engine.spec))
+    variants = list(segment_variants(engine.spec))
     note = {"backend": engine.backend, "precision": engine.source.precision, **hardware()}
-    with progress("measuring", len(forms)) as bar:
+    with progress("measuring", len(variants)) as bar:
         table = measure(
             engine.router,
             side,
@@ -71,10 +71,12 @@ def profile(
     if json:
         print_json({"file": str(out), "rows": list(table.rows), "ms": table.ms, "note": note})
         return
-    rows = new_table("segment form", *[f"{n} rows" for n in table.rows], "ms per image")
-    for form in forms:
-        times = table.ms[form.name]
-        rows.add_row(form.name, *[f"{t:.2f}" for t in times], f"{times[-1] / table.rows[-1]:.3f}")
+    rows = new_table("segment variant", *[f"{n} rows" for n in table.rows], "ms per image")
+    for variant in variants:
+        times = table.ms[variant.name]
+        rows.add_row(
+            variant.name, *[f"{t:.2f}" for t in times], f"{times[-1] / table.rows[-1]:.3f}"
+        )
     echo(f"{engine.spec.name} at {side} px on {engine.backend}: milliseconds by rows")
     echo(rows)
     echo(f"{out}: use it with train gate --cost-table, calibrate-budget --table")
@@ -249,13 +251,13 @@ def export(
     """
     from dynaslim.data.layout import check_path
 
-    forms = {
+    kinds = {
         "--single-file": single_file,
         "--static-route": static_route is not None,
         "--triton": triton,
         "--ovms": ovms,
     }
-    chosen = [flag for flag, given in forms.items() if given]
+    chosen = [flag for flag, given in kinds.items() if given]
     check(len(chosen) < 2, f"{' and '.join(chosen)}: choose one")
     whole = triton or not chosen
     check(name is None or triton or ovms, "--name is for --triton and --ovms")
@@ -307,7 +309,7 @@ def export(
             "precision": manifest["precision"],
             **notes,
         }
-        line = f"{out}: {len(manifest['forms'])} segment forms, {size / 1e6:.1f} MB"
+        line = f"{out}: {len(manifest['forms'])} segment variants, {size / 1e6:.1f} MB"
     if json:
         print_json({"out": str(out), **result})
         return
@@ -328,15 +330,15 @@ def _quantised(
     *,
     cache: bool,
 ) -> tuple[Any, dict[str, Any]]:
-    """int8 segment forms calibrated on some images, and their accuracy on others."""
+    """int8 segment variants calibrated on some images, and their accuracy on others."""
     from dynaslim.bench.models import calibration_batches, compare_precisions
     from dynaslim.runtime.quantise import QuantisedSource
 
     batches = calibration_batches(loaded, data, *calibration)
-    forms = QuantisedSource(
+    source = QuantisedSource(
         loaded.net, batches, images=calibration[1], cache_dir="auto" if cache else None
     )
-    return forms, {"accuracy": compare_precisions(loaded, forms, data, *report)}
+    return source, {"accuracy": compare_precisions(loaded, source, data, *report)}
 
 
 def import_official(file: Path, out: Path, *, ema: bool = False, json: bool = False) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dynaslim.runtime.package import Package
 
 FEW: Final = 24
-"""Up to this number, segment forms are shown one by one; otherwise as a range per segment."""
+"""Up to this number, segment variants are shown one by one; otherwise as a range per segment."""
 MOST_ROUTES: Final = 256
 """Up to this number, the routes of a routing space are listed in the JSON."""
 SHOWN: Final = 6
@@ -285,7 +285,7 @@ def _gate(spec: NetSpec, number: int) -> dict[str, Any]:
 
 
 def _segment(spec: NetSpec, number: int, image_size_px: int) -> dict[str, Any]:
-    """A segment's forms: rows are choices of the previous gate, columns of the segment's own."""
+    """A segment's variants: rows are choices of the previous gate, columns of the segment's own."""
     before = spec.gates[number - 2].choices if number > 1 else (0,)
     own = spec.gates[number - 1].choices if number > 0 else (0,)
     size = (image_size_px, image_size_px)
@@ -429,30 +429,32 @@ def _stages_table(summary: Mapping[str, Any]) -> Any:
 
 
 def _segments_table(summary: Mapping[str, Any]) -> Any:
-    """A table of MAdds and parameters of every form, or of their ranges for each segment."""
-    table = new_table("segment", "form", "MAdds", "parameters")
+    """A table of MAdds and parameters of every variant, or of their ranges for each segment."""
+    table = new_table("segment", "variant", "MAdds", "parameters")
     table.columns[1].justify = "left"
-    forms = list(_forms(summary))
-    if len(forms) <= FEW:
-        for number, before, own, cost, size in forms:
-            form = "trunk" if own is None else f"{own}" if before is None else f"{before} → {own}"
-            table.add_row(str(number), form, _millions(cost), _millions(size))
+    variants = list(_variants(summary))
+    if len(variants) <= FEW:
+        for number, before, own, cost, size in variants:
+            name = "trunk" if own is None else f"{own}" if before is None else f"{before} → {own}"
+            table.add_row(str(number), name, _millions(cost), _millions(size))
         return table
     for number in range(len(summary["segments"])):
-        costs, sizes = zip(*(form[3:] for form in forms if form[0] == number), strict=True)
+        costs, sizes = zip(
+            *(variant[3:] for variant in variants if variant[0] == number), strict=True
+        )
         table.add_row(
             str(number),
-            "trunk" if number == 0 else f"{len(costs)} forms",
+            "trunk" if number == 0 else f"{len(costs)} variants",
             _span([_millions(min(costs)), _millions(max(costs))]),
             _span([_millions(min(sizes)), _millions(max(sizes))]),
         )
     return table
 
 
-def _forms(
+def _variants(
     summary: Mapping[str, Any],
 ) -> Iterator[tuple[int, int | None, int | None, int, int]]:
-    """Yield segment, width coming in, own width, MAdds and parameters of every form."""
+    """Yield segment, width coming in, own width, MAdds and parameters of every variant."""
     for number, segment in enumerate(summary["segments"]):
         own = summary["gates"][number - 1]["widths"] if number > 0 else [None]
         before = summary["gates"][number - 2]["widths"] if number > 1 else [None]

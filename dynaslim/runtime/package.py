@@ -92,7 +92,7 @@ class _Manifest(msgspec.Struct, Generic[Spec], frozen=True, forbid_unknown_field
             file = left.pop(variant.name, None)
             check(file is not None, f"forms: has no {variant.name!r}")
             check(file == f"{variant.name}.onnx", f"forms: {variant.name} is in {file!r:.60}")
-        check(not left, f"forms: {next(iter(left), '')!r:.60} is no form of {spec.name}")
+        check(not left, f"forms: {next(iter(left), '')!r:.60} is no variant of {spec.name}")
         needed = {WEIGHTS, *self.forms.values()}
         for name in sorted(needed - set(self.files)):
             raise UsageError(f"{name} is not among its files")

@@ -1,4 +1,4 @@
-"""What runs the forms: fixed sizes, precisions, programs on disk, and which backend is taken."""
+"""What runs the variants: fixed sizes, precisions, programs on disk, and which backend is taken."""
 
 import json
 import os
@@ -60,8 +60,8 @@ class FixedBackend(EagerBackend):
     sizes = (1, 4, 8)
     seen: ClassVar[list[int]] = []
 
-    def program(self, form, shape, *, wide):
-        run = super().program(form, shape, wide=wide)
+    def program(self, variant, shape, *, wide):
+        run = super().program(variant, shape, wide=wide)
 
         def checked(x, outs):
             rows = len(x)
@@ -278,7 +278,9 @@ def _in_another_process(tmp_path, net, x, folder, *backends):
 def test_compiled_by_torch(compiled, tmp_path):
     net, x = lively(SMALL), noise(SMALL, 7)
     first, folder = compiled
-    assert sorted(first.counts.compiled) == sorted(form.name for form in segment_variants(SMALL))
+    assert sorted(first.counts.compiled) == sorted(
+        variant.name for variant in segment_variants(SMALL)
+    )
     out = first(x)
     assert len({tuple(row) for row in out.routes.tolist()}) > 1, "the test needs several routes"
     assert_rows_close(out.logits, _expected(net, x, out))
@@ -549,9 +551,9 @@ def test_forms_of_one_width_share_their_memory(name):
     source = NetworkSource(net)
     backend = make_backend("eager", source, Resources(1, None))
     modules = {}
-    for form in segment_variants(net.spec):
-        program = backend.program(form, form.shape(net.spec, (32, 32)), wide=True)
-        modules[form] = program._module
+    for variant in segment_variants(net.spec):
+        program = backend.program(variant, variant.shape(net.spec, (32, 32)), wide=True)
+        modules[variant] = program._module
     first, last = (net.spec.gates[0].choices[n] for n in (0, -1))
     choice = net.spec.gates[1].choices[1]
     one, other = (_storages(modules[SegmentVariant(2, before, choice)]) for before in (first, last))
@@ -580,5 +582,5 @@ def test_every_backend_of_the_zoo_has_a_name():
     assert set(BACKENDS) == set(SUPPORTED)
     assert {"eager", "inductor", "onnxruntime", "openvino"} <= set(BACKENDS)
     for spec in ZOO.values():
-        forms = list(segment_variants(spec))
-        assert len({form.name for form in forms}) == len(set(forms)) == len(forms)
+        variants = list(segment_variants(spec))
+        assert len({variant.name for variant in variants}) == len(set(variants)) == len(variants)

@@ -139,10 +139,10 @@ def test_a_compiler_whose_folder_fails_compiles_elsewhere(no_folder, monkeypatch
 
 def test_calibrated_programs_without_a_folder(no_folder):
     net = lively_net("micro")
-    forms = quantise.QuantisedSource(net, [noise(net.spec, 8)], cache_dir=no_folder)
+    source = quantise.QuantisedSource(net, [noise(net.spec, 8)], cache_dir=no_folder)
     with pytest.warns(DynaslimWarning, match="compiled programs are not kept there"):
-        first = forms.onnx(SegmentVariant(1, 0, 0))
-    assert forms.onnx(SegmentVariant(1, 0, 0)) is first, "kept in memory, not made twice"
+        first = source.onnx(SegmentVariant(1, 0, 0))
+    assert source.onnx(SegmentVariant(1, 0, 0)) is first, "kept in memory, not made twice"
 
 
 def test_a_user_without_a_home(monkeypatch):

@@ -1,4 +1,4 @@
-"""Measured times of forms, kept as a cost table; small buckets that join wider ones."""
+"""Measured times of variants, kept as a cost table; small buckets that join wider ones."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ from dynaslim.runtime.variants import SegmentVariant, segment_variants, variant_
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPEC = micro_spec()
-FORMS = list(segment_variants(SPEC))
+VARIANTS = list(segment_variants(SPEC))
 TABLE = variant_table(SPEC)
 
 
@@ -45,14 +45,14 @@ def measured(backend="eager"):
         note={"backend": backend},
         on_variant=lambda: heard.append(1),
     )
-    assert len(heard) == len(FORMS)
+    assert len(heard) == len(VARIANTS)
     return table
 
 
 def made_up(step_ms):
-    """A table whose steps take `step_ms(form, rows)`."""
+    """A table whose steps take `step_ms(variant, rows)`."""
     rows = (1, 4, 16, 64)
-    ms = {form.name: tuple(float(step_ms(form, n)) for n in rows) for form in FORMS}
+    ms = {variant.name: tuple(float(step_ms(variant, n)) for n in rows) for variant in VARIANTS}
     segments = []
     for number, before in enumerate([(0,), (0,), (0, 2)]):
         after = SPEC.gates[number - 1].choices if number else (0,)
@@ -72,7 +72,7 @@ def test_profile_measures_every_form(backend):
     table = measured(backend)
     table.check_fits(SPEC)
     assert table.rows == (1, 2, 4, 6)
-    assert set(table.ms) == set(table.spread) == {form.name for form in FORMS}
+    assert set(table.ms) == set(table.spread) == {variant.name for variant in VARIANTS}
     assert table.image_size_px == 32
     assert table.note == {"backend": backend}
     assert table.table.unit == "ms"
@@ -86,16 +86,16 @@ def test_profile_measures_every_form(backend):
 
 
 def test_profile_times_what_it_reports(monkeypatch):
-    """A form that sleeps, by rows: its times, and no other's, show it."""
+    """A variant that sleeps, by rows: its times, and no other's, show it."""
     import time
 
     from dynaslim.runtime.backends.eager import EagerBackend
 
     plain = EagerBackend.program
 
-    def slow(self, form, shape, *, wide):
-        run = plain(self, form, shape, wide=wide)
-        if form != SegmentVariant(2, 0, 1):
+    def slow(self, variant, shape, *, wide):
+        run = plain(self, variant, shape, wide=wide)
+        if variant != SegmentVariant(2, 0, 1):
             return run
         return lambda x, outs: (time.sleep(0.02 * len(x)), run(x, outs))
 
@@ -118,11 +118,11 @@ def test_written_and_read_again(tmp_path):
 
 
 def test_steps_between_and_beyond_those_measured():
-    table = made_up(lambda form, rows: 2.0 + rows)
-    form = FORMS[3]
-    assert table.step_ms(form, 0) == 0
-    assert [table.step_ms(form, n) for n in (1, 2, 4, 10, 64)] == [3, 4, 6, 12, 66]
-    assert table.step_ms(form, 128) == 132
+    table = made_up(lambda variant, rows: 2.0 + rows)
+    variant = VARIANTS[3]
+    assert table.step_ms(variant, 0) == 0
+    assert [table.step_ms(variant, n) for n in (1, 2, 4, 10, 64)] == [3, 4, 6, 12, 66]
+    assert table.step_ms(variant, 128) == 132
 
 
 def _edited(tmp_path, change):
@@ -183,8 +183,8 @@ _times = st.lists(st.floats(1e-3, 1e3), min_size=4, max_size=4).map(tuple)
 
 @st.composite
 def _merges(draw):
-    table = made_up(lambda form, rows: 1)
-    ms = {form.name: draw(_times) for form in FORMS}
+    table = made_up(lambda variant, rows: 1)
+    ms = {variant.name: draw(_times) for variant in VARIANTS}
     gate = draw(st.integers(0, 1))
     before = draw(st.integers(0, 1)) if gate else 0
     options = draw(st.integers(1, len(SPEC.gates[gate].choices)))
@@ -193,8 +193,10 @@ def _merges(draw):
 
 
 def _predicted(table, gate, before, counts):
-    forms = TABLE[gate + 1][before]
-    return sum(table.step_ms(form, n) for form, n in zip(forms, counts.tolist(), strict=False))
+    variants = TABLE[gate + 1][before]
+    return sum(
+        table.step_ms(variant, n) for variant, n in zip(variants, counts.tolist(), strict=False)
+    )
 
 
 @given(_merges())
@@ -215,12 +217,12 @@ def test_merging_goes_upward_and_saves_time(case):
 
 
 def test_merging_by_hand():
-    table = made_up(lambda form, rows: 10 + rows)  # a step more costs as much as ten rows
+    table = made_up(lambda variant, rows: 10 + rows)  # a step more costs as much as ten rows
     assert table.merge(TABLE, 1, 0, np.array([3, 0, 5])).tolist() == [2, 1, 2]
     assert table.merge(TABLE, 1, 1, np.array([3, 2, 5])).tolist() == [2, 2, 2]
     assert table.merge(TABLE, 1, 0, np.array([3, 2])).tolist() == [1, 1]
     assert table.merge(TABLE, 1, 0, np.array([0, 0, 5])).tolist() == [0, 1, 2]
-    dear = made_up(lambda form, rows: 1 + rows * (1 + form.choice))
+    dear = made_up(lambda variant, rows: 1 + rows * (1 + variant.choice))
     assert dear.merge(TABLE, 1, 0, np.array([1, 0, 5])).tolist() == [0, 1, 2]
     assert dear.merge(TABLE, 1, 0, np.array([1, 0, 0])).tolist() == [0, 1, 2]
 
@@ -231,7 +233,7 @@ def test_merged_rows_are_those_of_the_route_they_took(workers):
     x = noise(SPEC, 33)
     own = Engine(net, backend="eager")(x)
     assert len({tuple(row) for row in own.routes.tolist()}) >= 3
-    flat = made_up(lambda form, rows: 1.0)
+    flat = made_up(lambda variant, rows: 1.0)
     engine = Engine(net, backend="eager", workers=workers, latency=flat, merge=True)
     for arguments in ({}, {"shift": 2.0}, {"escalate": 1.0}):
         out = engine(x, **arguments)
@@ -244,7 +246,7 @@ def test_merged_rows_are_those_of_the_route_they_took(workers):
     merged = engine(x)
     costs = [cost.route_cost(SPEC.path_at(row)) for row in merged.routes.tolist()]
     assert merged.madds.tolist() == costs
-    never = made_up(lambda form, rows: rows * (1 + form.choice))
+    never = made_up(lambda variant, rows: rows * (1 + variant.choice))
     apart = Engine(net, backend="eager", workers=workers, latency=never, merge=True)
     assert apart(x).routes.tolist() == own.routes.tolist()
 
@@ -253,7 +255,7 @@ def test_merging_stays_below_the_cap():
     net = lively_net("micro")
     x = noise(SPEC, 33)
     engine = Engine(
-        net, backend="eager", latency=made_up(lambda form, rows: 1.0), merge=True, max_batch=16
+        net, backend="eager", latency=made_up(lambda variant, rows: 1.0), merge=True, max_batch=16
     )
     for limits in ((2, 1), (0, 2), (0, 0), (2, 2)):
         out = engine(x, max_route=SPEC.route_at(limits))
@@ -270,7 +272,7 @@ def test_one_route_for_all_is_never_merged(backend, monkeypatch):
     net = lively_net("micro")
     x = noise(SPEC, 9)
     # dear for few rows, cheap for many: whoever may would move
-    table = made_up(lambda form, rows: 100 if form.choice == 0 else 1)
+    table = made_up(lambda variant, rows: 100 if variant.choice == 0 else 1)
     for has_modules in (True, False):
         monkeypatch.setattr(NetworkSource, "has_modules", has_modules)
         engine = Engine(net, backend=backend, latency=table, merge=True)

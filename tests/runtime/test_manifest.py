@@ -328,8 +328,8 @@ def test_a_package_behind_links_answers(backend, cache, package, linked, tmp_pat
 
 def test_a_link_to_a_folder(package, tmp_path):
     (tmp_path / "link").symlink_to(package)
-    forms = open_package(tmp_path / "link").source
-    assert forms.onnx(SegmentVariant(0)) == package.resolve() / "segment0_0_0.onnx"
+    source = open_package(tmp_path / "link").source
+    assert source.onnx(SegmentVariant(0)) == package.resolve() / "segment0_0_0.onnx"
 
 
 def test_what_links_lead_to_is_checked(linked, tmp_path):

@@ -122,9 +122,9 @@ def config_of(repository, name, config_class):
 
 def test_the_layout_of_a_triton_repository(repository):
     found = {path.relative_to(repository).as_posix() for path in repository.rglob("*.*")}
-    forms = {name for name in found if name.startswith("digits/1/package/")}
-    assert "digits/1/package/manifest.json" in forms
-    assert found - forms == {
+    files = {name for name in found if name.startswith("digits/1/package/")}
+    assert "digits/1/package/manifest.json" in files
+    assert found - files == {
         "digits/config.pbtxt", "digits/labels.txt", "digits/1/model.py",
         "digits_single/config.pbtxt", "digits_single/1/model.onnx",
     }  # fmt: skip

@@ -94,7 +94,7 @@ def test_a_package_answers_as_the_network(name, tmp_path):
     checkpoint = _checkpoint(name)
     manifest, _ = export.export_package(checkpoint, tmp_path / "out")
     spec = checkpoint.net.spec
-    assert set(manifest["forms"]) == {form.name for form in segment_variants(spec)}
+    assert set(manifest["forms"]) == {variant.name for variant in segment_variants(spec)}
     if name == "ds_resnet50":  # four gates, 53 variants: hardly more than the widths' own weights
         assert len(manifest["forms"]) == 53
         own = sum(dynaslim.params(spec, route) for route in spec.routes) * 4
@@ -125,7 +125,7 @@ def test_the_manifest_describes_the_package(tmp_path):
     assert manifest["precision"] == "fp32"
     assert manifest["versions"]["dynaslim"] == dynaslim.__version__
     assert set(manifest["files"]) == {path.name for path in folder.iterdir()} - {MANIFEST}
-    assert set(errors) == {form.name for form in segment_variants(spec)}
+    assert set(errors) == {variant.name for variant in segment_variants(spec)}
     assert all(error < 1e-4 for error in errors.values())
     assert stat.S_IMODE(folder.stat().st_mode) == 0o755
 
@@ -269,8 +269,8 @@ def test_a_graph_that_computes_something_else_is_not_handed_over(tmp_path, monke
     other = Checkpoint(lively_net("micro").__class__(checkpoint.net.spec).eval())
 
     class Wrong(NetworkSource):
-        def onnx(self, form):
-            return real(NetworkSource(other.net), form)
+        def onnx(self, variant):
+            return real(NetworkSource(other.net), variant)
 
     with pytest.raises(DynaslimError, match="segment0_0_0: not written, differs"):
         export.export_package(checkpoint, tmp_path / "out", source=Wrong(checkpoint.net))

@@ -51,7 +51,7 @@ def engine(request, net, calibration, cache):
 
 
 @pytest.fixture(scope="module")
-def forms(net, calibration, cache):
+def sources(net, calibration, cache):
     """For either kind of backend, on the disk that `engine` uses too."""
     return {
         kind: QuantisedSource(net, calibration, backend=backend, cache_dir=cache)
@@ -92,15 +92,15 @@ def test_routes_mostly_agree_with_float(net, engine):
     assert _relative(out.logits[same], expected.logits[same]) < 0.1
 
 
-def test_every_form_is_near_its_module(net, forms):
+def test_every_variant_is_near_its_module(net, sources):
     exact = NetworkSource(net)
-    for form in segment_variants(TINY):
-        x = forms["rounded outputs"].sample(form)
+    for variant in segment_variants(TINY):
+        x = sources["rounded outputs"].sample(variant)
         with torch.inference_mode():
-            made = exact.module(form)(torch.from_numpy(x))
+            made = exact.module(variant)(torch.from_numpy(x))
         expected = (made[0] if isinstance(made, tuple) else made).numpy()
         for kind in ROUNDED:
-            assert _relative(_run(forms[kind].onnx(form), x), expected) < 0.1, (form, kind)
+            assert _relative(_run(sources[kind].onnx(variant), x), expected) < 0.1, (variant, kind)
 
 
 def _producers(model):
@@ -108,9 +108,9 @@ def _producers(model):
 
 
 @pytest.mark.parametrize("kind", ROUNDED)
-def test_what_is_rounded(net, forms, kind):
-    for form in (SegmentVariant(1, 0, 2), RouteVariant(TINY.widest_choice)):
-        content = forms[kind].onnx(form)
+def test_what_is_rounded(net, sources, kind):
+    for variant in (SegmentVariant(1, 0, 2), RouteVariant(TINY.widest_choice)):
+        content = sources[kind].onnx(variant)
         model = onnx.load_from_string(content)
         onnx.checker.check_model(model)
         made = _producers(model)
@@ -143,16 +143,16 @@ def test_what_is_rounded(net, forms, kind):
             assert scale.dims == [kept.dims[0]]  # per channel
             rounds = readers[node.output[0]] == ["QuantizeLinear"]
             assert rounds == (kind == "rounded outputs")
-        first = form.takes_images
+        first = variant.takes_images
         assert counts["first"] == first
         assert counts["rounded"] == counts["depthwise"] + (not first)
-        assert len(content) < 0.6 * len(NetworkSource(net).onnx(form))
+        assert len(content) < 0.6 * len(NetworkSource(net).onnx(variant))
 
 
-def test_openvino_runs_them_in_integers(forms):
+def test_openvino_runs_them_in_integers(sources):
     core = openvino.Core()
     for kind in ROUNDED:
-        model = core.read_model(forms[kind].onnx(RouteVariant(TINY.widest_choice)))
+        model = core.read_model(sources[kind].onnx(RouteVariant(TINY.widest_choice)))
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         kinds = [
             op.get_rt_info()["runtimePrecision"].astype(str)
@@ -162,11 +162,11 @@ def test_openvino_runs_them_in_integers(forms):
         assert kinds.count("u8") + kinds.count("i8") >= len(kinds) // 2 - 1, kinds
 
 
-def test_onnxruntime_runs_them_in_integers(forms, tmp_path):
+def test_onnxruntime_runs_them_in_integers(sources, tmp_path):
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
-    content = forms["rounded outputs"].onnx(RouteVariant(TINY.widest_choice))
+    content = sources["rounded outputs"].onnx(RouteVariant(TINY.widest_choice))
     ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node]
     integers = sum(
@@ -184,8 +184,8 @@ def test_relu_networks(name):
     """Cut-offs become part of the rounding; a residual block's sum stays float."""
     spec = ZOO[name].replace(num_classes=10)
     net, x = lively(spec), noise(spec, 16)
-    forms = QuantisedSource(net, [x], cache_dir=None)
-    content = forms.onnx(RouteVariant(spec.cheapest_choice))
+    source = QuantisedSource(net, [x], cache_dir=None)
+    content = source.onnx(RouteVariant(spec.cheapest_choice))
     with torch.inference_mode():
         expected = net(x, spec.cheapest_choice).numpy()
     assert _relative(_run(content, x.numpy()), expected) < 0.2
@@ -238,15 +238,15 @@ def test_construction_is_lazy_and_stops_reading():
             read.append(number)
             yield noise(spec, 16, seed=number)
 
-    forms = QuantisedSource(lively(spec), batches(), images=40, cache_dir=None)
+    source = QuantisedSource(lively(spec), batches(), images=40, cache_dir=None)
     assert read == [0, 1, 2]
-    assert forms.onnx(SegmentVariant(1, 0, 2)) is forms.onnx(SegmentVariant(1, 0, 2))
-    assert forms.precision == "int8"
+    assert source.onnx(SegmentVariant(1, 0, 2)) is source.onnx(SegmentVariant(1, 0, 2))
+    assert source.precision == "int8"
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 1 << 28])
 def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_bytes):
-    """All images arrive at every form, from each width before on parts of their own."""
+    """All images arrive at every variant, from each width before on parts of their own."""
     monkeypatch.setattr("dynaslim.runtime.quantise.KEPT_BYTES", kept_bytes)
     spec = NetSpec(
         "three gates",
@@ -262,14 +262,14 @@ def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_byt
     net, x = lively(spec, image_size=8), noise(spec, 37, image_size=8)
     sampler = ActivationSampler(NetworkSource(net), x)
     with torch.inference_mode():
-        for form in segment_variants(spec):
-            rows = torch.from_numpy(np.concatenate(list(sampler.at(form))))
-            if form.segment == 0:
+        for variant in segment_variants(spec):
+            rows = torch.from_numpy(np.concatenate(list(sampler.at(variant))))
+            if variant.segment == 0:
                 assert torch.equal(rows, x)
                 continue
             possible = [net.segment(0, x, 0).features]
-            for number in range(1, form.segment):
-                choices = (form.before,) if number == form.segment - 1 else (0, 1)
+            for number in range(1, variant.segment):
+                choices = (variant.before,) if number == variant.segment - 1 else (0, 1)
                 possible = [net.segment(number, f, b).features for f in possible for b in choices]
             near = torch.stack(
                 [(f[:, None] - rows[None]).abs().flatten(2).amax(2) < 1e-3 for f in possible]
@@ -285,11 +285,11 @@ def test_sampled_activations_are_what_the_network_computes(monkeypatch, kept_byt
 
 def test_threads(calibration):
     spec = micro_spec()
-    forms = QuantisedSource(lively(spec), [noise(spec, 16)], cache_dir=None)
+    source = QuantisedSource(lively(spec), [noise(spec, 16)], cache_dir=None)
     wanted = [*segment_variants(spec), RouteVariant(spec.smallest)]
-    made = at_once(2 * len(wanted), lambda n: forms.onnx(wanted[n // 2]))
+    made = at_once(2 * len(wanted), lambda n: source.onnx(wanted[n // 2]))
     assert all(one is other for one, other in zip(made[::2], made[1::2], strict=True)), "made once"
-    assert forms._activations._bytes == 0, "features are let go when every segment is made"
+    assert source._activations._bytes == 0, "features are let go when every segment is made"
 
 
 def test_quiet_and_clean(tmp_path, monkeypatch, capfd, caplog):

@@ -74,10 +74,10 @@ def test_first_use_by_many_compiles_once(backend, workers, monkeypatch):
     made = Counter()
     plain = NetworkSource.module
 
-    def module(self, form, *args):
-        made[form] += 1
+    def module(self, variant, *args):
+        made[variant] += 1
         time.sleep(0.005)  # long enough for all to request it
-        return plain(self, form, *args)
+        return plain(self, variant, *args)
 
     monkeypatch.setattr(NetworkSource, "module", module)
     net = lively_net("micro")
@@ -140,11 +140,11 @@ def test_a_bad_batch_is_its_callers_alone(backend):
 def test_a_program_that_fails(own_threads, monkeypatch):
     plain, failing = EagerBackend.program, threading.Event()
 
-    def program(self, form, shape, *, wide):
-        run = plain(self, form, shape, wide=wide)
+    def program(self, variant, shape, *, wide):
+        run = plain(self, variant, shape, wide=wide)
 
         def checked(x, outs):
-            if failing.is_set() and form.segment == 1:
+            if failing.is_set() and variant.segment == 1:
                 raise MemoryError("no room")
             run(x, outs)
 
@@ -237,11 +237,11 @@ def test_an_interrupted_call_does_not_write_into_the_next(interruptible):
     go_on, finished = threading.Event(), threading.Semaphore(0)
     held = []
 
-    def program(form, shape, *, wide):
-        run = plain(form, shape, wide=wide)
+    def program(variant, shape, *, wide):
+        run = plain(variant, shape, wide=wide)
 
         def slow(x, outs):
-            if form != SegmentVariant(0) or len(held) == 2:
+            if variant != SegmentVariant(0) or len(held) == 2:
                 return run(x, outs)
             held.append(threading.get_ident())
             if len(held) == 2:
