@@ -135,6 +135,9 @@ def test_many_large_images_are_run_by_onnx_runtime_with_the_same_results(monkeyp
 
     expected, paths = results()
     monkeypatch.setattr("dynaslim.nn.net.LARGE", 1)  # bytes from which a feature map is large
+    with monkeypatch.context() as patch:
+        patch.setattr(NetworkSource, "onnx", _raise_usage_error)  # an operation without ONNX form
+        assert torch.equal(results()[0].predictions, expected.predictions)
     monkeypatch.setattr(SlimNet, "run_segment", None)  # by PyTorch no segment can run
     monkeypatch.setattr(NetworkSource, "module", _only_for_export(NetworkSource.module))
     found, answers = results()
@@ -144,6 +147,10 @@ def test_many_large_images_are_run_by_onnx_runtime_with_the_same_results(monkeyp
         assert one.loss == pytest.approx(other.loss, rel=1e-5)
     np.testing.assert_allclose(answers.margins_NP, paths.margins_NP, atol=1e-5)
     np.testing.assert_array_equal(answers.correct_NP, paths.correct_NP)
+
+
+def _raise_usage_error(*_):
+    raise UsageError("no ONNX form")
 
 
 def _only_for_export(module):
