@@ -161,22 +161,19 @@ class _Part(nn.Module):
         return taken.reshape(-1, *self.shape)
 
 
-class _RungModule(nn.Module):
-    """A rung's network, preceded by the preparation of its input."""
+class _Answer(nn.Module):
+    """Converts the output of a rung's network to logits in the cascade's order of classes."""
 
     order: Tensor
 
-    def __init__(self, network: nn.Module, prepare: nn.Module, rung: RungProgram) -> None:
+    def __init__(self, rung: RungProgram) -> None:
         super().__init__()
-        self.network, self.prepare = network, prepare
         self.probabilities, self.sorts = rung.probabilities, rung.order is not None
         if rung.order is not None:
             self.register_buffer("order", torch.tensor(rung.order))
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.network(self.prepare(x))
-        if self.probabilities:
-            logits = logits.clamp_min(_LEAST).log()
+    def forward(self, y: Tensor) -> Tensor:
+        logits = y.clamp_min(_LEAST).log() if self.probabilities else y
         return logits.index_select(1, self.order) if self.sorts else logits
 
 
@@ -296,12 +293,13 @@ class CascadeSource:
             return _SharedTrunk(self._gate_logits, rung.parts.trunk(), prepare, others)
         if behind_trunk and trunk is not None and number in trunk.rungs:
             assert rung.parts is not None
-            return _RungModule(rung.parts.tail(), _Part(0, rung.parts.cost.out), rung)
+            features = _Part(0, rung.parts.cost.out)
+            return nn.Sequential(features, rung.parts.tail(), _Answer(rung))
         if rung.module is None:
             raise UsageError(
                 f"{rung.name}: is an ONNX model, which runs on onnxruntime and openvino"
             )
-        return _RungModule(rung.module, self._prepare(rung, behind_trunk), rung)
+        return nn.Sequential(self._prepare(rung, behind_trunk), rung.module, _Answer(rung))
 
     def _prepare(self, rung: RungProgram, behind_trunk: bool) -> nn.Module:
         """A module from the input of a rung's variant to the images that the rung expects."""
@@ -334,44 +332,30 @@ class CascadeSource:
         return content
 
     def _rung_model(self, number: int, behind_trunk: bool) -> Any:
-        """The rung's model, preceded by the preparation of its input and followed by class sorting.
+        """The rung's model, between the preparation of its input and the sorting of its classes.
 
         The added operations are of the model's ONNX version, or of an older one in which they have
         the same form.
         """
-        onnx, rung = require("onnx"), self._rungs[number]
-        compose, helper = require("onnx.compose"), onnx.helper
-        prepare, row = self._prepare(rung, behind_trunk), self._image
-        if behind_trunk and self.spec.trunk is not None:
-            row = (self.spec.trunk.values, 1, 1)
+        onnx, compose, rung = require("onnx"), require("onnx.compose"), self._rungs[number]
         model = compose.add_prefix(rung.model(), "net_", inplace=False)
         used = [one.version for one in model.opset_import if one.domain in ("", "ai.onnx")]
         opset = min([OPSET, *used])
-        example = torch.zeros(2, *row)
-        content = to_onnx(prepare, example, ("prepared",), rung.name, any_size=False, opset=opset)
-        front = onnx.load_from_string(content).graph
+
+        def exported(module: nn.Module, row: tuple[int, ...], output: str) -> Any:
+            example = torch.zeros(2, *row)
+            made = to_onnx(module, example, (output,), rung.name, any_size=False, opset=opset)
+            return onnx.load_from_string(made)
+
+        trunk = self.spec.trunk
+        row = (trunk.values, 1, 1) if behind_trunk and trunk is not None else self._image
+        front = exported(self._prepare(rung, behind_trunk), row, "prepared")
+        back = exported(_Answer(rung), (rung.num_classes,), LOGITS)
+        back = compose.add_prefix(back, "answer_", rename_outputs=False)
         (image,), y = inputs_of(model), model.graph.output[0].name
-        graph = compose.merge_graphs(front, model.graph, io_map=[("prepared", image.name)])
+        graph = compose.merge_graphs(front.graph, model.graph, io_map=[("prepared", image.name)])
+        graph = compose.merge_graphs(graph, back.graph, io_map=[(y, back.graph.input[0].name)])
         graph.name = self.spec.rungs[number].name
-
-        def node(kind: str, inputs: list[str], out: str, **given: Any) -> str:
-            graph.node.append(helper.make_node(kind, inputs, [out], name=f"{out}_node", **given))
-            return out
-
-        def constant(value: np.ndarray, name: str) -> str:
-            graph.initializer.append(onnx.numpy_helper.from_array(value, name))
-            return name
-
-        if rung.probabilities:
-            least = constant(np.array(_LEAST, np.float32), "least")
-            y = node("Log", [node("Max", [y, least], "positive")], "log")
-        if rung.order is not None:
-            order = constant(np.array(rung.order, np.int64), "order")
-            y = node("Gather", [y, order], "in_order", axis=1)
-        node("Identity", [y], LOGITS)
-        del graph.output[:]
-        shape = ["batch", self.spec.num_classes]
-        graph.output.append(helper.make_tensor_value_info(LOGITS, onnx.TensorProto.FLOAT, shape))
         model.graph.CopyFrom(graph)
         return model
 

@@ -230,8 +230,8 @@ def test_two_sizes_of_one_network_in_the_order_of_their_cost():
     assert not made.mirror
     narrow = cascade([(small, net.spec.smallest), small, (large, str(net.spec.widest_choice))])
     x = torch.randn(3, 3, 16, 16)
-    one = narrow.net.source.module(RouteVariant(narrow.net.spec.route_at([0]))).network(x)
-    assert_rows_close(one, net(x, net.spec.smallest))
+    _, network, _ = narrow.net.source.module(RouteVariant(narrow.net.spec.route_at([0])))
+    assert_rows_close(network(x), net(x, net.spec.smallest))
     recipe = {"gate": {"augment": {"mirror": True}}}
     assert cascade([replace(one, recipe=recipe) for one in (small, large)]).mirror
 
