@@ -39,7 +39,7 @@ class FreedMemory:
         with suppress(OSError, AttributeError, ImportError, ValueError):
             if self.limit is None:
                 self.limit = 0
-                self.limit = _keep(_available() // self.processes)
+                self.limit = _keep(available_bytes() // self.processes)
             elif self.limit and process_bytes("resident") > self.limit:
                 ctypes.CDLL(None).malloc_trim(0)
 
@@ -65,8 +65,12 @@ def process_bytes(kind: Literal["address space", "resident"]) -> int:
     return int(pages[kind == "resident"]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _available() -> int:
-    """Bytes that this process may still allocate, by the limits of machine and control group."""
+def available_bytes() -> int:
+    """Bytes that this process may still allocate, by the limits of machine and control group.
+
+    Raises:
+        OSError: where /proc is missing.
+    """
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
     with suppress(OSError, ValueError):

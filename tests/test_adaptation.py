@@ -12,12 +12,15 @@ from helpers import bright_pngs, lively, run_ok, write_parquet
 from dynaslim import cli
 from dynaslim.adaptation import _Adaptation, _gains_or_widest, adapt
 from dynaslim.checkpoint import Checkpoint, read, save
+from dynaslim.cli.measure import trained_rows
 from dynaslim.conversion import convert
 from dynaslim.data import open_source
+from dynaslim.data.images import open_images
 from dynaslim.errors import CheckpointError, DataError, UsageError
 from dynaslim.nn.sorting import sort_channels
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runs.context import Callbacks
+from dynaslim.runs.folder import TRAINED_ON
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.package import open_package
 from dynaslim.zoo import get_spec
@@ -80,6 +83,8 @@ def test_what_comes_of_it(adapted, data, capsys):
     assert made.class_names == original.class_names
     assert made.budget is not None
     assert made.budget["images"] == 107
+    images = open_images(made, data, "train")
+    assert int(trained_rows(images, adapted / "gate.safetensors").sum()) == 161
     trunk = dict(read(adapted / "converted.safetensors").net.named_parameters())
     for checkpoint in (original, made):
         for name, value in checkpoint.net.named_parameters():
@@ -134,11 +139,15 @@ def test_a_network_of_the_zoo_learns_other_classes(data, tmp_path, name):
     """With a trunk of its own for the largest, and without."""
     net = lively(get_spec(name), image_size=16)
     file = save(tmp_path / "zoo.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
+    (tmp_path / TRAINED_ON).write_text("of-its-own-training\n")
     done = adapt(
         file, data, tmp_path / "run", val_share=0.4, batch_size=16, epochs=1, backend="eager"
     )
     assert done.checkpoint.net.spec.num_classes == 4
     assert done.checkpoint.budget is not None
+    record = (tmp_path / "run" / TRAINED_ON).read_text().splitlines()
+    assert len(record) == 161 + 1
+    assert "of-its-own-training" in record
 
 
 def test_a_gate_that_gains_nothing_gives_way(adapted):
@@ -148,7 +157,9 @@ def test_a_gate_that_gains_nothing_gives_way(adapted):
     for top1, gains in ((0.65, True), (0.64, False)):
         dynamic = {"mean_madds": 250.0, "top1": top1}
         metrics = {"val": {"routes": routes, "dynamic": dynamic}}
-        made = _gains_or_widest(replace(copy.deepcopy(checkpoint), metrics=metrics))
+        before = {"val": {"routes": routes, "dynamic": None}}
+        made = _gains_or_widest(replace(copy.deepcopy(checkpoint), metrics=metrics), before)
+        assert made.metrics == (metrics if gains else before)
         assert (made.recipe["target"] == 0.7) is gains
         engine = Engine(made, backend="eager")
         taken = engine(torch.randn(16, 3, 16, 16)).routes
@@ -230,6 +241,7 @@ def test_sorting_a_converted_network_is_converting_it_with_images(name):
         (["--weights", "nowhere.pth"], "nowhere.pth"),
         (["--data", "nowhere"], "nowhere: no such file or folder"),
         (["--gate-at", "9"], "gate at '9'"),
+        (["--backend", "fast"], "backend 'fast': choose from auto, "),
     ],
 )
 def test_bad_input_is_one_line(data, tmp_path, capsys, more, message):
@@ -242,6 +254,24 @@ def test_bad_data(data, tmp_path):
     write_parquet(tmp_path / "one", bright_pngs(300), 1, "train")
     with pytest.raises(DataError, match="has 1 class, needs at least two"):
         adapt(f"module:{data / 'model.py'}:make_model", tmp_path / "one", tmp_path / "run")
+    write_parquet(tmp_path / "no test", bright_pngs(300), 4, "train")
+    model, options = f"module:{data / 'model.py'}:make_model", {"sizes": "16,32", "val_share": 0.4}
+    with pytest.raises(DataError, match="is reported on a test split, and there is none"):
+        adapt(model, tmp_path / "no test", tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_may_be_for_another_number_of_classes(data, tmp_path, monkeypatch):
+    given = {}
+
+    def load(name, **options):
+        given.update(options, name=name)
+        raise UsageError("loaded")
+
+    monkeypatch.setattr("dynaslim.adaptation.load_source", load)
+    argv = ["adapt", "timm:resnet50", "--data", str(data), "--out", str(tmp_path / "run")]
+    assert cli.run([*argv, "--weights", "mine.pth", "--num-classes", "37"]) == 2
+    assert (given["name"], given["num_classes"]) == ("timm:resnet50", 37)
 
 
 def test_a_checkpoint_needs_gates_and_preprocessing(data, tmp_path):
@@ -253,11 +283,20 @@ def test_a_checkpoint_needs_gates_and_preprocessing(data, tmp_path):
     good = save(tmp_path / "good.safetensors", Checkpoint(net, preprocessing=Preprocessing(16)))
     with pytest.raises(UsageError, match="has weights of its own"):
         adapt(good, data, tmp_path / "b", val_share=0.4, weights=good)
+    with pytest.raises(UsageError, match="has its own; leave it out"):
+        adapt(good, data, tmp_path / "b", preprocessing=Preprocessing(16))
+    own_trunk = lively(get_spec("ds_mbnet_tiny"), image_size=16)
+    other = Checkpoint(own_trunk, preprocessing=Preprocessing(16))
+    file = save(tmp_path / "own.safetensors", other)
+    with pytest.raises(UsageError, match="views: the largest network of ds_mbnet_tiny has a wider"):
+        adapt(file, data, tmp_path / "b", val_share=0.4, views=2, minutes=1)
 
 
 def test_a_run_is_gone_on_with_as_it_was_started(adapted, data, capsys):
     assert cli.run(_argv(data, adapted, "--lr", "0.5", "--resume")) == 2
     assert "lr was 0.03, is 0.5" in capsys.readouterr().err
+    assert cli.run(_argv(data, adapted, "--widths", "0.5,1", "--resume", "--force")) == 2
+    assert "widths was 0.25,0.5,0.75,1, is 0.5,1" in capsys.readouterr().err
 
 
 def test_in_python_a_module_brings_its_preprocessing(data, tmp_path):
@@ -267,6 +306,12 @@ def test_in_python_a_module_brings_its_preprocessing(data, tmp_path):
         adapt(model, data, tmp_path / "a", **options)
     with pytest.raises(UsageError, match="epoch"):
         adapt(model, data, tmp_path / "a", epoch=3)
-    done = adapt(model, data, tmp_path / "b", preprocessing=Preprocessing(16), **options)
+    with pytest.raises(UsageError, match="weights: load them into the module"):
+        adapt(model, data, tmp_path / "a", preprocessing=Preprocessing(16), weights="w.pth")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "converted.safetensors").write_bytes(b"of another model")
+    options |= {"preprocessing": Preprocessing(32), "image_size": 16}
+    done = adapt(model, data, tmp_path / "b", **options)
+    assert done.checkpoint.preprocessing.image_size_px == 16
     assert done.checkpoint.budget is not None
     assert done.files["report"].exists()

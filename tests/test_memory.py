@@ -17,11 +17,11 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
-available = _memory._available()
-_memory._available = lambda: 1 << 28
+available = _memory.available_bytes()
+_memory.available_bytes = lambda: 1 << 28
 short = _memory.FreedMemory()
 short.after_step()
-_memory._available = lambda: available
+_memory.available_bytes = lambda: available
 memory = _memory.FreedMemory()
 memory.after_step()
 faults()

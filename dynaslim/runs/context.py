@@ -42,7 +42,7 @@ from dynaslim.spec import Route
 
 
 class Stopped(BaseException):
-    """The run was stopped by a signal and has saved a snapshot.
+    """The run was stopped by a signal; if it is resumed, it continues from its last snapshot.
 
     Not an `Exception`, so that no error handler catches it.
     """

@@ -41,7 +41,7 @@ def run_gate(
         CheckpointError: if the supernet cannot be read.
         DataError: if the images cannot be read, or their classes are not the network's.
         TrainingError: if a loss is not finite; the last snapshot is unchanged.
-        Stopped: on SIGTERM or SIGINT; a snapshot has been written.
+        Stopped: on SIGTERM or SIGINT; the run can be resumed.
         OSError: if a file cannot be written; the last snapshot is unchanged.
     """
     check(bool(recipe.supernet), "name the trained supernet: --supernet CHECKPOINT")
@@ -110,6 +110,7 @@ class _GateRun:
             return done
         train = self._train_sgs if self.recipe.objective == "sgs" else self._expected()
         while self.number < len(self.targets):
+            self.stop.check()
             target = self.targets[self.number]
             apply_heads(self.net, self.first_heads)
             extra = train(target)

@@ -45,7 +45,7 @@ def run_supernet(
         CheckpointError: if that checkpoint cannot be read.
         DataError: if the images cannot be read.
         TrainingError: if a loss is not finite; the last snapshot is unchanged.
-        Stopped: on SIGTERM or SIGINT; a snapshot has been written.
+        Stopped: on SIGTERM or SIGINT; the run can be resumed.
         OSError: if a file cannot be written; the last snapshot is unchanged.
     """
     with opened("supernet", recipe, out, options) as context:
@@ -88,11 +88,18 @@ def _shape(spec: NetSpec, *, widths: bool = True) -> dict[str, Any]:
 
 
 def _prepared_as(start: Checkpoint, data: DataRecipe) -> DataRecipe:
-    """The recipe's data, with the checkpoint's mean and std unless the recipe sets its own."""
+    """The recipe's data, prepared as for the checkpoint where the recipe has its defaults.
+
+    Size and crop are only taken from a converted network, which runs at the sizes it was made for.
+    """
     pre = start.preprocessing
-    if pre is None or data.mean is not None:
+    if pre is None:
         return data
-    return replace(data, mean=pre.mean, std=pre.std)
+    if data.mean is None:
+        data = replace(data, mean=pre.mean, std=pre.std)
+    if isinstance(start.net.spec, GraphSpec) and data.image_size_px == DataRecipe.image_size_px:
+        data = replace(data, image_size_px=pre.image_size_px, crop_fraction=pre.crop_fraction)
+    return data
 
 
 _TEACHER_BATCHES: Final = 8
@@ -126,6 +133,9 @@ class _SupernetRun:
         net.to(context.device)
         size = self.data.preprocessing.image_size_px
         net.spec.check_image_size(size, size)
+        state = context.folder.state
+        if state is not None:  # before the trunk's features are computed
+            net.load_state_dict(state["modules"]["net"])
         outside = self._teacher(net.spec)
         features = self._features(net, outside) if recipe.trunk_views else None
         self.training = SupernetTraining(
@@ -140,7 +150,6 @@ class _SupernetRun:
         self.misses = 0
         """Number of consecutive evaluations without a new best."""
         self.validated = 0
-        state = context.folder.state
         if state is not None:
             self.training.load_state(state)
             self.best, self.validated = state["best"], state["validated"]

@@ -1,11 +1,10 @@
-"""A network of which only programs are available: an exported package, or a cascade."""
+"""A network run as programs: an exported package, a cascade, or a compiled copy of a network."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,13 +27,15 @@ from dynaslim.runtime.variants import (
     VariantSource,
     segment_variants,
 )
+from dynaslim.spec import Route
 
 _CHOICE: Final = "_dynaslim_choice"
 _COMPILER: Final = ("onnx", "onnxruntime")
 
 
 class ProgramNet(ElasticNet):
-    """A network whose segments are the programs of a `VariantSource`.
+    """A network whose segments are the programs of a `VariantSource`: a package's, a cascade's, or
+    those of a network in memory, compiled.
 
     It can be evaluated, calibrated and reported on like any other network, but has no weights to
     train or to write to a checkpoint.
@@ -98,13 +99,9 @@ class OnnxModule(nn.Module):
 
     def __init__(self, model: Path | bytes) -> None:
         super().__init__()
-        self._model = model
-
-    @cached_property
-    def _session(self) -> Any:
         options = require("onnxruntime").SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        return onnx_session(self._model, options)
+        self._session = onnx_session(model, options)
 
     def forward(self, x: Tensor) -> Any:
         """Images or features (B, C, H, W) -> the outputs of the model."""
@@ -162,30 +159,43 @@ def frozen(net: ElasticNet, variant: Variant) -> nn.Module:
     """
     source = NetworkSource(net)
     if _can_compile(net):
-        with suppress(UsageError):  # an operation may have no ONNX form
+        with suppress(Exception):  # no ONNX form, or ONNX Runtime fails in its own ways
             return OnnxModule(source.onnx(variant))
     return source.module(variant)
 
 
 def for_evaluation(
-    net: ElasticNet, image_size_px: int, images: int, batch_size: int
+    net: ElasticNet,
+    image_size_px: int,
+    images: int,
+    batch_size: int,
+    routes: Sequence[Route] | None = None,
 ) -> tuple[ElasticNet, int]:
     """A network to run on `images` images without gradients, and the rows for each pass.
 
     If images are large and many, it is a copy run by ONNX Runtime, as for `frozen`. Compiling takes
-    up to a second for each segment and width.
+    up to a second for each variant of a segment: those of `routes`, or by default all.
 
     Raises:
         RuntimeError: if the network is in training mode.
     """
     rows = net.rows_at_once(image_size_px, batch_size)
     if rows < batch_size < images and _can_compile(net) and not net.spec.has_separate_teacher:
-        with suppress(UsageError):
+        with suppress(Exception):
             compiled = ProgramNet(NetworkSource(net), compiled=True)
-            for variant in segment_variants(net.spec):
+            for variant in segment_variants(net.spec) if routes is None else _along(net, routes):
                 compiled.program(variant)
             return compiled, rows
     return net, rows
+
+
+def _along(net: ElasticNet, routes: Sequence[Route]) -> Iterator[SegmentVariant]:
+    """The variants of the segments on routes."""
+    for route in routes:
+        before = 0
+        for number, choice in enumerate(net.spec.segment_indices(route)):
+            yield SegmentVariant(number, before, choice)
+            before = choice if number else 0
 
 
 def _can_compile(net: ElasticNet) -> bool:

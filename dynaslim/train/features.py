@@ -10,12 +10,14 @@ Suffixes: V views, N images, B rows, C channels, H W pixels, K classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dynaslim._memory import available_bytes
 from dynaslim.errors import TrainingError
 from dynaslim.nn.net import ElasticNet
 from dynaslim.runtime.program_net import frozen
@@ -39,7 +41,10 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class TrunkFeatures:
-    """Features of every image in float16, with labels and the predictions of a teacher."""
+    """Features in float16, with labels and the predictions of a teacher.
+
+    A view has all images but those of an incomplete last batch.
+    """
 
     features_VNCHW: Tensor
     labels_VN: Tensor
@@ -83,7 +88,7 @@ def trunk_features(
     `shape` is (views, batches per view). All `batches` have the same size; views come in turn.
 
     Raises:
-        TrainingError: if a feature is not finite in float16.
+        TrainingError: if a feature is not finite in float16, or all do not fit into memory.
     """
     was_training = net.training
     trunk = frozen(net.eval(), SegmentVariant(0))
@@ -93,9 +98,9 @@ def trunk_features(
     def keep(name: str, number: int, part: Tensor) -> None:
         view, at = divmod(number, shape[1])
         if name not in kept:
-            kept[name] = part.new_empty(
-                (shape[0], shape[1] * len(part), *part.shape[1:]), device="cpu"
-            )
+            rows, values = shape[1] * len(part), part[0].numel()
+            _check_memory(shape[0] * rows * values * part.element_size())
+            kept[name] = part.new_empty((shape[0], rows, *part.shape[1:]), device="cpu")
         kept[name][view, at * len(part) : (at + 1) * len(part)] = part
 
     for number, (x, labels_B) in enumerate(batches):
@@ -112,3 +117,13 @@ def trunk_features(
         if on_batch is not None:
             on_batch()
     return TrunkFeatures(kept["features"], kept["labels"], kept.get("outside"), seed)
+
+
+def _check_memory(needed: int) -> None:
+    with suppress(OSError, ValueError, StopIteration):  # not known on this system
+        free = available_bytes()
+        if needed > free:
+            raise TrainingError(
+                f"trunk_views: the features take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB "
+                f"are free; use fewer views, or 0"
+            )

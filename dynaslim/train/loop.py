@@ -426,12 +426,16 @@ def train_supernet(
 ) -> ElasticNet:
     """Stage I on images in memory: train `net` in place, return the recalibrated average.
 
-    For runs that are saved and can be resumed see `dynaslim.runs.run_supernet`.
+    For runs that are saved and can be resumed, and for the recipe's `teacher`, `init` and
+    `trunk_views`, see `dynaslim.runs.run_supernet`.
 
     Raises:
+        UsageError: if the recipe has one of these.
         TrainingError: if there are fewer images than a batch, or a loss is not finite.
         DataError: if the images do not fit the network or the preprocessing.
     """
+    for name in ("teacher", "init", "trunk_views"):
+        check(not getattr(recipe, name), f"{name}: train_supernet has none; see run_supernet")
     images.check_fits(preprocessing, net.spec.num_classes)
     feed = ImageFeed(images, recipe.batch_size, recipe.seed)
     training = SupernetTraining(net, feed, Augment(recipe.augment, preprocessing), recipe)

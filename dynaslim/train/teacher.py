@@ -130,12 +130,13 @@ class OutsideTeacher:
         spec = self.net.spec
         routes = tuple(dict.fromkeys((spec.largest, spec.widest_choice)))
         modes = [(route, own) for own in (True, False) for route in routes]
-        losses = torch.zeros(len(modes) + 1)  # the last counts batches
+        # the last counts batches; on the device, where processes exchange tensors
+        losses = torch.zeros(len(modes) + 1, device=self.net.device)
         for x, labels in batches:
             losses[-1] += 1
             for number, mode in enumerate(modes):
                 self._run_in(*mode)
-                losses[number] += F.cross_entropy(self.logits(x), labels).cpu()
+                losses[number] += F.cross_entropy(self.logits(x), labels)
         average_([losses])
         best = int(losses[:-1].argmin())
         route, own = modes[best]

@@ -9,10 +9,17 @@ from helpers import bright_pngs, fails, run_ok, write_parquet
 
 import dynaslim
 from dynaslim import cli
+from dynaslim.preprocessing import Preprocessing
 
 MODEL = """
 import torch
 from torch import nn
+
+
+def make_prepared():
+    from dynaslim.preprocessing import Preprocessing
+
+    return make(), Preprocessing(16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), crop_fraction=0.8)
 
 
 def make():
@@ -37,7 +44,7 @@ def model(tmp_path):
 def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
     data = write_parquet(tmp_path / "data", bright_pngs(120), 4, split="train")
     converted = tmp_path / "converted.safetensors"
-    argv = ["convert", model, converted, "--image-size", 16, "--data", data, "--json"]
+    argv = ["convert", f"{model}_prepared", converted, "--data", data, "--json"]
     result = json.loads(run_ok(capsys, *argv))
     assert result["sorted_by"] == "activation"
     assert result["relative_error"] < 1e-5
@@ -47,16 +54,18 @@ def test_from_a_users_model_to_a_package(model, tmp_path, capsys):
     assert [route["widths"] for route in result["routes"]] == [[100, p] for p in (25, 50, 75, 100)]
 
     shown = run_ok(capsys, "info", converted)
-    assert "make, converted" in shown
+    assert "make_prepared, converted" in shown
     assert "100-25" in shown
     assert f"gate 0, behind {place}: " in shown
 
     stage_one = ["train", "supernet", "--init", converted, "--data.path", data, "--epochs", 2]
-    stage_one += ["--data.image_size_px", 16, "--batch_size", 20, "--out", tmp_path / "run"]
+    stage_one += ["--batch_size", 20, "--out", tmp_path / "run"]
     run_ok(capsys, *stage_one, "--data.val_share", 0.2, "--calibration_batches", 2)
     trained = dynaslim.read(tmp_path / "run" / "last.safetensors")
     assert str(trained.net.spec.smallest) == "100-25"
     assert len(trained.class_names) == 4
+    prepared = Preprocessing(16, (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), crop_fraction=0.8)
+    assert trained.preprocessing == prepared  # as the model's own function said
 
     stage_two = ["train", "gate", "--supernet", tmp_path / "run" / "last.safetensors"]
     stage_two += ["--data.path", data, "--data.val_share", 0.2, "--batch_size", 20]

@@ -23,8 +23,8 @@ from dynaslim.nn.sorting import widest_only
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import DataRecipe, OptimRecipe, SupernetRecipe
 from dynaslim.runs import RunOptions, run_supernet, supernet
-from dynaslim.runs.context import opened
-from dynaslim.zoo import write_spec
+from dynaslim.runs.context import Callbacks, opened
+from dynaslim.zoo import get_spec, write_spec
 
 NAMES = tuple(f"class {n}" for n in range(4))  # those of the images
 CHOICES = ((1, 2), (0, 1))
@@ -256,3 +256,29 @@ def test_widths_that_do_not_fit_are_named(folder, tmp_path, name, message):
     with pytest.raises(UsageError, match=message) as error:
         run_supernet(_recipe(folder, name), tmp_path / "run")
     assert "\n" not in str(error.value)
+
+
+def test_features_of_a_resumed_run_are_those_of_its_trunk(folder, tmp_path, monkeypatch):
+    """The trunk comes from the widest network alone, and on resuming from the snapshot."""
+    spec = get_spec("ds_resnet8_cifar", num_classes=4)
+    wide = Checkpoint(lively(widest_only(spec), image_size=16), NAMES, Preprocessing(16))
+    init = save(tmp_path / "wide.safetensors", wide)
+    recipe = replace(
+        _recipe(folder, None, lr=0.01), model=spec.name, init=str(init), trunk_views=1, epochs=2
+    )
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    run_supernet(recipe, straight)
+    done = Callbacks.after_step
+
+    def killed(self, step, *args, **options):
+        done(self, step, *args, **options)
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Callbacks, "after_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_supernet(recipe, stopped, RunOptions(save_every_s=0))
+    run_supernet(recipe, stopped, RunOptions(resume=True))
+    ours, theirs = (read(one / "last.safetensors").net.state_dict() for one in (stopped, straight))
+    assert not [name for name in theirs if not torch.equal(ours[name], theirs[name])]
