@@ -52,8 +52,9 @@ def convert(model: str, out: Path, *, options: ConvertOptions, json: bool = Fals
     dynaslim train supernet --init OUT.
 
     Args:
-        model: timm:NAME, torchvision:NAME or module:FILE.py:FUNCTION, a function that returns a
-            torch module. The file is executed.
+        model: efficientnet_lite0 (or 1, 2), timm:NAME, torchvision:NAME or
+            module:FILE.py:FUNCTION, a function that returns a torch module, alone or with its
+            Preprocessing. The file is executed.
         out: The checkpoint to write (.safetensors).
         options: How the network is converted.
         json: Print one JSON object.

@@ -119,8 +119,9 @@ def adapt(
     be stopped at any time and continued with --resume.
 
     Args:
-        model: timm:NAME, torchvision:NAME, module:FILE.py:FUNCTION (a function that returns a torch
-            module; the file is executed), or a checkpoint.
+        model: efficientnet_lite0 (or 1, 2), timm:NAME, torchvision:NAME, module:FILE.py:FUNCTION (a
+            function that returns a torch module, alone or with its Preprocessing; the file is
+            executed), or a checkpoint.
         out: Folder of the run.
         options: How the network is adapted.
         run: How the run works on this machine.
