@@ -231,48 +231,35 @@ class _Tried:
         """
         answers = self.answers
         own_N, everyone = answers.taken(shift), np.arange(len(answers))
-        right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
-        margin_N = answers.margins_NP[everyone, own_N]
-        right_H = self.half_HN @ right_N
+        right_H = self.half_HN @ answers.correct_NP[everyone, own_N].astype(np.int64)
         cost_U = self.costs_UP[:, own_N].mean(1)
         yield _Settings.of(shift, np.array([0]), right_H[:, None], cost_U[:, None])
-        for number, target in enumerate(answers.targets):
-            able = np.flatnonzero(answers.may_escalate(target)[own_N])
-            if not len(able):
-                continue
-            able = able[margin_N[able].argsort(kind="stable")]
-            tau_T = _thresholds(margin_N[able], len(answers), TAUS)
-            count_T = np.searchsorted(margin_N[able], tau_T, side="left")
-            gain_N = answers.correct_NP[:, answers.paths.index(target)] - right_N
-            # net gain in right answers if the first n of these rows escalate
-            gained = np.cumsum((self.half_HN * gain_N)[:, able], axis=1)
-            added_U = [escalation_cost(table, target) for table in self.tables]
-            yield _Settings.of(
-                shift,
-                count_T,
-                right_H[:, None] + gained[:, count_T - 1],
-                cost_U[:, None] + np.outer(added_U, count_T / len(answers)),
-                tau=tau_T.astype(np.float64),
-                target=number,
-            )
+        for target in range(len(answers.targets)):
+            yield from self._in_steps(shift, own_N, -1, target, count=TAUS)
         for first, then in itertools.combinations(range(len(answers.targets)), 2):
-            yield from self._in_steps(shift, own_N, first, then)
+            yield from self._in_steps(shift, own_N, first, then, count=TAUS_OF_TWO)
         if answers.second_look_N is not None:
-            last = len(answers.targets) - 1
+            last, looked_N = len(answers.targets) - 1, answers.second_look_N
             for first in range(-1, last):
-                yield from self._in_steps(shift, own_N, first, last, answers.second_look_N)
+                yield from self._in_steps(shift, own_N, first, last, looked_N, count=TAUS_OF_LOOKS)
 
     def _in_steps(
-        self, shift: float, own_N: Ints, first: int, then: int, looked_N: Bools | None = None
+        self,
+        shift: float,
+        own_N: Ints,
+        first: int,
+        then: int,
+        looked_N: Bools | None = None,
+        *,
+        count: int,
     ) -> Iterator[_Settings]:
         """Settings with steps to target `first`, then to a wider one, `then`, then a second look.
 
-        See `escalation.EscalationState`. With `first` -1, the step to `then` is the only one, and
-        settings without it are included. The second look follows only the widest target; its
-        answers are right where `looked_N` is true.
+        See `escalation.EscalationState`. Each step has `count` thresholds. With `first` -1, the
+        step to `then` is the only one, and settings without it are included. The second look
+        follows only the widest target; its answers are right where `looked_N` is true.
         """
         answers, everyone = self.answers, np.arange(len(self.answers))
-        count = TAUS_OF_TWO if looked_N is None else TAUS_OF_LOOKS
         targets = answers.targets[first], answers.targets[then]
         middle, last = map(answers.paths.index, targets)
         able_N = answers.may_escalate(targets[0])[own_N] & (first >= 0)
