@@ -54,6 +54,7 @@ from dynaslim.runtime.budget_search import Interval, Z, accuracy_interval
 from dynaslim.runtime.calibrate_budget import answer_images, count_paths, simulate
 from dynaslim.runtime.engine import Engine
 from dynaslim.runtime.escalation import margins
+from dynaslim.runtime.program_net import for_evaluation
 from dynaslim.spec import NetSpec, Route
 
 _MAX_TIMED: Final = 16
@@ -453,7 +454,9 @@ def measure_details(
     gates: list[Tensor] = []
     right: list[Tensor] = []
     done = 0
-    batch_size = net.rows_at_once(preprocessing.image_size_px, batch_size)
+    net, batch_size = for_evaluation(
+        net, preprocessing.image_size_px, evaluation.images, batch_size
+    )
     with progress("measuring confidence", evaluation.images) as bar:
         for pixels_BCSS, labels_B in images.batches(batch_size, evaluation.rows):
             x_BCSS = normalise(pixels_BCSS.to(device), preprocessing)
