@@ -82,9 +82,10 @@ from dynaslim.zoo import write_spec
 RESULT: Final = "gate.safetensors"
 PACKAGE: Final = "package"
 _STATE: Final = "adapt.json"
-_FIXED: Final = {
-    *("model", "weights", "num_classes", "image_size", "sizes", "widths", "gate_at", "protect")
-}
+_FIXED: Final = (
+    *("model", "weights", "num_classes", "image_size"),
+    *("sizes", "widths", "gate_at", "protect"),
+)
 """Options that a resumed run cannot change, because they determine the converted network."""
 _IMAGES: Final = 12_000
 """Images times epochs of each training if neither epochs nor minutes are given."""
