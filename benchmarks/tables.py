@@ -224,9 +224,17 @@ def cores() -> str:
     return table(["backend", "cores", "callers", *columns], rows)
 
 
-def adapted() -> str:
+def adapted_128() -> str:
+    return adapted("adaptation")
+
+
+def adapted_224() -> str:
+    return adapted("adaptation_224")
+
+
+def adapted(name: str) -> str:
     """An adapted network compared with pruned ones: means over seeds, and times."""
-    found = results("adaptation")
+    found = results(name)
     rows, times = found["rows"], found["times"]
 
     def line(name: str, timed: str) -> list[str]:
@@ -288,7 +296,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
         callers,
         cores,
     ),
-    "adapt.md": (adapted,),
+    "adapt.md": (adapted_128, adapted_224),
     "cascades.md": (ladder,),
 }
 
