@@ -65,7 +65,7 @@ from dynaslim.report.page import render
 from dynaslim.report.timing import route_mode
 from dynaslim.runs import run_gate, run_supernet
 from dynaslim.runs.context import launched
-from dynaslim.runs.folder import TRAINED_ON, trained_on, write_json
+from dynaslim.runs.folder import TRAINED_ON, record_trained_on, trained_on, write_json
 from dynaslim.runtime.backends import BACKENDS, check_backend
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
@@ -347,7 +347,7 @@ class _Adaptation:
         if not (self.out / _STATE).exists():
             self.out.mkdir(parents=True, exist_ok=True)
             if not (self.out / TRAINED_ON).exists():
-                self._record(self.seen)
+                record_trained_on(self.out, self.seen)
             save(self._converted_file, self.start)
             if isinstance(self.start.net.spec, NetSpec):
                 write_spec(self.out / "model.yaml", self.start.net.spec)
@@ -417,13 +417,9 @@ class _Adaptation:
         folder = self.out / name
         if not (folder / "results.json").exists():
             run_supernet(recipe, folder, self.run_options)
-        self._record(trained_on(folder / "last.safetensors"))
+        record_trained_on(self.out, trained_on(folder / "last.safetensors"))
         best = folder / "best.safetensors"
         return best if best.exists() else folder / "last.safetensors"
-
-    def _record(self, seen: frozenset[str]) -> None:
-        """Record, beside the result, the images that it was trained on."""
-        write_atomic(self.out / TRAINED_ON, "".join(f"{one}\n" for one in sorted(seen)).encode())
 
     def _supernet(self, original: Path) -> Path:
         start = self.out / "sorted.safetensors"

@@ -34,6 +34,7 @@ from dynaslim.runs.folder import (
     TRAINED_ON,
     RunFolder,
     read_metrics,
+    record_trained_on,
     trained_on,
     write_json,
 )
@@ -191,7 +192,7 @@ class RunContext:
             base = recipe.supernet if isinstance(recipe, GateRecipe) else recipe.init
             if base is not None:  # its weights come from a run on other images
                 seen |= trained_on(checkpoint_file(base))
-            write_atomic(record, "".join(f"{one}\n" for one in sorted(seen)).encode())
+            record_trained_on(self.folder.path, seen)
         return opened
 
     def evaluate(

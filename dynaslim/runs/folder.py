@@ -12,7 +12,7 @@ import platform
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -185,6 +185,11 @@ class RunFolder:
         if self.is_main:
             whole = {"stage": self.stage, "recipe": self.recipe, "state": state}
             save_snapshot(self.file(SNAPSHOT), whole)
+
+
+def record_trained_on(folder: Path, digests: Iterable[str]) -> None:
+    """Record in a folder which images its checkpoints were trained on."""
+    write_atomic(folder / TRAINED_ON, "".join(f"{one}\n" for one in sorted(digests)).encode())
 
 
 def trained_on(checkpoint: Path) -> frozenset[str]:

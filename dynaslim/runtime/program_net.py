@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -192,10 +193,9 @@ def for_evaluation(
 def _along(net: ElasticNet, routes: Sequence[Route]) -> Iterator[SegmentVariant]:
     """The variants of the segments on routes."""
     for route in routes:
-        before = 0
-        for number, choice in enumerate(net.spec.segment_indices(route)):
-            yield SegmentVariant(number, before, choice)
-            before = choice if number else 0
+        indices = net.spec.segment_indices(route)
+        for number, pair in enumerate(itertools.pairwise((0, *indices))):
+            yield SegmentVariant(number, *pair)
 
 
 def _can_compile(net: ElasticNet) -> bool:
