@@ -7,6 +7,7 @@ with networks that Torch-Pruning makes from the same original, pruned behind the
 magnitude and by Taylor terms, and fine-tuned for the same epochs on the same features with the same
 teacher. All are evaluated on the test split and timed in one interleaved run. Training steps are
 timed too: of all routes at once, and of a plain network for each. Needs timm and torch-pruning.
+`--size 128,224` makes a cascade of image sizes instead, which is compared with its rungs alone.
 Folders of runs are kept, so the same command continues after an interruption. Writes
 results/adaptation.json.
 """
@@ -51,7 +52,7 @@ from dynaslim.spec import Route
 HERE: Final = Path(__file__).parent
 SHARES: Final = (0.5, 0.3)
 """Multiply-adds of the pruned networks, as shares of the original's."""
-BUDGETS: Final = (0.35, 0.4, 0.45, 0.5)
+BUDGETS: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 """For each of these limits, the largest budget of a seed's curve within it is used."""
 METHODS: Final = ("magnitude", "taylor")
 BATCHES: Final = (1, 32)
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("model", help="such as timm:tf_efficientnet_lite0")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", required=True)
-    parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--size", default="128")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptation"))
@@ -72,6 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     warnings.filterwarnings("ignore")
     let_torchvision_load()
+    sizes = given.size if "," in given.size else ""
     rows: dict[str, dict[str, list[float]]] = {}
     timed: dict[str, str] = {}
     arms: dict[str, tuple[Checkpoint, str]] = {}
@@ -83,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             folder,
             run=RunOptions(resume=True),
             weights=given.weights,
-            image_size=given.size,
+            image_size=None if sizes else int(given.size),
+            sizes=sizes,
             epochs=given.epochs,
             seed=seed,
             backend=given.backend,
@@ -92,12 +95,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             if mode.kind != "budget":
                 _add(rows, mode.name, mode.top1, mode.madds or 0.0)
         for share in BUDGETS:
-            name, mode = f"budget of at most {share:g}", _dearest(done.data.modes, share)
-            _add(rows, name, mode.top1, mode.madds or 0.0)
-            timed[name] = mode.name
+            name, dearest = f"budget of at most {share:g}", _dearest(done.data.modes, share)
+            if dearest is not None:
+                _add(rows, name, dearest.top1, dearest.madds or 0.0)
+                timed[name] = dearest.name
         images = done.data.images
         assert images is not None
-        for method in METHODS:
+        for method in () if sizes else METHODS:
             for share in SHARES:
                 name = f"pruned by {method} to {share:g}"
                 rival = _rival(given, folder, method, share, done)
@@ -117,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": {name: _summary(values) for name, values in rows.items()},
         "timed_as": timed,  # with the last seed's network
         "times": _times(arms, given, done),
-        "training_step": _training_step(given, done),
+        "training_step": None if sizes else _training_step(given, done),
     }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
     return 0
@@ -129,10 +133,10 @@ def _add(rows: dict[str, dict[str, list[float]]], name: str, top1: float, cost: 
     row["madds"].append(cost)
 
 
-def _dearest(modes: Sequence[Mode], share: float) -> Mode:
+def _dearest(modes: Sequence[Mode], share: float) -> Mode | None:
     whole = max(mode.madds or 0.0 for mode in modes if mode.kind == "uniform")
     fitting = [m for m in modes if m.kind == "budget" and (m.madds or 0.0) <= share * whole]
-    return max(fitting, key=lambda mode: mode.madds or 0.0)
+    return max(fitting, key=lambda mode: mode.madds or 0.0, default=None)
 
 
 def _summary(values: dict[str, list[float]]) -> dict[str, Any]:
@@ -176,7 +180,7 @@ def _example(checkpoint: Checkpoint) -> Tensor:
 def _module(given: Any, original: Checkpoint) -> nn.Module:
     """The original as the library's module, with its trained weights."""
     classes = original.net.spec.num_classes
-    model = load_source(given.model, num_classes=classes, image_size=given.size).model
+    model = load_source(given.model, num_classes=classes, image_size=int(given.size)).model
     own, found = model.state_dict(), original.net.state_dict()
     for name, value in own.items():
         if name in found:

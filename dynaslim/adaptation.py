@@ -287,7 +287,7 @@ class _Adaptation:
         if "epochs" in state:
             return int(state["epochs"])
         if self.options.minutes is None:
-            epochs = max(2, min(30, round(_IMAGES / self.images)))
+            epochs = max(4, min(30, round(_IMAGES / self.images)))
         else:
             with launched(self.run_options.device) as device:
                 once, each = self._seconds(device)

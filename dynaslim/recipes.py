@@ -472,8 +472,8 @@ class AdaptOptions:
     protect: str = ""
     """Modules whose channels stay whole, separated by commas."""
     epochs: int | None = None
-    """Epochs, for the original and for the supernet each. Default: by the number of images, so
-    that each sees about 12,000 in all."""
+    """Epochs, for the original and for the supernet each. Default: as many as make
+    12,000 images, at least 4 and at most 30."""
     minutes: float | None = None
     """Time to plan for instead of epochs; a few steps are timed first."""
     lr: float = 0.03

@@ -215,6 +215,23 @@ def test_minutes_are_planned(data, tmp_path, capsys):
     assert results["steps"] <= planned * 10
 
 
+@pytest.mark.parametrize(("images", "epochs"), [(200, 30), (1_600, 8), (8_000, 4)])
+def test_epochs_follow_from_the_number_of_images(data, tmp_path, monkeypatch, images, epochs):
+    given = {}
+
+    def stop(self, recipe, name):
+        given[name] = recipe.epochs
+        raise ZeroDivisionError
+
+    counted = property(lambda _: images, lambda *_: None)
+    monkeypatch.setattr(_Adaptation, "images", counted, raising=False)
+    monkeypatch.setattr(_Adaptation, "_trained", stop)
+    model = f"module:{data / 'model.py'}:make_model"
+    with pytest.raises(ZeroDivisionError):
+        adapt(model, data, tmp_path / "run", image_size=16, val_share=0.4)
+    assert given == {"original": epochs}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_sorting_a_converted_network_is_converting_it_with_images(name):
     x = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(5))
