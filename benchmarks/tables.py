@@ -232,23 +232,35 @@ def adapted_224() -> str:
     return adapted("adaptation_224")
 
 
+def adapted_sizes() -> str:
+    return adapted("adaptation_sizes")
+
+
+def adapted_imagenette() -> str:
+    return adapted("adaptation_imagenette")
+
+
 def adapted(name: str) -> str:
     """An adapted network compared with pruned ones: means over seeds, and times."""
     found = results(name)
     rows, times = found["rows"], found["times"]
+    routes = [name for name in times["batch 32"] if name.startswith("route ")]
+    widest = max(routes, key=lambda name: float(times["batch 32"][name]["median"]))
 
     def line(name: str, timed: str) -> list[str]:
         row = rows[name]
         madds = statistics.mean(row["madds"]) / 1e6
-        accuracy = f"{row['mean_top1']:.1%} ± {100 * (row['deviation'] or 0):.1f}"
+        accuracy = f"{row['mean_top1']:.1%}"
+        if row["deviation"] is not None:
+            accuracy += f" ± {100 * row['deviation']:.1f}"
         speed = [
             f"{times[batch][timed]['median']:.2f} "
-            f"({times[batch]['route 100-100']['median'] / times[batch][timed]['median']:.2f}x)"
+            f"({times[batch][widest]['median'] / times[batch][timed]['median']:.2f}x)"
             for batch in ("batch 32", "batch 1")
         ]
         return [name, f"{madds:.1f} M", accuracy, *speed]
 
-    lines = [line("the original", "route 100-100")]
+    lines = [line("the original", widest)]
     lines += [line(name, timed) for name, timed in found["timed_as"].items()]
     lines += [line(name, f"route {name}") for name in rows if f"route {name}" in times["batch 1"]]
     lines += [line(name, name) for name in rows if name.startswith("pruned")]
@@ -257,11 +269,21 @@ def adapted(name: str) -> str:
 
 
 def ladder() -> str:
-    """Cascades of pretrained networks: accuracy, cost and times next to the last rung's.
+    """Cascades of pretrained networks."""
+    return compared("ladder")
+
+
+def alternatives() -> str:
+    """An adapted network and the networks that one would train instead."""
+    return compared("alternatives")
+
+
+def compared(name: str) -> str:
+    """Accuracy, cost and times next to those of the most expensive network.
 
     Each at the backend that is fastest for it.
     """
-    found = results("ladder")
+    found = results(name)
 
     def fastest(row: str, batch: str) -> float:
         times = found["times"][batch].items()
@@ -296,7 +318,7 @@ PAGES: dict[str, tuple[Callable[[], str], ...]] = {
         callers,
         cores,
     ),
-    "adapt.md": (adapted_128, adapted_224),
+    "adapt.md": (adapted_128, adapted_224, adapted_sizes, adapted_imagenette, alternatives),
     "cascades.md": (ladder,),
 }
 

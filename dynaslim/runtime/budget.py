@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynaslim._files import validated
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.errors import UsageError, check
 from dynaslim.graph import AnySpec
@@ -74,6 +75,16 @@ def option_costs(table: CostTable) -> tuple[Floats, ...]:
         paths = [[0] * gate + [k] + [0] * (len(options) - gate - 1) for k in range(count)]
         costs.append(np.array([table.route_cost(path) for path in paths]) / table.widest_cost)
     return tuple(costs)
+
+
+def cascade_logits(spec: CascadeSpec) -> Logits:
+    """The gate logits (K,) float32 of every image of a cascade.
+
+    The gate chooses the first rung; shifts from -k - 1 to -k choose rung k (`choose`).
+    """
+    (costs_K,) = option_costs(CostTable.from_madds(spec, spec.image_size_px))
+    steps = np.arange(1, len(costs_K)) * np.diff(costs_K)
+    return np.concatenate([[0.0], -np.cumsum(steps)]).astype(np.float32)
 
 
 class _Target(NamedTuple):

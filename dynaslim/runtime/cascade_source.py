@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dynaslim.cascade_spec import CascadeSpec
-from dynaslim.cost import CostTable, SegmentCost
+from dynaslim.cost import SegmentCost
 from dynaslim.errors import UsageError
 from dynaslim.preprocessing import Preprocessing
-from dynaslim.runtime.budget import option_costs
+from dynaslim.runtime.budget import cascade_logits
 from dynaslim.runtime.libraries import require
 from dynaslim.runtime.onnx_graph import (
     FEATURES,
@@ -260,17 +260,6 @@ class CascadeSource:
             digest.update(str(parts).encode())
         return digest.hexdigest()
 
-    @cached_property
-    def _gate_logits(self) -> np.ndarray:
-        """(K,) float32, such that the gate chooses the first rung, and shifts select the others.
-
-        Rung k is chosen by shifts from -k - 1 to -k (`budget.choose`).
-        """
-        size = self.spec.image_size_px
-        (costs_K,) = option_costs(CostTable.from_madds(self.spec, size))
-        steps = np.arange(1, len(costs_K)) * np.diff(costs_K)
-        return np.concatenate([[0.0], -np.cumsum(steps)]).astype(np.float32)
-
     def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
         key = (_rung_of(self.spec, variant), self._behind_trunk(variant))
         if key not in self._modules:
@@ -285,12 +274,12 @@ class CascadeSource:
     def _made(self, number: int | None, behind_trunk: bool) -> nn.Module:
         trunk = self.spec.trunk
         if trunk is None and number is None:
-            return _Trunk(self._gate_logits)
+            return _Trunk(cascade_logits(self.spec))
         rung = self._rungs[number or 0]
         if trunk is not None and number is None:
             assert rung.parts is not None
             others, prepare = len(trunk.rungs) < len(self._rungs), self._prepare(rung, False)
-            return _SharedTrunk(self._gate_logits, rung.parts.trunk(), prepare, others)
+            return _SharedTrunk(cascade_logits(self.spec), rung.parts.trunk(), prepare, others)
         if behind_trunk and trunk is not None and number in trunk.rungs:
             assert rung.parts is not None
             features = _Part(0, rung.parts.cost.out)

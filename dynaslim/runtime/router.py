@@ -18,13 +18,21 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.errors import DynaslimError
 from dynaslim.graph import AnySpec
-from dynaslim.runtime.arrays import Array, check_finite
+from dynaslim.runtime.arrays import Array, NumpyArrays, check_finite
 from dynaslim.runtime.backends import Backend, Program
+from dynaslim.runtime.budget import cascade_logits
 from dynaslim.runtime.escalation import averaged
 from dynaslim.runtime.schedule import MicroBatch, RowTime, plan_step, rows_in_cache
-from dynaslim.runtime.variants import RouteVariant, Variant, VariantShape, variant_table
+from dynaslim.runtime.variants import (
+    RouteVariant,
+    SegmentVariant,
+    Variant,
+    VariantShape,
+    variant_table,
+)
 from dynaslim.runtime.workers import Workers, Workspace, Workspaces
 from dynaslim.spec import Route
 
@@ -36,6 +44,7 @@ Merge = Callable[[int, int, np.ndarray], np.ndarray]
 
 K counts only the allowed options, which are the first ones."""
 
+_TRUNK: Final = SegmentVariant(0)
 _FIRST: Final = np.zeros(1, np.int64)
 _ROW: Final = MicroBatch(0, 0, 1)
 
@@ -103,6 +112,11 @@ class Router:
         self._rows_per_piece = rows_per_piece
         self.workers = Workers(backend)
         self._workspaces = Workspaces(backend.arrays)
+        self._passed_on: np.ndarray | None = None
+        """The gate logits (K,) of every row, if a cascade's trunk would only copy the images."""
+        same_layout = isinstance(backend.arrays, NumpyArrays)  # of features and images
+        if isinstance(spec, CascadeSpec) and spec.trunk is None and same_layout:
+            self._passed_on = cascade_logits(spec)
         self._running: set[int] = set()
         """Identifiers of the threads that are running a step."""
         self._tables: dict[tuple[int, int], Table] = {}
@@ -139,6 +153,8 @@ class Router:
 
     def program(self, sized: SizedVariant, *, wide: bool) -> Program:
         """A variant's program; the first use compiles it."""
+        if self._passed_on is not None and sized.variant == _TRUNK:
+            return _pass_on
         return self.backend.program(sized.variant, sized.shape, wide=wide)
 
     def warm_up(self, size: tuple[int, int]) -> None:
@@ -217,7 +233,12 @@ class Router:
         self, workspace: Workspace, table: Table, x: Array, first: int = 0, *, beside: bool = False
     ) -> Bucket:
         """Run all images through the trunk; `beside` selects a second set of buffers."""
-        bucket = self._bucket(workspace, table[0][0], 0, np.arange(len(x)), beside=beside)
+        members = np.arange(len(x))
+        if self._passed_on is None:
+            bucket = self._bucket(workspace, table[0][0], 0, members, beside=beside)
+        else:
+            logits_BK = np.broadcast_to(self._passed_on, (len(x), len(self._passed_on)))
+            bucket = Bucket(0, members, (x, logits_BK))
         self.run([WorkItem(table[0][0][0], x, None, bucket.outs, len(x), first)])
         return bucket
 
@@ -408,6 +429,10 @@ class Router:
         program(full, room)
         for out, made in zip(outs, room, strict=True):
             out[:] = made[: len(x)]
+
+
+def _pass_on(x: Array, outs: Sequence[Array]) -> None:
+    """The program of a trunk whose outputs are there already."""
 
 
 def _fixed(path: Sequence[int]) -> Callable[[int, Bucket], int]:

@@ -127,6 +127,21 @@ def test_answers_are_those_of_the_rungs_that_rows_went_through(backend, made):
     assert_rows_close(engine(x, escalate=1.0, max_route="2").logits[still], rungs[1][still])
 
 
+def test_images_are_not_copied_by_an_empty_trunk(made):
+    engine, compiled = Engine(made, backend="onnxruntime"), []
+    program = engine._router.backend.program
+    engine._router.backend.program = lambda variant, *shape, **options: (
+        compiled.append(variant) or program(variant, *shape, **options)
+    )
+    x = np.random.default_rng(3).standard_normal((5, 3, 40, 40), np.float32)
+    engine(x)
+    x[3, 0, 0, 0] = np.nan
+    with pytest.raises(ValueError, match="row 3"):
+        engine(x)
+    engine.close()
+    assert {variant.segment for variant in compiled} == {1}
+
+
 def test_costs_are_those_of_the_networks_and_of_resizing(made):
     spec, (small, zoo, large) = made.net.spec, _rungs()
     for rung, given, side in ((spec.rungs[0], small, 16), (spec.rungs[2], large, 40)):
