@@ -179,9 +179,10 @@ class ElasticNet(nn.Module, ABC):
         """The number of rows, at most `most`, to run in one forward pass without gradients.
 
         On a CPU it keeps float32 feature maps below the size at which memory becomes slow
-        (`dynaslim._memory`).
+        (`dynaslim._memory`). ONNX Runtime needs that too: every session keeps the memory of its
+        largest run.
         """
-        if self.device.type != "cpu" or self.plain_backend != "eager":
+        if self.device.type != "cpu":
             return most
         routes = (self.spec.smallest, self.spec.largest)
         costs = (cost for route in routes for cost in route_costs(self.spec, route, image_size_px))

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaslim import Checkpoint, Engine, Preprocessing, Rung, cascade, evaluate, madds, params
+from dynaslim._memory import LARGE
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import save
 from dynaslim.cost import segment_cost
@@ -349,6 +350,13 @@ def test_a_package_answers_as_the_cascade(backend, made, package):
     assert_rows_close(theirs.logits, ours.logits)
     assert torch.equal(theirs.routes, ours.routes)
     assert_rows_close(engine.static("2")(x), made.net(x, "2"))
+
+
+def test_runs_of_a_package_are_small_enough_for_memory(package):
+    net = read_model(package)[0].net
+    largest = max(rung.peak for rung in net.spec.rungs)
+    assert net.rows_at_once(40, 10**9) == LARGE // (4 * largest)
+    assert net.rows_at_once(40, 7) == 7
 
 
 @for_backends("onnxruntime", "openvino")
