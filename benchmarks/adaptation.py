@@ -282,8 +282,7 @@ def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -
             runs[name] = engines[-1].static(route)
     found: dict[str, Any] = {"backend": engine.backend, "rounds": given.rounds}
     for size in BATCHES:
-        batches = np.split(x, len(x) // size)[: max(2, 16 // size)]
-
+        batches = np.split(x, len(x) // size)
         ready = {name: partial(run_all, run, batches) for name, run in runs.items()}
         times = interleave(ready, given.rounds)
         rows = sum(map(len, batches))

@@ -42,7 +42,7 @@ from dynaslim.runtime.cascade import cascade
 from dynaslim.runtime.engine import Engine
 
 HERE: Final = Path(__file__).parent
-LIMITS: Final = (0.25, 0.35, 0.5, 0.65)
+LIMITS: Final = (0.25, 0.35, 0.5, 0.65, 0.8)
 """Mean multiply-adds of budgets, as shares of the reference's."""
 Run = Callable[[np.ndarray], Any]
 
