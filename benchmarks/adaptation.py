@@ -41,11 +41,12 @@ from dynaslim.conversion.source import load_source
 from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset, open_images
 from dynaslim.data.transforms import normalise
-from dynaslim.evaluation import evaluate
+from dynaslim.evaluation import RouteMetrics, evaluate
 from dynaslim.nn.program import Cut, cut, program
 from dynaslim.recipes import RunOptions, SupernetRecipe, recipe_from_dict
 from dynaslim.report.data import Mode
 from dynaslim.runs import run_supernet
+from dynaslim.runs.folder import best_checkpoint
 from dynaslim.runtime.engine import Engine
 from dynaslim.spec import Route
 
@@ -106,13 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for share in SHARES:
                 name = f"pruned by {method} to {share:g}"
                 rival = _rival(given, folder, method, share, done)
-                found = evaluate(
-                    rival.net,
-                    images.images,
-                    rival.preprocessing,  # type: ignore[arg-type]
-                    routes=(rival.net.spec.largest,),
-                    dynamic=False,
-                ).routes[0]
+                found = widest_route(rival, images.images)
                 _add(rows, name, found.top1, float(found.madds))
                 arms.setdefault(name, (rival, str(rival.net.spec.largest)))
         arms.setdefault("adapted", (done.checkpoint, ""))
@@ -126,6 +121,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
     return 0
+
+
+def widest_route(checkpoint: Checkpoint, images: ImageDataset) -> RouteMetrics:
+    """Accuracy and cost of a network along its widest route."""
+    pre = checkpoint.preprocessing
+    assert pre is not None
+    route = checkpoint.net.spec.largest
+    return evaluate(checkpoint.net, images, pre, routes=(route,), dynamic=False).routes[0]
 
 
 def _add(rows: dict[str, dict[str, list[float]]], name: str, top1: float, cost: float) -> None:
@@ -168,8 +171,7 @@ def _rival(given: Any, folder: Path, method: str, share: float, done: Adapted) -
         run_supernet(
             replace(recipe, init=str(start), routes="largest"), own, RunOptions(resume=True)
         )
-    best = own / "best.safetensors"
-    return read(best if best.exists() else own / "last.safetensors")
+    return read(best_checkpoint(own))
 
 
 def _example(checkpoint: Checkpoint) -> Tensor:

@@ -15,26 +15,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-import numpy as np
-import torch
-from adaptation import run_all
-from ladder import BACKENDS, BATCHES, TIMED
+from adaptation import widest_route
+from ladder import BACKENDS, TimedRow, measured, timed_images
 
 from dynaslim._files import write_atomic
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware
 from dynaslim.checkpoint import Checkpoint, read, save
 from dynaslim.conversion.source import load_source
+from dynaslim.cost import madds
 from dynaslim.data.images import ImageDataset, open_images
-from dynaslim.data.transforms import normalise
-from dynaslim.evaluation import evaluate
+from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import RunOptions, SupernetRecipe, recipe_from_dict
 from dynaslim.runs import run_supernet
+from dynaslim.runs.folder import best_checkpoint
 from dynaslim.runtime.budget import BudgetPoint
 from dynaslim.runtime.budget_search import fit_curve
 from dynaslim.runtime.calibrate_budget import answer_images, simulate
@@ -44,7 +43,6 @@ from dynaslim.runtime.engine import Engine
 HERE: Final = Path(__file__).parent
 LIMITS: Final = (0.25, 0.35, 0.5, 0.65, 0.8)
 """Mean multiply-adds of budgets, as shares of the reference's."""
-Run = Callable[[np.ndarray], Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plain: dict[str, Checkpoint] = {}
     adapted: dict[str, Checkpoint] = {}
     for run in given.adapted:
-        original = _best(run / "original")
+        original = read(best_checkpoint(run / "original"))
         plain[_name(original)] = original
         adapted[f"adapted {_name(original)}"] = read(run / "gate.safetensors")
     for name in given.networks:
@@ -78,21 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         "command": sys.argv,
         "images": rows.images,
         "rows": rows.found,
-        "times": rows.times(given.rounds),
+        "times": measured(rows.runs, given.rounds),
     }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
     return 0
 
 
 def _name(checkpoint: Checkpoint) -> str:
-    assert checkpoint.preprocessing is not None
     name = checkpoint.net.spec.name.removeprefix("tf_")
-    return f"{name}@{checkpoint.preprocessing.image_size_px}"
+    return f"{name}@{_prepared(checkpoint).image_size_px}"
 
 
-def _best(folder: Path) -> Checkpoint:
-    best = folder / "best.safetensors"
-    return read(best if best.exists() else folder / "last.safetensors")
+def _prepared(checkpoint: Checkpoint) -> Preprocessing:
+    assert checkpoint.preprocessing is not None
+    return checkpoint.preprocessing
 
 
 def _trained(name: str, like: Path, folder: Path) -> Checkpoint:
@@ -104,21 +101,21 @@ def _trained(name: str, like: Path, folder: Path) -> Checkpoint:
         pre = source.preprocessing
         net = source.conversion((0.25, 0.5, 0.75, 1.0), (), ()).net()
         save(start, Checkpoint(net=net, preprocessing=pre))
-        recipe = recipe_from_dict(SupernetRecipe, _best(like).recipe["supernet"])
+        recipe = recipe_from_dict(SupernetRecipe, read(best_checkpoint(like)).recipe["supernet"])
         data = replace(recipe.data, image_size_px=int(side), crop_fraction=pre.crop_fraction)
         run_supernet(replace(recipe, init=str(start), data=data), folder, RunOptions(resume=True))
-    return _best(folder)
+    return read(best_checkpoint(folder))
 
 
 class _Rows:
     """Accuracy and cost of every row, and how to run it."""
 
     def __init__(self, data: str, reference: Checkpoint) -> None:
-        self.data = data
-        images = self._images(reference, "test")
-        self.whole, self.images = float(_widest(reference, images).madds), len(images)
+        self.data, spec = data, reference.net.spec
+        self.whole = madds(spec, spec.largest, spec.usual_image_size)
+        self.images = len(self._images(reference, "test"))
         self.found: dict[str, dict[str, float]] = {}
-        self.runs: list[tuple[str, np.ndarray, Run]] = []
+        self.runs: list[TimedRow] = []
 
     def _images(self, checkpoint: Checkpoint, split: str) -> ImageDataset:
         share = 0.15 if split == "train" else None
@@ -127,19 +124,20 @@ class _Rows:
     def add_network(self, name: str, checkpoint: Checkpoint) -> None:
         """The network alone, along its widest route."""
         images = self._images(checkpoint, "test")
-        found = _widest(checkpoint, images)
+        found = widest_route(checkpoint, images)
         self._add(name, found.top1, found.madds)
-        x = _batch(images, checkpoint)
+        x = timed_images(images, _prepared(checkpoint))
         for backend in BACKENDS:
             engine = Engine(checkpoint, backend=backend)
-            self._add_run(name, backend, x, engine.static(checkpoint.net.spec.largest))
+            run = engine.static(checkpoint.net.spec.largest)
+            self.runs.append((f"{name} by {backend}", x, run))
 
     def add_budgets(self, name: str, checkpoint: Checkpoint) -> None:
         """A network with several routes, or a cascade, with budgets from the held-out images."""
         curve = fit_curve(answer_images(checkpoint, self._images(checkpoint, "train"), 32))
         images = self._images(checkpoint, "test")
         answers = answer_images(checkpoint, images, 32)
-        x = _batch(images, checkpoint)
+        x = timed_images(images, _prepared(checkpoint))
         engines = {backend: Engine(checkpoint, backend=backend) for backend in BACKENDS}
         points: dict[float, BudgetPoint] = {}
         for limit in LIMITS:
@@ -151,43 +149,11 @@ class _Rows:
             out = simulate(answers, point.shift, point.escalations)
             self._add(row, out.top1, out.madds)
             for backend, engine in engines.items():
-                self._add_run(row, backend, x, partial(engine, budget=point))
+                self.runs.append((f"{row} by {backend}", x, partial(engine, budget=point)))
 
     def _add(self, name: str, top1: float, cost: float) -> None:
         self.found[name] = {"top1": top1, "share": float(cost) / self.whole}
         print(f"{name}: {top1:.1%} at {float(cost) / self.whole:.2f}", flush=True)
-
-    def _add_run(self, row: str, backend: str, x: np.ndarray, run: Run) -> None:
-        self.runs.append((f"{row} by {backend}", x, run))
-
-    def times(self, rounds: int) -> dict[str, Any]:
-        """Milliseconds per image of every row and backend, interleaved."""
-        found: dict[str, Any] = {"rounds": rounds}
-        for size in BATCHES:
-            arms = {
-                name: partial(run_all, run, np.split(x, len(x) // size))
-                for name, x, run in self.runs
-            }
-            times = interleave(arms, rounds)
-            found[f"batch {size}"] = {
-                name: summary([value / TIMED for value in values]) for name, values in times.items()
-            }
-        return found
-
-
-def _widest(checkpoint: Checkpoint, images: ImageDataset) -> Any:
-    pre = checkpoint.preprocessing
-    assert pre is not None
-    route = checkpoint.net.spec.largest
-    return evaluate(checkpoint.net, images, pre, routes=(route,), dynamic=False).routes[0]
-
-
-def _batch(images: ImageDataset, checkpoint: Checkpoint) -> np.ndarray:
-    """The images that are timed, a random choice, prepared for a network."""
-    pre = checkpoint.preprocessing
-    assert pre is not None
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TIMED]
-    return np.concatenate([normalise(p, pre).numpy() for p, _ in images.batches(32, order)])
 
 
 if __name__ == "__main__":

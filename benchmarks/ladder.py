@@ -29,6 +29,7 @@ from dynaslim.conversion.efficientnet_lite import EfficientNetLite, preprocessin
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.source import open_source
 from dynaslim.data.transforms import normalise
+from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget_search import fit_curve, split_rows
 from dynaslim.runtime.calibrate_budget import PathAnswers, answer_images, simulate, uniform_outcomes
 from dynaslim.runtime.cascade import Rung, cascade
@@ -46,6 +47,8 @@ BACKENDS: Final = ("onnxruntime", "openvino")
 BATCHES: Final = (1, 32)
 TIMED: Final = 96
 """The number of images that are timed, a random choice."""
+TimedRow = tuple[str, np.ndarray, Callable[[np.ndarray], Any]]
+"""A row's name, its images, and how to run it."""
 Ladders = Mapping[str, tuple[Checkpoint, PathAnswers]]
 
 
@@ -140,9 +143,8 @@ def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any
     whole, _ = ladders["three rungs"]
     pre = whole.preprocessing
     assert pre is not None
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TIMED]
-    x = np.concatenate([normalise(pixels, pre).numpy() for pixels, _ in images.batches(32, order)])
-    runs: dict[tuple[str, str], Callable[[np.ndarray], Any]] = {}
+    x = timed_images(images, pre)
+    runs: list[TimedRow] = []
     timed_share = {}
     for name, (checkpoint, answers) in ladders.items():
         curve = fit_curve(answers)
@@ -151,23 +153,31 @@ def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any
             if checkpoint is whole:
                 outcomes = uniform_outcomes(answers)
                 for rung, (route, _) in zip(whole.net.spec.rungs, outcomes, strict=True):
-                    runs[rung.name, backend] = engine.static(route)
+                    runs.append((f"{rung.name} by {backend}", x, engine.static(route)))
             for share in SHARES:
                 row, point = f"{name}, budget {share:g}", curve.at(share)
-                runs[row, backend] = partial(engine, budget=point)
+                runs.append((f"{row} by {backend}", x, partial(engine, budget=point)))
                 cost = float(np.mean(engine(x, budget=point).madds))
                 timed_share[row] = cost / answers.table.widest_cost
     # the cost of the images that are timed, which differs a little from the mean over all
-    found: dict[str, Any] = {"rounds": rounds, "timed_share": timed_share}
+    return {"timed_share": timed_share, **measured(runs, rounds)}
+
+
+def timed_images(images: ImageDataset, pre: Preprocessing) -> np.ndarray:
+    """The images that are timed, prepared for a network."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TIMED]
+    batches = images.batches(32, order)
+    return np.concatenate([normalise(pixels, pre).numpy() for pixels, _ in batches])
+
+
+def measured(runs: Sequence[TimedRow], rounds: int) -> dict[str, Any]:
+    """Milliseconds per image of every row, interleaved."""
+    found: dict[str, Any] = {"rounds": rounds}
     for size in BATCHES:
-        batches = np.split(x, len(x) // size)
-        arms = {
-            f"{row} by {backend}": partial(run_all, run, batches)
-            for (row, backend), run in runs.items()
-        }
+        arms = {name: partial(run_all, run, np.split(x, len(x) // size)) for name, x, run in runs}
         times = interleave(arms, rounds)
         found[f"batch {size}"] = {
-            name: summary([value / len(x) for value in values]) for name, values in times.items()
+            name: summary([value / TIMED for value in values]) for name, values in times.items()
         }
     return found
 

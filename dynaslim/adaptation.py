@@ -65,7 +65,13 @@ from dynaslim.report.page import render
 from dynaslim.report.timing import route_mode
 from dynaslim.runs import run_gate, run_supernet
 from dynaslim.runs.context import launched
-from dynaslim.runs.folder import TRAINED_ON, record_trained_on, trained_on, write_json
+from dynaslim.runs.folder import (
+    TRAINED_ON,
+    best_checkpoint,
+    record_trained_on,
+    trained_on,
+    write_json,
+)
 from dynaslim.runtime.backends import BACKENDS, check_backend
 from dynaslim.runtime.budget import BudgetCurve
 from dynaslim.runtime.budget_search import LEAST_IMAGES, fit_curve
@@ -418,8 +424,7 @@ class _Adaptation:
         if not (folder / "results.json").exists():
             run_supernet(recipe, folder, self.run_options)
         record_trained_on(self.out, trained_on(folder / "last.safetensors"))
-        best = folder / "best.safetensors"
-        return best if best.exists() else folder / "last.safetensors"
+        return best_checkpoint(folder)
 
     def _supernet(self, original: Path) -> Path:
         start = self.out / "sorted.safetensors"

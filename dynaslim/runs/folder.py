@@ -187,6 +187,12 @@ class RunFolder:
             save_snapshot(self.file(SNAPSHOT), whole)
 
 
+def best_checkpoint(folder: Path) -> Path:
+    """The checkpoint of a run's best evaluation, or the last one of a run without evaluations."""
+    best = folder / "best.safetensors"
+    return best if best.exists() else folder / "last.safetensors"
+
+
 def record_trained_on(folder: Path, digests: Iterable[str]) -> None:
     """Record in a folder which images its checkpoints were trained on."""
     write_atomic(folder / TRAINED_ON, "".join(f"{one}\n" for one in sorted(digests)).encode())
