@@ -1,4 +1,4 @@
-"""Writes the tables of docs/performance.md and docs/adapt.md from the results beside this script.
+"""Writes the tables of the pages in docs/ from the results beside this script.
 
     python benchmarks/tables.py           # --check compares the pages with the results
 
@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -224,22 +225,6 @@ def cores() -> str:
     return table(["backend", "cores", "callers", *columns], rows)
 
 
-def adapted_128() -> str:
-    return adapted("adaptation")
-
-
-def adapted_224() -> str:
-    return adapted("adaptation_224")
-
-
-def adapted_sizes() -> str:
-    return adapted("adaptation_sizes")
-
-
-def adapted_imagenette() -> str:
-    return adapted("adaptation_imagenette")
-
-
 def adapted(name: str) -> str:
     """An adapted network compared with pruned ones: means over seeds, and times."""
     found = results(name)
@@ -270,16 +255,6 @@ def adapted(name: str) -> str:
     return table(header, lines)
 
 
-def ladder() -> str:
-    """Cascades of pretrained networks."""
-    return compared("ladder")
-
-
-def alternatives() -> str:
-    """An adapted network and the networks that one would train instead."""
-    return compared("alternatives")
-
-
 def compared(name: str) -> str:
     """Accuracy, cost and times next to those of the most expensive network.
 
@@ -304,31 +279,38 @@ def compared(name: str) -> str:
     return table(header, rows)
 
 
-PAGES: dict[str, tuple[Callable[[], str], ...]] = {
-    "performance.md": (
-        machine,
-        routed,
-        statics,
-        single,
-        starts,
-        masked,
-        extracted,
-        variants,
-        breakdown,
-        floor,
-        int8,
-        callers,
-        cores,
-    ),
-    "adapt.md": (adapted_128, adapted_224, adapted_sizes, adapted_imagenette, alternatives),
-    "cascades.md": (ladder,),
+def named(made: Callable[[str], str], *names: str) -> dict[str, Callable[[], str]]:
+    """Tables that are named after their results."""
+    return {name: partial(made, name) for name in names}
+
+
+SPEED = (
+    machine,
+    routed,
+    statics,
+    single,
+    starts,
+    masked,
+    extracted,
+    variants,
+    breakdown,
+    floor,
+    int8,
+    callers,
+    cores,
+)
+ADAPTED = ("adaptation", "adaptation_224", "adaptation_sizes", "adaptation_imagenette")
+PAGES: dict[str, dict[str, Callable[[], str]]] = {
+    "performance.md": {made.__name__: made for made in SPEED},
+    "adapt.md": named(adapted, *ADAPTED) | named(compared, "alternatives"),
+    "cascades.md": named(compared, "ladder"),
 }
 
 
 def filled(name: str) -> str:
     """A page with every table filled in from the results."""
     page = (DOCS / name).read_text()
-    made = {one.__name__: one for one in PAGES[name]}
+    made = PAGES[name]
     places = re.findall(r"<!-- table: (\w+) -->", page)
     if sorted(places) != sorted(made):
         sys.exit(f"{name} has places for {sorted(places)}, not for {sorted(made)}")
