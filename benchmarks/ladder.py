@@ -24,12 +24,14 @@ from imagenet import CLASSES
 
 from dynaslim._files import write_atomic
 from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.conversion.efficientnet_lite import EfficientNetLite, preprocessing, pretrained
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.source import open_source
 from dynaslim.data.transforms import normalise
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.budget import cascade_logits
 from dynaslim.runtime.budget_search import fit_curve, split_rows
 from dynaslim.runtime.calibrate_budget import PathAnswers, answer_images, simulate, uniform_outcomes
 from dynaslim.runtime.cascade import Rung, cascade
@@ -41,8 +43,14 @@ RUNGS: Final = (
     ("efficientnet_lite0", 224),
     ("efficientnet_lite2", 260),
 )
-"""All three make one cascade, the last two another."""
-SHARES: Final = (0.3, 0.4, 0.5, 0.6)
+CASCADES: Final = {
+    "three rungs": (0, 1, 2),
+    "two rungs, from 224 px": (1, 2),
+    "two rungs, from 128 px": (0, 2),
+}
+"""Positions of their rungs in `RUNGS`."""
+BUDGETS: Final = ("drop=0.5", "0.4", "0.5", "0.6")
+"""The first is the default of a cascade."""
 BACKENDS: Final = ("onnxruntime", "openvino")
 BATCHES: Final = (1, 32)
 TIMED: Final = 96
@@ -66,21 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.images is not None:
         images = images.sample(given.images)
     answers = answer_images(whole, images, 32)
-    two = cascade([_rung(*rung, names) for rung in RUNGS[1:]])
-    ladders = {
-        "three rungs": (whole, answers),
-        # the answers of the last two rungs are the same without the first
-        "two rungs": (
-            two,
-            replace(
-                answers,
-                spec=two.net.spec,
-                gate_logits=tuple(logits[..., 1:] for logits in answers.gate_logits),
-                correct_NP=answers.correct_NP[:, 1:],
-                margins_NP=answers.margins_NP[:, 1:],
-            ),
-        ),
-    }
+    ladders = {name: _part(answers, names, kept) for name, kept in CASCADES.items()}
     made: dict[str, Any] = {
         "hardware": hardware(),
         "command": sys.argv,
@@ -105,6 +99,23 @@ def _rung(name: str, side: int, names: Sequence[str]) -> Rung:
     return Rung(model.eval(), pre, tuple(names), f"{name}@{side}")
 
 
+def _part(
+    answers: PathAnswers, names: Sequence[str], kept: Sequence[int]
+) -> tuple[Checkpoint, PathAnswers]:
+    """A cascade of some of the rungs, and its answers: those of the same rungs."""
+    part = cascade([_rung(*RUNGS[k], names) for k in kept])
+    spec = part.net.spec
+    assert isinstance(spec, CascadeSpec)
+    shape = (*answers.gate_logits[0].shape[:-1], len(kept))
+    return part, replace(
+        answers,
+        spec=spec,
+        gate_logits=(np.broadcast_to(cascade_logits(spec), shape),),
+        correct_NP=answers.correct_NP[:, kept],
+        margins_NP=answers.margins_NP[:, kept],
+    )
+
+
 def _rows(ladders: Ladders) -> dict[str, dict[str, float]]:
     """Top-1 and cost, as a share of the last rung's, of the rungs and of budgets."""
     whole, answers = ladders["three rungs"]
@@ -116,12 +127,12 @@ def _rows(ladders: Ladders) -> dict[str, dict[str, float]]:
     }
     for name, (_, answers) in ladders.items():
         halves = split_rows(len(answers))
-        for share in SHARES:
+        for budget in BUDGETS:
             found = []
             for chosen_on, judged_on in (halves, halves[::-1]):
-                point = fit_curve(_of(answers, chosen_on), split=False).at(share)
+                point = fit_curve(_of(answers, chosen_on), split=False).at(budget)
                 found.append(simulate(answers, point.shift, point.escalations, rows=judged_on))
-            rows[f"{name}, budget {share:g}"] = {
+            rows[f"{name}, budget {budget}"] = {
                 "top1": float(np.mean([out.top1 for out in found])),
                 "share": float(np.mean([out.madds for out in found])) / answers.table.widest_cost,
             }
@@ -154,8 +165,8 @@ def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any
                 outcomes = uniform_outcomes(answers)
                 for rung, (route, _) in zip(whole.net.spec.rungs, outcomes, strict=True):
                     runs.append((f"{rung.name} by {backend}", x, engine.static(route)))
-            for share in SHARES:
-                row, point = f"{name}, budget {share:g}", curve.at(share)
+            for budget in BUDGETS:
+                row, point = f"{name}, budget {budget}", curve.at(budget)
                 runs.append((f"{row} by {backend}", x, partial(engine, budget=point)))
                 cost = float(np.mean(engine(x, budget=point).madds))
                 timed_share[row] = cost / answers.table.widest_cost
