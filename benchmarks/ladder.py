@@ -53,7 +53,7 @@ BUDGETS: Final = ("drop=0.5", "0.4", "0.5", "0.6")
 """The first is the default of a cascade."""
 BACKENDS: Final = ("onnxruntime", "openvino")
 BATCHES: Final = (1, 32)
-TIMED: Final = 96
+TIMED: Final = 192
 """The number of images that are timed, a random choice."""
 TimedRow = tuple[str, np.ndarray, Callable[[np.ndarray], Any]]
 """A row's name, its images, and how to run it."""

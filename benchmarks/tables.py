@@ -299,7 +299,13 @@ SPEED = (
     callers,
     cores,
 )
-ADAPTED = ("adaptation", "adaptation_224", "adaptation_sizes", "adaptation_imagenette")
+ADAPTED = (
+    "adaptation",
+    "adaptation_224",
+    "adaptation_sizes",
+    "adaptation_imagenette",
+    "adaptation_imagenette_lite2",
+)
 PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {made.__name__: made for made in SPEED},
     "adapt.md": named(adapted, *ADAPTED) | named(compared, "alternatives"),
