@@ -43,6 +43,7 @@ from dynaslim.data.images import ImageDataset, open_images
 from dynaslim.data.transforms import normalise
 from dynaslim.evaluation import RouteMetrics, evaluate
 from dynaslim.nn.program import Cut, cut, program
+from dynaslim.preprocessing import Preprocessing
 from dynaslim.recipes import RunOptions, SupernetRecipe, recipe_from_dict
 from dynaslim.report.data import Mode
 from dynaslim.runs import run_supernet
@@ -57,6 +58,10 @@ BUDGETS: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
 """For each of these limits, the largest budget of a seed's curve within it is used."""
 METHODS: Final = ("magnitude", "taylor")
 BATCHES: Final = (1, 32)
+TIMED: Final = 64
+"""The number of images that are timed."""
+TimedRow = tuple[str, np.ndarray, Callable[[np.ndarray], Any]]
+"""A row's name, its images, and how to run it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,10 +259,28 @@ def _cut(
 # -- time -----------------------------------------------------------------------------------------
 
 
-def run_all(run: Callable[[np.ndarray], Any], batches: Sequence[np.ndarray]) -> None:
-    """Run an arm on each of the batches."""
-    for batch in batches:
-        run(batch)
+def timed_images(images: ImageDataset, pre: Preprocessing, count: int) -> np.ndarray:
+    """A fixed random choice of the images, prepared for a network."""
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:count]
+    batches = images.batches(32, order)
+    return np.concatenate([normalise(pixels, pre).numpy() for pixels, _ in batches])
+
+
+def measured(rows: Sequence[TimedRow], rounds: int) -> dict[str, Any]:
+    """Milliseconds per image of every row, interleaved."""
+
+    def run_all(run: Callable[[np.ndarray], Any], batches: Sequence[np.ndarray]) -> None:
+        for batch in batches:
+            run(batch)
+
+    found: dict[str, Any] = {"rounds": rounds}
+    for size in BATCHES:
+        arms = {name: partial(run_all, run, np.split(x, len(x) // size)) for name, x, run in rows}
+        times = interleave(arms, rounds)
+        found[f"batch {size}"] = {
+            name: summary([value / len(x) for value in times[name]]) for name, x, _ in rows
+        }
+    return found
 
 
 def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -> dict[str, Any]:
@@ -266,31 +289,21 @@ def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -
     assert images is not None
     pre = done.checkpoint.preprocessing
     assert pre is not None
-    order = torch.randperm(len(images.images), generator=torch.Generator().manual_seed(0))
-    pixels = next(iter(images.images.batches(64, order[:64])))[0]
-    x = normalise(pixels, pre).numpy()
+    x = timed_images(images.images, pre, TIMED)
     engine = Engine(done.checkpoint, backend=given.backend)
-    runs: dict[str, Callable[[np.ndarray], Any]] = {}
-    for route in done.checkpoint.net.spec.routes:
-        runs[f"route {route}"] = engine.static(route)
+    runs: list[TimedRow] = [
+        (f"route {route}", x, engine.static(route)) for route in done.checkpoint.net.spec.routes
+    ]
     for mode, budget in zip(
         [mode for mode in done.data.modes if mode.kind == "budget"], done.data.budgets, strict=True
     ):
-        runs[mode.name] = partial(engine, budget=budget.point)
+        runs.append((mode.name, x, partial(engine, budget=budget.point)))
     engines = [engine]
     for name, (checkpoint, route) in arms.items():
         if route:
             engines.append(Engine(checkpoint, backend=engine.backend))
-            runs[name] = engines[-1].static(route)
-    found: dict[str, Any] = {"backend": engine.backend, "rounds": given.rounds}
-    for size in BATCHES:
-        batches = np.split(x, len(x) // size)
-        ready = {name: partial(run_all, run, batches) for name, run in runs.items()}
-        times = interleave(ready, given.rounds)
-        rows = sum(map(len, batches))
-        found[f"batch {size}"] = {
-            name: summary([value / rows for value in values]) for name, values in times.items()
-        }
+            runs.append((name, x, engines[-1].static(route)))
+    found = {"backend": engine.backend, **measured(runs, given.rounds)}
     for one in engines:
         one.close()
     return found

@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from adaptation import widest_route
-from ladder import BACKENDS, TimedRow, measured, timed_images
+from adaptation import TimedRow, measured, timed_images, widest_route
+from ladder import BACKENDS, TIMED
 
 from dynaslim._files import write_atomic
 from dynaslim.bench.timing import hardware
@@ -126,7 +126,7 @@ class _Rows:
         images = self._images(checkpoint, "test")
         found = widest_route(checkpoint, images)
         self._add(name, found.top1, found.madds)
-        x = timed_images(images, _prepared(checkpoint))
+        x = timed_images(images, _prepared(checkpoint), TIMED)
         for backend in BACKENDS:
             engine = Engine(checkpoint, backend=backend)
             run = engine.static(checkpoint.net.spec.largest)
@@ -137,7 +137,7 @@ class _Rows:
         curve = fit_curve(answer_images(checkpoint, self._images(checkpoint, "train"), 32))
         images = self._images(checkpoint, "test")
         answers = answer_images(checkpoint, images, 32)
-        x = timed_images(images, _prepared(checkpoint))
+        x = timed_images(images, _prepared(checkpoint), TIMED)
         engines = {backend: Engine(checkpoint, backend=backend) for backend in BACKENDS}
         points: dict[float, BudgetPoint] = {}
         for limit in LIMITS:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,18 +19,16 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from adaptation import run_all
+from adaptation import TimedRow, measured, timed_images
 from imagenet import CLASSES
 
 from dynaslim._files import write_atomic
-from dynaslim.bench.timing import hardware, interleave, summary
+from dynaslim.bench.timing import hardware
 from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.checkpoint import Checkpoint
 from dynaslim.conversion.efficientnet_lite import EfficientNetLite, preprocessing, pretrained
 from dynaslim.data.images import ImageDataset
 from dynaslim.data.source import open_source
-from dynaslim.data.transforms import normalise
-from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import cascade_logits
 from dynaslim.runtime.budget_search import fit_curve, split_rows
 from dynaslim.runtime.calibrate_budget import PathAnswers, answer_images, simulate, uniform_outcomes
@@ -52,11 +50,8 @@ CASCADES: Final = {
 BUDGETS: Final = ("drop=0.5", "0.4", "0.5", "0.6")
 """The first is the default of a cascade."""
 BACKENDS: Final = ("onnxruntime", "openvino")
-BATCHES: Final = (1, 32)
 TIMED: Final = 192
-"""The number of images that are timed, a random choice."""
-TimedRow = tuple[str, np.ndarray, Callable[[np.ndarray], Any]]
-"""A row's name, its images, and how to run it."""
+"""The number of images that are timed."""
 Ladders = Mapping[str, tuple[Checkpoint, PathAnswers]]
 
 
@@ -154,7 +149,7 @@ def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any
     whole, _ = ladders["three rungs"]
     pre = whole.preprocessing
     assert pre is not None
-    x = timed_images(images, pre)
+    x = timed_images(images, pre, TIMED)
     runs: list[TimedRow] = []
     timed_share = {}
     for name, (checkpoint, answers) in ladders.items():
@@ -172,25 +167,6 @@ def _times(ladders: Ladders, images: ImageDataset, rounds: int) -> dict[str, Any
                 timed_share[row] = cost / answers.table.widest_cost
     # the cost of the images that are timed, which differs a little from the mean over all
     return {"timed_share": timed_share, **measured(runs, rounds)}
-
-
-def timed_images(images: ImageDataset, pre: Preprocessing) -> np.ndarray:
-    """The images that are timed, prepared for a network."""
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:TIMED]
-    batches = images.batches(32, order)
-    return np.concatenate([normalise(pixels, pre).numpy() for pixels, _ in batches])
-
-
-def measured(runs: Sequence[TimedRow], rounds: int) -> dict[str, Any]:
-    """Milliseconds per image of every row, interleaved."""
-    found: dict[str, Any] = {"rounds": rounds}
-    for size in BATCHES:
-        arms = {name: partial(run_all, run, np.split(x, len(x) // size)) for name, x, run in runs}
-        times = interleave(arms, rounds)
-        found[f"batch {size}"] = {
-            name: summary([value / TIMED for value in values]) for name, values in times.items()
-        }
-    return found
 
 
 if __name__ == "__main__":
