@@ -56,7 +56,6 @@ SHARES: Final = (0.5, 0.3)
 """Multiply-adds of the pruned networks, as shares of the original's."""
 BUDGETS: Final = (0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7)
 """For each of these limits, the largest budget of a seed's curve within it is used."""
-METHODS: Final = ("magnitude", "taylor")
 BATCHES: Final = (1, 32)
 TIMED: Final = 64
 """The number of images that are timed."""
@@ -67,10 +66,11 @@ TimedRow = tuple[str, np.ndarray, Callable[[np.ndarray], Any]]
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="such as timm:tf_efficientnet_lite0")
-    parser.add_argument("--weights", type=Path, required=True)
+    parser.add_argument("--weights", type=Path)
     parser.add_argument("--data", required=True)
     parser.add_argument("--size", default="128")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument("--methods", default="magnitude,taylor", help="of pruning; empty: none")
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--runs", type=Path, default=Path("runs/adaptation"))
     parser.add_argument("--backend", default="auto")
@@ -80,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore")
     let_torchvision_load()
     sizes = given.size if "," in given.size else ""
+    # a network of several image sizes has no plain network of the same cost
+    methods = () if sizes else tuple(filter(None, given.methods.split(",")))
     rows: dict[str, dict[str, list[float]]] = {}
     timed: dict[str, str] = {}
     arms: dict[str, tuple[Checkpoint, str]] = {}
@@ -108,7 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 timed[name] = dearest.name
         images = done.data.images
         assert images is not None
-        for method in () if sizes else METHODS:
+        for method in methods:
             for share in SHARES:
                 name = f"pruned by {method} to {share:g}"
                 rival = _rival(given, folder, method, share, done)
@@ -122,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "rows": {name: _summary(values) for name, values in rows.items()},
         "timed_as": timed,  # with the last seed's network
         "times": _times(arms, given, done),
-        "training_step": None if sizes else _training_step(given, done),
+        "training_step": _training_step(given, done) if methods else None,
     }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
     return 0

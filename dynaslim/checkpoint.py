@@ -8,29 +8,32 @@ spec and runs no code from the file. Writing is atomic.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dynaslim._files import write_atomic
+from dynaslim.checkpoint_content import (
+    FORMAT,
+    VERSION,
+    Content,
+    StoredTensor,
+    check_description,
+    description_digest,
+    may_mirror,
+    read_content,
+)
 from dynaslim.errors import CheckpointError, UsageError
-from dynaslim.graph import spec_from_dict
-from dynaslim.model_names import checkpoint_file
 from dynaslim.nn.net import ElasticNet, SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.zoo import get_spec
-
-FORMAT: Final = "dynaslim-checkpoint"
-VERSION: Final = 1
 
 
 @dataclass(frozen=True)
@@ -52,17 +55,8 @@ class Checkpoint:
 
     @property
     def mirror(self) -> bool:
-        """Whether the recipe treats a mirror image as being of the same class.
-
-        True if `augment.mirror` is true in every stage of the recipe; False without any stage.
-        """
-        stages = [self.recipe.get(stage) for stage in ("supernet", "gate")]
-        found = [
-            stage["augment"]
-            for stage in stages
-            if isinstance(stage, Mapping) and isinstance(stage.get("augment"), Mapping)
-        ]
-        return bool(found) and all(augment.get("mirror") is True for augment in found)
+        """Whether the recipe treats a mirror image as being of the same class."""
+        return may_mirror(self.recipe)
 
     def needed_preprocessing(self, path: str | Path) -> Preprocessing:
         """How pictures are prepared for the network; `path` is where it was read from.
@@ -75,18 +69,7 @@ class Checkpoint:
         return self.preprocessing
 
     def __post_init__(self) -> None:
-        spec = self.net.spec
-        if self.class_names is not None and len(self.class_names) != spec.num_classes:
-            raise UsageError(
-                f"{len(self.class_names)} class names do not fit {spec.num_classes} classes"
-            )
-        if self.preprocessing is not None:
-            spec.check_image_size(*(self.preprocessing.image_size_px,) * 2)
-        if self.preprocessing is not None and self.preprocessing.channels != spec.in_channels:
-            raise UsageError(
-                f"preprocessing for {self.preprocessing.channels} channels does not fit a network "
-                f"of {spec.in_channels} input channels"
-            )
+        check_description(self.net.spec, self.class_names, self.preprocessing)
 
 
 def create_model(
@@ -138,7 +121,8 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
         meta = json.loads(json.dumps(meta, allow_nan=False))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not saved, metrics or recipe, or budget: {error}") from None
-    meta["sha256"] = _digest(meta, tensors)
+    stored = {name: _stored(tensor) for name, tensor in tensors.items()}
+    meta["sha256"] = description_digest(meta, stored)
     return write_atomic(path, safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
 
 
@@ -153,33 +137,38 @@ def read(path: str | Path, *, device: torch.device | str = "cpu") -> Checkpoint:
             version, or its tensors do not fit its spec.
         HubError: if the hub cannot be reached or has no checkpoint at the address.
     """
-    meta, tensors = _read_verified(checkpoint_file(path))
+    return checkpoint_of(read_content(path), path, device=device)
+
+
+def checkpoint_of(
+    content: Content, path: str | Path, *, device: torch.device | str = "cpu"
+) -> Checkpoint:
+    """Rebuild the network of a file's content; `path` is where it was read from.
+
+    Raises:
+        CheckpointError: if the tensors do not fit the spec.
+    """
     try:
-        spec = spec_from_dict(meta["spec"])
-        names = meta["class_names"]
-        pre = meta["preprocessing"]
-        budget = meta.get("budget")  # not in files without one
-        if not isinstance(budget, dict | None):
-            raise UsageError(f"budget {budget!r:.60}: expected an object")
         with _Unfilled():
-            net = SlimNet(spec, device="meta")
-        _check_tensors(path, net, tensors)
-        # copied: in the file tensors are only aligned to 8 bytes, and the alignment of weights
-        # changes the last bit of a convolution's result
-        own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
-        net.load_state_dict(own, assign=True)
-        for parameter in net.parameters():
-            parameter.requires_grad_(True)
-        return Checkpoint(
-            net=net.eval(),
-            class_names=None if names is None else tuple(names),
-            preprocessing=None if pre is None else Preprocessing.from_dict(pre),
-            metrics=dict(meta["metrics"]),
-            recipe=dict(meta["recipe"]),
-            budget=budget,
-        )
-    except (UsageError, KeyError, TypeError) as error:
+            net = SlimNet(content.spec, device="meta")
+    except (UsageError, TypeError) as error:
         raise CheckpointError(f"{path}: its description is not valid: {error}") from None
+    tensors = {name: _tensor(stored) for name, stored in content.tensors.items()}
+    _check_tensors(path, net, tensors)
+    # copied: the buffers are not aligned, and the alignment of weights changes the last bit of a
+    # convolution's result
+    own = {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+    net.load_state_dict(own, assign=True)
+    for parameter in net.parameters():
+        parameter.requires_grad_(True)
+    return Checkpoint(
+        net=net.eval(),
+        class_names=content.class_names,
+        preprocessing=content.preprocessing,
+        metrics=content.metrics,
+        recipe=content.recipe,
+        budget=content.budget,
+    )
 
 
 class _Unfilled(TorchFunctionMode):
@@ -234,40 +223,16 @@ def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> ElasticN
     return net.eval()
 
 
-def _digest(meta: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    described = {key: value for key, value in meta.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _stored(tensor: Tensor) -> StoredTensor:
+    values = tensor.reshape(-1).view(torch.uint8).numpy().data
+    return StoredTensor(str(tensor.dtype), tuple(tensor.shape), values)
 
 
-def _read_verified(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            if "dynaslim" not in header:
-                raise CheckpointError(f"{path}: a safetensors file, but not a dynaslim checkpoint")
-            meta = json.loads(header["dynaslim"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, json.JSONDecodeError) as error:
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint, truncated or of another format ({error}); a "
-            f"released DS-Net file is read with: dynaslim import-official {path} OUT"
-        ) from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: not a dynaslim checkpoint")
-    version = meta.get("version")
-    if version != VERSION:
-        raise CheckpointError(
-            f"{path}: checkpoint version {version}, this dynaslim reads version {VERSION}; "
-            f"install the dynaslim that wrote it or a newer one"
-        )
-    if meta.get("sha256") != _digest(meta, tensors):
-        raise CheckpointError(f"{path}: its content does not match its SHA-256: altered or damaged")
-    return meta, tensors
+def _tensor(stored: StoredTensor) -> Tensor:
+    dtype: torch.dtype = getattr(torch, stored.dtype.removeprefix("torch."))
+    if not stored.values:  # which frombuffer refuses
+        return torch.empty(stored.shape, dtype=dtype)
+    return torch.frombuffer(stored.values, dtype=dtype).reshape(stored.shape)
 
 
 def _check_tensors(path: str | Path, net: ElasticNet, tensors: Mapping[str, Tensor]) -> None:

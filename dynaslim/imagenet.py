@@ -11,19 +11,18 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
-
-from torch import nn
+from typing import TYPE_CHECKING, Final
 
 from dynaslim import shipped
-from dynaslim.checkpoint import Checkpoint
-from dynaslim.conversion.efficientnet_lite import preprocessing, pretrained
 from dynaslim.model_names import MANIFEST
 from dynaslim.progress import note
 from dynaslim.runtime.cache import cache_root
-from dynaslim.runtime.cascade import Rung, cascade
-from dynaslim.runtime.export import export_package
 from dynaslim.version import __version__
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from dynaslim.checkpoint import Checkpoint
 
 RUNGS: Final = ("efficientnet_lite0", "efficientnet_lite2")
 """Networks of the cascade; with efficientnet_lite1 between them it saves less."""
@@ -37,13 +36,18 @@ def class_names() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def make_cascade(make: Callable[[str], nn.Module] = pretrained) -> Checkpoint:
+def make_cascade(make: Callable[[str], nn.Module] | None = None) -> Checkpoint:
     """Make the cascade, without a budget curve; `make` returns the network of a name.
+
+    By default networks have the weights of the extra.
 
     Raises:
         UsageError: if the weights are not installed.
     """
-    names = class_names()
+    from dynaslim.conversion.efficientnet_lite import preprocessing, pretrained
+    from dynaslim.runtime.cascade import Rung, cascade
+
+    make, names = make or pretrained, class_names()
     rungs = [Rung(make(name), preprocessing(name), names, name) for name in RUNGS]
     return cascade(rungs, name=shipped.IMAGENET)
 
@@ -58,6 +62,8 @@ def package() -> Path:
     made_of = hashlib.sha256(f"{RUNGS} {__version__}".encode() + CURVE.read_bytes()).hexdigest()
     folder = cache_root() / "models" / f"{shipped.IMAGENET}-{made_of[:8]}"
     if not (folder / MANIFEST).is_file():
+        from dynaslim.runtime.export import export_package  # late: made, it needs no torch
+
         made = make_cascade()
         note(f"{shipped.IMAGENET}: making a package of {' and '.join(RUNGS)}, once")
         described = json.loads(CURVE.read_text())

@@ -15,7 +15,8 @@ PACKAGE = Path(dynaslim.__file__).parent
 LAYERS = [
     "version", "errors", "_files", "_memory", "distributed", "progress", "preprocessing", "seeds",
     "spec", "cascade_spec", "graph", "blocks", "shipped",
-    "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint", "data",
+    "zoo", "model_names", "cost", "cost_file", "recipes", "nn", "checkpoint_content",
+    "checkpoint", "data",
     "runtime", "conversion", "predict",
     "predict_tables", "predict_ray", "predict_stream", "evaluation",
     "train", "bench", "interop", "runs", "report", "serve", "imagenet", "demo", "adaptation",

@@ -10,8 +10,10 @@ from helpers import ZOO_NAMES, lively, micro_spec, noise
 import dynaslim
 from dynaslim import checkpoint
 from dynaslim.checkpoint import Checkpoint, create_model, load, read, save
+from dynaslim.checkpoint_content import description_digest
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.preprocessing import Preprocessing
+from dynaslim.runtime.engine import Engine
 from dynaslim.zoo import ZOO
 
 
@@ -100,7 +102,8 @@ def _rewrite(path, change, *, sign=False):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(meta, tensors)
     if sign:
-        meta["sha256"] = checkpoint._digest(meta, tensors)
+        stored = {name: checkpoint._stored(tensor) for name, tensor in tensors.items()}
+        meta["sha256"] = description_digest(meta, stored)
     path.write_bytes(safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
 
 
@@ -151,6 +154,8 @@ def test_signed_but_wrong_contents(saved, change, message):
     _rewrite(path, change, sign=True)
     with pytest.raises(CheckpointError, match=message):
         load(path)
+    with pytest.raises(CheckpointError, match=message):
+        Engine.from_checkpoint(path)
 
 
 def test_class_count_that_does_not_fit(saved):

@@ -338,6 +338,23 @@ def test_a_prediction_leaves_torchs_compiler_alone(micro, tmp_path):
     run_python(script, cwd=tmp_path)
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "auto"])
+def test_a_second_prediction_needs_no_torch(micro, backend, tmp_path, monkeypatch):
+    """Its programs are in the cache."""
+    monkeypatch.setenv("DYNASLIM_CACHE", str(tmp_path / "cache"))
+    path, _ = micro
+    (tmp_path / "a.png").write_bytes(png())
+    script = (
+        "import sys; from dynaslim import cli\n"
+        f"assert cli.run(['predict', {str(path)!r}, 'a.png', '--backend', {backend!r}]) == 0\n"
+        "sys.stderr.write('with torch' if 'torch' in sys.modules else 'without torch')\n"
+    )
+    first, second = (run_python(script, cwd=tmp_path) for _ in range(2))
+    assert (first.stderr, second.stderr) == ("with torch", "without torch")
+    without_speed = [re.sub(r"[0-9.]+ images/s", "", done.stdout) for done in (first, second)]
+    assert without_speed[0] == without_speed[1]
+
+
 def test_a_runs_folder_stands_for_its_network(micro, tmp_path, capsys):
     path, data = micro
     run = tmp_path / "run"

@@ -19,6 +19,7 @@ from dynaslim.graph import AnySpec
 from dynaslim.runtime.arrays import Array
 from dynaslim.runtime.auto import fastest
 from dynaslim.runtime.backends import (
+    FROM_PACKAGE,
     Backend,
     Counts,
     Resources,
@@ -29,10 +30,16 @@ from dynaslim.runtime.budget import BudgetCurve, PathCosts
 from dynaslim.runtime.cache import open_cache, usable_cores
 from dynaslim.runtime.decisions import Budget, Decisions, HeldCall, make_decisions
 from dynaslim.runtime.options import EngineOptions, RoutedOutput, check_images, like
-from dynaslim.runtime.package import Package, open_package
+from dynaslim.runtime.package import open_package
 from dynaslim.runtime.router import Router
 from dynaslim.runtime.spending import Ledger
-from dynaslim.runtime.variants import Precision, VariantSource, check_precision, variant_table
+from dynaslim.runtime.variants import (
+    OpenModel,
+    Precision,
+    VariantSource,
+    check_precision,
+    variant_table,
+)
 from dynaslim.spec import Route
 
 if TYPE_CHECKING:
@@ -59,7 +66,7 @@ class Engine:
 
     def __init__(
         self,
-        net: ElasticNet | Checkpoint | Package,
+        net: ElasticNet | Checkpoint | OpenModel,
         *,
         source: VariantSource | None = None,
         backend: str = "auto",
@@ -81,14 +88,14 @@ class Engine:
             RuntimeError: if the network is in training mode.
         """
         self._options = EngineOptions.named(options)
-        if isinstance(net, Package):
+        if isinstance(net, OpenModel):
             source = net.source
         else:
             from dynaslim.checkpoint import Checkpoint
 
             net = net if isinstance(net, Checkpoint) else Checkpoint(net)
         if source is None:
-            assert not isinstance(net, Package)
+            assert not isinstance(net, OpenModel)
             source = self._source_of(net.net, backend, check_precision(precision), calibration)
         else:
             check(
@@ -142,15 +149,23 @@ class Engine:
         """Make an engine from a checkpoint file; options are those of `Engine`.
 
         `device` None means the GPU, if there is one, for backend cudagraph, and else the CPU.
+        torch is imported only if a program is not in the cache, or with options that need it.
 
         Raises:
             CheckpointError: as `dynaslim.read`.
             UsageError: as `Engine`.
         """
+        backend = options.get("backend", "auto")
+        given = (device, options.get("source"), options.get("calibration"))
+        plain = given == (None, None, None) and options.get("precision", "fp32") == "fp32"
+        if plain and backend in ("auto", *FROM_PACKAGE):
+            from dynaslim.runtime.checkpoint_source import open_checkpoint
+
+            return cls(open_checkpoint(path, options.get("cache_dir", "auto")), **options)
         from dynaslim.checkpoint import read
 
         if device is None:
-            device = default_device(options.get("backend", "auto"))
+            device = default_device(backend)
         return cls(read(path, device=device), **options)
 
     @classmethod

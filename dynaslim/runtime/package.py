@@ -24,7 +24,7 @@ from dynaslim.graph import AnySpec, GraphSpec
 from dynaslim.model_names import MANIFEST
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.budget import BudgetCurve
-from dynaslim.runtime.variants import Precision, Variant, segment_variants
+from dynaslim.runtime.variants import OpenModel, Precision, Variant, segment_variants
 from dynaslim.spec import NetSpec
 
 if TYPE_CHECKING:
@@ -145,23 +145,12 @@ class PackageSource:
 
 
 @dataclass(frozen=True)
-class Package:
+class Package(OpenModel):
     """An opened package."""
 
     folder: Path
-    source: PackageSource
-    class_names: tuple[str, ...] | None
-    preprocessing: Preprocessing | None
-    budget: Mapping[str, Any] | None
-    mirror: bool
-    """Whether images may also be run mirrored."""
     manifest: Mapping[str, Any]
     """The whole manifest."""
-
-    @property
-    def spec(self) -> AnySpec:
-        """The network's specification."""
-        return self.source.spec
 
 
 def open_package(path: str | Path) -> Package:
@@ -182,12 +171,12 @@ def open_package(path: str | Path) -> Package:
     files = {name: _checked_file(folder / name, entry) for name, entry in found.files.items()}
     key = hashlib.sha256(content).hexdigest()
     return Package(
-        folder,
         PackageSource(folder, found.spec, found.precision, key, files),
         found.class_names,
         found.preprocessing,
         found.budget,
         found.mirror,
+        folder,
         manifest,
     )
 

@@ -6,7 +6,7 @@ int8 version (`quantise`), a cascade (`cascade_source`) or an exported package (
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get_args
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, Protocol, get
 from dynaslim.cost import madds, route_costs, segment_choices, segment_cost
 from dynaslim.errors import check
 from dynaslim.graph import AnySpec
+from dynaslim.preprocessing import Preprocessing
 from dynaslim.spec import Route
 
 if TYPE_CHECKING:
@@ -150,6 +151,23 @@ class VariantSource(Protocol):
         Raises:
             UsageError: if this source has no such variant.
         """
+
+
+@dataclass(frozen=True)
+class OpenModel:
+    """A model read from disk, with all that an engine needs of it."""
+
+    source: VariantSource
+    class_names: tuple[str, ...] | None
+    preprocessing: Preprocessing | None
+    budget: Mapping[str, Any] | None
+    mirror: bool
+    """Whether images may also be run mirrored."""
+
+    @property
+    def spec(self) -> AnySpec:
+        """The network's specification."""
+        return self.source.spec
 
 
 def check_precision(precision: str) -> Precision:

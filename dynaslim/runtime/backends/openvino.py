@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
@@ -68,8 +69,7 @@ class OpenVinoBackend(Backend):
 
     def compile(self, variant: Variant, shape: VariantShape, *, wide: bool) -> Program:
         """Like `Backend.compile`; height and width are fixed, the batch size is not."""
-        onnx = self._source.onnx(variant)
-        model = self._core.read_model(str(onnx) if isinstance(onnx, Path) else onnx)
+        model = self._model(variant)
         model.reshape({0: [-1, *shape.row_in]})
         threads = self._resources.threads
         precision = "bf16" if self._source.precision == "bf16" else "f32"
@@ -85,6 +85,19 @@ class OpenVinoBackend(Backend):
         name = f"{variant.name} {size}" + (" wide" if wide else "")
         (self.counts.cached if found else self.counts.compiled).append(name)
         return _Compiled(self._openvino, compiled)
+
+    def _model(self, variant: Variant) -> Any:
+        """The variant's model; its ONNX form, if made by torch, is kept beside the programs."""
+        source, cache = self._source, self._resources.cache
+        name = f"{variant.name}.onnx"
+        if cache is not None and source.has_modules and (found := cache.find(name)):
+            with suppress(OSError, RuntimeError):  # a damaged file is written again
+                return self._core.read_model(found.read_bytes())
+        onnx = source.onnx(variant)
+        model = self._core.read_model(str(onnx) if isinstance(onnx, Path) else onnx)
+        if cache is not None and isinstance(onnx, bytes) and source.has_modules:
+            cache.write(name, onnx)
+        return model
 
     def _compile_or_find(self, model: Any, config: dict[str, Any]) -> tuple[Any, bool]:
         """The compiled model, and whether it was in the cache."""
