@@ -70,10 +70,15 @@ class Decisions:
         """Yield the rows that escalate, step by step; with `call`, only those it can afford."""
         if not self.escalations:
             return
-        state, last_BG = EscalationState(len(logits_BN)), options_BG.copy()
+        margin_B = margins(logits_BN)
+        # most single images are sure, and what follows takes as long as a small layer
+        if not (margin_B < max(step.tau for step in self.escalations)).any():
+            return
+        state, last_BG, changed = EscalationState(len(logits_BN)), options_BG.copy(), False
         for number, step in enumerate(self.escalations):
             able_B = self.costs.may_escalate(last_BG, step.target, mirror=step.mirror)
-            margin_B = margins(logits_BN)
+            if changed:
+                margin_B = margins(logits_BN)
             tau = step.tau if call is None else step.tau * call.tau_factor
             members = state.next(able_B, margin_B, tau).nonzero()[0]
             if call is not None:
@@ -83,6 +88,7 @@ class Decisions:
             if len(members):
                 yield Escalated(members, step.target, step.mirror)
                 last_BG[members] = step.target
+                changed = True
 
     def within(self, rows: int, allowance: float) -> HeldCall:
         """Decisions for one call whose rows together may cost `allowance` widest routes."""
