@@ -25,16 +25,13 @@ class CheckpointSource:
     has_modules: Final = True
 
     def __init__(self, content: Content, path: str | Path) -> None:
-        self._content = content
+        self._content: Content | None = content
         self._path = path
         self.spec = content.spec
-
-    @cached_property
-    def key(self) -> str:
-        """The key that `NetworkSource` has for the same network."""
         digest = hashlib.sha256(f"{self.spec} {self.precision}".encode())
-        add_tensors(digest, self._content.tensors)
-        return digest.hexdigest()
+        add_tensors(digest, content.tensors)
+        self.key = digest.hexdigest()
+        """The key that `NetworkSource` has for the same network."""
 
     @cached_property
     def network(self) -> NetworkSource:
@@ -46,7 +43,10 @@ class CheckpointSource:
         from dynaslim.checkpoint import checkpoint_of
         from dynaslim.runtime.network_source import NetworkSource
 
-        return NetworkSource(checkpoint_of(self._content, self._path).net)
+        assert self._content is not None
+        made = NetworkSource(checkpoint_of(self._content, self._path).net)
+        self._content = None  # its tensors are copied
+        return made
 
     def module(self, variant: Variant, dtype: torch.dtype) -> nn.Module:
         return self.network.module(variant, dtype)
