@@ -83,7 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # a network of several image sizes has no plain network of the same cost
     methods = () if sizes else tuple(filter(None, given.methods.split(",")))
     rows: dict[str, dict[str, list[float]]] = {}
-    timed: dict[str, str] = {}
+    seeds: list[Adapted] = []
+    chosen: dict[str, list[tuple[int, str]]] = {}
+    """For every limit, the seed's number and the name of its budget."""
     arms: dict[str, tuple[Checkpoint, str]] = {}
     for seed in map(int, given.seeds.split(",")):
         folder = given.runs / f"{Path(given.data).name}_{given.size}" / f"seed{seed}"
@@ -107,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             name, dearest = f"budget of at most {share:g}", _dearest(done.data.modes, share)
             if dearest is not None:
                 _add(rows, name, dearest.top1, dearest.madds or 0.0)
-                timed[name] = dearest.name
+                chosen.setdefault(name, []).append((len(seeds), dearest.name))
         images = done.data.images
         assert images is not None
         for method in methods:
@@ -117,13 +119,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found = widest_route(rival, images.images)
                 _add(rows, name, found.top1, float(found.madds))
                 arms.setdefault(name, (rival, str(rival.net.spec.largest)))
-        arms.setdefault("adapted", (done.checkpoint, ""))
+        seeds.append(done)
     made = {
         "hardware": hardware(),
         "command": sys.argv,
         "rows": {name: _summary(values) for name, values in rows.items()},
-        "timed_as": timed,  # with the last seed's network
-        "times": _times(arms, given, done),
+        "timed_as": {name: name for name in chosen},
+        "times": _times(arms, given, seeds, chosen),
         "training_step": _training_step(given, done) if methods else None,
     }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
@@ -285,27 +287,42 @@ def measured(rows: Sequence[TimedRow], rounds: int) -> dict[str, Any]:
     return found
 
 
-def _times(arms: dict[str, tuple[Checkpoint, str]], given: Any, done: Adapted) -> dict[str, Any]:
-    """Milliseconds per image of every network, interleaved, on images of the test split."""
-    images = done.data.images
+def _times(
+    arms: dict[str, tuple[Checkpoint, str]],
+    given: Any,
+    seeds: Sequence[Adapted],
+    chosen: dict[str, list[tuple[int, str]]],
+) -> dict[str, Any]:
+    """Milliseconds per image of every network, interleaved, on images of the test split.
+
+    Routes and pruned networks are those of the first seed; budgets differ between seeds, so they
+    are timed with each seed's network, and their times are the means over seeds.
+    """
+    images, pre = seeds[0].data.images, seeds[0].checkpoint.preprocessing
     assert images is not None
-    pre = done.checkpoint.preprocessing
     assert pre is not None
     x = timed_images(images.images, pre, TIMED)
-    engine = Engine(done.checkpoint, backend=given.backend)
+    engines = [Engine(seeds[0].checkpoint, backend=given.backend)]
+    backend = engines[0].backend
+    engines += [Engine(done.checkpoint, backend=backend) for done in seeds[1:]]
     runs: list[TimedRow] = [
-        (f"route {route}", x, engine.static(route)) for route in done.checkpoint.net.spec.routes
+        (f"route {route}", x, engines[0].static(route))
+        for route in seeds[0].checkpoint.net.spec.routes
     ]
-    for mode, budget in zip(
-        [mode for mode in done.data.modes if mode.kind == "budget"], done.data.budgets, strict=True
-    ):
-        runs.append((mode.name, x, partial(engine, budget=budget.point)))
-    engines = [engine]
+    for number, (engine, done) in enumerate(zip(engines, seeds, strict=True)):
+        names = [mode.name for mode in done.data.modes if mode.kind == "budget"]
+        for name, budget in zip(names, done.data.budgets, strict=True):
+            if any((number, name) in pairs for pairs in chosen.values()):
+                runs.append((f"{number}: {name}", x, partial(engine, budget=budget.point)))
     for name, (checkpoint, route) in arms.items():
-        if route:
-            engines.append(Engine(checkpoint, backend=engine.backend))
-            runs.append((name, x, engines[-1].static(route)))
-    found = {"backend": engine.backend, **measured(runs, given.rounds)}
+        engines.append(Engine(checkpoint, backend=backend))
+        runs.append((name, x, engines[-1].static(route)))
+    found = {"backend": backend, **measured(runs, given.rounds)}
+    for size in BATCHES:
+        times = found[f"batch {size}"]
+        for name, pairs in chosen.items():
+            own = [times[f"{number}: {budget}"] for number, budget in pairs]
+            times[name] = {key: statistics.mean(one[key] for one in own) for key in own[0]}
     for one in engines:
         one.close()
     return found

@@ -302,6 +302,7 @@ SPEED = (
 ADAPTED = (
     "adaptation",
     "adaptation_224",
+    "adaptation_lite2",
     "adaptation_sizes",
     "adaptation_imagenette",
     "adaptation_imagenette_lite2",
