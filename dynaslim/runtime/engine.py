@@ -157,7 +157,7 @@ class Engine:
         """
         backend = options.get("backend", "auto")
         given = (device, options.get("source"), options.get("calibration"))
-        plain = given == (None, None, None) and options.get("precision", "fp32") == "fp32"
+        plain = all(value is None for value in given) and options.get("precision", "fp32") == "fp32"
         if plain and backend in ("auto", *FROM_PACKAGE):
             from dynaslim.runtime.checkpoint_source import open_checkpoint
 
