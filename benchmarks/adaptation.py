@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seeds: list[Adapted] = []
     chosen: dict[str, list[tuple[int, str]]] = {}
     """For every limit, the seed's number and the name of its budget."""
-    arms: dict[str, tuple[Checkpoint, str]] = {}
+    rivals: dict[str, Checkpoint] = {}
     for seed in map(int, given.seeds.split(",")):
         folder = given.runs / f"{Path(given.data).name}_{given.size}" / f"seed{seed}"
         done = adapt(
@@ -118,14 +118,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 rival = _rival(given, folder, method, share, done)
                 found = widest_route(rival, images.images)
                 _add(rows, name, found.top1, float(found.madds))
-                arms.setdefault(name, (rival, str(rival.net.spec.largest)))
+                rivals.setdefault(name, rival)
         seeds.append(done)
     made = {
         "hardware": hardware(),
         "command": sys.argv,
         "rows": {name: _summary(values) for name, values in rows.items()},
         "timed_as": {name: name for name in chosen},
-        "times": _times(arms, given, seeds, chosen),
+        "times": _times(rivals, given, seeds, chosen),
         "training_step": _training_step(given, done) if methods else None,
     }
     write_atomic(given.out, (json.dumps(made, indent=1) + "\n").encode())
@@ -288,7 +288,7 @@ def measured(rows: Sequence[TimedRow], rounds: int) -> dict[str, Any]:
 
 
 def _times(
-    arms: dict[str, tuple[Checkpoint, str]],
+    rivals: dict[str, Checkpoint],
     given: Any,
     seeds: Sequence[Adapted],
     chosen: dict[str, list[tuple[int, str]]],
@@ -314,9 +314,9 @@ def _times(
         for name, budget in zip(names, done.data.budgets, strict=True):
             if any((number, name) in pairs for pairs in chosen.values()):
                 runs.append((f"{number}: {name}", x, partial(engine, budget=budget.point)))
-    for name, (checkpoint, route) in arms.items():
-        engines.append(Engine(checkpoint, backend=backend))
-        runs.append((name, x, engines[-1].static(route)))
+    for name, rival in rivals.items():
+        engines.append(Engine(rival, backend=backend))
+        runs.append((name, x, engines[-1].static(rival.net.spec.largest)))
     found = {"backend": backend, **measured(runs, given.rounds)}
     for size in BATCHES:
         times = found[f"batch {size}"]

@@ -121,8 +121,7 @@ def save(path: str | Path, checkpoint: Checkpoint) -> Path:
         meta = json.loads(json.dumps(meta, allow_nan=False))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{path}: not saved, metrics or recipe, or budget: {error}") from None
-    stored = {name: _stored(tensor) for name, tensor in tensors.items()}
-    meta["sha256"] = description_digest(meta, stored)
+    meta["sha256"] = description_digest(meta, stored(tensors))
     return write_atomic(path, safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
 
 
@@ -153,7 +152,7 @@ def checkpoint_of(
             net = SlimNet(content.spec, device="meta")
     except (UsageError, TypeError) as error:
         raise CheckpointError(f"{path}: its description is not valid: {error}") from None
-    tensors = {name: _tensor(stored) for name, stored in content.tensors.items()}
+    tensors = {name: _tensor(entry) for name, entry in content.tensors.items()}
     _check_tensors(path, net, tensors)
     # copied: the buffers are not aligned, and the alignment of weights changes the last bit of a
     # convolution's result
@@ -223,16 +222,20 @@ def with_classes(checkpoint: Checkpoint, class_names: Sequence[str]) -> ElasticN
     return net.eval()
 
 
-def _stored(tensor: Tensor) -> StoredTensor:
-    values = tensor.reshape(-1).view(torch.uint8).numpy().data
-    return StoredTensor(str(tensor.dtype), tuple(tensor.shape), values)
+def stored(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    """Tensors on any device as they are stored in a file."""
+    found = {}
+    for name, tensor in tensors.items():
+        values = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        found[name] = StoredTensor(str(tensor.dtype), tuple(tensor.shape), values)
+    return found
 
 
-def _tensor(stored: StoredTensor) -> Tensor:
-    dtype: torch.dtype = getattr(torch, stored.dtype.removeprefix("torch."))
-    if not stored.values:  # which frombuffer refuses
-        return torch.empty(stored.shape, dtype=dtype)
-    return torch.frombuffer(stored.values, dtype=dtype).reshape(stored.shape)
+def _tensor(entry: StoredTensor) -> Tensor:
+    dtype: torch.dtype = getattr(torch, entry.dtype.removeprefix("torch."))
+    if not entry.values:  # which frombuffer refuses
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(entry.values, dtype=dtype).reshape(entry.shape)
 
 
 def _check_tensors(path: str | Path, net: ElasticNet, tensors: Mapping[str, Tensor]) -> None:

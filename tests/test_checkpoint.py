@@ -8,8 +8,7 @@ import torch
 from helpers import ZOO_NAMES, lively, micro_spec, noise
 
 import dynaslim
-from dynaslim import checkpoint
-from dynaslim.checkpoint import Checkpoint, create_model, load, read, save
+from dynaslim.checkpoint import Checkpoint, create_model, load, read, save, stored
 from dynaslim.checkpoint_content import description_digest
 from dynaslim.errors import CheckpointError, UsageError
 from dynaslim.preprocessing import Preprocessing
@@ -102,8 +101,7 @@ def _rewrite(path, change, *, sign=False):
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(meta, tensors)
     if sign:
-        stored = {name: checkpoint._stored(tensor) for name, tensor in tensors.items()}
-        meta["sha256"] = description_digest(meta, stored)
+        meta["sha256"] = description_digest(meta, stored(tensors))
     path.write_bytes(safetensors.torch.save(tensors, {"dynaslim": json.dumps(meta)}))
 
 

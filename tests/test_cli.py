@@ -326,14 +326,20 @@ def test_mistakes_are_reported_before_torch_is_imported(micro, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def _predicting(path, backend):
+    return (
+        "import sys; from dynaslim import cli\n"
+        f"assert cli.run(['predict', {str(path)!r}, 'a.png', '--backend', {backend!r}]) == 0\n"
+    )
+
+
 def test_a_prediction_leaves_torchs_compiler_alone(micro, tmp_path):
     """Its import takes as long as that of all the rest of torch."""
     path, _ = micro
     (tmp_path / "a.png").write_bytes(png())
     script = (
-        "import sys; from dynaslim import cli\n"
-        f"assert cli.run(['predict', {str(path)!r}, 'a.png', '--backend', 'eager']) == 0\n"
-        "assert 'torch' in sys.modules and not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
+        _predicting(path, "eager")
+        + "assert 'torch' in sys.modules and not {'torch._dynamo', 'sympy'} & set(sys.modules)\n"
     )
     run_python(script, cwd=tmp_path)
 
@@ -345,9 +351,8 @@ def test_a_second_prediction_needs_no_torch(micro, backend, tmp_path, monkeypatc
     path, _ = micro
     (tmp_path / "a.png").write_bytes(png())
     script = (
-        "import sys; from dynaslim import cli\n"
-        f"assert cli.run(['predict', {str(path)!r}, 'a.png', '--backend', {backend!r}]) == 0\n"
-        "sys.stderr.write('with torch' if 'torch' in sys.modules else 'without torch')\n"
+        _predicting(path, backend)
+        + "sys.stderr.write('with torch' if 'torch' in sys.modules else 'without torch')\n"
     )
     first, second = (run_python(script, cwd=tmp_path) for _ in range(2))
     assert (first.stderr, second.stderr) == ("with torch", "without torch")

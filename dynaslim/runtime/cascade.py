@@ -21,7 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaslim.cascade_spec import CascadeSpec, RungSpec, TrunkSpec
-from dynaslim.checkpoint import Checkpoint, read
+from dynaslim.checkpoint import Checkpoint, read, stored
+from dynaslim.checkpoint_content import add_tensors
 from dynaslim.cost import madds, operation_madds, params, route_costs, segment_cost
 from dynaslim.errors import DynaslimWarning, UsageError, check, first_line
 from dynaslim.model_names import find_model, is_hub_address
@@ -34,7 +35,7 @@ from dynaslim.runtime.cascade_source import (
     resize_madds,
 )
 from dynaslim.runtime.libraries import onnx_session, require
-from dynaslim.runtime.network_source import NetworkSource, add_weights
+from dynaslim.runtime.network_source import NetworkSource
 from dynaslim.runtime.onnx_graph import INPUT, LOGITS, to_onnx
 from dynaslim.runtime.package import Package, open_package
 from dynaslim.runtime.program_net import ProgramCheckpoint, ProgramNet
@@ -275,7 +276,7 @@ def _of_module(rung: Rung, module: nn.Module) -> RungProgram:
     scores = made.float().cpu()
     _check_scores(name, scores, rung)
     digest = hashlib.sha256(repr(own).encode())
-    add_weights(digest, own)
+    add_tensors(digest, stored(own.state_dict()))
     # a module's code cannot be hashed: its answers represent it
     digest.update(scores.numpy().round(3).tobytes())
 

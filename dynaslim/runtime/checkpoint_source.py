@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from dynaslim.checkpoint_content import Content, add_tensors, may_mirror, read_content
+from dynaslim.checkpoint_content import (
+    Content,
+    StoredTensor,
+    add_tensors,
+    may_mirror,
+    read_content,
+)
+from dynaslim.graph import AnySpec
 from dynaslim.runtime.cache import open_cache
 from dynaslim.runtime.variants import OpenModel, Precision, Variant
 
@@ -16,6 +24,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from dynaslim.runtime.network_source import NetworkSource
+
+
+def network_key(spec: AnySpec, precision: Precision, tensors: Mapping[str, StoredTensor]) -> str:
+    """Digest of a network's spec, precision and tensors; the same from a file and from memory."""
+    digest = hashlib.sha256(f"{spec} {precision}".encode())
+    add_tensors(digest, tensors)
+    return digest.hexdigest()
 
 
 class CheckpointSource:
@@ -28,10 +43,7 @@ class CheckpointSource:
         self._content: Content | None = content
         self._path = path
         self.spec = content.spec
-        digest = hashlib.sha256(f"{self.spec} {self.precision}".encode())
-        add_tensors(digest, content.tensors)
-        self.key = digest.hexdigest()
-        """The key that `NetworkSource` has for the same network."""
+        self.key = network_key(self.spec, self.precision, content.tensors)
 
     @cached_property
     def network(self) -> NetworkSource:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import threading
 from collections.abc import Callable
 from functools import cached_property
@@ -12,19 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dynaslim.checkpoint import stored
 from dynaslim.nn.net import ElasticNet, SlimNet
+from dynaslim.runtime.checkpoint_source import network_key
 from dynaslim.runtime.extract import Shared, extract, extract_segment
 from dynaslim.runtime.onnx_graph import FEATURES, GATE_LOGITS, LOGITS, to_onnx
 from dynaslim.runtime.variants import Precision, RouteVariant, Variant
 from dynaslim.spec import NetSpec, Route
-
-
-def add_weights(digest: Any, module: nn.Module) -> None:
-    """Add names, types, shapes and values of a module's parameters and buffers to a hash."""
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        values = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(values.view(torch.uint8).numpy().data)
 
 
 class NetworkSource:
@@ -56,9 +49,7 @@ class NetworkSource:
     @cached_property
     def key(self) -> str:
         """Digest of spec, weights and precision."""
-        digest = hashlib.sha256(f"{self.spec} {self.precision}".encode())
-        add_weights(digest, self._net)
-        return digest.hexdigest()
+        return network_key(self.spec, self.precision, stored(self._net.state_dict()))
 
     def module(self, variant: Variant, dtype: torch.dtype = torch.float32) -> nn.Module:
         if isinstance(variant, RouteVariant):
