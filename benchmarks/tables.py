@@ -255,6 +255,17 @@ def adapted(name: str) -> str:
     return table(header, lines)
 
 
+def held_out() -> str:
+    """Budgets chosen on few images, measured on others."""
+    rows: dict[int, list[str]] = {}
+    for row in results("held_out")["rows"]:
+        if row["budget"] == "0.5":
+            cells = rows.setdefault(row["images"], [f"{row['images']:,}"])
+            cells.append(f"{row['top1']:.2%} ± {100 * row['deviation']:.2f}")
+    header = ["held-out images", "by expected accuracy", "by counting right answers"]
+    return table([*header, "by counting on one half"], list(rows.values()))
+
+
 def compared(name: str) -> str:
     """Accuracy, cost and times next to those of the most expensive network.
 
@@ -311,6 +322,7 @@ PAGES: dict[str, dict[str, Callable[[], str]]] = {
     "performance.md": {made.__name__: made for made in SPEED},
     "adapt.md": named(adapted, *ADAPTED) | named(compared, "alternatives"),
     "cascades.md": named(compared, "ladder"),
+    "budgets.md": {"held_out": held_out},
 }
 
 

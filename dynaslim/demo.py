@@ -30,7 +30,7 @@ from dynaslim.train.step import SupernetLosses
 
 MODEL: Final = "ds_mbnet_tiny"
 IMAGE_SIZE_PX: Final = 32
-README_TOP1: Final = {"widest route": 0.8660, "gate": 0.8650, "budget": 0.8620}
+README_TOP1: Final = {"widest route": 0.8680, "gate": 0.8620, "budget": 0.8660}
 """Top-1 in the README, for the default options; other processors give slightly other numbers."""
 HELD_OUT: Final = 0.1
 """Share of the training images that budgets are calibrated on."""

@@ -27,6 +27,7 @@ from dynaslim.nn.net import SlimNet
 from dynaslim.preprocessing import Preprocessing
 from dynaslim.runtime.calibrate_budget import PathAnswers
 from dynaslim.runtime.escalation import averaged, margins
+from dynaslim.runtime.opinion_pool import OpinionPool
 from dynaslim.spec import NetSpec
 from results.plan import static_spec
 
@@ -105,15 +106,24 @@ class Table:
     @cached_property
     def paths(self) -> PathAnswers:
         """The same answers in the form that the runtime's budget search takes."""
+        opinions_NAC = self.logits_NRC
+        if self.mirrored_NC is not None:
+            second_look_NC = averaged(self.logits_NRC[:, -1], self.mirrored_NC)
+            opinions_NAC = np.concatenate([self.logits_NRC, second_look_NC[:, None]], 1)
+        classes_NA = opinions_NAC.argmax(2)
+        pool = OpinionPool()
+        pool.add(classes_NA, opinions_NAC.swapaxes(0, 1), self.labels_N)
+        right_NA, expected_NA = classes_NA == self.labels_N[:, None], pool.probabilities()
+        routes = len(self.costs_R)
         return PathAnswers(
             self.spec,
             self.image_size_px,
             (self.gate_logits_NR[None],),
             self.correct_NR,
             self.margins_NR,
-            None
-            if self.mirrored_NC is None
-            else averaged(self.logits_NRC[:, -1], self.mirrored_NC).argmax(1) == self.labels_N,
+            expected_NA[:, :routes],
+            None if self.mirrored_NC is None else right_NA[:, routes],
+            None if self.mirrored_NC is None else expected_NA[:, routes],
         )
 
     def rows(self, rows: npt.NDArray[Any]) -> Table:

@@ -37,7 +37,7 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
     passed to the engine.
     """
     costs = judging.costs_R
-    curve = fit_curve(choosing.paths, split=False)
+    curve = fit_curve(choosing.paths)
     dearest = curve.points[-1].share
     # a budget beyond the curve's last point is an error
     limits = [min(share, max(1.0, dearest)) for share in SHARES]
@@ -50,7 +50,7 @@ def compare(choosing: Table, judging: Table) -> dict[str, Any]:
     ways["ladder"] = ladder(choosing, judging)
     ways["cascade_one_network"] = cascade(_alone(choosing), _alone(judging))
     if choosing.mirrored_NC is not None:
-        once = fit_curve(choosing.seen_once.paths, split=False)
+        once = fit_curve(choosing.seen_once.paths)
         ways["seen_once"] = [_at(judging, _of_point(once.at(min(share, 1.0)))) for share in SHARES]
     ways["random"] = [_random(judging, point["shift"]) for point in settings["gate"]]
     return {

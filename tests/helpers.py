@@ -168,7 +168,7 @@ def curved(name: str) -> tuple[Engine, torch.Tensor]:
     net = lively_net(name)
     x = noise(net.spec, 80)
     labels = Engine(net, backend="eager")(x, shift=-1e6).logits.argmax(1)
-    curve = fit_curve(answer_paths(net, [(x, labels)]), split=False)
+    curve = fit_curve(answer_paths(net, [(x, labels)]))
     return Engine(Checkpoint(net, recipe=MIRROR, budget=curve.to_dict()), backend="eager"), x
 
 

@@ -120,7 +120,6 @@ def cascade(
     echo("signals: area under the risk-coverage curve, lower is better; the margin is used")
     echo(curve_table(curve, spec, uniform))
     echo(points_table(f"by default {BUDGET}", {"": point}, spec, timed=False))
-    echo(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
     echo(f"{out}: a package of {len(spec.rungs)} networks for {spec.image_size_px} px images")
 
 

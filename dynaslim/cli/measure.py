@@ -368,7 +368,6 @@ def calibrate_budget(
     echo(curve_table(curve, spec, uniform))
     if point is not None:
         echo(points_table(f"budget {budget}", {"": point}, spec, timed=latency is not None))
-    echo(f"top-1 is measured on {curve.reporting_images} images, the points picked by the others")
     echo(f"{file if out is None else out}: {len(curve.points)} points of cost and accuracy")
 
 
@@ -384,7 +383,7 @@ def measure_curve(
     Raises:
         DataError: if the images do not fit the network, or are too few to distinguish settings.
     """
-    from dynaslim.runtime.budget_search import fit_curve, split_rows
+    from dynaslim.runtime.budget_search import fit_curve
     from dynaslim.runtime.calibrate_budget import answer_images, uniform_outcomes
 
     preprocessing, spec = loaded.preprocessing, loaded.net.spec
@@ -396,7 +395,7 @@ def measure_curve(
     _check_enough(opened.source, len(answers))
     curve = fit_curve(answers, latency=latency)
     curve.check_fits(spec, mirror=loaded.mirror)
-    return curve, uniform_outcomes(answers, latency=latency, rows=split_rows(len(answers))[1])
+    return curve, uniform_outcomes(answers, latency=latency)
 
 
 def print_measured(what: str, opened: ImageDataset, curve: BudgetCurve, held: str = "") -> None:

@@ -149,7 +149,7 @@ def _budgets(budget: Mapping[str, Any] | None) -> Iterator[str]:
     yield "## Budgets"
     yield (
         f"`engine(x, budget=0.6)` keeps the mean cost within 0.6 of the widest route's. Measured "
-        f"on {curve.reporting_images or curve.images} held-out images:"
+        f"on {curve.measured_images} held-out images:"
     )
     yield "\n".join(rows)
 

@@ -500,8 +500,9 @@ def _budgets(
         return ()
     points = [curve.points[place] for place in _spaced(len(curve.points), _BUDGETS)]
     if images is None:
-        count = curve.reporting_images
-        return tuple(Budget(point, point.madds, point.top1, count) for point in points)
+        return tuple(
+            Budget(point, point.madds, point.top1, curve.measured_images) for point in points
+        )
     answers = answer_images(model.checkpoint, images.images, options.batch_size)
     outcomes = [simulate(answers, point.shift, point.escalations) for point in points]
     return tuple(

@@ -222,8 +222,7 @@ _STEPS: Final = (
 class BudgetPoint:
     """One setting of shift and escalation, with its results on the held-out images.
 
-    Costs and shares are means over all images and do not depend on labels. `top1` (0..1) is
-    measured on the images that were not used to select points, unless all were.
+    Costs and shares are means over all images and do not depend on labels.
     """
 
     shift: float
@@ -241,8 +240,9 @@ class BudgetPoint:
     escalated: _Share
     """Share of the images that escalated, 0..1."""
     top1_selecting: _Share | None = None
-    """Accuracy on the images that selected the points. It is optimistic, but ranks points against
-    each other. None means that it is equal to `top1`."""
+    """The accuracy by which points are selected and compared: that expected from the answers of
+    several routes together (`runtime.opinion_pool`), which varies less than `top1`. None means that
+    it is equal to `top1`."""
     tau_then: _Amount | None = None
     """Like `tau`, for the second step of escalation; None if there is no second step."""
     escalate_then: _Options | None = None
@@ -314,8 +314,8 @@ class BudgetPoint:
 class BudgetCurve:
     """Accuracy of a network over a range of costs, measured on held-out images.
 
-    Points are in order of cost. On the selecting images, each is more accurate than the one before,
-    except that the widest route is always included. Only points with a second look cost more than
+    Points are in order of cost. Each is expected to be more accurate than the one before, except
+    that the widest route is always included. Only points with a second look cost more than
     that route. `gate_points` have no escalation. With a latency table, `ms_points` and
     `ms_gate_points` are the same in order of milliseconds; if empty, the other two are used.
     """
@@ -334,8 +334,13 @@ class BudgetCurve:
     ms_points: tuple[BudgetPoint, ...] = ()
     ms_gate_points: tuple[BudgetPoint, ...] = ()
     reporting_images: _Count | None = None
-    """Number of the images on which every `top1` is measured; the others selected the points. None
-    if all images did both, which makes every `top1` optimistic."""
+    """In older curves: number of the images on which every `top1` is measured; the others selected
+    the points. None if `top1` is of all images."""
+
+    @property
+    def measured_images(self) -> int:
+        """Number of the images on which every `top1` is measured."""
+        return self.reporting_images or self.images
 
     def at(self, budget: float | str | BudgetPoint, *, escalate: bool = True) -> BudgetPoint:
         """The best point for a budget; without `escalate`, among those of the gate alone.

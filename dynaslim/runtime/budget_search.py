@@ -1,11 +1,12 @@
 """Search for budget curves: shifts and escalation thresholds tried jointly on held-out images.
 
 Thousands of settings are compared in seconds, using the table of `runtime.calibrate_budget`. The
-best of many settings looks better than it is, by chance. Therefore one half of the images selects
-the settings, and the other half measures their accuracy.
+best of many settings looks better than it is, by chance. Therefore they are compared by expected
+accuracy, which depends little on single labels (`runtime.opinion_pool`), and their accuracy is
+measured afterwards.
 
 Suffixes: N images, K options of a gate, P paths, S settings, T thresholds, V thresholds of a
-second step, M thresholds of a second look, U units of cost, H the selecting and reporting halves.
+second step, M thresholds of a second look, U units of cost.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import NormalDist
 from typing import Any, Final, NamedTuple
 
@@ -23,7 +25,7 @@ from dynaslim.cascade_spec import CascadeSpec
 from dynaslim.cost import CostTable
 from dynaslim.errors import check
 from dynaslim.runtime.budget import MOST_SHARE, BudgetCurve, BudgetPoint, option_costs
-from dynaslim.runtime.calibrate_budget import PathAnswers, walk
+from dynaslim.runtime.calibrate_budget import PathAnswers, Walked, walk
 from dynaslim.runtime.escalation import Bools, Floats, Ints, escalation_cost
 
 SHIFTS: Final = 41
@@ -51,41 +53,24 @@ _ROUNDING: Final = 1e-12
 """Relative tolerance for sums of costs."""
 
 
-def split_rows(images: int) -> tuple[Ints, Ints]:
-    """Rows that select settings, and rows that report their accuracy: two halves, always the same.
-
-    They are drawn at random, because data sets are often stored in a fixed order of classes.
-    """
-    order = np.random.default_rng(0).permutation(images)
-    return np.sort(order[1::2]), np.sort(order[0::2])
-
-
-def fit_curve(
-    answers: PathAnswers, *, latency: CostTable | None = None, split: bool = True
-) -> BudgetCurve:
+def fit_curve(answers: PathAnswers, *, latency: CostTable | None = None) -> BudgetCurve:
     """Find the settings worth having, from cheap to accurate; see `BudgetCurve`.
 
-    `latency` is a table in ms for the same network, which adds the curve by milliseconds. Without
-    `split`, all images both select and report, for sets too small to divide.
+    `latency` is a table in ms for the same network, which adds the curve by milliseconds.
 
     Raises:
-        UsageError: if `latency` is in another unit or for another network, or there is no image
-            for one of the halves.
+        UsageError: if `latency` is in another unit or for another network.
     """
-    total = len(answers)
-    check(total >= 2 or not split, f"images {total}: two halves need at least 2")
     if latency is not None:
         check(latency.unit == "ms", f"latency table in {latency.unit}: expected ms")
         latency.check_fits(answers.spec)
-    everyone = np.arange(total)
-    selecting, reporting = split_rows(total) if split else (everyone, everyone)
-    tried = _Tried(answers, latency, selecting, reporting)
+    tried = _Tried(answers, latency)
     points, gate_points = tried.fronts(unit=0)
     ms_points, ms_gate_points = ((), ()) if latency is None else tried.fronts(unit=1)
     cheapest, widest = tried.point(tried.cheapest), tried.point(tried.widest)
     return BudgetCurve(
         image_size_px=answers.image_size_px,
-        images=total,
+        images=len(answers),
         widest_madds=widest.madds,
         widest_ms=widest.ms,
         widest_top1=widest.top1,
@@ -96,7 +81,6 @@ def fit_curve(
         gate_points=gate_points,
         ms_points=ms_points,
         ms_gate_points=ms_gate_points,
-        reporting_images=len(reporting) if split else None,
     )
 
 
@@ -172,9 +156,9 @@ class _Settings(NamedTuple):
     tau_mirror_S: Floats
     """NaN without a second look."""
     escalated_S: Ints
-    """Number of escalated images, of both halves."""
-    right_HS: Ints
-    """Number of correctly classified images in each half."""
+    """Number of escalated images."""
+    expected_S: Floats
+    """Expected number of correctly classified images."""
     cost_US: Floats
     """Mean costs over all images, in MAdds and, with a latency table, in ms."""
 
@@ -183,7 +167,7 @@ class _Settings(NamedTuple):
         cls,
         shift: float,
         escalated_S: Ints,
-        right_HS: Ints,
+        expected_S: Floats,
         cost_US: Floats,
         *,
         tau: Floats | float = np.nan,
@@ -195,22 +179,19 @@ class _Settings(NamedTuple):
         """Settings with one shift; other scalars also apply to all of them."""
         steps = (shift, tau, target, tau_then, target_then, tau_mirror)
         columns = [np.broadcast_to(values, len(escalated_S)) for values in steps]
-        return cls(*columns, escalated_S, right_HS, cost_US)  # type: ignore[call-arg]
+        # settings with the same answers must not differ by the order of summation
+        expected_S = expected_S.round(6)
+        return cls(*columns, escalated_S, expected_S, cost_US)  # type: ignore[call-arg]
 
 
 class _Tried:
     """All settings that are tried, and their Pareto fronts."""
 
-    def __init__(
-        self, answers: PathAnswers, latency: CostTable | None, selecting: Ints, reporting: Ints
-    ) -> None:
+    def __init__(self, answers: PathAnswers, latency: CostTable | None) -> None:
         self.answers = answers
         self.tables = [answers.table] if latency is None else [answers.table, latency]
         self.costs_UP = np.stack([answers.costs(table) for table in self.tables])
-        self.half_HN = np.zeros((2, len(answers)), np.int64)
-        self.half_HN[0, selecting] = 1
-        self.half_HN[1, reporting] = 1
-        differ_N = answers.correct_NP[selecting, 0] != answers.correct_NP[selecting, -1]
+        differ_N = answers.correct_NP[:, 0] != answers.correct_NP[:, -1]
         self.noise = math.sqrt(np.count_nonzero(differ_N))
         """Standard error of the difference between two settings, in correctly classified images."""
         parts = [part for shift in shift_grid(answers) for part in self._of_shift(float(shift))]
@@ -231,15 +212,15 @@ class _Tried:
         """
         answers = self.answers
         own_N, everyone = answers.taken(shift), np.arange(len(answers))
-        right_H = self.half_HN @ answers.correct_NP[everyone, own_N].astype(np.int64)
+        expected = answers.expected_NP[everyone, own_N].sum()
         cost_U = self.costs_UP[:, own_N].mean(1)
-        yield _Settings.of(shift, np.array([0]), right_H[:, None], cost_U[:, None])
+        yield _Settings.of(shift, np.array([0]), np.array([expected]), cost_U[:, None])
         for target in range(len(answers.targets)):
             yield from self._in_steps(shift, own_N, -1, target, count=TAUS)
         for first, then in itertools.combinations(range(len(answers.targets)), 2):
             yield from self._in_steps(shift, own_N, first, then, count=TAUS_OF_TWO)
-        if answers.second_look_N is not None:
-            last, looked_N = len(answers.targets) - 1, answers.second_look_N
+        if answers.expected_look_N is not None:
+            last, looked_N = len(answers.targets) - 1, answers.expected_look_N
             for first in range(-1, last):
                 yield from self._in_steps(shift, own_N, first, last, looked_N, count=TAUS_OF_LOOKS)
 
@@ -249,7 +230,7 @@ class _Tried:
         own_N: Ints,
         first: int,
         then: int,
-        looked_N: Bools | None = None,
+        looked_N: Floats | None = None,
         *,
         count: int,
     ) -> Iterator[_Settings]:
@@ -257,7 +238,7 @@ class _Tried:
 
         See `escalation.EscalationState`. Each step has `count` thresholds. With `first` -1, the
         step to `then` is the only one, and settings without it are included. The second look
-        follows only the widest target; its answers are right where `looked_N` is true.
+        follows only the widest target; its answers are right with the probabilities `looked_N`.
         """
         answers, everyone = self.answers, np.arange(len(self.answers))
         targets = answers.targets[first], answers.targets[then]
@@ -294,30 +275,26 @@ class _Tried:
         shape = len(tau_T) + 1, len(tau_V) + 1, len(tau_M) + 1
         cell_N = np.ravel_multi_index((from_T_N, from_V_N, from_M_N), shape)
 
-        def run(step: int, weight_N: Ints) -> Ints:
+        def run(step: int, weight_N: Floats | Bools) -> Floats:
             """Sums of weights over the rows that run a step: (T, 1, 1), (T, V, 1) or (T, V, M)."""
             counts = np.bincount(cell_N, weight_N, math.prod(shape)).reshape(shape)
-            sums: Ints = counts.astype(np.int64).cumsum(0).cumsum(1).cumsum(2)
+            sums: Floats = counts.cumsum(0).cumsum(1).cumsum(2)
             under, everywhere = slice(0, -1), slice(-1, None)
             return sums[under, under if step > 0 else everywhere, under if step > 1 else everywhere]
 
-        right_N = answers.correct_NP[everyone, own_N].astype(np.int64)
-        stands_right_N = answers.correct_NP[everyone, stands_N].astype(np.int64)
-        gains = [
-            able_N * (stands_right_N - right_N),
-            able_then_N * (answers.correct_NP[:, last] - stands_right_N),
-        ]
-        runs = [run(0, able_N.astype(np.int64)), run(1, able_then_N.astype(np.int64))]
-        once = runs[0] + run(1, (able_then_N & ~able_N).astype(np.int64))
+        own_right_N = answers.expected_NP[everyone, own_N]
+        stands_right_N = answers.expected_NP[everyone, stands_N]
+        last_right_N = answers.expected_NP[:, last]
+        expected = own_right_N.sum() + run(0, able_N * (stands_right_N - own_right_N))
+        expected = expected + run(1, able_then_N * (last_right_N - stands_right_N))
+        runs = [run(0, able_N), run(1, able_then_N)]
+        once = runs[0] + run(1, able_then_N & ~able_N)
         if looked_N is not None:
-            gains.append(looked_N.astype(np.int64) - answers.correct_NP[:, last])
-            runs.append(run(2, np.ones(len(answers), np.int64)))
-            once = once + run(2, there_N.astype(np.int64))
+            expected = expected + run(2, looked_N - last_right_N)
+            runs.append(run(2, np.ones(len(answers))))
+            once = once + run(2, there_N)
         grid = (len(tau_T), len(tau_V), len(tau_M))
-        rights, costs = [], []
-        for half_N in self.half_HN:
-            gained = sum(run(step, half_N * gain_N) for step, gain_N in enumerate(gains))
-            rights.append(np.broadcast_to(half_N @ right_N + gained, grid).ravel())
+        costs = []
         for table, costs_P in zip(self.tables, self.costs_UP, strict=True):
             more = [
                 escalation_cost(table, target, mirror=step == 2)
@@ -337,9 +314,9 @@ class _Tried:
             }
         else:
             steps = {"tau": tau_TVM, "target": first, "tau_then": then_TVM, "target_then": then}
-        escalated = np.broadcast_to(once, grid).ravel()
+        escalated, expected = (np.broadcast_to(values, grid).ravel() for values in (once, expected))
         yield _Settings.of(
-            shift, escalated, np.stack(rights), np.stack(costs), **steps, tau_mirror=mirror_TVM
+            shift, escalated, expected, np.stack(costs), **steps, tau_mirror=mirror_TVM
         )
 
     def fronts(self, unit: int) -> tuple[tuple[BudgetPoint, ...], tuple[BudgetPoint, ...]]:
@@ -410,16 +387,17 @@ class _Tried:
         front, worth = self._front(without, cost_S), []
         for number in self._thinned(settings, cost_S).tolist():
             rival = front[np.searchsorted(cost_S[front], cost_S[number], side="right") - 1]
-            ours, theirs = (self._right(n)[self.half_HN[0] > 0] for n in (number, int(rival)))
-            differ = np.count_nonzero(ours != theirs)
-            if int(ours.sum()) - int(theirs.sum()) > NOISE * math.sqrt(differ):
+            ours, theirs = self._walk(number), self._walk(int(rival))
+            differ = np.count_nonzero(ours.right_N != theirs.right_N)
+            gained = float((ours.expected_N - theirs.expected_N).sum())
+            if gained > NOISE * math.sqrt(differ):
                 worth.append(number)
         return np.array(worth, np.int64)
 
-    def _right(self, number: int) -> Bools:
-        """Which images (N,) a setting gets right."""
+    def _walk(self, number: int) -> Walked:
+        """A setting's outcome for every image."""
         point = self.point(number)
-        return walk(self.answers, point.shift, point.escalations).right_N
+        return walk(self.answers, point.shift, point.escalations)
 
     def _better_than_uniform(self, settings: Ints, cost_S: Floats) -> Ints:
         """Drop settings whose gates gain no more than chance over a single first route.
@@ -429,18 +407,18 @@ class _Tried:
         """
         if isinstance(self.answers.spec, CascadeSpec):  # its gate sends all images the same way
             return settings
-        right_S, shift_S = self.all.right_HS[0], self.all.shift_S
+        expected_S, shift_S = self.all.expected_S, self.all.shift_S
         alike = np.isin(shift_S[settings], (shift_S[self.widest], shift_S[self.cheapest]))
         front = self._front(settings[alike], cost_S)
         at = np.searchsorted(cost_S[front], cost_S[settings], side="right") - 1
-        beaten = right_S[front][at]
-        return np.asarray(settings[alike | (right_S[settings] > beaten + NOISE * self.noise)])
+        beaten = expected_S[front][at]
+        return np.asarray(settings[alike | (expected_S[settings] > beaten + NOISE * self.noise)])
 
     def _front(self, settings: Ints, cost_S: Floats) -> Ints:
-        """The Pareto front by cost and right answers on the selecting half, ascending in both."""
-        right_S = self.all.right_HS[0]
-        order = settings[np.lexsort((-right_S[settings], cost_S[settings]))]
-        best = np.maximum.accumulate(right_S[order])
+        """The Pareto front by cost and expected accuracy, ascending in both."""
+        expected_S = self.all.expected_S
+        order = settings[np.lexsort((-expected_S[settings], cost_S[settings]))]
+        best = np.maximum.accumulate(expected_S[order])
         better: Ints = order[np.append(True, best[1:] > best[:-1])]
         return better
 
@@ -460,28 +438,28 @@ class _Tried:
         return tuple(self.point(number) for number in numbers)
 
     def point(self, number: int) -> BudgetPoint:
-        """Convert a setting to a point of a curve."""
+        """Convert a setting to a point of a curve, and measure its accuracy."""
         target, then = int(self.all.target_S[number]), int(self.all.target_then_S[number])
         tau_mirror = float(self.all.tau_mirror_S[number])
         costs = self.all.cost_US[:, number].tolist()
-        selected, reported = self.all.right_HS[:, number] / self.half_HN.sum(1)
-        ends = accuracy_interval(float(reported), int(self.half_HN[1].sum()))
-        return BudgetPoint(
+        images = len(self.answers)
+        point = BudgetPoint(
             shift=float(self.all.shift_S[number]),
             tau=None if target < 0 else float(self.all.tau_S[number]),
             escalate_to=None if target < 0 else self.answers.targets[target],
             madds=costs[0],
             share=costs[0] / self.answers.table.widest_cost,
             ms=costs[1] if len(costs) > 1 else None,
-            top1=float(reported),
-            escalated=int(self.all.escalated_S[number]) / len(self.answers),
-            top1_selecting=float(selected),
-            top1_interval=(ends.low, ends.high),
+            top1=0.0,
+            escalated=float(self.all.escalated_S[number]) / images,
+            top1_selecting=min(1.0, float(self.all.expected_S[number]) / images),
             tau_then=None if then < 0 else float(self.all.tau_then_S[number]),
             escalate_then=None if then < 0 else self.answers.targets[then],
             tau_mirror=None if math.isnan(tau_mirror) else tau_mirror,
             mirror_along=None if math.isnan(tau_mirror) else self.answers.paths[-1],
         )
+        top1 = float(walk(self.answers, point.shift, point.escalations).right_N.mean())
+        return replace(point, top1=top1, top1_interval=accuracy_interval(top1, images))
 
 
 def _thresholds(

@@ -4,7 +4,7 @@ The network runs every path of its gates once on held-out images (`answer_paths`
 any shift, margin threshold and target follow from that table in numpy (`simulate`);
 `dynaslim.runtime.budget_search` looks for the settings worth having.
 
-Suffixes: B rows of a batch, N images, K options of a gate, P paths, Q prefixes.
+Suffixes: B rows of a batch, N images, K options of a gate, P paths, A answers, Q prefixes.
 The options of a path are the digits of its number, the last gate's being the least significant.
 A prefix is the options of the gates before a gate, and is numbered in the same way.
 """
@@ -43,6 +43,7 @@ from dynaslim.runtime.escalation import (
     escalation_cost,
     margins,
 )
+from dynaslim.runtime.opinion_pool import OpinionPool
 from dynaslim.runtime.program_net import for_evaluation
 from dynaslim.spec import Route
 
@@ -59,9 +60,13 @@ class PathAnswers:
     """Logits of every gate (Q, N, K), by prefix."""
     correct_NP: Bools
     margins_NP: npt.NDArray[np.float32]
+    expected_NP: Floats
+    """The probability that each answer is right, judged by several paths (`OpinionPool`)."""
     second_look_N: Bools | None = None
     """Whether the widest path's answers for an image and its mirror image, averaged, are right;
     None if mirror images were not run."""
+    expected_look_N: Floats | None = None
+    """The probability of the same."""
 
     def __len__(self) -> int:
         return len(self.correct_NP)
@@ -69,7 +74,7 @@ class PathAnswers:
     @cached_property
     def paths(self) -> tuple[Path, ...]:
         """All paths in the order of their numbers: cheapest first, widest last."""
-        return tuple(itertools.product(*(range(len(gate.choices)) for gate in self.spec.gates)))
+        return _paths(self.spec)
 
     @cached_property
     def table(self) -> CostTable:
@@ -78,13 +83,8 @@ class PathAnswers:
 
     @cached_property
     def targets(self) -> tuple[Path, ...]:
-        """Paths to which rows may escalate: the same option at every gate, except the cheapest.
-
-        Gates with fewer options take their last.
-        """
-        options = [len(gate.choices) for gate in self.spec.gates]
-        steps = range(1, max(options))
-        return tuple(dict.fromkeys(tuple(min(k, n - 1) for n in options) for k in steps))
+        """Paths to which rows may escalate: the uniform ones, except the cheapest."""
+        return _uniform_paths(self.spec)[1:]
 
     def costs(self, table: CostTable) -> Floats:
         """Cost of one image along every path (P,), in the table's unit."""
@@ -102,6 +102,20 @@ class PathAnswers:
             option_N = choose(logits_QNK[path_N, everyone], shift, costs_K)
             path_N = path_N * len(costs_K) + option_N
         return path_N
+
+
+def _paths(spec: AnySpec) -> tuple[Path, ...]:
+    return tuple(itertools.product(*(range(len(gate.choices)) for gate in spec.gates)))
+
+
+def _uniform_paths(spec: AnySpec) -> tuple[Path, ...]:
+    """Paths with the same option at every gate, cheapest first.
+
+    Gates with fewer options take their last.
+    """
+    options = [len(gate.choices) for gate in spec.gates]
+    steps = range(max(options))
+    return tuple(dict.fromkeys(tuple(min(k, n - 1) for n in options) for k in steps))
 
 
 class Outcome(NamedTuple):
@@ -177,9 +191,12 @@ def answer_paths(
     device = net.device
     options = [len(gate.choices) for gate in spec.gates]
     gate_logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in spec.gates]
-    correct: list[Bools] = []
+    answered: list[Ints] = []
     margin: list[npt.NDArray[np.float32]] = []
-    second_look: list[Bools] = []
+    all_labels: list[Ints] = []
+    pool = OpinionPool()
+    paths = _paths(spec)
+    members = [paths.index(path) for path in _uniform_paths(spec)]
     sides: set[tuple[int, int]] = set()
 
     def run(number: int, x: Tensor, index: int, at: int) -> None:
@@ -187,13 +204,16 @@ def answer_paths(
         out = net.segment(number, x, index)
         if out.gate_logits is None:
             logits_BN = _finite(f"route {at}", out.features)
-            correct_PB[at] = logits_BN.argmax(1) == labels
+            classes_AB[at] = logits_BN.argmax(1)
             margins_PB[at] = margins(logits_BN)
             if on_answers is not None:
                 on_answers(at, logits_BN, labels)
+            if at in members:
+                opinions.append(logits_BN)
             if mirror and at == count - 1:
                 mirror_BN = _finite("mirror images", net(image.flip(3), spec.widest_choice))
-                second_look.append(averaged(logits_BN, mirror_BN).argmax(1) == labels)
+                opinions.append(averaged(logits_BN, mirror_BN))
+                classes_AB[count] = opinions[-1].argmax(1)
             return
         decided[number][at] = _finite(f"gate {number}", out.gate_logits)
         for option, choice in enumerate(spec.gates[number].choices):
@@ -203,7 +223,9 @@ def answer_paths(
         net.check_input(x)
         sides.add((x.shape[2], x.shape[3]))
         labels = labels_B.cpu().numpy()
-        correct_PB = np.empty((count, len(x)), bool)
+        # the answers of all paths, and that of the second look
+        classes_AB = np.empty((count + mirror, len(x)), np.int64)
+        opinions: list[npt.NDArray[np.float32]] = []
         margins_PB = np.empty((count, len(x)), np.float32)
         decided = [
             np.empty((math.prod(options[:gate]), len(x), k), np.float32)
@@ -211,23 +233,29 @@ def answer_paths(
         ]
         image = x.to(device)
         run(0, image, 0, 0)
-        correct.append(correct_PB.T)
+        answered.append(classes_AB.T)
         margin.append(margins_PB.T)
+        all_labels.append(labels)
+        pool.add(classes_AB.T, np.stack(opinions), labels)
         for parts, logits_QBK in zip(gate_logits, decided, strict=True):
             parts.append(logits_QBK)
         if on_batch is not None:
             on_batch(len(x))
-    if not any(map(len, correct)):
+    if not any(map(len, answered)):
         raise DataError("no images to measure budgets on")
     height, width = sides.pop()
     check(not sides and height == width, "budgets are measured on square images of one size")
+    right_NA = np.concatenate(answered) == np.concatenate(all_labels)[:, None]
+    expected_NA = pool.probabilities()
     return PathAnswers(
         spec,
         height,
         tuple(np.concatenate(parts, axis=1) for parts in gate_logits),
-        np.concatenate(correct),
+        right_NA[:, :count],
         np.concatenate(margin),
-        np.concatenate(second_look) if mirror else None,
+        expected_NA[:, :count],
+        right_NA[:, count] if mirror else None,
+        expected_NA[:, count] if mirror else None,
     )
 
 
@@ -263,6 +291,7 @@ class Walked(NamedTuple):
     madds_N: Floats
     ms_N: Floats | None
     right_N: Bools
+    expected_N: Floats
     escalated_N: Bools
 
 
@@ -277,6 +306,7 @@ def walk(
     own_N = answers.taken(shift)
     everyone = np.arange(len(answers))
     right_N = answers.correct_NP[everyone, own_N]
+    expected_N = answers.expected_NP[everyone, own_N]
     madds_N = answers.costs(answers.table)[own_N]
     ms_N = None if latency is None else answers.costs(latency)[own_N]
     state, up_N = EscalationState(len(answers)), np.zeros(len(answers), bool)
@@ -288,41 +318,37 @@ def walk(
         able_N = answers.may_escalate(target, mirror=mirror)[own_N]
         escalated_N = state.next(able_N, answers.margins_NP[everyone, own_N], tau)
         own_N = np.where(escalated_N, path, own_N)
-        right_N = np.where(escalated_N, _answered(answers, path, mirror), right_N)
+        then_right_N, then_expected_N = _answered(answers, path, mirror)
+        right_N = np.where(escalated_N, then_right_N, right_N)
+        expected_N = np.where(escalated_N, then_expected_N, expected_N)
         madds_N = madds_N + escalated_N * escalation_cost(answers.table, target, mirror=mirror)
         if ms_N is not None and latency is not None:
             ms_N = ms_N + escalated_N * escalation_cost(latency, target, mirror=mirror)
         up_N |= escalated_N
-    return Walked(madds_N, ms_N, right_N, up_N)
+    return Walked(madds_N, ms_N, right_N, expected_N, up_N)
 
 
-def _answered(answers: PathAnswers, path: int, mirror: bool) -> Bools:
-    """Whether a step's answer is right (N,)."""
+def _answered(answers: PathAnswers, path: int, mirror: bool) -> tuple[Bools, Floats]:
+    """Whether a step's answer is right (N,), and the probability of that."""
     if not mirror:
-        return answers.correct_NP[:, path]
+        return answers.correct_NP[:, path], answers.expected_NP[:, path]
     check(
         answers.second_look_N is not None and path == len(answers.paths) - 1,
         f"mirror image along {answers.paths[path]}: has not been run; the answers have "
         f"{'none' if answers.second_look_N is None else 'that of the widest path'}",
     )
     assert answers.second_look_N is not None
-    return answers.second_look_N
+    assert answers.expected_look_N is not None
+    return answers.second_look_N, answers.expected_look_N
 
 
 def uniform_outcomes(
-    answers: PathAnswers,
-    *,
-    latency: CostTable | None = None,
-    rows: Ints | None = None,
+    answers: PathAnswers, *, latency: CostTable | None = None
 ) -> list[tuple[Route, Outcome]]:
-    """Outcomes if all images take one route, for comparison: the cheapest path and every target.
-
-    Accuracy is measured on `rows`, by default on all images.
-    """
-    some = slice(None) if rows is None else rows
+    """Outcomes if all images take one route, for comparison: the cheapest path and every target."""
     result = []
     for path in (answers.paths[0], *answers.targets):
-        right_N = answers.correct_NP[some, answers.paths.index(path)]
+        right_N = answers.correct_NP[:, answers.paths.index(path)]
         ms = None if latency is None else latency.route_cost(path)
         outcome = Outcome(answers.table.route_cost(path), ms, float(right_N.mean()), 0.0)
         result.append((answers.spec.route_along(path), outcome))

@@ -531,7 +531,7 @@ def files(tmp_path_factory):
     net = lively_net("micro")
     names = tuple(f"class {n}" for n in range(5))
     save(folder / "run" / "net.safetensors", Checkpoint(net, names, PLAIN))
-    pixels = (_bright(200, 0)[0].permute(0, 2, 3, 1).clamp(0, 1) * 255).byte().numpy()
+    pixels = (_bright(200, 5)[0].permute(0, 2, 3, 1).clamp(0, 1) * 255).byte().numpy()
     pictures = list(map(encoded, pixels))
     return folder, write_parquet(folder / "data", pictures, 5), pictures
 
