@@ -123,8 +123,11 @@ def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None
         result = evaluate(net, test, preprocessing, on_batch=bar.advance)
     made = Checkpoint(net, train.class_names, preprocessing, result.to_dict(), recipe)
     curve = fit_curve(answer_images(made, held_out, 250))
-    point = curve.at(target)
-    outcome = simulate(answer_images(made, test, 250), point.shift, point.escalations)
+    answers = answer_images(made, test, 250)
+    asked, *budgets = (
+        simulate(answers, point.shift, point.escalations)
+        for point in (curve.at(target), *curve.points)
+    )
 
     files = {
         "checkpoint": out / "checkpoint.safetensors",
@@ -132,11 +135,10 @@ def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None
         "picture": out / "accuracy.png",
     }
     save(files["checkpoint"], replace(made, budget=curve.to_dict()))
-    picture = evaluation_figure(
-        net.spec, result, test, title=f"{MODEL} on Fashion-MNIST (2,000 test images)"
-    )
+    title = f"{MODEL} on Fashion-MNIST (2,000 test images)"
+    picture = evaluation_figure(net.spec, result, budgets, test, title=title)
     write_atomic(files["picture"], picture)
-    done = Demo(result, (target, outcome), time.monotonic() - start, files)
+    done = Demo(result, (target, asked), time.monotonic() - start, files)
     write_atomic(out / METRICS, b"".join(lines))  # for the curves of `dynaslim report`
     results = {**done.to_dict(), "recipe": recipe, "environment": environment()}
     write_json(files["results"], results)

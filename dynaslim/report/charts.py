@@ -32,6 +32,7 @@ from dynaslim.evaluation import Evaluation
 from dynaslim.report import text
 from dynaslim.report.data import Mode
 from dynaslim.runs.curves import read_accuracies, read_losses
+from dynaslim.runtime.calibrate_budget import Outcome
 from dynaslim.spec import NetSpec
 
 COLOURS: Final = {
@@ -525,11 +526,17 @@ def _curves_table(curves: Sequence[Curve], most: int = 12) -> list[tuple[str, ..
 
 @_in_style
 def evaluation_figure(
-    spec: NetSpec, result: Evaluation, images: ImageDataset, *, title: str
+    spec: NetSpec,
+    result: Evaluation,
+    budgets: Sequence[Outcome],
+    images: ImageDataset,
+    *,
+    title: str,
 ) -> bytes:
     """A PNG with accuracy against MAdds, and below it example images by the route they took.
 
-    Works only for networks with a single gate, whose choices are the routes.
+    `budgets` are those of a curve, on the same images. Works only for networks with a single gate,
+    whose choices are the routes.
     """
     assert result.dynamic is not None
     assert len(spec.gates) == 1
@@ -555,13 +562,16 @@ def evaluation_figure(
         Mode("uniform", "", r.top1, r.madds, None, f"{100 * r.top1:.1f}") for r in result.routes
     ]
     label = f"{100 * dynamic.top1:.1f}"
+    modes += [Mode("budget", "", each.top1, each.madds, None, "") for each in budgets]
     modes.append(Mode("dynamic", "", dynamic.top1, dynamic.mean_madds, None, label))
     axes = upper.subplots()
     axes.set(xlabel="million multiply-adds per image (mean)", ylabel="top-1 accuracy, %")
     series = _points(modes, by_ms=False)
     _draw_points(axes, series, 2)
+    drawn = [len(points) + bool(_SERIES[kind].line) for kind, points in series.items()]
+    first = [0, *itertools.accumulate(drawn[:-1])]
     names = [_SERIES[kind].name for kind in series]
-    axes.legend([axes.lines[n] for n in (0, -1)], names, loc="lower right")
+    axes.legend([axes.lines[n] for n in first], names, loc="lower right")
     figure.draw_without_rendering()  # to place the axes
     _draw_labels(axes, series)
     buffer = io.BytesIO()
