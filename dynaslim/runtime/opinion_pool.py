@@ -24,7 +24,9 @@ LEAST: Final = 1e-9
 """Least probability that a member gives to all classes that are no answer."""
 RIDGE: Final = 1.0
 """Pull of the weights towards a plain mean, for members that never err; it is weak from a few
-hundred images on."""
+hundred images on. Where probabilities hardly differ between images, so that weights must be large,
+it is less."""
+LEAST_RIDGE: Final = 1e-6
 ROWS: Final = 4096
 """Images that are summed at once, which bounds the memory."""
 STEPS: Final = 50
@@ -64,6 +66,8 @@ class OpinionPool:
         members = features_NKM.shape[2]
         # a constant for the other classes, since members may be too sure of their answers
         prior_D = weight_D = np.append(np.full(members, 1 / members), 0.0)
+        spread = float(features_NKM[:, 0].astype(np.float64).var(0).mean())
+        ridge = RIDGE * min(1.0, max(spread, LEAST_RIDGE))
         parts = [
             _Part(
                 features_NKM[at : at + ROWS], candidate_NA[at : at + ROWS], label_N[at : at + ROWS]
@@ -72,15 +76,15 @@ class OpinionPool:
         ]
 
         def loss(weight_D: Floats) -> float:
-            pull = RIDGE / 2 * float(np.square(weight_D - prior_D).sum())
+            pull = ridge / 2 * float(np.square(weight_D - prior_D).sum())
             return pull + sum(part.loss(weight_D) for part in parts)
 
         least = loss(weight_D)
         for _ in range(STEPS):
             sums = [part.derivatives(weight_D) for part in parts]
-            slope_D = sum(slope for slope, _ in sums) + RIDGE * (weight_D - prior_D)
+            slope_D = sum(slope for slope, _ in sums) + ridge * (weight_D - prior_D)
             step_D = np.linalg.solve(
-                sum(curvature for _, curvature in sums) + RIDGE * np.eye(members + 1), slope_D
+                sum(curvature for _, curvature in sums) + ridge * np.eye(members + 1), slope_D
             )
             # the loss is convex, so a short enough step lowers it
             while (found := loss(weight_D - step_D)) > least and np.abs(step_D).max() > 1e-9:

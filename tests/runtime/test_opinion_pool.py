@@ -52,6 +52,13 @@ def test_expectations_are_right_on_average():
     assert chances.mean(0) == pytest.approx((classes == labels[:, None]).mean(0), abs=0.02)
 
 
+def test_members_that_are_never_sure():
+    """Logits so small that all probabilities are about the same, as those of an untrained net."""
+    logits, labels = _members(300, sure=1e-3)
+    right, chances = labels[:, None] == logits.argmax(2).T, _pool(logits, labels)
+    assert chances[right].mean() > chances[~right].mean() + 0.3
+
+
 def test_equal_answers_are_equally_probable():
     logits, labels = _members(500)
     classes = logits.argmax(2).T
