@@ -27,6 +27,8 @@ from dynaslim.runtime.router import Router, SizedVariant, WorkItem
 from dynaslim.runtime.variants import SegmentVariant, VariantTable, segment_variants, variant_table
 
 ROUNDS: Final = 9
+_ROUNDING: Final = 1e-9
+"""Share of a step's time below which a gain is due to rounding."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,7 @@ class LatencyTable:
         """
         goes, left = np.arange(len(counts)), counts.astype(int)
         buckets = variants[gate + 1][before]
+        total = sum(self.step_ms(bucket, n) for bucket, n in zip(buckets, left, strict=False))
         for option in range(len(counts) - 1):
             if not left[option]:
                 continue
@@ -125,7 +128,7 @@ class LatencyTable:
                 for wider in range(option + 1, len(counts))
             }
             best = max(gains, key=lambda wider: gains[wider])
-            if gains[best] > 0:
+            if gains[best] > _ROUNDING * total:
                 goes[goes == option] = best
                 left[best] += left[option]
                 left[option] = 0

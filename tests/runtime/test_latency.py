@@ -1,6 +1,7 @@
 """Measured times of variants, kept as a cost table; small buckets that join wider ones."""
 
 import dataclasses
+import itertools
 import json
 from functools import cache
 
@@ -214,6 +215,14 @@ def test_merging_goes_upward_and_saves_time(case):
     assert new <= old * (1 + 1e-12)
     if (goes != options).any():
         assert new < old
+
+
+def test_merging_without_a_gain():
+    """Times that only grow in proportion: what rounding makes of it is no gain."""
+    table = dataclasses.replace(made_up(lambda variant, rows: 0.1), rows=(1,))
+    table = dataclasses.replace(table, ms={variant.name: (0.1,) for variant in VARIANTS})
+    for counts in itertools.product(range(1, 60, 7), repeat=3):
+        assert table.merge(TABLE, 1, 0, np.array(counts)).tolist() == [0, 1, 2]
 
 
 def test_merging_by_hand():
