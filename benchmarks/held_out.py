@@ -52,10 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     whole = answer_images(checkpoint, images, 250, on_answers=keep)
     # second looks answer where the others are unsure, which is not compared here
     whole = replace(whole, second_look_N=None, expected_look_N=None)
-    logits_PNC, labels_N = (
-        np.stack([np.concatenate(each) for each in logits]),
-        np.concatenate(labels),
-    )
+    logits_PNC = np.stack([np.concatenate(each) for each in logits])
+    labels_N = np.concatenate(labels)
     rng, rows = np.random.default_rng(0), []
     for size in SIZES:
         found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}

@@ -124,10 +124,9 @@ def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None
     made = Checkpoint(net, train.class_names, preprocessing, result.to_dict(), recipe)
     curve = fit_curve(answer_images(made, held_out, 250))
     answers = answer_images(made, test, 250)
-    asked, *budgets = (
-        simulate(answers, point.shift, point.escalations)
-        for point in (curve.at(target), *curve.points)
-    )
+    at_target = curve.at(target)
+    target_outcome = simulate(answers, at_target.shift, at_target.escalations)
+    budgets = [simulate(answers, point.shift, point.escalations) for point in curve.points]
 
     files = {
         "checkpoint": out / "checkpoint.safetensors",
@@ -138,7 +137,7 @@ def run_demo(out: Path, options: DemoOptions, *, train_images: int | None = None
     title = f"{MODEL} on Fashion-MNIST (2,000 test images)"
     picture = evaluation_figure(net.spec, result, budgets, test, title=title)
     write_atomic(files["picture"], picture)
-    done = Demo(result, (target, asked), time.monotonic() - start, files)
+    done = Demo(result, (target, target_outcome), time.monotonic() - start, files)
     write_atomic(out / METRICS, b"".join(lines))  # for the curves of `dynaslim report`
     results = {**done.to_dict(), "recipe": recipe, "environment": environment()}
     write_json(files["results"], results)

@@ -344,7 +344,7 @@ class _Tried:
         widest route directly. A second look is not counted: it would cost the same after that.
         """
         if number not in self._wasteful:
-            point, answers = self.point(number), self.answers
+            point, answers = self._unmeasured(number), self.answers
             steps = [step for step in point.escalations if not step.mirror]
             walked = [
                 walk(answers, point.shift, steps[:count]).madds_N for count in range(len(steps) + 1)
@@ -396,7 +396,7 @@ class _Tried:
 
     def _walk(self, number: int) -> Walked:
         """A setting's outcome for every image."""
-        point = self.point(number)
+        point = self._unmeasured(number)
         return walk(self.answers, point.shift, point.escalations)
 
     def _better_than_uniform(self, settings: Ints, cost_S: Floats) -> Ints:
@@ -439,11 +439,17 @@ class _Tried:
 
     def point(self, number: int) -> BudgetPoint:
         """Convert a setting to a point of a curve, and measure its accuracy."""
+        top1 = float(self._walk(number).right_N.mean())
+        interval = accuracy_interval(top1, len(self.answers))
+        return replace(self._unmeasured(number), top1=top1, top1_interval=interval)
+
+    def _unmeasured(self, number: int) -> BudgetPoint:
+        """The point without its accuracy."""
         target, then = int(self.all.target_S[number]), int(self.all.target_then_S[number])
         tau_mirror = float(self.all.tau_mirror_S[number])
         costs = self.all.cost_US[:, number].tolist()
         images = len(self.answers)
-        point = BudgetPoint(
+        return BudgetPoint(
             shift=float(self.all.shift_S[number]),
             tau=None if target < 0 else float(self.all.tau_S[number]),
             escalate_to=None if target < 0 else self.answers.targets[target],
@@ -458,8 +464,6 @@ class _Tried:
             tau_mirror=None if math.isnan(tau_mirror) else tau_mirror,
             mirror_along=None if math.isnan(tau_mirror) else self.answers.paths[-1],
         )
-        top1 = float(walk(self.answers, point.shift, point.escalations).right_N.mean())
-        return replace(point, top1=top1, top1_interval=accuracy_interval(top1, images))
 
 
 def _thresholds(

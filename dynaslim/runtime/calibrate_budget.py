@@ -191,9 +191,8 @@ def answer_paths(
     device = net.device
     options = [len(gate.choices) for gate in spec.gates]
     gate_logits: list[list[npt.NDArray[np.float32]]] = [[] for _ in spec.gates]
-    answered: list[Ints] = []
+    right: list[Bools] = []
     margin: list[npt.NDArray[np.float32]] = []
-    all_labels: list[Ints] = []
     pool = OpinionPool()
     paths = _paths(spec)
     members = [paths.index(path) for path in _uniform_paths(spec)]
@@ -233,20 +232,18 @@ def answer_paths(
         ]
         image = x.to(device)
         run(0, image, 0, 0)
-        answered.append(classes_AB.T)
+        right.append(labels[:, None] == classes_AB.T)
         margin.append(margins_PB.T)
-        all_labels.append(labels)
         pool.add(classes_AB.T, np.stack(opinions), labels)
         for parts, logits_QBK in zip(gate_logits, decided, strict=True):
             parts.append(logits_QBK)
         if on_batch is not None:
             on_batch(len(x))
-    if not any(map(len, answered)):
+    if not any(map(len, right)):
         raise DataError("no images to measure budgets on")
     height, width = sides.pop()
     check(not sides and height == width, "budgets are measured on square images of one size")
-    right_NA = np.concatenate(answered) == np.concatenate(all_labels)[:, None]
-    expected_NA = pool.probabilities()
+    right_NA, expected_NA = np.concatenate(right), pool.probabilities()
     return PathAnswers(
         spec,
         height,

@@ -67,7 +67,7 @@ def averaged(
 
     Evaluation averages views in the same way; the released code averages logits.
     """
-    log_probs_BN, other_probs_BN = map(_log_softmax, (logits_BN, other_BN))
+    log_probs_BN, other_probs_BN = map(log_softmax, (logits_BN, other_BN))
     mean_BN = np.logaddexp(log_probs_BN, other_probs_BN) - math.log(2)
     return np.asarray(mean_BN, logits_BN.dtype)
 
@@ -78,9 +78,10 @@ def probabilities(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
     return np.asarray(powers_BN / powers_BN.sum(1, keepdims=True))
 
 
-def _log_softmax(logits_BN: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
-    shifted_BN = logits_BN - logits_BN.max(1, keepdims=True)
-    return np.asarray(shifted_BN - np.log(np.exp(shifted_BN).sum(1, keepdims=True)))
+def log_softmax(logits: npt.NDArray[np.floating[Any]]) -> npt.NDArray[Any]:
+    """Log probabilities over the last axis, in the logits' dtype."""
+    shifted = logits - logits.max(-1, keepdims=True)
+    return np.asarray(shifted - np.log(np.exp(shifted).sum(-1, keepdims=True)))
 
 
 class EscalationState:

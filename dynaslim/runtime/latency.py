@@ -28,7 +28,7 @@ from dynaslim.runtime.variants import SegmentVariant, VariantTable, segment_vari
 
 ROUNDS: Final = 9
 _ROUNDING: Final = 1e-9
-"""Share of a step's time below which a gain is due to rounding."""
+"""Share of the buckets' time below which a gain is due to rounding."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dynaslim.runtime.escalation import Bools, Floats, Ints
+from dynaslim.runtime.escalation import Bools, Floats, Ints, log_softmax
 
 LEAST: Final = 1e-9
 """Least probability that a member gives to all classes that are no answer."""
@@ -43,9 +43,7 @@ class OpinionPool:
 
     def add(self, classes_BA: Ints, logits_MBC: npt.NDArray[np.floating], labels_B: Ints) -> None:
         """Add a batch: the classes that were answered, the members' logits, and the labels."""
-        logs_MBC = logits_MBC.astype(np.float64)
-        logs_MBC -= logs_MBC.max(2, keepdims=True)
-        logs_MBC -= np.log(np.exp(logs_MBC).sum(2, keepdims=True))
+        logs_MBC = log_softmax(logits_MBC.astype(np.float64))
         # the first of the answers with the same class
         candidate_BA = (classes_BA[:, :, None] == classes_BA[:, None, :]).argmax(2)
         first_BA = candidate_BA == np.arange(classes_BA.shape[1])
@@ -111,10 +109,7 @@ class _Part:
 
     def _logs(self, weight_D: Floats) -> Floats:
         """Log probabilities (N, K) of the candidates."""
-        logs_NK = np.where(self.repeated_NK, -math.inf, self.features_NKD @ weight_D)
-        logs_NK -= logs_NK.max(1, keepdims=True)
-        result: Floats = logs_NK - np.log(np.exp(logs_NK).sum(1, keepdims=True))
-        return result
+        return log_softmax(np.where(self.repeated_NK, -math.inf, self.features_NKD @ weight_D))
 
     def loss(self, weight_D: Floats) -> float:
         """Sum of cross-entropies in nats."""
